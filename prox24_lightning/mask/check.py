@@ -1,0 +1,66 @@
+"""Check a weight against the 2:4 pattern, and say where it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.groups import group_shape, to_groups
+
+
+@dataclass(frozen=True)
+class Violations:
+    """Groups of four with more than two non-zeros.
+
+    Attributes:
+        count: how many groups break the pattern.
+        groups: how many groups there are.
+        first: index of the first entry of each of the first few such groups, in the weight's own coordinates.
+        values: their four values.
+    """
+
+    count: int
+    groups: int
+    first: tuple[tuple[int, ...], ...]
+    values: tuple[tuple[float, ...], ...]
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def __str__(self) -> str:
+        if not self.count:
+            return f"all {self.groups} groups are 2:4"
+        shown = "; ".join(
+            f"at {index}: {', '.join(f'{value:.4g}' for value in group)}"
+            for index, group in zip(self.first, self.values, strict=True)
+        )
+        return f"{self.count} of {self.groups} groups have more than two non-zeros ({shown})"
+
+
+def zeros_per_group(weight: Tensor, *, dim: int = -1) -> Tensor:
+    """Number of exact zeros in every group of four: int64 of :func:`~prox24_lightning.groups.group_shape`."""
+    counts = (to_groups(weight.detach(), dim) == 0).sum(-1)
+    return counts.movedim(-1, dim)
+
+
+def is_24(weight: Tensor, *, dim: int = -1) -> bool:
+    """Whether every group of four along ``dim`` has at most two non-zeros. NaN counts as non-zero."""
+    return bool((zeros_per_group(weight, dim=dim) >= 2).all())
+
+
+def violations_24(weight: Tensor, *, dim: int = -1, limit: int = 5) -> Violations:
+    """Count the groups that are not 2:4 and locate the first ``limit`` of them, in row-major order of groups."""
+    shape = group_shape(weight.shape, dim)
+    dim %= weight.dim()
+    broken = zeros_per_group(weight, dim=dim) < 2
+    count = int(broken.sum())
+    positions = torch.nonzero(broken)[:limit].tolist() if count else []
+    groups = to_groups(weight.detach(), dim).movedim(-2, dim)
+    return Violations(
+        count=count,
+        groups=int(torch.Size(shape).numel()),
+        first=tuple(tuple(4 * i if axis == dim else i for axis, i in enumerate(at)) for at in positions),
+        values=tuple(tuple(groups[tuple(at)].tolist()) for at in positions),
+    )

@@ -1,0 +1,47 @@
+"""Choose which two of every four weights stay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.groups import from_groups, to_groups
+
+
+def mask_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> Tensor:
+    """The 2:4 mask that keeps the two largest scores ``|weight * scale|`` of every group of four.
+
+    It solves ``argmin_m ||scale * (weight - m * weight)||^2`` over masks with exactly two ones a group: the
+    Euclidean projection onto 2:4 without ``scale``, and the projection in the metric of the layer's inputs
+    with it (Wanda's score, for ``scale`` the root mean square of each input).
+
+    Args:
+        weight: any floating dtype, any strides.
+        dim: the dimension along which the groups lie; its size divides by 4.
+        scale: positive, broadcasts to ``weight``; None is one everywhere.
+
+    Returns:
+        bool tensor of the shape of ``weight``, exactly two True in every group. Among equal scores the earlier
+        position stays, so every device and every rank gives the same mask.
+
+    Raises:
+        ValueError: if the size along ``dim`` does not divide by 4 or ``weight`` holds NaN.
+    """
+    score = weight.detach() if scale is None else weight.detach() * scale
+    score = to_groups(score, dim).abs()
+    if torch.isnan(score).any():
+        raise ValueError(
+            f"cannot choose a 2:4 mask: {int(torch.isnan(score).sum())} scores of a weight of shape "
+            f"{tuple(weight.shape)} are NaN; look for the step at which the loss stopped being finite"
+        )
+    # Entry i stays if fewer than two entries beat it: j beats i when it is larger, or equal and earlier.
+    # Six comparisons a group, no sort, and the tie rule is in the formula instead of in a sort's stability.
+    entry = score.unbind(-1)
+    beaten: list[Tensor | int] = [0, 0, 0, 0]
+    for i in range(4):
+        for j in range(i + 1, 4):
+            later_wins = (entry[j] > entry[i]).to(torch.uint8)
+            beaten[i] = beaten[i] + later_wins
+            beaten[j] = beaten[j] + (1 - later_wins)
+    keep = torch.stack([torch.as_tensor(count) < 2 for count in beaten], dim=-1)
+    return from_groups(keep, dim)
