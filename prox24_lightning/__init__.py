@@ -1,0 +1,49 @@
+"""Lightning callbacks that take a PyTorch model to 2:4 sparsity while it trains.
+
+Names are imported when first used: the tensor functions need torch only, the callbacks bring Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prox24_lightning.callbacks import ConvertAndBenchmark, Prox24, SparsityMonitor
+    from prox24_lightning.mask import is_24, mask_24, violations_24
+    from prox24_lightning.prox import critical_strength_24, penalty_24, prox_24
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConvertAndBenchmark",
+    "Prox24",
+    "SparsityMonitor",
+    "critical_strength_24",
+    "is_24",
+    "mask_24",
+    "penalty_24",
+    "prox_24",
+    "violations_24",
+]
+
+_HOMES = {
+    "ConvertAndBenchmark": "callbacks",
+    "Prox24": "callbacks",
+    "SparsityMonitor": "callbacks",
+    "critical_strength_24": "prox",
+    "is_24": "mask",
+    "mask_24": "mask",
+    "penalty_24": "prox",
+    "prox_24": "prox",
+    "violations_24": "mask",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,365 @@
+"""The callback that takes a model to 2:4 sparsity while it trains."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from prox24_lightning.callbacks.tables import print_selection
+from prox24_lightning.groups import Geometry, GroupedWeight, Selection, SkippedWeight, clean_name, select_weights
+from prox24_lightning.mask import violations_24
+from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
+from prox24_lightning.sparsify import Metric, Phase, PhasePlan, PostStepProx, Refit, SparsityEngine, resolve_plan
+from prox24_lightning.sparsify.phases import check_step
+
+Strategy = Literal["post_step"]
+
+_REFUSED_STRATEGIES = {
+    "FSDPStrategy": "FSDP1 flattens parameters and cuts groups of four apart; use DDPStrategy",
+    "DeepSpeedStrategy": "DeepSpeed keeps the weights that count inside its own optimizer; use DDPStrategy",
+    "XLAStrategy": "XLA steps its optimizers outside of Python's reach; use a CPU or CUDA accelerator",
+    "XLAFSDPStrategy": "XLA steps its optimizers outside of Python's reach; use a CPU or CUDA accelerator",
+}
+_CLASHING_CALLBACKS = ("ModelPruning",)
+
+
+class Prox24(Callback):
+    """Sparsify, freeze, fine-tune: the weights of any model become 2:4 along an ordinary training run.
+
+    Three phases. *dense*: nothing is touched. *sparsify*: after every real optimizer step the proximal operator of the
+    2:4 penalty (arXiv 2501.18015) is applied to every chosen weight, stronger and stronger. *frozen*: the masks are
+    fixed, pruned weights are exactly zero in weights, gradients and optimizer state, and the rest trains on.
+
+    Steps are optimizer steps, counted over all optimizers as ``Trainer(max_steps=...)`` counts them, except that a
+    step skipped by a gradient scaler does not count.
+
+    Args:
+        start: last dense step: int, or float fraction of the run.
+        freeze: step after which the masks are fixed: int, or float fraction of the run. Equal to ``start`` it
+            prunes in one shot there.
+        strategy: ``"post_step"``, the prox after each step.
+        metric: ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates scaled by
+            the running rms of each input; ``"weight"`` by its magnitude.
+        schedule: ``"auto"`` finds each layer's strength at every step such that the share of its groups given by
+            ``fraction`` is 2:4. Otherwise the strength itself: ``"exponential"``, ``"linear"``, ``"cubic"``,
+            ``"constant"`` or a :class:`~prox24_lightning.schedules.Schedule`, relative to 1 / rms of the layer.
+        fraction: for ``"auto"``, the share of groups that are 2:4 while the phase runs from 0 to 1: ``"cubic"``,
+            ``"linear"`` or a schedule from 0 to 1.
+        targets: patterns of parameter names, module names or module types to take; None takes every linear and
+            convolution weight that fits, except output heads and tied weights.
+        skip: patterns that stay dense.
+        geometry: ``"row"`` lays groups of four along the inputs (what sparse tensor cores take in the forward
+            pass), ``"column"`` along the outputs.
+        refit: surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts back the values they
+            had before sparsification (for a trained model that is fine-tuned for a short time).
+        name: tells several instances of one trainer apart, in checkpoints and logs.
+        verbose: print the table of chosen and skipped weights at the start.
+
+    Raises:
+        ValueError, TypeError: for arguments that are wrong whatever the model.
+        MisconfigurationException: before the first batch, when model, trainer and arguments do not fit together.
+    """
+
+    def __init__(
+        self,
+        start: int | float = 0.1,
+        freeze: int | float = 0.6,
+        *,
+        strategy: Strategy = "post_step",
+        metric: Metric = "activation",
+        schedule: str | Schedule = "auto",
+        fraction: str | Schedule = "cubic",
+        targets: Sequence[str] | None = None,
+        skip: Sequence[str] | None = None,
+        geometry: Geometry = "row",
+        refit: Refit = "none",
+        name: str = "prox24",
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        check_step(start, "start")
+        check_step(freeze, "freeze")
+        if type(start) is type(freeze) and start > freeze:
+            raise ValueError(f"start={start!r} comes after freeze={freeze!r}; sparsification begins before the freeze")
+        for argument, value, choices in (
+            ("strategy", strategy, Strategy),
+            ("metric", metric, Metric),
+            ("geometry", geometry, Geometry),
+            ("refit", refit, Refit),
+        ):
+            if value not in get_args(choices):
+                raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
+        for argument, patterns in (("targets", targets), ("skip", skip)):
+            if isinstance(patterns, str):
+                raise TypeError(
+                    f"{argument} takes a list of patterns, got the string {patterns!r}; write [{patterns!r}]"
+                )
+        self.start = start
+        self.freeze = freeze
+        self.strategy = strategy
+        self.metric = metric
+        self.schedule = None if schedule == "auto" else named_schedule(schedule, STRENGTH_SCHEDULES, "schedule")
+        self.fraction = named_schedule(fraction, FRACTION_CURVES, "fraction")
+        self.targets = targets
+        self.skip = skip
+        self.geometry = geometry
+        self.refit = refit
+        self.name = name
+        self.verbose = verbose
+        self.selection = Selection((), ())
+        self._engine: SparsityEngine | None = None
+        self._model: weakref.ref[nn.Module] | None = None
+        self._loaded: dict[str, Any] = {}
+
+    # What monitors and final hooks read.
+
+    @property
+    def weights(self) -> tuple[GroupedWeight, ...]:
+        """The weights that become 2:4; empty before the fit starts."""
+        return self.selection.chosen
+
+    @property
+    def step(self) -> int:
+        """Finished real optimizer steps."""
+        return 0 if self._engine is None else self._engine.step
+
+    @property
+    def phase(self) -> Phase:
+        """``"dense"``, ``"sparsify"`` or ``"frozen"``."""
+        return "dense" if self._engine is None else self._engine.phase
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Frozen masks by weight name (bool, True stays); empty before the freeze."""
+        return {} if self._engine is None else self._engine.masks
+
+    @property
+    def strengths(self) -> dict[str, Tensor]:
+        """The strength last used for each weight: 0-dim tensors; empty before sparsification."""
+        return {} if self._engine is None else self._engine.strategy.strengths
+
+    @property
+    def start_step(self) -> int:
+        """``start`` as a step of the present run."""
+        return self._plan.start
+
+    @property
+    def freeze_step(self) -> int:
+        """``freeze`` as a step of the present run."""
+        return self._plan.freeze
+
+    def metric_scale(self, name: str) -> Tensor | None:
+        """Scale of the metric now in use for a weight; broadcasts to it; None for the weight's own coordinates."""
+        return None if self._engine is None else self._engine.metric_scale(name)
+
+    @property
+    def _plan(self) -> PhasePlan:
+        if self._engine is None:
+            raise RuntimeError("the steps of Prox24 are known once a fit has started")
+        return self._engine.plan
+
+    # Lightning's hooks.
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        for cls in type(trainer.strategy).__mro__:
+            if cls.__name__ in _REFUSED_STRATEGIES:
+                raise MisconfigurationException(
+                    f"Prox24 cannot work with strategy={cls.__name__}: {_REFUSED_STRATEGIES[cls.__name__]}"
+                )
+        for callback in trainer.callbacks:
+            if any(cls.__name__ in _CLASHING_CALLBACKS for cls in type(callback).__mro__):
+                raise MisconfigurationException(
+                    f"Prox24 and {type(callback).__name__} would both prune the model; remove one of the two callbacks"
+                )
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The first hook at which optimizers exist; an error here comes before any batch, sanity checks included.
+        self._check_optimizers(trainer.optimizers)
+        try:
+            selection = select_weights(pl_module, targets=self.targets, skip=self.skip, geometry=self.geometry)
+            plan = resolve_plan(self.start, self.freeze, trainer.estimated_stepping_batches)
+        except ValueError as error:
+            raise MisconfigurationException(f"Prox24: {error}") from error
+        self.selection = self._optimized(selection, trainer.optimizers)
+        self._check_weights(trainer)
+        engine = SparsityEngine(
+            self.weights, plan, PostStepProx(self.schedule, self.fraction), metric=self.metric, refit=self.refit
+        )
+        engine.on_freeze.append(lambda: self._mask_averages(trainer))
+        if self._engine is not None and self._model is not None and self._model() is pl_module:
+            # A second fit of the same model goes on where the first one stopped.
+            self._loaded = self._loaded or self._engine.state_dict()
+        self._engine = engine
+        self._model = weakref.ref(pl_module)
+        if self.verbose:
+            print_selection(self.selection, f"{self.name}: 2:4 from step {plan.start} to step {plan.freeze}")
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only here is everything restored from a checkpoint, whatever the strategy.
+        engine = self._require_engine()
+        if self._loaded:
+            try:
+                engine.load_state_dict(self._loaded)
+            except ValueError as error:
+                raise MisconfigurationException(f"Prox24: {error}") from error
+            self._loaded = {}
+        elif trainer.global_step > engine.step:
+            engine.step = trainer.global_step
+            rank_zero_warn(
+                f"the checkpoint holds no state of Prox24 (name={self.name!r}): it was written without the callback; "
+                f"going on from step {engine.step} as {engine.phase}, with masks still to be chosen"
+            )
+        engine.bind(trainer.optimizers)
+        self._mask_averages(trainer)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        engine = self._require_engine()
+        if not engine.is_bound_to(trainer.optimizers):
+            rank_zero_info("Prox24: the trainer's optimizers were replaced; listening to the new ones")
+            self._check_optimizers(trainer.optimizers)
+            engine.bind(trainer.optimizers)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._require_engine().before_batch()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.phase != "frozen":
+            rank_zero_warn(
+                f"the run ended at step {self.step} in phase {self.phase!r}, before the freeze at step "
+                f"{self.freeze_step}: the model is not 2:4; train on from its last checkpoint, or set freeze lower"
+            )
+            return
+        for weight in self.weights:
+            if broken := violations_24(weight.parameter, dim=weight.dim):
+                rank_zero_warn(f"{weight.name} is frozen, yet something has written to its pruned entries: {broken}")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._unbind()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._unbind()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._loaded or self._engine is None:
+            return self._loaded
+        return self._engine.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+
+    # Checks, each with the remedy in its text.
+
+    def _require_engine(self) -> SparsityEngine:
+        if self._engine is None:
+            raise RuntimeError("Prox24 was asked to act before on_fit_start")
+        return self._engine
+
+    def _unbind(self) -> None:
+        if self._engine is not None:
+            self._engine.unbind()
+
+    def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        for optimizer in optimizers:
+            if not hasattr(optimizer, "register_step_post_hook"):
+                raise MisconfigurationException(
+                    f"Prox24 needs the step hooks of torch.optim.Optimizer, which {type(optimizer).__name__} lacks; "
+                    "derive it from torch.optim.Optimizer"
+                )
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise MisconfigurationException(
+                    "Prox24 cannot work with LBFGS: the prox changes weights between steps and makes its curvature "
+                    "history false; use SGD, Adam or AdamW"
+                )
+
+    def _optimized(self, selection: Selection, optimizers: Sequence[Optimizer]) -> Selection:
+        """Leave out what no optimizer holds; refuse what several hold."""
+        holders: dict[int, int] = {}
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+        chosen, skipped = [], list(selection.skipped)
+        for weight in selection.chosen:
+            count = holders.get(id(weight.parameter), 0)
+            if count > 1:
+                raise MisconfigurationException(
+                    f"{weight.name} is held by {count} optimizers, so the prox would follow neither; "
+                    f"give it to one of them, or add it to skip"
+                )
+            if count == 1:
+                chosen.append(weight)
+                continue
+            if self.targets is not None:
+                raise MisconfigurationException(
+                    f"target {weight.name} is in no optimizer; add it to configure_optimizers, or to skip"
+                )
+            shape = tuple(weight.parameter.shape)
+            skipped.append(SkippedWeight(weight.name, type(weight.module).__name__, shape, "in no optimizer"))
+        return Selection(tuple(chosen), tuple(skipped))
+
+    def _check_weights(self, trainer: Trainer) -> None:
+        if not self.weights:
+            reasons = "; ".join(f"{weight.name}: {weight.reason}" for weight in self.selection.skipped[:8])
+            raise MisconfigurationException(
+                f"Prox24 found no weight that can be 2:4 ({reasons or 'the model has no weight matrix'}); "
+                "change targets or skip, or use layer sizes that divide by 4"
+            )
+        for weight in self.weights:
+            if isinstance(weight.parameter, DTensor):
+                raise MisconfigurationException(
+                    f"{weight.name} is a sharded DTensor, which Prox24 does not handle; use DDPStrategy"
+                )
+        mine = {id(weight.parameter) for weight in self.weights}
+        for callback in trainer.callbacks:
+            if isinstance(callback, Prox24) and callback is not self:
+                both = [weight.name for weight in callback.weights if id(weight.parameter) in mine]
+                if both:
+                    raise MisconfigurationException(
+                        f"Prox24(name={self.name!r}) and Prox24(name={callback.name!r}) both take {both[0]}; "
+                        "separate them by targets and skip"
+                    )
+        low = sorted({str(weight.parameter.dtype) for weight in self.weights if weight.parameter.element_size() < 4})
+        if low:
+            rank_zero_warn(
+                f"the weights are stored in {low[0]}: steps of the prox smaller than half a unit in the last place are "
+                "lost; use precision='bf16-mixed' to keep float32 weights"
+            )
+
+    def _mask_averages(self, trainer: Trainer) -> None:
+        """Mask averaged copies of the weights (EMA, SWA) too: they remember what was there before the freeze."""
+        for callback in trainer.callbacks:
+            average = getattr(callback, "_average_model", None)
+            if not isinstance(average, nn.Module) or not self.masks:
+                continue
+            copies = {clean_name(name).removeprefix("module."): value for name, value in average.named_parameters()}
+            for name, mask in self.masks.items():
+                if name in copies:
+                    with torch.no_grad():
+                        copies[name].masked_fill_(~mask.to(copies[name].device), 0.0)

@@ -1,0 +1,92 @@
+"""Hold a frozen mask while training goes on: in the weights, the gradients and the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class MaskedParameters:
+    """Parameters whose pruned entries are exactly zero, and stay so.
+
+    Masking gradients alone leaks: momentum gathered before the freeze brings pruned weights back. So three
+    places are masked. The optimizer's state once, when the mask is set; every gradient as it is accumulated, before
+    anything (clipping, a logged norm, a non-elementwise optimizer) reads it; and the weights after each step, a
+    cheap net under optimizers and callbacks that write weights by other ways.
+    """
+
+    def __init__(self) -> None:
+        self.masks: dict[str, Tensor] = {}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._handles: dict[str, RemovableHandle] = {}
+
+    def hold(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
+        """Zero the pruned entries of ``parameter`` and its gradient, and mask every gradient from now on.
+
+        Raises:
+            ValueError: if the mask's shape is not the parameter's.
+        """
+        if mask.shape != parameter.shape:
+            raise ValueError(
+                f"the mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(parameter.shape)}: "
+                "they do not belong together"
+            )
+        self.release(name)
+        mask = mask.to(parameter.device)
+        self.masks[name] = mask
+        self._parameters[name] = parameter
+        with torch.no_grad():
+            parameter.masked_fill_(~mask, 0.0)
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(~mask, 0.0)
+        if parameter.requires_grad:
+            self._handles[name] = parameter.register_post_accumulate_grad_hook(
+                lambda parameter, mask=mask: _keep_only(parameter.grad, mask)
+            )
+
+    def release(self, name: str) -> None:
+        """Stop masking the gradients of ``name``; its weights stay as they are."""
+        handle = self._handles.pop(name, None)
+        if handle is not None:
+            handle.remove()
+        self._parameters.pop(name, None)
+
+    def release_all(self) -> None:
+        """Release every parameter; the masks are kept."""
+        for name in list(self._parameters):
+            self.release(name)
+
+    @torch.no_grad()
+    def mask_weights(self, names: Iterable[str] | None = None) -> None:
+        """Zero the pruned entries of the weights (of ``names``, or of all)."""
+        for name in self._parameters if names is None else names:
+            if name in self._parameters:
+                _keep_only(self._parameters[name], self.masks[name])
+
+    @torch.no_grad()
+    def mask_optimizer_state(self, optimizers: Iterable[Optimizer]) -> None:
+        """Zero the pruned entries of every state tensor that has the shape of its parameter (moments, momentum)."""
+        masks = {id(parameter): self.masks[name] for name, parameter in self._parameters.items()}
+        for optimizer in optimizers:
+            for parameter, state in optimizer.state.items():
+                mask = masks.get(id(parameter))
+                if mask is None or not isinstance(state, Mapping):
+                    continue
+                for value in state.values():
+                    if isinstance(value, Tensor) and value.shape == mask.shape:
+                        value.masked_fill_(~mask.to(value.device), 0.0)
+
+
+@torch.no_grad()
+def _keep_only(values: Tensor | None, mask: Tensor) -> None:
+    """Zero ``values`` in place where ``mask`` is False."""
+    if values is None:
+        return
+    if values.device.type == "cpu":
+        values.mul_(mask)  # five times faster than masked_fill_ there
+    else:
+        values.masked_fill_(~mask, 0.0)

@@ -1,0 +1,81 @@
+"""When each phase begins: steps as users write them, turned into whole optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["dense", "sparsify", "frozen"]
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """Dense up to and including step ``start``, sparsify until ``freeze``, frozen from then on.
+
+    Steps count finished optimizer steps: after step ``freeze`` the weights are 2:4. ``start == freeze`` is
+    one-shot pruning, ``freeze == 0`` prunes before the first step.
+    """
+
+    start: int
+    freeze: int
+
+    def phase(self, step: int) -> Phase:
+        """The phase once ``step`` optimizer steps are done."""
+        if step >= self.freeze:
+            return "frozen"
+        return "sparsify" if step > self.start else "dense"
+
+    def progress(self, step: int) -> float:
+        """How far the sparsify phase is after ``step`` steps: 0 at ``start``, 1 at ``freeze``."""
+        return (step - self.start) / max(self.freeze - self.start, 1)
+
+
+def check_step(value: int | float, argument: str) -> None:
+    """Refuse what can be refused before the length of the run is known.
+
+    Raises:
+        ValueError: for a negative or non-finite step, or a fraction above 1.
+        TypeError: for anything that is not a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} takes a step (int) or a fraction of the run (float), got {value!r}")
+    if not math.isfinite(value) or value < 0 or (isinstance(value, float) and value > 1):
+        raise ValueError(
+            f"{argument}={value!r} must be a step (int >= 0) or a fraction of the run (float in [0, 1]); "
+            f"write a whole number of steps as an int"
+        )
+
+
+def resolve_plan(start: int | float, freeze: int | float, total: int | float) -> PhasePlan:
+    """Turn ``start`` and ``freeze`` into steps of a run of ``total`` optimizer steps.
+
+    Args:
+        start: int step, or float fraction of ``total``.
+        freeze: likewise.
+        total: length of the run; ``inf`` or a negative number when it is not known.
+
+    Raises:
+        ValueError: if a fraction is asked of a run of unknown length, ``freeze`` lies beyond the run, or ``start``
+            after ``freeze``.
+    """
+    check_step(start, "start")
+    check_step(freeze, "freeze")
+    known = math.isfinite(total) and total >= 0
+    for argument, value in (("start", start), ("freeze", freeze)):
+        if isinstance(value, float) and not known:
+            raise ValueError(
+                f"{argument}={value} is a fraction of a run whose length is not known; "
+                f"set Trainer(max_steps=...), or give {argument} as an int number of optimizer steps"
+            )
+    first, last = (round(value * total) if isinstance(value, float) else value for value in (start, freeze))
+    if known and last > total:
+        raise ValueError(
+            f"freeze={freeze!r} is beyond the run, which has {int(total)} optimizer steps: the weights would never "
+            f"become 2:4; lower freeze, or raise max_steps / max_epochs"
+        )
+    if first > last:
+        raise ValueError(
+            f"start={start!r} (step {first}) comes after freeze={freeze!r} (step {last}); swap or lower it"
+        )
+    return PhasePlan(int(first), int(last))
