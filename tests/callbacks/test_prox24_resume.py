@@ -1,0 +1,115 @@
+"""Invariant 4: N steps in one go, and N steps with a crash in between, are the same bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TinyModule, quiet_trainer, tiny_loader
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from prox24_lightning import Prox24
+
+START, FREEZE, STEPS, BATCHES = 8, 24, 32, 4
+"""Epochs of four batches, so that a checkpoint at a multiple of four lies between two epochs."""
+
+SETTINGS = {
+    "activation": {},
+    "weight": {"metric": "weight"},
+    "relative": {"schedule": "exponential"},
+    "restore": {"refit": "restore"},
+}
+
+
+def callbacks(setting, folder):
+    return [
+        Prox24(START, FREEZE, verbose=False, targets=["model.0", "model.2"], **SETTINGS[setting]),
+        ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{step}"),
+    ]
+
+
+def run(setting, folder, steps=STEPS, resume=None):
+    seed_everything(0, verbose=False)
+    trainer = quiet_trainer(
+        max_steps=steps, max_epochs=-1, callbacks=callbacks(setting, folder), enable_checkpointing=True
+    )
+    module = TinyModule()
+    trainer.fit(module, tiny_loader(BATCHES), ckpt_path=resume)
+    return trainer, module
+
+
+def everything(trainer, module):
+    """Weights, optimizer state, masks, strengths and moments in one flat dict."""
+    state = {f"weight {name}": value for name, value in module.state_dict().items()}
+    for index, entry in trainer.optimizers[0].state_dict()["state"].items():
+        state.update({f"optimizer {index} {key}": torch.as_tensor(value) for key, value in entry.items()})
+    prox = trainer.callbacks[0].state_dict()
+    state.update({f"mask {name}": mask["bits"] for name, mask in prox["masks"].items()})
+    state.update({f"strength {name}": value for name, value in prox["strategy"]["strengths"].items()})
+    state.update({f"moment {name}": value for name, value in (prox["moments"] or {"mean": {}})["mean"].items()})
+    return state
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+@pytest.fixture(scope="module", params=list(SETTINGS))
+def unbroken(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, everything(*run(request.param, folder))
+
+
+@pytest.mark.parametrize("step", [4, 12, 20, 24, 28])
+def test_resume_in_one_process(unbroken, tmp_path, step):
+    setting, folder, expected = unbroken
+    resumed = run(setting, tmp_path, resume=folder / f"step={step}.ckpt")
+    assert_same(expected, everything(*resumed))
+
+
+def test_resume_in_a_new_process(unbroken, tmp_path):
+    setting, folder, expected = unbroken
+    for step in (12, 28):  # while sparsifying, and frozen
+        target = tmp_path / f"{step}.pt"
+        code = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            f"import torch, test_prox24_resume as t\n"
+            f"r = t.run({setting!r}, {str(tmp_path)!r}, resume={str(folder / f'step={step}.ckpt')!r})\n"
+            f"torch.save(t.everything(*r), {str(target)!r})"
+        )
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+        assert_same(expected, torch.load(target, weights_only=True))
+
+
+def test_the_state_is_read_with_weights_only(unbroken):
+    _, folder, _ = unbroken
+    state = torch.load(folder / "step=28.ckpt", weights_only=True)["callbacks"]
+    [prox] = [value for key, value in state.items() if key.startswith("Prox24")]
+    assert (prox["phase"], prox["step"]) == ("frozen", 28)
+
+
+def test_a_checkpoint_written_without_the_callback_loads_with_a_warning(tmp_path):
+    trainer = quiet_trainer(max_steps=8, max_epochs=-1)
+    trainer.fit(TinyModule(), tiny_loader(BATCHES))
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    prox = Prox24(4, 12, verbose=False)
+    with pytest.warns(UserWarning, match=r"holds no state of Prox24 .*going on from step 8 as sparsify"):
+        quiet_trainer(max_steps=16, max_epochs=-1, callbacks=[prox]).fit(
+            TinyModule(), tiny_loader(BATCHES), ckpt_path=tmp_path / "plain.ckpt"
+        )
+    assert (prox.phase, prox.step) == ("frozen", 16)
+
+
+def test_masks_of_other_weights_are_refused(unbroken, tmp_path):
+    _, folder, _ = unbroken
+    prox = Prox24(START, FREEZE, verbose=False, targets=["model.0"])
+    with pytest.raises(Exception, match=r"masks belong to other weights: only in the checkpoint: \['model.2.weight'\]"):
+        quiet_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[prox]).fit(
+            TinyModule(), tiny_loader(BATCHES), ckpt_path=folder / "step=28.ckpt"
+        )
