@@ -1,0 +1,32 @@
+"""From dense with zeros to layers on sparse tensor cores: who can, the conversion itself, and whether it pays."""
+
+from prox24_lightning.convert.benchmark import run_benchmark
+from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_layer, check_model, find_target
+from prox24_lightning.convert.packed_linear import SemiStructuredLinear
+from prox24_lightning.convert.report import Report
+from prox24_lightning.convert.semi_structured import (
+    Conversion,
+    convert_linear,
+    convert_model,
+    expand_linear,
+    expand_model,
+)
+from prox24_lightning.convert.settings import ExampleInputs, Settings
+
+__all__ = [
+    "Conversion",
+    "ExampleInputs",
+    "LayerVerdict",
+    "Report",
+    "SemiStructuredLinear",
+    "Settings",
+    "Target",
+    "check_layer",
+    "check_model",
+    "convert_linear",
+    "convert_model",
+    "expand_linear",
+    "expand_model",
+    "find_target",
+    "run_benchmark",
+]

@@ -1,0 +1,99 @@
+"""A copy of a trained module for measuring: on one device, in one dtype, without gradients, hooks or compilation."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+_HOOK_ATTRIBUTES = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+
+def bare_copy(
+    module: nn.Module, *, device: torch.device, dtype: torch.dtype | None = None, shared: Sequence[object] = ()
+) -> nn.Module:
+    """Copy ``module`` in evaluation mode, its tensors going straight to ``device`` and ``dtype``.
+
+    Tied weights stay tied. Hooks stay behind: a hook of a callback would drag the callback, its trainer and the
+    optimizer states into the copy. Compiled modules are copied as the modules they were made from.
+
+    Args:
+        module: unchanged afterwards.
+        device: where the copy lives.
+        dtype: of its floating-point parameters and buffers; None keeps them.
+        shared: objects that the module may hold and the copy is to hold too, instead of copies of them.
+
+    Raises:
+        ValueError: if a parameter is sharded over ranks.
+    """
+    memo: dict[int, Any] = {id(thing): thing for thing in shared}
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "placements"):
+            raise ValueError(f"{name} is sharded over ranks and cannot be copied by one of them: gather the model")
+        memo[id(parameter)] = nn.Parameter(_cast(parameter.detach(), device, dtype, copy=True), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = _cast(buffer.detach(), device, dtype, copy=True)
+    with _bare(module) as original:
+        return copy.deepcopy(original, memo).eval()
+
+
+def move_inputs(inputs: Any, *, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Nested inputs on ``device``, floating-point tensors in ``dtype``; other objects move by their ``.to``, if any."""
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return _cast(leaf.detach(), device, dtype, copy=False)
+        return leaf.to(device) if hasattr(leaf, "to") and not isinstance(leaf, nn.Module) else leaf
+
+    return tree_map(move, inputs)
+
+
+def _cast(tensor: Tensor, device: torch.device, dtype: torch.dtype | None, *, copy: bool) -> Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=copy)
+
+
+@contextmanager
+def _bare(module: nn.Module) -> Iterator[nn.Module]:
+    """The module without hooks and compilation for as long as the context lasts."""
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+
+    def replace(holder: dict[str, Any], key: str, value: Any) -> None:
+        undo.append((holder, key, holder[key]))
+        holder[key] = value
+
+    try:
+        for each in list(module.modules()):
+            state = vars(each)
+            for attribute in _HOOK_ATTRIBUTES:
+                if state.get(attribute):
+                    replace(state, attribute, OrderedDict())
+            if state.get("_compiled_call_impl") is not None:
+                replace(state, "_compiled_call_impl", None)
+            if state.get("_compiler_ctx"):  # a LightningModule that was given to the Trainer as torch.compile(module)
+                for step in _COMPILED_STEPS:
+                    if step in state:
+                        undo.append((state, step, state.pop(step)))
+                replace(state, "_compiler_ctx", None)
+            for key, child in each._modules.items():
+                if child is not None and hasattr(child, "_orig_mod"):
+                    replace(each._modules, key, child._orig_mod)
+        root = getattr(module, "_orig_mod", module)
+        yield root
+    finally:
+        for holder, key, value in reversed(undo):
+            holder[key] = value

@@ -1,0 +1,169 @@
+"""The one seam between a dense linear layer with zeros and a layer that runs on sparse tensor cores.
+
+Everything else in the package uses four functions: :func:`convert_linear`, :func:`convert_model`,
+:func:`expand_linear` and :func:`expand_model`. What a converted layer does inside (which kernel, which plan) is
+known to :class:`~prox24_lightning.convert.packed_linear.SemiStructuredLinear` alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.convert.eligibility import (
+    LayerVerdict,
+    Target,
+    check_layer,
+    check_model,
+    find_target,
+    named_layers,
+)
+from prox24_lightning.convert.packed_linear import SemiStructuredLinear
+from prox24_lightning.groups import is_transposed_linear
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert_model` did: names of the converted layers, and the verdicts of those that stay dense."""
+
+    converted: tuple[str, ...]
+    dense: tuple[LayerVerdict, ...]
+
+
+@torch.no_grad()
+def convert_linear(linear: nn.Module, *, name: str = "layer") -> SemiStructuredLinear:
+    """Pack one linear layer (``nn.Linear``, or Hugging Face's ``Conv1D``) that lives on a GPU in float16 or bfloat16.
+
+    The layer itself is not changed. The packed weight is expanded once and compared with the dense one.
+
+    Raises:
+        ValueError: if the layer cannot run sparse, with its name and every reason; among them a weight that is not
+            strictly 2:4, with the first violations.
+        RuntimeError: if what was packed is not the dense weight.
+    """
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    target = _target_of(weight.device) if isinstance(weight, Tensor) else None
+    verdict = check_layer(linear, name=name, target=target)
+    if not verdict.runs or target is None or target.backend is None or not isinstance(weight, Tensor):
+        where = f" (the layer is on {weight.device}: move it)" if isinstance(weight, Tensor) and target is None else ""
+        raise ValueError(f"{name} of shape {verdict.shape} cannot become a sparse layer: {verdict.why}{where}")
+    dense = weight.detach().t() if is_transposed_linear(linear) else weight.detach()
+    dense = dense.contiguous()
+    kind = {
+        "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
+        "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
+    }[target.backend]
+    with warnings.catch_warnings():
+        # torch announces at the first tensor that the subclass is a prototype; this package keeps it out of sight.
+        warnings.simplefilter("ignore", UserWarning)
+        sparse = kind.from_dense(dense)
+    if sparse.packed is None:
+        raise RuntimeError(f"{name}: torch's {target.backend} packing returned nothing")
+    layer = SemiStructuredLinear(sparse.packed, sparse.meta, bias, dense.shape, target.backend).eval()
+    if not torch.equal(layer.weight, dense):
+        raise RuntimeError(f"{name}: the packed weight differs from the dense one, so {target.backend} is not used")
+    for hooks in _HOOKS:  # the same dictionaries, so that whoever holds a handle can still remove its hook
+        setattr(layer, hooks, getattr(linear, hooks))
+    return layer
+
+
+def convert_model(model: nn.Module, names: Iterable[str] | None = None) -> Conversion:
+    """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed as it goes.
+
+    Args:
+        model: on a GPU, in float16 or bfloat16. For inference: the converted layers have no backward.
+        names: modules to convert. None takes every layer that can run sparse.
+
+    Raises:
+        ValueError: if a named layer does not exist or cannot run sparse; nothing is converted then.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    target = _target_of(device)
+    verdicts = check_model(model, dtype=None, target=target)
+    known = {verdict.name: verdict for verdict in verdicts}
+    wanted = [verdict.name for verdict in verdicts if verdict.runs] if names is None else list(names)
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"the model has no layer {name!r} with a weight; names are those of named_modules()")
+        if not known[name].runs:
+            raise ValueError(f"{name} of shape {known[name].shape} cannot become a sparse layer: {known[name].why}")
+    slots = _slots(model)
+    for name in wanted:
+        if not slots[name]:
+            raise ValueError(f"the model is a bare {known[name].kind}: pass it to convert_linear instead")
+        _exchange(slots[name], convert_linear(_held(slots[name]), name=name))
+    return Conversion(tuple(wanted), tuple(verdict for verdict in verdicts if verdict.name not in wanted))
+
+
+@torch.no_grad()
+def expand_linear(layer: SemiStructuredLinear) -> nn.Linear:
+    """The dense ``nn.Linear`` with exactly the packed values, pruned weights as zeros; trainable again."""
+    weight = layer.weight
+    linear = nn.Linear(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta", dtype=layer.dtype
+    )
+    linear.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().clone())
+    for hooks in _HOOKS:
+        setattr(linear, hooks, getattr(layer, hooks))
+    return linear
+
+
+def expand_model(model: nn.Module, names: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Undo :func:`convert_model` in place, for every converted layer or those in ``names``; returns their names.
+
+    Raises:
+        ValueError: if a named layer is not a converted one.
+    """
+    slots = _slots(model)
+    converted = [name for name, places in slots.items() if places and isinstance(_held(places), SemiStructuredLinear)]
+    wanted = converted if names is None else list(names)
+    for name in wanted:
+        if name not in converted:
+            raise ValueError(f"{name!r} is not a converted layer of this model")
+        layer = _held(slots[name])
+        if isinstance(layer, SemiStructuredLinear):
+            _exchange(slots[name], expand_linear(layer))
+    return tuple(wanted)
+
+
+def _target_of(device: torch.device) -> Target | None:
+    return find_target(device) if device.type == "cuda" else None
+
+
+_Place = tuple[nn.Module, str]
+
+
+def _slots(model: nn.Module) -> dict[str, list[_Place]]:
+    """Clean module name -> every (parent, attribute) that holds the module, also under other names."""
+    places: dict[int, list[_Place]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, attribute))
+    return {name: places.get(id(module), []) for name, module in named_layers(model)}
+
+
+def _held(places: list[_Place]) -> nn.Module:
+    parent, attribute = places[0]
+    module = parent._modules[attribute]
+    if module is None:
+        raise AttributeError(f"{type(parent).__name__} has no submodule {attribute!r}")
+    return module
+
+
+def _exchange(places: list[_Place], layer: nn.Module) -> None:
+    for parent, attribute in places:
+        parent._modules[attribute] = layer

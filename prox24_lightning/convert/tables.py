@@ -1,0 +1,139 @@
+"""A conversion report for people: Markdown for files and TensorBoard, rich tables for the terminal."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prox24_lightning.convert.report import Pair, Report
+
+Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+
+
+def sections(report: Report) -> list[Section]:
+    """The report as tables of text: title, header, rows. Markdown and the terminal show the same ones."""
+    tables: list[Section] = [("Layers", ("layers", "kind", "(out, in)", "state", "why"), _layer_rows(report))]
+    if report.shapes:
+        header = (
+            "(out, in)",
+            "layers",
+            "tokens",
+            "dense eager",
+            "sparse eager",
+            "x",
+            "dense graph",
+            "sparse graph",
+            "x",
+        )
+        tables.append(("Per layer, microseconds a call", (*header, "error", "decision"), _shape_rows(report)))
+    if report.model:
+        columns = ("variant", "sparse layers", "eager", "x", "graph", "x", "peak MiB", "error")
+        scope = f" ({report.model_scope})" if report.model_scope else ""
+        tables.append((f"Whole model{scope}, microseconds a call", columns, _model_rows(report)))
+    return tables
+
+
+def _layer_rows(report: Report) -> list[tuple[str, ...]]:
+    """Layers that differ in nothing but their name share a row."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    words = {"sparse": "sparse", "fits": "would be sparse on a GPU", "dense": "dense"}
+    for layer in report.layers:
+        groups.setdefault((layer.kind, str(layer.shape), words[layer.state], layer.why), []).append(layer.name)
+    return [(_some(names), *rest) for rest, names in groups.items()]
+
+
+def _some(names: list[str] | tuple[str, ...]) -> str:
+    shown = ", ".join(name or "(the model)" for name in names[:2])
+    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
+
+
+def _shape_rows(report: Report) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for shape in report.shapes:
+        about = (str(shape.shape), str(len(shape.layers)))
+        for result in shape.tokens:
+            rows.append(
+                (
+                    *about,
+                    str(result.tokens),
+                    *_pair(result.eager),
+                    *(_pair(result.graph) if result.graph else ("-", "-", "-")),
+                    f"{result.output_error:.1e}",
+                    shape.decision,
+                )
+            )
+        if not shape.tokens:
+            rows.append((*about, *("-",) * 8, shape.decision))
+    return rows
+
+
+def _pair(pair: Pair) -> tuple[str, str, str]:
+    return f"{pair.dense.median_us:.1f}", f"{pair.sparse.median_us:.1f}", f"{pair.speedup:.2f}"
+
+
+def _model_rows(report: Report) -> list[tuple[str, ...]]:
+    rows = []
+    dense = report.model[0]
+    for variant in report.model:
+        cells = [variant.name, str(variant.sparse_layers)]
+        for mode in ("eager", "graph"):
+            now, before = variant.median_us(mode), dense.median_us(mode)
+            cells.append("-" if now is None else f"{now:.1f}")
+            cells.append("-" if now is None or before is None else f"{before / now:.2f}")
+        rows.append((*cells, f"{variant.peak_bytes / 2**20:.1f}", f"{variant.output_error:.1e}"))
+    return rows
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report, with the machine, as a Markdown page."""
+    lines = ["# Dense against 2:4 semi-structured", ""]
+    lines += [", ".join(f"{key} {value}" for key, value in report.machine.items()), ""]
+    judged = "is as fast or faster" if report.only_if_faster else "can run sparse (only_if_faster=False)"
+    counts = ", ".join(map(str, report.token_counts))
+    lines += [
+        f"{report.created}; {report.dtype}; a layer becomes sparse where it {judged} in {report.run_mode} mode at "
+        f"{counts} tokens. x: time of dense over time of sparse, above 1 sparse is faster.",
+        "",
+    ]
+    if report.error:
+        lines += [f"**Failed:** {report.error}", ""]
+    for title, header, rows in sections(report):
+        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+    lines += [f"- {note}" for note in report.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the report's tables and notes."""
+    console = console or Console()
+    if report.error:
+        console.print(f"conversion and benchmark failed: {report.error}", style="red", markup=False)
+    for title, header, rows in sections(report):
+        table = Table(title=title, title_justify="left")
+        for column in header:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+    for note in report.notes:
+        console.print(note, markup=False)
+
+
+def write_report(report: Report, folder: Path, filename: str) -> tuple[Path, Path]:
+    """Write ``filename.json`` and ``filename.md`` into ``folder``; a reader never sees half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / f"{filename}.json", folder / f"{filename}.md"
+    for path, text in zip(paths, (report.to_json(), to_markdown(report)), strict=True):
+        # Same folder, so that the exchange is a rename on one file system.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return paths

@@ -1,0 +1,194 @@
+"""The seam: what it refuses without a GPU, and exact conversion on one."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from prox24_lightning.convert import (
+    SemiStructuredLinear,
+    check_model,
+    convert_linear,
+    convert_model,
+    expand_linear,
+    expand_model,
+)
+from prox24_lightning.convert.copying import bare_copy
+from prox24_lightning.mask import mask_24
+
+
+def pruned(layer: nn.Module, dim: int = 1) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.mul_(mask_24(layer.weight, dim=dim))
+    return layer
+
+
+def mlp(width: int = 64) -> nn.Sequential:
+    return nn.Sequential(pruned(nn.Linear(width, 2 * width)), nn.GELU(), pruned(nn.Linear(2 * width, width)))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def test_a_weight_with_one_violation_is_refused_by_name_and_place():
+    layer = pruned(nn.Linear(64, 32))
+    with torch.no_grad():
+        layer.weight[3, 8:12] = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.fc of shape \(32, 64\) .*1 of 512 groups .*at \(3, 8\): 1, 2, 3, 0"
+    ):
+        convert_linear(layer, name="blocks.0.fc")
+
+
+def test_a_layer_on_the_cpu_is_refused():
+    with pytest.raises(ValueError, match="no CUDA GPU in use .the layer is on cpu: move it."):
+        convert_linear(pruned(nn.Linear(64, 32)).bfloat16())
+
+
+def test_a_model_names_unknown_and_unfit_layers():
+    with pytest.raises(ValueError, match="no layer 'nope' with a weight"):
+        convert_model(mlp(), ["nope"])
+    with pytest.raises(ValueError, match=r"^2 of shape \(64, 128\) cannot become a sparse layer"):
+        convert_model(mlp(), ["2"])
+
+
+def test_without_a_gpu_nothing_is_converted():
+    model = mlp()
+    if torch.cuda.is_available():
+        pytest.skip("says nothing where there is a GPU")
+    done = convert_model(model)
+    assert done.converted == ()
+    assert [verdict.name for verdict in done.dense] == ["0", "2"]
+    assert expand_model(model) == ()
+
+
+def test_expanding_what_is_not_converted_is_an_error():
+    with pytest.raises(ValueError, match="'0' is not a converted layer"):
+        expand_model(mlp(), ["0"])
+
+
+def test_a_converted_layer_without_its_gpu_says_so():
+    layer = SemiStructuredLinear(torch.zeros(64, 36, dtype=torch.bfloat16), None, None, (64, 64), "cusparselt")
+    with pytest.raises(RuntimeError, match="runs on CUDA only; input is on cpu, weight on cpu"):
+        layer(torch.zeros(2, 64, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="has no backward"):
+        layer(torch.zeros(2, 64, requires_grad=True))
+
+
+def test_a_packed_layer_keeps_its_bits_under_casts():
+    packed = torch.randn(64, 36).bfloat16()
+    layer = SemiStructuredLinear(packed, None, torch.zeros(64), (64, 64), "cusparselt").to(torch.float64)
+    assert torch.equal(copy.deepcopy(layer).packed.view(torch.bfloat16), packed)
+    assert layer.stored_bytes == 64 * 36 * 2
+    assert set(layer.state_dict()) == {"packed", "bias"}
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    if not check_model(pruned(nn.Linear(16, 16)))[0].fits or not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    torch.manual_seed(0)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(128, 64), (5 * 32, 3 * 64), (4096, 4160)])
+def test_output_and_expansion(gpu, dtype, bias, shape):
+    layer = pruned(nn.Linear(shape[1], shape[0], bias=bias)).to(gpu, dtype)
+    converted = convert_linear(layer)
+    assert torch.equal(converted.weight, layer.weight), "exactly"
+    assert converted.stored_bytes <= 0.57 * layer.weight.numel() * layer.weight.element_size()
+    for tokens in ((1,), (7,), (3, 5), (64,), (0,)):
+        rows = torch.randn(*tokens, shape[1], device=gpu, dtype=dtype)
+        with torch.no_grad():
+            found, expected = converted(rows), layer(rows)
+        assert found.shape == expected.shape
+        assert found.is_contiguous()
+        if found.numel():
+            assert relative(found, expected) < 1e-2
+    expanded = expand_linear(converted)
+    assert torch.equal(expanded.weight, layer.weight)
+    assert expanded.weight.requires_grad
+    assert not bias or torch.equal(expanded.bias, layer.bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_tuned_algorithms_give_the_same_output(gpu):
+    layer = pruned(nn.Linear(1024, 512)).to(gpu, torch.float16)
+    converted = convert_linear(layer)
+    converted.tune([1, 64, 300])
+    assert set(converted.algorithms) <= {8, 64, 304}
+    for tokens in (1, 64, 300):
+        rows = torch.randn(tokens, 1024, device=gpu, dtype=torch.float16)
+        with torch.no_grad():
+            assert relative(converted(rows), layer(rows)) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_inputs_that_are_not_contiguous_and_autocast(gpu):
+    layer = pruned(nn.Linear(64, 128)).to(gpu, torch.bfloat16)
+    converted = convert_linear(layer)
+    rows = torch.randn(64, 24, device=gpu, dtype=torch.bfloat16).t()
+    with torch.no_grad():
+        assert relative(converted(rows), layer(rows)) < 1e-2
+        with torch.autocast("cuda", torch.bfloat16):
+            assert relative(converted(rows.float()), layer(rows)) < 1e-2
+        with pytest.raises(RuntimeError, match="cast the input"):
+            converted(rows.float())
+    with torch.inference_mode():
+        assert converted(rows).shape == (24, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_model_there_and_back(gpu):
+    model = mlp().to(gpu, torch.bfloat16)
+    model.append(nn.Linear(64, 64, device=gpu, dtype=torch.bfloat16))
+    twin = bare_copy(model, device=gpu)
+    rows = torch.randn(16, 64, device=gpu, dtype=torch.bfloat16)
+    done = convert_model(twin)
+    assert done.converted == ("0", "2")
+    assert [(verdict.name, "not 2:4" in verdict.why) for verdict in done.dense] == [("3", True)]
+    with torch.no_grad():
+        assert relative(twin(rows), model(rows)) < 2e-2
+    stored = io.BytesIO()
+    torch.save(twin.state_dict(), stored)
+    stored.seek(0)
+    twin.load_state_dict(torch.load(stored, weights_only=True, map_location=gpu))
+    twin.cpu().to(gpu)  # what a trainer does between two runs
+    assert expand_model(twin, ["0"]) == ("0",)
+    assert expand_model(twin) == ("2",)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(twin.get_parameter(name), parameter), name
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_transposed_layer_becomes_a_linear_one(gpu):
+    layer = pruned(Conv1D(128, 64), dim=0).to(gpu, torch.bfloat16)
+    rows = torch.randn(3, 5, 64, device=gpu, dtype=torch.bfloat16)
+    converted = convert_linear(layer)
+    with torch.no_grad():
+        assert relative(converted(rows), layer(rows)) < 1e-2
+    assert torch.equal(expand_linear(converted).weight, layer.weight.t())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_violation_is_refused_on_the_gpu_too(gpu):
+    layer = pruned(nn.Linear(64, 32)).to(gpu, torch.bfloat16)
+    with torch.no_grad():
+        layer.weight[3, 8:12] = 1
+    with pytest.raises(ValueError, match=r"at \(3, 8\)"):
+        convert_linear(layer)
