@@ -1,0 +1,1 @@
+"""Runnable examples: thin LightningModules and LightningDataModules, each started by one YAML in ``configs/``."""

@@ -1,0 +1,165 @@
+"""What a comparison found: its rows, the table, and the files that keep them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.table import Table
+
+Variant = Literal["dense", "asp", "prox24"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+LABELS: dict[Variant, str] = {
+    "dense": "dense",
+    "asp": "one-shot magnitude + masked fine-tune (ASP)",
+    "prox24": "Prox24",
+}
+_VERSIONS = ("prox24_lightning", "torch", "lightning", "transformers", "torchmetrics", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished or failed run. ``sparse`` of ``groups`` groups are 2:4; ``batches`` is a checksum."""
+
+    variant: Variant
+    seed: int
+    score: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    sparse: int = 0
+    groups: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    batches: int = 0
+    error: str | None = None
+
+
+@dataclass
+class Comparison:
+    """Rows of a comparison by one metric, and what is needed to repeat it."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    command: str
+    config: str
+    facts: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, *, metric: str, mode: Literal["min", "max"], command: str, config: str) -> Comparison:
+        return cls(metric, mode, command, config, machine_facts())
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """One row a variant: label, metric, 2:4 groups, seconds, seeds. Spread is the sample standard deviation."""
+        rows = []
+        for variant in VARIANTS:
+            runs = [run for run in self.runs if run.variant == variant]
+            done = [run for run in runs if run.error is None]
+            failed = f" ({len(runs) - len(done)} failed)" if len(done) < len(runs) else ""
+            if done:
+                sparse, groups = sum(run.sparse for run in done), sum(run.groups for run in done)
+                rows.append(
+                    (
+                        LABELS[variant],
+                        _mean_and_spread([run.score for run in done if run.score is not None], digits=4),
+                        f"{sparse / max(groups, 1):.2%}",
+                        _mean_and_spread([run.seconds for run in done], digits=1),
+                        ", ".join(str(run.seed) for run in done) + failed,
+                    )
+                )
+            elif runs:
+                rows.append((LABELS[variant], "failed", "-", "-", ", ".join(str(run.seed) for run in runs)))
+        return rows
+
+    @property
+    def headings(self) -> tuple[str, str, str, str, str]:
+        better = "lower" if self.mode == "min" else "higher"
+        return "variant", f"{self.metric} ({better} is better)", "groups that are 2:4", "training, s", "seeds"
+
+    def table(self) -> Table:
+        steps = sorted({run.steps for run in self.runs if run.error is None})
+        table = Table(title=f"{' or '.join(map(str, steps)) or 'no'} optimizer steps a run")
+        for heading in self.headings:
+            table.add_column(heading)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def warnings(self) -> list[str]:
+        """What would make the comparison unfair or incomplete."""
+        found = [f"{run.variant}, seed {run.seed} failed: {run.error}" for run in self.runs if run.error]
+        for seed in sorted({run.seed for run in self.runs}):
+            done = [run for run in self.runs if run.seed == seed and run.error is None]
+            if len({run.batches for run in done}) > 1:
+                found.append(f"seed {seed}: the variants did not see the same training batches")
+            if len({run.steps for run in done}) > 1:
+                found.append(f"seed {seed}: the variants took {', '.join(str(run.steps) for run in done)} steps")
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write ``comparison.json`` and ``comparison.md``; each is replaced whole, so a crash leaves the old one."""
+        _replace(folder / "comparison.json", json.dumps(asdict(self), indent=2) + "\n")
+        _replace(folder / "comparison.md", self.markdown())
+
+    def markdown(self) -> str:
+        lines = [f"# {self.command}", "", _markdown_row(self.headings), _markdown_row(["---"] * len(self.headings))]
+        lines += [_markdown_row(row) for row in self.rows()]
+        lines += ["", *(f"Warning: {warning}" for warning in self.warnings()), ""]
+        lines += [f"- {key}: {value}" for key, value in self.facts.items()]
+        return "\n".join([*lines, "", "```yaml", self.config.rstrip(), "```", ""])
+
+
+def machine_facts() -> dict[str, Any]:
+    """Where and with what a result was produced."""
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in _VERSIONS},
+    }
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (", with local changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not in a git checkout"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _mean_and_spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _markdown_row(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_suffix(path.suffix + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,81 @@
+"""How one parsed config becomes the config of each variant of a comparison. Every function edits in place."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from prox24_lightning.callbacks.prox24 import Prox24
+
+_PACKAGE = "prox24_lightning."
+_KEPT_BY_ASP = ("targets", "skip", "geometry", "name", "verbose")
+
+
+def loaded_class(entry: Namespace) -> type:
+    """The class that an entry ``{class_path, init_args}`` names."""
+    module, name = entry.class_path.rsplit(".", 1)
+    return getattr(import_module(module), name)
+
+
+def callback_entries(config: Namespace) -> list[Namespace]:
+    """The entries of ``trainer.callbacks``; a single entry counts as a list of one."""
+    return _entries(config.trainer.callbacks)
+
+
+def without_pruning(config: Namespace) -> None:
+    """Dense: drop every callback of this package."""
+    config.trainer.callbacks = [entry for entry in callback_entries(config) if not _is_ours(entry)]
+
+
+def with_one_shot_magnitude(config: Namespace, at: float) -> None:
+    """The ASP recipe: each Prox24 prunes the same weights by magnitude, all at once, ``at`` of the way."""
+    edited = []
+    for entry in callback_entries(config):
+        if issubclass(loaded_class(entry), Prox24):
+            given = entry.get("init_args", Namespace())
+            kept = {key: given[key] for key in _KEPT_BY_ASP if given.get(key) is not None}
+            arguments = Namespace(**kept, start=at, freeze=at, metric="weight")
+            entry = Namespace(class_path="prox24_lightning.callbacks.prox24.Prox24", init_args=arguments)
+        edited.append(entry)
+    config.trainer.callbacks = edited
+
+
+def without_conversion(config: Namespace) -> None:
+    """A comparison times training, so nothing is converted or benchmarked at its end."""
+    config.trainer.callbacks = [
+        entry for entry in callback_entries(config) if loaded_class(entry).__name__ != "ConvertAndBenchmark"
+    ]
+
+
+def separate_outputs(config: Namespace, output: Path, variant: str, seed: int) -> None:
+    """Give the run its own logs and checkpoints: ``output/variant/seedN``.
+
+    TensorBoard and CSV loggers are redirected, and TensorBoard is what a config without a choice gets. Other loggers
+    keep their settings: how they name runs is theirs.
+    """
+    place = {"save_dir": str(output), "name": variant, "version": f"seed{seed}"}
+    config.trainer.default_root_dir = str(output / variant / f"seed{seed}")
+    if config.trainer.logger in (None, True):
+        path = f"{TensorBoardLogger.__module__}.{TensorBoardLogger.__name__}"
+        config.trainer.logger = Namespace(class_path=path, init_args=Namespace(**place))
+    elif config.trainer.logger is not False:
+        for entry in _entries(config.trainer.logger):
+            if issubclass(loaded_class(entry), (TensorBoardLogger, CSVLogger)):
+                entry.init_args = Namespace({**vars(entry.get("init_args", Namespace())), **place})
+    for entry in callback_entries(config):
+        if issubclass(loaded_class(entry), ModelCheckpoint) and entry.init_args.get("dirpath"):
+            entry.init_args.dirpath = str(output / variant / f"seed{seed}" / "checkpoints")
+
+
+def _entries(value: Namespace | list[Namespace] | None) -> list[Namespace]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _is_ours(entry: Namespace) -> bool:
+    return entry.class_path.startswith(_PACKAGE) or issubclass(loaded_class(entry), Prox24)

@@ -1,0 +1,89 @@
+"""The English that ships with Python itself: docstrings of the standard library and the language reference.
+
+Every machine that can run this package has it, so a recipe can train on real text without a download. Files are
+parsed with :mod:`ast` and never imported, in sorted order, so one Python version always gives the same documents.
+"""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import warnings
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+_LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """One source file's docstrings, or one topic of the language reference.
+
+    ``name`` is the path inside the standard library (``asyncio/tasks.py``, ``topics/assert``), ``package`` its first
+    component without ``.py``, ``passages`` the docstrings in order of appearance.
+    """
+
+    name: str
+    package: str
+    passages: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(self.passages)
+
+
+@lru_cache(maxsize=1)
+def stdlib_documents(root: Path | None = None) -> tuple[Document, ...]:
+    """Read every document below ``root`` (default: this Python's standard library), sorted by name.
+
+    Raises:
+        ValueError: if the folder holds no Python file with a docstring.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    documents = []
+    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+        parts = path.relative_to(root).parts
+        if not _LEFT_OUT.intersection(parts):
+            passages = _docstrings(path)
+            if passages:
+                documents.append(Document("/".join(parts), parts[0].removesuffix(".py"), passages))
+    documents += [Document(f"topics/{name}", "topics", (text,)) for name, text in _reference_topics(root)]
+    if not documents:
+        raise ValueError(f"no docstring found below {root}; is the source of the standard library installed?")
+    return tuple(documents)
+
+
+def in_validation(name: str, fraction: float) -> bool:
+    """Whether the document called ``name`` belongs to the validation part: a stable hash, ``fraction`` of all names."""
+    return zlib.crc32(name.encode()) < fraction * 2**32
+
+
+def _docstrings(path: Path) -> tuple[str, ...]:
+    tree = _parse(path)
+    if tree is None:
+        return ()
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners))
+    return tuple(text for text in found if text)
+
+
+def _reference_topics(root: Path) -> list[tuple[str, str]]:
+    """The language reference that ``help("topic")`` shows: one assignment of a dictionary name -> text."""
+    path = root / "pydoc_data" / "topics.py"
+    tree = _parse(path) if path.is_file() else None
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.Assign):
+            return sorted(ast.literal_eval(node.value).items())
+    return []
+
+
+def _parse(path: Path) -> ast.Module | None:
+    try:
+        # Old files of the library hold escapes like "\d" that newer parsers warn about.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # samples of broken source that some distributions ship
+        return None
