@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ from prox24_lightning.convert import (
     run_benchmark,
     semi_structured,
 )
-from prox24_lightning.convert.report import Pair, TokenResult
+from prox24_lightning.convert.report import ModelVariant, Pair, TokenResult
 from prox24_lightning.convert.tables import print_report, to_markdown, write_report
 from prox24_lightning.convert.timing import Timing, describe, relative_error
 from prox24_lightning.mask import mask_24
@@ -152,6 +153,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(semi_structured, "_target_of", lambda device: HOPPER)
     for module in (layer_benchmark, model_benchmark):
         monkeypatch.setattr(module, "measure", measure)
+        monkeypatch.setattr(module, "release_memory", lambda: None)
         monkeypatch.setattr(module, "capture", lambda call: SimpleNamespace(replay=call))
     monkeypatch.setattr(torch, "device", lambda *args: cpu)
     cpu = torch.empty(0).device
@@ -290,10 +292,6 @@ def test_report_on_paper_and_screen(pretended_gpu, tmp_path):
 
 def test_json_is_strict_when_a_number_is_not_finite(tmp_path):
     report = run_benchmark(Net(), Settings(), device=torch.device("cpu"))
-    from dataclasses import replace
-
-    from prox24_lightning.convert.report import ModelVariant
-
     variant = ModelVariant("dense", 0, timing(1.0), None, None, 1, float("nan"))
     stored = json.loads(replace(report, model=(variant,)).to_json(), parse_constant=pytest.fail)
     assert stored["model"][0]["output_error"] == "nan"

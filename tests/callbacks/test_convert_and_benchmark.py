@@ -1,0 +1,395 @@
+"""The final hook: it reports, touches nothing, and never fails a finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import TinyModule, quiet_trainer, tiny_loader
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from prox24_lightning import ConvertAndBenchmark, Prox24
+from prox24_lightning.callbacks import convert_and_benchmark
+from prox24_lightning.convert import SemiStructuredLinear
+from prox24_lightning.mask import is_24
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
+
+HIDDEN = "model.2"
+
+
+def prox(**arguments) -> Prox24:
+    return Prox24(**{"start": 0, "freeze": 3, "targets": [f"{HIDDEN}.weight"], "verbose": False, **arguments})
+
+
+def fit(tmp_path, *callbacks, module=None, steps=6, **arguments):
+    final = ConvertAndBenchmark(verbose=False)
+    module = TinyModule() if module is None else module
+    trainer = quiet_trainer(max_steps=steps, callbacks=[*callbacks, final], default_root_dir=tmp_path, **arguments)
+    trainer.fit(module, tiny_loader())
+    return final, module, trainer
+
+
+def states(report) -> dict[str, tuple[str, str]]:
+    return {layer.name: (layer.state, layer.why) for layer in report.layers}
+
+
+def test_a_run_without_a_gpu_reports_what_it_would_do(tmp_path, capsys):
+    module = TinyModule()
+    final = ConvertAndBenchmark()
+    trainer = quiet_trainer(max_steps=6, callbacks=[prox(), final], default_root_dir=tmp_path)
+    trainer.fit(module, tiny_loader())
+    stored = json.loads((tmp_path / "benchmark.json").read_text())
+    found = {layer["name"]: layer["state"] for layer in stored["layers"]}
+    assert found == {"model.0": "dense", HIDDEN: "fits", "model.4": "dense"}
+    assert stored["error"] is None
+    assert stored["machine"]["GPU"] == "none in use"
+    page = (tmp_path / "benchmark.md").read_text()
+    assert "would be sparse on a GPU" in page
+    assert "prox24 left it dense: not among the targets" in page
+    assert "would be sparse on a GPU" in " ".join(capsys.readouterr().out.split()) or HIDDEN in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "benchmark.md"]
+
+
+def test_the_model_stays_dense_and_trainable(tmp_path):
+    sparsifier = prox()
+    final, module, _ = fit(tmp_path, sparsifier)
+    assert type(module.model[2]) is torch.nn.Linear
+    assert is_24(module.model[2].weight)
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in module.parameters())
+    assert not any(layer._forward_pre_hooks for layer in module.modules())
+    before = module.model[0].weight.clone()
+    trainer = quiet_trainer(max_steps=9, callbacks=[sparsifier, final], default_root_dir=tmp_path)
+    trainer.fit(module, tiny_loader())
+    assert not torch.equal(module.model[0].weight, before)
+    assert states(final.report)[HIDDEN][0] == "fits"
+
+
+def test_before_the_freeze_the_phase_is_the_reason(tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 3
+
+    with pytest.warns(UserWarning, match="before the freeze"):
+        final, *_ = fit(tmp_path, prox(freeze=5), Stop())
+    state, why = states(final.report)[HIDDEN]
+    assert state == "dense"
+    assert "not 2:4" in why
+    assert "prox24 ended in phase 'sparsify', before its freeze" in why
+
+
+def test_without_prox24_every_linear_layer_is_looked_at(tmp_path):
+    final, *_ = fit(tmp_path)
+    assert set(states(final.report)) == {"model.0", "model.2", "model.4"}
+    assert "not 2:4" in states(final.report)[HIDDEN][1]
+
+
+def test_the_inputs_of_the_model_are_caught(tmp_path, monkeypatch):
+    seen = spy(monkeypatch)
+    fit(tmp_path, prox())
+    inputs = seen[0]["inputs"]
+    assert inputs.module_name == "model"
+    assert inputs.args[0].shape == (4, 8)
+
+
+def test_example_input_array_where_no_call_was_seen(tmp_path, monkeypatch):
+    class Direct(TinyModule):
+        example_input_array = torch.ones(2, 8)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            for layer in self.model:
+                x = layer(x)
+            return torch.nn.functional.mse_loss(x, y)
+
+    seen = spy(monkeypatch)
+    fit(tmp_path, prox(), module=Direct())
+    assert seen[0]["inputs"].module_name == ""
+    assert torch.equal(seen[0]["inputs"].args[0], torch.ones(2, 8))
+    Direct.example_input_array = None
+    fit(tmp_path, prox(), module=Direct())
+    assert seen[1]["inputs"] is None
+
+
+def spy(monkeypatch) -> list[dict]:
+    seen: list[dict] = []
+    original = convert_and_benchmark.run_benchmark
+
+    def run(model, settings, **arguments):
+        seen.append(arguments | {"settings": settings})
+        return original(model, settings, **arguments)
+
+    monkeypatch.setattr(convert_and_benchmark, "run_benchmark", run)
+    return seen
+
+
+@pytest.mark.parametrize("compiled", ["module", "model", "in place"])
+def test_compiled_modules(tmp_path, compiled):
+    module = TinyModule()
+    given = module
+    if compiled == "module":
+        given = torch.compile(module, backend="eager")
+    elif compiled == "model":
+        module.model = torch.compile(module.model, backend="eager")
+    else:
+        module.model.compile(backend="eager")
+    final, *_ = fit(tmp_path, prox(metric="weight"), module=given)
+    assert states(final.report)[HIDDEN] == ("fits", "no CUDA GPU in use")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_low_precision(tmp_path, precision):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the weights are stored in")
+        final, *_ = fit(tmp_path, prox(), precision=precision)
+    assert states(final.report)[HIDDEN][0] == "fits"
+
+
+def test_averaged_weights_are_those_that_are_judged(tmp_path):
+    """on_fit_end comes after every on_train_end: what an averaging callback puts in there is seen."""
+
+    class Dense(Callback):
+        def on_train_end(self, trainer, pl_module):
+            with torch.no_grad():
+                pl_module.model[2].weight.fill_(1)
+
+    final = ConvertAndBenchmark(verbose=False)
+    trainer = quiet_trainer(max_steps=6, callbacks=[final, prox(), Dense()], default_root_dir=tmp_path)
+    trainer.fit(TinyModule(), tiny_loader())
+    assert "64 of 64 groups" in states(final.report)[HIDDEN][1]
+
+
+def test_weight_averaging_and_checkpoints(tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", save_last=True)
+    final, module, _ = fit(tmp_path, WeightAveraging(), prox(), checkpoint, enable_checkpointing=True)
+    assert states(final.report)[HIDDEN][0] == "fits"
+    saved = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)["state_dict"]
+    assert "model.2.weight" in saved
+    assert torch.equal(saved["model.2.weight"], module.model[2].weight)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("kernel went away\nmore"), torch.cuda.OutOfMemoryError("CUDA out of memory."), KeyError("x")]
+)
+def test_a_failure_is_a_warning_and_an_entry(tmp_path, monkeypatch, error):
+    def run(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(convert_and_benchmark, "run_benchmark", run)
+    with pytest.warns(UserWarning, match="ConvertAndBenchmark failed, the run itself is complete"):
+        final, _, trainer = fit(tmp_path, prox())
+    assert trainer.state.finished
+    stored = json.loads((tmp_path / "benchmark.json").read_text())
+    assert stored["error"].startswith(type(error).__name__)
+    assert "**Failed:**" in (tmp_path / "benchmark.md").read_text()
+    assert final.report.scalars()["convert/failed"] == 1
+
+
+def test_a_failure_stays_a_warning_where_warnings_are_errors(tmp_path, monkeypatch):
+    def run(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(convert_and_benchmark, "run_benchmark", run)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="ConvertAndBenchmark failed")
+        _, _, trainer = fit(tmp_path, prox())
+    assert trainer.state.finished
+
+
+def test_ctrl_c_is_not_swallowed(tmp_path, monkeypatch):
+    def run(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert_and_benchmark, "run_benchmark", run)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, prox())
+    assert not (tmp_path / "benchmark.json").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    final = ConvertAndBenchmark(dirpath=tmp_path / "file", verbose=False)
+    trainer = quiet_trainer(max_steps=4, callbacks=[final], default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match="could not publish its report: (FileExistsError|NotADirectoryError)"):
+        trainer.fit(TinyModule(), tiny_loader())
+    assert trainer.state.finished
+
+
+def test_loggers_get_scalars_and_tensorboard_the_table(tmp_path):
+    loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
+    fit(tmp_path, prox(), logger=loggers)
+    assert (tmp_path / "csv" / "version_0" / "benchmark.json").exists(), "the first logger's folder"
+    assert "convert/layers_fits" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+    events = EventAccumulator(str(tmp_path / "tb" / "version_0"))
+    events.Reload()
+    assert events.Scalars("convert/layers_fits")[0].value == 1
+    assert events.Scalars("convert/layers_fits")[0].step == 6
+    text = events.Tensors("convert/report/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "## Layers" in text
+
+
+def test_a_logger_that_throws_does_not_stop_the_others(tmp_path):
+    class Broken(DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            if "convert/failed" in metrics:
+                raise ConnectionError("no network")
+
+        save_dir = None
+
+    good = CSVLogger(tmp_path, name="csv")
+    with pytest.warns(UserWarning, match="could not write to Broken: ConnectionError: no network"):
+        fit(tmp_path, prox(), logger=[Broken(), good])
+    assert "convert/failed" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+
+
+def test_dirpath_and_filename(tmp_path):
+    final = ConvertAndBenchmark(dirpath=str(tmp_path / "out"), filename="mine", verbose=False)
+    quiet_trainer(max_steps=2, callbacks=[final], default_root_dir=tmp_path).fit(TinyModule(), tiny_loader())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mine.json", "mine.md"]
+
+
+def test_fast_dev_run_writes_nothing(tmp_path, monkeypatch):
+    seen = spy(monkeypatch)
+    final = ConvertAndBenchmark(verbose=False)
+    trainer = quiet_trainer(fast_dev_run=True, callbacks=[final], default_root_dir=tmp_path)
+    trainer.fit(TinyModule(), tiny_loader())
+    assert final.report is not None
+    assert seen[0]["settings"].rounds == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_breaks_leaves_no_hooks(tmp_path):
+    class Breaks(TinyModule):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            raise RuntimeError("user error")
+
+    module = Breaks()
+    with pytest.raises(RuntimeError, match="user error"):
+        fit(tmp_path, module=module)
+    assert not any(layer._forward_pre_hooks for layer in module.modules())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dtype": "float32"}, "dtype='float32' has no sparse kernel"),
+        ({"filename": "a/b"}, "filename='a/b' is a name without folders"),
+        ({"token_counts": [0]}, "token_counts=.* whole numbers from 1 up"),
+        ({"run_mode": "fast"}, "run_mode='fast' is unknown"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ConvertAndBenchmark(**arguments)
+
+
+TWO_RANKS = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, {tests!r})
+from conftest import TinyModule, quiet_trainer, tiny_loader
+from prox24_lightning import ConvertAndBenchmark, Prox24
+
+if __name__ == "__main__":
+    final = ConvertAndBenchmark(in_place={in_place}, verbose=False)
+    prox = Prox24(start=0, freeze=1, targets=["model.2.weight"], verbose=False)
+    trainer = quiet_trainer(devices=2, strategy="ddp", max_steps=2, callbacks=[prox, final], default_root_dir={root!r})
+    trainer.fit(TinyModule(), tiny_loader())
+    print("rank", trainer.global_rank, "report", final.report is not None, flush=True)
+"""
+
+
+def two_ranks(tmp_path, in_place=False) -> subprocess.CompletedProcess:
+    script = tmp_path / "run.py"
+    script.write_text(TWO_RANKS.format(tests=os.path.dirname(__file__), root=str(tmp_path / "out"), in_place=in_place))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+
+
+def test_two_ranks_the_first_one_reports(tmp_path):
+    done = two_ranks(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 report True" in done.stdout
+    assert "rank 1 report False" in done.stdout
+    assert (tmp_path / "out" / "benchmark.json").exists()
+
+
+def test_in_place_on_two_ranks_is_refused_before_the_first_batch():
+    class TwoRanks:
+        world_size = 2
+
+    with pytest.raises(MisconfigurationException, match="would convert the model of one of 2 processes only"):
+        ConvertAndBenchmark(in_place=True).setup(TwoRanks(), TinyModule(), "fit")
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    torch.manual_seed(0)
+
+
+def gpu_fit(tmp_path, *, module=None, steps=6, **arguments):
+    final = ConvertAndBenchmark(**{"token_counts": (3, 64), "rounds": 3, **arguments})
+    module = TinyModule(width=64) if module is None else module
+    trainer = quiet_trainer(accelerator="gpu", max_steps=steps, callbacks=[prox(), final], default_root_dir=tmp_path)
+    trainer.fit(module, tiny_loader())
+    return final, module
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_run_on_a_gpu(gpu, tmp_path):
+    final, module = gpu_fit(tmp_path, only_if_faster=False)
+    report = final.report
+    assert report.error is None
+    assert report.notes == ()
+    assert report.names("sparse") == (HIDDEN,)
+    assert [variant.name for variant in report.model] == ["dense", "all_sparse"]
+    assert report.model[1].output_error < 2e-2
+    assert json.loads((tmp_path / "benchmark.json").read_text())["model_scope"] == "model"
+    assert type(module.model[2]) is torch.nn.Linear
+    assert next(module.parameters()).device.type == "cpu"
+    gpu_fit(tmp_path, module=module)
+    assert is_24(module.model[2].weight), "a second fit of the same model"
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_only_what_is_faster_on_a_gpu(gpu, tmp_path):
+    final, _ = gpu_fit(tmp_path)
+    for shape in final.report.shapes:
+        assert shape.sparse == all(result.speedup("eager") >= 1 for result in shape.tokens) or "whole" in shape.decision
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_in_place_on_a_gpu(gpu, tmp_path):
+    final, module = gpu_fit(tmp_path, in_place=True, only_if_faster=False)
+    assert final.report.error is None
+    assert isinstance(module.model[2], SemiStructuredLinear)
+    assert module.model[0].weight.is_cuda
+    with torch.no_grad():
+        assert module(torch.randn(5, 8, device="cuda", dtype=torch.bfloat16)).shape == (5, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_out_of_memory_on_a_gpu_is_an_entry(gpu, tmp_path):
+    final, _ = gpu_fit(tmp_path, token_counts=(2**40,))
+    why = states(final.report)[HIDDEN][1]
+    assert why.startswith("could not be measured: ")
+    assert final.report.error is None

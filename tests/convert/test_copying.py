@@ -1,0 +1,217 @@
+"""A copy for measuring takes the weights along and nothing else; inputs are caught where Python sees the call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from prox24_lightning.convert.copying import bare_copy, move_inputs
+from prox24_lightning.convert.example_inputs import InputCatcher
+
+CPU = torch.device("cpu")
+
+
+class Uncopyable:
+    def __deepcopy__(self, memo):
+        raise AssertionError("was copied")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 4, bias=False)
+        self.tied = nn.Linear(8, 4, bias=False)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x, *, scale=1.0):
+        return self.head(self.body(x)) * scale
+
+
+def test_a_copy_is_detached_cast_and_tied():
+    net = Net().train()
+    net(torch.randn(4, 8)).sum().backward()
+    twin = bare_copy(net, device=CPU, dtype=torch.bfloat16)
+    assert twin.tied.weight is twin.head.weight
+    assert not twin.training
+    for name, parameter in twin.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+        assert parameter.data_ptr() != net.get_parameter(name).data_ptr()
+    assert twin.body[1].running_mean.dtype == torch.bfloat16
+    assert twin.body[1].num_batches_tracked.dtype == torch.int64
+    assert net.training
+    assert net.head.weight.grad is not None
+
+
+def test_a_copy_in_the_same_dtype_is_still_a_copy():
+    net = Net()
+    twin = bare_copy(net, device=CPU)
+    with torch.no_grad():
+        twin.head.weight.zero_()
+    assert net.head.weight.abs().sum() > 0
+
+
+def test_hooks_and_what_they_hold_stay_behind():
+    net = Net()
+    owner = Uncopyable()
+    owner.hook = lambda module, args, output: calls.append(1)
+    calls = []
+
+    class Watcher(Uncopyable):
+        def look(self, module, args, output):
+            calls.append(module)
+
+    net.body.register_forward_hook(Watcher().look)
+    twin = bare_copy(net, device=CPU)
+    twin(torch.randn(2, 8))
+    assert calls == []
+    net.eval()(torch.randn(2, 8))
+    assert len(calls) == 1
+
+
+def test_shared_things_are_shared():
+    net = Net()
+    net.trainer = Uncopyable()
+    twin = bare_copy(net, device=CPU, shared=[net.trainer])
+    assert twin.trainer is net.trainer
+
+
+def test_compiled_modules_are_copied_as_what_they_were_made_from():
+    net = Net().eval()
+    x = torch.randn(2, 8)
+    expected = net(x)
+    net.body = torch.compile(net.body, backend="eager")
+    net.head.compile(backend="eager")
+    twin = bare_copy(torch.compile(net, backend="eager"), device=CPU)
+    assert type(twin) is Net
+    assert type(twin.body) is nn.Sequential
+    assert twin.head._compiled_call_impl is None
+    assert torch.equal(twin(x), expected)
+    assert hasattr(net.body, "_orig_mod"), "the original stays compiled"
+    assert net.head._compiled_call_impl is not None
+
+
+def test_the_original_is_whole_again_when_copying_fails():
+    net = Net()
+    net.register_forward_hook(lambda *args: None)
+    net.secret = Uncopyable()
+    with pytest.raises(AssertionError, match="was copied"):
+        bare_copy(net, device=CPU)
+    assert len(net._forward_hooks) == 1
+
+
+def test_a_sharded_parameter_is_refused():
+    net = Net()
+    net.head.weight.placements = ()
+    with pytest.raises(ValueError, match=r"head\.weight is sharded over ranks"):
+        bare_copy(net, device=CPU)
+
+
+def test_inputs_move_floats_only_and_keep_their_structure():
+    class Batch:
+        def to(self, device):
+            self.device = device
+            return self
+
+    found = move_inputs(
+        ({"x": torch.ones(2), "ids": torch.ones(2, dtype=torch.long)}, [Batch(), "text", None]),
+        device=CPU,
+        dtype=torch.float16,
+    )
+    assert found[0]["x"].dtype == torch.float16
+    assert found[0]["ids"].dtype == torch.int64
+    assert found[1][0].device == CPU
+    assert found[1][1:] == ["text", None]
+
+
+class Wrapper(nn.Module):
+    """Like a LightningModule around a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = Net()
+
+    def forward(self, x):
+        return self.model(x, scale=2.0)
+
+
+LAYERS = ["model.body.0", "model.body.2"]
+
+
+def test_the_outermost_submodule_is_preferred():
+    root = Wrapper()
+    catcher = InputCatcher(root, LAYERS)
+    x = torch.randn(3, 8)
+    root(x)
+    assert catcher.inputs.module_name == "model"
+    assert catcher.inputs.kwargs == {"scale": 2.0}
+    assert torch.equal(catcher.inputs.args[0], x)
+    assert catcher.inputs.args[0] is not x
+    x.zero_()
+    assert catcher.inputs.args[0].abs().sum() > 0
+
+
+def test_only_the_first_call_counts_and_hooks_go():
+    root = Wrapper()
+    catcher = InputCatcher(root, LAYERS)
+    root(torch.ones(3, 8))
+    root(torch.zeros(3, 8))
+    assert catcher.inputs.args[0].sum() == 24
+    catcher.remove()
+    assert not any(module._forward_pre_hooks for module in root.modules())
+
+
+def test_a_part_is_taken_where_the_whole_is_never_called():
+    root = Wrapper()
+    catcher = InputCatcher(root, LAYERS)
+    root.model.body(torch.ones(3, 8))
+    assert catcher.inputs.module_name == "model.body"
+
+
+@pytest.mark.parametrize("layers, name", [(["a", "b"], ""), (["a"], ""), ([], None)])
+def test_layers_at_the_top_need_the_root(layers, name):
+    root = nn.Sequential()
+    root.add_module("a", nn.Linear(4, 4))
+    root.add_module("b", nn.Linear(4, 4))
+    catcher = InputCatcher(root, layers)
+    root(torch.ones(2, 4))
+    assert (catcher.inputs and catcher.inputs.module_name) == name
+
+
+def test_a_compiled_model_is_watched_from_outside():
+    root = Wrapper()
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    root.model = torch.compile(root.model, backend=backend)
+    catcher = InputCatcher(root, LAYERS)
+    root(torch.ones(3, 8))
+    catcher.remove()
+    root(torch.ones(3, 8))
+    assert catcher.inputs.module_name == "model"
+    assert len(compilations) == 1, "no recompilation once the hook is gone"
+
+
+def test_nothing_is_hooked_in_a_model_compiled_whole():
+    root = Wrapper()
+    root.compile(backend="eager")
+    catcher = InputCatcher(root, LAYERS)
+    assert not any(module._forward_pre_hooks for module in root.modules())
+    assert catcher.inputs is None
+
+
+def test_an_input_that_cannot_be_kept_does_not_stop_the_run():
+    class Stubborn(torch.Tensor):
+        def detach(self):
+            raise RuntimeError("no")
+
+    root = Wrapper()
+    catcher = InputCatcher(root, LAYERS)
+    root(torch.ones(3, 8).as_subclass(Stubborn))
+    assert catcher.inputs is None
