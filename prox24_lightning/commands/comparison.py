@@ -21,7 +21,7 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 LABELS: dict[Variant, str] = {
     "dense": "dense",
-    "asp": "one-shot magnitude + masked fine-tune (ASP)",
+    "asp": "one-shot magnitude (ASP)",
     "prox24": "Prox24",
 }
 _VERSIONS = ("prox24_lightning", "torch", "lightning", "transformers", "torchmetrics", "datasets", "numpy")
