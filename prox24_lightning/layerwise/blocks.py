@@ -1,0 +1,217 @@
+"""Find a model's repeated blocks, and record with what arguments the model calls them.
+
+Nothing about an architecture is written down here: the blocks are the largest list of like modules, and the
+arguments (attention masks, position embeddings, flags) are whatever the model itself passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.groups import clean_name
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """``modules[i]`` is called ``names[i]``; ``whole`` says that the model itself is the only block."""
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    whole: bool = False
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def owns(self, index: int, module_name: str) -> bool:
+        """Whether the module of that name is block ``index`` or lies in it."""
+        return self.whole or f"{module_name}.".startswith(f"{self.names[index]}.")
+
+
+def find_blocks(model: nn.Module, name: str | None = None) -> Blocks:
+    """The repeated blocks of ``model``: its largest ``ModuleList`` whose members are all of one class.
+
+    Args:
+        model: any module; without such a list the whole model counts as one block.
+        name: take this ``ModuleList`` or ``Sequential`` instead, for instance ``"model.layers"``.
+
+    Raises:
+        ValueError: if ``name`` is not the name of a list of modules.
+    """
+    lists = {clean_name(key): module for key, module in model.named_modules()}
+    if name is not None:
+        named = lists.get(name)
+        if not isinstance(named, (nn.ModuleList, nn.Sequential)) or not len(named):
+            known = [key for key, module in lists.items() if isinstance(module, nn.ModuleList) and len(module)]
+            raise ValueError(
+                f"blocks={name!r} is not a list of modules of {type(model).__name__}; "
+                f"it has {', '.join(known) or 'none'}"
+            )
+        return _blocks(name, named)
+    best, most = None, 0
+    for key, module in lists.items():
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if size > most:
+                best, most = (key, module), size
+    return Blocks(("",), (model,), whole=True) if best is None else _blocks(*best)
+
+
+def _blocks(name: str, modules: nn.ModuleList | nn.Sequential) -> Blocks:
+    return Blocks(tuple(f"{name}.{key}" for key, _ in modules.named_children()), tuple(modules))
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` on a batch: a mapping gives keyword arguments, a tuple or list positional ones."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Move every tensor inside ``value`` (nested tuples, lists, mappings) to ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(item, device) for item in value)
+    if type(value) is dict:
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value
+
+
+@dataclass
+class Call:
+    """The arguments of one call of one block. The hidden state, which flows from block to block, is left out.
+
+    Attributes:
+        args, kwargs: as the model passed them, with None in the hidden state's place.
+        place: position in ``args`` (int) or name in ``kwargs`` (str) of the hidden state.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    place: int | str
+
+    def run(self, block: nn.Module, hidden: Tensor, device: torch.device | str) -> Any:
+        """Call ``block`` with ``hidden`` in its place, everything on ``device``."""
+        args, kwargs = list(to_device(self.args, device)), to_device(self.kwargs, device)
+        if isinstance(self.place, int):
+            args[self.place] = hidden.to(device)
+        else:
+            kwargs[self.place] = hidden.to(device)
+        return block(*args, **kwargs)
+
+
+def hidden_of(output: Any, block: str) -> Tensor:
+    """The hidden state in a block's output: the output itself, or the first entry of a tuple.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(first, Tensor):
+        raise ValueError(
+            f"block {block} returns {type(output).__name__}; the layer-wise walk follows a tensor, or a tuple "
+            "that begins with one"
+        )
+    return first
+
+
+def split_call(args: tuple, kwargs: dict[str, Any], block: str) -> tuple[Call, Tensor]:
+    """Separate the hidden state (the first floating tensor) from a block's other arguments; caches become None.
+
+    Raises:
+        ValueError: if no argument is a floating tensor.
+    """
+    args, kwargs = tuple(_no_cache(value) for value in args), {k: _no_cache(v) for k, v in kwargs.items()}
+    entries: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    entries.sort(key=lambda entry: entry[0] != "hidden_states")
+    for place, value in entries:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if isinstance(place, int):
+                return Call((*args[:place], None, *args[place + 1 :]), kwargs, place), value
+            return Call(args, {**kwargs, place: None}, place), value
+    raise ValueError(f"block {block} is called without a floating tensor; name the right list of modules with blocks=")
+
+
+def _no_cache(value: Any) -> Any:
+    # Known by what it does rather than by class, so that every release of transformers is covered.
+    return None if hasattr(value, "get_seq_length") else value
+
+
+@contextmanager
+def caches_off(model: nn.Module) -> Iterator[None]:
+    """Turn key-value caches off through the model's own config, and dropout off; restore both."""
+    config: Any = getattr(model, "config", None)
+    old = getattr(config, "use_cache", None)
+    training = {module: module.training for module in model.modules()}
+    if old is not None:
+        config.use_cache = False
+    model.eval()
+    try:
+        yield
+    finally:
+        if old is not None:
+            config.use_cache = old
+        for module, flag in training.items():
+            module.training = flag
+
+
+@torch.no_grad()
+def capture(model: nn.Module, blocks: Blocks, batches: Iterable[Any]) -> Iterator[tuple[list[Call], Tensor]]:
+    """For every batch, the calls of all blocks and the hidden state that enters the first of them.
+
+    Blocks are not computed: each hands its hidden state on, in the form (tensor or tuple) that the first block's true
+    output has. So the cost is that of the model's embeddings, and a model of any size can be captured on CPU.
+
+    Args:
+        batches: what :func:`call_model` takes, on the model's device.
+
+    Raises:
+        ValueError: if a batch does not reach every block once.
+    """
+    forwards = [block.forward for block in blocks.modules]
+    calls: dict[int, Call] = {}
+    state: dict[str, Any] = {"form": None, "hidden": None}
+
+    def stand_in(index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        name = blocks.names[index]
+        if index in calls:
+            raise ValueError(
+                f"block {name} is called twice in one forward pass; the layer-wise walk needs one call each"
+            )
+        calls[index], hidden = split_call(args, kwargs, name)
+        if index == 0:
+            state["hidden"] = hidden
+        if state["form"] is None:
+            output = forwards[index](*args, **kwargs)
+            hidden_of(output, name)
+            state["form"] = type(output) if isinstance(output, (tuple, list)) else Tensor
+            state["rest"] = tuple(None for _ in output[1:]) if state["form"] is not Tensor else ()
+        return hidden if state["form"] is Tensor else (hidden, *state["rest"])
+
+    try:
+        for index, block in enumerate(blocks.modules):
+            block.forward = lambda *args, _index=index, **kwargs: stand_in(_index, args, kwargs)
+        for number, batch in enumerate(batches):
+            calls.clear()
+            call_model(model, batch)
+            if len(calls) != len(blocks):
+                missing = [name for index, name in enumerate(blocks.names) if index not in calls]
+                raise ValueError(
+                    f"calibration batch {number} never reached {missing[0]} ({len(missing)} blocks in all)"
+                )
+            yield [calls[index] for index in range(len(blocks))], state["hidden"]
+    finally:
+        for block in blocks.modules:
+            # The instance attribute hides the class's method.
+            del block.forward

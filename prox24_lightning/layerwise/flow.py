@@ -1,0 +1,83 @@
+"""The hidden states of all calibration batches on their way through a model's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from prox24_lightning.layerwise.blocks import Blocks, Call, call_model, capture, hidden_of, to_device
+from prox24_lightning.layerwise.storage import HiddenStates, checksum
+
+
+@dataclass
+class Flow:
+    """The hidden states on their way through the blocks, and how each batch calls each block."""
+
+    blocks: Blocks
+    device: torch.device
+    home: torch.device
+    calls: list[list[Call]]
+    hidden: HiddenStates
+    place: str
+    batches: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def begin(
+        cls,
+        model: nn.Module,
+        blocks: Blocks,
+        batches: Iterable[Any],
+        home: torch.device,
+        device: torch.device,
+        place: str,
+    ) -> Flow:
+        flow = cls(blocks, device, home, [], HiddenStates(place), place)
+        if blocks.whole:
+            flow.batches = [_moved(batch, home) for batch in batches]
+        else:
+            moved = (_moved(batch, home) for batch in batches)
+            for calls, hidden in capture(model, blocks, moved):
+                flow.calls.append(calls)
+                flow.hidden.append(hidden)
+        if not len(flow):
+            raise ValueError("there are no calibration batches; give at least one")
+        return flow
+
+    def __len__(self) -> int:
+        return len(self.batches) if self.blocks.whole else len(self.calls)
+
+    def copy(self) -> Flow:
+        """A second flow with its own hidden states, for the dense model."""
+        place = self.place if self.place in ("device", "cpu") else f"{self.place}/dense"
+        twin = Flow(self.blocks, self.device, self.home, self.calls, HiddenStates(place), place, self.batches)
+        for number in range(len(self.hidden)):
+            twin.hidden.append(self.hidden[number])
+        return twin
+
+    def identity(self) -> list[Any]:
+        """What tells this run's data from another's."""
+        if self.blocks.whole:
+            return [len(self)]
+        return [len(self), list(self.hidden[0].shape), checksum(self.hidden[0])]
+
+    def run(self, index: int, block: nn.Module, number: int) -> Any:
+        """Call block ``index`` (or a copy of it) on batch ``number``."""
+        if self.blocks.whole:
+            return call_model(block, to_device(self.batches[number], self.device))
+        return self.calls[number][index].run(block, self.hidden[number], self.device)
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace every hidden state by what the block makes of it."""
+        if index + 1 == len(self.blocks):
+            return
+        for number in range(len(self)):
+            self.hidden[number] = hidden_of(self.run(index, block, number), self.blocks.names[index])
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    # Tokenizers return their own kind of mapping.
+    return to_device(dict(batch) if isinstance(batch, Mapping) else batch, device)

@@ -1,0 +1,135 @@
+"""The paper's pruner for one layer: minimise the local squared loss under the 2:4 penalty while its strength grows.
+
+Both solvers work in the coordinates ``Z = V * s`` with ``s`` the rms of each input, in which ``H`` has a unit
+diagonal, and both use the exact :func:`~prox24_lightning.prox.prox_24`:
+
+- :func:`prox_gradient` is arXiv 2501.18015's way: a gradient step on the loss, then the prox. Its step is bounded by
+  ``1 / lambda_max(H)``, so directions in which ``H`` is small hardly move within a few hundred steps.
+- :func:`prox_splitting` solves the same problem by Douglas-Rachford splitting (ADMM): the loss is minimised exactly
+  each time, through ``(H + rho I)^-1``, so every direction moves at once.
+
+Strengths are given in units of 1 / rms of the rows of ``Z``: each row is scaled by its own, so the result for
+a row depends on no other row (along ``dim=0``, where groups span rows, by the rms of the whole weight).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.layerwise.loss import input_scale, regularized
+from prox24_lightning.layerwise.sparsegpt import cholesky
+from prox24_lightning.prox import prox_24
+from prox24_lightning.schedules import Exponential
+
+STRENGTHS = Exponential(0.01, 100.0)
+"""At its end every group whose largest entry exceeds 1.2 % of the row's rms is 2:4 by the prox itself."""
+
+PENALTIES = Exponential(0.01, 1.0)
+"""ADMM's rho, relative to the mean energy of an input: from "follow the loss" to "agree with the sparse copy"."""
+
+
+def _scaled(weight: Tensor, moments: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``(Z, H in Z's coordinates, s)``."""
+    scale = input_scale(moments)
+    return weight * scale, regularized(moments, damping) / (scale.unsqueeze(1) * scale), scale
+
+
+def _unit(dense: Tensor, dim: int) -> Tensor:
+    """1 / rms of each row, or of the whole weight where groups span rows; 0 for a row of zeros."""
+    mean = dense.square().mean(1, keepdim=True) if dim % 2 == 1 else dense.square().mean().reshape(1, 1)
+    return torch.where(mean > 0, mean, torch.inf).rsqrt()
+
+
+def largest_eigenvalue(moments: Tensor, iterations: int = 30) -> Tensor:
+    """The largest eigenvalue of a positive semi-definite matrix by power iteration, plus 2 % (0-dim).
+
+    The iteration approaches from below; the margin keeps a gradient step of its inverse from diverging.
+    """
+    vector = moments.sum(1) + moments.diagonal()
+    for _ in range(iterations):
+        vector = moments @ (vector / torch.linalg.vector_norm(vector).clamp_min(1e-30))
+    return 1.02 * torch.linalg.vector_norm(vector)
+
+
+def prox_gradient(
+    weight: Tensor,
+    moments: Tensor,
+    *,
+    dim: int = -1,
+    steps: int = 400,
+    momentum: float = 0.0,
+    damping: float = 1e-3,
+) -> Tensor:
+    """Proximal gradient descent from the dense weight, ``steps`` steps, strength growing along ``STRENGTHS``.
+
+    Args:
+        weight: (out_features, in_features), float32 or float64.
+        moments: (in_features, in_features), same dtype.
+        dim: the dimension along which the groups of four lie.
+        momentum: share of the last step that is repeated before the gradient is taken; 0.9 lowers the loss at no cost.
+        damping: added to the diagonal of ``moments``, relative to each entry.
+
+    Returns:
+        a new weight; all but a few groups are 2:4.
+    """
+    dense, moments, scale = _scaled(weight, moments, damping)
+    step_matrix = moments / -largest_eigenvalue(moments)
+    unit = _unit(dense, dim)
+    z, last = dense.clone(), dense
+    for step in range(steps):
+        ahead = torch.lerp(last, z, 1 + momentum)
+        last = z
+        z = torch.addmm(ahead, ahead - dense, step_matrix)
+        prox_24(z, unit * STRENGTHS(step / max(1, steps - 1)), dim=dim, out=z)
+    return z / scale
+
+
+def prox_splitting(
+    weight: Tensor,
+    moments: Tensor,
+    *,
+    dim: int = -1,
+    steps: int = 200,
+    levels: int = 20,
+    damping: float = 1e-3,
+    name: str = "layer",
+) -> Tensor:
+    """Douglas-Rachford splitting (ADMM) of local loss and penalty, ``steps`` steps, strength and rho growing.
+
+    One step, with ``Z0`` the dense weight and ``U`` the running disagreement::
+
+        V = argmin 1/2 tr((V - Z0) H (V - Z0)^T) + rho/2 ||V - Z + U||^2
+        Z = prox(V + U, strength);   U = U + V - Z
+
+    Args:
+        weight, moments, dim, damping: as for :func:`prox_gradient`.
+        levels: how many values rho takes; each needs one inverse of an (in_features, in_features) matrix.
+        name: for error messages.
+
+    Returns:
+        the last ``Z``, a new weight; all but a few groups are 2:4.
+    """
+    dense, moments, scale = _scaled(weight, moments, damping)
+    unit = _unit(dense, dim)
+    levels = max(1, min(levels, steps))
+    z, disagreement = dense.clone(), torch.zeros_like(dense)
+    pulled = dense @ moments
+    last_rho = None
+    for level in range(levels):
+        rho = PENALTIES(level / max(1, levels - 1))
+        shifted = moments.clone()
+        shifted.diagonal().add_(rho)
+        inverse = torch.cholesky_inverse(cholesky(shifted, name=name))
+        base = pulled @ inverse
+        inverse.mul_(rho)
+        if last_rho is not None:
+            # U is the multiplier over rho; the multiplier is what carries over.
+            disagreement.mul_(last_rho / rho)
+        last_rho = rho
+        for step in range(level * steps // levels, (level + 1) * steps // levels):
+            agreed = torch.addmm(base, z - disagreement, inverse)
+            disagreement.add_(agreed)
+            prox_24(disagreement, unit * STRENGTHS(step / max(1, steps - 1)), dim=dim, out=z)
+            disagreement.sub_(z)
+    return z / scale

@@ -1,0 +1,123 @@
+"""Where a layer-wise run keeps hidden states while they wait, and finished blocks in case it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prox24_lightning.layerwise.report import LayerRecord, records_from_json
+
+
+class HiddenStates:
+    """One hidden state a calibration batch: on the device that computed it, on CPU, or in files.
+
+    Args:
+        place: ``"device"`` leaves tensors where they are, ``"cpu"`` moves them there, any other text is a folder
+            that takes one file a batch.
+    """
+
+    def __init__(self, place: str = "device") -> None:
+        self.place = place
+        self._held: list[Tensor | Path] = []
+        if place not in ("device", "cpu"):
+            Path(place).mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __getitem__(self, index: int) -> Tensor:
+        held = self._held[index]
+        return held if isinstance(held, Tensor) else load_file(held)["hidden"]
+
+    def append(self, hidden: Tensor) -> None:
+        self._held.append(self._keep(len(self._held), hidden))
+
+    def __setitem__(self, index: int, hidden: Tensor) -> None:
+        self._held[index] = self._keep(index, hidden)
+
+    def _keep(self, index: int, hidden: Tensor) -> Tensor | Path:
+        if self.place == "device":
+            return hidden
+        if self.place == "cpu":
+            return hidden.cpu()
+        path = Path(self.place, f"hidden_{index:05d}.safetensors")
+        save_file({"hidden": hidden.contiguous()}, path)
+        return path
+
+
+class FinishedBlocks:
+    """A folder with one file a finished block, so that a killed run goes on where it stopped.
+
+    Args:
+        folder: made if it does not exist.
+        settings: what must be the same for old blocks to be taken over; JSON values only.
+
+    Raises:
+        ValueError: if the folder belongs to a run with other settings.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        wanted = json.loads(json.dumps(settings))
+        path = self.folder / "settings.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            different = sorted(
+                key for key in {*found, *wanted} if found.get(key, "missing") != wanted.get(key, "missing")
+            )
+            if different:
+                key = different[0]
+                raise ValueError(
+                    f"{self.folder} holds blocks of another run: {key} was {found.get(key)!r} and is now "
+                    f"{wanted.get(key)!r}; use another work_dir, or remove that folder"
+                )
+        else:
+            _write(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
+
+    def save(
+        self, index: int, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], records: Sequence[LayerRecord]
+    ) -> None:
+        """Write block ``index``; a kill in between leaves no half-written file."""
+        tensors = {f"weight.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        tensors |= {f"mask.{name}": mask.cpu().contiguous() for name, mask in masks.items()}
+        layers = json.dumps([asdict(record) for record in records])
+        _write(self._path(index), lambda temporary: save_file(tensors, temporary, metadata={"layers": layers}))
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[LayerRecord]] | None:
+        """Weights, masks and records of block ``index``, or None if it is not finished."""
+        path = self._path(index)
+        if not path.exists():
+            return None
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            records = records_from_json(json.loads(file.metadata()["layers"]))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        weights = {key.removeprefix("weight."): value for key, value in tensors.items() if key.startswith("weight.")}
+        masks = {key.removeprefix("mask."): value for key, value in tensors.items() if key.startswith("mask.")}
+        return weights, masks, records
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block_{index:05d}.safetensors"
+
+
+def _write(path: Path, write: Any) -> None:
+    temporary = path.with_suffix(".partial")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def checksum(tensor: Tensor) -> str:
+    """A short text that differs between different data; for comparing runs, not for security."""
+    values = tensor.detach().double()
+    weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64).remainder_(97)
+    return f"{float((values.flatten() * weights).sum()):.10e}"

@@ -1,0 +1,277 @@
+"""The walk over a model: block after block, stage after stage, each layer solved on the inputs it will really see."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.groups import Geometry, GroupedWeight, SkippedWeight, select_weights
+from prox24_lightning.layerwise.blocks import Blocks, caches_off, find_blocks
+from prox24_lightning.layerwise.budget import within_budget
+from prox24_lightning.layerwise.flow import Flow
+from prox24_lightning.layerwise.layers import SecondMoments, as_matrix, from_matrix, input_rows, why_not_solvable
+from prox24_lightning.layerwise.progress import LayerProgress
+from prox24_lightning.layerwise.report import LayerRecord, LayerwiseReport
+from prox24_lightning.layerwise.solve import Method, Refine, solve_layer
+from prox24_lightning.layerwise.stages import Stage, inputs_of, order_of_calls
+from prox24_lightning.layerwise.storage import FinishedBlocks
+
+
+def prune_layerwise(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    method: Method = "prox",
+    refine: Refine | None = "masked_gradient",
+    targets: Sequence[str] | None = None,
+    skip: Sequence[str] | None = None,
+    geometry: Geometry = "row",
+    blocks: str | None = None,
+    budget: float = 0.0,
+    dense_target: float = 0.0,
+    device: str | torch.device | None = None,
+    offload: str = "device",
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+    **solver: Any,
+) -> LayerwiseReport:
+    """Make the linear and convolution layers of a model's blocks 2:4, in place and without training.
+
+    The blocks are pruned in the order of execution. Inside a block, layers that see the same input are solved
+    together, on second moments taken after everything before them has been pruned. Only the block at work has to be on
+    ``device``; the rest of the model stays where it is.
+
+    Args:
+        model: any module; Hugging Face models need no adapter. Its parameters change in place, in their own dtype.
+        batches: calibration batches: mappings (keyword arguments of the model), tuples or tensors. Read once.
+        method, refine: see :func:`~prox24_lightning.layerwise.solve.solve_layer`.
+        targets, skip: patterns of names, see :func:`~prox24_lightning.groups.select_weights`.
+        geometry: ``"row"``: groups of four along a layer's inputs, ``"column"``: along its outputs.
+        blocks: name of the list of blocks, where the largest list of like modules is not the right one.
+        budget: share in [0, 1) of the eligible weights that may stay dense; it goes to the layers that lose most of
+            their output's energy by Wanda's mask with refinement, found by one more pass over the model.
+        dense_target: 0 keeps the outputs of the dense weight on the pruned model's inputs; 1 aims at the outputs that
+            the layer had in the dense model (error feedback); values between mix the two. Costs a second copy of the
+            block and of the hidden states.
+        device: where blocks are solved; None is where the model is.
+        offload: where the hidden states wait: ``"device"``, ``"cpu"`` or a folder.
+        work_dir: folder for finished blocks; a run that was killed goes on at the first unfinished one.
+        progress: show a bar with the time left.
+        solver: ``steps``, ``momentum``, ``damping``, ``refine_steps``, ``tolerance`` of ``solve_layer``.
+
+    Returns:
+        a report with one record a layer, and the masks.
+
+    Raises:
+        ValueError: for arguments that do not fit the model, and for a layer that cannot be solved (its inputs are not
+            finite, say), by name. Blocks that were finished before stay pruned, and stay in ``work_dir``.
+    """
+    for argument, value in (("budget", budget), ("dense_target", dense_target)):
+        if not 0 <= value <= 1 or (argument == "budget" and value == 1):
+            raise ValueError(f"{argument}={value} must lie in [0, 1{')' if argument == 'budget' else ']'}")
+    found = find_blocks(model, blocks)
+    selection = select_weights(model, targets=targets, skip=skip, geometry=geometry)
+    settings: dict[str, Any] = {
+        "method": method,
+        "refine": refine,
+        "targets": None if targets is None else list(targets),
+        "skip": None if skip is None else list(skip),
+        "geometry": geometry,
+        "budget": budget,
+        "dense_target": dense_target,
+        **solver,
+    }
+    report = LayerwiseReport(settings, skipped=list(selection.skipped))
+    chosen = _inside(selection.chosen, found, report.skipped)
+    if not chosen:
+        reasons = "; ".join(sorted({weight.reason for weight in report.skipped})) or "it has no weights"
+        raise ValueError(f"no weight of {type(model).__name__} can be pruned layer-wise: {reasons}")
+
+    begin = time.perf_counter()
+    home = next(model.parameters()).device
+    device = torch.device(home if device is None else device)
+    with caches_off(model), torch.no_grad(), LayerProgress(len(chosen), enabled=progress) as bar:
+        flow = Flow.begin(model, found, batches, home, device, offload)
+        if budget:
+            chosen, dense = within_budget(flow, chosen, budget, bar)
+            report.skipped += dense
+            bar.shrink(len(dense))
+        done = None
+        if work_dir is not None:
+            shapes = {weight.name: list(weight.parameter.shape) for weight in chosen}
+            identity = {"model": type(model).__name__, "weights": shapes, "inputs": flow.identity()}
+            done = FinishedBlocks(work_dir, {**settings, **identity})
+        twin = flow.copy() if dense_target else None
+        for index in range(len(found)):
+            inside = [weight for weight in chosen if found.owns(index, weight.module_name)]
+            walker = _Walker(flow, twin, index, inside, settings, solver, bar)
+            walker.run(report, done)
+    report.seconds += time.perf_counter() - begin
+    return report
+
+
+@dataclass
+class _Walker:
+    """The work on one block."""
+
+    flow: Flow
+    twin: Flow | None
+    index: int
+    weights: list[GroupedWeight]
+    settings: dict[str, Any]
+    solver: dict[str, Any]
+    bar: LayerProgress
+
+    def run(self, report: LayerwiseReport, done: FinishedBlocks | None) -> None:
+        block = self.flow.blocks.modules[self.index].to(self.flow.device)
+        dense = copy.deepcopy(block) if self.twin is not None else None
+        saved = None if done is None else done.load(self.index)
+        if saved is not None:
+            weights, masks, records = saved
+            for weight in self.weights:
+                if weight.name in weights:
+                    weight.parameter.copy_(weights[weight.name])
+            report.masks.update(masks)
+            report.layers += records
+            report.seconds += sum(record.seconds for record in records)
+            self.bar.step(len(self.weights), self.flow.blocks.names[self.index])
+        elif self.weights:
+            records, masks = self._prune(block, dense, report.skipped)
+            report.layers += records
+            report.masks.update(masks)
+            if done is not None:
+                kept = {weight.name: weight.parameter for weight in self.weights if weight.name in masks}
+                done.save(self.index, kept, masks, records)
+        self.flow.advance(self.index, block)
+        if self.twin is not None and dense is not None:
+            self.twin.advance(self.index, dense)
+        block.to(self.flow.home)
+
+    def _prune(
+        self, block: nn.Module, dense: nn.Module | None, skipped: list[SkippedWeight]
+    ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
+        owners = {weight.module: weight for weight in self.weights}
+        twins = dict(zip(block.modules(), dense.modules(), strict=True)) if dense is not None else {}
+        stages = order_of_calls(list(owners), lambda: self.flow.run(self.index, block, 0))
+        called = {layer for stage in stages for layer in stage.layers}
+        for layer, weight in owners.items():
+            if layer not in called:
+                skipped.append(_skip(weight, "not called by the first calibration batch"))
+                self.bar.step(1, weight.module_name)
+        records: list[LayerRecord] = []
+        masks: dict[str, Tensor] = {}
+        # Along columns the groups of a stacked weight would span layers, and strengths go by the whole layer.
+        if self.settings["geometry"] == "column":
+            stages = [Stage((layer,), stage.once) for stage in stages for layer in stage.layers]
+        for stage in stages:
+            moments = self._moments(block, dense, stage, twins)
+            members = [owners[layer] for layer in stage.layers]
+            for weight, record, mask in self._solve(members, moments):
+                records.append(record)
+                masks[weight.name] = mask
+                self.bar.step(1, weight.module_name)
+        return records, masks
+
+    def _moments(
+        self, block: nn.Module, dense: nn.Module | None, stage: Stage, twins: dict[nn.Module, nn.Module]
+    ) -> SecondMoments:
+        layer = stage.layers[0]
+        moments = SecondMoments()
+        for number in range(len(self.flow)):
+            run = partial(self.flow.run, self.index, block, number)
+            rows = [input_rows(layer, x) for x in inputs_of(layer, run, once=stage.once)]
+            if self.twin is None or dense is None:
+                for part in rows:
+                    moments.add(part)
+                continue
+            run = partial(self.twin.run, self.index, dense, number)
+            dense_rows = [input_rows(layer, x) for x in inputs_of(twins[layer], run, once=stage.once)]
+            for part, dense_part in zip(rows, dense_rows, strict=True):
+                moments.add(part, dense_part)
+        return moments
+
+    def _solve(
+        self, members: list[GroupedWeight], moments: SecondMoments
+    ) -> list[tuple[GroupedWeight, LayerRecord, Tensor]]:
+        name = " + ".join(weight.module_name for weight in members)
+        matrices = [as_matrix(weight.module) for weight in members]
+        solution = solve_layer(
+            _target(torch.cat(matrices), moments, self.settings["dense_target"]),
+            moments.moments,
+            method=self.settings["method"],
+            refine=self.settings["refine"],
+            dim=-1 if self.settings["geometry"] == "row" else 0,
+            name=name,
+            **self.solver,
+        )
+        note = _note(moments)
+        result = []
+        row = 0
+        for weight, matrix in zip(members, matrices, strict=True):
+            part = solution.rows(row, row + len(matrix))
+            row += len(matrix)
+            mask = from_matrix(weight.module, part.mask)
+            weight.parameter.copy_(from_matrix(weight.module, part.weight))
+            record = LayerRecord(
+                name=weight.name,
+                block=self.flow.blocks.names[self.index],
+                shape=tuple(weight.parameter.shape),
+                tokens=moments.tokens,
+                loss=part.loss,
+                refined_loss=part.refined_loss,
+                reached=part.reached,
+                seconds=part.seconds,
+                note=note,
+            )
+            result.append((weight, record, mask.cpu()))
+        return result
+
+
+def _target(weight: Tensor, moments: SecondMoments, share: float) -> Tensor:
+    """The weight whose outputs on the pruned model's inputs come closest to the wanted ones.
+
+    With ``X`` the inputs now and ``X_d`` those in the dense model, ``share`` = 1 solves ``min_T ||X T^T - X_d W^T||``:
+    ``T = W + W (C - H) H^-1`` with ``C = X_d^T X / tokens``.
+    """
+    cross = moments.cross
+    if not share or cross is None:
+        return weight
+    shifted = moments.moments
+    shifted.diagonal().add_(0.01 * shifted.diagonal().mean())
+    change = torch.linalg.solve(shifted, (weight @ (cross - moments.moments)).T).T
+    return weight + share * change
+
+
+def _note(moments: SecondMoments) -> str:
+    size = len(moments.moments)
+    if not bool(moments.moments.diagonal().any()):
+        return "inputs are all zero: mask by magnitude"
+    if moments.tokens < size:
+        return f"fewer tokens ({moments.tokens}) than inputs ({size})"
+    return ""
+
+
+def _skip(weight: GroupedWeight, reason: str) -> SkippedWeight:
+    return SkippedWeight(weight.name, type(weight.module).__name__, tuple(weight.parameter.shape), reason)
+
+
+def _inside(weights: Sequence[GroupedWeight], blocks: Blocks, skipped: list[SkippedWeight]) -> list[GroupedWeight]:
+    """The weights that lie in a block and that the solver can take; the others are noted in ``skipped``."""
+    chosen = []
+    for weight in weights:
+        reason = why_not_solvable(weight.module, weight.parameter_name)
+        if reason is None and not any(blocks.owns(index, weight.module_name) for index in range(len(blocks))):
+            reason = "outside the repeated blocks"
+        if reason is None:
+            chosen.append(weight)
+        else:
+            skipped.append(_skip(weight, reason))
+    return chosen
