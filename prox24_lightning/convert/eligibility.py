@@ -142,8 +142,8 @@ def check_layer(
     structure = _structure(module, parent)
     if structure is not None:
         reasons.append(structure)
-    if tied:
-        reasons.append(f"tied: shares its weight with {', '.join(tied)}, which needs it dense")
+    elif tied:
+        reasons.append(f"tied: shares its weight with {', '.join(tied)}")
     if not isinstance(weight, Tensor):
         first = next(module.parameters(recurse=False))
         return LayerVerdict(name, type(module).__name__, tuple(first.shape), False, tuple(reasons), _machine(target))
@@ -216,6 +216,8 @@ def _values(weight: Tensor, dim: int) -> Iterator[str]:
     if not bool(torch.isfinite(weight).all()):
         yield "the weight holds NaN or inf"
     elif weight.shape[dim] % 4 == 0 and (broken := violations_24(weight, dim=dim, limit=3)):
-        yield f"not 2:4: {broken}"
+        mostly = broken.count > broken.groups // 2  # a dense weight: its values tell nothing
+        shown = f"{broken.count} of {broken.groups} groups, first at {broken.first[0]}" if mostly else str(broken)
+        yield f"not 2:4: {shown}"
         if weight.shape[1 - dim] % 4 == 0 and is_24(weight, dim=1 - dim):
             yield "2:4 along the output dimension (column geometry): the kernels take groups along the input dimension"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -29,7 +30,7 @@ def sections(report: Report) -> list[Section]:
             "sparse graph",
             "x",
         )
-        tables.append(("Per layer, microseconds a call", (*header, "error", "decision"), _shape_rows(report)))
+        tables.append(("Per layer, microseconds a call", (*header, "error"), _shape_rows(report)))
     if report.model:
         columns = ("variant", "sparse layers", "eager", "x", "graph", "x", "peak MiB", "error")
         scope = f" ({report.model_scope})" if report.model_scope else ""
@@ -46,9 +47,14 @@ def _layer_rows(report: Report) -> list[tuple[str, ...]]:
     return [(_some(names), *rest) for rest, names in groups.items()]
 
 
-def _some(names: list[str] | tuple[str, ...]) -> str:
-    shown = ", ".join(name or "(the model)" for name in names[:2])
-    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
+def _some(names: list[str]) -> str:
+    """Repeated blocks (``layers.0.up``, ``layers.1.up``) as one name, with ``*`` for the number."""
+    patterns: dict[str, int] = {}
+    for name in names:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name or "(the model)")
+        patterns[pattern] = patterns.get(pattern, 0) + 1
+    shown = [f"{pattern} x {count}" if count > 1 else pattern for pattern, count in list(patterns.items())[:3]]
+    return ", ".join(shown) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
 
 
 def _shape_rows(report: Report) -> list[tuple[str, ...]]:
@@ -63,11 +69,10 @@ def _shape_rows(report: Report) -> list[tuple[str, ...]]:
                     *_pair(result.eager),
                     *(_pair(result.graph) if result.graph else ("-", "-", "-")),
                     f"{result.output_error:.1e}",
-                    shape.decision,
                 )
             )
         if not shape.tokens:
-            rows.append((*about, *("-",) * 8, shape.decision))
+            rows.append((*about, *("-",) * 8))
     return rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median, quantiles
 
 import torch
@@ -64,7 +65,7 @@ def capture(call: Call) -> torch.cuda.CUDAGraph:
         RuntimeError: if the work cannot be captured (it waits for the GPU, or allocates outside torch).
     """
     current = torch.cuda.current_stream()
-    side = torch.cuda.Stream()
+    side = _side_stream(torch.cuda.current_device())
     side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):
@@ -74,11 +75,17 @@ def capture(call: Call) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     try:
         # "thread_local": a data loader's pinning thread that touches CUDA meanwhile does not spoil the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             call()
     finally:
         torch.cuda.set_stream(current)  # torch leaves its capture stream current when a capture fails
     return graph
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    # One for all captures: cuBLAS keeps a workspace of tens of MiB for every stream that it has ever seen.
+    return torch.cuda.Stream(device)
 
 
 def relative_error(reference: Tensor | Sequence[Tensor], outputs: Tensor | Sequence[Tensor]) -> float:

