@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
@@ -80,5 +79,5 @@ def _reachable(modules: dict[str, nn.Module], names: Sequence[str]) -> Iterator[
         if getattr(module, "_compiler_ctx", None) or getattr(module, "_compiled_call_impl", None) is not None:
             return
         yield name
-        if isinstance(module, torch._dynamo.OptimizedModule):
+        if hasattr(module, "_orig_mod"):  # what torch.compile returns: its call is visible, those inside are not
             return

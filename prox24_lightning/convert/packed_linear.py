@@ -86,8 +86,9 @@ class SemiStructuredLinear(nn.Module):
         if self.backend != "cusparselt":
             return
         bias = None if self.bias is None else self.bias.to(self.dtype)
+        generator = torch.Generator(self.packed.device).manual_seed(0)  # leaves the run's own random stream alone
         for tokens in {_padded(count) for count in token_counts} - self.algorithms.keys():
-            rows = torch.randn(tokens, self.in_features, device=self.packed.device).to(self.dtype)
+            rows = torch.randn(tokens, self.in_features, generator=generator, device=generator.device).to(self.dtype)
             self.algorithms[tokens] = torch._cslt_sparse_mm_search(
                 self.packed.view(self.dtype), rows.t(), bias=bias, transpose_result=True
             )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from prox24_lightning.convert import (
     ExampleInputs,
@@ -253,6 +254,25 @@ def test_some_layers_chosen(pretended_gpu, monkeypatch):
         ("all_sparse", 3),
         ("chosen", 2),
     ]
+
+
+def test_a_hugging_face_model_with_transposed_layers(pretended_gpu):
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=16, use_cache=False)
+    model = GPT2LMHeadModel(config)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Conv1D":
+            assert name.startswith("transformer.h.0")
+            with torch.no_grad():
+                module.weight.mul_(mask_24(module.weight, dim=0))
+    ids = torch.randint(64, (2, 8))
+    report = run_benchmark(model, Settings(**QUICK), inputs=ExampleInputs("", (), {"input_ids": ids, "labels": ids}))
+    assert report.notes == ()
+    assert report.names("sparse") == tuple(
+        f"transformer.h.0.{part}" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    )
+    assert report.model[1].output_error < 2e-2
+    assert "weight.t()" in report.layers[2].why
+    assert "tied" in {layer.name: layer.why for layer in report.layers}["lm_head"]
 
 
 def test_a_part_of_the_model_and_a_model_that_fails(pretended_gpu):
