@@ -35,13 +35,17 @@ class Document:
 
 
 @lru_cache(maxsize=1)
-def stdlib_documents(root: Path | None = None) -> tuple[Document, ...]:
-    """Read every document below ``root`` (default: this Python's standard library), sorted by name.
+def stdlib_documents() -> tuple[Document, ...]:
+    """The documents of this Python's standard library; read once a process, which takes some seconds."""
+    return read_documents(Path(sysconfig.get_path("stdlib")))
+
+
+def read_documents(root: Path) -> tuple[Document, ...]:
+    """Every document below ``root``: source files sorted by name, then the topics of the reference.
 
     Raises:
         ValueError: if the folder holds no Python file with a docstring.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
     documents = []
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
         parts = path.relative_to(root).parts

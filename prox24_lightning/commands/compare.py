@@ -43,7 +43,7 @@ from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import violations_24
 
 
-class _CompareCLI(Prox24CLI):
+class CompareCLI(Prox24CLI):
     """Parses ``fit``'s options plus those of ``compare``; instantiates only when it is given an edit of the config."""
 
     def __init__(self, words: list[str], edit: Callable[[Namespace], None] | None = None) -> None:
@@ -96,7 +96,7 @@ def compare(words: list[str]) -> None:
         SystemExit: at the end, if a run failed; the table holds the others.
     """
     console = Console()
-    parsed = _CompareCLI(words)
+    parsed = CompareCLI(words)
     options = parsed.config
     metric, mode = _metric(options)
     pruning = [entry for entry in callback_entries(options) if issubclass(loaded_class(entry), Prox24)]
@@ -154,7 +154,7 @@ def _run(words: list[str], variant: Variant, seed: int, metric: str, output: Pat
         without_conversion(config)
         separate_outputs(config, output, variant, seed)
 
-    cli = _CompareCLI(words, edit)
+    cli = CompareCLI(words, edit)
     record = TrainingRecord()
     trainer = cli.trainer
     trainer.callbacks.append(record)  # type: ignore[attr-defined]  # set by a connector, unseen by mypy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -15,9 +15,7 @@ class Prox24CLI(LightningCLI):
     def __init__(self, words: list[str], *, name: str, run: bool = True, **options: Any) -> None:
         super().__init__(
             LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
+            subclass_mode_model=True,  # `data` is any LightningDataModule, or none where the module has its loaders
             # A second run into the same folder replaces the saved config instead of refusing to start.
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": name},

