@@ -1,19 +1,20 @@
 """The exact 2:4 proximal operator in batched torch operations, for any device and dtype.
 
 Memory is bounded by working on chunks of groups. On CPU only the groups that need it are solved: cheap tests
-settle the class of most groups, and the rest is gathered. On other devices gathering would wait for the device to say
-how many there are, so every group of a chunk is solved and the answer selected: more arithmetic, no wait.
+settle most groups, and the rest is gathered. On other devices gathering would wait for the device to say how
+many there are, so every group of a chunk is solved and the answer selected: more arithmetic, no wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from prox24_lightning.groups import group_shape, resolve_group_dim
-from prox24_lightning.prox.roots import dense, dense_at_zero, three_sparse
+from prox24_lightning.prox.roots import CAP, dense, indicator, three_sparse
 
 CHUNK = 1 << 16
 """Groups a chunk on CPU: the working set stays in the last-level cache, and one operation is long enough to split over
@@ -22,36 +23,43 @@ threads."""
 ALWAYS_TWO = (1 + 2**0.5) / 2
 """In lambda units: a group whose largest entry is this large or larger keeps its two largest entries, unchanged."""
 
+WORTHWHILE = 0.6
+"""Gathering groups and scattering their answers pays only below this share of all."""
+
 
 def prox_24_batched(
     weight: Tensor, strength: float | Tensor, *, dim: int = -1, scale: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """As :func:`prox24_lightning.prox.prox_24`, which checks the arguments first."""
+    if weight.device.type == "cpu":
+        _keep_freed_memory()
     weight = weight.detach()
-    if out is None:
-        out = torch.empty_like(weight)
+    out = torch.empty_like(weight) if out is None else out
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     dim = resolve_group_dim(weight.shape, dim)
     shape = group_shape(weight.shape, dim)
-    lam = torch.as_tensor(strength, dtype=compute, device=weight.device).expand(shape)
+    lam = torch.as_tensor(strength, dtype=compute, device=weight.device).detach()
+    lam = lam.reshape(()) if lam.numel() == 1 else lam.expand(shape)
     source, target = quarters(weight, dim), quarters(out.detach(), dim)
     scales = None if scale is None else quarters(scale.detach().to(compute).expand(weight.shape), dim)
     for part in chunks(shape, chunk_size(weight)):
         where = (slice(None), *part)
-        y = source[where].to(compute)
-        piece = y.shape
-        y = y.reshape(4, -1)
-        s = None if scales is None else scales[where].reshape(4, -1)
-        result = _prox_chunk(y, lam[part].reshape(-1), s, compact=weight.device.type == "cpu")
+        view = source[where].to(compute)
+        piece = view.shape
+        # Not clone(): a copy that turns (groups, 4) into (4, groups) takes three times as long as arithmetic that does.
+        signed = torch.mul(view, 1.0, out=torch.empty(piece, dtype=compute, device=weight.device)).view(4, -1)
+        lam_here = lam if lam.dim() == 0 else lam[part].reshape(-1)
+        scale_here = None if scales is None else scales[where].reshape(4, -1)
+        result = _prox_chunk(signed, lam_here, scale_here, compact=weight.device.type == "cpu")
         target[where].copy_(result.view(piece))
     return out
 
 
 def chunk_size(weight: Tensor) -> int:
-    """Groups a chunk: at most 1/64 of the weight off the CPU, as about 60 float32 values a group are alive at once."""
-    if weight.device.type == "cpu":
-        return min(CHUNK, max(1024, weight.numel() // 32))
-    return max(CHUNK, weight.numel() // 128)
+    """Groups a chunk. Some 40 values of the computing dtype are alive for each, so a small share of all groups on
+    CPU; elsewhere more, as short operations would leave the device idle."""
+    share = weight.numel() // (64 * (4 if weight.element_size() < 4 else 1))
+    return min(CHUNK, max(1024, share)) if weight.device.type == "cpu" else max(CHUNK, share)
 
 
 def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[int | slice, ...]]:
@@ -77,19 +85,101 @@ def quarters(tensor: Tensor, dim: int) -> Tensor:
     return tensor.unflatten(dim, (tensor.shape[dim] // 4, 4)).movedim(dim + 1, 0)
 
 
+def sort_four(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four entries (first dimension) of each group, largest first. A NaN spreads to all four."""
+    high, low = torch.maximum(y[:2], y[2:]), torch.minimum(y[:2], y[2:])
+    middle_high, middle_low = torch.minimum(high[0], high[1]), torch.maximum(low[0], low[1])
+    return (
+        torch.maximum(high[0], high[1]),
+        torch.maximum(middle_high, middle_low),
+        torch.minimum(middle_high, middle_low),
+        torch.minimum(low[0], low[1]),
+    )
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Once a process: let the C library keep freed blocks instead of returning them to the system.
+
+    glibc maps every block above 128 kB afresh until a larger one has been freed, and the page faults
+    of that cost more than the arithmetic. Freeing one block of 16 MB, never touched, moves the threshold.
+    """
+    torch.empty(1 << 24, dtype=torch.uint8)
+
+
 def _prox_chunk(weight: Tensor, lam: Tensor, scale: Tensor | None, *, compact: bool) -> Tensor:
-    """The prox of ``weight`` (4, groups), contiguous, in the dtype of the computation."""
+    """The prox of ``weight`` (4, groups), contiguous; ``lam`` is (groups,) or 0-dim, ``scale`` like ``weight``."""
     magnitude = weight.abs()
     y = magnitude if scale is None else magnitude * scale
-    e2, bad = _shifts(y, lam, compact=compact)
-    rank = _ranks(y)
-    shrink = torch.where(rank == 0, e2[0], torch.where(rank == 1, e2[1], torch.where(rank == 2, e2[2], e2[3])))
+    if compact and bool(y.sum().isfinite()):
+        shrink = _shrink_compact(y, lam)
+    else:
+        ordered = sort_four(y)
+        shrink = _by_rank(y, _shrink_sorted(ordered, lam, compact=False))
+        magnitude = torch.where(shrink == _pruned(y), 0.0, magnitude)  # an infinite entry would survive the subtraction
+        shrink = shrink.masked_fill_(~((ordered[0] >= 0) & (lam >= 0)), torch.nan)
     if scale is not None:
-        shrink = shrink / scale
-    kept = (magnitude - shrink).clamp_min_(0.0)
-    kept = torch.where(shrink == torch.inf, 0.0, kept)  # also inf - inf
-    result = torch.copysign(kept, weight) + 0.0
-    return result.masked_fill_(bad, torch.nan)
+        shrink = shrink.div_(scale)
+    return magnitude.sub_(shrink).clamp_min_(0.0).copysign_(weight).add_(0.0)
+
+
+def _pruned(y: Tensor) -> float:
+    """How much a pruned entry "shrinks": a finite number, since 0 * inf would spoil selections by multiplication."""
+    return torch.finfo(y.dtype).max
+
+
+def _capped(y: Tensor, lam: Tensor) -> Tensor:
+    """``lam * y`` with 0 * inf = 0: strength 0 leaves an infinite entry alone, an infinite strength leaves a zero."""
+    return (y * lam).nan_to_num_(nan=0.0, posinf=CAP).clamp_max_(CAP)
+
+
+def _shrink_compact(y: Tensor, lam: Tensor) -> Tensor:
+    """How much each entry of ``y`` (4, groups) shrinks: solve only the groups that the cheap tests leave open."""
+    ordered = sort_four(y)
+    y1, y2, y3, _ = ordered
+    v1, v2, v3 = _capped(y1, lam), _capped(y2, lam), _capped(y3, lam)
+    # Each test is sufficient for two entries; the last one is also necessary where v1^2 + v2^2 <= 1.
+    square = torch.addcmul(v1 * v1, v2, v2)
+    two = indicator(torch.ge, v1, ALWAYS_TWO)
+    two = torch.maximum(two, indicator(torch.ge, square, v3.square_().mul_(4 / 3).add_(1)))
+    least = square.add_(1).mul_(0.5).clamp_min_(1.0).mul_(y3)
+    two = torch.maximum(two, indicator(torch.le, least, v1.mul_(y2)))
+    settled = int(two.sum())
+    if settled < (1 - WORTHWHILE) * two.numel():
+        return _by_value(y, ordered, lam)
+    shrink = indicator(torch.lt, y, y2).mul_(_pruned(y))
+    tie = indicator(torch.eq, y2, y3).mul_(two).mul_(y3)
+    if bool(tie.any()):
+        at = tie.nonzero().squeeze(1)
+        _put(shrink, at, (_ranks(y.index_select(1, at)) >= 2).to(y.dtype).mul_(_pruned(y)))
+    if settled < two.numel():
+        index = (two == 0).nonzero().squeeze(1)
+        some = y.index_select(1, index)
+        lam = lam if lam.dim() == 0 else lam.index_select(0, index)
+        _put(shrink, index, _by_value(some, sort_four(some), lam))
+    return shrink
+
+
+def _by_value(y: Tensor, ordered: tuple[Tensor, ...], lam: Tensor) -> Tensor:
+    """Shrinkage in the order of ``y``, by comparing each entry with the sorted ones; where one of two equals is pruned,
+    by rank."""
+    y1, y2, y3, y4 = ordered
+    s1, s2, s3, s4 = _shrink_sorted(ordered, lam, compact=True)
+    step2, step3, step4 = s2 - s1, s3 - s2, s4 - s3
+    shrink = indicator(torch.lt, y, y1).mul_(step2).add_(s1)
+    shrink.addcmul_(indicator(torch.lt, y, y2), step3).addcmul_(indicator(torch.lt, y, y3), step4)
+    tie = indicator(torch.eq, y2, y3).mul_(step3).addcmul_(indicator(torch.eq, y3, y4), step4).mul_(y3)
+    if bool(tie.any()):
+        at = tie.nonzero().squeeze(1)
+        _put(shrink, at, _by_rank(y.index_select(1, at), [s.index_select(0, at) for s in (s1, s2, s3, s4)]))
+    return shrink
+
+
+def _by_rank(y: Tensor, shrink: Sequence[Tensor]) -> Tensor:
+    """Bring sorted ``shrink`` into the order of ``y``; among equals the earlier position is the larger."""
+    rank = _ranks(y)
+    s1, s2, s3, s4 = shrink
+    return torch.where(rank == 0, s1, torch.where(rank == 1, s2, torch.where(rank == 2, s3, s4)))
 
 
 def _ranks(y: Tensor) -> Tensor:
@@ -102,65 +192,74 @@ def _ranks(y: Tensor) -> Tensor:
     return torch.stack(ranks)
 
 
-def sort_four(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four entries of each group, largest first."""
-    high, low = torch.maximum(y[:2], y[2:]), torch.minimum(y[:2], y[2:])
-    middle_high, middle_low = torch.minimum(high[0], high[1]), torch.maximum(low[0], low[1])
-    return (
-        torch.maximum(high[0], high[1]),
-        torch.maximum(middle_high, middle_low),
-        torch.minimum(middle_high, middle_low),
-        torch.minimum(low[0], low[1]),
-    )
+def _put(rows: Tensor | Sequence[Tensor], index: Tensor, values: Tensor | Sequence[Tensor]) -> None:
+    for row, value in zip(rows, values, strict=True):
+        row.scatter_(0, index, value)  # a quarter of the time of index_copy_
 
 
-def _shifts(y: Tensor, lam: Tensor, *, compact: bool) -> tuple[Tensor, Tensor]:
-    """By how much each of the sorted entries shrinks, infinity for those that are pruned; and which groups are NaN."""
-    y1, y2, y3, y4 = sort_four(y)
-    bad = ~((y1 >= 0) & (lam >= 0))
-    # 0 * inf counts as 0: strength 0 leaves an infinite entry alone, an infinite strength leaves a zero alone.
-    v1, v2, v3, v4 = torch.stack([y1, y2, y3, y4]).mul_(lam).nan_to_num_(nan=0.0, posinf=torch.inf)
-    square = v1 * v1 + v2 * v2
-    # Each is sufficient for 2-sparse; the last is also necessary where square <= 1. lam multiplies one factor
-    # only, so that nothing underflows.
-    two = (v1 >= ALWAYS_TWO) | (square >= 1 + (4 / 3) * v3 * v3)
-    two |= y3 * ((square + 1) / 2).clamp_min_(1.0) <= v1 * y2
-    keep_all = lam == 0
-    two &= ~keep_all
-    shifts = torch.zeros_like(y)
-    shifts[2:] = torch.inf
-    if not compact:
-        solved = _solve(y1, y2, y3, y4, v1, v2, v3, v4, lam)
-        return torch.where(two, shifts, torch.where(keep_all, 0.0, solved)), bad
-    shifts.masked_fill_(keep_all, 0.0)
-    index = (~(two | keep_all)).nonzero().squeeze(1)
-    if index.numel():
-        picked = torch.stack([y1, y2, y3, y4, v1, v2, v3, v4, lam])[:, index]
-        shifts[:, index] = _solve(*picked)
-    return shifts, bad
+def _shrink_sorted(ordered: tuple[Tensor, ...], lam: Tensor, *, compact: bool) -> list[Tensor]:
+    """How much each of four sorted entries shrinks: the exact answer for every group.
 
+    Where lam multiplies one factor only (``v1 * y2``), it is so that products of small numbers do not underflow.
+    """
+    y1, y2, y3, y4 = ordered
+    v1, v2, v3, v4 = (_capped(y, lam) for y in ordered)
+    w1, w2, w3, gain3 = three_sparse(v1, v2, v3, compact=compact)
+    # For v1^2 + v2^2 <= 1 the third entry survives exactly if y3 > lam y1 y2. From ALWAYS_TWO on none does, and capped
+    # entries no longer say which is the larger.
+    three = indicator(torch.lt, gain3, 0.0).mul_(indicator(torch.lt, v1, ALWAYS_TWO))
+    small = indicator(torch.le, torch.addcmul(v1 * v1, v2, v2), 1.0)
+    three = torch.lerp(three, indicator(torch.gt, y3, v1 * y2), small)
 
-def _solve(
-    y1: Tensor, y2: Tensor, y3: Tensor, y4: Tensor, v1: Tensor, v2: Tensor, v3: Tensor, v4: Tensor, lam: Tensor
-) -> Tensor:
-    """Shifts of sorted groups that the cheap tests left open."""
-    w1, w2, w3, gain3 = three_sparse(v1, v2, v3)
-    # The cheap tests were exact for v1^2 + v2^2 <= 1.
-    beats = (gain3 < 0) | (v1 * v1 + v2 * v2 <= 1)
-    p1, p2, p3, p4, gain4 = dense(v1, v2, v3, v4)
-    certain = (y4 > 0) & (y4 >= v1 * y2 + v2 * y3 + v3 * y1)
-    convex = v1 + v2 + v3 <= 1
-    exists = dense_at_zero(v1, v2, v3, v4) < 0
-    all_four = certain | (beats & torch.where(convex, exists, (p4 > 0) & (gain4 < 0) & (gain4 < gain3)))
-    w1, w2, w3 = torch.where(all_four, p1, w1), torch.where(all_four, p2, w2), torch.where(all_four, p3, w3)
-    w4 = torch.where(all_four, p4, 0.0)
-    three = beats | all_four
-    pair = w3 + w4
-    product = w3 * w4
+    # Which groups may be dense. A fourth entry above the largest possible e2 of the others never dies (sure), nor does
+    # any at strength 0. For v1 + v2 + v3 <= 1 the objective is convex on the box [0, v]: there dense wins exactly if
+    # the objective falls as the fourth entry leaves 0 at the 3-sparse point. Elsewhere a bound rules most groups out.
+    sure = indicator(torch.ge, y4, torch.addcmul(v1 * y2, v1 + v2, y3)).mul_(indicator(torch.gt, y4, 0.0))
+    if lam.dim():
+        sure = torch.maximum(sure, indicator(torch.eq, lam, 0.0))
+    convex = indicator(torch.le, (v1 + v2).add_(v3), 1.0)
+    falls = indicator(torch.gt, v4, torch.addcmul(w1 * w2, w1 + w2, w3))
+    d2, d3 = v2 - v4, v3 - v4
+    possible = indicator(torch.gt, v4, torch.addcmul(d2 * d3, v1 - v4, d2 + d3))
+    candidate = torch.maximum(sure, torch.lerp(possible, falls, convex).mul_(three))
+    sure = torch.maximum(sure, candidate * convex)
+
+    if compact and float(candidate.sum()) < WORTHWHILE * candidate.numel():
+        index = (candidate > 0).nonzero().squeeze(1)
+        w4, four = torch.zeros_like(w1), torch.zeros_like(w1)
+        if index.numel():
+            some = [x.index_select(0, index) for x in (v1, v2, v3, v4, w1, w2, w3, gain3, candidate, sure)]
+            _put((w1, w2, w3, w4, four), index, _with_dense(*some, compact=True))
+    else:
+        w1, w2, w3, w4, four = _with_dense(v1, v2, v3, v4, w1, w2, w3, gain3, candidate, sure, compact=compact)
+    three = torch.maximum(three, four)
+
     lam = lam.clamp_min(torch.finfo(lam.dtype).tiny)
-    none = torch.zeros_like(w1)
-    e1 = torch.where(three, (w2 * pair + product) / lam, none)
-    e2 = torch.where(three, (w1 * pair + product) / lam, none)
-    e3 = torch.where(three, (w1 * w2 + (w1 + w2) * w4) / lam, torch.inf)
-    e4 = torch.where(all_four, (w1 * w2 + (w1 + w2) * w3) / lam, torch.inf)
-    return torch.stack([e1, e2, e3, e4])
+    pair, product = w3 + w4, w3 * w4
+    s1 = torch.addcmul(product, w2, pair).div_(lam).mul_(three)
+    s2 = torch.addcmul(product, w1, pair).div_(lam).mul_(three)
+    both, product = w1 + w2, w1 * w2
+    s3 = torch.addcmul(product, both, w4).div_(lam).mul_(three).add_((1 - three).mul_(_pruned(y1)))
+    s4 = torch.addcmul(product, both, w3).div_(lam).mul_(four).add_((1 - four).mul_(_pruned(y1)))
+    return [s1, s2, s3, s4]
+
+
+def _with_dense(
+    v1: Tensor,
+    v2: Tensor,
+    v3: Tensor,
+    v4: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    gain3: Tensor,
+    candidate: Tensor,
+    sure: Tensor,
+    *,
+    compact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The better of the 3-sparse point ``w`` and the dense one, and 1.0 where that is the dense one."""
+    p1, p2, p3, p4, gain4 = dense(v1, v2, v3, v4, compact=compact)
+    wins = indicator(torch.gt, p4, 0.0).mul_(indicator(torch.lt, gain4, gain3)).mul_(candidate)
+    wins = torch.maximum(wins, sure)
+    return torch.lerp(w1, p1, wins), torch.lerp(w2, p2, wins), torch.lerp(w3, p3, wins), p4.mul_(wins), wins

@@ -85,7 +85,7 @@ def _shrink_sorted(y: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     # contracts, a few rounds of it take away the absolute error of c + x_i.
     small = (v1 + v2 + v3 <= 0.5).unsqueeze(-1)
     support = torch.stack([always, always, always, dense_wins], dim=-1)
-    for _ in range(4):
+    for _ in range(50):
         w = torch.where(small & support, (v - _shifts(w)).clamp_min(0.0), w)
     e2 = _shifts(w)
     shrink = torch.where(three_wins.unsqueeze(-1), e2, 0.0) / torch.where(lam > 0, lam, 1.0)
