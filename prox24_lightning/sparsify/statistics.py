@@ -1,0 +1,169 @@
+"""How sparse the weights are, and at what price: a handful of numbers a layer, read from the device in one go.
+
+Nothing here waits for the device except :func:`look`, which does so once for all weights together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.groups import GroupedWeight, to_groups
+from prox24_lightning.prox import penalty_24
+from prox24_lightning.sparsify.mask_codes import flipped_entries, top_two_code
+
+
+@dataclass(frozen=True)
+class SparsityStats:
+    """What one look at a weight, or at several taken together, has found.
+
+    "In the metric" means: of ``weight * scale``, the coordinates in which masks are chosen.
+
+    Attributes:
+        groups: number of groups of four.
+        zeros: share of the groups with exactly 0, 1, 2, 3, 4 zeros; they add up to one.
+        energy_kept: sum of squares of the two largest entries of every group over that of all, in the metric: what
+            projecting the weight now would keep. 1.0 for a weight of zeros.
+        penalty: mean of the penalty r (arXiv 2501.18015) over the groups, in the metric, relative to the cube of
+            the rms there, so that layers compare. About 2.0 for Gaussian weights, 0 for a 2:4 weight.
+        rms: root mean square of the weight itself, zeros included.
+        mask_flips: share of entries of the top-two mask, in the metric, that differ from the look before; None
+            where there is none to compare with.
+        strength: strength of the prox last used, units 1 / (weight * scale); the median over several weights;
+            None before there is one.
+    """
+
+    groups: int
+    zeros: tuple[float, ...]
+    energy_kept: float
+    penalty: float
+    rms: float
+    mask_flips: float | None = None
+    strength: float | None = None
+
+    @property
+    def groups_24(self) -> float:
+        """Share of the groups that are 2:4; 1.0 only if all are."""
+        return 1 - (self.zeros[0] + self.zeros[1])
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the entries that are exactly zero."""
+        return sum(count * share for count, share in enumerate(self.zeros)) / 4
+
+
+@dataclass(frozen=True)
+class SeenMask:
+    """The top-two mask of a weight at a look: one byte a group, and whether a scale was in use."""
+
+    code: Tensor
+    scaled: bool
+
+
+@torch.no_grad()
+def look(
+    weights: Sequence[GroupedWeight],
+    *,
+    scale_of: Callable[[str], Tensor | None] = lambda name: None,
+    strengths: Mapping[str, Tensor] | None = None,
+    seen: MutableMapping[str, SeenMask] | None = None,
+) -> tuple[SparsityStats, dict[str, SparsityStats]]:
+    """Statistics of all weights together and of each, with one wait for the device.
+
+    Args:
+        weights: at least one.
+        scale_of: weight name -> scale of the metric, broadcasting to the weight, or None.
+        strengths: weight name -> 0-dim tensor; may lack weights.
+        seen: weight name -> mask of the last look, from which flips are counted; replaced by this look's. Masks seen
+            with and without a scale are not compared, as the change of coordinates alone flips entries.
+
+    Returns:
+        the whole, and a dict by weight name in the order of ``weights``.
+    """
+    strengths, seen = strengths or {}, {} if seen is None else seen
+    rows, compared = [], []
+    for weight in weights:
+        scale = scale_of(weight.name)
+        sums, code = weight_sums(weight.parameter, dim=weight.dim, scale=scale)
+        mask, last = SeenMask(code, scale is not None), seen.get(weight.name)
+        comparable = last is not None and last.scaled == mask.scaled and last.code.device == code.device
+        extra = [
+            flipped_entries(last.code, code) if last is not None and comparable else sums.new_zeros(()),
+            strengths[weight.name].detach().float() if weight.name in strengths else sums.new_full((), math.nan),
+        ]
+        rows.append(torch.cat([sums, torch.stack([value.to(sums.device) for value in extra])]))
+        compared.append(comparable)
+        seen[weight.name] = mask
+    device = rows[0].device
+    values = torch.stack([row.to(device, non_blocking=True) for row in rows]).tolist()
+    layers = {
+        weight.name: _stats(row, weight.groups, flips)
+        for weight, row, flips in zip(weights, values, compared, strict=True)
+    }
+    return _together(values, list(layers.values()), all(compared)), layers
+
+
+def weight_sums(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sums behind :class:`SparsityStats` for one weight, left on its device.
+
+    Args:
+        weight: any floating dtype, any strides; its size along ``dim`` divides by 4.
+        dim: dimension of the groups.
+        scale: the metric; positive, broadcasts to ``weight``; None is one everywhere.
+
+    Returns:
+        float32 ``(9,)``: squares, squares in the metric, those of the two smallest of each group, penalty in the
+        metric, groups with 0, 1, 2, 3, 4 zeros (rounded above 2**24, but zero only where there is none); and the
+        mask as :func:`~prox24_lightning.sparsify.mask_codes.top_two_code` gives it.
+    """
+    weight = weight.detach()
+    # One pass lays the first, second, third and fourth entries of all groups in rows; all that follows is contiguous.
+    entries = _in_rows(weight, dim).float()
+    zeros = (entries == 0).view(torch.uint8)
+    zeros = zeros[0] + zeros[1] + zeros[2] + zeros[3]
+    squares = torch.linalg.vector_norm(entries).square()
+    if scale is not None:
+        entries *= _in_rows(scale.detach().expand(weight.shape), dim)
+    penalty = penalty_24(entries, dim=0)
+    in_metric = entries.square_()
+    high, low = torch.maximum(in_metric[0::2], in_metric[1::2]), torch.minimum(in_metric[0::2], in_metric[1::2])
+    # The two smallest rather than the two largest: where nothing is lost the sum is zero, with no rounding error.
+    lost = torch.minimum(low[0], low[1])
+    lost += torch.minimum(torch.minimum(high[0], high[1]), torch.maximum(low[0], low[1]))
+    sums = [squares, in_metric.sum(), lost.sum(), penalty]
+    sums += [torch.count_nonzero(zeros == count) for count in range(5)]
+    return torch.stack([value.float() for value in sums]), top_two_code(in_metric)
+
+
+def _in_rows(tensor: Tensor, dim: int) -> Tensor:
+    """A fresh ``(4, groups)``: row i holds the i-th entry of every group."""
+    return torch.stack(to_groups(tensor, dim).unbind(-1)).flatten(1)
+
+
+def _stats(row: Sequence[float], groups: int, compared: bool) -> SparsityStats:
+    squares, in_metric, lost, penalty, *zeros, flips, strength = row
+    entries = 4 * groups
+    return SparsityStats(
+        groups=groups,
+        zeros=tuple(count / groups for count in zeros),
+        energy_kept=1 - lost / in_metric if in_metric else 1.0,
+        penalty=penalty / groups / (in_metric / entries) ** 1.5 if in_metric else 0.0,
+        rms=math.sqrt(squares / entries),
+        mask_flips=flips / entries if compared else None,
+        strength=None if math.isnan(strength) else strength,
+    )
+
+
+def _together(rows: Sequence[Sequence[float]], layers: Sequence[SparsityStats], compared: bool) -> SparsityStats:
+    groups = sum(layer.groups for layer in layers)
+    totals = [sum(column) for column in zip(*rows, strict=True)]
+    strengths = [layer.strength for layer in layers if layer.strength is not None]
+    whole = _stats([*totals[:-1], median(strengths) if strengths else math.nan], groups, compared)
+    # Sums of cubes of layers of different scales do not add up to anything comparable; their relative values do.
+    penalty = sum(layer.penalty * layer.groups for layer in layers) / groups
+    return SparsityStats(**{**vars(whole), "penalty": penalty})
