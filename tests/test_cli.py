@@ -72,10 +72,11 @@ def test_typed_command_gets_its_options_from_the_signature(in_empty_folder, monk
 
 def test_fit_finds_a_class_in_the_working_directory(in_empty_folder):
     (in_empty_folder / "user_net.py").write_text(
+        "from pathlib import Path\n"
         "from lightning.pytorch.demos.boring_classes import BoringModel\n"
         "class Net(BoringModel):\n"
         "    def on_train_end(self):\n"
-        "        open('steps.txt', 'w').write(str(self.trainer.global_step))\n"
+        "        Path('steps.txt').write_text(str(self.trainer.global_step))\n"
     )
     options = ["--seed_everything=0", "--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
