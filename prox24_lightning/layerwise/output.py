@@ -1,0 +1,113 @@
+"""Write a pruned Hugging Face model: dense with zeros, its masks beside it, and a card with the exact protocol."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prox24_lightning.layerwise.report import LayerwiseReport
+from prox24_lightning.mask import pack_mask, unpack_mask
+
+MASKS_FILE = "masks.safetensors"
+
+
+class _SavesItself(Protocol):
+    def save_pretrained(self, save_directory: str) -> Any: ...
+
+
+def save_pruned(
+    folder: str | Path,
+    model: Any,
+    report: LayerwiseReport,
+    *,
+    companions: Sequence[_SavesItself] = (),
+    protocol: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write ``model`` so that ``from_pretrained`` reads it like any other, with masks, report and card.
+
+    Args:
+        folder: made if it does not exist.
+        model: a Hugging Face model (anything with ``save_pretrained``), already pruned.
+        report: what :func:`~prox24_lightning.layerwise.prune_layerwise` returned.
+        companions: tokenizer, image processor or whatever else belongs into the folder.
+        protocol: data, split, tokens, sequence length, seed and the like, for the card.
+
+    Returns:
+        the folder, which holds the weights (dense, zeros stored), ``masks.safetensors`` (one bit a weight),
+        ``layerwise.json`` and ``README.md``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A config that still says "quantized" or "GGUF" would send from_pretrained to the wrong loader.
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    model.save_pretrained(str(folder))
+    for companion in companions:
+        companion.save_pretrained(str(folder))
+    save_masks(folder / MASKS_FILE, report.masks)
+    report.to_json(folder / "layerwise.json")
+    (folder / "README.md").write_text(_card(model, report, protocol or {}), encoding="utf-8")
+    return folder
+
+
+def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> None:
+    """Store bool masks by name at one bit a weight; shapes go into the file's metadata."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    packed = {name: pack_mask(mask) for name, mask in masks.items()}
+    kind = "prox24 bit-packed masks, lowest bit first"
+    save_file(packed, str(path), metadata={"format": kind, "shapes": json.dumps(shapes)})
+
+
+def load_masks(path: str | Path) -> dict[str, Tensor]:
+    """Undo :func:`save_masks`.
+
+    Raises:
+        ValueError: if the file holds no masks of that kind, or damaged ones.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "shapes" not in metadata:
+            raise ValueError(f"{path} has no shapes in its metadata, so it was not written by save_masks")
+        shapes = json.loads(metadata["shapes"])
+        return {name: unpack_mask(file.get_tensor(name), shape) for name, shape in shapes.items()}
+
+
+def _card(model: Any, report: LayerwiseReport, protocol: Mapping[str, Any]) -> str:
+    sparse = sum(mask.numel() for mask in report.masks.values())
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    side = "inputs" if report.settings.get("geometry", "row") == "row" else "outputs"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [sparse, '2:4', pruned]",
+        "---",
+        "",
+        f"# {type(model).__name__}, 2:4 sparse",
+        "",
+        f"{len(report.masks)} weights ({sparse:,} of {whole:,} parameters) have at most two non-zeros in every four "
+        f"consecutive entries along the {side}.",
+        "Pruned layer by layer without training (arXiv 2501.18015). Weights are stored dense, with zeros; "
+        f"`{MASKS_FILE}` holds the masks at one bit a weight.",
+        "",
+        "| protocol | value |",
+        "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in {**protocol, **report.settings}.items()),
+        f"| mean relative local loss | {report.mean_loss:.5f} |",
+        f"| seconds | {report.seconds:.1f} |",
+        "",
+        "| layer | shape | relative local loss |",
+        "| --- | --- | --- |",
+        *(
+            f"| {layer.name} | {' x '.join(map(str, layer.shape))} | {layer.final_loss:.5f} |"
+            for layer in report.layers
+        ),
+        "",
+    ]
+    return "\n".join(lines)
