@@ -32,7 +32,7 @@ def prox_24_batched(
 ) -> Tensor:
     """As :func:`prox24_lightning.prox.prox_24`, which checks the arguments first."""
     if weight.device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     weight = weight.detach()
     out = torch.empty_like(weight) if out is None else out
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -59,7 +59,7 @@ def chunk_size(weight: Tensor) -> int:
     """Groups a chunk. Some 40 values of the computing dtype are alive for each, so a small share of all groups on
     CPU; elsewhere more, as short operations would leave the device idle."""
     share = weight.numel() // (64 * (4 if weight.element_size() < 4 else 1))
-    return min(CHUNK, max(1024, share)) if weight.device.type == "cpu" else max(CHUNK, share)
+    return min(CHUNK, max(16384, share)) if weight.device.type == "cpu" else max(CHUNK, share)
 
 
 def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[int | slice, ...]]:
@@ -98,7 +98,7 @@ def sort_four(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @cache
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Once a process: let the C library keep freed blocks instead of returning them to the system.
 
     glibc maps every block above 128 kB afresh until a larger one has been freed, and the page faults

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.groups import group_shape, resolve_group_dim
-from prox24_lightning.prox.batched import chunk_size, chunks, quarters, sort_four
+from prox24_lightning.prox.batched import chunk_size, chunks, keep_freed_memory, quarters, sort_four
+from prox24_lightning.prox.roots import indicator
 
-NEWTON = {torch.float32: 20, torch.float64: 40}
+NEWTON = {torch.float32: 3, torch.float64: 5}
+"""Newton steps: relative error of the strength 1e-2, 1e-3, 1e-5, 2e-9 after 0, 1, 2, 3."""
 
 
 def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> Tensor:
@@ -33,6 +35,8 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
     """
     if not weight.is_floating_point():
         raise ValueError(f"critical_strength_24 needs a real floating-point weight, got {weight.dtype}")
+    if weight.device.type == "cpu":
+        keep_freed_memory()
     weight = weight.detach()
     dim = resolve_group_dim(weight.shape, dim)
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -42,41 +46,45 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
     scales = None if scale is None else quarters(scale.detach().to(compute).expand(weight.shape), dim)
     for part in chunks(shape, chunk_size(weight)):
         where = (slice(None), *part)
-        y = source[where].to(compute).abs()
+        view = source[where].to(compute)
+        y = torch.abs(view, out=torch.empty(view.shape, dtype=compute, device=weight.device))
         if scales is not None:
-            y = y * scales[where]
+            y.mul_(scales[where])
         result[part] = _critical(*sort_four(y)[:3])
     return result
 
 
 def _critical(y1: Tensor, y2: Tensor, y3: Tensor) -> Tensor:
-    # In units of y1 and y2: only ratios enter, so neither tiny nor huge weights lose anything.
-    tiny = torch.finfo(y1.dtype).tiny
-    square = (y2 / y1).nan_to_num_(nan=0.0) ** 2
+    # Only ratios enter, so neither tiny nor huge weights lose anything; 0/0 and inf/inf count as 0.
+    info = torch.finfo(y1.dtype)
+    square = (y2 / y1).nan_to_num_(nan=0.0).square_()  # (y2 / y1)^2
     ratio = (y3 / y2).nan_to_num_(nan=0.0)
-    jumps = ratio * ratio * (1 + square) > 1
-    low, high = torch.zeros_like(square), torch.ones_like(square)
-    x = ratio * square / (1 + square)
+    sigma = square + 1
+    # How far into the jump: 0 at its border y3^2 (y1^2 + y2^2) = y1^2 y2^2, 1 for y3 = y2.
+    depth = ratio * ratio
+    depth = depth.sub_((1 - depth).div_(square.clamp_min(info.tiny)))
+    jumps = indicator(torch.gt, depth, 0.0)
+    depth.clamp_(0.0, 1.0)
+    # The unknown x is w3 in units of y2 / y1. The start is a fit to the root, within 0.03.
+    x = (0.04009 * square).sub_(0.3607).mul_(square).add_(0.40589).mul_(depth)
+    x.add_((0.10643 * square).add_(0.23964).mul_(square).sub_(0.24518)).mul_(depth)
+    x.add_((0.18269 * square).add_(0.32008)).mul_(depth)
     for _ in range(NEWTON[y1.dtype]):
-        p, q = 1 - x, 1 - square * x
-        norm = (q * q + square * p * p).clamp_min_(tiny)
-        inverse = norm.rsqrt()
-        length = (1 - square * x * x) * inverse  # strength * y1 at which w1^2 + w2^2 = 1 for w3 = x * y2 / y1
-        product = p * q / norm
-        value = x + product - length * ratio
-        half_change = -square * (p + q) / norm  # half the logarithmic derivative of norm
-        slope = (
-            1
-            - (q + square * p) / norm
-            - 2 * product * half_change
-            + ratio * (2 * square * x * inverse + length * half_change)
-        )
-        low, high = torch.where(value < 0, x, low), torch.where(value < 0, high, x)
-        step = x - value / slope
-        x = torch.where((step > low) & (step < high), step, (low + high) / 2)
-    p, q = 1 - x, 1 - square * x
-    jump = (1 - square * x * x) * (q * q + square * p * p).clamp_min_(tiny).rsqrt() / y1
-    smooth = ratio / y1
-    result = torch.where(jumps, jump, smooth)
-    result = torch.where((y3 > 0) & (y1 < torch.inf), result, 0.0)
-    return torch.where(y1.isnan(), y1, result)
+        bend = square * x
+        rest, norm = _norms(x, bend, sigma)
+        length = norm.sqrt_()
+        # value = 1 - 3 A x^2 + sigma A x^3 - ratio rest length, with A = square; slope is its derivative over A.
+        pull = ratio * length
+        value = torch.addcmul(1 - pull * rest, bend * x, (sigma * x).sub_(3))
+        slope = (sigma * x).mul_(3).sub_(6).add_(pull, alpha=2).mul_(x)
+        slope.addcmul_((sigma * x).sub_(2).mul_(rest), ratio.div(length), value=-1)
+        x = x.sub_(value.div_(slope.mul_(square).clamp_min_(info.tiny))).clamp_(0.0, 1.0)
+    rest, norm = _norms(x, square * x, sigma)
+    strength = torch.lerp(ratio, rest.mul_(norm.rsqrt_()), jumps)
+    return strength.div_(y1.clamp_min(info.smallest_normal * info.eps))
+
+
+def _norms(x: Tensor, bend: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - w3^2, and (1 - a w3)^2 + (a - w3)^2 for w3 = a x, a = y2 / y1; ``bend`` is a^2 x."""
+    square = bend * x
+    return 1 - square, (square + 1).mul_(sigma).sub_(bend, alpha=4).clamp_min_(1e-30)
