@@ -91,6 +91,11 @@ def main(
         scores = {column: perplexity(network, texts) for column, texts in held_out.items()}
         return {"variant": label, **scores, "mean relative local loss": loss, "seconds": seconds, "peak GiB": memory}
 
+    note = (
+        f"{model.describe()}; calibration {sequences} x {length} tokens of {data.describe()}, seed {seed}; "
+        f"evaluation {eval_sequences} x {length} tokens each, second column {other.describe()}. "
+        f"Options of every row: {options or 'defaults'}. Local loss is on each run's own inputs."
+    )
     rows = [row("dense", 0.0, "", "")]
     # The first call pays for loading libraries and compiling kernels; it is not counted.
     prune_layerwise(network, batches[:1], method="prox", steps=20, device=place, progress=False)
@@ -106,13 +111,8 @@ def main(
         seconds = time.perf_counter() - begin
         memory = torch.cuda.max_memory_allocated() / 2**30 if place.type == "cuda" else ""
         rows.append(row(label, report.mean_loss, seconds, memory))
-        print(rows[-1], flush=True)
-    note = (
-        f"{model.describe()}; calibration {sequences} x {length} tokens of {data.describe()}, seed {seed}; "
-        f"evaluation {eval_sequences} x {length} tokens each, second column {other.describe()}. "
-        f"Options of every row: {options or 'defaults'}. Local loss is on each run's own inputs."
-    )
-    write_report(output, name, "One-shot 2:4, no training", rows, note=note)
+        # After every row, so that a run that is cut short leaves what it has.
+        write_report(output, name, "One-shot 2:4, no training", rows, note=note)
 
 
 if __name__ == "__main__":

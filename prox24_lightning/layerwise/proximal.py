@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.layerwise.loss import input_scale, regularized
+from prox24_lightning.layerwise.replay import Replayed
 from prox24_lightning.layerwise.sparsegpt import cholesky
 from prox24_lightning.prox import prox_24
 from prox24_lightning.schedules import Exponential
@@ -75,13 +76,17 @@ def prox_gradient(
     """
     dense, moments, scale = _scaled(weight, moments, damping)
     step_matrix = moments / -largest_eigenvalue(moments)
-    unit = _unit(dense, dim)
-    z, last = dense.clone(), dense
-    for step in range(steps):
+    z, last, strength, unit = dense.clone(), dense.clone(), torch.zeros_like(_unit(dense, dim)), _unit(dense, dim)
+
+    def step() -> None:
         ahead = torch.lerp(last, z, 1 + momentum)
-        last = z
-        z = torch.addmm(ahead, ahead - dense, step_matrix)
-        prox_24(z, unit * STRENGTHS(step / max(1, steps - 1)), dim=dim, out=z)
+        last.copy_(z)
+        prox_24(torch.addmm(ahead, ahead - dense, step_matrix), strength, dim=dim, out=z)
+
+    run = Replayed(step, dense.device)
+    for number in range(steps):
+        torch.mul(unit, STRENGTHS(number / max(1, steps - 1)), out=strength)
+        run()
     return z / scale
 
 
@@ -111,25 +116,31 @@ def prox_splitting(
         the last ``Z``, a new weight; all but a few groups are 2:4.
     """
     dense, moments, scale = _scaled(weight, moments, damping)
-    unit = _unit(dense, dim)
     levels = max(1, min(levels, steps))
     z, disagreement = dense.clone(), torch.zeros_like(dense)
+    inverse, base = torch.empty_like(moments), torch.empty_like(dense)
+    strength, unit = torch.zeros_like(_unit(dense, dim)), _unit(dense, dim)
+
+    def step() -> None:
+        disagreement.add_(torch.addmm(base, z - disagreement, inverse))
+        prox_24(disagreement, strength, dim=dim, out=z)
+        disagreement.sub_(z)
+
+    run = Replayed(step, dense.device)
     pulled = dense @ moments
     last_rho = None
     for level in range(levels):
         rho = PENALTIES(level / max(1, levels - 1))
         shifted = moments.clone()
         shifted.diagonal().add_(rho)
-        inverse = torch.cholesky_inverse(cholesky(shifted, name=name))
-        base = pulled @ inverse
+        inverse.copy_(torch.cholesky_inverse(cholesky(shifted, name=name)))
+        torch.mm(pulled, inverse, out=base)
         inverse.mul_(rho)
         if last_rho is not None:
             # U is the multiplier over rho; the multiplier is what carries over.
             disagreement.mul_(last_rho / rho)
         last_rho = rho
-        for step in range(level * steps // levels, (level + 1) * steps // levels):
-            agreed = torch.addmm(base, z - disagreement, inverse)
-            disagreement.add_(agreed)
-            prox_24(disagreement, unit * STRENGTHS(step / max(1, steps - 1)), dim=dim, out=z)
-            disagreement.sub_(z)
+        for number in range(level * steps // levels, (level + 1) * steps // levels):
+            torch.mul(unit, STRENGTHS(number / max(1, steps - 1)), out=strength)
+            run()
     return z / scale
