@@ -43,12 +43,12 @@ def fit(callbacks, module=None, steps=20, batches=20, resume=None, **arguments):
 
 @pytest.fixture
 def looks(monkeypatch):
-    """Counts the looks at the weights."""
+    """The first weight at every look."""
     taken = []
 
-    def counted(*args, **kwargs):
-        taken.append(1)
-        return look(*args, **kwargs)
+    def counted(weights, **kwargs):
+        taken.append(weights[0].parameter.detach().clone())
+        return look(weights, **kwargs)
 
     monkeypatch.setattr(monitor_track, "look", counted)
     return taken
@@ -222,7 +222,9 @@ def test_gradient_accumulation(looks):
     callback = monitor(every=1)
     fit([callback], steps=4, accumulate_grad_batches=3)
     assert callback.histories["model"].steps == [0, 1, 2, 3, 4]
-    assert len(looks) == 6, "the last one at the end of the run"
+    *during, at_the_end = looks
+    assert len(during) == 5
+    assert torch.equal(during[4], at_the_end), "a look comes after its step, not before"
 
 
 def test_manual_optimisation_that_accumulates_by_itself(looks):
