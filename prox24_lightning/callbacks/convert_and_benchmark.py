@@ -17,7 +17,6 @@ from typing_extensions import override
 from prox24_lightning.callbacks.prox24 import Prox24
 from prox24_lightning.convert.benchmark import empty_report, run_benchmark
 from prox24_lightning.convert.example_inputs import InputCatcher
-from prox24_lightning.convert.model_benchmark import tune_model
 from prox24_lightning.convert.report import Report, RunMode
 from prox24_lightning.convert.semi_structured import convert_model, expand_model
 from prox24_lightning.convert.settings import ExampleInputs, Settings
@@ -176,7 +175,6 @@ class ConvertAndBenchmark(Callback):
             pl_module.to(device=device, dtype=self.settings.dtype)
             try:
                 convert_model(pl_module, names)
-                tune_model(pl_module, dict.fromkeys(names, self.settings.token_counts))
             except Exception:
                 expand_model(pl_module)
                 raise

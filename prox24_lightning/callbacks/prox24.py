@@ -184,7 +184,7 @@ class Prox24(Callback):
                 raise MisconfigurationException(
                     f"Prox24 cannot work with strategy={cls.__name__}: {_REFUSED_STRATEGIES[cls.__name__]}"
                 )
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if any(cls.__name__ in _CLASHING_CALLBACKS for cls in type(callback).__mro__):
                 raise MisconfigurationException(
                     f"Prox24 and {type(callback).__name__} would both prune the model; remove one of the two callbacks"
@@ -337,7 +337,7 @@ class Prox24(Callback):
                     f"{weight.name} is a sharded DTensor, which Prox24 does not handle; use DDPStrategy"
                 )
         mine = {id(weight.parameter) for weight in self.weights}
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Prox24) and callback is not self:
                 both = [weight.name for weight in callback.weights if id(weight.parameter) in mine]
                 if both:
@@ -354,7 +354,7 @@ class Prox24(Callback):
 
     def _mask_averages(self, trainer: Trainer) -> None:
         """Mask averaged copies of the weights (EMA, SWA) too: they remember what was there before the freeze."""
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
             if not isinstance(average, nn.Module) or not self.masks:
                 continue

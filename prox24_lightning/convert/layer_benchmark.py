@@ -48,7 +48,6 @@ def time_shapes(
 def _time_shape(result: ShapeResult, layer: nn.Module, settings: Settings, device: torch.device) -> ShapeResult:
     dense = _linear(layer, device, settings.dtype)
     sparse = convert_linear(dense, name=result.layers[0])
-    sparse.tune(settings.token_counts)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     copies = min(64, 1 + 2 * cache // sparse.stored_bytes)
     denses = [dense, *(copy.deepcopy(dense) for _ in range(copies - 1))]

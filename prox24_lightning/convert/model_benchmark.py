@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from prox24_lightning.convert.copying import bare_copy, move_inputs
 from prox24_lightning.convert.eligibility import named_layers
-from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.convert.report import ModelVariant, Report
 from prox24_lightning.convert.semi_structured import convert_model, expand_model
 from prox24_lightning.convert.settings import ExampleInputs, Settings
@@ -45,11 +44,9 @@ def time_model(
         def run() -> Any:
             return twin(*args, **kwargs)
 
-        counts = _token_counts(twin, inside, run)
         reference = [leaf.clone() for leaf in _floats(run())]
         variants.append(_variant("dense", 0, run, settings, before, reference))
         convert_model(twin, inside)
-        tune_model(twin, counts)
         variants.append(_variant("all_sparse", len(inside), run, settings, before, reference))
         if kept and len(kept) < len(inside):
             expand_model(twin, [name for name in inside if name not in kept])
@@ -64,34 +61,6 @@ def time_model(
             shapes = tuple(replace(s, sparse=False, decision=why) if s.sparse else s for s in report.shapes)
             report = replace(report, shapes=shapes)
     return report
-
-
-def _token_counts(model: nn.Module, names: Collection[str], run: Callable[[], Any]) -> dict[str, set[int]]:
-    """How many rows each layer sees in one call of the model."""
-    counts: dict[str, set[int]] = {name: set() for name in names}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, args: counts[name].add(args[0].numel() // args[0].shape[-1]) if args else None
-
-    layers = dict(named_layers(model))
-    handles = [layers[name].register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counts
-
-
-def tune_model(model: nn.Module, counts: Mapping[str, Iterable[int]]) -> None:
-    """Search the fastest algorithms of converted layers (name -> token counts) once a shape, not once a layer."""
-    found: dict[tuple[int, int, bool], dict[int, int]] = {}
-    layers = dict(named_layers(model))
-    for name, tokens in counts.items():
-        layer = layers[name]
-        if isinstance(layer, SemiStructuredLinear):
-            layer.algorithms = found.setdefault((layer.out_features, layer.in_features, layer.bias is not None), {})
-            layer.tune(tokens)
 
 
 def _variant(

@@ -7,7 +7,7 @@ integer buffer, which every one of these can move, and calls torch's operator on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,6 @@ class SemiStructuredLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.dtype = packed.dtype
         self.backend: Backend = backend
-        self.algorithms: dict[int, int] = {}
         self.register_buffer("packed", packed.view(torch.int16))
         self.register_buffer("meta", meta)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -77,22 +76,6 @@ class SemiStructuredLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return self._multiply(rows, bias).reshape(*input.shape[:-1], self.out_features)
 
-    @torch.no_grad()
-    def tune(self, token_counts: Iterable[int]) -> None:
-        """Let cuSPARSELt try its algorithms at these numbers of tokens and remember the fastest of each.
-
-        Without it algorithm 0 runs. CUTLASS has nothing to choose.
-        """
-        if self.backend != "cusparselt":
-            return
-        bias = None if self.bias is None else self.bias.to(self.dtype)
-        generator = torch.Generator(self.packed.device).manual_seed(0)  # leaves the run's own random stream alone
-        for tokens in {_padded(count) for count in token_counts} - self.algorithms.keys():
-            rows = torch.randn(tokens, self.in_features, generator=generator, device=generator.device).to(self.dtype)
-            self.algorithms[tokens] = torch._cslt_sparse_mm_search(
-                self.packed.view(self.dtype), rows.t(), bias=bias, transpose_result=True
-            )
-
     def _multiply(self, rows: Tensor, bias: Tensor | None) -> Tensor:
         tokens = rows.shape[0]
         if tokens == 0:
@@ -101,10 +84,9 @@ class SemiStructuredLinear(nn.Module):
         # The kernel reads rows.t() as "transposed, row-major", which is only true of contiguous rows.
         rows = F.pad(rows, (0, 0, 0, padding)) if padding else rows.contiguous()
         if self.backend == "cusparselt":
-            algorithm = self.algorithms.get(rows.shape[0], 0)
-            result = torch._cslt_sparse_mm(
-                self.packed.view(self.dtype), rows.t(), bias=bias, transpose_result=True, alg_id=algorithm
-            )
+            # The library's default algorithm. Its own search (`_cslt_sparse_mm_search`) is left alone: on a Hopper GPU
+            # it ended in an illegal instruction for a small float16 layer, which takes the whole process's CUDA down.
+            result = torch._cslt_sparse_mm(self.packed.view(self.dtype), rows.t(), bias=bias, transpose_result=True)
         else:
             weight = torch.sparse.SparseSemiStructuredTensorCUTLASS(
                 torch.Size((self.out_features, self.in_features)),

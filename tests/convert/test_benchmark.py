@@ -147,9 +147,6 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensorCUSPARSELT, "from_dense", from_dense)
     monkeypatch.setattr(SemiStructuredLinear, "forward", forward)
     monkeypatch.setattr(SemiStructuredLinear, "weight", property(lambda self: self.packed.view(self.dtype)))
-    monkeypatch.setattr(
-        SemiStructuredLinear, "tune", lambda self, counts: self.algorithms.update(dict.fromkeys(counts, 1))
-    )
     monkeypatch.setattr(benchmark, "find_target", lambda device=None: HOPPER)
     monkeypatch.setattr(semi_structured, "_target_of", lambda device: HOPPER)
     for module in (layer_benchmark, model_benchmark):
