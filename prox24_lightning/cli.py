@@ -45,6 +45,9 @@ COMMANDS = {
     "compare": Command(
         "dense, one-shot magnitude and Prox24 at equal steps, in one table", "prox24_lightning.commands.compare:compare"
     ),
+    "prune": Command(
+        "prune a pretrained Hugging Face model layer by layer", "prox24_lightning.commands.prune:prune", typed=True
+    ),
 }
 
 

@@ -3,7 +3,7 @@
 Any config that ``prox24 fit`` takes will do if it has a Prox24 callback. Every variant starts from the same seed, sees
 the same batches (their checksums are compared) and takes the same number of optimizer steps; only the pruning differs:
 
-- ``dense``: without the callbacks of this package.
+- ``dense``: without Prox24.
 - ``asp``: all weights pruned at once by magnitude, ``--asp_at`` of the way, then masked fine-tuning.
 - ``prox24``: as configured.
 """

@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from prox24_lightning.callbacks.prox24 import Prox24
 
-_PACKAGE = "prox24_lightning."
 _KEPT_BY_ASP = ("targets", "skip", "geometry", "name", "verbose")
 
 
@@ -27,8 +26,10 @@ def callback_entries(config: Namespace) -> list[Namespace]:
 
 
 def without_pruning(config: Namespace) -> None:
-    """Dense: drop every callback of this package."""
-    config.trainer.callbacks = [entry for entry in callback_entries(config) if not _is_ours(entry)]
+    """Dense: drop every Prox24. A SparsityMonitor stays: it costs every variant the same, and its curves compare."""
+    config.trainer.callbacks = [
+        entry for entry in callback_entries(config) if not issubclass(loaded_class(entry), Prox24)
+    ]
 
 
 def with_one_shot_magnitude(config: Namespace, at: float) -> None:
@@ -75,7 +76,3 @@ def _entries(value: Namespace | list[Namespace] | None) -> list[Namespace]:
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
-
-
-def _is_ours(entry: Namespace) -> bool:
-    return entry.class_path.startswith(_PACKAGE) or issubclass(loaded_class(entry), Prox24)

@@ -38,10 +38,11 @@ def test_callbacks_are_always_read_as_a_list(callbacks):
     assert paths(config(callbacks)) == expected
 
 
-def test_dense_drops_this_package_and_keeps_the_rest():
-    edited = config([entry(CHECKPOINT), entry(PROX24), entry("prox24_lightning.Prox24")])
+def test_dense_drops_every_prox24_and_keeps_the_rest():
+    monitor = "prox24_lightning.SparsityMonitor"
+    edited = config([entry(CHECKPOINT), entry(PROX24), entry("prox24_lightning.Prox24"), entry(monitor)])
     without_pruning(edited)
-    assert paths(edited) == [CHECKPOINT]
+    assert paths(edited) == [CHECKPOINT, monitor]
 
 
 def test_asp_prunes_the_same_weights_in_one_shot_by_magnitude():
