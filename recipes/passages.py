@@ -8,17 +8,17 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from recipes.stdlib_text import Document, stdlib_documents
 
-# Packages with many docstrings that every Python from 3.10 on has.
+# Packages with many docstrings that every Python from 3.10 on has; Debian's leaves out tkinter and idlelib.
 PACKAGES = (
     "asyncio",
     "email",
+    "encodings",
     "http",
-    "idlelib",
     "importlib",
     "logging",
     "multiprocessing",
-    "tkinter",
     "unittest",
+    "urllib",
     "xml",
 )
 
