@@ -111,7 +111,16 @@ def _prox_chunk(weight: Tensor, lam: Tensor, scale: Tensor | None, *, compact: b
     """The prox of ``weight`` (4, groups), contiguous; ``lam`` is (groups,) or 0-dim, ``scale`` like ``weight``."""
     magnitude = weight.abs()
     y = magnitude if scale is None else magnitude * scale
-    if compact and bool(y.sum().isfinite()):
+    if compact and not bool(y.amax().isfinite()):
+        # The few groups with an infinity or a NaN go the way that allows for them.
+        at = (~y.isfinite()).any(dim=0).nonzero().squeeze(1)
+        lam_at = lam if lam.dim() == 0 else lam.index_select(0, at)
+        scale_at = None if scale is None else scale.index_select(1, at)
+        special = _prox_chunk(weight.index_select(1, at), lam_at, scale_at, compact=False)
+        result = _prox_chunk(weight.index_fill(1, at, 0.0), lam, scale, compact=True)
+        _put(result, at, special)
+        return result
+    if compact:
         shrink = _shrink_compact(y, lam)
     else:
         ordered = sort_four(y)
@@ -215,7 +224,7 @@ def _shrink_sorted(ordered: tuple[Tensor, ...], lam: Tensor, *, compact: bool) -
     # any at strength 0. For v1 + v2 + v3 <= 1 the objective is convex on the box [0, v]: there dense wins exactly if
     # the objective falls as the fourth entry leaves 0 at the 3-sparse point. Elsewhere a bound rules most groups out.
     sure = indicator(torch.ge, y4, torch.addcmul(v1 * y2, v1 + v2, y3)).mul_(indicator(torch.gt, y4, 0.0))
-    if lam.dim():
+    if lam.dim() or not compact:
         sure = torch.maximum(sure, indicator(torch.eq, lam, 0.0))
     convex = indicator(torch.le, (v1 + v2).add_(v3), 1.0)
     falls = indicator(torch.gt, v4, torch.addcmul(w1 * w2, w1 + w2, w3))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from prox24_lightning.groups import from_groups, group_shape, to_groups
 
-ITERATIONS = 200
+ITERATIONS = 100
 """Newton steps. The sequences are monotone and quadratic except at double roots, where each step halves the error:
-200 steps reach the last bit even there."""
+100 steps reach the last bit even there."""
 
 
 def prox_24_reference(
