@@ -52,6 +52,13 @@ def test_variants_take_equal_steps_on_equal_batches(finished):
     assert len({checksum for _, checksum in batches}) == 2
 
 
+def test_seeds_are_set_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_module, "seed_everything", lambda *args, **options: None)
+    main(words(tmp_path, "--variants", "dense", "--seeds", "0", "1"))
+    first, second = results(tmp_path)
+    assert first["batches"] != second["batches"]
+
+
 def test_only_the_pruned_variants_are_2_4(finished):
     for run in results(finished):
         assert run["groups"] == 36 * 8 // 4 + 128 * 8 // 4
