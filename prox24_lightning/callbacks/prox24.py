@@ -19,10 +19,20 @@ from prox24_lightning.callbacks.tables import print_selection
 from prox24_lightning.groups import Geometry, GroupedWeight, Selection, SkippedWeight, clean_name, select_weights
 from prox24_lightning.mask import violations_24
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
-from prox24_lightning.sparsify import Metric, Phase, PhasePlan, PostStepProx, Refit, SparsityEngine, resolve_plan
-from prox24_lightning.sparsify.phases import check_step
+from prox24_lightning.sparsify import (
+    Metric,
+    Phase,
+    PhasePlan,
+    PostStepProx,
+    Progressive,
+    Refit,
+    SparsityEngine,
+    Strategy,
+    check_step,
+    resolve_plan,
+)
 
-Strategy = Literal["post_step"]
+StrategyName = Literal["post_step", "progressive"]
 
 _REFUSED_STRATEGIES = {
     "FSDPStrategy": "FSDP1 flattens parameters and cuts groups of four apart; use DDPStrategy",
@@ -75,7 +85,7 @@ class Prox24(Callback):
         start: int | float = 0.1,
         freeze: int | float = 0.6,
         *,
-        strategy: Strategy = "post_step",
+        strategy: StrategyName = "post_step",
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -92,7 +102,7 @@ class Prox24(Callback):
         if type(start) is type(freeze) and start > freeze:
             raise ValueError(f"start={start!r} comes after freeze={freeze!r}; sparsification begins before the freeze")
         for argument, value, choices in (
-            ("strategy", strategy, Strategy),
+            ("strategy", strategy, StrategyName),
             ("metric", metric, Metric),
             ("geometry", geometry, Geometry),
             ("refit", refit, Refit),
@@ -201,9 +211,7 @@ class Prox24(Callback):
             raise MisconfigurationException(f"Prox24: {error}") from error
         self.selection = self._optimized(selection, trainer.optimizers)
         self._check_weights(trainer)
-        engine = SparsityEngine(
-            self.weights, plan, PostStepProx(self.schedule, self.fraction), metric=self.metric, refit=self.refit
-        )
+        engine = SparsityEngine(self.weights, plan, self._make_strategy(), metric=self.metric)
         engine.on_freeze.append(lambda: self._mask_averages(trainer))
         if self._engine is not None and self._model is not None and self._model() is pl_module:
             # A second fit of the same model goes on where the first one stopped.
@@ -275,6 +283,11 @@ class Prox24(Callback):
         self._loaded = state_dict
 
     # Checks, each with the remedy in its text.
+
+    def _make_strategy(self) -> Strategy:
+        if self.strategy == "progressive":
+            return Progressive()
+        return PostStepProx(self.schedule, self.fraction, refit=self.refit)
 
     def _require_engine(self) -> SparsityEngine:
         if self._engine is None:

@@ -95,6 +95,18 @@ class SecondMoments:
         return self._sum / max(1, self.tokens)
 
     @property
+    def total(self) -> Tensor | None:
+        """``X^T X`` over all tokens counted, or None before the first."""
+        return self._sum
+
+    @classmethod
+    def of(cls, total: Tensor, tokens: int) -> SecondMoments:
+        """Moments from a sum that was counted elsewhere."""
+        moments = cls()
+        moments._sum, moments.tokens = total, tokens
+        return moments
+
+    @property
     def cross(self) -> Tensor | None:
         """``C``, or None if no dense inputs were given."""
         return None if self._cross is None else self._cross / max(1, self.tokens)

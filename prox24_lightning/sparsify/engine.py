@@ -12,14 +12,13 @@ from torch.optim import Optimizer
 
 from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.groups import GroupedWeight
-from prox24_lightning.mask import mask_24, pack_mask, unpack_mask
+from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.moments import InputMoments
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
-from prox24_lightning.sparsify.post_step import PostStepProx
 from prox24_lightning.sparsify.steps import StepListener
+from prox24_lightning.sparsify.strategy import Strategy
 
 Metric = Literal["weight", "activation"]
-Refit = Literal["none", "restore"]
 
 STATE_VERSION = 1
 MOMENT_WARMUP = 32
@@ -39,35 +38,29 @@ class SparsityEngine:
     Args:
         weights: the parameters that shall be 2:4.
         plan: the steps at which the phases begin; one step is one real step of any bound optimizer.
-        strategy: what happens to a weight after a step of the sparsify phase.
+        strategy: how weights become 2:4 in the sparsify phase.
         metric: coordinates of the prox and the masks: the weights', or scaled by the rms of each layer input.
-        refit: surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts the values back that
-            they had before the first prox.
     """
 
     def __init__(
         self,
         weights: Sequence[GroupedWeight],
         plan: PhasePlan,
-        strategy: PostStepProx,
+        strategy: Strategy,
         *,
         metric: Metric = "weight",
-        refit: Refit = "none",
     ) -> None:
-        for argument, value, choices in (("metric", metric, Metric), ("refit", refit, Refit)):
-            if value not in get_args(choices):
-                raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
+        if metric not in get_args(Metric):
+            raise ValueError(f"metric={metric!r} is unknown; use one of {', '.join(get_args(Metric))}")
         self.weights = tuple(weights)
         self.plan = plan
         self.strategy = strategy
         self.metric = metric
-        self.refit = refit
         self.step = 0
         self.masked = MaskedParameters()
         self.on_freeze: list[Callable[[], None]] = []
         self._begun = False
         self._frozen = False
-        self._reference: dict[str, Tensor] = {}
         self._moments = InputMoments(self.weights) if metric == "activation" else None
         self._listener = StepListener(self._after_step)
         self._owned: dict[int, list[GroupedWeight]] = {}
@@ -96,11 +89,13 @@ class SparsityEngine:
             held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
             self._owned[id(optimizer)] = [names[key] for key in held if key in names]
         self._listener.bind(optimizers)
-        if self._frozen:
-            for weight in self.weights:
+        for weight in self.weights:
+            if weight.name in self.masks:
                 self.masked.hold(weight.name, weight.parameter, self.masks[weight.name])
-            self.masked.mask_optimizer_state(optimizers)
+        self.masked.mask_optimizer_state(optimizers)
+        if self._frozen:
             return
+        self.strategy.attach(self.weights, self.plan)
         if self._moments is not None:
             self._moments.attach()
         if self.step >= self.plan.freeze:
@@ -112,6 +107,7 @@ class SparsityEngine:
         self._owned.clear()
         self._optimizers = ()
         self.masked.release_all()
+        self.strategy.detach()
         if self._moments is not None:
             self._moments.detach()
 
@@ -122,6 +118,8 @@ class SparsityEngine:
     def before_batch(self) -> None:
         """Tell the engine that a batch begins: decides whether its layer inputs are looked at."""
         self._listener.reset()
+        if not self._frozen:
+            self.strategy.before_batch(self.step + 1)
         if self._moments is not None:
             self._moments.collecting = self._wants_moments(self.step + 1)
 
@@ -134,19 +132,18 @@ class SparsityEngine:
     def _after_step(self, optimizer: Optimizer) -> None:
         self.step += 1
         owned = self._owned[id(optimizer)]
+        self.masked.mask_weights(weight.name for weight in owned)
         if self._frozen:
-            self.masked.mask_weights(weight.name for weight in owned)
             return
         if self._moments is not None and self._moments.collecting:
             self._moments.fold()
+        if self.step > self.plan.start and not self._begun:
+            self._begin()
         if self.step >= self.plan.freeze:
             self._freeze()
         elif self.step > self.plan.start:
-            if not self._begun:
-                self._begin()
-            progress = self.plan.progress(self.step)
-            for weight in owned:
-                self.strategy.step(weight, progress, self.metric_scale(weight.name))
+            waiting = [weight for weight in owned if weight.name not in self.masks]
+            self._hold(self.strategy.after_step(self.step, waiting, self.metric_scale))
 
     def _begin(self) -> None:
         self._begun = True
@@ -157,22 +154,27 @@ class SparsityEngine:
                 ", ".join(missing),
             )
         self.strategy.begin(self.weights, self.metric_scale)
-        if self.refit == "restore":
-            self._reference = {weight.name: weight.parameter.detach().clone() for weight in self.weights}
 
     def _freeze(self) -> None:
-        """Choose the masks in the metric, refit the survivors, project, and hold the masks from now on."""
+        """Freeze what is not frozen yet, in the order of the model, and hold all masks from now on."""
         for weight in self.weights:
-            parameter = weight.parameter
-            mask = mask_24(parameter, dim=weight.dim, scale=self.metric_scale(weight.name))
-            if (reference := self._reference.pop(weight.name, None)) is not None:
-                with torch.no_grad():
-                    parameter.copy_(reference)
-            self.masked.hold(weight.name, parameter, mask)
-        self.masked.mask_optimizer_state(self._optimizers)
+            if weight.name not in self.masks:
+                self._hold({weight.name: self.strategy.finish(weight, self.metric_scale(weight.name))})
         self._frozen = True
+        self.strategy.detach()
         if self._moments is not None:
             self._moments.detach()
+
+    def _hold(self, frozen: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Write the values of newly frozen weights and hold their masks, in the optimizer's state too."""
+        if not frozen:
+            return
+        parameters = {weight.name: weight.parameter for weight in self.weights}
+        for name, (mask, values) in frozen.items():
+            with torch.no_grad():
+                parameters[name].copy_(values)
+            self.masked.hold(name, parameters[name], mask)
+        self.masked.mask_optimizer_state(self._optimizers)
         for callback in self.on_freeze:
             callback()
 
@@ -184,7 +186,6 @@ class SparsityEngine:
             "phase": self.phase,
             "begun": self._begun,
             "masks": {name: {"bits": pack_mask(mask), "shape": list(mask.shape)} for name, mask in self.masks.items()},
-            "reference": dict(self._reference),
             "strategy": self.strategy.state_dict(),
             "moments": None if self._moments is None else self._moments.state_dict(),
         }
@@ -201,7 +202,8 @@ class SparsityEngine:
             )
         weights = {weight.name: weight for weight in self.weights}
         masks = state["masks"]
-        if masks and set(masks) != set(weights):
+        frozen = state["phase"] == "frozen"
+        if set(masks) - set(weights) or (frozen and set(masks) != set(weights)):
             lost, new = sorted(set(masks) - set(weights)), sorted(set(weights) - set(masks))
             raise ValueError(
                 f"the checkpoint's masks belong to other weights: only in the checkpoint: {lost or 'none'}; "
@@ -213,14 +215,13 @@ class SparsityEngine:
                 raise ValueError(f"the mask of {name!r} has shape {tuple(packed['shape'])}, the weight {shape}")
         self.step = state["step"]
         self._begun = state["begun"]
-        self._frozen = bool(masks)
+        self._frozen = frozen
 
         def device_of(name: str) -> torch.device:
             return weights[name].parameter.device
 
         for name, packed in masks.items():
             self.masked.masks[name] = unpack_mask(packed["bits"], packed["shape"]).to(device_of(name))
-        self._reference = {name: value.to(device_of(name)) for name, value in state["reference"].items()}
         self.strategy.load_state_dict(state["strategy"], device_of)
         if self._moments is not None and state["moments"] is not None:
             self._moments.load_state_dict(state["moments"])

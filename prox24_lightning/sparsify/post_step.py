@@ -2,57 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.mask import mask_24
 from prox24_lightning.prox import prox_24
 from prox24_lightning.schedules import Schedule
+from prox24_lightning.sparsify.phases import PhasePlan
+from prox24_lightning.sparsify.strategy import DeviceOf, ScaleOf, Strategy
 from prox24_lightning.sparsify.strength import strength_for_fraction
 
-ScaleOf = Callable[[str], Tensor | None]
+Refit = Literal["none", "restore"]
 
 
-class PostStepProx:
+class PostStepProx(Strategy):
     """Proximal gradient with the user's optimizer as the gradient step.
 
     Args:
         strength: relative strength at every progress; the prox uses it divided by the rms of the weight (in
             the metric's coordinates) at the start of the phase. None finds the strength from ``fraction``.
         fraction: share of groups that shall be 2:4 at every progress, used when ``strength`` is None.
+        refit: surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts the values back that
+            they had before the first prox.
     """
 
-    def __init__(self, strength: Schedule | None, fraction: Schedule) -> None:
+    def __init__(self, strength: Schedule | None, fraction: Schedule, *, refit: Refit = "none") -> None:
+        super().__init__()
         self.strength = strength
         self.fraction = fraction
-        self.strengths: dict[str, Tensor] = {}
+        self.refit = refit
+        self._plan = PhasePlan(0, 0)
         self._rms: dict[str, Tensor] = {}
+        self._reference: dict[str, Tensor] = {}
+
+    def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:
+        self._plan = plan
 
     @torch.no_grad()
     def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
-        """Take each weight's scale, once, before the first prox."""
         for weight in weights:
             values, scale = weight.parameter.detach().float(), scale_of(weight.name)
             values = values if scale is None else values * scale
             self._rms[weight.name] = values.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        if self.refit == "restore":
+            self._reference = {weight.name: weight.parameter.detach().clone() for weight in weights}
 
     @torch.no_grad()
-    def step(self, weight: GroupedWeight, progress: float, scale: Tensor | None) -> None:
-        """Apply the prox to ``weight`` in place."""
+    def after_step(
+        self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        progress = self._plan.progress(step)
+        for weight in weights:
+            self.apply(weight, progress, scale_of(weight.name))
+        return {}
+
+    def apply(self, weight: GroupedWeight, progress: float, scale: Tensor | None) -> None:
+        """One prox on ``weight``, in place."""
         values = weight.parameter.detach()
         if self.strength is None:
-            strength = strength_for_fraction(values, self.fraction(progress), dim=weight.dim, scale=scale)
+            strength, applied = strength_for_fraction(values, self.fraction(progress), dim=weight.dim, scale=scale)
         else:
-            strength = self.strength(progress) / self._rms[weight.name]
+            strength = applied = self.strength(progress) / self._rms[weight.name]
         self.strengths[weight.name] = strength
-        prox_24(values, strength, dim=weight.dim, scale=scale, out=values)
+        prox_24(values, applied, dim=weight.dim, scale=scale, out=values)
+
+    def finish(self, weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        values = weight.parameter.detach()
+        mask = mask_24(values, dim=weight.dim, scale=scale)
+        return mask, self._reference.pop(weight.name, values)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rms": dict(self._rms), "strengths": dict(self.strengths)}
+        return {"rms": dict(self._rms), "strengths": dict(self.strengths), "reference": dict(self._reference)}
 
-    def load_state_dict(self, state: dict[str, Any], device_of: Callable[[str], torch.device]) -> None:
-        self._rms = {name: value.to(device_of(name)) for name, value in state["rms"].items()}
-        self.strengths = {name: value.to(device_of(name)) for name, value in state["strengths"].items()}
+    def load_state_dict(self, state: dict[str, Any], device_of: DeviceOf) -> None:
+        self._rms, self.strengths, self._reference = (
+            {name: value.to(device_of(name)) for name, value in state[part].items()}
+            for part in ("rms", "strengths", "reference")
+        )

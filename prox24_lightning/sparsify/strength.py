@@ -10,41 +10,42 @@ from torch import Tensor
 from prox24_lightning.groups import resolve_group_dim
 from prox24_lightning.prox import critical_strength_24
 
-SAMPLED_GROUPS = 16384
-"""Groups that are looked at to find a quantile; its error, 1/sqrt(4n), is then 0.4 % of the groups."""
+SAMPLED_GROUPS = 65536
+"""Groups among which a quantile is looked up; its error, 1/sqrt(4n), is then 0.2 % of the groups."""
 
 
-def strength_for_fraction(weight: Tensor, fraction: float, *, dim: int = -1, scale: Tensor | None = None) -> Tensor:
-    """The least strength at which ``fraction`` of the groups of ``weight`` leave the prox 2:4.
+def strength_for_fraction(
+    weight: Tensor, fraction: float, *, dim: int = -1, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The least strength at which ``fraction`` of the groups of ``weight`` leave the prox 2:4, and whom it meets.
 
-    Every group has a critical strength, above which its prox is 2:4 (see ``prox/DERIVATION.md``); the
-    answer is their quantile. Large weights are sampled at an even stride.
+    Every group has a critical strength, from which on its prox is 2:4 and keeps the two survivors as they are
+    (``prox/DERIVATION.md``); the answer is their quantile. Below its critical strength a group is only shrunk, and
+    a prox repeated at every step would shrink all groups to 2:4 within a few steps, whatever the
+    fraction. So a group gets the strength once its turn has come, and zero until then.
 
     Args:
         weight: floating tensor with groups along ``dim``.
-        fraction: share of the groups in [0, 1]; 0 gives strength 0.
+        fraction: share of the groups in [0, 1].
         dim: dimension of the groups.
         scale: the metric, as for :func:`~prox24_lightning.prox.prox_24`.
 
     Returns:
-        0-dim tensor on the weight's device, units 1 / (weight * scale); no host synchronisation.
+        The strength, a 0-dim tensor, and the same strength or zero for each group, of
+        :func:`~prox24_lightning.groups.group_shape`; both on the weight's device in units 1 / (weight * scale), float32
+        (float64 for float64 weights). No host synchronisation.
 
     Raises:
         ValueError: if ``fraction`` is outside [0, 1].
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
-    dim = resolve_group_dim(weight.shape, dim)
-    stride = max(weight.numel() // 4 // SAMPLED_GROUPS, 1)
-    if stride > 1:
-        across = max((axis for axis in range(weight.dim()) if axis != dim), key=lambda axis: weight.shape[axis])
-        index = torch.arange(0, weight.shape[across], stride, device=weight.device)
-        weight = weight.index_select(across, index)
-        if scale is not None and scale.shape[across] > 1:
-            scale = scale.index_select(across, index)
-    critical = critical_strength_24(weight, dim=dim, scale=scale).flatten().float()
-    rank = math.ceil(fraction * critical.numel())
+    critical = critical_strength_24(weight, dim=resolve_group_dim(weight.shape, dim), scale=scale)
+    flat = critical.flatten()
+    sample = flat[:: max(flat.numel() // SAMPLED_GROUPS, 1)]
+    rank = math.ceil(fraction * sample.numel())
     if rank == 0:
-        return torch.zeros((), device=weight.device)
+        return torch.zeros((), dtype=critical.dtype, device=critical.device), torch.zeros_like(critical)
     # A little above the critical value, so that the group which gave it falls on the 2:4 side in any precision.
-    return critical.kthvalue(rank).values * 1.001
+    strength = sample.kthvalue(rank).values * (1 + 1e-5)
+    return strength, torch.where(critical <= strength, strength, 0.0)

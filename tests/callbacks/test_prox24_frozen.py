@@ -118,7 +118,7 @@ def test_restore_puts_the_survivors_back():
     class Remember(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
             if callback.step == 1:
-                before.update({name: value.clone() for name, value in callback._engine._reference.items()})
+                before.update({name: value.clone() for name, value in callback._engine.strategy._reference.items()})
 
     quiet_trainer(max_steps=8, callbacks=[callback, Remember()]).fit(module, tiny_loader())
     for weight in callback.weights:

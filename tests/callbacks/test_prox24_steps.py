@@ -22,13 +22,13 @@ TARGET = "model.2.weight"
 def applied(monkeypatch):
     """Counts the applications of the prox for every weight."""
     counts: dict[str, int] = {}
-    original = PostStepProx.step
+    original = PostStepProx.apply
 
-    def step(self, weight, progress, scale):
+    def apply(self, weight, progress, scale):
         counts[weight.name] = counts.get(weight.name, 0) + 1
         original(self, weight, progress, scale)
 
-    monkeypatch.setattr(PostStepProx, "step", step)
+    monkeypatch.setattr(PostStepProx, "apply", apply)
     return counts
 
 

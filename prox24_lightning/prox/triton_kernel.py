@@ -1,0 +1,320 @@
+"""The exact 2:4 proximal operator as one fused Triton kernel: each weight is loaded once, solved in registers, stored once.
+
+The same equations and the same rules as ``batched.py``, in float32 for float32, bfloat16 and float16 weights. Programs are
+one warp wide, so that equations which no group of a warp needs are skipped and iterations end when the warp is done.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prox24_lightning.groups import group_shape, resolve_group_dim
+
+BLOCK = 64
+"""Groups a program."""
+
+_ALWAYS_TWO = tl.constexpr((1 + 2**0.5) / 2)
+_CAP = tl.constexpr(4.0)
+_PRUNED = tl.constexpr(3e38)
+_TINY = tl.constexpr(1e-30)
+_STEPS = tl.constexpr(6)
+_FINISHED = tl.constexpr(2e-3)
+
+
+def prox_24_triton(
+    weight: Tensor, strength: float | Tensor, *, dim: int = -1, scale: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """As :func:`prox24_lightning.prox.prox_24`, which checks the arguments first, for contiguous CUDA tensors."""
+    weight = weight.detach()
+    out = torch.empty_like(weight) if out is None else out
+    groups = weight.numel() // 4
+    if groups == 0:
+        return out
+    dim = resolve_group_dim(weight.shape, dim)
+    inner = 1
+    for size in weight.shape[dim + 1 :]:
+        inner *= size
+    lam, lam_strides = _strided(strength, group_shape(weight.shape, dim), dim, weight.device)
+    if scale is None:
+        scale_values, scale_strides = lam, (0, 0, 0)
+    else:
+        scale_values, scale_strides = _strided(scale, weight.shape, dim, weight.device)
+    _prox_kernel[(triton.cdiv(groups, BLOCK),)](
+        weight,
+        out.detach(),
+        lam,
+        scale_values,
+        groups,
+        weight.shape[dim] // 4,
+        inner,
+        *lam_strides,
+        *scale_strides,
+        ONE_STRENGTH=lam.numel() == 1,
+        HAS_SCALE=scale is not None,
+        ROWS=inner == 1,
+        BLOCK=BLOCK,
+        num_warps=1,
+    )
+    return out
+
+
+def _strided(
+    value: float | Tensor, shape: tuple[int, ...] | torch.Size, dim: int, device: torch.device
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """``value`` in float32, with its strides before, along and behind ``dim``."""
+    tensor = torch.as_tensor(value, dtype=torch.float32, device=device).detach()
+    if tensor.numel() == 1:
+        return tensor.reshape(1), (0, 0, 0)
+    tensor = tensor.expand(shape)
+    if len(shape) > 2:
+        tensor = tensor.contiguous()
+        behind = tensor.stride(dim)
+        return tensor, (behind * shape[dim], behind, 1)
+    if len(shape) == 1:
+        return tensor, (0, tensor.stride(0), 0)
+    first, second = tensor.stride()
+    return tensor, ((first, second, 0) if dim == 1 else (0, first, second))
+
+
+@triton.jit
+def _prox_kernel(
+    weight,
+    out,
+    strength,
+    scale,
+    groups,
+    length,
+    inner,
+    strength_before,
+    strength_along,
+    strength_behind,
+    scale_before,
+    scale_along,
+    scale_behind,
+    ONE_STRENGTH: tl.constexpr,  # noqa: N803
+    HAS_SCALE: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = group < groups
+    before = group // (length * inner)
+    along = (group // inner) % length
+    behind = group % inner
+    if ROWS:
+        pair = tl.arange(0, 2)
+        at4 = group[:, None, None] * 4 + pair[None, :, None] * 2 + pair[None, None, :]
+        inside4 = inside[:, None, None] & (pair[None, :, None] >= 0) & (pair[None, None, :] >= 0)
+        even, odd = tl.split(tl.load(weight + at4, mask=inside4, other=0.0).to(tl.float32))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+    else:
+        at = (before * length + along) * 4 * inner + behind
+        x0 = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        x1 = tl.load(weight + at + inner, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(weight + at + 2 * inner, mask=inside, other=0.0).to(tl.float32)
+        x3 = tl.load(weight + at + 3 * inner, mask=inside, other=0.0).to(tl.float32)
+    if ONE_STRENGTH:
+        lam = tl.load(strength) + tl.zeros([BLOCK], tl.float32)
+    else:
+        lam_at = before * strength_before + along * strength_along + behind * strength_behind
+        lam = tl.load(strength + lam_at, mask=inside, other=0.0)
+
+    y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
+    bad = (x0 != x0) | (x1 != x1) | (x2 != x2) | (x3 != x3) | (lam != lam) | (lam < 0)
+    if HAS_SCALE:
+        scale_at = before * scale_before + along * 4 * scale_along + behind * scale_behind
+        c0 = tl.load(scale + scale_at, mask=inside, other=1.0)
+        c1 = tl.load(scale + scale_at + scale_along, mask=inside, other=1.0)
+        c2 = tl.load(scale + scale_at + 2 * scale_along, mask=inside, other=1.0)
+        c3 = tl.load(scale + scale_at + 3 * scale_along, mask=inside, other=1.0)
+        fine = (c0 > 0) & (c1 > 0) & (c2 > 0) & (c3 > 0)
+        fine = fine & (c0 < float("inf")) & (c1 < float("inf")) & (c2 < float("inf")) & (c3 < float("inf"))
+        bad = bad | (fine == 0)
+        y0, y1, y2, y3 = y0 * c0, y1 * c1, y2 * c2, y3 * c3
+
+    high0, low0 = tl.maximum(y0, y2), tl.minimum(y0, y2)
+    high1, low1 = tl.maximum(y1, y3), tl.minimum(y1, y3)
+    first, fourth = tl.maximum(high0, high1), tl.minimum(low0, low1)
+    middle0, middle1 = tl.minimum(high0, high1), tl.maximum(low0, low1)
+    second, third = tl.maximum(middle0, middle1), tl.minimum(middle0, middle1)
+    s1, s2, s3, s4 = _shrink(first, second, third, fourth, lam)
+
+    # Rank of each entry; among equals the earlier position is the larger.
+    later01, later02, later03 = (y1 > y0).to(tl.int32), (y2 > y0).to(tl.int32), (y3 > y0).to(tl.int32)
+    later12, later13, later23 = (y2 > y1).to(tl.int32), (y3 > y1).to(tl.int32), (y3 > y2).to(tl.int32)
+    s_0 = _by_rank(later01 + later02 + later03, s1, s2, s3, s4)
+    s_1 = _by_rank(1 - later01 + later12 + later13, s1, s2, s3, s4)
+    s_2 = _by_rank(2 - later02 - later12 + later23, s1, s2, s3, s4)
+    s_3 = _by_rank(3 - later03 - later13 - later23, s1, s2, s3, s4)
+    if HAS_SCALE:
+        r0, r1 = _apply(x0, s_0, s_0 / c0, bad), _apply(x1, s_1, s_1 / c1, bad)
+        r2, r3 = _apply(x2, s_2, s_2 / c2, bad), _apply(x3, s_3, s_3 / c3, bad)
+    else:
+        r0, r1 = _apply(x0, s_0, s_0, bad), _apply(x1, s_1, s_1, bad)
+        r2, r3 = _apply(x2, s_2, s_2, bad), _apply(x3, s_3, s_3, bad)
+
+    if ROWS:
+        result = tl.join(tl.join(r0, r2), tl.join(r1, r3))
+        tl.store(out + at4, result.to(out.dtype.element_ty), mask=inside4)
+    else:
+        tl.store(out + at, r0.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at + inner, r1.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at + 2 * inner, r2.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + at + 3 * inner, r3.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _by_rank(rank, s1, s2, s3, s4):
+    return tl.where(rank == 0, s1, tl.where(rank == 1, s2, tl.where(rank == 2, s3, s4)))
+
+
+@triton.jit
+def _apply(x, shrink, shift, bad):
+    kept = tl.where(shrink >= _PRUNED, 0.0, tl.maximum(tl.abs(x) - shift, 0.0))
+    signed = tl.where((x < 0) & (kept > 0), -kept, kept)
+    return tl.where(bad, float("nan"), signed)
+
+
+@triton.jit
+def _capped(y, lam):
+    v = lam * y
+    return tl.where(v == v, tl.minimum(v, _CAP), 0.0)
+
+
+@triton.jit
+def _shrink(y1, y2, y3, y4, lam):
+    """How much each sorted entry shrinks, _PRUNED for those that go."""
+    v1, v2, v3, v4 = _capped(y1, lam), _capped(y2, lam), _capped(y3, lam), _capped(y4, lam)
+    square = v1 * v1 + v2 * v2
+    two = (v1 >= _ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3) | (y3 * tl.maximum(1.0, (1 + square) / 2) <= v1 * y2)
+    two = two & (lam != 0)
+    s1, s2 = tl.zeros_like(y1), tl.zeros_like(y1)
+    s3, s4 = s1 + _PRUNED, s1 + _PRUNED
+    unsettled = tl.where(two, 0, 1)
+    if tl.max(unsettled, axis=0) > 0:
+        u, w1, w2, gain3 = _three_sparse(v1, v2, v3, unsettled)
+        three = ((gain3 < 0) | (square <= 1)) & (unsettled > 0)
+        sure = ((y4 >= v1 * y2 + v2 * y3 + v3 * y1) & (y4 > 0)) | (lam == 0)
+        convex = v1 + v2 + v3 <= 1
+        d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
+        possible = tl.where(convex, v4 > w1 * w2 + (w1 + w2) * u, v4 > d1 * d2 + d2 * d3 + d3 * d1)
+        candidate = (sure | (possible & three)) & (unsettled > 0)
+        w3, w4 = u, tl.zeros_like(u)
+        four = candidate & (w4 > 0)
+        if tl.max(tl.where(candidate, 1, 0), axis=0) > 0:
+            p1, p2, p3, p4, gain4 = _dense(v1, v2, v3, v4, d1, d2, d3, tl.where(candidate, 1, 0))
+            four = candidate & (sure | convex | ((p4 > 0) & (gain4 < gain3)))
+            w1, w2 = tl.where(four, p1, w1), tl.where(four, p2, w2)
+            w3, w4 = tl.where(four, p3, w3), tl.where(four, p4, w4)
+        three = three | four
+        inverse = 1 / tl.where(lam > 0, lam, 1.0)
+        pair, product = w3 + w4, w3 * w4
+        s1 = tl.where(three, _over(w2 * pair + product, inverse), s1)
+        s2 = tl.where(three, _over(w1 * pair + product, inverse), s2)
+        s3 = tl.where(three, _over(w1 * w2 + (w1 + w2) * w4, inverse), s3)
+        s4 = tl.where(four, _over(w1 * w2 + (w1 + w2) * w3, inverse), s4)
+    return s1, s2, s3, s4
+
+
+@triton.jit
+def _over(e2, inverse):
+    return tl.where(e2 > 0, e2 * inverse, 0.0)  # 0 * inf for a subnormal strength
+
+
+@triton.jit
+def _halley_step(value, slope, half_curve):
+    square = slope * slope
+    return value * slope / tl.maximum(tl.maximum(square - value * half_curve, square / 2), _TINY)
+
+
+@triton.jit
+def _three_sparse(v1, v2, v3, active):
+    b = 1 + (v1 - v3) + (v2 - v3)
+    c = v3 - (v1 - v3) * (v2 - v3)
+    u = 2 * c / (b + tl.sqrt(tl.maximum(b * b + 4 * c, 0.0)))
+    room = 1 - v1 * v1 - v2 * v2
+    u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) / tl.maximum(room, _TINY), 1.0))
+    ratio = tl.sqrt((v1 - v2) / tl.maximum(v1 + v2, _TINY))
+    u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) / (1 + ratio)), 0.75), 0.0)
+    step = 0
+    while step < _STEPS:
+        inverse = 1 / (1 - u * u)
+        w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
+        across1, across2 = w1 - u * w2, w2 - u * w1
+        change = _halley_step(
+            (u - v3) + w1 * w2,
+            1 - (w1 * across1 + w2 * across2) * inverse,
+            3 * inverse * inverse * across1 * across2,
+        )
+        after = tl.maximum(tl.minimum(u - change, 0.75), 0.0)
+        moved = tl.max(tl.where(active > 0, tl.abs(after - u), 0.0), axis=0)
+        u = after
+        step = tl.where(moved > _FINISHED, step + 1, _STEPS)
+    inverse = 1 / (1 - u * u)
+    w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
+    norm = w1 * w1 + w2 * w2 - 1
+    gain = u * ((u - v3) + w1 * w2 + u / 2 * norm)
+    return u, w1, w2, tl.where((norm < 0) & (w2 > 0), gain, 0.0)
+
+
+@triton.jit
+def _split(t, k, inverse):
+    x4 = (t + 0.5 - (k - 0.25) * inverse) / 2
+    return x4, (k + t * (t + 1)) * inverse
+
+
+@triton.jit
+def _root(d, square):
+    return tl.sqrt(tl.maximum(d + square, 1e-15))
+
+
+@triton.jit
+def _dense(v1, v2, v3, v4, d1, d2, d3, active):
+    b = 1 + 2 * (d1 + d2 + d3)
+    c = tl.maximum(v4 - (d1 * d2 + d2 * d3 + d3 * d1), 0.0)
+    upper = 2 * c / (b + tl.sqrt(b * b + 12 * c))
+    k = (v1 + v2 + v3 - v4) / 2
+    t = upper
+    step = 0
+    while step < _STEPS:
+        inverse = 1 / (t + 0.5)
+        x4, total = _split(t, k, inverse)
+        square, size = x4 * x4, tl.abs(x4)
+        x1, x2, x3 = _root(d1, square), _root(d2, square), _root(d3, square)
+        i1, i2, i3 = 1 / x1, 1 / x2, 1 / x3
+        value = d1 / (x1 + size) + d2 / (x2 + size) + d3 / (x3 + size) + 6 * tl.maximum(-x4, 0.0) + 4 * t - total
+        spread = 1 + x4 * (i1 + i2 + i3)
+        rate = total * inverse / 2
+        slope = 2 * x4 * inverse + rate * spread
+        bend = d1 * i1 * i1 * i1 + d2 * i2 * i2 * i2 + d3 * i3 * i3 * i3
+        curve = (k - 0.25) * inverse * inverse * inverse * (2 - spread) + rate * rate * bend
+        after = tl.minimum(tl.maximum(t - _halley_step(value, slope, curve / 2), 0.0), upper)
+        moved = tl.max(tl.where(active > 0, tl.abs(after - t), 0.0), axis=0)
+        t = after
+        step = tl.where(moved > _FINISHED, step + 1, _STEPS)
+    # One Newton step on the stationarity of w4 itself, away from the jumps.
+    inverse = 1 / (t + 0.5)
+    x4, total = _split(t, k, inverse)
+    square, size = x4 * x4, tl.abs(x4)
+    base, rate = t + 2 * tl.maximum(-x4, 0.0), total * inverse / 2
+    x1, x2, x3 = _root(d1, square), _root(d2, square), _root(d3, square)
+    w1, w2, w3 = base + d1 / (x1 + size), base + d2 / (x2 + size), base + d3 / (x3 + size)
+    g1, g2, g3 = 1 + rate * (x4 / x1 - 1), 1 + rate * (x4 / x2 - 1), 1 + rate * (x4 / x3 - 1)
+    slope = 1 + (w2 + w3) * g1 + (w1 + w3) * g2 + (w1 + w2) * g3
+    residual = (t - v4) + w1 * w2 + (w1 + w2) * w3
+    better = tl.maximum(t - residual / tl.maximum(slope, 0.05), t * 1e-3)
+    t = tl.where(v1 + v2 + v3 <= 0.9, better, t)
+    inverse = 1 / (t + 0.5)
+    x4, total = _split(t, k, inverse)
+    square, size = x4 * x4, tl.abs(x4)
+    base = t + 2 * tl.maximum(-x4, 0.0)
+    w1 = base + d1 / (_root(d1, square) + size)
+    w2 = base + d2 / (_root(d2, square) + size)
+    w3 = base + d3 / (_root(d3, square) + size)
+    gain = ((w1 - v1) * (w1 - v1) + (w2 - v2) * (w2 - v2) + w3 * w3 + t * t) / 2
+    gain += (w3 + t) * w1 * w2 + w3 * t * (w1 + w2) - v3 * w3 - v4 * t
+    return w1, w2, w3, t, gain

@@ -1,0 +1,64 @@
+"""What the engine asks of a way to sparsify."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.sparsify.phases import PhasePlan
+
+ScaleOf = Callable[[str], Tensor | None]
+"""The scale of a weight's metric, by name; None for the weight's own coordinates."""
+
+DeviceOf = Callable[[str], torch.device]
+
+
+class Strategy(ABC):
+    """Turns dense weights into 2:4 ones between two steps of a run; the engine says when, and holds the masks.
+
+    Attributes:
+        strengths: the strength last used for each weight: 0-dim tensors by name.
+    """
+
+    def __init__(self) -> None:
+        self.strengths: dict[str, Tensor] = {}
+
+    def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:  # noqa: B027
+        """Training (again) begins with these weights: register hooks."""
+
+    def detach(self) -> None:  # noqa: B027
+        """Remove every hook."""
+
+    def before_batch(self, step: int) -> None:  # noqa: B027
+        """A batch begins that leads to optimizer step ``step``."""
+
+    @abstractmethod
+    def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
+        """The sparsify phase begins; nothing has been changed yet."""
+
+    @abstractmethod
+    def after_step(
+        self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Optimizer step ``step`` is done; ``weights`` are those that it changed and that are not frozen.
+
+        Returns:
+            name -> (mask, values) for the weights that shall be frozen now.
+        """
+
+    @abstractmethod
+    def finish(self, weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mask and values of a weight that is still unfrozen when the phase ends."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors only."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any], device_of: DeviceOf) -> None:
+        """Undo :meth:`state_dict`."""
