@@ -1,9 +1,10 @@
-"""One block of LLaMA-2-70B's shapes, random weights: how long would the whole model take on this GPU, and in what memory?
+"""One block of LLaMA-2-70B's shapes with random weights: time of the whole model on this GPU, and peak memory.
 
     python -m benchmarks.block_70b
 
-Second moments are taken of random inputs with a few strong common directions. Their cost is linear in the tokens: it is
-measured on a part of the 2M tokens and scaled up. Not in the figure: the block's own forward passes and reading weights.
+Second moments are taken of random inputs with a few strong common directions. Their cost is linear in the tokens: it
+is measured on a part of the 2M tokens and scaled up. Not in the figure: the block's own forward passes and the
+reading of weights.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def best_masks(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
         moments: (in_features, in_features), positive definite.
 
     Returns:
-        the best weight (float64) and its bool mask; the first in lexicographic order where several are equally good.
+        the best weight (float64) and its bool mask.
 
     Raises:
         ValueError: for more than 16 inputs, or a number that does not divide by 4.
@@ -39,19 +39,11 @@ def best_masks(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
         ],
         device=weight.device,
     )
-    wanted = dense @ moments
-    best_loss = torch.full((len(dense),), torch.inf, dtype=torch.float64, device=weight.device)
-    best = torch.zeros_like(dense)
-    best_support = torch.zeros(len(dense), supports.shape[1], dtype=torch.long, device=weight.device)
-    for support in supports:
-        # On its support, V solves H_SS v = (W H)_S; what it wins over V = 0 is 1/2 v . (W H)_S.
-        values = torch.linalg.solve(moments[support][:, support], wanted[:, support].T).T
-        loss = -0.5 * (values * wanted[:, support]).sum(1)
-        better = loss < best_loss
-        best_loss = torch.where(better, loss, best_loss)
-        candidate = torch.zeros_like(dense)
-        candidate[:, support] = values
-        best = torch.where(better.unsqueeze(1), candidate, best)
-        best_support = torch.where(better.unsqueeze(1), support, best_support)
-    mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(1, best_support, True)
+    # On its support, V solves H_SS v = (W H)_S; what it wins over V = 0 is 1/2 v . (W H)_S.
+    wanted = (dense @ moments).T[supports]
+    values = torch.linalg.solve(moments[supports.unsqueeze(2), supports.unsqueeze(1)], wanted)
+    choice = (values * wanted).sum(1).argmax(0)
+    rows = torch.arange(len(dense), device=weight.device)
+    best = torch.zeros_like(dense).scatter_(1, supports[choice], values[choice, :, rows])
+    mask = torch.zeros_like(dense, dtype=torch.bool).scatter_(1, supports[choice], True)
     return best, mask
