@@ -115,7 +115,7 @@ def solve_layer(
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps} must be at least 1")
     begin = time.perf_counter()
-    dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
     moments = moments.detach().to(dense)
     check_layer(dense, moments, name)
     dim = resolve_group_dim(dense.shape, dim)
