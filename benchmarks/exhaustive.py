@@ -67,7 +67,7 @@ def main(
         table.append(row)
     note = (
         f"{layers} layers of {rows} x {INPUTS} a correlation, {tokens} tokens, seed {seed}, float64; mean gap to the "
-        "optimum over all masks, in brackets the share of rows whose mask is the optimal one. All methods with masked gradient."
+        "optimum over all masks, in brackets the share of rows whose mask is the best one. All with masked gradient."
     )
     write_report(output, "exhaustive", "Gap to the best 2:4 mask", table, note=note)
 

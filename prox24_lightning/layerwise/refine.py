@@ -50,7 +50,7 @@ def masked_gradient(
     energy = (residual * preconditioned).sum(1, keepdim=True)
     lowered = torch.zeros_like(loss)
     for step in range(1, steps + 1):
-        product = (direction @ moments).mul_(keep)
+        product = direction @ moments
         curvature = (direction * product).sum(1, keepdim=True)
         # A row that has converged has no direction left: 0/0 stands for "stay".
         rate = torch.where(curvature > 0, energy / curvature, 0)
