@@ -15,7 +15,8 @@ BELOW = {
     "mask": {"groups"},
     "moments": {"groups"},
     "finetune": {"groups", "mask"},
-    "sparsify": {"groups", "schedules", "prox", "mask", "moments", "finetune"},
+    "layerwise": {"groups", "schedules", "prox", "mask", "moments"},
+    "sparsify": {"groups", "schedules", "prox", "mask", "moments", "finetune", "layerwise"},
     "convert": {"groups", "prox", "mask", "moments"},
 }
 """Room -> the rooms that it may load. The rooms above these (callbacks, cli, recipes) may load anything."""
@@ -24,7 +25,7 @@ LOOK = """
 import json, sys
 import {module}
 rooms = sorted({{name.split(".")[1] for name in sys.modules if name.startswith("prox24_lightning.")}})
-heavy = sorted(name for name in ("lightning", "pytorch_lightning", "transformers", "triton", "matplotlib", "rich")
+heavy = sorted(name for name in ("lightning", "pytorch_lightning", "transformers", "triton", "matplotlib")
                if name in sys.modules)
 cuda = "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
 print(json.dumps([rooms, heavy, cuda]))

@@ -46,9 +46,9 @@ _CLASHING_CALLBACKS = ("ModelPruning",)
 class Prox24(Callback):
     """Sparsify, freeze, fine-tune: the weights of any model become 2:4 along an ordinary training run.
 
-    Three phases. *dense*: nothing is touched. *sparsify*: after every real optimizer step the proximal operator of the
-    2:4 penalty (arXiv 2501.18015) is applied to every chosen weight, stronger and stronger. *frozen*: the masks are
-    fixed, pruned weights are exactly zero in weights, gradients and optimizer state, and the rest trains on.
+    Three phases. *dense*: nothing is touched. *sparsify*: between optimizer steps the proximal operator of the 2:4
+    penalty (arXiv 2501.18015) drives the weights to 2:4. *frozen*: the masks are fixed, pruned weights are exactly
+    zero in weights, gradients and optimizer state, and the rest trains on.
 
     Steps are optimizer steps, counted over all optimizers as ``Trainer(max_steps=...)`` counts them, except that a
     step skipped by a gradient scaler does not count.
@@ -57,20 +57,23 @@ class Prox24(Callback):
         start: last dense step: int, or float fraction of the run.
         freeze: step after which the masks are fixed: int, or float fraction of the run. Equal to ``start`` it
             prunes in one shot there.
-        strategy: ``"post_step"``, the prox after each step.
-        metric: ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates scaled by
+        strategy: ``"progressive"`` takes layer after layer along the phase, by the paper's layer-wise prox and masked
+            gradient on the second moments of the layer's inputs in the training batches, and freezes it while
+            the rest trains on; it gave the best models (benchmarks/results). ``"post_step"`` applies the prox to all
+            weights after every step.
+        metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates scaled by
             the running rms of each input; ``"weight"`` by its magnitude.
-        schedule: ``"auto"`` finds each layer's strength at every step such that the share of its groups given by
-            ``fraction`` is 2:4. Otherwise the strength itself: ``"exponential"``, ``"linear"``, ``"cubic"``,
+        schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the
+            cheapest first, and leaves the others alone until their turn. Otherwise the strength itself: ``"exponential"``, ``"linear"``, ``"cubic"``,
             ``"constant"`` or a :class:`~prox24_lightning.schedules.Schedule`, relative to 1 / rms of the layer.
-        fraction: for ``"auto"``, the share of groups that are 2:4 while the phase runs from 0 to 1: ``"cubic"``,
+        fraction: (``post_step``) for ``"auto"``, the share of groups that are 2:4 while the phase runs from 0 to 1: ``"cubic"``,
             ``"linear"`` or a schedule from 0 to 1.
         targets: patterns of parameter names, module names or module types to take; None takes every linear and
             convolution weight that fits, except output heads and tied weights.
         skip: patterns that stay dense.
         geometry: ``"row"`` lays groups of four along the inputs (what sparse tensor cores take in the forward
             pass), ``"column"`` along the outputs.
-        refit: surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts back the values they
+        refit: (``post_step``) surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts back the values they
             had before sparsification (for a trained model that is fine-tuned for a short time).
         name: tells several instances of one trainer apart, in checkpoints and logs.
         verbose: print the table of chosen and skipped weights at the start.
@@ -82,10 +85,10 @@ class Prox24(Callback):
 
     def __init__(
         self,
-        start: int | float = 0.1,
-        freeze: int | float = 0.6,
+        start: int | float = 0.5,
+        freeze: int | float = 0.8,
         *,
-        strategy: StrategyName = "post_step",
+        strategy: StrategyName = "progressive",
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -109,6 +112,10 @@ class Prox24(Callback):
         ):
             if value not in get_args(choices):
                 raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
+        if strategy == "progressive":
+            for argument, value, default in (("schedule", schedule, "auto"), ("refit", refit, "none")):
+                if value != default:
+                    raise ValueError(f"{argument}={value!r} belongs to strategy='post_step'; set that too, or leave it out")
         for argument, patterns in (("targets", targets), ("skip", skip)):
             if isinstance(patterns, str):
                 raise TypeError(

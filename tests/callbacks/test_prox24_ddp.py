@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import TinyModule, quiet_trainer, tiny_loader
 from lightning.pytorch import Callback
@@ -30,8 +31,9 @@ class SaveRank(Callback):
         self.inputs = batch[0]
 
 
-def test_ranks_agree(tmp_path):
-    prox = Prox24(1, 5, targets=["model.0", "model.2"], verbose=False)
+@pytest.mark.parametrize("strategy", ["post_step", "progressive"])
+def test_ranks_agree(tmp_path, strategy):
+    prox = Prox24(1, 5, strategy=strategy, targets=["model.0", "model.2"], verbose=False)
     trainer = quiet_trainer(max_steps=8, devices=2, strategy="ddp_spawn", callbacks=[prox, SaveRank(tmp_path)])
     trainer.fit(TinyModule(), tiny_loader(batches=16))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))

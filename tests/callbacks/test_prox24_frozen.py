@@ -41,9 +41,10 @@ class Watch(Callback):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "adamw_fused"])
+@pytest.mark.parametrize("strategy", ["post_step", "progressive"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_pruned_weights_gradients_and_state_are_zero(optimizer, accumulate):
-    callback, module = Prox24(2, 6, targets=TARGETS, verbose=False), TinyModule(optimizer)
+def test_pruned_weights_gradients_and_state_are_zero(optimizer, strategy, accumulate):
+    callback, module = Prox24(2, 6, strategy=strategy, targets=TARGETS, verbose=False), TinyModule(optimizer)
     watch = Watch(callback)
     at_freeze = {}
 
@@ -104,7 +105,7 @@ def test_every_saved_checkpoint_after_the_freeze_is_24(tmp_path):
 
 def test_one_shot_in_the_middle_and_before_the_first_step():
     for step in (0, 5):
-        callback = Prox24(step, step, metric="weight", targets=TARGETS, verbose=False)
+        callback = Prox24(step, step, strategy="post_step", metric="weight", targets=TARGETS, verbose=False)
         watch = Watch(callback)
         quiet_trainer(max_steps=8, callbacks=[callback, watch]).fit(TinyModule(), tiny_loader())
         assert callback.phase == "frozen"
@@ -112,7 +113,7 @@ def test_one_shot_in_the_middle_and_before_the_first_step():
 
 
 def test_restore_puts_the_survivors_back():
-    callback, module = Prox24(0, 8, refit="restore", targets=TARGETS, verbose=False), TinyModule()
+    callback, module = Prox24(0, 8, strategy="post_step", refit="restore", targets=TARGETS, verbose=False), TinyModule()
     before = {}
 
     class Remember(Callback):

@@ -33,7 +33,9 @@ def applied(monkeypatch):
 
 
 def prox(**arguments):
-    return Prox24(**{"start": 0, "freeze": 1000, "targets": [TARGET], "verbose": False, **arguments})
+    return Prox24(
+        **{"start": 0, "freeze": 1000, "targets": [TARGET], "strategy": "post_step", "verbose": False, **arguments}
+    )
 
 
 def fit(module, callback, steps, **arguments):
@@ -145,6 +147,26 @@ def test_a_compiled_model(applied):
     fit(module, callback, steps=14)
     assert applied == {TARGET: 13}
     assert callback.metric_scale(TARGET) is not None, "layer inputs are seen inside a compiled module too"
+
+
+def test_the_progressive_strategy_sees_inputs_inside_a_compiled_model():
+    module = TinyModule()
+    module.model = torch.compile(module.model, backend="eager")
+    callback = Prox24(2, 8, targets=["model.0", "model.2"], verbose=False)
+    solved = []
+    quiet_trainer(max_steps=10, callbacks=[callback, SeeMoments(callback, solved)]).fit(module, tiny_loader(batches=10))
+    assert set(solved) == {"model.0.weight", TARGET}
+    assert callback.phase == "frozen"
+
+
+class SeeMoments(Callback):
+    """Which layers' second moments were counted."""
+
+    def __init__(self, prox, names):
+        self.prox, self.names = prox, names
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        self.names.extend(self.prox.state_dict()["strategy"]["moments"])
 
 
 class StopOnce(Callback):
