@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prox + masked gradient, dense target": {"method": "prox", "dense_target": 1.0},
     "sparsegpt + masked gradient, half dense target": {"method": "sparsegpt", "dense_target": 0.5},
 }
-"""Name of the row -> arguments of ``prune_layerwise``."""
+"""Name of the row -> arguments of ``prune_layerwise``; every row keeps each layer's own outputs unless it says else."""
 
 
 def main(
@@ -106,7 +106,11 @@ def main(
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         report = prune_layerwise(
-            network, batches, device=place, progress=False, **{**VARIANTS[label], **(options or {})}
+            network,
+            batches,
+            device=place,
+            progress=False,
+            **{"dense_target": 0.0, **VARIANTS[label], **(options or {})},
         )
         seconds = time.perf_counter() - begin
         memory = torch.cuda.max_memory_allocated() / 2**30 if place.type == "cuda" else ""

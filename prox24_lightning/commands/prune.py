@@ -26,7 +26,7 @@ def prune(
     skip: list[str] | None = None,
     blocks: str | None = None,
     budget: float = 0.0,
-    dense_target: float = 0.0,
+    dense_target: float = 0.5,
     steps: int | None = None,
     sequences: int = 128,
     length: int = 1024,

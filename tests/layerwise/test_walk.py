@@ -53,7 +53,7 @@ def batches(count=3, seed=1):
 
 
 def prune(model, data=None, **kwargs):
-    options = {"progress": False, "steps": 10} | kwargs
+    options = {"progress": False, "steps": 10, "dense_target": 0.0} | kwargs
     return prune_layerwise(model, batches() if data is None else data, **options)
 
 
