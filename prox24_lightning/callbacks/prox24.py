@@ -61,13 +61,14 @@ class Prox24(Callback):
             gradient on the second moments of the layer's inputs in the training batches, and freezes it while
             the rest trains on; it gave the best models (benchmarks/results). ``"post_step"`` applies the prox to all
             weights after every step.
-        metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates scaled by
-            the running rms of each input; ``"weight"`` by its magnitude.
+        metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates
+            scaled by the running rms of each input; ``"weight"`` by its magnitude.
         schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the
-            cheapest first, and leaves the others alone until their turn. Otherwise the strength itself: ``"exponential"``, ``"linear"``, ``"cubic"``,
-            ``"constant"`` or a :class:`~prox24_lightning.schedules.Schedule`, relative to 1 / rms of the layer.
-        fraction: (``post_step``) for ``"auto"``, the share of groups that are 2:4 while the phase runs from 0 to 1: ``"cubic"``,
-            ``"linear"`` or a schedule from 0 to 1.
+            cheapest first, and leaves the others alone until their turn. Otherwise the strength itself:
+            ``"exponential"``, ``"linear"``, ``"cubic"``, ``"constant"`` or a
+            :class:`~prox24_lightning.schedules.Schedule`, relative to 1 / rms of the layer.
+        fraction: (``post_step``) for ``"auto"``, the share of groups that are 2:4 while the phase runs from 0 to 1:
+            ``"cubic"``, ``"linear"`` or a schedule from 0 to 1.
         targets: patterns of parameter names, module names or module types to take; None takes every linear and
             convolution weight that fits, except output heads and tied weights.
         skip: patterns that stay dense.
@@ -113,9 +114,11 @@ class Prox24(Callback):
             if value not in get_args(choices):
                 raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
         if strategy == "progressive":
-            for argument, value, default in (("schedule", schedule, "auto"), ("refit", refit, "none")):
-                if value != default:
-                    raise ValueError(f"{argument}={value!r} belongs to strategy='post_step'; set that too, or leave it out")
+            for argument, given, default in (("schedule", schedule, "auto"), ("refit", refit, "none")):
+                if given != default:
+                    raise ValueError(
+                        f"{argument}={given!r} belongs to strategy='post_step'; set that too, or leave it out"
+                    )
         for argument, patterns in (("targets", targets), ("skip", skip)):
             if isinstance(patterns, str):
                 raise TypeError(

@@ -149,6 +149,8 @@ def test_a_compiled_model(applied):
     assert callback.metric_scale(TARGET) is not None, "layer inputs are seen inside a compiled module too"
 
 
+# While it traces a hook, dynamo looks at the gradient of a tensor that has none, and warns of itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_the_progressive_strategy_sees_inputs_inside_a_compiled_model():
     module = TinyModule()
     module.model = torch.compile(module.model, backend="eager")
