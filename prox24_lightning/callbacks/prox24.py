@@ -74,8 +74,8 @@ class Prox24(Callback):
         skip: patterns that stay dense.
         geometry: ``"row"`` lays groups of four along the inputs (what sparse tensor cores take in the forward
             pass), ``"column"`` along the outputs.
-        refit: (``post_step``) surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts back the values
-            that they had before sparsification (for a trained model that is fine-tuned for a short time).
+        refit: (``post_step``) surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts back the
+            values that they had before sparsification (for a trained model that is fine-tuned for a short time).
         name: tells several instances of one trainer apart, in checkpoints and logs.
         verbose: print the table of chosen and skipped weights at the start.
 
