@@ -1,6 +1,7 @@
 """Time, memory and exactness of the 2:4 prox against the published alternating minimisation, in one run.
 
     python benchmarks/prox.py --size 2048 --threads 2
+    python benchmarks/prox.py --device cuda --size 8192
 
 Every method runs in turn on the same Gaussian matrix; the figure is the median of the repeats. A group counts as
 suboptimal where its objective exceeds that of the float64 reference by more than 1e-6 of it.
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prox_cuda
 import torch
 from alternating import alternating_minimisation
 from report import write_report
@@ -25,10 +27,17 @@ from prox24_lightning.prox import critical_strength_24, prox_24, prox_24_referen
 CHECKED = 1 << 16
 """Groups that are compared with the reference."""
 
+CUDA_NOTE = (
+    "Gaussian weights, so the strength is lambda * sigma. Medians. The share of copy bandwidth is the time of "
+    "copying the matrix over that of the kernel, row groups, into another matrix. Suboptimal groups are counted "
+    "against the batched path in float64, tolerance 1e-6 of the objective, before rounding to the dtype."
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=2048, help="the matrix is size x size")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", type=int, nargs="+", default=[2048], help="the matrix is size x size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.03, 0.1, 0.3, 0.5, 1.0, 3.0, 30.0])
     parser.add_argument("--repeats", type=int, default=5)
@@ -36,15 +45,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda":
+        table = prox_cuda.rows(arguments.size, arguments.strengths, arguments.repeats, arguments.sweeps)
+        write_report(arguments.out, "prox_cuda", "The exact 2:4 prox on a GPU", table, note=CUDA_NOTE)
+        return
 
-    weight = torch.randn(arguments.size, arguments.size, generator=torch.Generator().manual_seed(0))
+    size = arguments.size[0]
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     copy = _microseconds(lambda: weight.clone(), weight, arguments.repeats)
     critical = _microseconds(lambda: critical_strength_24(weight), weight, arguments.repeats)
     rows = [_row(weight, strength, arguments.repeats, arguments.sweeps) for strength in arguments.strengths]
     write_report(
         arguments.out,
         "prox_cpu",
-        f"The exact 2:4 prox on CPU, {arguments.size} x {arguments.size} float32",
+        f"The exact 2:4 prox on CPU, {size} x {size} float32",
         rows,
         note=(
             "Gaussian weights, so the strength is lambda * sigma. Times are medians in microseconds a weight; extra "

@@ -1,6 +1,7 @@
 """The 2:4 proximal operator, its penalty, and the strength at which a group becomes 2:4.
 
-``prox_24`` runs the batched path on every device; :func:`prox_path` says which path a weight takes.
+``prox_24`` runs one fused Triton kernel where it can (contiguous float32, bfloat16 and float16 weights on a CUDA GPU
+of compute capability 8.0 or newer) and batched torch operations elsewhere; :func:`prox_path` says which path runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 from prox24_lightning.groups import group_shape, resolve_group_dim
 from prox24_lightning.prox.batched import prox_24_batched
 from prox24_lightning.prox.critical import critical_strength_24
+from prox24_lightning.prox.paths import prox_path
 from prox24_lightning.prox.penalty import penalty_24
 from prox24_lightning.prox.reference import prox_24_reference
 
@@ -67,12 +69,11 @@ def prox_24(
             f"{tuple(weight.shape)}, {weight.dtype} on {weight.device}; pass a tensor like the weight"
         )
     with torch.no_grad():
+        if prox_path(weight) == "triton" and (out is None or out.is_contiguous()):
+            from prox24_lightning.prox.triton_kernel import prox_24_triton
+
+            return prox_24_triton(weight, strength, dim=dim, scale=scale, out=out)
         return prox_24_batched(weight, strength, dim=dim, scale=scale, out=out)
-
-
-def prox_path(weight: Tensor) -> str:
-    """Which implementation :func:`prox_24` runs for ``weight``: ``"batched"``."""
-    return "batched"
 
 
 def _check_strength(strength: float | Tensor, shape: tuple[int, ...], weight: Tensor) -> None:

@@ -38,7 +38,9 @@ def prox_24_batched(
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     dim = resolve_group_dim(weight.shape, dim)
     shape = group_shape(weight.shape, dim)
-    lam = torch.as_tensor(strength, dtype=compute, device=weight.device).detach()
+    if not isinstance(strength, Tensor):
+        strength = torch.full((), strength, dtype=compute, device=weight.device)  # a fill: no wait for the device
+    lam = strength.detach().to(weight.device, compute)
     lam = lam.reshape(()) if lam.numel() == 1 else lam.expand(shape)
     source, target = quarters(weight, dim), quarters(out.detach(), dim)
     scales = None if scale is None else quarters(scale.detach().to(compute).expand(weight.shape), dim)
@@ -56,10 +58,11 @@ def prox_24_batched(
 
 
 def chunk_size(weight: Tensor) -> int:
-    """Groups a chunk. Some 40 values of the computing dtype are alive for each, so a small share of all groups on
-    CPU; elsewhere more, as short operations would leave the device idle."""
-    share = weight.numel() // (64 * (4 if weight.element_size() < 4 else 1))
-    return min(CHUNK, max(16384, share)) if weight.device.type == "cpu" else max(CHUNK, share)
+    """Groups a chunk. Some 40 values of the computing dtype are alive for each, so a share of all groups: a small one
+    on CPU, where chunks should fit the cache; a larger one elsewhere, as every operation is a launch."""
+    on_cpu = weight.device.type == "cpu"
+    share = weight.numel() // (64 if on_cpu else 16) // (4 if weight.element_size() < 4 else 1)
+    return min(CHUNK, max(1024, share)) if on_cpu else max(CHUNK, share)
 
 
 def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[int | slice, ...]]:
@@ -126,7 +129,10 @@ def _prox_chunk(weight: Tensor, lam: Tensor, scale: Tensor | None, *, compact: b
         ordered = sort_four(y)
         shrink = _by_rank(y, _shrink_sorted(ordered, lam, compact=False))
         magnitude = torch.where(shrink == _pruned(y), 0.0, magnitude)  # an infinite entry would survive the subtraction
-        shrink = shrink.masked_fill_(~((ordered[0] >= 0) & (lam >= 0)), torch.nan)
+        broken = ~((ordered[0] >= 0) & (lam >= 0))
+        if scale is not None:
+            broken |= ~((scale > 0) & (scale < torch.inf)).all(dim=0)
+        shrink = shrink.masked_fill_(broken, torch.nan)
     if scale is not None:
         shrink = shrink.div_(scale)
     return magnitude.sub_(shrink).clamp_min_(0.0).copysign_(weight).add_(0.0)

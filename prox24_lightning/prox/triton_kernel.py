@@ -1,8 +1,11 @@
-"""The exact 2:4 proximal operator as one fused Triton kernel: each weight is loaded once, solved in registers, stored once.
+"""The exact 2:4 proximal operator as one fused Triton kernel: load each weight once, solve in registers, store once.
 
-The same equations and the same rules as ``batched.py``, in float32 for float32, bfloat16 and float16 weights. Programs are
-one warp wide, so that equations which no group of a warp needs are skipped and iterations end when the warp is done.
+The same equations and the same rules as ``batched.py``, in float32 for float32, bfloat16 and float16 weights.
+Programs are one warp wide, so that equations which no group of a warp needs are skipped and iterations end when the
+warp is done.
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ _ALWAYS_TWO = tl.constexpr((1 + 2**0.5) / 2)
 _CAP = tl.constexpr(4.0)
 _PRUNED = tl.constexpr(3e38)
 _TINY = tl.constexpr(1e-30)
-_STEPS = tl.constexpr(6)
+_FIRST = tl.constexpr(3)
+_MORE = tl.constexpr(2)
 _FINISHED = tl.constexpr(2e-3)
 
 
@@ -37,11 +41,11 @@ def prox_24_triton(
     inner = 1
     for size in weight.shape[dim + 1 :]:
         inner *= size
-    lam, lam_strides = _strided(strength, group_shape(weight.shape, dim), dim, weight.device)
+    lam, lam_strides = strided(strength, group_shape(weight.shape, dim), dim, weight.device)
     if scale is None:
         scale_values, scale_strides = lam, (0, 0, 0)
     else:
-        scale_values, scale_strides = _strided(scale, weight.shape, dim, weight.device)
+        scale_values, scale_strides = strided(scale, weight.shape, dim, weight.device)
     _prox_kernel[(triton.cdiv(groups, BLOCK),)](
         weight,
         out.detach(),
@@ -55,17 +59,20 @@ def prox_24_triton(
         ONE_STRENGTH=lam.numel() == 1,
         HAS_SCALE=scale is not None,
         ROWS=inner == 1,
+        WIDE=weight.numel() >= 2**31,  # 64-bit index divisions are slow
         BLOCK=BLOCK,
         num_warps=1,
     )
     return out
 
 
-def _strided(
+def strided(
     value: float | Tensor, shape: tuple[int, ...] | torch.Size, dim: int, device: torch.device
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """``value`` in float32, with its strides before, along and behind ``dim``."""
-    tensor = torch.as_tensor(value, dtype=torch.float32, device=device).detach()
+    if not isinstance(value, Tensor):
+        return torch.full((1,), value, dtype=torch.float32, device=device), (0, 0, 0)  # a fill: no copy from the host
+    tensor = value.detach().to(device, torch.float32)
     if tensor.numel() == 1:
         return tensor.reshape(1), (0, 0, 0)
     tensor = tensor.expand(shape)
@@ -97,9 +104,13 @@ def _prox_kernel(
     ONE_STRENGTH: tl.constexpr,  # noqa: N803
     HAS_SCALE: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
+    WIDE: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
-    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    group = program * BLOCK + tl.arange(0, BLOCK)
     inside = group < groups
     before = group // (length * inner)
     along = (group // inner) % length
@@ -226,9 +237,16 @@ def _over(e2, inverse):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x for x > 0, to 3e-7: one special-function instruction, where a division takes ten."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def _halley_step(value, slope, half_curve):
     square = slope * slope
-    return value * slope / tl.maximum(tl.maximum(square - value * half_curve, square / 2), _TINY)
+    return value * slope * _reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _TINY))
 
 
 @triton.jit
@@ -240,20 +258,13 @@ def _three_sparse(v1, v2, v3, active):
     u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) / tl.maximum(room, _TINY), 1.0))
     ratio = tl.sqrt((v1 - v2) / tl.maximum(v1 + v2, _TINY))
     u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) / (1 + ratio)), 0.75), 0.0)
-    step = 0
-    while step < _STEPS:
-        inverse = 1 / (1 - u * u)
-        w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
-        across1, across2 = w1 - u * w2, w2 - u * w1
-        change = _halley_step(
-            (u - v3) + w1 * w2,
-            1 - (w1 * across1 + w2 * across2) * inverse,
-            3 * inverse * inverse * across1 * across2,
-        )
-        after = tl.maximum(tl.minimum(u - change, 0.75), 0.0)
-        moved = tl.max(tl.where(active > 0, tl.abs(after - u), 0.0), axis=0)
-        u = after
-        step = tl.where(moved > _FINISHED, step + 1, _STEPS)
+    before = u
+    for _ in tl.static_range(_FIRST):
+        before = u
+        u = _three_sparse_step(u, v1, v2, v3)
+    if tl.max(tl.where(active > 0, tl.abs(u - before), 0.0), axis=0) > _FINISHED:
+        for _ in tl.static_range(_MORE):
+            u = _three_sparse_step(u, v1, v2, v3)
     inverse = 1 / (1 - u * u)
     w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
     norm = w1 * w1 + w2 * w2 - 1
@@ -262,14 +273,41 @@ def _three_sparse(v1, v2, v3, active):
 
 
 @triton.jit
+def _three_sparse_step(u, v1, v2, v3):
+    inverse = _reciprocal(1 - u * u)
+    w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
+    across1, across2 = w1 - u * w2, w2 - u * w1
+    value = (u - v3) + w1 * w2
+    slope = 1 - (w1 * across1 + w2 * across2) * inverse
+    change = _halley_step(value, slope, 3 * inverse * inverse * across1 * across2)
+    return tl.maximum(tl.minimum(u - change, 0.75), 0.0)
+
+
+@triton.jit
 def _split(t, k, inverse):
-    x4 = (t + 0.5 - (k - 0.25) * inverse) / 2
+    x4 = (t + 0.5 - (k - 0.25) * inverse) * 0.5
     return x4, (k + t * (t + 1)) * inverse
 
 
 @triton.jit
-def _root(d, square):
-    return tl.sqrt(tl.maximum(d + square, 1e-15))
+def _inverse_root(d, square):
+    return tl.rsqrt(tl.maximum(d + square, 1e-15))
+
+
+@triton.jit
+def _dense_step(t, upper, k, d1, d2, d3):
+    inverse = _reciprocal(t + 0.5)
+    x4, total = _split(t, k, inverse)
+    square, size = x4 * x4, tl.abs(x4)
+    i1, i2, i3 = _inverse_root(d1, square), _inverse_root(d2, square), _inverse_root(d3, square)
+    value = d1 * _reciprocal((d1 + square) * i1 + size + _TINY) + d2 * _reciprocal((d2 + square) * i2 + size + _TINY)
+    value += d3 * _reciprocal((d3 + square) * i3 + size + _TINY) + 6 * tl.maximum(-x4, 0.0) + 4 * t - total
+    spread = 1 + x4 * (i1 + i2 + i3)
+    rate = total * inverse * 0.5
+    slope = 2 * x4 * inverse + rate * spread
+    bend = d1 * i1 * i1 * i1 + d2 * i2 * i2 * i2 + d3 * i3 * i3 * i3
+    curve = (k - 0.25) * inverse * inverse * inverse * (2 - spread) + rate * rate * bend
+    return tl.minimum(tl.maximum(t - _halley_step(value, slope, curve * 0.5), 0.0), upper)
 
 
 @triton.jit
@@ -279,42 +317,28 @@ def _dense(v1, v2, v3, v4, d1, d2, d3, active):
     upper = 2 * c / (b + tl.sqrt(b * b + 12 * c))
     k = (v1 + v2 + v3 - v4) / 2
     t = upper
-    step = 0
-    while step < _STEPS:
-        inverse = 1 / (t + 0.5)
-        x4, total = _split(t, k, inverse)
-        square, size = x4 * x4, tl.abs(x4)
-        x1, x2, x3 = _root(d1, square), _root(d2, square), _root(d3, square)
-        i1, i2, i3 = 1 / x1, 1 / x2, 1 / x3
-        value = d1 / (x1 + size) + d2 / (x2 + size) + d3 / (x3 + size) + 6 * tl.maximum(-x4, 0.0) + 4 * t - total
-        spread = 1 + x4 * (i1 + i2 + i3)
-        rate = total * inverse / 2
-        slope = 2 * x4 * inverse + rate * spread
-        bend = d1 * i1 * i1 * i1 + d2 * i2 * i2 * i2 + d3 * i3 * i3 * i3
-        curve = (k - 0.25) * inverse * inverse * inverse * (2 - spread) + rate * rate * bend
-        after = tl.minimum(tl.maximum(t - _halley_step(value, slope, curve / 2), 0.0), upper)
-        moved = tl.max(tl.where(active > 0, tl.abs(after - t), 0.0), axis=0)
-        t = after
-        step = tl.where(moved > _FINISHED, step + 1, _STEPS)
-    # One Newton step on the stationarity of w4 itself, away from the jumps.
+    before = t
+    for _ in tl.static_range(_FIRST):
+        before = t
+        t = _dense_step(t, upper, k, d1, d2, d3)
+    if tl.max(tl.where(active > 0, tl.abs(t - before), 0.0), axis=0) > _FINISHED:
+        for _ in tl.static_range(_MORE):
+            t = _dense_step(t, upper, k, d1, d2, d3)
     inverse = 1 / (t + 0.5)
     x4, total = _split(t, k, inverse)
     square, size = x4 * x4, tl.abs(x4)
-    base, rate = t + 2 * tl.maximum(-x4, 0.0), total * inverse / 2
-    x1, x2, x3 = _root(d1, square), _root(d2, square), _root(d3, square)
-    w1, w2, w3 = base + d1 / (x1 + size), base + d2 / (x2 + size), base + d3 / (x3 + size)
-    g1, g2, g3 = 1 + rate * (x4 / x1 - 1), 1 + rate * (x4 / x2 - 1), 1 + rate * (x4 / x3 - 1)
+    i1, i2, i3 = _inverse_root(d1, square), _inverse_root(d2, square), _inverse_root(d3, square)
+    base, rate = t + 2 * tl.maximum(-x4, 0.0), total * inverse * 0.5
+    w1 = base + d1 / ((d1 + square) * i1 + size + _TINY)
+    w2 = base + d2 / ((d2 + square) * i2 + size + _TINY)
+    w3 = base + d3 / ((d3 + square) * i3 + size + _TINY)
+    # One Newton step on the stationarity of w4 itself, away from the jumps; g is the derivative of w by w4.
+    g1, g2, g3 = 1 + rate * (x4 * i1 - 1), 1 + rate * (x4 * i2 - 1), 1 + rate * (x4 * i3 - 1)
     slope = 1 + (w2 + w3) * g1 + (w1 + w3) * g2 + (w1 + w2) * g3
     residual = (t - v4) + w1 * w2 + (w1 + w2) * w3
-    better = tl.maximum(t - residual / tl.maximum(slope, 0.05), t * 1e-3)
-    t = tl.where(v1 + v2 + v3 <= 0.9, better, t)
-    inverse = 1 / (t + 0.5)
-    x4, total = _split(t, k, inverse)
-    square, size = x4 * x4, tl.abs(x4)
-    base = t + 2 * tl.maximum(-x4, 0.0)
-    w1 = base + d1 / (_root(d1, square) + size)
-    w2 = base + d2 / (_root(d2, square) + size)
-    w3 = base + d3 / (_root(d3, square) + size)
+    after = tl.maximum(t - residual * _reciprocal(tl.maximum(slope, 0.05)), t * 1e-3)
+    change = tl.where(v1 + v2 + v3 <= 0.9, after - t, 0.0)
+    w1, w2, w3, t = w1 + g1 * change, w2 + g2 * change, w3 + g3 * change, t + change
     gain = ((w1 - v1) * (w1 - v1) + (w2 - v2) * (w2 - v2) + w3 * w3 + t * t) / 2
     gain += (w3 + t) * w1 * w2 + w3 * t * (w1 + w2) - v3 * w3 - v4 * t
     return w1, w2, w3, t, gain

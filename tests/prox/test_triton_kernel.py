@@ -1,0 +1,110 @@
+"""The fused kernel on a CUDA GPU: ``pytest -m gpu tests/prox``."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from brute import GAP, GOLDEN, hard_groups, relative_gap
+
+from prox24_lightning.prox import prox_24, prox_24_reference, prox_path
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+
+
+def test_golden_vectors():
+    with np.load(GOLDEN) as file:
+        y, lam = torch.from_numpy(file["y"]).float(), torch.from_numpy(file["lam"]).float()
+    assert prox_path(y.cuda()) == "triton"
+    w = prox_24(y.cuda(), lam.cuda()[:, None]).cpu()
+    best = prox_24_reference(y, lam.double()[:, None])
+    assert relative_gap(w, best, y, lam.double()).max() < GAP[torch.float32]
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.3, 0.6, 1.0, 2.5, 30.0])
+def test_hard_regimes(strength):
+    y = hard_groups(100_000, seed=21).float()
+    best = prox_24(y.double(), float(torch.tensor(strength)))
+    w = prox_24(y.cuda(), strength).cpu()
+    assert relative_gap(w, best, y, float(torch.tensor(strength))).max() < GAP[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_float32_rounded_once(dtype):
+    y = hard_groups(4000, seed=22).clamp(-100, 100).to(dtype).cuda()
+    assert torch.equal(prox_24(y, 0.8), prox_24(y.float(), 0.8).to(dtype))
+
+
+@pytest.mark.parametrize("shape, dim", [((64, 96), 0), ((64, 96), 1), ((12, 8, 3, 3), 1), ((8,), 0), ((4, 999), 0)])
+def test_layouts_scale_and_strength(shape, dim):
+    y = hard_groups(torch.Size(shape).numel() // 4, seed=23).clamp(-30, 30).float().reshape(shape)
+    scale = torch.linspace(0.3, 3, shape[-1])
+    groups = [size // 4 if axis == dim else size for axis, size in enumerate(shape)]
+    strength = torch.rand(groups, generator=torch.Generator().manual_seed(0)) + 0.1
+    out = torch.full_like(y, torch.nan).cuda()
+    prox_24(y.cuda(), strength.cuda(), dim=dim, scale=scale.cuda(), out=out)
+    torch.testing.assert_close(out.cpu(), prox_24(y, strength, dim=dim, scale=scale), rtol=2e-4, atol=2e-5)
+
+
+def test_one_strength_a_row_and_a_column():
+    y = hard_groups(64 * 16, seed=24).clamp(-30, 30).float().reshape(64, 64).cuda()
+    rows = torch.linspace(0.1, 2, 64, device="cuda")[:, None]
+    torch.testing.assert_close(prox_24(y, rows), torch.cat([prox_24(r[None], s) for r, s in zip(y, rows, strict=True)]))
+    torch.testing.assert_close(prox_24(y.T.contiguous(), rows.T, dim=0), prox_24(y, rows).T)
+
+
+def test_in_place_and_without_a_copy():
+    y = torch.randn(1024, 1024, device="cuda")
+    want = prox_24(y, 0.5)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    prox_24(y, torch.tensor(0.5, device="cuda"), out=y)
+    assert torch.cuda.max_memory_allocated() - before <= 1024
+    assert torch.equal(y, want)
+
+
+def test_special_values():
+    nan, inf = torch.nan, torch.inf
+    y = torch.tensor([[1, nan, 2, 3], [inf, -inf, inf, 1], [0.75, -0.75, 0.75, -0.75]], device="cuda")
+    w = prox_24(y, 2.0).cpu()
+    assert bool(w[0].isnan().all())
+    assert torch.equal(w[1:], torch.tensor([[inf, -inf, 0, 0], [0.75, -0.75, 0, 0]]))
+    assert torch.equal(prox_24(y, 0.0)[1:], y[1:])
+    assert bool(prox_24(y, torch.tensor(-1.0, device="cuda")).isnan().all())
+    assert bool(prox_24(y, 1.0, scale=torch.tensor([1.0, 1, 1, 0], device="cuda")).isnan().all())
+    pruned = prox_24(-torch.rand(64, 64, device="cuda"), 30.0)
+    assert not torch.signbit(pruned[pruned == 0]).any()
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+def test_no_host_synchronisation_and_cuda_graphs():
+    y = torch.randn(256, 256, device="cuda")
+    strength = torch.tensor(0.5, device="cuda")
+    out = prox_24(y, strength)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        prox_24(y, strength, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prox_24(y, strength, out=out)
+    strength.fill_(1.5)
+    graph.replay()
+    assert torch.equal(out, prox_24(y, 1.5))
+
+
+def test_other_inputs_take_the_batched_path():
+    y = torch.randn(64, 64, device="cuda")
+    assert prox_path(y.double()) == "batched"
+    assert prox_path(y[:, ::2]) == "batched"
+    # The two halves of a chunked answer agree with the kernel.
+    torch.testing.assert_close(prox_24(y.T, 0.5, dim=0).T, prox_24(y, 0.5), rtol=2e-4, atol=2e-5)
