@@ -17,8 +17,8 @@ from prox24_lightning.layerwise.output import save_pruned
 
 def prune(
     model: Pretrained,
-    data: TextSource,
-    output: Path,
+    data: TextSource | None = None,
+    output: Path = Path("runs/pruned"),
     method: Method = "prox",
     refine: Refine | None = "masked_gradient",
     geometry: Geometry = "row",
@@ -67,6 +67,10 @@ def prune(
         ValueError: for settings that do not fit the model or the data, before anything is changed; and for a layer that
             cannot be solved, by name.
     """
+    if data is None:
+        raise ValueError(
+            "data is missing; name a source of text, for instance --data recipes.calibration_text.PythonDocs"
+        )
     console = Console()
     torch.set_float32_matmul_precision(matmul_precision)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -44,7 +44,10 @@ def save_pruned(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # A config that still says "quantized" or "GGUF" would send from_pretrained to the wrong loader.
+    # The weights are plain tensors by now, also where they came from a GGUF file: a model that still says "quantized"
+    # would refuse to be saved, and its config would send from_pretrained to the wrong loader.
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

@@ -6,6 +6,7 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from prox24_lightning.cli import main
+from prox24_lightning.commands.pretrained import Pretrained
 from prox24_lightning.commands.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.layerwise import prune_layerwise
 from prox24_lightning.layerwise.output import load_masks, save_masks, save_pruned
@@ -96,9 +97,17 @@ def test_caches_are_off_during_the_walk_and_the_setting_comes_back():
     assert model.config.use_cache is True
 
 
+class NotSerializable:
+    """What transformers leaves on a model that it has de-quantized from a GGUF file."""
+
+    def is_serializable(self):
+        return False
+
+
 def test_a_saved_model_loads_like_any_other_and_gives_the_same_logits(tmp_path):
     model = LANGUAGE_MODELS["llama"]().eval()
     model.config.quantization_config = {"quant_method": "gguf"}
+    model.hf_quantizer = NotSerializable()
     report = pruned(model)
     save_pruned(tmp_path, model, report, protocol={"data": "random tokens", "seed": 0})
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -179,12 +188,12 @@ def test_the_command_prunes_saves_and_scores(tmp_path, tokenizer, capsys, monkey
     config.write_text(
         f"model: {{name: {tmp_path / 'dense'}}}\n"
         f"data: {{class_path: {__name__}.Words}}\n"
-        f"output: {tmp_path / 'sparse'}\n"
+        f"output: {tmp_path / 'elsewhere'}\n"
         "sequences: 6\nlength: 16\nbatch_size: 2\neval_sequences: 4\nsteps: 5\n"
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse")
-        main(["prune", "--config", str(config)])
+        main(["prune", "--config", str(config), "--eval_sequences", "3", "--output", str(tmp_path / "sparse")])
     out = capsys.readouterr().out
     assert "held-out perplexity, dense" in out
     assert "held-out perplexity, 2:4" in out
@@ -195,3 +204,13 @@ def test_the_command_prunes_saves_and_scores(tmp_path, tokenizer, capsys, monkey
     assert hf.AutoTokenizer.from_pretrained(tmp_path / "sparse").eos_token == "</s>"
     assert (tmp_path / "sparse" / "layerwise.png").exists()
     assert "made-up words" in (tmp_path / "sparse" / "README.md").read_text()
+
+
+def test_text_must_be_named(tmp_path):
+    with pytest.raises(ValueError, match="data is missing; name a source of text"):
+        main(["prune", "--model.name", str(tmp_path)])
+
+
+def test_a_package_that_is_not_installed_is_named():
+    with pytest.raises(ValueError, match=r"model.name='no_such_model': no such package is installed"):
+        Pretrained("no_such_model", package=True).load()
