@@ -46,23 +46,24 @@ def prox_24_triton(
         scale_values, scale_strides = lam, (0, 0, 0)
     else:
         scale_values, scale_strides = strided(scale, weight.shape, dim, weight.device)
-    _prox_kernel[(triton.cdiv(groups, BLOCK),)](
-        weight,
-        out.detach(),
-        lam,
-        scale_values,
-        groups,
-        weight.shape[dim] // 4,
-        inner,
-        *lam_strides,
-        *scale_strides,
-        ONE_STRENGTH=lam.numel() == 1,
-        HAS_SCALE=scale is not None,
-        ROWS=inner == 1,
-        WIDE=weight.numel() >= 2**31,  # 64-bit index divisions are slow
-        BLOCK=BLOCK,
-        num_warps=1,
-    )
+    with torch.cuda.device_of(weight):
+        _prox_kernel[(triton.cdiv(groups, BLOCK),)](
+            weight,
+            out.detach(),
+            lam,
+            scale_values,
+            groups,
+            weight.shape[dim] // 4,
+            inner,
+            *lam_strides,
+            *scale_strides,
+            ONE_STRENGTH=lam.numel() == 1,
+            HAS_SCALE=scale is not None,
+            ROWS=inner == 1,
+            WIDE=weight.numel() >= 2**31,  # 64-bit index divisions are slow
+            BLOCK=BLOCK,
+            num_warps=1,
+        )
     return out
 
 
