@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
+
+from prox24_lightning import __version__
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage())
         return
     if words[0] == "--version":
-        print(version("prox24_lightning"))
+        print(__version__)
         return
     name, *rest = words
     if name not in COMMANDS:

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from rich.table import Table
 
+from prox24_lightning import __version__
+
 Variant = Literal["dense", "asp", "prox24"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
@@ -24,7 +26,7 @@ LABELS: dict[Variant, str] = {
     "asp": "one-shot magnitude (ASP)",
     "prox24": "Prox24",
 }
-_VERSIONS = ("prox24_lightning", "torch", "lightning", "transformers", "torchmetrics", "datasets", "numpy")
+_VERSIONS = ("torch", "lightning", "transformers", "torchmetrics", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def machine_facts() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": platform.platform(),
         "python": platform.python_version(),
+        "prox24_lightning": __version__,
         **{name: version(name) for name in _VERSIONS},
     }
 
