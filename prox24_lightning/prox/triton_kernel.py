@@ -15,17 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from prox24_lightning.groups import group_shape, resolve_group_dim
+from prox24_lightning.prox.triton_roots import shrink_sorted
 
 BLOCK = 64
 """Groups a program."""
 
-_ALWAYS_TWO = tl.constexpr((1 + 2**0.5) / 2)
-_CAP = tl.constexpr(4.0)
 _PRUNED = tl.constexpr(3e38)
-_TINY = tl.constexpr(1e-30)
-_FIRST = tl.constexpr(3)
-_MORE = tl.constexpr(2)
-_FINISHED = tl.constexpr(2e-3)
 
 
 def prox_24_triton(
@@ -153,7 +148,7 @@ def _prox_kernel(
     first, fourth = tl.maximum(high0, high1), tl.minimum(low0, low1)
     middle0, middle1 = tl.minimum(high0, high1), tl.maximum(low0, low1)
     second, third = tl.maximum(middle0, middle1), tl.minimum(middle0, middle1)
-    s1, s2, s3, s4 = _shrink(first, second, third, fourth, lam)
+    s1, s2, s3, s4 = shrink_sorted(first, second, third, fourth, lam)
 
     # Rank of each entry; among equals the earlier position is the larger.
     later01, later02, later03 = (y1 > y0).to(tl.int32), (y2 > y0).to(tl.int32), (y3 > y0).to(tl.int32)
@@ -189,157 +184,3 @@ def _apply(x, shrink, shift, bad):
     kept = tl.where(shrink >= _PRUNED, 0.0, tl.maximum(tl.abs(x) - shift, 0.0))
     signed = tl.where((x < 0) & (kept > 0), -kept, kept)
     return tl.where(bad, float("nan"), signed)
-
-
-@triton.jit
-def _capped(y, lam):
-    v = lam * y
-    return tl.where(v == v, tl.minimum(v, _CAP), 0.0)
-
-
-@triton.jit
-def _shrink(y1, y2, y3, y4, lam):
-    """How much each sorted entry shrinks, _PRUNED for those that go."""
-    v1, v2, v3, v4 = _capped(y1, lam), _capped(y2, lam), _capped(y3, lam), _capped(y4, lam)
-    square = v1 * v1 + v2 * v2
-    two = (v1 >= _ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3) | (y3 * tl.maximum(1.0, (1 + square) / 2) <= v1 * y2)
-    two = two & (lam != 0)
-    s1, s2 = tl.zeros_like(y1), tl.zeros_like(y1)
-    s3, s4 = s1 + _PRUNED, s1 + _PRUNED
-    unsettled = tl.where(two, 0, 1)
-    if tl.max(unsettled, axis=0) > 0:
-        u, w1, w2, gain3 = _three_sparse(v1, v2, v3, unsettled)
-        three = ((gain3 < 0) | (square <= 1)) & (unsettled > 0)
-        sure = ((y4 >= v1 * y2 + v2 * y3 + v3 * y1) & (y4 > 0)) | (lam == 0)
-        convex = v1 + v2 + v3 <= 1
-        d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
-        possible = tl.where(convex, v4 > w1 * w2 + (w1 + w2) * u, v4 > d1 * d2 + d2 * d3 + d3 * d1)
-        candidate = (sure | (possible & three)) & (unsettled > 0)
-        w3, w4 = u, tl.zeros_like(u)
-        four = candidate & (w4 > 0)
-        if tl.max(tl.where(candidate, 1, 0), axis=0) > 0:
-            p1, p2, p3, p4, gain4 = _dense(v1, v2, v3, v4, d1, d2, d3, tl.where(candidate, 1, 0))
-            four = candidate & (sure | convex | ((p4 > 0) & (gain4 < gain3)))
-            w1, w2 = tl.where(four, p1, w1), tl.where(four, p2, w2)
-            w3, w4 = tl.where(four, p3, w3), tl.where(four, p4, w4)
-        three = three | four
-        inverse = 1 / tl.where(lam > 0, lam, 1.0)
-        pair, product = w3 + w4, w3 * w4
-        s1 = tl.where(three, _over(w2 * pair + product, inverse), s1)
-        s2 = tl.where(three, _over(w1 * pair + product, inverse), s2)
-        s3 = tl.where(three, _over(w1 * w2 + (w1 + w2) * w4, inverse), s3)
-        s4 = tl.where(four, _over(w1 * w2 + (w1 + w2) * w3, inverse), s4)
-    return s1, s2, s3, s4
-
-
-@triton.jit
-def _over(e2, inverse):
-    return tl.where(e2 > 0, e2 * inverse, 0.0)  # 0 * inf for a subnormal strength
-
-
-@triton.jit
-def _reciprocal(x):
-    """1 / x for x > 0, to 3e-7: one special-function instruction, where a division takes ten."""
-    root = tl.rsqrt(x)
-    return root * root
-
-
-@triton.jit
-def _halley_step(value, slope, half_curve):
-    square = slope * slope
-    return value * slope * _reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _TINY))
-
-
-@triton.jit
-def _three_sparse(v1, v2, v3, active):
-    b = 1 + (v1 - v3) + (v2 - v3)
-    c = v3 - (v1 - v3) * (v2 - v3)
-    u = 2 * c / (b + tl.sqrt(tl.maximum(b * b + 4 * c, 0.0)))
-    room = 1 - v1 * v1 - v2 * v2
-    u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) / tl.maximum(room, _TINY), 1.0))
-    ratio = tl.sqrt((v1 - v2) / tl.maximum(v1 + v2, _TINY))
-    u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) / (1 + ratio)), 0.75), 0.0)
-    before = u
-    for _ in tl.static_range(_FIRST):
-        before = u
-        u = _three_sparse_step(u, v1, v2, v3)
-    if tl.max(tl.where(active > 0, tl.abs(u - before), 0.0), axis=0) > _FINISHED:
-        for _ in tl.static_range(_MORE):
-            u = _three_sparse_step(u, v1, v2, v3)
-    inverse = 1 / (1 - u * u)
-    w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
-    norm = w1 * w1 + w2 * w2 - 1
-    gain = u * ((u - v3) + w1 * w2 + u / 2 * norm)
-    return u, w1, w2, tl.where((norm < 0) & (w2 > 0), gain, 0.0)
-
-
-@triton.jit
-def _three_sparse_step(u, v1, v2, v3):
-    inverse = _reciprocal(1 - u * u)
-    w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
-    across1, across2 = w1 - u * w2, w2 - u * w1
-    value = (u - v3) + w1 * w2
-    slope = 1 - (w1 * across1 + w2 * across2) * inverse
-    change = _halley_step(value, slope, 3 * inverse * inverse * across1 * across2)
-    return tl.maximum(tl.minimum(u - change, 0.75), 0.0)
-
-
-@triton.jit
-def _split(t, k, inverse):
-    x4 = (t + 0.5 - (k - 0.25) * inverse) * 0.5
-    return x4, (k + t * (t + 1)) * inverse
-
-
-@triton.jit
-def _inverse_root(d, square):
-    return tl.rsqrt(tl.maximum(d + square, 1e-15))
-
-
-@triton.jit
-def _dense_step(t, upper, k, d1, d2, d3):
-    inverse = _reciprocal(t + 0.5)
-    x4, total = _split(t, k, inverse)
-    square, size = x4 * x4, tl.abs(x4)
-    i1, i2, i3 = _inverse_root(d1, square), _inverse_root(d2, square), _inverse_root(d3, square)
-    value = d1 * _reciprocal((d1 + square) * i1 + size + _TINY) + d2 * _reciprocal((d2 + square) * i2 + size + _TINY)
-    value += d3 * _reciprocal((d3 + square) * i3 + size + _TINY) + 6 * tl.maximum(-x4, 0.0) + 4 * t - total
-    spread = 1 + x4 * (i1 + i2 + i3)
-    rate = total * inverse * 0.5
-    slope = 2 * x4 * inverse + rate * spread
-    bend = d1 * i1 * i1 * i1 + d2 * i2 * i2 * i2 + d3 * i3 * i3 * i3
-    curve = (k - 0.25) * inverse * inverse * inverse * (2 - spread) + rate * rate * bend
-    return tl.minimum(tl.maximum(t - _halley_step(value, slope, curve * 0.5), 0.0), upper)
-
-
-@triton.jit
-def _dense(v1, v2, v3, v4, d1, d2, d3, active):
-    b = 1 + 2 * (d1 + d2 + d3)
-    c = tl.maximum(v4 - (d1 * d2 + d2 * d3 + d3 * d1), 0.0)
-    upper = 2 * c / (b + tl.sqrt(b * b + 12 * c))
-    k = (v1 + v2 + v3 - v4) / 2
-    t = upper
-    before = t
-    for _ in tl.static_range(_FIRST):
-        before = t
-        t = _dense_step(t, upper, k, d1, d2, d3)
-    if tl.max(tl.where(active > 0, tl.abs(t - before), 0.0), axis=0) > _FINISHED:
-        for _ in tl.static_range(_MORE):
-            t = _dense_step(t, upper, k, d1, d2, d3)
-    inverse = 1 / (t + 0.5)
-    x4, total = _split(t, k, inverse)
-    square, size = x4 * x4, tl.abs(x4)
-    i1, i2, i3 = _inverse_root(d1, square), _inverse_root(d2, square), _inverse_root(d3, square)
-    base, rate = t + 2 * tl.maximum(-x4, 0.0), total * inverse * 0.5
-    w1 = base + d1 / ((d1 + square) * i1 + size + _TINY)
-    w2 = base + d2 / ((d2 + square) * i2 + size + _TINY)
-    w3 = base + d3 / ((d3 + square) * i3 + size + _TINY)
-    # One Newton step on the stationarity of w4 itself, away from the jumps; g is the derivative of w by w4.
-    g1, g2, g3 = 1 + rate * (x4 * i1 - 1), 1 + rate * (x4 * i2 - 1), 1 + rate * (x4 * i3 - 1)
-    slope = 1 + (w2 + w3) * g1 + (w1 + w3) * g2 + (w1 + w2) * g3
-    residual = (t - v4) + w1 * w2 + (w1 + w2) * w3
-    after = tl.maximum(t - residual * _reciprocal(tl.maximum(slope, 0.05)), t * 1e-3)
-    change = tl.where(v1 + v2 + v3 <= 0.9, after - t, 0.0)
-    w1, w2, w3, t = w1 + g1 * change, w2 + g2 * change, w3 + g3 * change, t + change
-    gain = ((w1 - v1) * (w1 - v1) + (w2 - v2) * (w2 - v2) + w3 * w3 + t * t) / 2
-    gain += (w3 + t) * w1 * w2 + w3 * t * (w1 + w2) - v3 * w3 - v4 * t
-    return w1, w2, w3, t, gain
