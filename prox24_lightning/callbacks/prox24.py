@@ -11,12 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from prox24_lightning.callbacks.compatibility import check_optimizers, check_trainer, check_weights, optimized
 from prox24_lightning.callbacks.tables import print_selection
-from prox24_lightning.groups import Geometry, GroupedWeight, Selection, SkippedWeight, clean_name, select_weights
+from prox24_lightning.groups import Geometry, GroupedWeight, Selection, clean_name, select_weights
 from prox24_lightning.mask import violations_24
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
 from prox24_lightning.sparsify import (
@@ -33,14 +32,6 @@ from prox24_lightning.sparsify import (
 )
 
 StrategyName = Literal["post_step", "progressive"]
-
-_REFUSED_STRATEGIES = {
-    "FSDPStrategy": "FSDP1 flattens parameters and cuts groups of four apart; use DDPStrategy",
-    "DeepSpeedStrategy": "DeepSpeed keeps the weights that count inside its own optimizer; use DDPStrategy",
-    "XLAStrategy": "XLA steps its optimizers outside of Python's reach; use a CPU or CUDA accelerator",
-    "XLAFSDPStrategy": "XLA steps its optimizers outside of Python's reach; use a CPU or CUDA accelerator",
-}
-_CLASHING_CALLBACKS = ("ModelPruning",)
 
 
 class Prox24(Callback):
@@ -197,30 +188,21 @@ class Prox24(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        for cls in type(trainer.strategy).__mro__:
-            if cls.__name__ in _REFUSED_STRATEGIES:
-                raise MisconfigurationException(
-                    f"Prox24 cannot work with strategy={cls.__name__}: {_REFUSED_STRATEGIES[cls.__name__]}"
-                )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if any(cls.__name__ in _CLASHING_CALLBACKS for cls in type(callback).__mro__):
-                raise MisconfigurationException(
-                    f"Prox24 and {type(callback).__name__} would both prune the model; remove one of the two callbacks"
-                )
+        if stage == "fit":
+            check_trainer(trainer)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The first hook at which optimizers exist; an error here comes before any batch, sanity checks included.
-        self._check_optimizers(trainer.optimizers)
+        check_optimizers(trainer.optimizers)
         try:
             selection = select_weights(pl_module, targets=self.targets, skip=self.skip, geometry=self.geometry)
             plan = resolve_plan(self.start, self.freeze, trainer.estimated_stepping_batches)
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
-        self.selection = self._optimized(selection, trainer.optimizers)
-        self._check_weights(trainer)
+        self.selection = optimized(selection, trainer.optimizers, explicit=self.targets is not None)
+        others = [cb for cb in trainer.callbacks if isinstance(cb, Prox24) and cb is not self]  # type: ignore[attr-defined]
+        check_weights(self.selection, {other.name: other.selection for other in others}, self.name)
         engine = SparsityEngine(self.weights, plan, self._make_strategy(), metric=self.metric)
         engine.on_freeze.append(lambda: self._mask_averages(trainer))
         if self._engine is not None and self._model is not None and self._model() is pl_module:
@@ -255,7 +237,7 @@ class Prox24(Callback):
         engine = self._require_engine()
         if not engine.is_bound_to(trainer.optimizers):
             rank_zero_info("Prox24: the trainer's optimizers were replaced; listening to the new ones")
-            self._check_optimizers(trainer.optimizers)
+            check_optimizers(trainer.optimizers)
             engine.bind(trainer.optimizers)
 
     @override
@@ -292,8 +274,6 @@ class Prox24(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
 
-    # Checks, each with the remedy in its text.
-
     def _make_strategy(self) -> Strategy:
         if self.strategy == "progressive":
             return Progressive()
@@ -307,73 +287,6 @@ class Prox24(Callback):
     def _unbind(self) -> None:
         if self._engine is not None:
             self._engine.unbind()
-
-    def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        for optimizer in optimizers:
-            if not hasattr(optimizer, "register_step_post_hook"):
-                raise MisconfigurationException(
-                    f"Prox24 needs the step hooks of torch.optim.Optimizer, which {type(optimizer).__name__} lacks; "
-                    "derive it from torch.optim.Optimizer"
-                )
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise MisconfigurationException(
-                    "Prox24 cannot work with LBFGS: the prox changes weights between steps and makes its curvature "
-                    "history false; use SGD, Adam or AdamW"
-                )
-
-    def _optimized(self, selection: Selection, optimizers: Sequence[Optimizer]) -> Selection:
-        """Leave out what no optimizer holds; refuse what several hold."""
-        holders: dict[int, int] = {}
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-        chosen, skipped = [], list(selection.skipped)
-        for weight in selection.chosen:
-            count = holders.get(id(weight.parameter), 0)
-            if count > 1:
-                raise MisconfigurationException(
-                    f"{weight.name} is held by {count} optimizers, so the prox would follow neither; "
-                    f"give it to one of them, or add it to skip"
-                )
-            if count == 1:
-                chosen.append(weight)
-                continue
-            if self.targets is not None:
-                raise MisconfigurationException(
-                    f"target {weight.name} is in no optimizer; add it to configure_optimizers, or to skip"
-                )
-            shape = tuple(weight.parameter.shape)
-            skipped.append(SkippedWeight(weight.name, type(weight.module).__name__, shape, "in no optimizer"))
-        return Selection(tuple(chosen), tuple(skipped))
-
-    def _check_weights(self, trainer: Trainer) -> None:
-        if not self.weights:
-            reasons = "; ".join(f"{weight.name}: {weight.reason}" for weight in self.selection.skipped[:8])
-            raise MisconfigurationException(
-                f"Prox24 found no weight that can be 2:4 ({reasons or 'the model has no weight matrix'}); "
-                "change targets or skip, or use layer sizes that divide by 4"
-            )
-        for weight in self.weights:
-            if isinstance(weight.parameter, DTensor):
-                raise MisconfigurationException(
-                    f"{weight.name} is a sharded DTensor, which Prox24 does not handle; use DDPStrategy"
-                )
-        mine = {id(weight.parameter) for weight in self.weights}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Prox24) and callback is not self:
-                both = [weight.name for weight in callback.weights if id(weight.parameter) in mine]
-                if both:
-                    raise MisconfigurationException(
-                        f"Prox24(name={self.name!r}) and Prox24(name={callback.name!r}) both take {both[0]}; "
-                        "separate them by targets and skip"
-                    )
-        low = sorted({str(weight.parameter.dtype) for weight in self.weights if weight.parameter.element_size() < 4})
-        if low:
-            rank_zero_warn(
-                f"the weights are stored in {low[0]}: steps of the prox smaller than half a unit in the last place are "
-                "lost; use precision='bf16-mixed' to keep float32 weights"
-            )
 
     def _mask_averages(self, trainer: Trainer) -> None:
         """Mask averaged copies of the weights (EMA, SWA) too: they remember what was there before the freeze."""
