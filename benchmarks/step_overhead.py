@@ -82,7 +82,9 @@ def main(
         {"phase": name, "median ms": 1e3 * statistics.median(seconds), "ratio": statistics.median(seconds) / base}
         for name, seconds in times.items()
     ]
-    sizes = f"{sum(w.parameter.numel() for w in weights):,} weights in 2:4 layers, {batch_size} x {context} tokens a step"
+    sizes = (
+        f"{sum(w.parameter.numel() for w in weights):,} weights in 2:4 layers, {batch_size} x {context} tokens a step"
+    )
     write_report(
         output,
         "step_overhead",

@@ -34,7 +34,7 @@ class Command:
             return
         from jsonargparse import auto_cli
 
-        auto_cli(entry, args=words, prog=f"prox24 {name}")
+        auto_cli(entry, args=words, prog=f"prox24 {name}", as_positional=False)
 
 
 COMMANDS = {
