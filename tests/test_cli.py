@@ -66,7 +66,7 @@ def test_every_command_points_at_a_function(name):
 def test_typed_command_gets_its_options_from_the_signature(in_empty_folder, monkeypatch, capsys):
     (in_empty_folder / "user_command.py").write_text("def double(value: int):\n    print(2 * value)\n")
     monkeypatch.setitem(cli.COMMANDS, "double", cli.Command("doubles", "user_command:double", typed=True))
-    cli.main(["double", "21"])
+    cli.main(["double", "--value", "21"])
     assert capsys.readouterr().out.strip() == "42"
 
 
