@@ -39,7 +39,7 @@ def with_one_shot_magnitude(config: Namespace, at: float) -> None:
         if issubclass(loaded_class(entry), Prox24):
             given = entry.get("init_args", Namespace())
             kept = {key: given[key] for key in _KEPT_BY_ASP if given.get(key) is not None}
-            arguments = Namespace(**kept, start=at, freeze=at, metric="weight")
+            arguments = Namespace(**kept, start=at, freeze=at, strategy="post_step", metric="weight")
             entry = Namespace(class_path="prox24_lightning.callbacks.prox24.Prox24", init_args=arguments)
         edited.append(entry)
     config.trainer.callbacks = edited

@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
-from conftest import TinyModule, quiet_trainer, tiny_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import ConvertAndBenchmark, Prox24
 from prox24_lightning.callbacks import convert_and_benchmark

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TinyModule, quiet_trainer, tiny_loader
 from lightning.pytorch import Callback
+from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24
 from prox24_lightning.mask import is_24

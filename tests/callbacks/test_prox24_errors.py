@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TinyModule, quiet_trainer, tiny_loader
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 from torch import nn
 
 from prox24_lightning import Prox24

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyModule, quiet_trainer, tiny_loader
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24
 

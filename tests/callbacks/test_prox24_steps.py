@@ -6,9 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TinyModule, quiet_trainer, tiny_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 from torch import nn
 
 from prox24_lightning import Prox24
@@ -149,8 +149,6 @@ def test_a_compiled_model(applied):
     assert callback.metric_scale(TARGET) is not None, "layer inputs are seen inside a compiled module too"
 
 
-# While it traces a hook, dynamo looks at the gradient of a tensor that has none, and warns of itself.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_the_progressive_strategy_sees_inputs_inside_a_compiled_model():
     module = TinyModule()
     module.model = torch.compile(module.model, backend="eager")

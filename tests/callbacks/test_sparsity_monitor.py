@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import TinyModule, quiet_trainer, tiny_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 from torch import nn
 
 from prox24_lightning import Prox24, SparsityMonitor
@@ -27,7 +27,7 @@ LAYERS = ["model.0.weight", "model.2.weight", "model.4.weight"]
 
 
 def prox(start=4, freeze=12, **arguments):
-    return Prox24(start, freeze, verbose=False, **arguments)
+    return Prox24(start, freeze, **{"strategy": "post_step", "verbose": False, **arguments})
 
 
 def monitor(every=5, **arguments):

@@ -55,6 +55,7 @@ def test_asp_prunes_the_same_weights_in_one_shot_by_magnitude():
         "name": "a",
         "start": 0.4,
         "freeze": 0.4,
+        "strategy": "post_step",
         "metric": "weight",
     }
 
