@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -70,6 +71,9 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    """The commit of the code; PROX24_COMMIT names it where the code lies without its repository."""
+    if named := os.environ.get("PROX24_COMMIT"):
+        return named
     try:
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
