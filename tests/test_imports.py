@@ -11,13 +11,18 @@ import pytest
 BELOW = {
     "groups": set(),
     "schedules": set(),
+    "files": set(),
+    "ranks": set(),
+    "sharding": {"groups"},
     "prox": {"groups"},
-    "mask": {"groups"},
-    "moments": {"groups"},
-    "finetune": {"groups", "mask"},
-    "layerwise": {"groups", "schedules", "prox", "mask", "moments"},
-    "sparsify": {"groups", "schedules", "prox", "mask", "moments", "finetune", "layerwise"},
-    "convert": {"groups", "prox", "mask", "moments"},
+    "mask": {"groups", "files"},
+    "moments": {"groups", "ranks", "sharding"},
+    "finetune": {"groups", "files", "ranks", "sharding", "mask"},
+    "layerwise": {"groups", "files", "ranks", "sharding", "schedules", "prox", "mask", "moments"},
+    "sparsify": {
+        *("groups", "files", "ranks", "sharding", "schedules", "prox", "mask", "moments", "finetune", "layerwise")
+    },
+    "convert": {"groups", "files", "ranks", "sharding", "prox", "mask", "moments"},
 }
 """Room -> the rooms that it may load. The rooms above these (callbacks, cli, recipes) may load anything."""
 

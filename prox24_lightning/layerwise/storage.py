@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prox24_lightning.files import replacing, write_text
 from prox24_lightning.layerwise.report import LayerRecord, records_from_json
 
 
@@ -81,7 +81,7 @@ class FinishedBlocks:
                     f"{wanted.get(key)!r}; use another work_dir, or remove that folder"
                 )
         else:
-            _write(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
+            write_text(path, json.dumps(wanted, indent=1))
 
     def save(
         self, index: int, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], records: Sequence[LayerRecord]
@@ -90,7 +90,8 @@ class FinishedBlocks:
         tensors = {f"weight.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         tensors |= {f"mask.{name}": mask.cpu().contiguous() for name, mask in masks.items()}
         layers = json.dumps([asdict(record) for record in records])
-        _write(self._path(index), lambda temporary: save_file(tensors, temporary, metadata={"layers": layers}))
+        with replacing(self._path(index)) as temporary:
+            save_file(tensors, temporary, metadata={"layers": layers})
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[LayerRecord]] | None:
         """Weights, masks and records of block ``index``, or None if it is not finished."""
@@ -108,12 +109,6 @@ class FinishedBlocks:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block_{index:05d}.safetensors"
-
-
-def _write(path: Path, write: Any) -> None:
-    temporary = path.with_suffix(".partial")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def checksum(tensor: Tensor) -> str:

@@ -150,6 +150,7 @@ class _Walker:
             if done is not None:
                 kept = {weight.name: weight.parameter for weight in self.weights if weight.name in masks}
                 done.save(self.index, kept, masks, records)
+        report.dims.update({weight.name: weight.dim for weight in self.weights if weight.name in report.masks})
         self.flow.advance(self.index, block)
         if self.twin is not None and dense is not None:
             self.twin.advance(self.index, dense)
