@@ -72,7 +72,7 @@ def check_onnx(model: str | Path | Any) -> list[OnnxNode]:
 
 
 def _channels(kind: str, dimensions: int, attributes: Mapping[str, Any]) -> int:
-    """The dimension along which the node sums: Conv (out, in, ...), Gemm (in, out) or transposed, MatMul (..., in, out)."""
+    """The dimension along which the node sums: Conv (out, in, ...), Gemm (in, out) or turned, MatMul (..., in, out)."""
     if kind == "Conv" or (kind == "Gemm" and attributes.get("transB", 0)):
         return 1
     return max(dimensions - 2, 0)

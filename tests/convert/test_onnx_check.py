@@ -46,8 +46,7 @@ def exported(tmp_path_factory):
 
 
 def test_every_node_is_judged_by_its_own_input_channels(exported):
-    model, path = exported
-    conv, first, second, odd = check_onnx(path)
+    conv, first, second, odd = check_onnx(exported[1])
     assert [node.kind for node in (conv, first, second, odd)] == ["Conv", "MatMul", "MatMul", "Gemm"]
     assert (conv.is_24, first.is_24, second.is_24, odd.is_24) == (True, True, False, False)
     assert (first.shape, first.dim) == ((8, 8), 0)
