@@ -32,6 +32,15 @@ def from_first(value: T) -> T:
     return box[0]
 
 
+def gathered_objects(value: T) -> list[T]:
+    """Every rank's ``value``, on every rank; plain Python objects."""
+    if world_size() == 1:
+        return [value]
+    found: list[T] = [value] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def stacked(tensor: Tensor) -> Tensor:
     """The ranks' tensors of one shape and dtype, stacked along a new first dimension, on every rank."""
     if world_size() == 1:

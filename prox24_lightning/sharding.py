@@ -62,12 +62,16 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    wanted = [
-        Replicate() if getattr(placement, "dim", None) is not None and tensor.shape[placement.dim] == 1 else placement
-        for placement in placements
-    ]
+    broadcast = {axis for axis, size in enumerate(tensor.shape) if size != like.shape[axis]}
+    wanted = [Replicate() if getattr(placement, "dim", None) in broadcast else placement for placement in placements]
     everywhere = DTensor.from_local(tensor.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=wanted).to_local()
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor as every rank of its mesh has it after this call; carries no gradient."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def cut_groups(weight: Tensor, dim: int) -> str | None:

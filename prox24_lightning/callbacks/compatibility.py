@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from prox24_lightning.groups import Selection, SkippedWeight
+from prox24_lightning.sharding import cut_groups
 
 _REFUSED_STRATEGIES = {
-    "FSDPStrategy": "FSDP1 flattens parameters and cuts groups of four apart; use DDPStrategy",
+    "FSDPStrategy": "FSDP1 flattens parameters and cuts groups of four apart; "
+    "use ModelParallelStrategy (FSDP2) or DDPStrategy",
     "DeepSpeedStrategy": "DeepSpeed keeps the weights that count inside its own optimizer; use DDPStrategy",
     "XLAStrategy": "XLA steps its optimizers outside of Python's reach; use a CPU or CUDA accelerator",
     "XLAFSDPStrategy": "XLA steps its optimizers outside of Python's reach; use a CPU or CUDA accelerator",
@@ -82,7 +83,10 @@ def optimized(selection: Selection, optimizers: Sequence[Optimizer], *, explicit
 
 
 def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: str) -> None:
-    """Refuse a selection that is empty, sharded, or shares a weight with another instance (``claimed``, by name)."""
+    """Refuse a selection that is empty, sharded through groups, or shares a weight with another instance.
+
+    ``claimed`` are the selections of the other instances, by their names.
+    """
     if not selection.chosen:
         reasons = "; ".join(f"{weight.name}: {weight.reason}" for weight in selection.skipped[:8])
         raise MisconfigurationException(
@@ -90,9 +94,9 @@ def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: 
             "change targets or skip, or use layer sizes that divide by 4"
         )
     for weight in selection:
-        if isinstance(weight.parameter, DTensor):
+        if cut := cut_groups(weight.parameter, weight.dim):
             raise MisconfigurationException(
-                f"{weight.name} is a sharded DTensor, which Prox24 does not handle; use DDPStrategy"
+                f"{weight.name} cannot be 2:4: {cut}; shard its other dimension, use fewer ranks, or add it to skip"
             )
     mine = {id(weight.parameter) for weight in selection}
     for other, theirs in claimed.items():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prox24_lightning.files import replacing
 from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.sharding import local_part
 
 HISTOGRAM_SAMPLE = 1 << 16
 """Entries of a weight that go into its histogram; larger weights are sampled at an even stride."""
@@ -63,7 +64,7 @@ class MonitorOutput:
         if not tensorboard_loggers(trainer):
             return
         with self.guarded("reading weights for histograms"):
-            samples = [_sample(weight.parameter) for weight in weights]
+            samples = [_sample(local_part(weight.parameter)) for weight in weights]
             flat = torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()
             parts = flat.split([sample.numel() for sample in samples])
             named = [

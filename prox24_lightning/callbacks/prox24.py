@@ -18,6 +18,7 @@ from prox24_lightning.callbacks.tables import print_selection
 from prox24_lightning.groups import Geometry, GroupedWeight, Selection, clean_name, select_weights
 from prox24_lightning.mask import violations_24
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
+from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify import (
     Metric,
     Phase,
@@ -253,7 +254,7 @@ class Prox24(Callback):
             )
             return
         for weight in self.weights:
-            if broken := violations_24(weight.parameter, dim=weight.dim):
+            if broken := violations_24(local_part(weight.parameter), dim=weight.dim):
                 rank_zero_warn(f"{weight.name} is frozen, yet something has written to its pruned entries: {broken}")
 
     @override

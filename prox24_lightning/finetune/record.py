@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from prox24_lightning.finetune.masked import MaskedParameters
 from prox24_lightning.groups import GroupedWeight, clean_name
 from prox24_lightning.mask.file import StoredMask, hash_weight, read_masks, write_masks
-from prox24_lightning.ranks import rank
+from prox24_lightning.ranks import from_first, rank
 from prox24_lightning.sharding import cut_groups, local_part, part_of, whole
 
 Expect = Literal["pruned", "same", "any"]
@@ -37,6 +37,7 @@ def save_masks(
 
     Raises:
         ValueError: if a weight has no mask, or a mask is not 2:4.
+        OSError: if the file cannot be written; on every rank.
     """
     path = Path(path)
     stored: dict[str, StoredMask] = {}
@@ -46,9 +47,16 @@ def save_masks(
         values, mask = (whole(part, weight.parameter) for part in (local_part(weight.parameter), masks[weight.name]))
         if rank() == 0:
             stored[weight.name] = StoredMask(mask.cpu(), weight.dim, hash_weight(values))
+    problem: Exception | None = None
     if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_masks(path, stored, info)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_masks(path, stored, info)
+        except (OSError, ValueError, TypeError) as error:
+            problem = error
+    # The others wait until the file is there, and fail with the first one rather than wait for ever.
+    if (problem := from_first(problem)) is not None:
+        raise problem
     return path
 
 

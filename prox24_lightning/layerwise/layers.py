@@ -26,9 +26,9 @@ def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str |
     return f"{type(module).__name__}: the layer-wise solver takes Linear, Conv1d, Conv2d and transposed linear layers"
 
 
-def as_matrix(module: nn.Module) -> Tensor:
-    """The layer's weight as float32 (out_features, columns)."""
-    weight = module.get_parameter("weight").detach().float()
+def as_matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The layer's weight, or a tensor of its shape, as float32 (out_features, columns)."""
+    weight = (module.get_parameter("weight") if weight is None else weight).detach().float()
     if is_transposed_linear(module):
         return weight.T
     if weight.dim() > 2:

@@ -7,20 +7,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.moments import InputMoments
+from prox24_lightning.ranks import any_rank, check_same
+from prox24_lightning.sharding import local_part, part_of, whole
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
 from prox24_lightning.sparsify.steps import StepListener
 from prox24_lightning.sparsify.strategy import Strategy
 
 Metric = Literal["weight", "activation"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 MOMENT_WARMUP = 32
 """Steps before ``start`` from which layer inputs are looked at."""
 MOMENT_EVERY = 4
@@ -65,6 +67,7 @@ class SparsityEngine:
         self._listener = StepListener(self._after_step)
         self._owned: dict[int, list[GroupedWeight]] = {}
         self._optimizers: tuple[Optimizer, ...] = ()
+        self._bound: dict[str, nn.Parameter] = {}
 
     @property
     def phase(self) -> Phase:
@@ -73,7 +76,10 @@ class SparsityEngine:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Frozen masks by weight name, bool, True where a weight stays; empty before the freeze."""
+        """Frozen masks by weight name, bool, True where a weight stays; empty before the freeze.
+
+        Of a sharded weight this rank's part.
+        """
         return self.masked.masks
 
     def metric_scale(self, name: str) -> Tensor | None:
@@ -84,6 +90,7 @@ class SparsityEngine:
         """Start listening to ``optimizers`` and, if frozen, mask weights, gradients and their state again."""
         self.unbind()
         self._optimizers = tuple(optimizers)
+        self._bound = {weight.name: weight.parameter for weight in self.weights}
         names = {id(weight.parameter): weight for weight in self.weights}
         for optimizer in optimizers:
             held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
@@ -106,6 +113,7 @@ class SparsityEngine:
         self._listener.unbind()
         self._owned.clear()
         self._optimizers = ()
+        self._bound.clear()
         self.masked.release_all()
         self.strategy.detach()
         if self._moments is not None:
@@ -116,12 +124,33 @@ class SparsityEngine:
         return self._listener.listens_to(optimizers)
 
     def before_batch(self) -> None:
-        """Tell the engine that a batch begins: decides whether its layer inputs are looked at."""
+        """Tell the engine that a batch begins: decides whether its layer inputs are looked at.
+
+        Raises:
+            RuntimeError: if the model now uses another parameter in a weight's place than the optimizers train.
+        """
         self._listener.reset()
+        self._follow_replaced()
         if not self._frozen:
             self.strategy.before_batch(self.step + 1)
         if self._moments is not None:
             self._moments.collecting = self._wants_moments(self.step + 1)
+
+    def _follow_replaced(self) -> None:
+        """Go over to parameters that have been put in the place of ours, if optimizers have followed."""
+        replaced = [w for w in self.weights if w.parameter is not self._bound.get(w.name, w.parameter)]
+        if not replaced:
+            return
+        trained = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        for weight in replaced:
+            old, new = id(self._bound[weight.name]), id(weight.parameter)
+            if new not in trained or old in trained or sum(id(w.parameter) == new for w in self.weights) > 1:
+                raise RuntimeError(
+                    f"{weight.name} has been replaced by another parameter (or tied to another weight) since training "
+                    "began, and the optimizers have not followed: they would train what the model no longer uses; "
+                    "replace it in the optimizer's param_groups as well, or change the model before fit"
+                )
+        self.bind(self._optimizers)
 
     def _wants_moments(self, step: int) -> bool:
         if self._frozen or step > self.plan.freeze or step <= self.plan.start - MOMENT_WARMUP:
@@ -171,21 +200,48 @@ class SparsityEngine:
             return
         parameters = {weight.name: weight.parameter for weight in self.weights}
         for name, (mask, values) in frozen.items():
-            with torch.no_grad():
-                parameters[name].copy_(values)
+            local_part(parameters[name]).copy_(values)
             self.masked.hold(name, parameters[name], mask)
+        self._check_ranks({name: whole(mask, parameters[name]) for name, (mask, _) in frozen.items()})
         self.masked.mask_optimizer_state(self._optimizers)
         for callback in self.on_freeze:
             callback()
 
+    def _check_ranks(self, masks: dict[str, Tensor]) -> None:
+        check_same(masks, "the masks", local_part(self.weights[0].parameter).device)
+
+    def _check_finite(self) -> None:
+        """A state whose weights are lost must not replace the last good one on the disk."""
+        finite = [torch.isfinite(local_part(weight.parameter)).all() for weight in self.weights]
+        flags = torch.stack([flag.to(finite[0].device) for flag in finite])
+        if any_rank(not bool(flags.all()), flags.device):
+            lost = [weight.name for weight, flag in zip(self.weights, flags.tolist(), strict=True) if not flag]
+            first = lost[0] if lost else "one on another rank"
+            raise RuntimeError(
+                f"weights are NaN or infinite after step {self.step} (the first is {first}): "
+                "nothing is saved, so the last checkpoint before it stays; resume from there with a lower learning "
+                "rate, clipped gradients, or without the batch that did it"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything a new process needs to go on bit for bit: plain types and tensors only."""
+        """Everything a new process needs to go on bit for bit: plain types and tensors only.
+
+        In a distributed run all ranks call it. What is sharded or counted by each rank is gathered, so that a run of
+        another number of ranks can read it.
+
+        Raises:
+            RuntimeError: if a weight is not finite, or the ranks' masks differ.
+        """
+        parameters = {weight.name: weight.parameter for weight in self.weights}
+        masks = {name: whole(mask, parameters[name]) for name, mask in self.masks.items()}
+        self._check_finite()
+        self._check_ranks(masks)
         return {
             "version": STATE_VERSION,
             "step": self.step,
             "phase": self.phase,
             "begun": self._begun,
-            "masks": {name: {"bits": pack_mask(mask), "shape": list(mask.shape)} for name, mask in self.masks.items()},
+            "masks": {name: {"bits": pack_mask(mask), "shape": list(mask.shape)} for name, mask in masks.items()},
             "strategy": self.strategy.state_dict(),
             "moments": None if self._moments is None else self._moments.state_dict(),
         }
@@ -216,12 +272,10 @@ class SparsityEngine:
         self.step = state["step"]
         self._begun = state["begun"]
         self._frozen = frozen
-
-        def device_of(name: str) -> torch.device:
-            return weights[name].parameter.device
-
         for name, packed in masks.items():
-            self.masked.masks[name] = unpack_mask(packed["bits"], packed["shape"]).to(device_of(name))
-        self.strategy.load_state_dict(state["strategy"], device_of)
+            parameter = weights[name].parameter
+            mask = unpack_mask(packed["bits"], packed["shape"]).to(local_part(parameter).device)
+            self.masked.masks[name] = part_of(mask, parameter)
+        self.strategy.load_state_dict(state["strategy"], weights)
         if self._moments is not None and state["moments"] is not None:
             self._moments.load_state_dict(state["moments"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.groups import GroupedWeight, is_transposed_linear
 from prox24_lightning.layerwise.layers import SecondMoments, as_matrix, from_matrix, input_rows, why_not_solvable
 from prox24_lightning.layerwise.solve import solve_layer
-from prox24_lightning.mask import mask_24
+from prox24_lightning.ranks import from_first, gathered_objects, rank, stacked, world_size
+from prox24_lightning.sharding import gathered, local_part, part_of, whole
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategy import DeviceOf, ScaleOf, Strategy
+from prox24_lightning.sparsify.strategy import ScaleOf, Strategy, projected
 
 MOMENT_STEPS = 8
 """Steps before a layer's turn during which its inputs are counted."""
@@ -33,6 +34,9 @@ class Progressive(Strategy):
     against it. Memory: the moments of the next few layers, float32 (in_features, in_features) each. A layer that
     the solver cannot take (a packed attention projection, a grouped convolution) is projected in the metric instead.
 
+    In a distributed run the moments are summed over the ranks, and every rank solves the whole layer, gathered if it is
+    sharded; so all have the same mask without telling each other.
+
     Args:
         prox_steps: proximal steps a layer; None is the solver's own default.
     """
@@ -45,6 +49,7 @@ class Progressive(Strategy):
         self._weights: dict[str, GroupedWeight] = {}
         self._plan = PhasePlan(0, 0)
         self._order: list[str] = []
+        self._agreed = False
         self._done: set[str] = set()
         self._collecting: set[str] = set()
         self._moments: dict[str, SecondMoments] = {}
@@ -77,7 +82,9 @@ class Progressive(Strategy):
         }
 
     def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
-        """Nothing to remember: every layer is taken as it stands when its turn comes."""
+        """Every layer is taken as it stands when its turn comes; ranks that ran layers in other orders agree on one."""
+        if world_size() > 1:
+            self._order, self._agreed = from_first(self._order), True
 
     @torch.no_grad()
     def after_step(
@@ -93,21 +100,22 @@ class Progressive(Strategy):
         self._done.add(weight.name)
         self._collecting.discard(weight.name)
         moments = self._moments.pop(weight.name, None)
-        if _world_size() > 1:
+        if world_size() > 1:
             moments = _reduced(moments, weight)
         if moments is not None and moments.tokens:
             try:
                 dim = -1 if _grouped_along_inputs(weight) else 0
+                values = whole(local_part(weight.parameter), weight.parameter)
                 solution = solve_layer(
-                    as_matrix(weight.module), moments.moments, steps=self.prox_steps, dim=dim, name=weight.name
+                    as_matrix(weight.module, values), moments.moments, steps=self.prox_steps, dim=dim, name=weight.name
                 )
             except ValueError as error:
                 log.warning("%s; its largest weights are kept instead", error)
             else:
                 values = from_matrix(weight.module, solution.weight).to(weight.parameter.dtype)
-                return from_matrix(weight.module, solution.mask), values
-        values = weight.parameter.detach()
-        return mask_24(values, dim=weight.dim, scale=scale), values
+                mask = from_matrix(weight.module, solution.mask)
+                return part_of(mask, weight.parameter), part_of(values, weight.parameter)
+        return projected(weight, scale)
 
     def _turns(self) -> dict[str, int]:
         """The step after which each layer is solved; the last one has its turn at the freeze."""
@@ -116,45 +124,65 @@ class Progressive(Strategy):
         return {name: self._plan.start + -(-span * (i + 1) // len(order)) for i, name in enumerate(order)}
 
     def _see(self, name: str, module: nn.Module, inputs: Tensor) -> None:
-        if name not in self._order:
+        if name not in self._order and not self._agreed:
             self._order.append(name)  # first seen, first solved
         weight = self._weights[name]
         if name in self._collecting and why_not_solvable(module, weight.parameter_name) is None:
-            self._moments.setdefault(name, SecondMoments()).add(input_rows(module, inputs.detach()))
+            self._moments.setdefault(name, SecondMoments()).add(input_rows(module, gathered(inputs)))
 
     def state_dict(self) -> dict[str, Any]:
+        """The moments of every rank, each in its own place: their sum depends on the order of adding."""
+        order = from_first(self._order)
+        counted = gathered_objects({name: moments.tokens for name, moments in self._moments.items()})
+        names = [name for name in self._weights if any(name in tokens for tokens in counted)]
         return {
-            "order": list(self._order),
+            "order": list(order),
+            "agreed": self._agreed,
             "done": sorted(self._done),
             "moments": {
-                name: {"total": moments.total, "tokens": moments.tokens} for name, moments in self._moments.items()
+                name: {"total": stacked(self._total(name)), "tokens": [tokens.get(name, 0) for tokens in counted]}
+                for name in names
             },
         }
 
-    def load_state_dict(self, state: dict[str, Any], device_of: DeviceOf) -> None:
+    def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:
+        """With another number of ranks than the state was saved by, the first one takes what all had counted."""
+        self._weights = dict(weights)
         self._order = list(state["order"])
+        self._agreed = state["agreed"] and world_size() > 1
         self._done = set(state["done"])
-        self._moments = {
-            name: SecondMoments.of(moments["total"].to(device_of(name)), moments["tokens"])
-            for name, moments in state["moments"].items()
-        }
+        self._moments = {}
+        for name, moments in state["moments"].items():
+            totals, tokens = moments["total"], moments["tokens"]
+            if len(tokens) != world_size():
+                totals, tokens = totals.sum(0, keepdim=True), [sum(tokens)]
+            if rank() < len(tokens) and tokens[rank()]:
+                device = local_part(weights[name].parameter).device
+                self._moments[name] = SecondMoments.of(totals[rank()].to(device), tokens[rank()])
+
+    def _total(self, name: str) -> Tensor:
+        """This rank's sum of one layer's second moments; zeros if it has seen nothing."""
+        mine = self._moments[name].total if name in self._moments else None
+        size, parameter = _columns(self._weights[name]), local_part(self._weights[name].parameter)
+        return torch.zeros(size, size, device=parameter.device) if mine is None else mine
 
 
 def _grouped_along_inputs(weight: GroupedWeight) -> bool:
     return weight.dim == 1 if weight.parameter.dim() > 2 or isinstance(weight.module, nn.Linear) else weight.dim == 0
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def _columns(weight: GroupedWeight) -> int:
+    """Number of columns of the layer's matrix."""
+    return weight.parameter.numel() // weight.parameter.shape[1 if is_transposed_linear(weight.module) else 0]
 
 
 def _reduced(moments: SecondMoments | None, weight: GroupedWeight) -> SecondMoments | None:
     """The moments over all ranks; a rank that saw nothing adds zeros, unless no rank can see anything."""
     if why_not_solvable(weight.module, weight.parameter_name) is not None:
         return None
-    size = as_matrix(weight.module).shape[1]
+    size = _columns(weight)
     moments = moments or SecondMoments()
-    flat = torch.zeros(size * size + 1, dtype=torch.float64, device=weight.parameter.device)
+    flat = torch.zeros(size * size + 1, dtype=torch.float64, device=local_part(weight.parameter).device)
     if moments.tokens:
         flat[:-1] = moments.moments.flatten() * moments.tokens
         flat[-1] = moments.tokens
