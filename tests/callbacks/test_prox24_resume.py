@@ -40,10 +40,10 @@ def callbacks(setting, folder):
     ]
 
 
-def run(setting, folder, steps=STEPS, resume=None):
+def run(setting, folder, steps=STEPS, resume=None, more=()):
     seed_everything(0, verbose=False)
     trainer = quiet_trainer(
-        max_steps=steps, max_epochs=-1, callbacks=callbacks(setting, folder), enable_checkpointing=True
+        max_steps=steps, max_epochs=-1, callbacks=[*callbacks(setting, folder), *more], enable_checkpointing=True
     )
     module = TinyModule()
     trainer.fit(module, StatefulLoader(tiny_loader(STEPS)), ckpt_path=resume)
