@@ -241,41 +241,60 @@ class SparsityEngine:
             "step": self.step,
             "phase": self.phase,
             "begun": self._begun,
+            "weights": self._dims(),
             "masks": {name: {"bits": pack_mask(mask), "shape": list(mask.shape)} for name, mask in masks.items()},
-            "strategy": self.strategy.state_dict(),
+            "strategy": {"kind": type(self.strategy).__name__, **self.strategy.state_dict()},
             "moments": None if self._moments is None else self._moments.state_dict(),
         }
+
+    def _dims(self) -> dict[str, int]:
+        return {weight.name: weight.dim for weight in self.weights}
+
+    def _check_weights_of(self, state: dict[str, Any]) -> None:
+        """Before anything is pruned the weights may be others than when the state was saved; afterwards not."""
+        saved, mine = state["weights"], self._dims()
+        if saved == mine or state["phase"] == "dense":
+            return
+        lost, new = sorted(set(saved) - set(mine)), sorted(set(mine) - set(saved))
+        turned = [name for name in saved if name in mine and saved[name] != mine[name]]
+        raise ValueError(
+            f"the checkpoint's masks belong to other weights: only in the checkpoint: {lost or 'none'}; only in the "
+            f"model: {new or 'none'}; grouped along another dimension: {turned or 'none'}; use the targets, skip and "
+            "geometry that the checkpoint was written with"
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of another engine over the same weights; call before :meth:`bind`.
 
         Raises:
-            ValueError: if the state's version is unknown, or its masks belong to other weights.
+            ValueError: if the state's version is unknown, its masks belong to other weights, or another strategy was at
+                work when it was saved.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"sparsity state of version {state.get('version')} cannot be read; expected {STATE_VERSION}"
             )
         weights = {weight.name: weight for weight in self.weights}
+        self._check_weights_of(state)
         masks = state["masks"]
-        frozen = state["phase"] == "frozen"
-        if set(masks) - set(weights) or (frozen and set(masks) != set(weights)):
-            lost, new = sorted(set(masks) - set(weights)), sorted(set(weights) - set(masks))
-            raise ValueError(
-                f"the checkpoint's masks belong to other weights: only in the checkpoint: {lost or 'none'}; "
-                f"only in the model: {new or 'none'}; use the targets and skip that the checkpoint was written with"
-            )
         for name, packed in masks.items():
             shape = tuple(weights[name].parameter.shape)
             if tuple(packed["shape"]) != shape:
                 raise ValueError(f"the mask of {name!r} has shape {tuple(packed['shape'])}, the weight {shape}")
+        kind, mine = state["strategy"]["kind"], type(self.strategy).__name__
+        if kind != mine and state["phase"] == "sparsify":
+            raise ValueError(
+                f"the checkpoint was written while {kind} was making the weights 2:4, and {mine} cannot go on from "
+                "there; keep the strategy until the freeze, or resume from a checkpoint before start"
+            )
         self.step = state["step"]
         self._begun = state["begun"]
-        self._frozen = frozen
+        self._frozen = state["phase"] == "frozen"
         for name, packed in masks.items():
             parameter = weights[name].parameter
             mask = unpack_mask(packed["bits"], packed["shape"]).to(local_part(parameter).device)
             self.masked.masks[name] = part_of(mask, parameter)
-        self.strategy.load_state_dict(state["strategy"], weights)
+        if kind == mine and state["weights"] == self._dims():
+            self.strategy.load_state_dict(state["strategy"], weights)
         if self._moments is not None and state["moments"] is not None:
             self._moments.load_state_dict(state["moments"])

@@ -9,7 +9,6 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sharded_runs import FREEZE, STEPS, fit, gathered, spawn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,12 +16,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from prox24_lightning import load_masks, save_masks
-from prox24_lightning.callbacks.compatibility import check_weights
 from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import is_24
 from prox24_lightning.ranks import check_same
 from prox24_lightning.schedules import FRACTION_CURVES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx, Progressive, SparsityEngine
+from prox24_lightning.sparsify.checks import check_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
@@ -63,7 +62,7 @@ def words_of_a_cut():
     parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "1": RowwiseParallel()})
     try:
         check_weights(select_weights(model), {}, "prox24")
-    except MisconfigurationException as error:
+    except ValueError as error:
         return str(error)
 
 
