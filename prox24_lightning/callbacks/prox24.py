@@ -203,7 +203,7 @@ class Prox24(Callback):
         self.selection = optimized(selection, trainer.optimizers, explicit=self.targets is not None)
         others = [cb for cb in trainer.callbacks if isinstance(cb, Prox24) and cb is not self]  # type: ignore[attr-defined]
         check_weights(self.selection, {other.name: other.selection for other in others}, self.name)
-        engine = SparsityEngine(self.weights, plan, self._make_strategy(), metric=self.metric)
+        engine = SparsityEngine(self.weights, plan, self._make_strategy(pl_module), metric=self.metric)
         engine.on_freeze.append(lambda: self._mask_averages(trainer))
         if self._engine is not None and self._model is not None and self._model() is pl_module:
             # A second fit of the same model goes on where the first one stopped.
@@ -274,9 +274,10 @@ class Prox24(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
 
-    def _make_strategy(self) -> Strategy:
+    def _make_strategy(self, pl_module: LightningModule) -> Strategy:
         if self.strategy == "progressive":
-            return Progressive()
+            # Lightning calls training_step, and under DDP calls it through the module, so the module is no site.
+            return Progressive(pl_module, root_is_called=False)
         return PostStepProx(self.schedule, self.fraction, refit=self.refit)
 
     def _require_engine(self) -> SparsityEngine:
