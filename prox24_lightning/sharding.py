@@ -8,9 +8,11 @@ gathered by :func:`whole`. For plain tensors every function here is the identity
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prox24_lightning.groups import group_shape
 
@@ -72,6 +74,45 @@ def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor as every rank of its mesh has it after this call; carries no gradient."""
     tensor = tensor.detach()
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@contextmanager
+def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
+    """Let ``part`` of a ``model`` be called by itself, though FSDP2 modules around it hold its parameters in parts.
+
+    Afterwards every FSDP2 module of the model holds its parts only, so that what is written into them is seen by the
+    next call. Nothing happens to a model that is not sharded so.
+    """
+    managed = [module for module in model.modules() if _is_fsdp(module)]
+    inside = set(part.modules())
+    around = [module for module in managed if module not in inside and part in set(module.modules())]
+    # The nearest one around a parameter holds it; modules inside the part gather theirs when they are called.
+    if around and any(True for _ in _outside(part)):
+        around[-1].unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for module in managed:
+            module.reshard()  # type: ignore[operator]
+
+
+def reshard(model: nn.Module) -> None:
+    """Have every FSDP2 module of ``model`` drop gathered copies, so that the next call sees what is written now."""
+    for module in model.modules():
+        if _is_fsdp(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return hasattr(module, "reshard") and hasattr(module, "unshard")
+
+
+def _outside(part: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of ``part`` that no FSDP2 module inside it holds."""
+    if not _is_fsdp(part):
+        yield from part.parameters(recurse=False)
+        for child in part.children():
+            yield from _outside(child)
 
 
 def cut_groups(weight: Tensor, dim: int) -> str | None:

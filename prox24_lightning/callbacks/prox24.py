@@ -78,6 +78,9 @@ class Prox24(Sparsifier, Callback):
         MisconfigurationException: before the first batch, when model, trainer and arguments do not fit together.
     """
 
+    # Lightning calls training_step, and under DDP calls it through the module, so the module itself is never called.
+    root_is_called = False
+
     @property
     @override
     def state_key(self) -> str:

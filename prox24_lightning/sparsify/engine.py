@@ -18,7 +18,7 @@ from prox24_lightning.ranks import any_rank, check_same
 from prox24_lightning.sharding import local_part, part_of, whole
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
 from prox24_lightning.sparsify.steps import StepListener
-from prox24_lightning.sparsify.strategy import Strategy
+from prox24_lightning.sparsify.strategy import Frozen, Strategy
 
 Metric = Literal["weight", "activation"]
 
@@ -63,7 +63,8 @@ class SparsityEngine:
         self.on_freeze: list[Callable[[], None]] = []
         self._begun = False
         self._frozen = False
-        self._moments = InputMoments(self.weights) if metric == "activation" else None
+        scaled = strategy.scaled_weights(self.weights) if metric == "activation" else ()
+        self._moments = InputMoments(scaled) if scaled else None
         self._listener = StepListener(self._after_step)
         self._owned: dict[int, list[GroupedWeight]] = {}
         self._optimizers: tuple[Optimizer, ...] = ()
@@ -185,16 +186,15 @@ class SparsityEngine:
         self.strategy.begin(self.weights, self.metric_scale)
 
     def _freeze(self) -> None:
-        """Freeze what is not frozen yet, in the order of the model, and hold all masks from now on."""
-        for weight in self.weights:
-            if weight.name not in self.masks:
-                self._hold({weight.name: self.strategy.finish(weight, self.metric_scale(weight.name))})
+        """Freeze what is not frozen yet, and hold all masks from now on."""
+        waiting = [weight for weight in self.weights if weight.name not in self.masks]
+        self._hold(self.strategy.finish(waiting, self.metric_scale))
         self._frozen = True
         self.strategy.detach()
         if self._moments is not None:
             self._moments.detach()
 
-    def _hold(self, frozen: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def _hold(self, frozen: Frozen) -> None:
         """Write the values of newly frozen weights and hold their masks, in the optimizer's state too."""
         if not frozen:
             return

@@ -14,7 +14,7 @@ from prox24_lightning.prox import prox_24
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sharding import is_sharded, local_part, part_of, whole
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategy import ScaleOf, Strategy, projected
+from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
 from prox24_lightning.sparsify.strength import strength_for_fraction
 
 Refit = Literal["none", "restore"]
@@ -55,9 +55,7 @@ class PostStepProx(Strategy):
             self._reference = {weight.name: local_part(weight.parameter).clone() for weight in weights}
 
     @torch.no_grad()
-    def after_step(
-        self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
         progress = self._plan.progress(step)
         for weight in weights:
             self.apply(weight, progress, scale_of(weight.name))
@@ -77,9 +75,12 @@ class PostStepProx(Strategy):
         self.strengths[weight.name] = strength
         prox_24(values, applied, dim=weight.dim, scale=scale, out=values)
 
-    def finish(self, weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        mask, values = projected(weight, scale)
-        return mask, self._reference.pop(weight.name, values)
+    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        frozen: Frozen = {}
+        for weight in weights:
+            mask, values = projected(weight, scale_of(weight.name))
+            frozen[weight.name] = mask, self._reference.pop(weight.name, values)
+        return frozen
 
     def state_dict(self) -> dict[str, Any]:
         reference = {name: whole(part, self._weights[name].parameter) for name, part in self._reference.items()}

@@ -16,7 +16,7 @@ from prox24_lightning.groups import Geometry, GroupedWeight, Selection, select_w
 from prox24_lightning.mask import violations_24
 from prox24_lightning.ranks import rank
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
-from prox24_lightning.sharding import local_part
+from prox24_lightning.sharding import local_part, reshard
 from prox24_lightning.sparsify.checks import check_optimizers, check_weights, optimized
 from prox24_lightning.sparsify.engine import Metric, SparsityEngine
 from prox24_lightning.sparsify.phases import Phase, check_step, resolve_plan
@@ -33,7 +33,12 @@ class Sparsifier:
     The callback decides when: :meth:`prepare` once model and optimizers exist, :meth:`restore` once a checkpoint has
     been read, :meth:`before_batch`, :meth:`finish` and :meth:`unbind`. The arguments are those of
     :class:`~prox24_lightning.Prox24`.
+
+    Attributes:
+        root_is_called: whether training calls the model itself, rather than parts of it.
     """
+
+    root_is_called = True
 
     def __init__(
         self,
@@ -175,7 +180,7 @@ class Sparsifier:
         if self._engine is not None and self._model is not None and self._model() is model:
             self._loaded = self._loaded or self._engine.state_dict()
         self.selection = selection
-        self._engine = SparsityEngine(self.weights, plan, self._make_strategy(), metric=self.metric)
+        self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=self.metric)
         self._model = weakref.ref(model)
         return self._engine
 
@@ -202,6 +207,8 @@ class Sparsifier:
     def bind(self, optimizers: Sequence[Optimizer]) -> None:
         """Work between the steps of these optimizers from now on."""
         check_optimizers(optimizers)
+        if self._model is not None and (model := self._model()) is not None:
+            reshard(model)  # a validation before the first batch may have left gathered copies
         self._require_engine().bind(optimizers)
 
     def unbind(self) -> None:
@@ -248,9 +255,9 @@ class Sparsifier:
         """Keep a state for :meth:`restore`."""
         self._loaded = state_dict
 
-    def _make_strategy(self) -> Strategy:
+    def _make_strategy(self, model: nn.Module) -> Strategy:
         if self.strategy == "progressive":
-            return Progressive()
+            return Progressive(model, root_is_called=self.root_is_called)
         return PostStepProx(self.schedule, self.fraction, refit=self.refit)
 
     def _require_engine(self) -> SparsityEngine:

@@ -16,6 +16,9 @@ from prox24_lightning.sparsify.phases import PhasePlan
 ScaleOf = Callable[[str], Tensor | None]
 """The scale of a weight's metric, by name; None for the weight's own coordinates."""
 
+Frozen = dict[str, tuple[Tensor, Tensor]]
+"""Weight name -> (mask, values), for the weights that shall be frozen now."""
+
 
 def projected(weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mask and values of a weight as it stands: the two largest of every four, in the metric.
@@ -43,6 +46,10 @@ class Strategy(ABC):
     def __init__(self) -> None:
         self.strengths: dict[str, Tensor] = {}
 
+    def scaled_weights(self, weights: Sequence[GroupedWeight]) -> Sequence[GroupedWeight]:
+        """Those of ``weights`` for which the strategy asks for the scale of the activation metric."""
+        return weights
+
     def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:  # noqa: B027
         """Training (again) begins with these weights: register hooks."""
 
@@ -57,18 +64,16 @@ class Strategy(ABC):
         """The sparsify phase begins; nothing has been changed yet."""
 
     @abstractmethod
-    def after_step(
-        self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
         """Optimizer step ``step`` is done; ``weights`` are those that it changed and that are not frozen.
 
         Returns:
-            name -> (mask, values) for the weights that shall be frozen now.
+            what shall be frozen now.
         """
 
     @abstractmethod
-    def finish(self, weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mask and values of a weight that is still unfrozen when the phase ends."""
+    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        """The phase ends: masks and values of ``weights``, all that are still unfrozen."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
