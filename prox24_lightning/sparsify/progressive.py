@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,28 +14,19 @@ from torch import nn
 
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.layerwise.block import solve_stage, stage_moments
-from prox24_lightning.layerwise.blocks import find_blocks
 from prox24_lightning.layerwise.layers import SecondMoments, from_matrix, why_not_solvable
 from prox24_lightning.layerwise.stages import order_of_calls
 from prox24_lightning.mask import mask_24
-from prox24_lightning.sparsify.calls import CallSite, order_of_first_calls, outermost_modules, parts, reach
+from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts
+from prox24_lightning.sparsify.calls import reach
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.sparsify.strategy import DeviceOf, Frozen, ScaleOf, Strategy
+from prox24_lightning.sparsify.units import Unit, cut_into_units, order_of_units
 
 CALIBRATION_BATCHES = 8
 """Batches on which a block is solved: the last ones of the training itself."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What goes 2:4 together: a block of the model, or a layer outside the repeated blocks."""
-
-    name: str
-    module: nn.Module
-    weights: tuple[GroupedWeight, ...]
-    site: CallSite
 
 
 class Progressive(Strategy):
@@ -59,10 +49,6 @@ class Progressive(Strategy):
         dense_target: what a layer's outputs shall come close to: 0 its own outputs on what it sees now, 1 those that it
             had in the dense copy (so that later blocks make good for earlier ones), values between mix the two.
         prox_steps: proximal steps a layer; None is the solver's own default.
-
-    Attributes:
-        longest_pause: seconds of the longest pause between two steps.
-        seconds: of all pauses together.
     """
 
     def __init__(
@@ -84,8 +70,6 @@ class Progressive(Strategy):
         self.batches = batches
         self.dense_target = dense_target
         self.prox_steps = prox_steps
-        self.longest_pause = 0.0
-        self.seconds = 0.0
         self._model = model
         self._root_is_called = root_is_called
         self._plan = PhasePlan(0, 0)
@@ -115,7 +99,7 @@ class Progressive(Strategy):
         if [site.module for site in self._sites] != found:
             self._sites = [CallSite(module, self.batches) for module in found]
         self._weights = list(weights)
-        self._units = self._cut()
+        self._units = cut_into_units(self._model, self._weights, self._sites)
         for site, saved in zip(self._sites, state.get("calls", ()), strict=False):
             site.load_state_dict(saved)
         self._arrange(state.get("order", self._order))
@@ -142,7 +126,7 @@ class Progressive(Strategy):
     @torch.no_grad()
     def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
         self._begun = True
-        self._arrange(self._order_of_units())
+        self._arrange(order_of_units(self._units))
         # Only of a single site the inputs do not depend on what is pruned, so only there a dense model can follow.
         if self.dense_target and len(self._sites) == 1 and self._units:
             self._sites[0].keep_dense()
@@ -210,20 +194,6 @@ class Progressive(Strategy):
         span, count = self._plan.freeze - self._plan.start, len(self._units)
         return [(unit, self._plan.start - (-span * (i + 1) // count)) for i, unit in enumerate(self._units)]
 
-    def _cut(self) -> list[Unit]:
-        """Blocks where the model has some, single layers elsewhere."""
-        blocks = find_blocks(self._model)
-        site_of = {module: site for site in self._sites for module in site.module.modules()}
-        units: dict[str, tuple[nn.Module, list[GroupedWeight]]] = {}
-        for weight in self._weights:
-            name, module = weight.module_name, weight.module
-            for index in range(0 if blocks.whole else len(blocks)):
-                if blocks.owns(index, name) and blocks.modules[index] in site_of:
-                    name, module = blocks.names[index], blocks.modules[index]
-                    break
-            units.setdefault(name, (module, []))[1].append(weight)
-        return [Unit(name, module, tuple(members), site_of[module]) for name, (module, members) in units.items()]
-
     def _descend(self) -> None:
         """A batch has passed without a call of some site: look at the modules inside it instead."""
         modules = [weight.module for weight in self._weights]
@@ -236,18 +206,9 @@ class Progressive(Strategy):
         self.detach()
         kept = {site.module: site for site in self._sites}
         self._sites = [kept.get(module) or CallSite(module, self.batches) for module in found]
-        self._units = self._cut()
+        self._units = cut_into_units(self._model, self._weights, self._sites)
         for site in self._sites:
             site.attach()
-
-    def _order_of_units(self) -> list[str]:
-        """The units in the order in which the model runs them; those that do not run come last."""
-        order: list[str] = []
-        for site in sorted((site for site in self._sites if site.calls), key=lambda site: site.calls[0].number):
-            inside = {unit.module: unit.name for unit in self._units if unit.site is site}
-            with site.replaying():
-                order += [inside[module] for module in order_of_first_calls(site.calls[0], site.module, inside)]
-        return order
 
     def _arrange(self, order: Sequence[str]) -> None:
         place = {name: position for position, name in enumerate(order)}
