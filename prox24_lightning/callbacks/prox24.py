@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -48,10 +49,13 @@ class Prox24(Sparsifier, Callback):
         start: last dense step: int, or float fraction of the run.
         freeze: step after which the masks are fixed: int, or float fraction of the run. Equal to ``start`` it
             prunes in one shot there.
-        strategy: ``"progressive"`` takes layer after layer along the phase, by the paper's layer-wise prox and masked
-            gradient on the second moments of the layer's inputs in the training batches, and freezes it while
+        strategy: ``"progressive"`` takes block after block along the phase, by the paper's layer-wise prox and masked
+            gradient on the second moments of the layers' inputs in the last training batches, and freezes it while
             the rest trains on; it gave the best models (benchmarks/results). ``"post_step"`` applies the prox to all
             weights after every step.
+        dense_target: (``progressive``) what a layer's outputs shall come close to: 0 its own, on what it sees now; 1
+            those that it had in the model as it was at ``start`` (error feedback: later blocks make good for earlier
+            ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the freeze.
         metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates
             scaled by the running rms of each input; ``"weight"`` by its magnitude.
         schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the
@@ -121,6 +125,8 @@ class Prox24(Sparsifier, Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.check_end()
+        if self.verbose and (pauses := self.pauses()):
+            rank_zero_info(pauses)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

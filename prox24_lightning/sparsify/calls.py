@@ -1,25 +1,19 @@
-"""How training calls the model: recorded, so that a part of it can be run again on the weights as they are later."""
+"""Calls of a module: recorded, made again, and followed to the calls of the modules inside."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.layerwise.blocks import caches_off, map_tensors, no_cache
+from prox24_lightning.layerwise.blocks import map_tensors, no_cache
 from prox24_lightning.sharding import is_sharded
-from prox24_lightning.sparsify.dense_weights import DenseWeights
 
 _PLAIN = (bool, int, float, str, type(None), Tensor)
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -31,9 +25,20 @@ class Call:
     autocast: torch.dtype | None = None
     number: int = 0
 
+    @classmethod
+    def record(cls, module: nn.Module, args: tuple, kwargs: dict[str, Any], number: int = 0) -> Call:
+        """The call that is being made now; key-value caches are left out, tensors are taken as they are."""
+        kind = device_of(module).type
+        return cls(
+            tuple(no_cache(value) for value in args),
+            {key: no_cache(value) for key, value in kwargs.items()},
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+            number,
+        )
+
     def __call__(self, module: nn.Module) -> Any:
         """Make the call again."""
-        kind = _device(module).type
+        kind = device_of(module).type
         with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
             return module(*self.args, **self.kwargs)
 
@@ -42,151 +47,18 @@ class Call:
         """Whether a checkpoint can hold the arguments: tensors, numbers, text, and containers of them."""
         return _is_plain(self.args) and _is_plain(self.kwargs)
 
-
-class CallSite:
-    """A module that training calls, and the calls of the last batches.
-
-    Tensors are copied when they are recorded. Only calls under enabled gradients count, so that neither validation nor
-    our own replays are recorded.
-
-    Args:
-        module: an outermost module that holds weights to prune.
-        batches: how many batches are remembered.
-    """
-
-    def __init__(self, module: nn.Module, batches: int) -> None:
-        self.module = module
-        self.recording = False
-        self.dense: nn.Module | DenseWeights | None = None
-        self.called = False
-        self._batches: deque[list[Call]] = deque(maxlen=batches)
-        self._handle: RemovableHandle | None = None
-
-    @property
-    def calls(self) -> list[Call]:
-        """The remembered calls, oldest first."""
-        return [call for batch in self._batches for call in batch]
-
-    def attach(self) -> None:
-        # A compiled model that contains this module must not try to trace the recording.
-        hook = torch.compiler.disable(self._record)
-        self._handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
-
-    def detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def next_batch(self, recording: bool) -> None:
-        """A batch begins."""
-        self.recording = recording
-        if recording and (not self._batches or self._batches[-1]):
-            self._batches.append([])
-
-    def keep_dense(self, *, sharded: bool) -> nn.Module | DenseWeights:
-        """Remember the module as it is now: in a frozen copy that :meth:`replaying` leaves alone.
-
-        Args:
-            sharded: the module has sharded parameters and cannot be copied: remember their values alone.
-        """
-        self.dense = DenseWeights(self.module) if sharded else frozen_copy(self.module)
-        return self.dense
-
-    def twins(self) -> dict[nn.Module, nn.Module]:
-        """Every module inside -> its counterpart in the dense copy, which is itself where only values are kept."""
-        if self.dense is None:
-            raise RuntimeError("no dense copy has been kept")
-        if isinstance(self.dense, DenseWeights):
-            return {module: module for module in self.module.modules()}
-        inner = getattr(self.module, "_orig_mod", self.module)
-        return dict(zip(inner.modules(), self.dense.modules(), strict=True))
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Evaluation mode, no caches, no gradients, and nothing compiled, so that inner modules can be listened to."""
-        with torch.no_grad(), caches_off(self.module), torch.compiler.set_stance("force_eager"):
-            yield
-
-    def _record(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled():
-            return
-        self.called = True
-        if not self.recording or not self._batches:
-            return
-        values = [no_cache(value) for value in args], {key: no_cache(value) for key, value in kwargs.items()}
-        args_, kwargs_ = map_tensors(lambda tensor: tensor.detach().clone(), values)
-        dtype = _autocast(module)
-        self._batches[-1].append(Call(tuple(args_), kwargs_, dtype, next(_numbers)))
+    def copied(self) -> Call:
+        """The same with copies of all tensors, which later changes in place do not reach."""
+        args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), (self.args, self.kwargs))
+        return Call(args, kwargs, self.autocast, self.number)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors; batches whose arguments are of other kinds are left out."""
-        batches = [
-            [{"args": list(call.args), "kwargs": call.kwargs, "autocast": _name(call.autocast)} for call in batch]
-            for batch in self._batches
-            if all(call.plain for call in batch)
-        ]
-        return {"batches": map_tensors(lambda tensor: tensor.cpu(), batches), "called": self.called}
+        return {"args": list(self.args), "kwargs": self.kwargs, "autocast": str(self.autocast).removeprefix("torch.")}
 
-    def dense_state(self) -> dict[str, Tensor] | None:
-        """The dense copy's values, whole, or None without one; all ranks call it."""
-        return None if self.dense is None else dict(self.dense.state_dict())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = _device(self.module)
-        self._batches.clear()
-        for batch in map_tensors(lambda tensor: tensor.to(device), state["batches"]):
-            self._batches.append(
-                [
-                    Call(tuple(call["args"]), call["kwargs"], call["autocast"] and getattr(torch, call["autocast"]))
-                    for call in batch
-                ]
-            )
-        self.called = state["called"]
-
-    def load_dense(self, state: Mapping[str, Tensor] | None, *, sharded: bool) -> None:
-        """Undo :meth:`dense_state`."""
-        if state is not None:
-            self.keep_dense(sharded=sharded).load_state_dict(state)
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose parameters take no gradient; of a compiled module, what it compiles."""
-    inner = getattr(module, "_orig_mod", module)
-    twin = copy.deepcopy(inner).eval().requires_grad_(False)
-    for part in twin.modules():
-        # A forward that was set on the instance (compiled, say) is bound to the original and would run that.
-        part.__dict__.pop("forward", None)
-    if getattr(getattr(twin, "config", None), "use_cache", None):
-        twin.config.use_cache = False  # type: ignore[union-attr]
-    return twin
-
-
-def outermost_modules(root: nn.Module, modules: Sequence[nn.Module], *, root_is_called: bool) -> list[nn.Module]:
-    """The outermost modules that are called and hold all ``modules`` between them.
-
-    That is the smallest module that holds them all, if it is no bare list; its compiled wrapper where there is one;
-    and its parts where it is ``root`` and ``root`` itself is never called (a LightningModule: its ``training_step``
-    is).
-    """
-    paths = _paths(root, modules)
-    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))]
-    while len(common) > 1 and _is_list(common[-1]):
-        common = common[:-1]
-    compiled = [module for module in common if hasattr(module, "_orig_mod")]
-    site = compiled[0] if compiled else common[-1]
-    if site is root and not root_is_called:
-        return parts(root, modules)
-    return [site]
-
-
-def parts(module: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """The children of ``module`` that hold any of ``modules``, looking through bare lists."""
-    wanted = set(modules)
-    found: list[nn.Module] = []
-    for child in module.children():
-        if wanted.intersection(child.modules()):
-            found += parts(child, modules) if _is_list(child) else [child]
-    return found
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Call:
+        args, kwargs = map_tensors(lambda tensor: tensor.to(device), (tuple(state["args"]), state["kwargs"]))
+        return cls(args, kwargs, getattr(torch, state["autocast"], None))
 
 
 def reach(site: nn.Module, inner: nn.Module, calls: Sequence[Call]) -> list[Call]:
@@ -197,8 +69,7 @@ def reach(site: nn.Module, inner: nn.Module, calls: Sequence[Call]) -> list[Call
     once = False
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        args = tuple(no_cache(value) for value in args)
-        found.append(Call(args, {key: no_cache(value) for key, value in kwargs.items()}, _autocast(module)))
+        found.append(Call.record(module, args, kwargs))
         if once:
             raise _Reached
 
@@ -235,30 +106,9 @@ class _Reached(Exception):  # noqa: N818 (it ends a pass early, and is no error)
     pass
 
 
-def _paths(root: nn.Module, modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """For each of ``modules``, the modules from ``root`` down to it."""
-    names = {module: name for name, module in root.named_modules()}
-    result = []
-    for module in modules:
-        path, current = [root], root
-        for part in names[module].split(".") if names[module] else ():
-            current = current.get_submodule(part)
-            path.append(current)
-        result.append(path)
-    return result
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
-
-
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's first parameter lies; the CPU if it has none."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
-def _autocast(module: nn.Module) -> torch.dtype | None:
-    kind = _device(module).type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -267,7 +117,3 @@ def _is_plain(value: Any) -> bool:
     if type(value) in (tuple, list):
         return all(map(_is_plain, value))
     return isinstance(value, _PLAIN) and not (isinstance(value, Tensor) and is_sharded(value))
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -14,30 +14,21 @@ from torch import nn
 
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.layerwise.block import Run, solve_stage, stage_moments
-from prox24_lightning.layerwise.blocks import find_blocks
 from prox24_lightning.layerwise.layers import from_matrix, why_not_solvable
 from prox24_lightning.layerwise.stages import order_of_calls
-from prox24_lightning.ranks import gathered_objects, rank, world_size
+from prox24_lightning.ranks import gathered_objects
 from prox24_lightning.sharding import is_sharded, local_part, part_of, runnable
-from prox24_lightning.sparsify.calls import Call, CallSite, order_of_first_calls, outermost_modules, parts, reach
+from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts, share_of
+from prox24_lightning.sparsify.calls import Call, reach
 from prox24_lightning.sparsify.dense_weights import DenseWeights
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
+from prox24_lightning.sparsify.units import Unit, check_orders, cut_into_units, order_of_units
 
 CALIBRATION_BATCHES = 8
 """Batches on which a block is solved: the last ones of the training itself."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What goes 2:4 together: a block of the model, or a layer outside the repeated blocks."""
-
-    name: str
-    module: nn.Module
-    weights: tuple[GroupedWeight, ...]
-    site: CallSite
 
 
 class Progressive(Strategy):
@@ -63,10 +54,6 @@ class Progressive(Strategy):
         dense_target: what a layer's outputs shall come close to: 0 its own outputs on what it sees now, 1 those that it
             had in the dense copy (so that later blocks make good for earlier ones), values between mix the two.
         prox_steps: proximal steps a layer; None is the solver's own default.
-
-    Attributes:
-        longest_pause: seconds of the longest pause between two steps.
-        seconds: of all pauses together.
     """
 
     def __init__(
@@ -88,8 +75,6 @@ class Progressive(Strategy):
         self.batches = batches
         self.dense_target = dense_target
         self.prox_steps = prox_steps
-        self.longest_pause = 0.0
-        self.seconds = 0.0
         self._model = model
         self._root_is_called = root_is_called
         self._plan = PhasePlan(0, 0)
@@ -119,10 +104,10 @@ class Progressive(Strategy):
         if [site.module for site in self._sites] != found:
             self._sites = [CallSite(module, self.batches) for module in found]
         self._weights = list(weights)
-        self._units = self._cut()
+        self._units = cut_into_units(self._model, self._weights, self._sites)
         for index, site in enumerate(self._sites if state else ()):
-            site.load_state_dict(_share([saved[index] for saved in state["calls"]]))
-            site.load_dense(state["dense"][index], sharded=any(is_sharded(weight.parameter) for weight in weights))
+            site.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
+            site.load_dense(state["dense"][index], sharded=self._sharded)
         self._arrange(state.get("order", self._order))
         for site in self._sites:
             site.attach()
@@ -147,11 +132,14 @@ class Progressive(Strategy):
     @torch.no_grad()
     def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
         self._begun = True
-        self._arrange(self._order_of_units())
-        self._check_ranks()
+        with ExitStack() as stack:
+            for site in self._sites:
+                stack.enter_context(runnable(self._model, site.module))
+            self._arrange(order_of_units(self._units))
+        check_orders(self._units)
         # Only of a single site the inputs do not depend on what is pruned, so only there a dense model can follow.
         if self.dense_target and len(self._sites) == 1 and self._units:
-            self._sites[0].keep_dense(sharded=any(is_sharded(weight.parameter) for weight in self._weights))
+            self._sites[0].keep_dense(sharded=self._sharded)
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
@@ -232,33 +220,14 @@ class Progressive(Strategy):
         with dense.in_place(module):
             return self._run(call, module)
 
-    def _check_ranks(self) -> None:
-        """Ranks that would solve different layers at one time would wait for each other for ever."""
-        orders = gathered_objects([unit.name for unit in self._units])
-        if any(order != orders[0] for order in orders):
-            raise RuntimeError(
-                f"the ranks run the model's parts in different orders (rank 0: {orders[0][:4]}...), and cannot prune "
-                "one after the other together; use strategy='post_step', or the same control flow on every rank"
-            )
+    @property
+    def _sharded(self) -> bool:
+        return any(is_sharded(weight.parameter) for weight in self._weights)
 
     def _turns(self) -> list[tuple[Unit, int]]:
         """Every unit and the step after which it is solved; the last one has its turn at the freeze."""
         span, count = self._plan.freeze - self._plan.start, len(self._units)
         return [(unit, self._plan.start - (-span * (i + 1) // count)) for i, unit in enumerate(self._units)]
-
-    def _cut(self) -> list[Unit]:
-        """Blocks where the model has some, single layers elsewhere."""
-        blocks = find_blocks(self._model)
-        site_of = {module: site for site in self._sites for module in site.module.modules()}
-        units: dict[str, tuple[nn.Module, list[GroupedWeight]]] = {}
-        for weight in self._weights:
-            name, module = weight.module_name, weight.module
-            for index in range(0 if blocks.whole else len(blocks)):
-                if blocks.owns(index, name) and blocks.modules[index] in site_of:
-                    name, module = blocks.names[index], blocks.modules[index]
-                    break
-            units.setdefault(name, (module, []))[1].append(weight)
-        return [Unit(name, module, tuple(members), site_of[module]) for name, (module, members) in units.items()]
 
     def _descend(self) -> None:
         """A batch has passed without a call of some site: look at the modules inside it instead."""
@@ -272,18 +241,9 @@ class Progressive(Strategy):
         self.detach()
         kept = {site.module: site for site in self._sites}
         self._sites = [kept.get(module) or CallSite(module, self.batches) for module in found]
-        self._units = self._cut()
+        self._units = cut_into_units(self._model, self._weights, self._sites)
         for site in self._sites:
             site.attach()
-
-    def _order_of_units(self) -> list[str]:
-        """The units in the order in which the model runs them; those that do not run come last."""
-        order: list[str] = []
-        for site in sorted((site for site in self._sites if site.calls), key=lambda site: site.calls[0].number):
-            inside = {unit.module: unit.name for unit in self._units if unit.site is site}
-            with site.replaying():
-                order += [inside[module] for module in order_of_first_calls(site.calls[0], site.module, inside)]
-        return order
 
     def _arrange(self, order: Sequence[str]) -> None:
         place = {name: position for position, name in enumerate(order)}
@@ -306,14 +266,3 @@ class Progressive(Strategy):
         self._begun = state["begun"]
         self._done = set(state["done"])
         self._loaded = state
-
-
-def _share(saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """This rank's share of what the ranks had recorded, by as many of them as there were then.
-
-    Of more than now each takes several; of fewer, several take the same, which leaves means as they are.
-    """
-    mine = list(saved[rank() :: world_size()]) or [saved[rank() % len(saved)]]
-    together = zip(*(part["batches"] for part in mine), strict=False)
-    batches = [[call for calls in batch for call in calls] for batch in together]
-    return {"batches": batches, "called": all(part["called"] for part in mine)}

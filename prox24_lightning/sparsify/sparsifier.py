@@ -46,6 +46,7 @@ class Sparsifier:
         freeze: int | float = 0.8,
         *,
         strategy: StrategyName = "progressive",
+        dense_target: float = 0.5,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -76,6 +77,10 @@ class Sparsifier:
                     raise ValueError(
                         f"{argument}={given!r} belongs to strategy='post_step'; set that too, or leave it out"
                     )
+        if not 0 <= dense_target <= 1:
+            raise ValueError(
+                f"dense_target={dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
+            )
         for argument, patterns in (("targets", targets), ("skip", skip)):
             if isinstance(patterns, str):
                 raise TypeError(
@@ -86,6 +91,7 @@ class Sparsifier:
         self.start = start
         self.freeze = freeze
         self.strategy = strategy
+        self.dense_target = dense_target
         self.metric = metric
         self.schedule = None if schedule == "auto" else named_schedule(schedule, STRENGTH_SCHEDULES, "schedule")
         self.fraction = named_schedule(fraction, FRACTION_CURVES, "fraction")
@@ -240,6 +246,16 @@ class Sparsifier:
             if broken := violations_24(local_part(weight.parameter), dim=weight.dim):
                 _warn(f"{weight.name} is frozen, yet something has written to its pruned entries: {broken}")
 
+    def pauses(self) -> str | None:
+        """How long the training has stood still for solving layers, in words; None if it has not."""
+        strategy = self._require_engine().strategy
+        if not strategy.seconds:
+            return None
+        return (
+            f"{self.name}: solving layers took {strategy.seconds:.1f} s of the run, "
+            f"the longest pause between two steps {strategy.longest_pause:.2f} s"
+        )
+
     def write_masks(self) -> None:
         """Write ``masks_file``, if there is one and the masks are frozen; all ranks call it."""
         if self.masks_file is not None and self.phase == "frozen":
@@ -257,7 +273,7 @@ class Sparsifier:
 
     def _make_strategy(self, model: nn.Module) -> Strategy:
         if self.strategy == "progressive":
-            return Progressive(model, root_is_called=self.root_is_called)
+            return Progressive(model, root_is_called=self.root_is_called, dense_target=self.dense_target)
         return PostStepProx(self.schedule, self.fraction, refit=self.refit)
 
     def _require_engine(self) -> SparsityEngine:

@@ -41,10 +41,15 @@ class Strategy(ABC):
 
     Attributes:
         strengths: the strength last used for each weight: 0-dim tensors by name.
+        longest_pause: seconds of the longest pause that solving made between two steps of this process; 0 where nothing
+            is solved.
+        seconds: of all such pauses together.
     """
 
     def __init__(self) -> None:
         self.strengths: dict[str, Tensor] = {}
+        self.longest_pause = 0.0
+        self.seconds = 0.0
 
     def scaled_weights(self, weights: Sequence[GroupedWeight]) -> Sequence[GroupedWeight]:
         """Those of ``weights`` for which the strategy asks for the scale of the activation metric."""
