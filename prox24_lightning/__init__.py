@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prox24_lightning.callbacks import ConvertAndBenchmark, Prox24, SparsityMonitor
+    from prox24_lightning.callbacks import ConvertAndBenchmark, Prox24, Prox24TrainerCallback, SparsityMonitor
     from prox24_lightning.finetune import load_masks, save_masks
     from prox24_lightning.mask import is_24, mask_24, violations_24
     from prox24_lightning.prox import critical_strength_24, penalty_24, prox_24
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConvertAndBenchmark",
     "Prox24",
+    "Prox24TrainerCallback",
     "SparsityMonitor",
     "critical_strength_24",
     "is_24",
@@ -32,6 +33,7 @@ __all__ = [
 _HOMES = {
     "ConvertAndBenchmark": "callbacks",
     "Prox24": "callbacks",
+    "Prox24TrainerCallback": "callbacks",
     "SparsityMonitor": "callbacks",
     "critical_strength_24": "prox",
     "is_24": "mask",
