@@ -17,6 +17,7 @@ from prox24_lightning.layerwise.layers import (
     input_rows,
     matrix_columns,
 )
+from prox24_lightning.layerwise.parallel import solved_by_rows
 from prox24_lightning.layerwise.solve import Solution, solve_layer
 from prox24_lightning.layerwise.stages import Stage, inputs_of
 from prox24_lightning.sharding import gathered, local_part, part_of, whole
@@ -55,7 +56,12 @@ def stage_moments(
 
 
 def solve_stage(
-    weights: Sequence[GroupedWeight], moments: SecondMoments, *, dense_target: float = 0.0, **solver: Any
+    weights: Sequence[GroupedWeight],
+    moments: SecondMoments,
+    *,
+    dense_target: float = 0.0,
+    by_rows: bool = False,
+    **solver: Any,
 ) -> list[tuple[GroupedWeight, Solution]]:
     """Solve the layers of one stage and write the results into them.
 
@@ -65,28 +71,40 @@ def solve_stage(
     Args:
         dense_target: 0 keeps the outputs of the present weights on the present inputs, 1 aims at the outputs that the
             layer had in the dense model, values between mix the two; needs the cross moments.
+        by_rows: of several processes each solves a part of the rows, where no row depends on another.
         solver: arguments of :func:`~prox24_lightning.layerwise.solve.solve_layer`.
 
     Raises:
         ValueError: as ``solve_layer`` does; nothing has been written then, except by layers solved before.
     """
     if all(grouped_along_inputs(weight) for weight in weights):
-        return _solve_stacked(weights, moments, -1, dense_target, solver)
+        return _solve_stacked(weights, moments, -1, dense_target, by_rows, solver)
     return [
         solved
         for weight in weights
-        for solved in _solve_stacked([weight], moments, -1 if grouped_along_inputs(weight) else 0, dense_target, solver)
+        for solved in _solve_stacked(
+            [weight], moments, -1 if grouped_along_inputs(weight) else 0, dense_target, by_rows, solver
+        )
     ]
 
 
 @torch.no_grad()
 def _solve_stacked(
-    weights: Sequence[GroupedWeight], moments: SecondMoments, dim: int, dense_target: float, solver: Mapping[str, Any]
+    weights: Sequence[GroupedWeight],
+    moments: SecondMoments,
+    dim: int,
+    dense_target: float,
+    by_rows: bool,
+    solver: Mapping[str, Any],
 ) -> list[tuple[GroupedWeight, Solution]]:
     matrices = [as_matrix(weight.module, whole(local_part(weight.parameter), weight.parameter)) for weight in weights]
     name = " + ".join(weight.module_name for weight in weights)
     target = output_target(torch.cat(matrices), moments, dense_target)
-    solution = solve_layer(target, moments.moments, dim=dim, name=name, **solver)
+
+    def solve(rows: Tensor) -> Solution:
+        return solve_layer(rows, moments.moments, dim=dim, name=name, **solver)
+
+    solution = solved_by_rows(target, solve) if by_rows and dim == -1 else solve(target)
     solved, row = [], 0
     for weight, matrix in zip(weights, matrices, strict=True):
         part = solution.rows(row, row + len(matrix))
