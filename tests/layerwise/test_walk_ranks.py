@@ -13,7 +13,7 @@ from test_walk import batches, prune, seeded
 from prox24_lightning.layerwise.flow import Flow
 
 CASES = {
-    "prox": {"dense_target": 0.5, "steps": 30},
+    "prox": {"dense_target": 0.5, "steps": 10},
     "wanda": {"method": "wanda", "budget": 0.2},
     "column": {"geometry": "column", "method": "sparsegpt"},
 }
