@@ -9,13 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prox24_lightning.callbacks import ConvertAndBenchmark, Prox24, SparsityMonitor
+    from prox24_lightning.callbacks import ConvertAndBenchmark, Distillation, Prox24, SparsityMonitor
     from prox24_lightning.mask import is_24, mask_24, violations_24
     from prox24_lightning.prox import critical_strength_24, penalty_24, prox_24
 
 __version__ = "0.1.0"
 __all__ = [
     "ConvertAndBenchmark",
+    "Distillation",
     "Prox24",
     "SparsityMonitor",
     "critical_strength_24",
@@ -28,6 +29,7 @@ __all__ = [
 
 _HOMES = {
     "ConvertAndBenchmark": "callbacks",
+    "Distillation": "callbacks",
     "Prox24": "callbacks",
     "SparsityMonitor": "callbacks",
     "critical_strength_24": "prox",

@@ -11,13 +11,14 @@ import pytest
 BELOW = {
     "groups": set(),
     "schedules": set(),
+    "copying": set(),
     "prox": {"groups"},
     "mask": {"groups"},
     "moments": {"groups"},
-    "finetune": {"groups", "mask"},
+    "finetune": {"groups", "mask", "copying"},
     "layerwise": {"groups", "schedules", "prox", "mask", "moments"},
-    "sparsify": {"groups", "schedules", "prox", "mask", "moments", "finetune", "layerwise"},
-    "convert": {"groups", "prox", "mask", "moments"},
+    "sparsify": {"groups", "schedules", "prox", "mask", "moments", "copying", "finetune", "layerwise"},
+    "convert": {"groups", "prox", "mask", "moments", "copying"},
 }
 """Room -> the rooms that it may load. The rooms above these (callbacks, cli, recipes) may load anything."""
 

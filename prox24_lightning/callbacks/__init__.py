@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prox24_lightning.callbacks.convert_and_benchmark import ConvertAndBenchmark
+    from prox24_lightning.callbacks.distillation import Distillation
     from prox24_lightning.callbacks.prox24 import Prox24
     from prox24_lightning.callbacks.sparsity_monitor import SparsityMonitor
 
-__all__ = ["ConvertAndBenchmark", "Prox24", "SparsityMonitor"]
+__all__ = ["ConvertAndBenchmark", "Distillation", "Prox24", "SparsityMonitor"]
 
 _HOMES = {
     "ConvertAndBenchmark": "convert_and_benchmark",
+    "Distillation": "distillation",
     "Prox24": "prox24",
     "SparsityMonitor": "sparsity_monitor",
 }
