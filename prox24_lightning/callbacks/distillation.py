@@ -50,7 +50,8 @@ class Distillation(Callback):
         temperature: (``loss="kl"``) above 0; softens both distributions.
         features: weight of the hidden states: the squared error of each block's output relative to the teacher's,
             averaged over the blocks; 0 leaves them alone.
-        loss: ``"kl"`` for logits with the classes last, ``"mse"`` for outputs that are no logits.
+        loss: ``"kl"`` for logits with the classes last, averaged over all positions, those of padding included;
+            ``"mse"`` for outputs that are no logits.
         verbose: print the teacher's memory at the start, and the share of the time that it took at the end.
 
     Raises:

@@ -1,14 +1,13 @@
-"""Record the calls of one module, with what its inner blocks gave out, from outside of any compiled graph."""
+"""Record the calls of one module, with what its inner blocks gave out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -24,37 +23,23 @@ class RecordedCall:
 class CallRecorder:
     """Watches ``module``, and ``blocks`` inside of it, while :meth:`recording`.
 
-    A forward hook sees a call of ``torch.compile(module)`` from outside of the compiled graph. A module compiled in
-    place (``module.compile()``) runs its hooks inside of the graph; there the compiled call itself is wrapped.
+    A forward hook sees the calls of a compiled module, ``torch.compile(module)`` or ``module.compile()``, from outside
+    of its graph, which need not be built again. Inside of a larger compiled graph (a compiled LightningModule) it
+    is traced with the rest, if it was there when the graph was built.
     """
 
     def __init__(self, module: nn.Module, blocks: Mapping[str, nn.Module] | None = None) -> None:
         self._calls: list[RecordedCall] | None = None
         self._outputs: dict[str, Any] = {}
-        self._undo: list[Callable[[], None]] = []
-        compiled = getattr(module, "_compiled_call_impl", None)
-        if compiled is None:
-            self._keep(module.register_forward_hook(self._called, with_kwargs=True))
-        else:
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                output = compiled(*args, **kwargs)
-                self._called(module, args, kwargs, output)
-                return output
-
-            module._compiled_call_impl = call
-
-            def restore() -> None:
-                module._compiled_call_impl = compiled
-
-            self._undo.append(restore)
+        self._handles = [module.register_forward_hook(self._called, with_kwargs=True)]
         for name, block in (blocks or {}).items():
-            self._keep(block.register_forward_hook(lambda _module, _args, output, name=name: self._gave(name, output)))
+            watch = block.register_forward_hook(lambda _module, _args, output, name=name: self._gave(name, output))
+            self._handles.append(watch)
 
     def close(self) -> None:
         """Stop watching."""
-        while self._undo:
-            self._undo.pop()()
+        while self._handles:
+            self._handles.pop().remove()
 
     @contextmanager
     def recording(self) -> Iterator[list[RecordedCall]]:
@@ -67,9 +52,6 @@ class CallRecorder:
             # A block that is computed again in the backward pass (activation checkpointing) is not recorded twice.
             self._calls = None
             self._outputs = {}
-
-    def _keep(self, handle: RemovableHandle) -> None:
-        self._undo.append(handle.remove)
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._calls is not None:

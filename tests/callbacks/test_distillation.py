@@ -228,6 +228,21 @@ def test_the_teacher_does_not_change_while_the_student_trains_and_is_pruned():
     assert all(value.grad is None for value in callback.teacher.parameters())
 
 
+def test_the_teacher_runs_without_gradients_even_for_inputs_that_have_them():
+    class Embeds(ResidualClassifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0].requires_grad_(), batch[1]), batch_idx)
+
+    callback, outputs = distillation(), []
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            callback.teacher.register_forward_hook(lambda _m, _a, output: outputs.append(output.requires_grad))
+
+    fit(Embeds(), callback, Look())
+    assert outputs == [False, False, False]
+
+
 def test_the_teacher_draws_no_random_numbers():
     def state_after(*callbacks):
         torch.manual_seed(0)
@@ -305,12 +320,12 @@ def test_compiled(how):
         module.model = torch.compile(module.model, backend=backend, fullgraph=True)
     elif how == "in place":
         module.model.compile(backend=backend, fullgraph=True)
-    compiled_call = module.model._compiled_call_impl
+    if how != "whole":
+        module.model(torch.randn(4, 8))  # the graph is built before anybody watches
     fit(torch.compile(module, backend=backend) if how == "whole" else module, distillation())
     assert_equal_weights(module, plain)
     assert len(graphs) == 1 or how == "whole", "the hook is outside of the graph"
     assert graphs
-    assert module.model._compiled_call_impl is compiled_call
     # A LightningModule that was compiled keeps its compiled step; ours must be gone.
     assert "step_wrapper" not in module.training_step.__code__.co_filename
 
@@ -413,3 +428,18 @@ def test_modules_are_found_by_name():
     fit(plain, distillation())
     fit(module, distillation(module="outer.inner"))
     assert_equal_weights(module.outer["inner"], plain)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    module, callback = ResidualClassifier(), distillation(features=1.0)
+    devices = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            devices.append(next(callback.teacher.parameters()).device.type)
+
+    fit(module, callback, Look(), steps=20, accelerator="gpu", precision="bf16-mixed")
+    assert devices == ["cuda"]
+    assert next(callback.teacher.parameters()).device.type == "cpu", "its memory is given back after the fit"
+    assert 0 < callback.time_share.ratio < 1
