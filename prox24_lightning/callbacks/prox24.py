@@ -48,10 +48,13 @@ class Prox24(Callback):
         start: last dense step: int, or float fraction of the run.
         freeze: step after which the masks are fixed: int, or float fraction of the run. Equal to ``start`` it
             prunes in one shot there.
-        strategy: ``"progressive"`` takes layer after layer along the phase, by the paper's layer-wise prox and masked
-            gradient on the second moments of the layer's inputs in the training batches, and freezes it while
+        strategy: ``"progressive"`` takes block after block along the phase, by the paper's layer-wise prox and masked
+            gradient on the second moments of the layers' inputs in the last training batches, and freezes it while
             the rest trains on; it gave the best models (benchmarks/results). ``"post_step"`` applies the prox to all
             weights after every step.
+        dense_target: (``progressive``) what a layer's outputs shall come close to: 0 its own, on what it sees now; 1
+            those that it had in the model as it was at ``start`` (error feedback: later blocks make good for earlier
+            ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the freeze.
         metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates
             scaled by the running rms of each input; ``"weight"`` by its magnitude.
         schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the
@@ -81,6 +84,7 @@ class Prox24(Callback):
         freeze: int | float = 0.8,
         *,
         strategy: StrategyName = "progressive",
+        dense_target: float = 0.5,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -110,6 +114,10 @@ class Prox24(Callback):
                     raise ValueError(
                         f"{argument}={given!r} belongs to strategy='post_step'; set that too, or leave it out"
                     )
+        if not 0 <= dense_target <= 1:
+            raise ValueError(
+                f"dense_target={dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
+            )
         for argument, patterns in (("targets", targets), ("skip", skip)):
             if isinstance(patterns, str):
                 raise TypeError(
@@ -118,6 +126,7 @@ class Prox24(Callback):
         self.start = start
         self.freeze = freeze
         self.strategy = strategy
+        self.dense_target = dense_target
         self.metric = metric
         self.schedule = None if schedule == "auto" else named_schedule(schedule, STRENGTH_SCHEDULES, "schedule")
         self.fraction = named_schedule(fraction, FRACTION_CURVES, "fraction")
@@ -203,7 +212,7 @@ class Prox24(Callback):
         self.selection = optimized(selection, trainer.optimizers, explicit=self.targets is not None)
         others = [cb for cb in trainer.callbacks if isinstance(cb, Prox24) and cb is not self]  # type: ignore[attr-defined]
         check_weights(self.selection, {other.name: other.selection for other in others}, self.name)
-        engine = SparsityEngine(self.weights, plan, self._make_strategy(), metric=self.metric)
+        engine = SparsityEngine(self.weights, plan, self._make_strategy(pl_module), metric=self.metric)
         engine.on_freeze.append(lambda: self._mask_averages(trainer))
         if self._engine is not None and self._model is not None and self._model() is pl_module:
             # A second fit of the same model goes on where the first one stopped.
@@ -252,6 +261,12 @@ class Prox24(Callback):
                 f"{self.freeze_step}: the model is not 2:4; train on from its last checkpoint, or set freeze lower"
             )
             return
+        strategy = self._require_engine().strategy
+        if self.verbose and strategy.seconds:
+            rank_zero_info(
+                f"{self.name}: solving layers took {strategy.seconds:.1f} s of the run, the longest pause between two "
+                f"steps {strategy.longest_pause:.2f} s"
+            )
         for weight in self.weights:
             if broken := violations_24(weight.parameter, dim=weight.dim):
                 rank_zero_warn(f"{weight.name} is frozen, yet something has written to its pruned entries: {broken}")
@@ -274,9 +289,10 @@ class Prox24(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
 
-    def _make_strategy(self) -> Strategy:
+    def _make_strategy(self, pl_module: LightningModule) -> Strategy:
         if self.strategy == "progressive":
-            return Progressive()
+            # Lightning calls training_step, and under DDP calls it through the module, so the module is no site.
+            return Progressive(pl_module, root_is_called=False, dense_target=self.dense_target)
         return PostStepProx(self.schedule, self.fraction, refit=self.refit)
 
     def _require_engine(self) -> SparsityEngine:

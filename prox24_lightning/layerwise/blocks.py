@@ -6,7 +6,7 @@ arguments (attention masks, position embeddings, flags) are whatever the model i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -75,17 +75,22 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def to_device(value: Any, device: torch.device | str) -> Any:
-    """Move every tensor inside ``value`` (nested tuples, lists, mappings) to ``device``."""
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``change`` applied to every tensor inside ``value`` (nested tuples, lists, dictionaries)."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
+        return type(value)(*(map_tensors(change, item) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(map_tensors(change, item) for item in value)
     if type(value) is dict:
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: map_tensors(change, item) for key, item in value.items()}
     return value
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Move every tensor inside ``value`` (nested tuples, lists, dictionaries) to ``device``."""
+    return map_tensors(lambda tensor: tensor.to(device), value)
 
 
 @dataclass
@@ -132,7 +137,7 @@ def split_call(args: tuple, kwargs: dict[str, Any], block: str) -> tuple[Call, T
     Raises:
         ValueError: if no argument is a floating tensor.
     """
-    args, kwargs = tuple(_no_cache(value) for value in args), {k: _no_cache(v) for k, v in kwargs.items()}
+    args, kwargs = tuple(no_cache(value) for value in args), {k: no_cache(v) for k, v in kwargs.items()}
     entries: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     entries.sort(key=lambda entry: entry[0] != "hidden_states")
     for place, value in entries:
@@ -143,7 +148,8 @@ def split_call(args: tuple, kwargs: dict[str, Any], block: str) -> tuple[Call, T
     raise ValueError(f"block {block} is called without a floating tensor; name the right list of modules with blocks=")
 
 
-def _no_cache(value: Any) -> Any:
+def no_cache(value: Any) -> Any:
+    """``value``, or None in the place of a key-value cache, which a second pass must not see."""
     # Known by what it does rather than by class, so that every release of transformers is covered.
     return None if hasattr(value, "get_seq_length") else value
 

@@ -7,10 +7,11 @@ groups of four consecutive columns lie along input channels at every kernel posi
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prox24_lightning.groups import is_transposed_linear
+from prox24_lightning.groups import GroupedWeight, is_transposed_linear
 
 
 def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str | None:
@@ -24,6 +25,11 @@ def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str |
     if parameter_name == "weight" and (isinstance(module, nn.Linear) or is_transposed_linear(module)):
         return None
     return f"{type(module).__name__}: the layer-wise solver takes Linear, Conv1d, Conv2d and transposed linear layers"
+
+
+def grouped_along_inputs(weight: GroupedWeight) -> bool:
+    """Whether the groups of a solvable weight lie along the columns of :func:`as_matrix`, rather than the rows."""
+    return weight.dim == (0 if is_transposed_linear(weight.module) else 1)
 
 
 def as_matrix(module: nn.Module) -> Tensor:
@@ -95,18 +101,17 @@ class SecondMoments:
         return self._sum / max(1, self.tokens)
 
     @property
-    def total(self) -> Tensor | None:
-        """``X^T X`` over all tokens counted, or None before the first."""
-        return self._sum
-
-    @classmethod
-    def of(cls, total: Tensor, tokens: int) -> SecondMoments:
-        """Moments from a sum that was counted elsewhere."""
-        moments = cls()
-        moments._sum, moments.tokens = total, tokens
-        return moments
-
-    @property
     def cross(self) -> Tensor | None:
         """``C``, or None if no dense inputs were given."""
         return None if self._cross is None else self._cross / max(1, self.tokens)
+
+    def all_reduce(self) -> None:
+        """Add up the sums of all ranks of the default process group; every rank must have counted something."""
+        if self._sum is None:
+            raise RuntimeError("no input has been counted")
+        tokens = torch.tensor(self.tokens, dtype=torch.int64, device=self._sum.device)
+        dist.all_reduce(tokens)
+        dist.all_reduce(self._sum)
+        if self._cross is not None:
+            dist.all_reduce(self._cross)
+        self.tokens = int(tokens)

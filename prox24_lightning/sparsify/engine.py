@@ -16,7 +16,7 @@ from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.moments import InputMoments
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
 from prox24_lightning.sparsify.steps import StepListener
-from prox24_lightning.sparsify.strategy import Strategy
+from prox24_lightning.sparsify.strategy import Frozen, Strategy
 
 Metric = Literal["weight", "activation"]
 
@@ -61,7 +61,8 @@ class SparsityEngine:
         self.on_freeze: list[Callable[[], None]] = []
         self._begun = False
         self._frozen = False
-        self._moments = InputMoments(self.weights) if metric == "activation" else None
+        scaled = strategy.scaled_weights(self.weights) if metric == "activation" else ()
+        self._moments = InputMoments(scaled) if scaled else None
         self._listener = StepListener(self._after_step)
         self._owned: dict[int, list[GroupedWeight]] = {}
         self._optimizers: tuple[Optimizer, ...] = ()
@@ -156,16 +157,15 @@ class SparsityEngine:
         self.strategy.begin(self.weights, self.metric_scale)
 
     def _freeze(self) -> None:
-        """Freeze what is not frozen yet, in the order of the model, and hold all masks from now on."""
-        for weight in self.weights:
-            if weight.name not in self.masks:
-                self._hold({weight.name: self.strategy.finish(weight, self.metric_scale(weight.name))})
+        """Freeze what is not frozen yet, and hold all masks from now on."""
+        waiting = [weight for weight in self.weights if weight.name not in self.masks]
+        self._hold(self.strategy.finish(waiting, self.metric_scale))
         self._frozen = True
         self.strategy.detach()
         if self._moments is not None:
             self._moments.detach()
 
-    def _hold(self, frozen: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def _hold(self, frozen: Frozen) -> None:
         """Write the values of newly frozen weights and hold their masks, in the optimizer's state too."""
         if not frozen:
             return

@@ -13,7 +13,7 @@ from prox24_lightning.mask import mask_24
 from prox24_lightning.prox import prox_24
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategy import DeviceOf, ScaleOf, Strategy
+from prox24_lightning.sparsify.strategy import DeviceOf, Frozen, ScaleOf, Strategy
 from prox24_lightning.sparsify.strength import strength_for_fraction
 
 Refit = Literal["none", "restore"]
@@ -52,9 +52,7 @@ class PostStepProx(Strategy):
             self._reference = {weight.name: weight.parameter.detach().clone() for weight in weights}
 
     @torch.no_grad()
-    def after_step(
-        self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
         progress = self._plan.progress(step)
         for weight in weights:
             self.apply(weight, progress, scale_of(weight.name))
@@ -70,10 +68,13 @@ class PostStepProx(Strategy):
         self.strengths[weight.name] = strength
         prox_24(values, applied, dim=weight.dim, scale=scale, out=values)
 
-    def finish(self, weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        values = weight.parameter.detach()
-        mask = mask_24(values, dim=weight.dim, scale=scale)
-        return mask, self._reference.pop(weight.name, values)
+    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        frozen: Frozen = {}
+        for weight in weights:
+            values = weight.parameter.detach()
+            mask = mask_24(values, dim=weight.dim, scale=scale_of(weight.name))
+            frozen[weight.name] = mask, self._reference.pop(weight.name, values)
+        return frozen
 
     def state_dict(self) -> dict[str, Any]:
         return {"rms": dict(self._rms), "strengths": dict(self.strengths), "reference": dict(self._reference)}

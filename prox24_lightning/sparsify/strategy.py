@@ -15,6 +15,9 @@ from prox24_lightning.sparsify.phases import PhasePlan
 ScaleOf = Callable[[str], Tensor | None]
 """The scale of a weight's metric, by name; None for the weight's own coordinates."""
 
+Frozen = dict[str, tuple[Tensor, Tensor]]
+"""Weight name -> (mask, values), for the weights that shall be frozen now."""
+
 DeviceOf = Callable[[str], torch.device]
 
 
@@ -23,10 +26,19 @@ class Strategy(ABC):
 
     Attributes:
         strengths: the strength last used for each weight: 0-dim tensors by name.
+        longest_pause: seconds of the longest pause that solving made between two steps of this process; 0 where nothing
+            is solved.
+        seconds: of all such pauses together.
     """
 
     def __init__(self) -> None:
         self.strengths: dict[str, Tensor] = {}
+        self.longest_pause = 0.0
+        self.seconds = 0.0
+
+    def scaled_weights(self, weights: Sequence[GroupedWeight]) -> Sequence[GroupedWeight]:
+        """Those of ``weights`` for which the strategy asks for the scale of the activation metric."""
+        return weights
 
     def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:  # noqa: B027
         """Training (again) begins with these weights: register hooks."""
@@ -42,18 +54,16 @@ class Strategy(ABC):
         """The sparsify phase begins; nothing has been changed yet."""
 
     @abstractmethod
-    def after_step(
-        self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
         """Optimizer step ``step`` is done; ``weights`` are those that it changed and that are not frozen.
 
         Returns:
-            name -> (mask, values) for the weights that shall be frozen now.
+            what shall be frozen now.
         """
 
     @abstractmethod
-    def finish(self, weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mask and values of a weight that is still unfrozen when the phase ends."""
+    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        """The phase ends: masks and values of ``weights``, all that are still unfrozen."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def test_a_killed_run_resumes_at_the_last_finished_block(tmp_path, dense_target)
 
 def test_finished_blocks_are_not_solved_again(tmp_path, monkeypatch):
     prune(seeded(), work_dir=tmp_path)
-    monkeypatch.setattr("prox24_lightning.layerwise.walk.solve_layer", None)
+    monkeypatch.setattr("prox24_lightning.layerwise.walk.solve_stage", None)
     assert len(prune(seeded(), work_dir=tmp_path).layers) == 9
 
 
