@@ -28,6 +28,11 @@ def frozen_copy(module: nn.Module, *, shared: Sequence[object] = ()) -> nn.Modul
         if parameter.is_meta or nn.parameter.is_lazy(parameter):
             raise ValueError(f"{name} has no values yet, so there is nothing to learn from; give it some first")
     copy = bare_copy(module, shared=shared)
+    for part in copy.modules():
+        # A forward set on the instance (compiled, say) is a function over the original, and would run the student.
+        own = vars(part).get("forward")
+        if own is not None and getattr(own, "__self__", None) is not part:
+            del part.__dict__["forward"]
     config: Any = getattr(copy, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # Hugging Face's keys and values for later tokens; none follow

@@ -216,11 +216,13 @@ def test_distillation_keeps_the_student_nearer():
     assert distance(distillation(0.9)) < 0.5 * distance()
 
 
-def test_the_teacher_does_not_change_while_the_student_trains_and_is_pruned():
+@pytest.mark.parametrize("first", ["prox", "distillation"])
+def test_the_teacher_does_not_change_while_the_student_trains_and_is_pruned(first):
     module, callback = TinyClassifier(), distillation()
     before = weights_checksum(module.model)
     outputs = module.model(torch.ones(2, 8)).detach()
-    fit(module, Prox24(2, 8, targets=["model.2"], verbose=False), callback, steps=12)
+    callbacks = [Prox24(2, 8, targets=["model.2"], verbose=False), callback]
+    fit(module, *(callbacks if first == "prox" else reversed(callbacks)), steps=12)
     assert is_24(module.model[2].weight)
     assert weights_checksum(module.model) != before
     assert weights_checksum(callback.teacher) == before

@@ -43,6 +43,18 @@ def test_a_compiled_student_gives_an_eager_copy_of_what_is_inside():
     assert weights_checksum(teacher) == weights_checksum(whole) == weights_checksum(student)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_forward_set_on_the_instance_does_not_lead_back_to_the_student(compiled):
+    student = net()
+    original = student[0].forward
+    student[0].forward = torch.compile(original, backend="eager") if compiled else lambda x: original(x)
+    teacher, x = frozen_copy(student), torch.randn(2, 8)
+    before = teacher(x)
+    with torch.no_grad():
+        student[0].weight.zero_()
+    assert torch.equal(teacher(x), before)
+
+
 def test_caches_of_the_copy_are_off():
     student = net()
     student.config = SimpleNamespace(use_cache=True)
