@@ -186,6 +186,7 @@ def capture(model: nn.Module, blocks: Blocks, batches: Iterable[Any]) -> Iterato
         ValueError: if a batch does not reach every block once.
     """
     forwards = [block.forward for block in blocks.modules]
+    own = [vars(block).get("forward") for block in blocks.modules]
     calls: dict[int, Call] = {}
     state: dict[str, Any] = {"form": None, "hidden": None}
 
@@ -218,6 +219,9 @@ def capture(model: nn.Module, blocks: Blocks, batches: Iterable[Any]) -> Iterato
                 )
             yield [calls[index] for index in range(len(blocks))], state["hidden"]
     finally:
-        for block in blocks.modules:
-            # The instance attribute hides the class's method.
-            del block.forward
+        for block, forward in zip(blocks.modules, own, strict=True):
+            # The instance attribute hides the class's method, or another one that was there before (compiled, say).
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
