@@ -85,4 +85,4 @@ def _commit() -> str:
 
 def _arguments() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name, *sys.argv[1:]] if spec else sys.argv
+    return ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]] if spec else sys.argv

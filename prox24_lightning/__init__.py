@@ -9,7 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prox24_lightning.callbacks import ConvertAndBenchmark, Prox24, Prox24TrainerCallback, SparsityMonitor
+    from prox24_lightning.callbacks import (
+        ConvertAndBenchmark,
+        Distillation,
+        Prox24,
+        Prox24TrainerCallback,
+        SparsityMonitor,
+    )
     from prox24_lightning.finetune import load_masks, save_masks
     from prox24_lightning.mask import is_24, mask_24, violations_24
     from prox24_lightning.prox import critical_strength_24, penalty_24, prox_24
@@ -17,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ConvertAndBenchmark",
+    "Distillation",
     "Prox24",
     "Prox24TrainerCallback",
     "SparsityMonitor",
@@ -32,6 +39,7 @@ __all__ = [
 
 _HOMES = {
     "ConvertAndBenchmark": "callbacks",
+    "Distillation": "callbacks",
     "Prox24": "callbacks",
     "Prox24TrainerCallback": "callbacks",
     "SparsityMonitor": "callbacks",

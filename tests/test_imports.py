@@ -8,21 +8,21 @@ import sys
 
 import pytest
 
+BASE = {"groups", "files", "ranks", "sharding"}
 BELOW = {
     "groups": set(),
     "schedules": set(),
     "files": set(),
     "ranks": set(),
+    "copying": set(),
     "sharding": {"groups"},
     "prox": {"groups"},
     "mask": {"groups", "files"},
     "moments": {"groups", "ranks", "sharding"},
-    "finetune": {"groups", "files", "ranks", "sharding", "mask"},
-    "layerwise": {"groups", "files", "ranks", "sharding", "schedules", "prox", "mask", "moments"},
-    "sparsify": {
-        *("groups", "files", "ranks", "sharding", "schedules", "prox", "mask", "moments", "finetune", "layerwise")
-    },
-    "convert": {"groups", "files", "ranks", "sharding", "prox", "mask", "moments"},
+    "finetune": {*BASE, "mask", "copying"},
+    "layerwise": {*BASE, "schedules", "prox", "mask", "moments"},
+    "sparsify": {*BASE, "schedules", "prox", "mask", "moments", "copying", "finetune", "layerwise"},
+    "convert": {*BASE, "prox", "mask", "moments", "copying"},
 }
 """Room -> the rooms that it may load. The rooms above these (callbacks, cli, recipes) may load anything."""
 

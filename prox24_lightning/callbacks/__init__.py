@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prox24_lightning.callbacks.convert_and_benchmark import ConvertAndBenchmark
+    from prox24_lightning.callbacks.distillation import Distillation
     from prox24_lightning.callbacks.huggingface import Prox24TrainerCallback
     from prox24_lightning.callbacks.prox24 import Prox24
     from prox24_lightning.callbacks.sparsity_monitor import SparsityMonitor
 
-__all__ = ["ConvertAndBenchmark", "Prox24", "Prox24TrainerCallback", "SparsityMonitor"]
+__all__ = ["ConvertAndBenchmark", "Distillation", "Prox24", "Prox24TrainerCallback", "SparsityMonitor"]
 
 _HOMES = {
     "ConvertAndBenchmark": "convert_and_benchmark",
+    "Distillation": "distillation",
     "Prox24": "prox24",
     "Prox24TrainerCallback": "huggingface",
     "SparsityMonitor": "sparsity_monitor",
