@@ -127,8 +127,8 @@ def main(
         "long_run",
         f"{steps:,} steps with everything on",
         rows[3::4] or rows,
-        note=f"Five linear layers, width {width}, batch {batch_size}, AdamW, {threads} threads; progressive. "
-        f"Growth from the first to the second half of each phase, medians of windows of {EVERY} steps:\n\n{_growth(rows)}\n\n"
+        note=f"Five linear layers, width {width}, batch {batch_size}, AdamW, {threads} threads. Growth from the "
+        f"first to the second half of each phase, medians over windows of {EVERY} steps:\n\n{_growth(rows)}\n\n"
         f"![Memory and step time]({_stem()}.png)",
     )
     _draw(rows, output / f"{_stem()}.png")

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from prox24_lightning import load_masks, save_masks
+from prox24_lightning import ConvertAndBenchmark, SparsityMonitor, load_masks, save_masks
 from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import is_24
 from prox24_lightning.ranks import check_same
@@ -36,7 +36,11 @@ GROWN = [("post_step", MIDDLE), ("progressive", MIDDLE), ("progressive", FROZEN)
 def work(rank, folder):
     for sharding, strategy in RUNS:
         kept = folder / f"{sharding}_{strategy}" if (sharding, strategy) in SAVED else None
-        trainer, _, state = fit(sharding, strategy, kept, SAVED.get((sharding, strategy), True))
+        monitor = SparsityMonitor(every_n_steps=1, summary=False)
+        also = [monitor, ConvertAndBenchmark(dirpath=folder, filename=f"{sharding}_{strategy}", verbose=False)]
+        trainer, _, state = fit(sharding, strategy, kept, SAVED.get((sharding, strategy), True), also=also)
+        if rank == 0:
+            state["seen 2:4"] = torch.tensor(monitor.histories["prox24"].groups_24)
         torch.save(state, folder / f"{sharding}_{strategy}.{rank}.pt")
         if sharding == "tensor":
             prox = trainer.callbacks[0]
@@ -132,15 +136,18 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("sharding, strategy", RUNS)
 def test_a_sharded_run_gives_what_one_process_gives(folder, sharding, strategy):
     first, second = (read(folder / f"{sharding}_{strategy}.{rank}.pt") for rank in (0, 1))
+    assert first.pop("seen 2:4")[-1] == 1, "the monitor looks at the first rank's part"
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_close(first, read(folder / f"one_{strategy}.pt"))
     assert is_24(first["model.2.weight"])
+    report = json.loads((folder / f"{sharding}_{strategy}.json").read_text())
+    assert "The model is sharded over several ranks" in report["notes"][0]
 
 
 @pytest.mark.parametrize("step", [MIDDLE, FROZEN])
 @pytest.mark.parametrize("sharding, strategy", SAVED)
 def test_a_resumed_sharded_run_equals_the_unbroken_one_bit_for_bit(folder, sharding, strategy, step):
-    unbroken = read(folder / f"{sharding}_{strategy}.0.pt")
+    unbroken = read(folder / f"{sharding}_{strategy}.1.pt")
     for rank in (0, 1):
         resumed = read(folder / f"{sharding}_{strategy}_from_{step}.{rank}.pt")
         assert [name for name in unbroken if not torch.equal(unbroken[name], resumed[name])] == []
