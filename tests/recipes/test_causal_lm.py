@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_training_sequences_are_shuffled_over_the_corpus_and_used_once(pretraine
     in_order = stream[: len(stream) // 10 * 10].reshape(-1, 10).tolist()
     assert sorted(seen) == sorted(in_order)
     assert seen != in_order
-    neighbours = sum(in_order.index(b) - in_order.index(a) == 1 for a, b in zip(seen, seen[1:], strict=False))
+    neighbours = sum(in_order.index(b) - in_order.index(a) == 1 for a, b in itertools.pairwise(seen))
     assert neighbours < len(seen) / 10
 
 
