@@ -89,8 +89,9 @@ class CausalLM(LightningModule):
         self._log("test")
 
     def configure_optimizers(self) -> Any:
-        # Fused on CUDA, but not with a gradient scaler: Lightning cannot clip gradients for the two together.
-        fused = all(p.is_cuda for p in self.parameters()) and self.trainer.precision != "16-mixed"
+        # Fused on CUDA, but Lightning refuses to clip gradients for a fused optimizer under mixed precision.
+        clips = bool(self.trainer.gradient_clip_val) and "mixed" in str(self.trainer.precision)
+        fused = all(p.is_cuda for p in self.parameters()) and not clips
         return adamw_with_cosine(
             self,
             lr=self.hparams["lr"],
