@@ -1,4 +1,4 @@
-"""The source code of Python and of installed libraries: tens of millions of tokens on any machine that trains models."""
+"""The source code of Python and of installed libraries: tens of millions of tokens on any machine that trains."""
 
 from __future__ import annotations
 
