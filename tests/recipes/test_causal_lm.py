@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_training_sequences_are_shuffled_over_the_corpus_and_used_once(pretraine
     in_order = stream[: len(stream) // 10 * 10].reshape(-1, 10).tolist()
     assert sorted(seen) == sorted(in_order)
     assert seen != in_order
-    neighbours = sum(in_order.index(b) - in_order.index(a) == 1 for a, b in zip(seen, seen[1:], strict=False))
+    neighbours = sum(in_order.index(b) - in_order.index(a) == 1 for a, b in itertools.pairwise(seen))
     assert neighbours < len(seen) / 10
 
 
@@ -158,3 +159,19 @@ def test_layerwise_pruning_leaves_compiled_blocks_as_it_found_them(pretrained, n
     layers = model.model.layers
     assert all(isinstance(layer.forward, CompiledForward) and layer.forward.module is layer for layer in layers)
     assert is_24(layers[1].mlp.down_proj.weight)
+
+
+def test_a_hook_inside_of_a_compiled_block_runs_although_it_came_later(pretrained):
+    model = CausalLM(pretrained).model.eval()
+    calls = []
+    compiled = []
+    for layer in model.model.layers:
+        layer.forward = CompiledForward(layer)
+        layer.forward._compiled = lambda *args, **kwargs: compiled.append(args) or args[0]
+    handle = model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(input_ids=torch.arange(8).view(1, 8))
+        assert (len(calls), len(compiled)) == (1, 1)
+        handle.remove()
+        model(input_ids=torch.arange(8).view(1, 8))
+    assert (len(calls), len(compiled)) == (1, 3)
