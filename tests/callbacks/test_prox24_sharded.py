@@ -58,7 +58,8 @@ def work(rank, folder):
     for strategy, step in GROWN:
         _, _, state = fit("fsdp2", strategy, resume=folder / f"one_{strategy}" / f"step={step}.ckpt")
         torch.save(state, folder / f"fsdp2_{strategy}_from_one_{step}.{rank}.pt")
-    (folder / f"words.{rank}.json").write_text(json.dumps({"cut": words_of_a_cut(), "drift": words_of_drift(rank)}))
+    words = {"cut": words_of_a_cut(), "drift": words_of_drift(rank), "run": words_of_a_run_that_drifts(rank)}
+    (folder / f"words.{rank}.json").write_text(json.dumps(words))
     torch.save(uneven(rank), folder / f"uneven.{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -75,6 +76,21 @@ def words_of_a_cut():
 def words_of_drift(rank):
     try:
         check_same({"a": torch.ones(3), "b": torch.full((3,), float(rank))}, "the masks", "cpu")
+    except RuntimeError as error:
+        return str(error)
+
+
+def words_of_a_run_that_drifts(rank):
+    """Copies on two ranks, as DDP has them, that something has made different."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    strategy = PostStepProx(None, FRACTION_CURVES["linear"])
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(0, 1), strategy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine.bind([optimizer])
+    model(torch.ones(2, 8)).sum().backward()
+    try:
+        optimizer.step()
     except RuntimeError as error:
         return str(error)
 
@@ -191,6 +207,7 @@ def test_groups_cut_apart_and_masks_that_drifted_are_named(folder, rank):
     words = json.loads((folder / f"words.{rank}.json").read_text())
     assert "1.weight cannot be 2:4: its 12 entries along dimension 1 are sharded into parts of 6" in words["cut"]
     assert "the masks of 'b' differ: ranks [1] do not have what rank 0 has" in words["drift"]
+    assert "the masks of '0.weight' differ: ranks [1] do not have what rank 0 has" in words["run"]
 
 
 def test_the_steps_of_this_file_hit_each_phase():
