@@ -11,13 +11,14 @@ import pytest
 BELOW = {
     "groups": set(),
     "schedules": set(),
-    "prox": {"groups"},
-    "mask": {"groups"},
+    "blocks": {"groups"},
+    "mask": {"groups", "blocks"},
+    "prox": {"groups", "blocks", "mask"},
     "moments": {"groups"},
-    "finetune": {"groups", "mask"},
-    "layerwise": {"groups", "schedules", "prox", "mask", "moments"},
-    "sparsify": {"groups", "schedules", "prox", "mask", "moments", "finetune", "layerwise"},
-    "convert": {"groups", "prox", "mask", "moments"},
+    "finetune": {"groups", "blocks", "mask"},
+    "layerwise": {"groups", "blocks", "schedules", "prox", "mask", "moments"},
+    "sparsify": {"groups", "blocks", "schedules", "prox", "mask", "moments", "finetune", "layerwise"},
+    "convert": {"groups", "blocks", "prox", "mask", "moments"},
 }
 """Room -> the rooms that it may load. The rooms above these (callbacks, cli, recipes) may load anything."""
 

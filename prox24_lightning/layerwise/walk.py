@@ -54,7 +54,8 @@ def prune_layerwise(
         batches: calibration batches: mappings (keyword arguments of the model), tuples or tensors. Read once.
         method, refine: see :func:`~prox24_lightning.layerwise.solve.solve_layer`.
         targets, skip: patterns of names, see :func:`~prox24_lightning.groups.select_weights`.
-        geometry: ``"row"``: groups of four along a layer's inputs, ``"column"``: along its outputs.
+        geometry: ``"row"``: groups of four along a layer's inputs, ``"column"``: along its outputs, ``"block"``: along
+            both in every 4 x 4 block.
         blocks: name of the list of blocks, where the largest list of like modules is not the right one.
         budget: share in [0, 1) of the eligible weights that may stay dense; it goes to the layers that lose most of
             their output's energy by Wanda's mask with refinement, found by one more pass over the model.
@@ -168,8 +169,8 @@ class _Walker:
                 self.bar.step(1, weight.module_name)
         records: list[LayerRecord] = []
         masks: dict[str, Tensor] = {}
-        # Along columns the groups of a stacked weight would span layers, and strengths go by the whole layer.
-        if self.settings["geometry"] == "column":
+        # Beyond rows the groups of a stacked weight could span layers, and strengths go by the whole layer.
+        if self.settings["geometry"] != "row":
             stages = [Stage((layer,), stage.once) for stage in stages for layer in stage.layers]
         for stage in stages:
             moments = self._moments(block, dense, stage, twins)
@@ -208,7 +209,7 @@ class _Walker:
             moments.moments,
             method=self.settings["method"],
             refine=self.settings["refine"],
-            dim=-1 if self.settings["geometry"] == "row" else 0,
+            dim=members[0].matrix_dim,
             name=name,
             **self.solver,
         )

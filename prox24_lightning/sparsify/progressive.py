@@ -97,9 +97,12 @@ class Progressive(Strategy):
             moments = _reduced(moments, weight)
         if moments is not None and moments.tokens:
             try:
-                dim = -1 if _grouped_along_inputs(weight) else 0
                 solution = solve_layer(
-                    as_matrix(weight.module), moments.moments, steps=self.prox_steps, dim=dim, name=weight.name
+                    as_matrix(weight.module),
+                    moments.moments,
+                    steps=self.prox_steps,
+                    dim=weight.matrix_dim,
+                    name=weight.name,
                 )
             except ValueError as error:
                 log.warning("%s; its largest weights are kept instead", error)
@@ -138,10 +141,6 @@ class Progressive(Strategy):
             name: SecondMoments.of(moments["total"].to(device_of(name)), moments["tokens"])
             for name, moments in state["moments"].items()
         }
-
-
-def _grouped_along_inputs(weight: GroupedWeight) -> bool:
-    return weight.dim == 1 if weight.parameter.dim() > 2 or isinstance(weight.module, nn.Linear) else weight.dim == 0
 
 
 def _world_size() -> int:
