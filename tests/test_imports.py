@@ -17,6 +17,7 @@ BELOW = {
     "moments": {"groups"},
     "finetune": {"groups", "blocks", "mask"},
     "layerwise": {"groups", "blocks", "schedules", "prox", "mask", "moments"},
+    "study": {"groups", "blocks", "schedules", "prox", "mask", "moments", "layerwise"},
     "sparsify": {"groups", "blocks", "schedules", "prox", "mask", "moments", "finetune", "layerwise"},
     "convert": {"groups", "blocks", "prox", "mask", "moments"},
 }
