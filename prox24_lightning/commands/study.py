@@ -130,7 +130,7 @@ def _plane(size: Size, seed: int, tick: Tick) -> Part:
         "Below: the "
         "four entries while the strength grows. Entries of unlike size go one after the other; nearly equal ones "
         "shrink "
-        "together, and then two of them are dropped at once while the other two spring back to their full values."
+        "together, and then one leaps to zero and the others spring back, until two are left at their full values."
     ]
     table = [
         {"group": str(p.group.tolist()), "strength": float(strength)}

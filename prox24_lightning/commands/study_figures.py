@@ -103,7 +103,7 @@ def fractions_figure(shares: Sequence[Row], splitting: Sequence[Row]) -> Figure:
             markersize=3,
         )
     axes[1][1].set(xscale="log", yscale="log", xlabel="strength x rms", ylabel="objective over the best known, minus 1")
-    axes[1][1].set_title("block prox: what each way reaches (below 1e-9: drawn there)")
+    axes[1][1].set_title("block prox, what each way reaches (1e-9: best)")
     axes[1][1].legend(fontsize=7)
     return figure
 
@@ -138,7 +138,7 @@ def ablations_figure(table: Sequence[Row]) -> Figure:
     )
     axis.set_yticks(places, names)
     axis.invert_yaxis()
-    axis.set(xscale="log", xlabel="relative squared error of the model's output on held-out text")
+    axis.set(xlabel="relative squared error of the model's output on held-out text")
     axis.legend(fontsize=8, loc="lower right")
     return figure
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from prox24_lightning.prox import critical_strength_24, prox_24
 
-JUMP = 20.0
-"""Neighbouring points count as a jump when their minimisers lie this many grid steps apart: the prox is continuous
-with a moderate slope elsewhere."""
+JUMP = 0.12
+"""Neighbouring points count as a jump when their minimisers lie this far apart: many grid steps, as the prox is
+continuous with a moderate slope elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,10 @@ def plane(third: float, fourth: float, *, resolution: int = 300, largest: float 
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     groups = torch.stack([x, y, torch.full_like(x, third), torch.full_like(x, fourth)], -1)
     found = prox_24(groups, 1.0)
-    step = largest / (resolution - 1)
     jump = torch.zeros_like(x, dtype=torch.bool)
     for dim in (0, 1):
         # Swaps of equal entries are no jump of the set of values: compare sorted magnitudes.
-        moved = torch.diff(found.sort(-1).values, dim=dim).norm(dim=-1) > JUMP * step
+        moved = torch.diff(found.sort(-1).values, dim=dim).norm(dim=-1) > JUMP
         view = jump.narrow(dim, 0, resolution - 1)
         view |= moved
     return Plane(axis, third, fourth, (found != 0).sum(-1), jump)
