@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from prox24_lightning.groups import group_dims
+from prox24_lightning.groups import group_dims, group_shape
 
 BLOCK_DIMS = (0, 1)
 """The dimensions of a linear or convolution weight along which blocks are cut."""
@@ -22,8 +22,7 @@ def block_shape(shape: Sequence[int], dims: tuple[int, int] = BLOCK_DIMS) -> tup
     Raises:
         ValueError: if a size does not divide by 4, or ``dims`` are not two different dimensions.
     """
-    first, second = group_dims(shape, dims)
-    return tuple(size // 4 if axis in (first, second) else size for axis, size in enumerate(shape))
+    return group_shape(shape, dims)
 
 
 def to_blocks(weight: Tensor, dims: tuple[int, int] = BLOCK_DIMS) -> Tensor:

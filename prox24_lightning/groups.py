@@ -81,14 +81,14 @@ def from_groups(groups: Tensor, dim: int = -1) -> Tensor:
     return groups.flatten(-2).movedim(-1, dim)
 
 
-def group_shape(shape: Sequence[int], dim: int = -1) -> tuple[int, ...]:
-    """Shape of one value a group: ``shape`` with the size along ``dim`` divided by 4.
+def group_shape(shape: Sequence[int], dim: Dim = -1) -> tuple[int, ...]:
+    """Shape of one value a group: ``shape`` with the size along ``dim`` (of a pair: along both) divided by 4.
 
     A ``strength`` tensor broadcasts against this shape: ``(out, 1)`` is one strength a row of a
     ``(out, in)`` weight, ``(out, in / 4)`` one a group.
     """
-    dim = resolve_group_dim(shape, dim)
-    return (*shape[:dim], shape[dim] // 4, *shape[dim + 1 :])
+    dims = group_dims(shape, dim)
+    return tuple(size // 4 if axis in dims else size for axis, size in enumerate(shape))
 
 
 def clean_name(name: str) -> str:
@@ -106,7 +106,9 @@ class GroupedWeight:
     """A parameter that will be 2:4: where it lives and along which dimension its groups lie.
 
     ``name`` is the parameter's name as in ``model.named_parameters()``, without ``torch.compile``'s prefix. ``dim`` is
-    what ``mask_24``, ``prox_24``, ``violations_24`` and the like take: for the block geometry a pair.
+    what ``mask_24``, ``prox_24``, ``violations_24`` and the like take: for the block geometry a pair. ``sharded``
+    is the parameter itself if it is a ``DTensor``: FSDP2 puts gathered copies in its place for a while, and what is
+    written into those is lost.
     """
 
     name: str
@@ -114,11 +116,12 @@ class GroupedWeight:
     module: nn.Module
     parameter_name: str
     dim: Dim
+    sharded: nn.Parameter | None = None
     geometry: Geometry = "row"
 
     @property
     def parameter(self) -> nn.Parameter:
-        return getattr(self.module, self.parameter_name)
+        return getattr(self.module, self.parameter_name) if self.sharded is None else self.sharded
 
     @property
     def groups(self) -> int:
@@ -225,7 +228,8 @@ def select_weights(
             if reason:
                 skipped.append(SkippedWeight(name, type(module).__name__, tuple(parameter.shape), reason))
             else:
-                chosen.append(GroupedWeight(name, module_name, module, parameter_name, dim, geometry))
+                sharded = parameter if hasattr(parameter, "placements") else None
+                chosen.append(GroupedWeight(name, module_name, module, parameter_name, dim, sharded, geometry))
 
     for label, patterns in (("targets", targets or ()), ("skip", skip or ())):
         for pattern in patterns:

@@ -11,11 +11,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def adamw_with_cosine(
-    module: LightningModule, *, lr: float, weight_decay: float, warmup_steps: int, final: float = 0.1
+    module: LightningModule,
+    *,
+    lr: float,
+    weight_decay: float,
+    warmup_steps: int,
+    final: float = 0.1,
+    fused: bool = False,
 ) -> dict[str, Any]:
     """What ``configure_optimizers`` returns: linear warm-up, then a cosine down to ``final * lr`` at the last step.
 
-    Biases and normalisation weights (fewer than two dimensions) get no weight decay.
+    Biases and normalisation weights (fewer than two dimensions) get no weight decay. ``fused`` takes AdamW's fused
+    kernels, which are faster on a GPU.
 
     Raises:
         ValueError: if the length of the run is unknown.
@@ -28,7 +35,7 @@ def adamw_with_cosine(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    optimizer = AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused or None)
 
     def scale(step: int) -> float:
         if step < warmup_steps:

@@ -21,7 +21,7 @@ each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.ste
 
 
 def test_every_recipe_has_a_config():
-    assert {"digits", "bytelm", "text_classifier"} <= {path.stem for path in CONFIGS}
+    assert {"digits", "bytelm", "text_classifier", "causal_lm"} <= {path.stem for path in CONFIGS}
 
 
 @each_config

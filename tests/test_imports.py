@@ -8,18 +8,23 @@ import sys
 
 import pytest
 
+BASE = {"groups", "blocks", "files", "ranks", "sharding"}
 BELOW = {
     "groups": set(),
     "schedules": set(),
+    "files": set(),
+    "ranks": set(),
+    "copying": set(),
+    "sharding": {"groups"},
     "blocks": {"groups"},
-    "mask": {"groups", "blocks"},
-    "prox": {"groups", "blocks", "mask"},
-    "moments": {"groups"},
-    "finetune": {"groups", "blocks", "mask"},
-    "layerwise": {"groups", "blocks", "schedules", "prox", "mask", "moments"},
-    "study": {"groups", "blocks", "schedules", "prox", "mask", "moments", "layerwise"},
-    "sparsify": {"groups", "blocks", "schedules", "prox", "mask", "moments", "finetune", "layerwise"},
-    "convert": {"groups", "blocks", "prox", "mask", "moments"},
+    "mask": {"groups", "blocks", "files"},
+    "prox": {"groups", "blocks", "mask", "files"},
+    "moments": {"groups", "ranks", "sharding"},
+    "finetune": {*BASE, "mask", "copying"},
+    "layerwise": {*BASE, "schedules", "prox", "mask", "moments"},
+    "study": {*BASE, "schedules", "prox", "mask", "moments", "layerwise"},
+    "sparsify": {*BASE, "schedules", "prox", "mask", "moments", "copying", "finetune", "layerwise"},
+    "convert": {*BASE, "prox", "mask", "moments", "copying"},
 }
 """Room -> the rooms that it may load. The rooms above these (callbacks, cli, recipes) may load anything."""
 

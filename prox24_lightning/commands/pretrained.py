@@ -48,7 +48,18 @@ class Pretrained:
         source, extra = self._source()
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         model = getattr(transformers, _AUTO[self.head]).from_pretrained(source, dtype=dtype, **extra)
-        return model.eval(), [transformers.AutoTokenizer.from_pretrained(source, **extra)]
+        return model.eval(), [self.tokenizer()]
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer alone.
+
+        Raises:
+            ValueError: if a package is named that is not installed.
+        """
+        import transformers
+
+        source, extra = self._source()
+        return transformers.AutoTokenizer.from_pretrained(source, **extra)
 
     def _source(self) -> tuple[str, dict[str, str]]:
         source = self.name

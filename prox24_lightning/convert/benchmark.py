@@ -38,7 +38,7 @@ def run_benchmark(
         device: a CUDA GPU; None takes the current one. Without one the layers are judged and nothing is timed.
         inputs: for the whole model; None times layers only.
         reasons: layer name -> what is added to the reasons of a layer that is not 2:4.
-        shared: see :func:`~prox24_lightning.convert.copying.bare_copy`.
+        shared: see :func:`~prox24_lightning.copying.bare_copy`.
 
     A layer that cannot be measured (out of memory, say) stays dense with the error as its reason; so does the whole
     model's part of the report.

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from prox24_lightning.convert.copying import bare_copy, move_inputs
 from prox24_lightning.convert.eligibility import named_layers
 from prox24_lightning.convert.report import ModelVariant, Report
 from prox24_lightning.convert.semi_structured import convert_model, expand_model
 from prox24_lightning.convert.settings import ExampleInputs, Settings
 from prox24_lightning.convert.timing import Timing, capture, describe, measure, relative_error, release_memory
+from prox24_lightning.copying import bare_copy, move_inputs
 
 
 def time_model(

@@ -6,7 +6,7 @@ arguments (attention masks, position embeddings, flags) are whatever the model i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.groups import clean_name
+
+SEQUENCE_SHARE = 0.8
+"""Share of a model's parameters from which on a ``Sequential`` of like modules is taken for its blocks."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Blocks:
 def find_blocks(model: nn.Module, name: str | None = None) -> Blocks:
     """The repeated blocks of ``model``: its largest ``ModuleList`` whose members are all of one class.
 
+    A ``Sequential`` of one class counts too, if it holds nearly all parameters.
+
     Args:
         model: any module; without such a list the whole model counts as one block.
         name: take this ``ModuleList`` or ``Sequential`` instead, for instance ``"model.layers"``.
@@ -53,12 +58,16 @@ def find_blocks(model: nn.Module, name: str | None = None) -> Blocks:
                 f"it has {', '.join(known) or 'none'}"
             )
         return _blocks(name, named)
+    whole = sum(parameter.numel() for parameter in model.parameters())
     best, most = None, 0
     for key, module in lists.items():
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if size > most:
-                best, most = (key, module), size
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len({type(child) for child in module}) != 1:
+            continue
+        size = sum(parameter.numel() for parameter in module.parameters())
+        # A sequence may be one stage of several (ResNet): it counts where it is nearly all of the model.
+        sequence = len(module) > 1 and size >= SEQUENCE_SHARE * whole
+        if size > most and (isinstance(module, nn.ModuleList) or sequence):
+            best, most = (key, module), size
     return Blocks(("",), (model,), whole=True) if best is None else _blocks(*best)
 
 
@@ -75,17 +84,22 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def to_device(value: Any, device: torch.device | str) -> Any:
-    """Move every tensor inside ``value`` (nested tuples, lists, mappings) to ``device``."""
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``change`` applied to every tensor inside ``value`` (nested tuples, lists, dictionaries)."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(item, device) for item in value))
+        return type(value)(*(map_tensors(change, item) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(map_tensors(change, item) for item in value)
     if type(value) is dict:
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: map_tensors(change, item) for key, item in value.items()}
     return value
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Move every tensor inside ``value`` (nested tuples, lists, dictionaries) to ``device``."""
+    return map_tensors(lambda tensor: tensor.to(device), value)
 
 
 @dataclass
@@ -132,7 +146,7 @@ def split_call(args: tuple, kwargs: dict[str, Any], block: str) -> tuple[Call, T
     Raises:
         ValueError: if no argument is a floating tensor.
     """
-    args, kwargs = tuple(_no_cache(value) for value in args), {k: _no_cache(v) for k, v in kwargs.items()}
+    args, kwargs = tuple(no_cache(value) for value in args), {k: no_cache(v) for k, v in kwargs.items()}
     entries: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     entries.sort(key=lambda entry: entry[0] != "hidden_states")
     for place, value in entries:
@@ -143,7 +157,8 @@ def split_call(args: tuple, kwargs: dict[str, Any], block: str) -> tuple[Call, T
     raise ValueError(f"block {block} is called without a floating tensor; name the right list of modules with blocks=")
 
 
-def _no_cache(value: Any) -> Any:
+def no_cache(value: Any) -> Any:
+    """``value``, or None in the place of a key-value cache, which a second pass must not see."""
     # Known by what it does rather than by class, so that every release of transformers is covered.
     return None if hasattr(value, "get_seq_length") else value
 
@@ -180,6 +195,7 @@ def capture(model: nn.Module, blocks: Blocks, batches: Iterable[Any]) -> Iterato
         ValueError: if a batch does not reach every block once.
     """
     forwards = [block.forward for block in blocks.modules]
+    own = [vars(block).get("forward") for block in blocks.modules]
     calls: dict[int, Call] = {}
     state: dict[str, Any] = {"form": None, "hidden": None}
 
@@ -212,6 +228,9 @@ def capture(model: nn.Module, blocks: Blocks, batches: Iterable[Any]) -> Iterato
                 )
             yield [calls[index] for index in range(len(blocks))], state["hidden"]
     finally:
-        for block in blocks.modules:
-            # The instance attribute hides the class's method.
-            del block.forward
+        for block, forward in zip(blocks.modules, own, strict=True):
+            # The instance attribute hides the class's method, or another one that was there before (compiled, say).
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

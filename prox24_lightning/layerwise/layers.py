@@ -7,10 +7,12 @@ groups of four consecutive columns lie along input channels at every kernel posi
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prox24_lightning.groups import is_transposed_linear
+from prox24_lightning.ranks import gathered_objects, world_size
 
 
 def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str | None:
@@ -26,14 +28,20 @@ def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str |
     return f"{type(module).__name__}: the layer-wise solver takes Linear, Conv1d, Conv2d and transposed linear layers"
 
 
-def as_matrix(module: nn.Module) -> Tensor:
-    """The layer's weight as float32 (out_features, columns)."""
-    weight = module.get_parameter("weight").detach().float()
+def as_matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The layer's weight, or a tensor of its shape, as float32 (out_features, columns)."""
+    weight = (module.get_parameter("weight") if weight is None else weight).detach().float()
     if is_transposed_linear(module):
         return weight.T
     if weight.dim() > 2:
         return weight.movedim(1, -1).flatten(1)
     return weight
+
+
+def matrix_columns(module: nn.Module) -> int:
+    """Number of columns of :func:`as_matrix`."""
+    weight = module.get_parameter("weight")
+    return weight.numel() // weight.shape[1 if is_transposed_linear(module) else 0]
 
 
 def from_matrix(module: nn.Module, matrix: Tensor) -> Tensor:
@@ -95,18 +103,25 @@ class SecondMoments:
         return self._sum / max(1, self.tokens)
 
     @property
-    def total(self) -> Tensor | None:
-        """``X^T X`` over all tokens counted, or None before the first."""
-        return self._sum
-
-    @classmethod
-    def of(cls, total: Tensor, tokens: int) -> SecondMoments:
-        """Moments from a sum that was counted elsewhere."""
-        moments = cls()
-        moments._sum, moments.tokens = total, tokens
-        return moments
-
-    @property
     def cross(self) -> Tensor | None:
         """``C``, or None if no dense inputs were given."""
         return None if self._cross is None else self._cross / max(1, self.tokens)
+
+    def all_reduce(self, columns: int, device: torch.device) -> None:
+        """Add up the sums of all ranks of the process group, if there is one; a rank that counted nothing adds zeros.
+
+        Args:
+            columns: number of the layer's inputs.
+            device: where a rank that has counted nothing puts its zeros.
+        """
+        if world_size() == 1:
+            return
+        counted = gathered_objects((self.tokens, self._cross is not None))
+        self.tokens = sum(tokens for tokens, _ in counted)
+        if self._sum is None:
+            self._sum = torch.zeros(columns, columns, device=device)
+        dist.all_reduce(self._sum)
+        if any(cross for _, cross in counted):
+            if self._cross is None:
+                self._cross = torch.zeros_like(self._sum)
+            dist.all_reduce(self._cross)

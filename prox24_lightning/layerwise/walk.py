@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.groups import Geometry, GroupedWeight, SkippedWeight, select_weights
+from prox24_lightning.layerwise.block import solve_stage, stage_moments
 from prox24_lightning.layerwise.blocks import Blocks, caches_off, find_blocks
 from prox24_lightning.layerwise.budget import within_budget
 from prox24_lightning.layerwise.flow import Flow
-from prox24_lightning.layerwise.layers import SecondMoments, as_matrix, from_matrix, input_rows, why_not_solvable
+from prox24_lightning.layerwise.layers import SecondMoments, from_matrix, why_not_solvable
+from prox24_lightning.layerwise.parallel import check_same_stages
 from prox24_lightning.layerwise.progress import LayerProgress
 from prox24_lightning.layerwise.report import LayerRecord, LayerwiseReport
-from prox24_lightning.layerwise.solve import Method, Refine, solve_layer
-from prox24_lightning.layerwise.stages import Stage, inputs_of, order_of_calls
+from prox24_lightning.layerwise.solve import Method, Refine
+from prox24_lightning.layerwise.stages import order_of_calls
 from prox24_lightning.layerwise.storage import FinishedBlocks
 
 
@@ -48,6 +50,9 @@ def prune_layerwise(
     The blocks are pruned in the order of execution. Inside a block, layers that see the same input are solved
     together, on second moments taken after everything before them has been pruned. Only the block at work has to be on
     ``device``; the rest of the model stays where it is.
+
+    In a process group every rank calls this with its own copy of the model and the same batches. Each runs its share of
+    them and solves its share of each layer's rows; all end with the same model and report. Only the first writes files.
 
     Args:
         model: any module; Hugging Face models need no adapter. Its parameters change in place, in their own dtype.
@@ -151,6 +156,7 @@ class _Walker:
             if done is not None:
                 kept = {weight.name: weight.parameter for weight in self.weights if weight.name in masks}
                 done.save(self.index, kept, masks, records)
+        report.dims.update({weight.name: weight.dim for weight in self.weights if weight.name in report.masks})
         self.flow.advance(self.index, block)
         if self.twin is not None and dense is not None:
             self.twin.advance(self.index, dense)
@@ -162,6 +168,7 @@ class _Walker:
         owners = {weight.module: weight for weight in self.weights}
         twins = dict(zip(block.modules(), dense.modules(), strict=True)) if dense is not None else {}
         stages = order_of_calls(list(owners), lambda: self.flow.run(self.index, block, 0))
+        check_same_stages(stages, {layer: weight.name for layer, weight in owners.items()})
         called = {layer for stage in stages for layer in stage.layers}
         for layer, weight in owners.items():
             if layer not in called:
@@ -169,86 +176,46 @@ class _Walker:
                 self.bar.step(1, weight.module_name)
         records: list[LayerRecord] = []
         masks: dict[str, Tensor] = {}
-        # Beyond rows the groups of a stacked weight could span layers, and strengths go by the whole layer.
-        if self.settings["geometry"] != "row":
-            stages = [Stage((layer,), stage.once) for stage in stages for layer in stage.layers]
         for stage in stages:
-            moments = self._moments(block, dense, stage, twins)
-            members = [owners[layer] for layer in stage.layers]
-            for weight, record, mask in self._solve(members, moments):
+            runs = [partial(self.flow.run, self.index, block, number) for number in range(len(self.flow))]
+            dense_runs = None
+            if self.twin is not None and dense is not None:
+                dense_runs = [partial(self.twin.run, self.index, dense, number) for number in range(len(self.flow))]
+            moments = stage_moments(stage, runs, dense_runs, twins)
+            for weight, record, mask in self._solve([owners[layer] for layer in stage.layers], moments):
                 records.append(record)
                 masks[weight.name] = mask
                 self.bar.step(1, weight.module_name)
         return records, masks
 
-    def _moments(
-        self, block: nn.Module, dense: nn.Module | None, stage: Stage, twins: dict[nn.Module, nn.Module]
-    ) -> SecondMoments:
-        layer = stage.layers[0]
-        moments = SecondMoments()
-        for number in range(len(self.flow)):
-            run = partial(self.flow.run, self.index, block, number)
-            rows = [input_rows(layer, x) for x in inputs_of(layer, run, once=stage.once)]
-            if self.twin is None or dense is None:
-                for part in rows:
-                    moments.add(part)
-                continue
-            run = partial(self.twin.run, self.index, dense, number)
-            dense_rows = [input_rows(layer, x) for x in inputs_of(twins[layer], run, once=stage.once)]
-            for part, dense_part in zip(rows, dense_rows, strict=True):
-                moments.add(part, dense_part)
-        return moments
-
     def _solve(
         self, members: list[GroupedWeight], moments: SecondMoments
     ) -> list[tuple[GroupedWeight, LayerRecord, Tensor]]:
-        name = " + ".join(weight.module_name for weight in members)
-        matrices = [as_matrix(weight.module) for weight in members]
-        solution = solve_layer(
-            _target(torch.cat(matrices), moments, self.settings["dense_target"]),
-            moments.moments,
+        solved = solve_stage(
+            members,
+            moments,
+            dense_target=self.settings["dense_target"],
+            by_rows=True,
             method=self.settings["method"],
             refine=self.settings["refine"],
-            dim=members[0].matrix_dim,
-            name=name,
             **self.solver,
         )
         note = _note(moments)
         result = []
-        row = 0
-        for weight, matrix in zip(members, matrices, strict=True):
-            part = solution.rows(row, row + len(matrix))
-            row += len(matrix)
-            mask = from_matrix(weight.module, part.mask)
-            weight.parameter.copy_(from_matrix(weight.module, part.weight))
+        for weight, solution in solved:
             record = LayerRecord(
                 name=weight.name,
                 block=self.flow.blocks.names[self.index],
                 shape=tuple(weight.parameter.shape),
                 tokens=moments.tokens,
-                loss=part.loss,
-                refined_loss=part.refined_loss,
-                reached=part.reached,
-                seconds=part.seconds,
+                loss=solution.loss,
+                refined_loss=solution.refined_loss,
+                reached=solution.reached,
+                seconds=solution.seconds,
                 note=note,
             )
-            result.append((weight, record, mask.cpu()))
+            result.append((weight, record, from_matrix(weight.module, solution.mask).cpu()))
         return result
-
-
-def _target(weight: Tensor, moments: SecondMoments, share: float) -> Tensor:
-    """The weight whose outputs on the pruned model's inputs come closest to the wanted ones.
-
-    With ``X`` the inputs now and ``X_d`` those in the dense model, ``share`` = 1 solves ``min_T ||X T^T - X_d W^T||``:
-    ``T = W + W (C - H) H^-1`` with ``C = X_d^T X / tokens``.
-    """
-    cross = moments.cross
-    if not share or cross is None:
-        return weight
-    shifted = moments.moments
-    shifted.diagonal().add_(0.01 * shifted.diagonal().mean())
-    change = torch.linalg.solve(shifted, (weight @ (cross - moments.moments)).T).T
-    return weight + share * change
 
 
 def _note(moments: SecondMoments) -> str:

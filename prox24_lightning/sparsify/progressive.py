@@ -1,161 +1,268 @@
-"""The progressive strategy: layer after layer goes 2:4 by the local squared loss, while the rest trains on."""
+"""The progressive strategy: block after block goes 2:4 by the local squared loss, while the rest trains on."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from prox24_lightning.groups import GroupedWeight
-from prox24_lightning.layerwise.layers import SecondMoments, as_matrix, from_matrix, input_rows, why_not_solvable
-from prox24_lightning.layerwise.solve import solve_layer
-from prox24_lightning.mask import mask_24
+from prox24_lightning.layerwise.block import Run, solve_stage, stage_moments
+from prox24_lightning.layerwise.layers import from_matrix, why_not_solvable
+from prox24_lightning.layerwise.stages import order_of_calls
+from prox24_lightning.ranks import gathered_objects
+from prox24_lightning.sharding import is_sharded, local_part, part_of, runnable
+from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts, share_of
+from prox24_lightning.sparsify.calls import Call, reach
+from prox24_lightning.sparsify.dense_weights import DenseWeights
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategy import DeviceOf, ScaleOf, Strategy
+from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
+from prox24_lightning.sparsify.units import Unit, check_orders, cut_into_units, order_of_units
 
-MOMENT_STEPS = 8
-"""Steps before a layer's turn during which its inputs are counted."""
+CALIBRATION_BATCHES = 8
+"""Batches on which a block is solved: the last ones of the training itself."""
 
 log = logging.getLogger(__name__)
 
 
 class Progressive(Strategy):
-    """One layer after the other, in the order in which the model runs them, spread evenly over the sparsify phase.
+    """One block after the other, in the order in which the model runs them, spread evenly over the sparsify phase.
 
-    When its turn comes, a layer is solved by the paper's layer-wise prox on the second moments of its own inputs, taken
-    from the last training batches with everything before it 2:4 already, and the survivors are refined by masked
-    gradient (arXiv 2501.18015, section 3). It is frozen there and then; what comes after it trains on
-    against it. Memory: the moments of the next few layers, float32 (in_features, in_features) each. A layer that
-    the solver cannot take (a packed attention projection, a grouped convolution) is projected in the metric instead.
+    When its turn comes, the last training batches run once more through the model as it is now, up to that block. Its
+    layers are solved one after the other on what they see then, by the paper's layer-wise prox and masked gradient
+    (arXiv 2501.18015, section 3), and frozen; everything that comes after trains on against the sparse block. A model
+    without a list of like blocks goes layer after layer. A layer that the solver cannot take (a packed attention
+    projection, a grouped convolution) is projected in the metric instead.
+
+    In a distributed run every rank runs its own batches, the moments are summed over the ranks, and every rank solves
+    the whole layer, gathered if it is sharded.
+
+    Memory: the arguments of the last batches' calls, the second moments of one layer, float32 (in_features,
+    in_features), and with ``dense_target`` a frozen copy of the model as it was when the phase began.
 
     Args:
+        model: what holds the weights.
+        root_is_called: whether training calls ``model`` itself, rather than parts of it (as a LightningModule's
+            ``training_step`` does).
+        batches: how many of the last batches a block is solved on.
+        dense_target: what a layer's outputs shall come close to: 0 its own outputs on what it sees now, 1 those that it
+            had in the dense copy (so that later blocks make good for earlier ones), values between mix the two.
         prox_steps: proximal steps a layer; None is the solver's own default.
     """
 
-    def __init__(self, prox_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        root_is_called: bool = True,
+        batches: int = CALIBRATION_BATCHES,
+        dense_target: float = 0.5,
+        prox_steps: int | None = None,
+    ) -> None:
         super().__init__()
+        if batches < 1:
+            raise ValueError(f"batches={batches} must be at least 1")
+        if not 0 <= dense_target <= 1:
+            raise ValueError(f"dense_target={dense_target} must lie in [0, 1]")
         if prox_steps is not None and prox_steps < 1:
             raise ValueError(f"prox_steps={prox_steps} must be at least 1")
+        self.batches = batches
+        self.dense_target = dense_target
         self.prox_steps = prox_steps
-        self._weights: dict[str, GroupedWeight] = {}
+        self._model = model
+        self._root_is_called = root_is_called
         self._plan = PhasePlan(0, 0)
+        self._weights: list[GroupedWeight] = []
+        self._sites: list[CallSite] = []
+        self._units: list[Unit] = []
         self._order: list[str] = []
         self._done: set[str] = set()
-        self._collecting: set[str] = set()
-        self._moments: dict[str, SecondMoments] = {}
-        self._handles: list[RemovableHandle] = []
+        self._begun = False
+        self._batches_seen = 0
+        self._loaded: dict[str, Any] = {}
+
+    def scaled_weights(self, weights: Sequence[GroupedWeight]) -> list[GroupedWeight]:
+        return [weight for weight in weights if why_not_solvable(weight.module, weight.parameter_name) is not None]
 
     def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:
-        self._weights = {weight.name: weight for weight in weights}
         self._plan = plan
-        for weight in weights:
-            if weight.name in self._done:
-                continue
-
-            def hook(module: nn.Module, args: tuple, name: str = weight.name) -> None:
-                if torch.is_grad_enabled() and args and isinstance(args[0], Tensor):
-                    self._see(name, module, args[0])
-
-            self._handles.append(weight.module.register_forward_pre_hook(hook))
+        state, self._loaded = self._loaded, {}
+        modules = [weight.module for weight in weights]
+        if state:
+            names = dict(self._model.named_modules())
+            found = [names[name] for name in state["sites"]]
+        elif self._sites:
+            found = [site.module for site in self._sites]
+        else:
+            found = outermost_modules(self._model, modules, root_is_called=self._root_is_called)
+        if [site.module for site in self._sites] != found:
+            self._sites = [CallSite(module, self.batches) for module in found]
+        self._weights = list(weights)
+        self._units = cut_into_units(self._model, self._weights, self._sites)
+        for index, site in enumerate(self._sites if state else ()):
+            site.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
+            site.load_dense(state["dense"][index], sharded=self._sharded)
+        self._arrange(state.get("order", self._order))
+        for site in self._sites:
+            site.attach()
 
     def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._collecting.clear()
+        for site in self._sites:
+            site.detach()
 
     def before_batch(self, step: int) -> None:
-        self._collecting = {
-            name
-            for name, turn in self._turns().items()
-            if name not in self._done and turn - MOMENT_STEPS < step <= turn
+        if not all(site.called for site in self._sites) and self._batches_seen:
+            self._descend()
+        self._batches_seen += 1
+        # The step after `start` is recorded everywhere: it shows in which order the model runs.
+        wanted = {
+            unit.site
+            for unit, turn in self._turns()
+            if unit.name not in self._done and (turn - self.batches < step <= turn or step == self._plan.start + 1)
         }
+        for site in self._sites:
+            site.next_batch(site in wanted)
 
+    @torch.no_grad()
     def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
-        """Nothing to remember: every layer is taken as it stands when its turn comes."""
+        self._begun = True
+        with ExitStack() as stack:
+            for site in self._sites:
+                stack.enter_context(runnable(self._model, site.module))
+            self._arrange(order_of_units(self._units))
+        check_orders(self._units)
+        # Only of a single site the inputs do not depend on what is pruned, so only there a dense model can follow.
+        if self.dense_target and len(self._sites) == 1 and self._units:
+            self._sites[0].keep_dense(sharded=self._sharded)
 
     @torch.no_grad()
-    def after_step(
-        self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        turns = self._turns()
-        due = [weight for weight in weights if weight.name not in self._done and turns[weight.name] <= step]
-        return {weight.name: self.finish(weight, scale_of(weight.name)) for weight in due}
+    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        due = [unit for unit, turn in self._turns() if unit.name not in self._done and turn <= step]
+        return self._solve_all(due, scale_of)
 
     @torch.no_grad()
-    def finish(self, weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mask and values of the layer on the moments counted so far."""
-        self._done.add(weight.name)
-        self._collecting.discard(weight.name)
-        moments = self._moments.pop(weight.name, None)
-        if _world_size() > 1:
-            moments = _reduced(moments, weight)
-        if moments is not None and moments.tokens:
-            try:
-                solution = solve_layer(
-                    as_matrix(weight.module),
-                    moments.moments,
-                    steps=self.prox_steps,
-                    dim=weight.matrix_dim,
-                    name=weight.name,
-                )
-            except ValueError as error:
-                log.warning("%s; its largest weights are kept instead", error)
-            else:
-                values = from_matrix(weight.module, solution.weight).to(weight.parameter.dtype)
-                return from_matrix(weight.module, solution.mask), values
-        values = weight.parameter.detach()
-        return mask_24(values, dim=weight.dim, scale=scale), values
+    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        if not self._begun:
+            self.begin(weights, scale_of)
+        frozen = self._solve_all([unit for unit in self._units if unit.name not in self._done], scale_of)
+        self.detach()
+        self._sites, self._units, self._order = [], [], []
+        return frozen
 
-    def _turns(self) -> dict[str, int]:
-        """The step after which each layer is solved; the last one has its turn at the freeze."""
-        order = [*self._order, *(name for name in self._weights if name not in set(self._order))]
-        span = self._plan.freeze - self._plan.start
-        return {name: self._plan.start + -(-span * (i + 1) // len(order)) for i, name in enumerate(order)}
+    def _solve_all(self, units: Sequence[Unit], scale_of: ScaleOf) -> Frozen:
+        if not units:
+            return {}
+        begin = time.perf_counter()
+        frozen: Frozen = {}
+        for unit in units:
+            self._done.add(unit.name)
+            frozen |= self._solve(unit)
+            for weight in unit.weights:
+                if weight.name not in frozen:
+                    frozen[weight.name] = projected(weight, scale_of(weight.name))
+        pause = time.perf_counter() - begin
+        self.seconds += pause
+        self.longest_pause = max(self.longest_pause, pause)
+        return frozen
 
-    def _see(self, name: str, module: nn.Module, inputs: Tensor) -> None:
-        if name not in self._order:
-            self._order.append(name)  # first seen, first solved
-        weight = self._weights[name]
-        if name in self._collecting and why_not_solvable(module, weight.parameter_name) is None:
-            self._moments.setdefault(name, SecondMoments()).add(input_rows(module, inputs.detach()))
+    def _solve(self, unit: Unit) -> Frozen:
+        """Masks and values of the layers of ``unit`` that the solver can take."""
+        owners = {w.module: w for w in unit.weights if why_not_solvable(w.module, w.parameter_name) is None}
+        site = unit.site
+        frozen: Frozen = {}
+        with site.replaying():
+            calls = self._reach(site.module, unit.module, site.calls) if owners else []
+            if not all(gathered_objects(bool(calls))):
+                return frozen
+            runs = [partial(self._run, call, unit.module) for call in calls]
+            dense_runs, twins = self._dense_runs(unit)
+            for stage in order_of_calls(list(owners), runs[0]):
+                moments = stage_moments(stage, runs, dense_runs, twins)
+                members = [owners[layer] for layer in stage.layers]
+                try:
+                    solved = solve_stage(members, moments, dense_target=self.dense_target, steps=self.prox_steps)
+                except ValueError as error:
+                    log.warning("%s; its largest weights are kept instead", error)
+                    continue
+                for weight, solution in solved:
+                    mask = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
+                    frozen[weight.name] = mask, local_part(weight.parameter)
+        return frozen
+
+    def _run(self, call: Call, module: nn.Module) -> Any:
+        with runnable(self._model, module):
+            return call(module)
+
+    def _reach(self, site: nn.Module, inner: nn.Module, calls: Sequence[Call]) -> list[Call]:
+        with runnable(self._model, site):
+            return reach(site, inner, calls)
+
+    def _dense_runs(self, unit: Unit) -> tuple[list[Run] | None, dict[nn.Module, nn.Module] | None]:
+        """Runs of the unit as it was when the phase began, and its modules' counterparts there; None without a copy."""
+        site = unit.site
+        if site.dense is None:
+            return None, None
+        twins = site.twins()
+        if isinstance(dense := site.dense, DenseWeights):
+            with dense.in_place(site.module):
+                calls = self._reach(site.module, unit.module, site.calls)
+            return [partial(self._run_dense, dense, call, unit.module) for call in calls], twins
+        twin = twins[unit.module]
+        return [partial(call, twin) for call in reach(dense, twin, site.calls)], twins
+
+    def _run_dense(self, dense: DenseWeights, call: Call, module: nn.Module) -> Any:
+        with dense.in_place(module):
+            return self._run(call, module)
+
+    @property
+    def _sharded(self) -> bool:
+        return any(is_sharded(weight.parameter) for weight in self._weights)
+
+    def _turns(self) -> list[tuple[Unit, int]]:
+        """Every unit and the step after which it is solved; the last one has its turn at the freeze."""
+        span, count = self._plan.freeze - self._plan.start, len(self._units)
+        return [(unit, self._plan.start - (-span * (i + 1) // count)) for i, unit in enumerate(self._units)]
+
+    def _descend(self) -> None:
+        """A batch has passed without a call of some site: look at the modules inside it instead."""
+        modules = [weight.module for weight in self._weights]
+        found = []
+        for site in self._sites:
+            inner = [] if site.called else parts(site.module, modules)
+            found += inner or [site.module]
+        if found == [site.module for site in self._sites]:
+            return
+        self.detach()
+        kept = {site.module: site for site in self._sites}
+        self._sites = [kept.get(module) or CallSite(module, self.batches) for module in found]
+        self._units = cut_into_units(self._model, self._weights, self._sites)
+        for site in self._sites:
+            site.attach()
+
+    def _arrange(self, order: Sequence[str]) -> None:
+        place = {name: position for position, name in enumerate(order)}
+        self._order = list(order)
+        self._units.sort(key=lambda unit: place.get(unit.name, len(place)))
 
     def state_dict(self) -> dict[str, Any]:
+        """What the ranks have recorded is kept apart, rank by rank."""
+        names = {module: name for name, module in self._model.named_modules()}
         return {
-            "order": list(self._order),
+            "begun": self._begun,
             "done": sorted(self._done),
-            "moments": {
-                name: {"total": moments.total, "tokens": moments.tokens} for name, moments in self._moments.items()
-            },
+            "order": list(self._order),
+            "sites": [names[site.module] for site in self._sites],
+            "calls": gathered_objects([site.state_dict() for site in self._sites]),
+            "dense": [site.dense_state() for site in self._sites],
         }
 
-    def load_state_dict(self, state: dict[str, Any], device_of: DeviceOf) -> None:
-        self._order = list(state["order"])
+    def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:
+        self._begun = state["begun"]
         self._done = set(state["done"])
-        self._moments = {
-            name: SecondMoments.of(moments["total"].to(device_of(name)), moments["tokens"])
-            for name, moments in state["moments"].items()
-        }
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _reduced(moments: SecondMoments | None, weight: GroupedWeight) -> SecondMoments | None:
-    """The moments over all ranks; a rank that saw nothing adds zeros, unless no rank can see anything."""
-    if why_not_solvable(weight.module, weight.parameter_name) is not None:
-        return None
-    size = as_matrix(weight.module).shape[1]
-    moments = moments or SecondMoments()
-    flat = torch.zeros(size * size + 1, dtype=torch.float64, device=weight.parameter.device)
-    if moments.tokens:
-        flat[:-1] = moments.moments.flatten() * moments.tokens
-        flat[-1] = moments.tokens
-    dist.all_reduce(flat)
-    return SecondMoments.of(flat[:-1].view(size, size).float(), int(flat[-1]))
+        self._loaded = state

@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.mask import mask_24
+from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify.phases import PhasePlan
 
 ScaleOf = Callable[[str], Tensor | None]
 """The scale of a weight's metric, by name; None for the weight's own coordinates."""
 
-DeviceOf = Callable[[str], torch.device]
+Frozen = dict[str, tuple[Tensor, Tensor]]
+"""Weight name -> (mask, values), for the weights that shall be frozen now."""
+
+
+def projected(weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mask and values of a weight as it stands: the two largest of every four, in the metric.
+
+    Raises:
+        ValueError: with the weight's name, if it holds NaN.
+    """
+    values = local_part(weight.parameter)
+    try:
+        return mask_24(values, dim=weight.dim, scale=scale), values
+    except ValueError as error:
+        raise ValueError(f"{weight.name}: {error}") from error
 
 
 class Strategy(ABC):
     """Turns dense weights into 2:4 ones between two steps of a run; the engine says when, and holds the masks.
 
+    Of a sharded weight every rank changes its own part: scales, masks and values are those of this part. All ranks call
+    every method, in the same order.
+
     Attributes:
         strengths: the strength last used for each weight: 0-dim tensors by name.
+        longest_pause: seconds of the longest pause that solving made between two steps of this process; 0 where nothing
+            is solved.
+        seconds: of all such pauses together.
     """
 
     def __init__(self) -> None:
         self.strengths: dict[str, Tensor] = {}
+        self.longest_pause = 0.0
+        self.seconds = 0.0
+
+    def scaled_weights(self, weights: Sequence[GroupedWeight]) -> Sequence[GroupedWeight]:
+        """Those of ``weights`` for which the strategy asks for the scale of the activation metric."""
+        return weights
 
     def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:  # noqa: B027
         """Training (again) begins with these weights: register hooks."""
@@ -42,23 +69,21 @@ class Strategy(ABC):
         """The sparsify phase begins; nothing has been changed yet."""
 
     @abstractmethod
-    def after_step(
-        self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
         """Optimizer step ``step`` is done; ``weights`` are those that it changed and that are not frozen.
 
         Returns:
-            name -> (mask, values) for the weights that shall be frozen now.
+            what shall be frozen now.
         """
 
     @abstractmethod
-    def finish(self, weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mask and values of a weight that is still unfrozen when the phase ends."""
+    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        """The phase ends: masks and values of ``weights``, all that are still unfrozen."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors only."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any], device_of: DeviceOf) -> None:
+    def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:
         """Undo :meth:`state_dict`."""

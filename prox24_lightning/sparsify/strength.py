@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,12 @@ SAMPLED_GROUPS = 65536
 
 
 def strength_for_fraction(
-    weight: Tensor, fraction: float, *, dim: Dim = -1, scale: Tensor | None = None
+    weight: Tensor,
+    fraction: float,
+    *,
+    dim: Dim = -1,
+    scale: Tensor | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The least strength at which ``fraction`` of the groups of ``weight`` leave the prox 2:4, and whom it meets.
 
@@ -31,6 +37,7 @@ def strength_for_fraction(
             ranked by the largest among those of their eight groups, and a block whose turn has come gets infinity,
             which projects it, as its critical strength does with a group.
         scale: the metric, as for :func:`~prox24_lightning.prox.prox_24`.
+        gather: makes the whole weight's critical strengths of those of ``weight``, where that is one rank's part.
 
     Returns:
         The strength, a 0-dim tensor, and the same strength or zero for each group, of
@@ -49,7 +56,7 @@ def strength_for_fraction(
         along = critical.unflatten(second, (-1, 4)).amax(second + 1)
         across = critical_strength_24(weight, dim=second, scale=scale).unflatten(first, (-1, 4)).amax(first + 1)
         critical = torch.maximum(along, across)
-    flat = critical.flatten()
+    flat = (critical if gather is None else gather(critical)).flatten()
     sample = flat[:: max(flat.numel() // SAMPLED_GROUPS, 1)]
     rank = math.ceil(fraction * sample.numel())
     if rank == 0:

@@ -41,5 +41,8 @@ def test_ranks_agree(tmp_path, strategy):
     for part in ("masks", "scales", "weights"):
         assert set(first[part]) == {"model.0.weight", "model.2.weight"}
         for name, value in first[part].items():
+            if part == "scales" and strategy == "progressive":
+                assert value is None, "the progressive strategy solves these layers and needs no metric"
+                continue
             assert torch.equal(value, second[part][name]), f"{part} of {name} differ"
     assert all(is_24(weight) for weight in first["weights"].values())

@@ -18,7 +18,7 @@ from prox24_lightning.convert import (
     expand_linear,
     expand_model,
 )
-from prox24_lightning.convert.copying import bare_copy
+from prox24_lightning.copying import bare_copy
 from prox24_lightning.mask import mask_24
 
 

@@ -1,8 +1,9 @@
-"""A tiny encoder on disk, so that no test needs the hub."""
+"""A tiny encoder and a tiny language model on disk, so that no test needs the hub."""
 
 from __future__ import annotations
 
 import pytest
+from tiny_language import save_tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -25,3 +26,9 @@ def encoder_folder(tmp_path_factory) -> str:
     )
     BertModel(config).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> str:
+    """A Llama of two layers, 16 wide, with a vocabulary of 62 words."""
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))

@@ -40,7 +40,7 @@ def train(model, engine, steps, seen=None):
 def test_layers_are_frozen_one_by_one_in_the_order_in_which_they_run():
     torch.manual_seed(0)
     model, seen = Backwards(), []
-    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(2, 11), Progressive())
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(2, 11), Progressive(model))
     train(model, engine, 13, seen)
     sizes = [len(names) for names in seen]
     assert sizes == [0] * 4 + [1] * 3 + [2] * 3 + [3] * 3, "turns after steps 5, 8 and 11"
@@ -54,7 +54,7 @@ def test_a_layer_gets_the_solution_of_its_own_moments(geometry, dim):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8))
     weights = select_weights(model, geometry=geometry).chosen
-    engine = SparsityEngine(weights, PhasePlan(0, 1), Progressive())
+    engine = SparsityEngine(weights, PhasePlan(0, 1), Progressive(model, dense_target=0.0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     x = torch.randn(64, 16) @ torch.randn(16, 16)
     dense = model[0].weight.detach().clone()
@@ -70,7 +70,7 @@ def test_a_layer_gets_the_solution_of_its_own_moments(geometry, dim):
 
 def test_inputs_that_are_not_finite_do_not_lose_the_run(caplog):
     model = nn.Sequential(nn.Linear(8, 8))
-    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(0, 1), Progressive())
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(0, 1), Progressive(model, dense_target=0.0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     engine.bind([optimizer])
     engine.before_batch()
@@ -90,18 +90,18 @@ def test_a_layer_that_never_runs_is_projected_at_the_freeze():
             return super().forward(x) + 0 * self.idle.weight.sum()
 
     model = Idle()
-    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(0, 4), Progressive())
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(0, 4), Progressive(model))
     train(model, engine, 5)
     assert is_24(model.idle.weight)
 
 
 def test_hooks_are_removed():
     model = Backwards()
-    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(2, 11), Progressive())
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(2, 11), Progressive(model))
     train(model, engine, 4)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_no_proximal_step_is_refused():
     with pytest.raises(ValueError, match="prox_steps=0 must be at least 1"):
-        Progressive(prox_steps=0)
+        Progressive(nn.Linear(4, 4), prox_steps=0)

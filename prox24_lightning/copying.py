@@ -1,4 +1,4 @@
-"""A copy of a trained module for measuring: on one device, in one dtype, without gradients, hooks or compilation."""
+"""A copy of a module to measure or to learn from: in evaluation mode, without gradients, hooks or compilation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ _COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "
 
 
 def bare_copy(
-    module: nn.Module, *, device: torch.device, dtype: torch.dtype | None = None, shared: Sequence[object] = ()
+    module: nn.Module,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    shared: Sequence[object] = (),
 ) -> nn.Module:
     """Copy ``module`` in evaluation mode, its tensors going straight to ``device`` and ``dtype``.
 
@@ -34,7 +38,7 @@ def bare_copy(
 
     Args:
         module: unchanged afterwards.
-        device: where the copy lives.
+        device: where the copy lives; None leaves each tensor on its device.
         dtype: of its floating-point parameters and buffers; None keeps them.
         shared: objects that the module may hold and the copy is to hold too, instead of copies of them.
 
@@ -63,7 +67,7 @@ def move_inputs(inputs: Any, *, device: torch.device, dtype: torch.dtype | None 
     return tree_map(move, inputs)
 
 
-def _cast(tensor: Tensor, device: torch.device, dtype: torch.dtype | None, *, copy: bool) -> Tensor:
+def _cast(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None, *, copy: bool) -> Tensor:
     return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=copy)
 
 

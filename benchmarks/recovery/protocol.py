@@ -1,0 +1,180 @@
+"""All runs of a comparison, several at a time; each result is on disk as soon as its run ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from benchmarks.recovery.rows import Row
+from benchmarks.recovery.run import execute, free_memory
+from benchmarks.recovery.task import Task
+
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do. ``purpose`` is ``"search"`` for choosing a learning rate, else ``"report"``."""
+
+    task: Task
+    name: str
+    row: Row
+    seed: int
+    lr: float | None
+    purpose: str = "report"
+
+    def key(self) -> str:
+        """The same for the same row, seed and settings, in every process."""
+        found = {"task": self.task.identity(), "row": self.task.adapted(self.row).definition()}
+        content = json.dumps({**found, "name": self.name, "seed": self.seed, "lr": self.lr}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+class Results:
+    """The lines of a file: one finished run each. What is there already is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._found: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            if line.endswith("}"):  # the last line of a run that was cut off may not be whole
+                entry = json.loads(line)
+                self._found[entry["key"]] = entry
+
+    def missing(self, jobs: Iterable[Job]) -> list[Job]:
+        return [job for job in jobs if job.key() not in self._found]
+
+    def of(self, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+        """The finished ones of ``jobs``, in their order."""
+        return [self._found[key] for job in jobs if (key := job.key()) in self._found]
+
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        facts = {"key": job.key(), "row": job.name, "seed": job.seed, "lr": job.lr, "purpose": job.purpose}
+        entry = {**facts, **result}
+        self._found[entry["key"]] = entry
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"\n", b"")
+        with self.path.open("a") as file:
+            file.write(("" if whole else "\n") + json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def run_all(jobs: Sequence[Job], results: Results, processes: int) -> int:
+    """Do the runs that are missing from ``results``, ``processes`` at a time; how many failed is returned.
+
+    Each process does several runs; a failed one is reported and the others go on.
+    """
+    console = Console()
+    missing = results.missing(jobs)
+    failed = 0
+    for number, (job, result, error) in enumerate(_finished(missing, processes), start=1):
+        title = f"run {number} of {len(missing)}: {job.name}, seed {job.seed}, lr {job.lr}"
+        if result is None:
+            failed += 1
+            console.print(f"{title} failed:\n{error}", markup=False)
+            continue
+        results.add(job, result)
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items())
+        console.print(f"{title}: {losses}; {result['seconds']:.0f} s")
+    return failed
+
+
+def _finished(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, dict[str, Any] | None, str]]:
+    if not jobs:
+        return
+    if processes == 1:
+        _prepare(jobs[0].task, 1)
+        for job in jobs:
+            yield (job, *_guarded(job))
+        return
+    context = multiprocessing.get_context("spawn")  # a process that was forked cannot use CUDA
+    arguments = (jobs[0].task, processes)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare, initargs=arguments) as pool:
+        running = {pool.submit(_guarded, job): job for job in jobs}
+        for future in as_completed(running):
+            try:
+                result, error = future.result()
+            except Exception as broken:  # the process died, for want of memory say
+                result, error = None, f"{type(broken).__name__}: {broken}"
+            yield running[future], result, error
+
+
+def _prepare(task: Task, processes: int) -> None:
+    """Share the cores, and pay for loading and compiling before the first run that is timed."""
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes)))
+    if torch.cuda.is_available():
+        execute(_shortened(task), Row(), seed=0, lr=None)
+        free_memory()
+
+
+def _shortened(task: Any) -> Any:
+    return replace(task, steps=min(task.steps, WARM_UP_STEPS))
+
+
+def _guarded(job: Job) -> tuple[dict[str, Any] | None, str]:
+    try:
+        return execute(job.task, job.row, job.seed, job.lr), ""
+    except Exception:
+        return None, traceback.format_exc()
+    finally:
+        free_memory()
+        sys.stdout.flush()
+
+
+def best_rates(found: Sequence[dict[str, Any]], task: Task) -> dict[str, float]:
+    """For each row, the learning rate of the smallest search loss."""
+    best: dict[str, tuple[float, float]] = {}
+    for entry in found:
+        candidate = (task.search_loss(entry["scores"]), entry["lr"])
+        best[entry["row"]] = min(best.get(entry["row"], candidate), candidate)
+    return {name: lr for name, (_, lr) in best.items()}
+
+
+def compare(
+    task: Task,
+    rows: dict[str, Row],
+    seeds: Sequence[int],
+    lr: float | None,
+    lrs: Sequence[float] | None,
+    search_seed: int,
+    processes: int,
+    results: Results,
+) -> tuple[list[dict[str, Any]], dict[str, float], int]:
+    """Search learning rates if asked to, then run every row with every seed.
+
+    Returns:
+        the finished runs to report, the learning rates found by the search, and how many runs failed.
+
+    Raises:
+        ValueError: if the search would use a seed that is reported.
+    """
+    failed = 0
+    rates: dict[str, float] = {}
+    if lrs:
+        if search_seed in seeds:
+            raise ValueError(f"search_seed={search_seed} is among the reported seeds {list(seeds)}; take another")
+        search = [Job(task, name, row, search_seed, rate, "search") for name, row in rows.items() for rate in lrs]
+        failed += run_all(search, results, processes)
+        rates = best_rates(results.of(search), task)
+    jobs = [Job(task, name, row, seed, rates.get(name, lr)) for seed in seeds for name, row in rows.items()]
+    failed += run_all(jobs, results, processes)
+    return results.of(jobs), rates, failed
+
+
+def settings_line(task: Task) -> str:
+    """The task's settings in one line for the result file."""
+    return "; ".join(f"{name}: {value}" for name, value in task.identity().items())

@@ -1,0 +1,110 @@
+"""The rows of the comparison: each is a list of callbacks, and nothing else differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from benchmarks.peers import SRSTE, GradualMagnitude, OneShot, ProxSparse
+from prox24_lightning import Prox24
+
+PEERS: dict[str, type[Callback]] = {"sr_ste": SRSTE, "gradual_magnitude": GradualMagnitude, "proxsparse": ProxSparse}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row does; everything left out is dense training.
+
+    Attributes:
+        prune: arguments of ``prune_layerwise``, before the first step; the masks are held from then on.
+        peer: name in :data:`PEERS`, and ``arguments`` its arguments.
+        prox24: whether Prox24 runs, and ``arguments`` its arguments.
+        distillation: share of the distillation from the dense model in the loss; 0 is none.
+    """
+
+    prune: dict[str, Any] | None = None
+    peer: str | None = None
+    prox24: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+    distillation: float = 0.0
+
+    def definition(self) -> dict[str, Any]:
+        """What tells this row from another of the same name."""
+        return asdict(self)
+
+    def callbacks(self, calibration: Sequence[Any]) -> list[Callback]:
+        """The callbacks in the order in which they have to act.
+
+        Args:
+            calibration: batches for ``prune``.
+        """
+        found: list[Callback] = []
+        if self.distillation:
+            from prox24_lightning import Distillation
+
+            found.append(Distillation(share=self.distillation, verbose=False))
+        if self.prune is not None:
+            found.append(OneShot(calibration, **self.prune))
+            found.append(Prox24(start=0, freeze=0, strategy="post_step", metric="weight", verbose=False))
+        if self.peer is not None:
+            found.append(PEERS[self.peer](**self.arguments))
+        if self.prox24:
+            found.append(Prox24(**{"verbose": False, **self.arguments}))
+        return found
+
+
+def _one_shot(method: str, *, refine: bool = True, dense_target: float = 0.0, distillation: float = 0.0) -> Row:
+    prune = {"method": method, "refine": "masked_gradient" if refine else None, "dense_target": dense_target}
+    return Row(prune=prune, distillation=distillation)
+
+
+FINETUNING: dict[str, Row] = {
+    "dense": Row(),
+    "magnitude": _one_shot("magnitude", refine=False),
+    "wanda": _one_shot("wanda", refine=False),
+    "sparsegpt+mg": _one_shot("sparsegpt"),
+    "prox+mg": _one_shot("prox"),
+    "prox+mg half dense target": _one_shot("prox", dense_target=0.5),
+    "sr-ste": Row(peer="sr_ste"),
+    "gradual magnitude": Row(peer="gradual_magnitude"),
+    "proxsparse": Row(peer="proxsparse"),
+    "prox24 post_step": Row(prox24=True, arguments={"strategy": "post_step"}),
+    "prox24": Row(prox24=True),
+    "dense distilled": Row(distillation=0.5),
+    "sparsegpt+mg distilled": _one_shot("sparsegpt", distillation=0.5),
+    "prox24 distilled": Row(prox24=True, distillation=0.5),
+}
+"""Rows for a trained model; "+mg" is refined by masked gradient before the first step."""
+
+SCRATCH: dict[str, Row] = {
+    "dense": Row(),
+    "asp": Row(prox24=True, arguments={"start": 0.5, "freeze": 0.5, "strategy": "post_step", "metric": "weight"}),
+    "sr-ste": Row(peer="sr_ste"),
+    "gradual magnitude": Row(peer="gradual_magnitude", arguments={"start": 0.2, "freeze": 0.8}),
+    "prox24 post_step": Row(prox24=True, arguments={"strategy": "post_step"}),
+    "prox24": Row(prox24=True),
+}
+"""Rows for a run from scratch; "asp" prunes by magnitude at half of the run."""
+
+
+def further_rows(variants: dict[str, dict[str, Any]] | None) -> dict[str, Row]:
+    """Rows of Prox24 with other arguments; ``distillation`` among them is the row's share of it."""
+    rows = {}
+    for name, given in (variants or {}).items():
+        arguments = dict(given)
+        rows[name] = Row(prox24=True, distillation=arguments.pop("distillation", 0.0), arguments=arguments)
+    return rows
+
+
+def chosen_rows(names: Sequence[str] | None, table: dict[str, Row]) -> dict[str, Row]:
+    """The rows of these names, in their order; None takes all.
+
+    Raises:
+        ValueError: for a name that is not in the table.
+    """
+    if unknown := [name for name in names or () if name not in table]:
+        raise ValueError(f"rows {unknown} are unknown; choose from {list(table)}")
+    return {name: table[name] for name in names or table}

@@ -1,0 +1,98 @@
+"""One run: a row, a seed and a learning rate, through Lightning's Trainer."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from typing_extensions import override
+
+from benchmarks.peers import OneShot
+from benchmarks.recovery.rows import Row
+from benchmarks.recovery.task import Task
+from prox24_lightning.commands.training_record import TrainingRecord
+from prox24_lightning.groups import select_weights
+from prox24_lightning.mask import violations_24
+
+_WARM_UP = 5
+
+
+class StepTimes(Callback):
+    """Wall time between the ends of two batches, the first few left out: they compile and warm up."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        now = time.perf_counter()
+        if self._last is not None and trainer.global_step > _WARM_UP:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]:
+    """Train and score; what the run found, as plain types."""
+    seed_everything(seed, workers=True, verbose=False)
+    module = task.module(lr)
+    data = task.data(seed)
+    record, times = TrainingRecord(), StepTimes()
+    row = task.adapted(row)
+    callbacks = row.callbacks(task.calibration(data) if row.prune is not None else ())
+    trainer = Trainer(
+        max_steps=task.steps,
+        accelerator="auto",
+        devices=1,
+        callbacks=[*callbacks, record, times],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=task.steps + 1,
+        **task.trainer(),
+    )
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    # Constructors may have drawn random numbers; from here on every row draws the same ones.
+    seed_everything(seed, workers=True, verbose=False)
+    trainer.fit(module, datamodule=data)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+    steps = trainer.global_step
+    scores: dict[str, float] = {}
+    for logged in trainer.validate(module, datamodule=data, verbose=False):
+        scores.update({name: float(value) for name, value in logged.items()})
+    return {
+        "losses": task.losses(scores),
+        "scores": scores,
+        "steps": steps,
+        "seconds": record.seconds,
+        "pruning_seconds": sum(callback.seconds for callback in callbacks if isinstance(callback, OneShot)),
+        "step_ms": 1e3 * statistics.median(times.seconds) if times.seconds else None,
+        "longest_step_ms": 1e3 * max(times.seconds) if times.seconds else None,
+        "peak_gib": peak,
+        "share_24": _share_24(module),
+        "batches": record.checksum,
+    }
+
+
+def free_memory() -> None:
+    """Give the last run's memory back, so that runs beside this one can have it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _share_24(module: LightningModule) -> float:
+    """Share of the groups of four, of the weights that Prox24 would take, that are 2:4."""
+    checks = [violations_24(weight.parameter, dim=weight.dim) for weight in select_weights(module)]
+    groups = sum(check.groups for check in checks)
+    return 1 - sum(check.count for check in checks) / groups

@@ -1,0 +1,257 @@
+"""The callback that lets a model learn from what it was before training, or from another model."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from prox24_lightning.callbacks.paired_blocks import paired_blocks
+from prox24_lightning.callbacks.step_wrapper import wrap_training_step
+from prox24_lightning.finetune import (
+    Distiller,
+    OutputLoss,
+    Share,
+    TimeShare,
+    find_student,
+    frozen_copy,
+    memory_bytes,
+    same_weights,
+    weights_checksum,
+)
+
+
+class Distillation(Callback):
+    """Adds to the training loss how far the model's outputs are from those of a frozen teacher.
+
+    The loss becomes ``(1 - share) * loss + share * distillation (+ features * hidden states)``. The teacher is the
+    module as it was constructed, before any checkpoint is restored into it: with pretrained weights, the dense model
+    that a pruned one shall stay close to. So pretrained weights are loaded where the module is made, in ``__init__``.
+    Nothing of the teacher is in the model's parameters, its ``state_dict`` or a checkpoint; a resumed run
+    constructs the module from the same weights again, which a checksum in the checkpoint proves.
+
+    Works beside :class:`~prox24_lightning.Prox24` or alone, with automatic optimisation. It wraps ``training_step`` for
+    the time of the fit: the calls of the module in it are recorded, the teacher is run on the same inputs (in
+    evaluation mode, without gradients, under the same autocast; ``labels`` are left out), and the losses are added.
+
+    Args:
+        share: of the distillation in the loss, above 0 and at most 1; 1 leaves nothing of the training loss.
+        module: name of the submodule whose output is distilled, for instance ``"model"``; None takes the
+            LightningModule's only child that trains.
+        teacher: another module, called like ``module``; it is copied, and itself left as it is.
+        temperature: (``loss="kl"``) above 0; softens both distributions.
+        features: weight of the hidden states: the squared error of each block's output relative to the teacher's,
+            averaged over the blocks; 0 leaves them alone.
+        loss: ``"kl"`` for logits with the classes last, averaged over all positions, those of padding included;
+            ``"mse"`` for outputs that are no logits.
+        verbose: print the teacher's memory at the start, and the share of the time that it took at the end.
+
+    Raises:
+        ValueError: for arguments that are wrong whatever the model.
+        MisconfigurationException: before the first optimizer step, when model, trainer and arguments do not
+            fit together.
+    """
+
+    def __init__(
+        self,
+        share: float = 0.5,
+        *,
+        module: str | None = None,
+        teacher: nn.Module | None = None,
+        temperature: float = 1.0,
+        features: float = 0.0,
+        loss: OutputLoss = "kl",
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share!r} is no share of the loss; it lies above 0 and is at most 1")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature!r} must be above 0; 1 leaves the distributions as they are")
+        if not features >= 0:
+            raise ValueError(f"features={features!r} must not be negative; 0 leaves hidden states alone")
+        if loss not in get_args(OutputLoss):
+            raise ValueError(f"loss={loss!r} is unknown; use one of {', '.join(get_args(OutputLoss))}")
+        if loss == "mse" and temperature != 1:
+            raise ValueError(f"temperature={temperature!r} belongs to loss='kl'; set that, or leave temperature out")
+        self.share = share
+        self.module = module
+        self.temperature = temperature
+        self.features = features
+        self.loss = loss
+        self.verbose = verbose
+        self.time_share: Share | None = None
+        self._given = teacher
+        self._teacher: nn.Module | None = None
+        self._checksum = ""
+        self._source: weakref.ref[nn.Module] | None = None
+        self._loaded: dict[str, Any] = {}
+        self._fresh = True
+        self._distiller: Distiller | None = None
+        self._timer: TimeShare | None = None
+        self._unwrap: Callable[[], None] | None = None
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen teacher; None before the first fit."""
+        return self._teacher
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Memory of the teacher's weights, in bytes; 0 before the first fit."""
+        return 0 if self._teacher is None else memory_bytes(self._teacher)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        others = [cb for cb in trainer.callbacks if isinstance(cb, Distillation)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise MisconfigurationException(f"the trainer has {len(others)} Distillation callbacks; keep one of them")
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"Distillation adds to the loss that training_step returns, but {type(pl_module).__name__} sets "
+                "automatic_optimization=False and steps on its own; add finetune.distillation_loss to its loss there"
+            )
+        try:
+            source = find_student(pl_module, self.module)[1] if self._given is None else self._given
+            # A second fit of the same model keeps the teacher of the first.
+            self._fresh = self._teacher is None or self._source is None or self._source() is not source
+            if self._fresh:
+                self._teacher = frozen_copy(source, shared=(trainer, pl_module))
+                self._checksum = weights_checksum(self._teacher)
+                self._source = weakref.ref(source)
+        except ValueError as error:
+            late = is_overridden("configure_model", pl_module)
+            hint = "; what configure_model makes comes too late to be copied: make it in __init__, or pass teacher="
+            raise MisconfigurationException(f"Distillation: {error}{hint if late else ''}") from error
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The strategy has placed the model by now, and cast it where the precision says so.
+        teacher = trainer.precision_plugin.convert_module(self._require_teacher())
+        self._teacher = teacher.to(trainer.strategy.root_device)
+        if self.verbose:
+            rank_zero_info(
+                f"Distillation: teacher {type(teacher).__name__}, {self.teacher_bytes / 2**20:.1f} MiB beside the model"
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only here is everything restored from a checkpoint, whatever the strategy.
+        teacher = self._require_teacher()
+        try:
+            name, student = find_student(pl_module, self.module)
+            self._check_origin(trainer, pl_module, name, student)
+            blocks = paired_blocks(name, student, teacher) if self.features else None
+        except ValueError as error:
+            raise MisconfigurationException(f"Distillation: {error}") from error
+        self._timer = TimeShare(trainer.strategy.root_device)
+        self._distiller = Distiller(
+            student, teacher, name=name, loss=self.loss, temperature=self.temperature, blocks=blocks
+        )
+        self._unwrap = wrap_training_step(pl_module, functools.partial(self._step, pl_module))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._timer is not None:
+            self._timer.begin()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._timer is not None:
+            self._timer.end()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.time_share = None if self._timer is None else self._timer.result()
+        if self.verbose and (share := self.time_share) is not None:
+            rank_zero_info(
+                f"Distillation: teacher and loss took {share.ratio:.1%} of the time of a batch ({share.part_ms:.3g} of "
+                f"{share.whole_ms:.3g} ms; medians of {share.samples} batches)"
+            )
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"teacher_checksum": self._checksum} if self._checksum else self._loaded
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
+
+    def _require_teacher(self) -> nn.Module:
+        if self._teacher is None:
+            raise RuntimeError("Distillation was asked to act before setup")
+        return self._teacher
+
+    def _check_origin(self, trainer: Trainer, pl_module: LightningModule, name: str, student: nn.Module) -> None:
+        """Is the teacher the one of the checkpoint, and the one that the user means?"""
+        expected = self._loaded.get("teacher_checksum")
+        self._loaded = {}
+        if expected is not None and expected != self._checksum:
+            raise MisconfigurationException(
+                f"Distillation: the checkpoint was written with another teacher (checksum {expected}, now "
+                f"{self._checksum}); construct the module from the pretrained weights that the run began with, or pass "
+                "them as teacher="
+            )
+        if expected is not None or self._given is not None or not self._fresh:
+            return
+        if trainer.ckpt_path is not None:
+            rank_zero_warn(
+                "the checkpoint holds no state of Distillation: it was written without the callback; the teacher is "
+                f"{name!r} as it was constructed, not as it was restored; pass teacher= if you mean the latter"
+            )
+        elif is_overridden("setup", pl_module) and not same_weights(student, self._require_teacher()):
+            rank_zero_warn(
+                f"the weights of {name!r} changed after Distillation copied its teacher from them: load pretrained "
+                f"weights in the __init__ of {type(pl_module).__name__} rather than in its setup, or pass teacher="
+            )
+
+    def _step(self, pl_module: LightningModule, step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the user's training step and add to the loss that it returns."""
+        if self._distiller is None or self._timer is None:
+            return step(*args, **kwargs)
+        with self._distiller.recording() as calls:
+            result = step(*args, **kwargs)
+        loss = result.get("loss") if isinstance(result, Mapping) else result
+        if not isinstance(loss, Tensor):
+            return result  # a batch that is skipped, or an error that Lightning itself reports
+        try:
+            with self._timer.part():
+                terms = self._distiller.terms(calls)
+        except ValueError as error:
+            raise MisconfigurationException(f"Distillation: {error}") from error
+        loss = (1 - self.share) * loss + self.share * terms.output
+        pl_module.log("distillation/loss", terms.output.detach())
+        if terms.features is not None:
+            loss = loss + self.features * terms.features
+            pl_module.log("distillation/features", terms.features.detach())
+        return {**result, "loss": loss} if isinstance(result, Mapping) else loss
+
+    def _detach(self) -> None:
+        """Leave the module as it was found, and the GPU's memory to others; the teacher stays."""
+        if self._unwrap is not None:
+            self._unwrap()
+        if self._distiller is not None:
+            self._distiller.close()
+        self._distiller = self._timer = self._unwrap = None
+        if self._teacher is not None:
+            self._teacher.cpu()

@@ -1,0 +1,133 @@
+"""Losses that pull a student towards its teacher: the distance of their logits, and of their hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK = 1 << 24
+"""Logits that are worked on at a time: their float32 copies stay at 64 MiB each, whatever batch and vocabulary."""
+
+
+def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Mean over all positions of ``KL(teacher || student)``, in nats (Hinton, Vinyals & Dean, arXiv 1503.02531).
+
+    The distributions are ``softmax(logits / temperature)`` over the last dimension, and the result is multiplied by
+    ``temperature ** 2``, so that gradients keep their size whatever the temperature.
+
+    Computed in float32 (float64 for float64 logits), chunk after chunk, with the gradient found in the same pass: what
+    is kept for the backward pass is one tensor of the student's shape and dtype, and no float32 copy of all logits
+    ever exists. The teacher gets no gradient.
+
+    Args:
+        student_logits: ``(..., classes)``.
+        teacher_logits: of the same shape.
+        temperature: above 0; softens both distributions.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: if the shapes differ, there are fewer than two classes, or ``temperature`` is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature} does not soften anything; it must be above 0 (1 changes nothing)")
+    _check_shapes(student_logits, teacher_logits, "logits")
+    if student_logits.ndim == 0 or student_logits.shape[-1] < 2:
+        raise ValueError(
+            f"logits of shape {tuple(student_logits.shape)} hold no distribution over classes in their last dimension; "
+            "distil them with the mean squared error instead"
+        )
+    return _KLDivergence.apply(student_logits, teacher_logits.detach(), temperature)
+
+
+class _KLDivergence(torch.autograd.Function):
+    """d KL / d student logits = (softmax(student / T) - softmax(teacher / T)) / T for each position."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        classes = student.shape[-1]
+        positions = max(1, student.numel() // classes)
+        compute = torch.promote_types(student.dtype, torch.float32)
+        # Not divided by the number of positions yet: in float16 the small differences would vanish.
+        difference = torch.empty_like(student, memory_format=torch.contiguous_format)
+        total = student.new_zeros((), dtype=compute)
+        rows = max(1, _CHUNK // classes)
+        parts = (each.reshape(-1, classes).split(rows) for each in (student, teacher, difference))
+        for student_part, teacher_part, difference_part in zip(*parts, strict=True):
+            log_q = (student_part.to(compute) / temperature).log_softmax(-1)
+            log_p = (teacher_part.to(compute) / temperature).log_softmax(-1)
+            p = log_p.exp()
+            # A class that the teacher rules out (-inf) adds nothing, as in the limit p log p -> 0.
+            total += log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
+            difference_part.copy_(log_q.exp_().sub_(p))
+        ctx.save_for_backward(difference)
+        ctx.factor = temperature / positions
+        return total * (temperature**2 / positions)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (grad * ctx.factor), None, None
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of outputs that are no logits (a regression), in float32.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shapes(student, teacher, "outputs")
+    compute = torch.promote_types(student.dtype, torch.float32)
+    return (student.to(compute) - teacher.detach().to(compute)).square().mean()
+
+
+def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """``||student - teacher||^2 / ||teacher||^2`` of two hidden states, in float32: 0 is equal, 1 as far as from zero.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shapes(student, teacher, "hidden states")
+    compute = torch.promote_types(student.dtype, torch.float32)
+    target = teacher.detach().to(compute)
+    norm = target.square().sum().clamp_min(torch.finfo(compute).tiny)
+    return (student.to(compute) - target).square().sum() / norm
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returns.
+
+    A tensor is taken as it is; otherwise the attribute or entry ``logits``, or the first floating-point tensor
+    of a tuple or list that is not a scalar (a scalar is a loss that the model has computed).
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    for logits in (getattr(output, "logits", None), output.get("logits") if isinstance(output, Mapping) else None):
+        if isinstance(logits, Tensor):
+            return logits
+    if isinstance(output, (tuple, list)):
+        for entry in output:
+            if isinstance(entry, Tensor) and entry.ndim and entry.is_floating_point():
+                return entry
+    held = f" with {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
+    raise ValueError(
+        f"no logits in an output of type {type(output).__name__}{held}: return a tensor, an object or mapping with "
+        "'logits', or a tuple that begins with them"
+    )
+
+
+def _check_shapes(student: Tensor, teacher: Tensor, what: str) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student's {what} have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: "
+            "they must come from models of the same form"
+        )

@@ -1,0 +1,183 @@
+"""Where training calls the model: the outermost modules, and what they were called with in the last batches."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from prox24_lightning.layerwise.blocks import caches_off, map_tensors
+from prox24_lightning.ranks import rank, world_size
+from prox24_lightning.sparsify.calls import Call, device_of
+from prox24_lightning.sparsify.dense_weights import DenseWeights
+
+_numbers = itertools.count()
+
+
+class CallSite:
+    """A module that training calls, and the calls of the last batches.
+
+    Tensors are copied when they are recorded. Only calls under enabled gradients count, so that neither validation nor
+    our own replays are recorded.
+
+    Args:
+        module: an outermost module that holds weights to prune.
+        batches: how many batches are remembered.
+    """
+
+    def __init__(self, module: nn.Module, batches: int) -> None:
+        self.module = module
+        self.recording = False
+        self.dense: nn.Module | DenseWeights | None = None
+        self.called = False
+        self._batches: deque[list[Call]] = deque(maxlen=batches)
+        self._handle: RemovableHandle | None = None
+
+    @property
+    def calls(self) -> list[Call]:
+        """The remembered calls, oldest first."""
+        return [call for batch in self._batches for call in batch]
+
+    def attach(self) -> None:
+        # A compiled model that contains this module must not try to trace the recording.
+        hook = torch.compiler.disable(self._record)
+        self._handle = self.module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def next_batch(self, recording: bool) -> None:
+        """A batch begins."""
+        self.recording = recording
+        if recording and (not self._batches or self._batches[-1]):
+            self._batches.append([])
+
+    def keep_dense(self, *, sharded: bool) -> nn.Module | DenseWeights:
+        """Remember the module as it is now: in a frozen copy that :meth:`replaying` leaves alone.
+
+        Args:
+            sharded: the module has sharded parameters and cannot be copied: remember their values alone.
+        """
+        self.dense = DenseWeights(self.module) if sharded else frozen_copy(self.module)
+        return self.dense
+
+    def twins(self) -> dict[nn.Module, nn.Module]:
+        """Every module inside -> its counterpart in the dense copy, which is itself where only values are kept."""
+        if self.dense is None:
+            raise RuntimeError("no dense copy has been kept")
+        if isinstance(self.dense, DenseWeights):
+            return {module: module for module in self.module.modules()}
+        inner = getattr(self.module, "_orig_mod", self.module)
+        return dict(zip(inner.modules(), self.dense.modules(), strict=True))
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Evaluation mode, no caches, no gradients, and nothing compiled, so that inner modules can be listened to."""
+        with torch.no_grad(), caches_off(self.module), torch.compiler.set_stance("force_eager"):
+            yield
+
+    def _record(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self.called = True
+        if self.recording:
+            self._batches[-1].append(Call.record(module, args, kwargs, next(_numbers)).copied())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors; batches whose arguments are of other kinds are left out."""
+        plain = [batch for batch in self._batches if all(call.plain for call in batch)]
+        batches = [[call.state_dict() for call in batch] for batch in plain]
+        return {"batches": map_tensors(lambda tensor: tensor.cpu(), batches), "called": self.called}
+
+    def dense_state(self) -> dict[str, Tensor] | None:
+        """The dense copy's values, whole, or None without one; all ranks call it."""
+        return None if self.dense is None else dict(self.dense.state_dict())
+
+    def load_dense(self, state: Mapping[str, Tensor] | None, *, sharded: bool) -> None:
+        """Undo :meth:`dense_state`."""
+        if state is not None:
+            self.keep_dense(sharded=sharded).load_state_dict(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = device_of(self.module)
+        self._batches.clear()
+        for batch in state["batches"]:
+            self._batches.append([Call.from_state_dict(call, device) for call in batch])
+        self.called = state["called"]
+
+
+def share_of(saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """This rank's share of what the ranks had recorded, by as many of them as there were then.
+
+    Of more than now each takes several; of fewer, several take the same, which leaves means as they are.
+    """
+    mine = list(saved[rank() :: world_size()]) or [saved[rank() % len(saved)]]
+    together = zip(*(part["batches"] for part in mine), strict=False)
+    batches = [[call for calls in batch for call in calls] for batch in together]
+    return {"batches": batches, "called": all(part["called"] for part in mine)}
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose parameters take no gradient; of a compiled module, what it compiles."""
+    inner = getattr(module, "_orig_mod", module)
+    twin = copy.deepcopy(inner).eval().requires_grad_(False)
+    for part in twin.modules():
+        # A forward that was set on the instance (compiled, say) is bound to the original and would run that.
+        part.__dict__.pop("forward", None)
+    if getattr(getattr(twin, "config", None), "use_cache", None):
+        twin.config.use_cache = False  # type: ignore[union-attr]
+    return twin
+
+
+def outermost_modules(root: nn.Module, modules: Sequence[nn.Module], *, root_is_called: bool) -> list[nn.Module]:
+    """The outermost modules that are called and hold all ``modules`` between them.
+
+    That is the smallest module that holds them all, if it is no bare list; its compiled wrapper where there is one;
+    and its parts where it is ``root`` and ``root`` itself is never called (a LightningModule: its ``training_step``
+    is).
+    """
+    paths = _paths(root, modules)
+    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))]
+    while len(common) > 1 and _is_list(common[-1]):
+        common = common[:-1]
+    compiled = [module for module in common if hasattr(module, "_orig_mod")]
+    site = compiled[0] if compiled else common[-1]
+    if site is root and not root_is_called:
+        return parts(root, modules)
+    return [site]
+
+
+def parts(module: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """The children of ``module`` that hold any of ``modules``, looking through bare lists."""
+    wanted = set(modules)
+    found: list[nn.Module] = []
+    for child in module.children():
+        if wanted.intersection(child.modules()):
+            found += parts(child, modules) if _is_list(child) else [child]
+    return found
+
+
+def _paths(root: nn.Module, modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """For each of ``modules``, the modules from ``root`` down to it."""
+    names = {module: name for name, module in root.named_modules()}
+    result = []
+    for module in modules:
+        path, current = [root], root
+        for part in names[module].split(".") if names[module] else ():
+            current = current.get_submodule(part)
+            path.append(current)
+        result.append(path)
+    return result
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))

@@ -1,0 +1,232 @@
+"""The protocol: every row runs, a cut run goes on, the table says what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_language import Chains, save_tiny_llama
+
+from benchmarks.recovery import protocol
+from benchmarks.recovery.__main__ import main
+from benchmarks.recovery.protocol import Job, Results, best_rates, compare, run_all
+from benchmarks.recovery.recipes import main as recipes
+from benchmarks.recovery.rows import FINETUNING, SCRATCH, chosen_rows, further_rows
+from benchmarks.recovery.summary import excesses, table, warnings
+from benchmarks.recovery.task import LanguageModel, Recipe
+from prox24_lightning.commands.pretrained import Pretrained
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recovery")
+    return {
+        "model": Pretrained(save_tiny_llama(folder)),
+        "training": Chains(60),
+        "evaluation": {"a": Chains(20), "b": Chains(30)},
+        "steps": 8,
+        "batch_size": 4,
+        "length": 16,
+        "eval_sequences": 4,
+        "warmup_steps": 2,
+        "weight_decay": 0.01,
+        "calibration_sequences": 6,
+        "compile": False,
+        "precision": "32-true",
+        "cache": folder / "tokens",
+    }
+
+
+@pytest.fixture
+def task(settings):
+    return LanguageModel(**settings)
+
+
+@pytest.fixture
+def results(tmp_path):
+    return Results(tmp_path / "runs.jsonl")
+
+
+@pytest.mark.parametrize("name", list(FINETUNING))
+def test_every_row_runs_through_and_ends_2_4_unless_it_is_dense(name, task, results):
+    job = Job(task, name, FINETUNING[name], 0, 1e-2)
+    assert run_all([job], results, 1) == 0
+    (found,) = results.of([job])
+    assert found["share_24"] == (0.0 if name.startswith("dense") else 1.0)
+    assert found["steps"] == 8
+    assert set(found["losses"]) == {"a", "b"}
+    assert (found["pruning_seconds"] > 0) == (FINETUNING[name].prune is not None)
+
+
+def test_rows_of_a_seed_see_the_same_batches_and_seeds_differ(task, results):
+    jobs = [Job(task, name, FINETUNING[name], seed, 1e-2) for name in ("dense", "sr-ste") for seed in (0, 1)]
+    run_all(jobs, results, 1)
+    found = results.of(jobs)
+    assert found[0]["batches"] == found[2]["batches"] != found[1]["batches"] == found[3]["batches"]
+    assert warnings(found) == []
+
+
+def test_the_same_row_twice_gives_the_same_loss(task, tmp_path):
+    job = Job(task, "prox24", FINETUNING["prox24"], 0, 1e-2)
+    losses = []
+    for number in range(2):
+        results = Results(tmp_path / str(number))
+        run_all([job], results, 1)
+        losses.append(results.of([job])[0]["losses"])
+    assert losses[0] == losses[1]
+
+
+def test_processes_share_the_runs_and_give_the_results_of_one(task, tmp_path):
+    jobs = [Job(task, name, FINETUNING[name], 0, 1e-2) for name in ("dense", "magnitude")]
+    losses = []
+    for processes in (1, 2):
+        results = Results(tmp_path / str(processes))
+        assert run_all(jobs, results, processes) == 0
+        losses.append([run["losses"] for run in results.of(jobs)])
+    for one, two in zip(*losses, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def given(settings, **options):
+    hidden = {key: value for key, value in settings.items() if key not in ("steps",)}
+    return {**hidden, "steps": 4, "seeds": [0], "lr": 1e-2, "rows": ["dense", "magnitude"], **options}
+
+
+def test_the_command_writes_table_plot_and_runs_and_does_nothing_twice(settings, tmp_path, monkeypatch):
+    main(output=tmp_path, **given(settings))
+    (page,) = tmp_path.glob("*_recovery.md")
+    text = page.read_text()
+    assert "| magnitude |" in text
+    assert "60 chains of words" in text
+    assert page.with_suffix(".png").stat().st_size > 5000
+    assert len((tmp_path / "recovery.runs.jsonl").read_text().splitlines()) == 2
+
+    ran = []
+    true = protocol.execute
+
+    def counted(*args):
+        ran.append(args[1])
+        return true(*args)
+
+    monkeypatch.setattr(protocol, "execute", counted)
+    main(output=tmp_path, **given(settings))
+    assert ran == []
+    main(output=tmp_path, **given(settings, rows=["dense", "magnitude", "wanda"]))
+    assert ran == [FINETUNING["wanda"]]
+    assert "| wanda |" in page.read_text()
+    main(output=tmp_path, **given(settings, weight_decay=0.0))
+    assert len(ran) == 3
+
+
+def test_long_is_four_times_the_steps_in_files_of_its_own(settings, tmp_path):
+    main(output=tmp_path, **given(settings, steps=2, long=True, rows=["dense"]))
+    (line,) = (tmp_path / "recovery_long.runs.jsonl").read_text().splitlines()
+    assert json.loads(line)["steps"] == 8
+
+
+def test_a_line_that_was_cut_off_is_run_again_and_later_ones_are_whole(task, results):
+    jobs = [Job(task, "dense", FINETUNING["dense"], seed, 1e-2) for seed in (0, 1)]
+    results.add(jobs[0], {"losses": {}})
+    with results.path.open("a") as file:
+        file.write('{"key": "abc", "losses": {"a": 1.')
+    again = Results(results.path)
+    assert again.missing(jobs) == [jobs[1]]
+    again.add(jobs[1], {"losses": {}})
+    assert Results(results.path).missing(jobs) == []
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(task, results, capsys):
+    bad = further_rows({"bad": {"strategy": "no such"}})["bad"]
+    jobs = [Job(task, "bad", bad, 0, 1e-2), Job(task, "dense", FINETUNING["dense"], 0, 1e-2)]
+    assert run_all(jobs, results, 1) == 1
+    assert "strategy='no such' is unknown" in capsys.readouterr().out
+    assert [run["row"] for run in results.of(jobs)] == ["dense"]
+
+
+def test_the_search_takes_the_best_rate_of_each_row_and_reports_other_seeds(task, results):
+    rows = chosen_rows(["dense", "magnitude"], FINETUNING)
+    found, rates, failed = compare(task, rows, [0], 1e-4, [1e-6, 1e-2], 7, 1, results)
+    assert failed == 0
+    assert rates == {"dense": 1e-2, "magnitude": 1e-2}
+    assert [(run["row"], run["seed"], run["lr"]) for run in found] == [("dense", 0, 1e-2), ("magnitude", 0, 1e-2)]
+    assert len(results.path.read_text().splitlines()) == 6
+
+
+def test_the_search_text_is_not_reported(task):
+    data = task.data(0)
+    loaders = data.val_dataloader()
+    assert list(loaders) == ["a", "b", "search"]
+    reported, searched = (set(loaders[name].dataset.order.tolist()) for name in ("b", "search"))
+    assert len(reported) == len(searched) == 4
+    assert not reported & searched
+    assert task.losses({"val_loss_a": 1.0, "val_loss_b": 2.0, "val_loss_search": 3.0}) == {"a": 1.0, "b": 2.0}
+
+
+def test_best_rate_is_that_of_the_smallest_search_loss(task):
+    tried = [("x", 1e-3, 2.0), ("x", 1e-4, 1.5), ("y", 1e-3, 1.0), ("y", 1e-4, 1.1)]
+    found = [{"row": row, "lr": lr, "scores": {"val_loss_search": loss}} for row, lr, loss in tried]
+    assert best_rates(found, task) == {"x": 1e-4, "y": 1e-3}
+
+
+def test_a_search_on_a_reported_seed_is_refused(task, results):
+    with pytest.raises(ValueError, match="search_seed=1 is among the reported seeds"):
+        compare(task, {"dense": FINETUNING["dense"]}, [0, 1], None, [1e-3], 1, 1, results)
+
+
+def test_an_unknown_row_is_refused():
+    with pytest.raises(ValueError, match=r"rows \['sr_ste'\] are unknown; choose from"):
+        chosen_rows(["sr_ste"], FINETUNING)
+
+
+def run(row, seed, a, b, seconds=10.0, pruning=0.0):
+    measured = {"seconds": seconds, "pruning_seconds": pruning, "step_ms": 5.0, "longest_step_ms": 50.0}
+    facts = {"peak_gib": None, "share_24": 1.0, "batches": 1, "steps": 8, "lr": 1e-4}
+    return {"row": row, "seed": seed, "losses": {"a": a, "b": b}, **measured, **facts}
+
+
+def test_excess_is_above_dense_of_the_same_seed_and_time_in_units_of_plain_fine_tuning(task):
+    runs = [run("dense", 0, 1.0, 2.0), run("dense", 1, 1.5, 2.5), run("magnitude", 0, 1.2, 2.4)]
+    runs += [run("magnitude", 1, 1.6, 2.8), run("prox24", 0, 1.1, 2.1, seconds=14.0, pruning=2.0)]
+    assert excesses(runs)["magnitude"] == pytest.approx({0: 0.3, 1: 0.2})
+    dense, magnitude, prox24 = table(runs, ["dense", "magnitude", "wanda", "prox24"], task)
+    assert dense["excess, nats"] == "0.0000 ± 0.0000"
+    assert magnitude["excess, nats"] == "0.2500 ± 0.0707"
+    assert prox24["wall time"] == "1.60"
+    assert prox24["ppl a"] == "3.004"
+
+
+def test_unequal_data_is_told():
+    runs = [run("dense", 0, 1, 1), {**run("prox24", 0, 1, 1), "batches": 2, "steps": 7}]
+    assert [line.split(":")[1] for line in warnings(runs)] == [
+        " the rows did not see the same training batches",
+        " the rows did not take the same number of steps",
+    ]
+
+
+def test_a_variant_is_prox24_with_other_arguments():
+    row = further_rows({"late": {"start": 0.6, "distillation": 0.3}})["late"]
+    assert row.prox24
+    assert row.arguments == {"start": 0.6}
+    assert row.distillation == 0.3
+
+
+@pytest.mark.parametrize("config", ["digits", "bytelm"])
+def test_recipes_run_from_scratch_by_the_same_protocol(config, tmp_path):
+    text = (CONFIGS / f"{config}.yaml").read_text()
+    for long, short in (("max_steps: 600", "max_steps: 10"), ("blocks: 512", "blocks: 16"), ("128 ", "16 ")):
+        text = text.replace(long, short)
+    (tmp_path / f"{config}.yaml").write_text(text)
+    recipes(tmp_path / f"{config}.yaml", output=tmp_path, seeds=[0], rows=["dense", "asp", "sr-ste", "prox24"])
+    lines = (tmp_path / f"recovery_{config}.runs.jsonl").read_text().splitlines()
+    shares = {found["row"]: found["share_24"] for found in map(json.loads, lines)}
+    assert shares == {"dense": 0.0, "asp": 1.0, "sr-ste": 1.0, "prox24": 1.0}
+
+
+def test_prox24_of_a_recipe_takes_the_arguments_of_its_config():
+    task = Recipe.of(CONFIGS / "bytelm.yaml")
+    assert task.adapted(SCRATCH["prox24"]).arguments["start"] == 0.6
+    assert task.adapted(SCRATCH["asp"]).arguments["start"] == 0.5
+    assert task.adapted(SCRATCH["sr-ste"]) == SCRATCH["sr-ste"]

@@ -1,0 +1,192 @@
+"""Models with blocks: what the progressive strategy makes of them, beside the one-shot walk over the same model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from prox24_lightning.groups import select_weights
+from prox24_lightning.layerwise import prune_layerwise
+from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
+
+STEPS = 5
+"""Proximal steps a layer: enough to tell one solution from another."""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x, shift=None):
+        return x + self.dropout(self.down(torch.tanh(self.gate(x)) * self.up(x))) + shift
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(8, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, shift=0.1)
+        return self.out(x)
+
+
+class Parts(nn.Module):
+    """Like a LightningModule: what is called are its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Blocks(), nn.Linear(4, 8)
+
+    def training_step(self, x):
+        return self.second(self.first(x))
+
+
+class Unwrapped(nn.Module):
+    """Calls the inside of its only part, never the part itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Blocks()
+
+    def training_step(self, x):
+        x = self.inner.embed(x)
+        for block in self.inner.blocks:
+            x = block(x, shift=0.1)
+        return self.inner.out(x)
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(64, 8, generator=generator) for _ in range(count)]
+
+
+def engine_for(model, plan, *, skip=("embed", "out"), **options):
+    return SparsityEngine(
+        select_weights(model, skip=skip).chosen, plan, Progressive(model, prox_steps=STEPS, **options)
+    )
+
+
+def train(model, engine, data, *, call=None, lr=0.0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    engine.bind([optimizer])
+    seen = []
+    for x in data:
+        engine.before_batch()
+        optimizer.zero_grad()
+        (call or model)(x).square().mean().backward()
+        optimizer.step()
+        seen.append(set(engine.masks))
+    engine.unbind()
+    return seen
+
+
+@pytest.mark.parametrize("dense_target", [0.0, 0.5])
+@pytest.mark.parametrize("plan", [PhasePlan(4, 4), PhasePlan(1, 4)], ids=["at once", "along the run"])
+def test_without_training_it_is_the_one_shot_walk(plan, dense_target):
+    model = Blocks().train()
+    pruned, data = copy.deepcopy(model), batches(4)
+    report = prune_layerwise(
+        pruned, data, dense_target=dense_target, skip=["embed", "out"], steps=STEPS, progress=False
+    )
+    engine = engine_for(model, plan, dense_target=dense_target)
+    if plan.start < plan.freeze:
+        data = [data[0]] * 4  # then every block is solved on the same inputs, whatever its turn
+        report = prune_layerwise(
+            pruned := Blocks(), data[:1], dense_target=dense_target, skip=["embed", "out"], steps=STEPS, progress=False
+        )
+    train(model, engine, data)
+    assert set(engine.masks) == set(report.masks)
+    for name, mask in report.masks.items():
+        assert torch.equal(engine.masks[name], mask), name
+    for (name, value), expected in zip(model.named_parameters(), pruned.parameters(), strict=True):
+        assert torch.allclose(value, expected, atol=1e-4), name
+    assert all(module.training for module in model.modules()), "the mode of every module comes back"
+
+
+def test_a_block_goes_as_a_whole_and_loose_layers_in_their_place():
+    model = Blocks()
+    engine = engine_for(model, PhasePlan(2, 12), skip=())
+    seen = train(model, engine, batches(13), lr=0.1)
+    inside = {i: {f"blocks.{i}.{layer}.weight" for layer in ("gate", "up", "down")} for i in range(3)}
+    turns = [seen[step - 1] - seen[step - 2] for step in (4, 6, 8, 10, 12)]
+    assert turns == [{"embed.weight"}, inside[0], inside[1], inside[2], {"out.weight"}]
+
+
+def test_parts_that_are_called_one_by_one():
+    model = Parts()
+    engine = SparsityEngine(
+        select_weights(model).chosen, PhasePlan(1, 11), Progressive(model, root_is_called=False, prox_steps=STEPS)
+    )
+    seen = train(model, engine, batches(12), call=model.training_step, lr=0.1)
+    assert seen[-2] - seen[-3] == {"second.weight"}
+    assert [site["called"] for site in engine.strategy.state_dict()["calls"][0]] == []
+
+
+def test_a_part_that_is_never_called_is_looked_into(caplog):
+    model = Unwrapped()
+    engine = SparsityEngine(
+        select_weights(model, skip=["*.embed", "*.out"]).chosen,
+        PhasePlan(3, 6),
+        Progressive(model, root_is_called=False, prox_steps=STEPS),
+    )
+    train(model, engine, batches(5), call=model.training_step, lr=0.1)
+    state = engine.strategy.state_dict()
+    assert state["sites"] == ["inner.blocks.0", "inner.blocks.1", "inner.blocks.2"]
+    assert all(site["called"] for site in state["calls"][0])
+    assert len(engine.masks) == 6, "two of three blocks have had their turn"
+
+
+def test_validation_is_not_recorded():
+    model = Blocks()
+    engine = engine_for(model, PhasePlan(0, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine.bind([optimizer])
+    engine.before_batch()
+    with torch.no_grad():
+        model(batches(1)[0])
+    model(batches(2)[1]).sum().backward()
+    assert [len(batch) for batch in engine.strategy.state_dict()["calls"][0][0]["batches"]] == [1]
+
+
+def test_what_is_recorded_is_out_of_reach_of_changes_in_place():
+    model = Blocks()
+    engine = engine_for(model, PhasePlan(0, 8))
+    engine.bind([torch.optim.SGD(model.parameters(), lr=0.0)])
+    engine.before_batch()
+    x = batches(1)[0]
+    model(x)
+    x.zero_()
+    recorded = engine.strategy.state_dict()["calls"][0][0]["batches"][0][0]["args"][0]
+    assert recorded.abs().sum() > 0
+
+
+def test_a_forward_set_on_an_instance_does_not_lead_the_dense_copy_astray():
+    model, plain = Blocks(), Blocks()
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="eager")
+    for one in (model, plain):
+        train(one, engine_for(one, PhasePlan(1, 4)), batches(4))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batches": 0}, "batches=0 must be at least 1"),
+        ({"dense_target": 1.5}, r"dense_target=1.5 must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        Progressive(nn.Linear(4, 4), **options)
