@@ -27,6 +27,7 @@ class Size:
     """How much is computed; the fields are those of the parts' functions."""
 
     resolution: int
+    weight: int
     correlations: tuple[float, ...]
     inputs: dict[local_global.Geometry, tuple[int, ...]]
     layers: int
@@ -43,6 +44,7 @@ class Size:
 SIZES = {
     "full": Size(
         resolution=300,
+        weight=512,
         correlations=(0.0, 0.3, 0.6, 0.9, 0.97),
         inputs={"row": (8, 12, 16), "block": (8, 12)},
         layers=2,
@@ -57,6 +59,7 @@ SIZES = {
     ),
     "tiny": Size(
         resolution=60,
+        weight=64,
         correlations=(0.9,),
         inputs={"row": (8,), "block": (4,)},
         layers=1,
@@ -187,7 +190,7 @@ def _gaps(size: Size, seed: int, tick: Tick) -> Part:
 
 
 def _fractions(size: Size, seed: int, tick: Tick) -> Part:
-    weights = {kind: fractions.synthetic(kind, seed=seed) for kind in ("gaussian", "heavy tails")}
+    weights = {kind: fractions.synthetic(kind, size.weight, seed) for kind in ("gaussian", "heavy tails")}
     real = {"MiniLM": minilm_weights(), "SmolLM2": smollm2_weights()}
     text = [
         "What share of groups (row, column) and of 4 x 4 blocks does the prox leave 2:4 as its strength grows? "

@@ -37,8 +37,8 @@ def plane_figure(planes: Sequence[Plane], paths: Sequence[Path]) -> Figure:
 
     for axis, plane in zip(axes[0], planes, strict=False):
         extent = (0.0, float(plane.axis[-1]), 0.0, float(plane.axis[-1]))
-        axis.imshow(plane.kept, origin="lower", extent=extent, cmap=ListedColormap(KEPT_COLORS), vmin=2, vmax=4)
-        shown = torch.where(plane.jump, 1.0, torch.nan)
+        axis.imshow(plane.kept.numpy(), origin="lower", extent=extent, cmap=ListedColormap(KEPT_COLORS), vmin=2, vmax=4)
+        shown = torch.where(plane.jump, 1.0, torch.nan).numpy()
         axis.imshow(shown, origin="lower", extent=extent, cmap=ListedColormap(["black"]), interpolation="nearest")
         axis.set(xlabel="y1", ylabel="y2", title=f"prox of (y1, y2, {plane.third:g}, {plane.fourth:g}), strength 1")
     names = ("2 kept (2:4)", "3 kept", "4 kept", "jump")
@@ -46,7 +46,12 @@ def plane_figure(planes: Sequence[Plane], paths: Sequence[Path]) -> Figure:
     axes[0][0].legend(handles=handles, loc="upper right", fontsize=8)
     for axis, path in zip(axes[1], paths, strict=False):
         for entry in range(4):
-            axis.plot(path.strengths, path.values[:, entry], color=COLORS[entry], label=f"y = {path.group[entry]:g}")
+            axis.plot(
+                path.strengths.numpy(),
+                path.values[:, entry].numpy(),
+                color=COLORS[entry],
+                label=f"y = {path.group[entry]:g}",
+            )
         axis.axvline(path.critical, color=MUTED, linewidth=0.8, linestyle=":")
         axis.set(xlabel="strength", ylabel="entry of the minimiser", title=f"2:4 from strength {path.critical:.3f} on")
         axis.legend(fontsize=8)

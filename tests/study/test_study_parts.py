@@ -31,9 +31,9 @@ def test_a_path_begins_at_the_group_and_ends_at_its_two_largest():
     assert (after.count_nonzero(1) == 2).all()
 
 
-@pytest.mark.parametrize("geometry, inputs", [("row", (8, 12, 16)), ("block", (8, 12))])
+@pytest.mark.parametrize("geometry, inputs", [("row", (8, 16)), ("block", (8, 12))])
 def test_prox_has_the_smallest_mean_gap_at_correlation_09(geometry, inputs):
-    table = gaps(geometry, correlations=[0.9], sizes=inputs, layers=1, rows=32)
+    table = gaps(geometry, correlations=[0.9], sizes=inputs, layers=1, rows=16)
     means = mean_gaps(table, 0.9)
     assert min(means, key=means.__getitem__) == "prox"
     assert all(row["gap"] >= row["gap_refined"] - 1e-9 for row in table)
@@ -67,10 +67,10 @@ def test_what_splitting_reaches_is_never_below_the_best_known():
 
 
 def test_the_search_counts_and_shows_the_worst_row():
-    table, worst = failures.search(layers=2, rows=48)
+    table, worst = failures.search(layers=1, rows=64)
     assert [row["rival"] for row in table] == ["wanda", "sparsegpt"]
     for row in table:
-        assert row["rows"] == 96
+        assert row["rows"] == 64
         assert 0 <= row["prox_worse"] < row["prox_better"] < 1
         assert row["prox_over_best"] >= -1e-9
     for failure in worst:
