@@ -18,6 +18,8 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from prox24_lightning.files import write_text
+
 PACKAGES = ("torch", "lightning", "transformers", "triton", "numpy")
 
 
@@ -51,8 +53,8 @@ def write_report(folder: Path, name: str, title: str, rows: Sequence[dict[str, A
     text = f"# {title}\n\n{note}\n\n{markdown_table(rows)}\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['date']}_{name}.md"
-    path.write_text(text + "\n")
-    path.with_suffix(".json").write_text(json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1))
+    write_text(path, text + "\n")
+    write_text(path.with_suffix(".json"), json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1))
     Console().print(Markdown(text))
     return path
 

@@ -9,7 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prox24_lightning.callbacks import ConvertAndBenchmark, Distillation, Prox24, SparsityMonitor
+    from prox24_lightning.callbacks import (
+        ConvertAndBenchmark,
+        Distillation,
+        Prox24,
+        Prox24TrainerCallback,
+        SparsityMonitor,
+    )
+    from prox24_lightning.finetune import load_masks, save_masks
     from prox24_lightning.mask import is_24, mask_24, violations_24
     from prox24_lightning.prox import critical_strength_24, penalty_24, prox_24
 
@@ -18,12 +25,15 @@ __all__ = [
     "ConvertAndBenchmark",
     "Distillation",
     "Prox24",
+    "Prox24TrainerCallback",
     "SparsityMonitor",
     "critical_strength_24",
     "is_24",
+    "load_masks",
     "mask_24",
     "penalty_24",
     "prox_24",
+    "save_masks",
     "violations_24",
 ]
 
@@ -31,12 +41,15 @@ _HOMES = {
     "ConvertAndBenchmark": "callbacks",
     "Distillation": "callbacks",
     "Prox24": "callbacks",
+    "Prox24TrainerCallback": "callbacks",
     "SparsityMonitor": "callbacks",
     "critical_strength_24": "prox",
     "is_24": "mask",
+    "load_masks": "finetune",
     "mask_24": "mask",
     "penalty_24": "prox",
     "prox_24": "prox",
+    "save_masks": "finetune",
     "violations_24": "mask",
 }
 

@@ -82,7 +82,9 @@ def is_transposed_linear(module: nn.Module) -> bool:
 class GroupedWeight:
     """A parameter that will be 2:4: where it lives and along which dimension its groups lie.
 
-    ``name`` is the parameter's name as in ``model.named_parameters()``, without ``torch.compile``'s prefix.
+    ``name`` is the parameter's name as in ``model.named_parameters()``, without ``torch.compile``'s prefix. ``sharded``
+    is the parameter itself if it is a ``DTensor``: FSDP2 puts gathered copies in its place for a while, and what is
+    written into those is lost.
     """
 
     name: str
@@ -90,10 +92,11 @@ class GroupedWeight:
     module: nn.Module
     parameter_name: str
     dim: int
+    sharded: nn.Parameter | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
-        return getattr(self.module, self.parameter_name)
+        return getattr(self.module, self.parameter_name) if self.sharded is None else self.sharded
 
     @property
     def groups(self) -> int:
@@ -194,7 +197,8 @@ def select_weights(
             if reason:
                 skipped.append(SkippedWeight(name, type(module).__name__, tuple(parameter.shape), reason))
             else:
-                chosen.append(GroupedWeight(name, module_name, module, parameter_name, dim))
+                sharded = parameter if hasattr(parameter, "placements") else None
+                chosen.append(GroupedWeight(name, module_name, module, parameter_name, dim, sharded))
 
     for label, patterns in (("targets", targets or ()), ("skip", skip or ())):
         for pattern in patterns:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.groups import GroupedWeight, is_transposed_linear
+from prox24_lightning.ranks import world_size
+from prox24_lightning.sharding import gathered, local_part, part_of
 
 SCALE_FLOOR = 1e-3
 """Smallest scale relative to the layer's rms input; an input that never fires must not divide by zero."""
@@ -67,7 +69,7 @@ class InputMoments:
         inputs = _layer_input(module, args, kwargs)
         if inputs is None:
             return
-        flat = inputs.detach().float()
+        flat = gathered(inputs).float()
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             spatial = len(module.kernel_size)
             flat = flat.movedim(-spatial - 1, -1)
@@ -83,7 +85,7 @@ class InputMoments:
     def fold(self) -> None:
         """Mix what was summed since the last fold into the running mean, the same on every rank."""
         names = list(self.weights)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             self._reduce(names)
         for name in names:
             if name not in self._sum:
@@ -99,7 +101,7 @@ class InputMoments:
         parts: list[Tensor] = []
         for name in names:
             weight = self.weights[name]
-            device = weight.parameter.device
+            device = local_part(weight.parameter).device
             zeros = torch.zeros(_input_size(weight), device=device)
             parts += [self._sum.get(name, zeros), self._count.get(name, torch.zeros((), device=device)).reshape(1)]
         flat = torch.cat(parts)
@@ -111,13 +113,14 @@ class InputMoments:
         """Root mean square of each input, relative to the layer's own, shaped to broadcast against the weight.
 
         Returns:
-            float32 tensor, positive, mean square one; None when no usable input of that layer has been seen.
+            float32 tensor, positive, mean square one; of a sharded weight what belongs to this rank's part. None when
+            no usable input of that layer has been seen.
         """
         mean = self._mean.get(name)
         if mean is None:
             return None
         relative = (mean / mean.mean().clamp_min(torch.finfo(mean.dtype).tiny)).sqrt().clamp_min(SCALE_FLOOR)
-        return _broadcast(self.weights[name], relative)
+        return part_of(_broadcast(self.weights[name], relative), self.weights[name].parameter)
 
     def missing(self) -> list[str]:
         """Names of the weights whose layer's inputs have never been seen."""
@@ -128,7 +131,7 @@ class InputMoments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._mean = {
-            name: mean.to(self.weights[name].parameter.device)
+            name: mean.to(local_part(self.weights[name].parameter).device)
             for name, mean in state["mean"].items()
             if name in self.weights
         }

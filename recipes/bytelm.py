@@ -139,8 +139,9 @@ class PythonText(LightningDataModule):
     Args:
         context: bytes the model reads; a block holds one more, the last target.
         batch_size: blocks a batch.
-        validation: fraction of the documents held out for validation (and test).
-        max_validation_blocks: at most this many held-out blocks are scored; None scores all.
+        validation: fraction of the documents held out for validation and test.
+        max_validation_blocks: so many of the held-out blocks are for validation, the others for test; None takes
+            all for both.
         num_workers: processes that load batches; the blocks lie in memory, so 0 is fast.
     """
 
@@ -158,9 +159,15 @@ class PythonText(LightningDataModule):
     def setup(self, stage: str) -> None:
         documents = Dataset.from_list([{"name": d.name, "text": d.text} for d in stdlib_documents()])
         held_out = [in_validation(name, self.hparams["validation"]) for name in documents["name"]]
-        self.held_out = self._blocks(documents.select(np.flatnonzero(held_out)))
-        if self.hparams["max_validation_blocks"] is not None:
-            self.held_out = self.held_out.select(range(min(self.hparams["max_validation_blocks"], len(self.held_out))))
+        blocks = self._blocks(documents.select(np.flatnonzero(held_out)))
+        cut = self.hparams["max_validation_blocks"]
+        if cut is not None and cut >= len(blocks):
+            raise ValueError(
+                f"max_validation_blocks={cut} leaves none of the {len(blocks)} held-out blocks for test; lower it, or "
+                "raise validation"
+            )
+        self.held_out = blocks if cut is None else blocks.select(range(cut))
+        self.test = blocks if cut is None else blocks.select(range(cut, len(blocks)))
         self.training = self._blocks(documents.select(np.flatnonzero(np.logical_not(held_out))))
 
     def train_dataloader(self) -> DataLoader:
@@ -170,7 +177,7 @@ class PythonText(LightningDataModule):
         return self._loader(self.held_out)
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.held_out)
+        return self._loader(self.test)
 
     def _blocks(self, documents: Dataset) -> Dataset:
         size = self.hparams["context"] + 1

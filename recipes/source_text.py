@@ -1,9 +1,10 @@
-"""The source code of Python and of installed libraries: tens of millions of tokens on any machine that trains."""
+"""The source code of Python and of installed libraries: tens of millions of tokens where models are trained."""
 
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,8 +99,13 @@ def _sources(root: Path | None) -> Iterator[tuple[str, str]]:
 
 
 def _named(library: str) -> str:
-    distribution = packages_distributions().get(library, [library])[0]
+    distribution = _distributions().get(library, [library])[0]
     try:
         return f"{library} {version(distribution)}"
     except PackageNotFoundError:
         return library
+
+
+@lru_cache(maxsize=1)
+def _distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()

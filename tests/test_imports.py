@@ -8,17 +8,21 @@ import sys
 
 import pytest
 
+BASE = {"groups", "files", "ranks", "sharding"}
 BELOW = {
     "groups": set(),
     "schedules": set(),
+    "files": set(),
+    "ranks": set(),
     "copying": set(),
+    "sharding": {"groups"},
     "prox": {"groups"},
-    "mask": {"groups"},
-    "moments": {"groups"},
-    "finetune": {"groups", "mask", "copying"},
-    "layerwise": {"groups", "schedules", "prox", "mask", "moments"},
-    "sparsify": {"groups", "schedules", "prox", "mask", "moments", "copying", "finetune", "layerwise"},
-    "convert": {"groups", "prox", "mask", "moments", "copying"},
+    "mask": {"groups", "files"},
+    "moments": {"groups", "ranks", "sharding"},
+    "finetune": {*BASE, "mask", "copying"},
+    "layerwise": {*BASE, "schedules", "prox", "mask", "moments"},
+    "sparsify": {*BASE, "schedules", "prox", "mask", "moments", "copying", "finetune", "layerwise"},
+    "convert": {*BASE, "prox", "mask", "moments", "copying"},
 }
 """Room -> the rooms that it may load. The rooms above these (callbacks, cli, recipes) may load anything."""
 

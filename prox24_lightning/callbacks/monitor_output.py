@@ -15,7 +15,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from prox24_lightning.files import replacing
 from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.sharding import local_part
 
 HISTOGRAM_SAMPLE = 1 << 16
 """Entries of a weight that go into its histogram; larger weights are sampled at an even stride."""
@@ -62,7 +64,7 @@ class MonitorOutput:
         if not tensorboard_loggers(trainer):
             return
         with self.guarded("reading weights for histograms"):
-            samples = [_sample(weight.parameter) for weight in weights]
+            samples = [_sample(local_part(weight.parameter)) for weight in weights]
             flat = torch.cat([sample.to(samples[0].device) for sample in samples]).cpu()
             parts = flat.split([sample.numel() for sample in samples])
             named = [
@@ -79,9 +81,12 @@ class MonitorOutput:
     def png(self, trainer: Trainer, stem: str, image: np.ndarray) -> None:
         """Write ``<stem>.png`` into the folder of every logger that has a local one; not in a ``fast_dev_run``."""
         with self.guarded(f"writing {stem}.png"):
+            from matplotlib.image import imsave
+
             for folder in log_folders(trainer):
                 folder.mkdir(parents=True, exist_ok=True)
-                _write_atomically(image, folder / f"{stem}.png")
+                with replacing(folder / f"{stem}.png") as temporary:
+                    imsave(temporary, image, format="png")
 
     def wants_images(self, trainer: Trainer) -> bool:
         """Whether an image would end up anywhere."""
@@ -122,15 +127,3 @@ def _sample(weight: Tensor) -> Tensor:
     flat = weight.detach().flatten()
     # An odd stride visits all four places of the groups.
     return flat[:: math.ceil(flat.numel() / HISTOGRAM_SAMPLE) | 1].float()
-
-
-def _write_atomically(image: np.ndarray, path: Path) -> None:
-    """A reader sees the old picture or the new one, never half of one."""
-    from matplotlib.image import imsave
-
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        imsave(part, image, format="png")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from prox24_lightning.callbacks.monitor_summary import percent
 from prox24_lightning.callbacks.prox24 import Prox24
 from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify.history import SparsityHistory
 from prox24_lightning.sparsify.mask_codes import mask_picture
 from prox24_lightning.sparsify.statistics import SeenMask, SparsityStats, look
@@ -71,7 +72,10 @@ class Track:
         last, count = len(self.weights) - 1, min(count, len(self.weights))
         places = sorted({round(i * last / max(count - 1, 1)) for i in range(count)})
         return [
-            (weight.name, mask_picture(weight.parameter, dim=weight.dim, scale=self._scale(weight.name)).cpu())
+            (
+                weight.name,
+                mask_picture(local_part(weight.parameter), dim=weight.dim, scale=self._scale(weight.name)).cpu(),
+            )
             for weight in (self.weights[place] for place in places)
         ]
 

@@ -8,7 +8,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from prox24_lightning.callbacks.figures import mask_figure, overview_figure, rendered
@@ -216,10 +215,6 @@ class SparsityMonitor(Callback):
         if not weights:
             rank_zero_warn("SparsityMonitor has nothing to look at: no weight of the model can be 2:4")
             return []
-        for weight in weights:
-            if isinstance(weight.parameter, DTensor):
-                rank_zero_warn(f"SparsityMonitor does not look at sharded weights, and {weight.name} is one")
-                return []
         return [("model", None, weights)]
 
     def _look(self, trainer: Trainer, steps: int) -> None:

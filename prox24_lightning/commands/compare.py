@@ -42,6 +42,8 @@ from prox24_lightning.commands.training_record import TrainingRecord
 from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import violations_24
 
+Split = Literal["validation", "test"]
+
 
 class CompareCLI(Prox24CLI):
     """Parses ``fit``'s options plus those of ``compare``; instantiates only when it is given an edit of the config."""
@@ -59,10 +61,16 @@ class CompareCLI(Prox24CLI):
             "--metric",
             type=str | None,
             default=None,
-            help="logged validation metric (default: ModelCheckpoint.monitor)",
+            help="logged metric (default: ModelCheckpoint.monitor)",
         )
         group.add_argument(
             "--mode", type=Literal["min", "max"] | None, default=None, help="which direction of the metric is better"
+        )
+        group.add_argument(
+            "--split",
+            type=Split,
+            default="validation",
+            help="data of the final score; test is for data that no setting was chosen on",
         )
         group.add_argument("--asp_at", type=float, default=0.5, help="when asp prunes, as a fraction of the run")
         group.add_argument(
@@ -117,7 +125,7 @@ def compare(words: list[str]) -> None:
     plan = [(seed, variant) for seed in options.seeds for variant in options.variants]
     for number, (seed, variant) in enumerate(plan, start=1):
         console.rule(f"run {number} of {len(plan)}: {variant}, seed {seed}")
-        comparison.runs.append(_guarded_run(words, variant, seed, metric, output))
+        comparison.runs.append(_guarded_run(words, variant, seed, metric, options.split, output))
         comparison.write(output)
         gc.collect()
     console.print(comparison.table())
@@ -129,16 +137,16 @@ def compare(words: list[str]) -> None:
         raise SystemExit(1)
 
 
-def _guarded_run(words: list[str], variant: Variant, seed: int, metric: str, output: Path) -> Run:
+def _guarded_run(words: list[str], variant: Variant, seed: int, metric: str, split: Split, output: Path) -> Run:
     """One run; a crash becomes a row that says so, so that the finished rows are not lost."""
     try:
-        return _run(words, variant, seed, metric, output)
+        return _run(words, variant, seed, metric, split, output)
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         return Run(variant, seed, error=f"{type(error).__name__}: {error}")
 
 
-def _run(words: list[str], variant: Variant, seed: int, metric: str, output: Path) -> Run:
+def _run(words: list[str], variant: Variant, seed: int, metric: str, split: Split, output: Path) -> Run:
     selections: list[dict[str, Any]] = []
 
     def edit(config: Namespace) -> None:
@@ -163,17 +171,18 @@ def _run(words: list[str], variant: Variant, seed: int, metric: str, output: Pat
     seed_everything(seed, workers=True, verbose=False)
     trainer.fit(cli.model, datamodule=cli.datamodule, **fit_options)
     steps = trainer.global_step
-    scores = _validate(trainer, cli.model, cli.datamodule)
+    scores = _score(trainer, cli.model, cli.datamodule, split)
     if metric not in scores:
-        raise ValueError(f"validation logged no {metric!r}, only {', '.join(sorted(scores))}; name one by --metric")
+        raise ValueError(f"{split} logged no {metric!r}, only {', '.join(sorted(scores))}; name one by --metric")
     sparse, groups = _groups_24(cli.model, selections)
     return Run(variant, seed, scores[metric], scores, sparse, groups, record.seconds, steps, record.checksum)
 
 
-def _validate(trainer: Trainer, model: LightningModule, datamodule: Any) -> dict[str, float]:
+def _score(trainer: Trainer, model: LightningModule, datamodule: Any, split: Split) -> dict[str, float]:
     # The weights as the run left them, not a checkpoint: the best one may stem from before the freeze.
+    score = trainer.validate if split == "validation" else trainer.test
     scores: dict[str, float] = {}
-    for logged in trainer.validate(model, datamodule=datamodule, verbose=False):
+    for logged in score(model, datamodule=datamodule, verbose=False):
         scores.update({name: float(value) for name, value in logged.items()})
     return scores
 
@@ -188,7 +197,7 @@ def _groups_24(model: LightningModule, selections: list[dict[str, Any]]) -> tupl
 
 
 def _metric(options: Namespace) -> tuple[str, Literal["min", "max"]]:
-    """The metric and its direction: as given, else what the config's ModelCheckpoint monitors."""
+    """The metric and its direction: as given, else what ModelCheckpoint monitors, on the split asked for."""
     if options.metric and options.mode:
         return options.metric, options.mode
     for entry in callback_entries(options):
@@ -196,7 +205,8 @@ def _metric(options: Namespace) -> tuple[str, Literal["min", "max"]]:
             arguments = entry.get("init_args", Namespace())
             monitor = arguments.get("monitor")
             if monitor and options.metric in (None, monitor):
-                return monitor, options.mode or ("max" if arguments.get("mode") == "max" else "min")
+                name = monitor if options.split == "validation" else f"test_{monitor.removeprefix('val_')}"
+                return name, options.mode or ("max" if arguments.get("mode") == "max" else "min")
     missing = "--mode min or max" if options.metric else "--metric NAME --mode min or max"
     raise ValueError(f"no ModelCheckpoint of the config says what to compare by; add {missing}")
 

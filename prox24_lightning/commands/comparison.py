@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 
 from prox24_lightning import __version__
+from prox24_lightning.files import write_text
 
 Variant = Literal["dense", "asp", "prox24"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -109,8 +110,8 @@ class Comparison:
 
     def write(self, folder: Path) -> None:
         """Write ``comparison.json`` and ``comparison.md``; each is replaced whole, so a crash leaves the old one."""
-        _replace(folder / "comparison.json", json.dumps(asdict(self), indent=2) + "\n")
-        _replace(folder / "comparison.md", self.markdown())
+        write_text(folder / "comparison.json", json.dumps(asdict(self), indent=2) + "\n")
+        write_text(folder / "comparison.md", self.markdown())
 
     def markdown(self) -> str:
         lines = [f"# {self.command}", "", _markdown_row(self.headings), _markdown_row(["---"] * len(self.headings))]
@@ -160,9 +161,3 @@ def _mean_and_spread(values: list[float], digits: int) -> str:
 
 def _markdown_row(cells: Any) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_suffix(path.suffix + ".part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

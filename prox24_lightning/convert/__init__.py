@@ -2,6 +2,7 @@
 
 from prox24_lightning.convert.benchmark import run_benchmark
 from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_layer, check_model, find_target
+from prox24_lightning.convert.onnx_check import OnnxNode, check_onnx
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.convert.report import Report
 from prox24_lightning.convert.semi_structured import (
@@ -17,12 +18,14 @@ __all__ = [
     "Conversion",
     "ExampleInputs",
     "LayerVerdict",
+    "OnnxNode",
     "Report",
     "SemiStructuredLinear",
     "Settings",
     "Target",
     "check_layer",
     "check_model",
+    "check_onnx",
     "convert_linear",
     "convert_model",
     "expand_linear",

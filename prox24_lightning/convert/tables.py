@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prox24_lightning.convert.report import Pair, Report
+from prox24_lightning.files import write_text
 
 Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
@@ -134,11 +134,5 @@ def write_report(report: Report, folder: Path, filename: str) -> tuple[Path, Pat
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / f"{filename}.json", folder / f"{filename}.md"
     for path, text in zip(paths, (report.to_json(), to_markdown(report)), strict=True):
-        # Same folder, so that the exchange is a rename on one file system.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, text)
     return paths

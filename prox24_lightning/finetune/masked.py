@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from prox24_lightning.sharding import local_part
+
 
 class MaskedParameters:
     """Parameters whose pruned entries are exactly zero, and stay so.
@@ -17,36 +19,46 @@ class MaskedParameters:
     places are masked. The optimizer's state once, when the mask is set; every gradient as it is accumulated, before
     anything (clipping, a logged norm, a non-elementwise optimizer) reads it; and the weights after each step, a
     cheap net under optimizers and callbacks that write weights by other ways.
+
+    Of a sharded parameter each rank masks its own part, with the mask of that part.
     """
 
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._handles: dict[str, RemovableHandle] = {}
+        self._followed: list[RemovableHandle] = []
 
     def hold(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
         """Zero the pruned entries of ``parameter`` and its gradient, and mask every gradient from now on.
 
         Raises:
-            ValueError: if the mask's shape is not the parameter's.
+            ValueError: if the mask's shape is not the parameter's (of a sharded one: its part's).
         """
-        if mask.shape != parameter.shape:
+        values = local_part(parameter)
+        if mask.shape != values.shape:
             raise ValueError(
-                f"the mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(parameter.shape)}: "
+                f"the mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(values.shape)}: "
                 "they do not belong together"
             )
         self.release(name)
-        mask = mask.to(parameter.device)
-        self.masks[name] = mask
+        self.masks[name] = mask.to(values.device)
         self._parameters[name] = parameter
         with torch.no_grad():
-            parameter.masked_fill_(~mask, 0.0)
+            values.masked_fill_(~self.masks[name], 0.0)
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(~mask, 0.0)
+                local_part(parameter.grad).masked_fill_(~self.masks[name], 0.0)
         if parameter.requires_grad:
             self._handles[name] = parameter.register_post_accumulate_grad_hook(
-                lambda parameter, mask=mask: _keep_only(parameter.grad, mask)
+                lambda parameter, name=name: self._keep_only(parameter.grad, name)
             )
+
+    def follow(self, optimizers: Iterable[Optimizer]) -> None:
+        """Mask the state of ``optimizers`` now, and the weights after each of their steps."""
+        optimizers = list(optimizers)
+        self.mask_optimizer_state(optimizers)
+        for optimizer in optimizers:
+            self._followed.append(optimizer.register_step_post_hook(lambda *_: self.mask_weights()))
 
     def release(self, name: str) -> None:
         """Stop masking the gradients of ``name``; its weights stay as they are."""
@@ -56,37 +68,43 @@ class MaskedParameters:
         self._parameters.pop(name, None)
 
     def release_all(self) -> None:
-        """Release every parameter; the masks are kept."""
+        """Release every parameter and optimizer; the masks are kept."""
         for name in list(self._parameters):
             self.release(name)
+        while self._followed:
+            self._followed.pop().remove()
 
     @torch.no_grad()
     def mask_weights(self, names: Iterable[str] | None = None) -> None:
         """Zero the pruned entries of the weights (of ``names``, or of all)."""
         for name in self._parameters if names is None else names:
             if name in self._parameters:
-                _keep_only(self._parameters[name], self.masks[name])
+                self._keep_only(self._parameters[name], name)
 
     @torch.no_grad()
     def mask_optimizer_state(self, optimizers: Iterable[Optimizer]) -> None:
         """Zero the pruned entries of every state tensor that has the shape of its parameter (moments, momentum)."""
-        masks = {id(parameter): self.masks[name] for name, parameter in self._parameters.items()}
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
-                mask = masks.get(id(parameter))
-                if mask is None or not isinstance(state, Mapping):
+                name = names.get(id(parameter))
+                if name is None or not isinstance(state, Mapping):
                     continue
                 for value in state.values():
-                    if isinstance(value, Tensor) and value.shape == mask.shape:
-                        value.masked_fill_(~mask.to(value.device), 0.0)
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        part = local_part(value)
+                        part.masked_fill_(~self.masks[name].to(part.device), 0.0)
 
-
-@torch.no_grad()
-def _keep_only(values: Tensor | None, mask: Tensor) -> None:
-    """Zero ``values`` in place where ``mask`` is False."""
-    if values is None:
-        return
-    if values.device.type == "cpu":
-        values.mul_(mask)  # five times faster than masked_fill_ there
-    else:
-        values.masked_fill_(~mask, 0.0)
+    @torch.no_grad()
+    def _keep_only(self, tensor: Tensor | None, name: str) -> None:
+        """Zero ``tensor``, or this rank's part of it, in place where the mask of ``name`` is False."""
+        if tensor is None:
+            return
+        values = local_part(tensor)
+        mask = self.masks[name]
+        if mask.device != values.device:  # the model was moved since
+            mask = self.masks[name] = mask.to(values.device)
+        if values.device.type == "cpu":
+            values.mul_(mask)  # five times faster than masked_fill_ there
+        else:
+            values.masked_fill_(~mask, 0.0)

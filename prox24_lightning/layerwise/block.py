@@ -15,9 +15,12 @@ from prox24_lightning.layerwise.layers import (
     from_matrix,
     grouped_along_inputs,
     input_rows,
+    matrix_columns,
 )
+from prox24_lightning.layerwise.parallel import solved_by_rows
 from prox24_lightning.layerwise.solve import Solution, solve_layer
 from prox24_lightning.layerwise.stages import Stage, inputs_of
+from prox24_lightning.sharding import gathered, local_part, part_of, whole
 
 Run = Callable[[], Any]
 """Calls a block once, on one recorded batch."""
@@ -29,7 +32,7 @@ def stage_moments(
     dense_runs: Sequence[Run] | None = None,
     twins: Mapping[nn.Module, nn.Module] | None = None,
 ) -> SecondMoments:
-    """Second moments of the input that the layers of ``stage`` share, over all ``runs`` of their block.
+    """Second moments of the input that the layers of ``stage`` share, over all ``runs`` of their block on all ranks.
 
     Args:
         dense_runs: the same batches through the dense copy of the block, for the cross moments.
@@ -38,19 +41,27 @@ def stage_moments(
     layer = stage.layers[0]
     moments = SecondMoments()
     for number, run in enumerate(runs):
-        rows = [input_rows(layer, x) for x in inputs_of(layer, run, once=stage.once)]
+        rows = [input_rows(layer, gathered(x)) for x in inputs_of(layer, run, once=stage.once)]
         if dense_runs is None or twins is None:
             for part in rows:
                 moments.add(part)
             continue
-        dense_rows = [input_rows(layer, x) for x in inputs_of(twins[layer], dense_runs[number], once=stage.once)]
+        dense_inputs = inputs_of(twins[layer], dense_runs[number], once=stage.once)
+        dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs]
         for part, dense_part in zip(rows, dense_rows, strict=True):
             moments.add(part, dense_part)
+    weight = layer.get_parameter("weight")
+    moments.all_reduce(matrix_columns(layer), local_part(weight).device)
     return moments
 
 
 def solve_stage(
-    weights: Sequence[GroupedWeight], moments: SecondMoments, *, dense_target: float = 0.0, **solver: Any
+    weights: Sequence[GroupedWeight],
+    moments: SecondMoments,
+    *,
+    dense_target: float = 0.0,
+    by_rows: bool = False,
+    **solver: Any,
 ) -> list[tuple[GroupedWeight, Solution]]:
     """Solve the layers of one stage and write the results into them.
 
@@ -60,33 +71,46 @@ def solve_stage(
     Args:
         dense_target: 0 keeps the outputs of the present weights on the present inputs, 1 aims at the outputs that the
             layer had in the dense model, values between mix the two; needs the cross moments.
+        by_rows: of several processes each solves a part of the rows, where no row depends on another.
         solver: arguments of :func:`~prox24_lightning.layerwise.solve.solve_layer`.
 
     Raises:
         ValueError: as ``solve_layer`` does; nothing has been written then, except by layers solved before.
     """
     if all(grouped_along_inputs(weight) for weight in weights):
-        return _solve_stacked(weights, moments, -1, dense_target, solver)
+        return _solve_stacked(weights, moments, -1, dense_target, by_rows, solver)
     return [
         solved
         for weight in weights
-        for solved in _solve_stacked([weight], moments, -1 if grouped_along_inputs(weight) else 0, dense_target, solver)
+        for solved in _solve_stacked(
+            [weight], moments, -1 if grouped_along_inputs(weight) else 0, dense_target, by_rows, solver
+        )
     ]
 
 
 @torch.no_grad()
 def _solve_stacked(
-    weights: Sequence[GroupedWeight], moments: SecondMoments, dim: int, dense_target: float, solver: Mapping[str, Any]
+    weights: Sequence[GroupedWeight],
+    moments: SecondMoments,
+    dim: int,
+    dense_target: float,
+    by_rows: bool,
+    solver: Mapping[str, Any],
 ) -> list[tuple[GroupedWeight, Solution]]:
-    matrices = [as_matrix(weight.module) for weight in weights]
+    matrices = [as_matrix(weight.module, whole(local_part(weight.parameter), weight.parameter)) for weight in weights]
     name = " + ".join(weight.module_name for weight in weights)
     target = output_target(torch.cat(matrices), moments, dense_target)
-    solution = solve_layer(target, moments.moments, dim=dim, name=name, **solver)
+
+    def solve(rows: Tensor) -> Solution:
+        return solve_layer(rows, moments.moments, dim=dim, name=name, **solver)
+
+    solution = solved_by_rows(target, solve) if by_rows and dim == -1 else solve(target)
     solved, row = [], 0
     for weight, matrix in zip(weights, matrices, strict=True):
         part = solution.rows(row, row + len(matrix))
         row += len(matrix)
-        weight.parameter.copy_(from_matrix(weight.module, part.weight))
+        values = from_matrix(weight.module, part.weight)
+        local_part(weight.parameter).copy_(part_of(values, weight.parameter))
         solved.append((weight, part))
     return solved
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from prox24_lightning.groups import clean_name
 
+SEQUENCE_SHARE = 0.8
+"""Share of a model's parameters from which on a ``Sequential`` of like modules is taken for its blocks."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -36,6 +39,8 @@ class Blocks:
 def find_blocks(model: nn.Module, name: str | None = None) -> Blocks:
     """The repeated blocks of ``model``: its largest ``ModuleList`` whose members are all of one class.
 
+    A ``Sequential`` of one class counts too, if it holds nearly all parameters.
+
     Args:
         model: any module; without such a list the whole model counts as one block.
         name: take this ``ModuleList`` or ``Sequential`` instead, for instance ``"model.layers"``.
@@ -53,12 +58,16 @@ def find_blocks(model: nn.Module, name: str | None = None) -> Blocks:
                 f"it has {', '.join(known) or 'none'}"
             )
         return _blocks(name, named)
+    whole = sum(parameter.numel() for parameter in model.parameters())
     best, most = None, 0
     for key, module in lists.items():
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if size > most:
-                best, most = (key, module), size
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len({type(child) for child in module}) != 1:
+            continue
+        size = sum(parameter.numel() for parameter in module.parameters())
+        # A sequence may be one stage of several (ResNet): it counts where it is nearly all of the model.
+        sequence = len(module) > 1 and size >= SEQUENCE_SHARE * whole
+        if size > most and (isinstance(module, nn.ModuleList) or sequence):
+            best, most = (key, module), size
     return Blocks(("",), (model,), whole=True) if best is None else _blocks(*best)
 
 

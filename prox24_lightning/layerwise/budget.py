@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from prox24_lightning.groups import GroupedWeight, SkippedWeight
+from prox24_lightning.layerwise.block import stage_moments
 from prox24_lightning.layerwise.flow import Flow
-from prox24_lightning.layerwise.layers import SecondMoments, as_matrix, input_rows
+from prox24_lightning.layerwise.layers import as_matrix
+from prox24_lightning.layerwise.parallel import check_same_stages
 from prox24_lightning.layerwise.progress import LayerProgress
 from prox24_lightning.layerwise.solve import solve_layer
-from prox24_lightning.layerwise.stages import inputs_of, order_of_calls
+from prox24_lightning.layerwise.stages import order_of_calls
 
 
 def within_budget(
@@ -46,12 +48,10 @@ def _sensitivities(flow: Flow, chosen: Sequence[GroupedWeight], bar: LayerProgre
     for index, block in enumerate(flow.blocks.modules):
         block.to(flow.device)
         inside = {weight.module: weight for weight in chosen if flow.blocks.owns(index, weight.module_name)}
-        for stage in order_of_calls(list(inside), partial(scout.run, index, block, 0)):
-            moments = SecondMoments()
-            for number in range(len(scout)):
-                run = partial(scout.run, index, block, number)
-                for inputs in inputs_of(stage.layers[0], run, once=stage.once):
-                    moments.add(input_rows(stage.layers[0], inputs))
+        stages = order_of_calls(list(inside), partial(scout.run, index, block, 0))
+        check_same_stages(stages, {layer: weight.name for layer, weight in inside.items()})
+        for stage in stages:
+            moments = stage_moments(stage, [partial(scout.run, index, block, number) for number in range(len(scout))])
             for layer in stage.layers:
                 weight = inside[layer]
                 bar.describe(f"sensitivity of {weight.module_name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from prox24_lightning.layerwise.blocks import Blocks, Call, call_model, capture, hidden_of, to_device
 from prox24_lightning.layerwise.storage import HiddenStates, checksum
+from prox24_lightning.ranks import gathered_objects, rank, world_size
 
 
 @dataclass
@@ -35,6 +37,10 @@ class Flow:
         device: torch.device,
         place: str,
     ) -> Flow:
+        # Of several processes each takes its share of the batches, and a folder of its own.
+        if world_size() > 1:
+            place = place if place in ("device", "cpu") else f"{place}/rank_{rank()}"
+            batches = islice(batches, rank(), None, world_size())
         flow = cls(blocks, device, home, [], HiddenStates(place), place)
         if blocks.whole:
             flow.batches = [_moved(batch, home) for batch in batches]
@@ -43,8 +49,9 @@ class Flow:
             for calls, hidden in capture(model, blocks, moved):
                 flow.calls.append(calls)
                 flow.hidden.append(hidden)
-        if not len(flow):
-            raise ValueError("there are no calibration batches; give at least one")
+        if not all(gathered_objects(len(flow))):
+            least = f"one for each of the {world_size()} processes" if world_size() > 1 else "one"
+            raise ValueError(f"there are no calibration batches; give at least {least}")
         return flow
 
     def __len__(self) -> int:

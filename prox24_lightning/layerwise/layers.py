@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prox24_lightning.groups import GroupedWeight, is_transposed_linear
+from prox24_lightning.ranks import gathered_objects, world_size
 
 
 def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str | None:
@@ -32,14 +33,20 @@ def grouped_along_inputs(weight: GroupedWeight) -> bool:
     return weight.dim == (0 if is_transposed_linear(weight.module) else 1)
 
 
-def as_matrix(module: nn.Module) -> Tensor:
-    """The layer's weight as float32 (out_features, columns)."""
-    weight = module.get_parameter("weight").detach().float()
+def as_matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The layer's weight, or a tensor of its shape, as float32 (out_features, columns)."""
+    weight = (module.get_parameter("weight") if weight is None else weight).detach().float()
     if is_transposed_linear(module):
         return weight.T
     if weight.dim() > 2:
         return weight.movedim(1, -1).flatten(1)
     return weight
+
+
+def matrix_columns(module: nn.Module) -> int:
+    """Number of columns of :func:`as_matrix`."""
+    weight = module.get_parameter("weight")
+    return weight.numel() // weight.shape[1 if is_transposed_linear(module) else 0]
 
 
 def from_matrix(module: nn.Module, matrix: Tensor) -> Tensor:
@@ -105,13 +112,21 @@ class SecondMoments:
         """``C``, or None if no dense inputs were given."""
         return None if self._cross is None else self._cross / max(1, self.tokens)
 
-    def all_reduce(self) -> None:
-        """Add up the sums of all ranks of the default process group; every rank must have counted something."""
+    def all_reduce(self, columns: int, device: torch.device) -> None:
+        """Add up the sums of all ranks of the process group, if there is one; a rank that counted nothing adds zeros.
+
+        Args:
+            columns: number of the layer's inputs.
+            device: where a rank that has counted nothing puts its zeros.
+        """
+        if world_size() == 1:
+            return
+        counted = gathered_objects((self.tokens, self._cross is not None))
+        self.tokens = sum(tokens for tokens, _ in counted)
         if self._sum is None:
-            raise RuntimeError("no input has been counted")
-        tokens = torch.tensor(self.tokens, dtype=torch.int64, device=self._sum.device)
-        dist.all_reduce(tokens)
+            self._sum = torch.zeros(columns, columns, device=device)
         dist.all_reduce(self._sum)
-        if self._cross is not None:
+        if any(cross for _, cross in counted):
+            if self._cross is None:
+                self._cross = torch.zeros_like(self._sum)
             dist.all_reduce(self._cross)
-        self.tokens = int(tokens)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
+from prox24_lightning.files import filling, write_text
+from prox24_lightning.groups import clean_name
 from prox24_lightning.layerwise.report import LayerwiseReport
-from prox24_lightning.mask import pack_mask, unpack_mask
-
-MASKS_FILE = "masks.safetensors"
+from prox24_lightning.mask import MASKS_FILE, StoredMask, hash_weight, write_masks
 
 
 class _SavesItself(Protocol):
@@ -43,7 +38,6 @@ def save_pruned(
         ``layerwise.json`` and ``README.md``.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     # The weights are plain tensors by now, also where they came from a GGUF file: a model that still says "quantized"
     # would refuse to be saved, and its config would send from_pretrained to the wrong loader.
     if getattr(model, "hf_quantizer", None) is not None:
@@ -51,35 +45,19 @@ def save_pruned(
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    model.save_pretrained(str(folder))
-    for companion in companions:
-        companion.save_pretrained(str(folder))
-    save_masks(folder / MASKS_FILE, report.masks)
-    report.to_json(folder / "layerwise.json")
-    (folder / "README.md").write_text(_card(model, report, protocol or {}), encoding="utf-8")
+    weights = {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    stored = {
+        name: StoredMask(mask, report.dims[name], hash_weight(weights[name])) for name, mask in report.masks.items()
+    }
+    info = {"settings": report.settings, "protocol": {key: str(value) for key, value in (protocol or {}).items()}}
+    with filling(folder) as temporary:
+        model.save_pretrained(str(temporary))
+        for companion in companions:
+            companion.save_pretrained(str(temporary))
+        write_masks(temporary / MASKS_FILE, stored, info)
+        report.to_json(temporary / "layerwise.json")
+        write_text(temporary / "README.md", _card(model, report, protocol or {}))
     return folder
-
-
-def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> None:
-    """Store bool masks by name at one bit a weight; shapes go into the file's metadata."""
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    packed = {name: pack_mask(mask) for name, mask in masks.items()}
-    kind = "prox24 bit-packed masks, lowest bit first"
-    save_file(packed, str(path), metadata={"format": kind, "shapes": json.dumps(shapes)})
-
-
-def load_masks(path: str | Path) -> dict[str, Tensor]:
-    """Undo :func:`save_masks`.
-
-    Raises:
-        ValueError: if the file holds no masks of that kind, or damaged ones.
-    """
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "shapes" not in metadata:
-            raise ValueError(f"{path} has no shapes in its metadata, so it was not written by save_masks")
-        shapes = json.loads(metadata["shapes"])
-        return {name: unpack_mask(file.get_tensor(name), shape) for name, shape in shapes.items()}
 
 
 def _card(model: Any, report: LayerwiseReport, protocol: Mapping[str, Any]) -> str:

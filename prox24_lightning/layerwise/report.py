@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
+from prox24_lightning.files import replacing, write_text
 from prox24_lightning.groups import SkippedWeight
 
 
@@ -53,6 +54,7 @@ class LayerwiseReport:
         layers: what was pruned, in the order of execution.
         skipped: what stayed dense, and why.
         masks: name of the parameter -> bool mask of its shape, on CPU.
+        dims: name of the parameter -> dimension along which its groups of four lie.
         seconds: wall time of the whole run, resumed blocks counted as they took when they were solved.
     """
 
@@ -60,6 +62,7 @@ class LayerwiseReport:
     layers: list[LayerRecord] = field(default_factory=list)
     skipped: list[SkippedWeight] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    dims: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -97,7 +100,7 @@ class LayerwiseReport:
             "layers": [asdict(layer) for layer in self.layers],
             "skipped": [asdict(weight) for weight in self.skipped],
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content, indent=1) + "\n")
 
     def plot(self, path: str | Path) -> None:
         """Draw the relative local loss of every layer, one line a kind of layer; the suffix says the format.
@@ -123,7 +126,8 @@ class LayerwiseReport:
         axes.set_ylabel("relative local loss")
         if len(kinds) <= 20:
             axes.legend(fontsize="small", ncols=2)
-        figure.savefig(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary)
 
 
 def records_from_json(rows: Sequence[dict[str, Any]]) -> list[LayerRecord]:

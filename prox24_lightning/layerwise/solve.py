@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -53,6 +54,33 @@ class Solution:
     def refined_loss(self) -> float | None:
         """Relative local loss after refinement; None without refinement."""
         return None if self.refined_losses is None else _ratio(self.refined_losses, self.energies)
+
+    def to(self, device: torch.device | str) -> Solution:
+        """The same on another device."""
+        return Solution(
+            self.weight.to(device),
+            self.mask.to(device),
+            self.energies.to(device),
+            self.losses.to(device),
+            None if self.refined_losses is None else self.refined_losses.to(device),
+            self.reached,
+            self.seconds,
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Solution]) -> Solution:
+        """Undo :meth:`rows`, for parts that were solved at the same time."""
+        rows = [len(part.weight) for part in parts]
+        refined = [part.refined_losses for part in parts if part.refined_losses is not None]
+        return Solution(
+            torch.cat([part.weight for part in parts]),
+            torch.cat([part.mask for part in parts]),
+            torch.cat([part.energies for part in parts]),
+            torch.cat([part.losses for part in parts]),
+            torch.cat(refined) if refined else None,
+            sum(part.reached * count for part, count in zip(parts, rows, strict=True)) / sum(rows),
+            max(part.seconds for part in parts),
+        )
 
     def rows(self, begin: int, end: int) -> Solution:
         """The solution of one of several stacked layers; time is shared out by rows."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.sharding import local_part
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -36,7 +38,7 @@ def order_of_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[
         calls[layer] = calls.get(layer, 0) + 1
         if calls[layer] > 1:
             return
-        x = layer_input(args, kwargs)
+        x = local_part(layer_input(args, kwargs))
         for stage, (known, version) in zip(stages, inputs, strict=True):
             same = known.data_ptr() == x.data_ptr() and known.shape == x.shape and known.stride() == x.stride()
             linear = isinstance(layer, nn.Linear) and isinstance(stage[0], nn.Linear)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prox24_lightning.files import replacing, write_text
 from prox24_lightning.layerwise.report import LayerRecord, records_from_json
+from prox24_lightning.ranks import from_first, rank
 
 
 class HiddenStates:
@@ -56,6 +57,8 @@ class HiddenStates:
 class FinishedBlocks:
     """A folder with one file a finished block, so that a killed run goes on where it stopped.
 
+    Of several processes the first reads and writes, and tells the others what it has read.
+
     Args:
         folder: made if it does not exist.
         settings: what must be the same for old blocks to be taken over; JSON values only.
@@ -66,8 +69,17 @@ class FinishedBlocks:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
+        problem = None
+        if rank() == 0:
+            try:
+                self._open(json.loads(json.dumps(settings)))
+            except (OSError, ValueError) as error:
+                problem = error
+        if (problem := from_first(problem)) is not None:
+            raise problem
+
+    def _open(self, wanted: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(json.dumps(settings))
         path = self.folder / "settings.json"
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -81,19 +93,25 @@ class FinishedBlocks:
                     f"{wanted.get(key)!r}; use another work_dir, or remove that folder"
                 )
         else:
-            _write(path, lambda temporary: temporary.write_text(json.dumps(wanted, indent=1), encoding="utf-8"))
+            write_text(path, json.dumps(wanted, indent=1))
 
     def save(
         self, index: int, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], records: Sequence[LayerRecord]
     ) -> None:
         """Write block ``index``; a kill in between leaves no half-written file."""
+        if rank() != 0:
+            return
         tensors = {f"weight.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         tensors |= {f"mask.{name}": mask.cpu().contiguous() for name, mask in masks.items()}
         layers = json.dumps([asdict(record) for record in records])
-        _write(self._path(index), lambda temporary: save_file(tensors, temporary, metadata={"layers": layers}))
+        with replacing(self._path(index)) as temporary:
+            save_file(tensors, temporary, metadata={"layers": layers})
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[LayerRecord]] | None:
         """Weights, masks and records of block ``index``, or None if it is not finished."""
+        return from_first(self._read(index) if rank() == 0 else None)
+
+    def _read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[LayerRecord]] | None:
         path = self._path(index)
         if not path.exists():
             return None
@@ -108,12 +126,6 @@ class FinishedBlocks:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block_{index:05d}.safetensors"
-
-
-def _write(path: Path, write: Any) -> None:
-    temporary = path.with_suffix(".partial")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def checksum(tensor: Tensor) -> str:

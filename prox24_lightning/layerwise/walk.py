@@ -19,6 +19,7 @@ from prox24_lightning.layerwise.blocks import Blocks, caches_off, find_blocks
 from prox24_lightning.layerwise.budget import within_budget
 from prox24_lightning.layerwise.flow import Flow
 from prox24_lightning.layerwise.layers import SecondMoments, from_matrix, why_not_solvable
+from prox24_lightning.layerwise.parallel import check_same_stages
 from prox24_lightning.layerwise.progress import LayerProgress
 from prox24_lightning.layerwise.report import LayerRecord, LayerwiseReport
 from prox24_lightning.layerwise.solve import Method, Refine
@@ -49,6 +50,9 @@ def prune_layerwise(
     The blocks are pruned in the order of execution. Inside a block, layers that see the same input are solved
     together, on second moments taken after everything before them has been pruned. Only the block at work has to be on
     ``device``; the rest of the model stays where it is.
+
+    In a process group every rank calls this with its own copy of the model and the same batches. Each runs its share of
+    them and solves its share of each layer's rows; all end with the same model and report. Only the first writes files.
 
     Args:
         model: any module; Hugging Face models need no adapter. Its parameters change in place, in their own dtype.
@@ -151,6 +155,7 @@ class _Walker:
             if done is not None:
                 kept = {weight.name: weight.parameter for weight in self.weights if weight.name in masks}
                 done.save(self.index, kept, masks, records)
+        report.dims.update({weight.name: weight.dim for weight in self.weights if weight.name in report.masks})
         self.flow.advance(self.index, block)
         if self.twin is not None and dense is not None:
             self.twin.advance(self.index, dense)
@@ -162,6 +167,7 @@ class _Walker:
         owners = {weight.module: weight for weight in self.weights}
         twins = dict(zip(block.modules(), dense.modules(), strict=True)) if dense is not None else {}
         stages = order_of_calls(list(owners), lambda: self.flow.run(self.index, block, 0))
+        check_same_stages(stages, {layer: weight.name for layer, weight in owners.items()})
         called = {layer for stage in stages for layer in stage.layers}
         for layer, weight in owners.items():
             if layer not in called:
@@ -188,6 +194,7 @@ class _Walker:
             members,
             moments,
             dense_target=self.settings["dense_target"],
+            by_rows=True,
             method=self.settings["method"],
             refine=self.settings["refine"],
             **self.solver,

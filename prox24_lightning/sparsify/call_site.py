@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.layerwise.blocks import caches_off
+from prox24_lightning.layerwise.blocks import caches_off, map_tensors
+from prox24_lightning.ranks import rank, world_size
 from prox24_lightning.sparsify.calls import Call, device_of
+from prox24_lightning.sparsify.dense_weights import DenseWeights
 
 _numbers = itertools.count()
 
@@ -33,7 +35,7 @@ class CallSite:
     def __init__(self, module: nn.Module, batches: int) -> None:
         self.module = module
         self.recording = False
-        self.dense: nn.Module | None = None
+        self.dense: nn.Module | DenseWeights | None = None
         self.called = False
         self._batches: deque[list[Call]] = deque(maxlen=batches)
         self._handle: RemovableHandle | None = None
@@ -59,14 +61,21 @@ class CallSite:
         if recording and (not self._batches or self._batches[-1]):
             self._batches.append([])
 
-    def keep_dense(self) -> None:
-        """Remember the module as it is now: a frozen copy that :meth:`replaying` leaves alone."""
-        self.dense = frozen_copy(self.module)
+    def keep_dense(self, *, sharded: bool) -> nn.Module | DenseWeights:
+        """Remember the module as it is now: in a frozen copy that :meth:`replaying` leaves alone.
+
+        Args:
+            sharded: the module has sharded parameters and cannot be copied: remember their values alone.
+        """
+        self.dense = DenseWeights(self.module) if sharded else frozen_copy(self.module)
+        return self.dense
 
     def twins(self) -> dict[nn.Module, nn.Module]:
-        """Every module inside -> its counterpart in the dense copy."""
+        """Every module inside -> its counterpart in the dense copy, which is itself where only values are kept."""
         if self.dense is None:
             raise RuntimeError("no dense copy has been kept")
+        if isinstance(self.dense, DenseWeights):
+            return {module: module for module in self.module.modules()}
         inner = getattr(self.module, "_orig_mod", self.module)
         return dict(zip(inner.modules(), self.dense.modules(), strict=True))
 
@@ -86,11 +95,17 @@ class CallSite:
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors; batches whose arguments are of other kinds are left out."""
         plain = [batch for batch in self._batches if all(call.plain for call in batch)]
-        return {
-            "batches": [[call.state_dict() for call in batch] for batch in plain],
-            "dense": None if self.dense is None else self.dense.state_dict(),
-            "called": self.called,
-        }
+        batches = [[call.state_dict() for call in batch] for batch in plain]
+        return {"batches": map_tensors(lambda tensor: tensor.cpu(), batches), "called": self.called}
+
+    def dense_state(self) -> dict[str, Tensor] | None:
+        """The dense copy's values, whole, or None without one; all ranks call it."""
+        return None if self.dense is None else dict(self.dense.state_dict())
+
+    def load_dense(self, state: Mapping[str, Tensor] | None, *, sharded: bool) -> None:
+        """Undo :meth:`dense_state`."""
+        if state is not None:
+            self.keep_dense(sharded=sharded).load_state_dict(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = device_of(self.module)
@@ -98,9 +113,17 @@ class CallSite:
         for batch in state["batches"]:
             self._batches.append([Call.from_state_dict(call, device) for call in batch])
         self.called = state["called"]
-        if state["dense"] is not None:
-            self.dense = frozen_copy(self.module)
-            self.dense.load_state_dict(state["dense"])
+
+
+def share_of(saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """This rank's share of what the ranks had recorded, by as many of them as there were then.
+
+    Of more than now each takes several; of fewer, several take the same, which leaves means as they are.
+    """
+    mine = list(saved[rank() :: world_size()]) or [saved[rank() % len(saved)]]
+    together = zip(*(part["batches"] for part in mine), strict=False)
+    batches = [[call for calls in batch for call in calls] for batch in together]
+    return {"batches": batches, "called": all(part["called"] for part in mine)}
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.layerwise.blocks import map_tensors, no_cache
+from prox24_lightning.sharding import is_sharded
 
 _PLAIN = (bool, int, float, str, type(None), Tensor)
 
@@ -115,4 +116,4 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if type(value) in (tuple, list):
         return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+    return isinstance(value, _PLAIN) and not (isinstance(value, Tensor) and is_sharded(value))

@@ -7,20 +7,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.moments import InputMoments
+from prox24_lightning.ranks import any_rank, check_same
+from prox24_lightning.sharding import local_part, part_of, whole
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
 from prox24_lightning.sparsify.steps import StepListener
 from prox24_lightning.sparsify.strategy import Frozen, Strategy
 
 Metric = Literal["weight", "activation"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 MOMENT_WARMUP = 32
 """Steps before ``start`` from which layer inputs are looked at."""
 MOMENT_EVERY = 4
@@ -66,6 +68,7 @@ class SparsityEngine:
         self._listener = StepListener(self._after_step)
         self._owned: dict[int, list[GroupedWeight]] = {}
         self._optimizers: tuple[Optimizer, ...] = ()
+        self._bound: dict[str, nn.Parameter] = {}
 
     @property
     def phase(self) -> Phase:
@@ -74,7 +77,10 @@ class SparsityEngine:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Frozen masks by weight name, bool, True where a weight stays; empty before the freeze."""
+        """Frozen masks by weight name, bool, True where a weight stays; empty before the freeze.
+
+        Of a sharded weight this rank's part.
+        """
         return self.masked.masks
 
     def metric_scale(self, name: str) -> Tensor | None:
@@ -85,6 +91,7 @@ class SparsityEngine:
         """Start listening to ``optimizers`` and, if frozen, mask weights, gradients and their state again."""
         self.unbind()
         self._optimizers = tuple(optimizers)
+        self._bound = {weight.name: weight.parameter for weight in self.weights}
         names = {id(weight.parameter): weight for weight in self.weights}
         for optimizer in optimizers:
             held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
@@ -107,6 +114,7 @@ class SparsityEngine:
         self._listener.unbind()
         self._owned.clear()
         self._optimizers = ()
+        self._bound.clear()
         self.masked.release_all()
         self.strategy.detach()
         if self._moments is not None:
@@ -117,12 +125,33 @@ class SparsityEngine:
         return self._listener.listens_to(optimizers)
 
     def before_batch(self) -> None:
-        """Tell the engine that a batch begins: decides whether its layer inputs are looked at."""
+        """Tell the engine that a batch begins: decides whether its layer inputs are looked at.
+
+        Raises:
+            RuntimeError: if the model now uses another parameter in a weight's place than the optimizers train.
+        """
         self._listener.reset()
+        self._follow_replaced()
         if not self._frozen:
             self.strategy.before_batch(self.step + 1)
         if self._moments is not None:
             self._moments.collecting = self._wants_moments(self.step + 1)
+
+    def _follow_replaced(self) -> None:
+        """Go over to parameters that have been put in the place of ours, if optimizers have followed."""
+        replaced = [w for w in self.weights if w.parameter is not self._bound.get(w.name, w.parameter)]
+        if not replaced:
+            return
+        trained = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        for weight in replaced:
+            old, new = id(self._bound[weight.name]), id(weight.parameter)
+            if new not in trained or old in trained or sum(id(w.parameter) == new for w in self.weights) > 1:
+                raise RuntimeError(
+                    f"{weight.name} has been replaced by another parameter (or tied to another weight) since training "
+                    "began, and the optimizers have not followed: they would train what the model no longer uses; "
+                    "replace it in the optimizer's param_groups as well, or change the model before fit"
+                )
+        self.bind(self._optimizers)
 
     def _wants_moments(self, step: int) -> bool:
         if self._frozen or step > self.plan.freeze or step <= self.plan.start - MOMENT_WARMUP:
@@ -171,57 +200,101 @@ class SparsityEngine:
             return
         parameters = {weight.name: weight.parameter for weight in self.weights}
         for name, (mask, values) in frozen.items():
-            with torch.no_grad():
-                parameters[name].copy_(values)
+            local_part(parameters[name]).copy_(values)
             self.masked.hold(name, parameters[name], mask)
+        self._check_ranks({name: whole(mask, parameters[name]) for name, (mask, _) in frozen.items()})
         self.masked.mask_optimizer_state(self._optimizers)
         for callback in self.on_freeze:
             callback()
 
+    def _check_ranks(self, masks: dict[str, Tensor]) -> None:
+        check_same(masks, "the masks", local_part(self.weights[0].parameter).device)
+
+    def _check_finite(self) -> None:
+        """A state whose weights are lost must not replace the last good one on the disk."""
+        finite = [torch.isfinite(local_part(weight.parameter)).all() for weight in self.weights]
+        flags = torch.stack([flag.to(finite[0].device) for flag in finite])
+        if any_rank(not bool(flags.all()), flags.device):
+            lost = [weight.name for weight, flag in zip(self.weights, flags.tolist(), strict=True) if not flag]
+            first = lost[0] if lost else "one on another rank"
+            raise RuntimeError(
+                f"weights are NaN or infinite after step {self.step} (the first is {first}): "
+                "nothing is saved, so the last checkpoint before it stays; resume from there with a lower learning "
+                "rate, clipped gradients, or without the batch that did it"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything a new process needs to go on bit for bit: plain types and tensors only."""
+        """Everything a new process needs to go on bit for bit: plain types and tensors only.
+
+        In a distributed run all ranks call it. What is sharded or counted by each rank is gathered, so that a run of
+        another number of ranks can read it.
+
+        Raises:
+            RuntimeError: if a weight is not finite, or the ranks' masks differ.
+        """
+        parameters = {weight.name: weight.parameter for weight in self.weights}
+        masks = {name: whole(mask, parameters[name]) for name, mask in self.masks.items()}
+        self._check_finite()
+        self._check_ranks(masks)
         return {
             "version": STATE_VERSION,
             "step": self.step,
             "phase": self.phase,
             "begun": self._begun,
-            "masks": {name: {"bits": pack_mask(mask), "shape": list(mask.shape)} for name, mask in self.masks.items()},
-            "strategy": self.strategy.state_dict(),
+            "weights": self._dims(),
+            "masks": {name: {"bits": pack_mask(mask), "shape": list(mask.shape)} for name, mask in masks.items()},
+            "strategy": {"kind": type(self.strategy).__name__, **self.strategy.state_dict()},
             "moments": None if self._moments is None else self._moments.state_dict(),
         }
+
+    def _dims(self) -> dict[str, int]:
+        return {weight.name: weight.dim for weight in self.weights}
+
+    def _check_weights_of(self, state: dict[str, Any]) -> None:
+        """Before anything is pruned the weights may be others than when the state was saved; afterwards not."""
+        saved, mine = state["weights"], self._dims()
+        if saved == mine or state["phase"] == "dense":
+            return
+        lost, new = sorted(set(saved) - set(mine)), sorted(set(mine) - set(saved))
+        turned = [name for name in saved if name in mine and saved[name] != mine[name]]
+        raise ValueError(
+            f"the checkpoint's masks belong to other weights: only in the checkpoint: {lost or 'none'}; only in the "
+            f"model: {new or 'none'}; grouped along another dimension: {turned or 'none'}; use the targets, skip and "
+            "geometry that the checkpoint was written with"
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of another engine over the same weights; call before :meth:`bind`.
 
         Raises:
-            ValueError: if the state's version is unknown, or its masks belong to other weights.
+            ValueError: if the state's version is unknown, its masks belong to other weights, or another strategy was at
+                work when it was saved.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"sparsity state of version {state.get('version')} cannot be read; expected {STATE_VERSION}"
             )
         weights = {weight.name: weight for weight in self.weights}
+        self._check_weights_of(state)
         masks = state["masks"]
-        frozen = state["phase"] == "frozen"
-        if set(masks) - set(weights) or (frozen and set(masks) != set(weights)):
-            lost, new = sorted(set(masks) - set(weights)), sorted(set(weights) - set(masks))
-            raise ValueError(
-                f"the checkpoint's masks belong to other weights: only in the checkpoint: {lost or 'none'}; "
-                f"only in the model: {new or 'none'}; use the targets and skip that the checkpoint was written with"
-            )
         for name, packed in masks.items():
             shape = tuple(weights[name].parameter.shape)
             if tuple(packed["shape"]) != shape:
                 raise ValueError(f"the mask of {name!r} has shape {tuple(packed['shape'])}, the weight {shape}")
+        kind, mine = state["strategy"]["kind"], type(self.strategy).__name__
+        if kind != mine and state["phase"] == "sparsify":
+            raise ValueError(
+                f"the checkpoint was written while {kind} was making the weights 2:4, and {mine} cannot go on from "
+                "there; keep the strategy until the freeze, or resume from a checkpoint before start"
+            )
         self.step = state["step"]
         self._begun = state["begun"]
-        self._frozen = frozen
-
-        def device_of(name: str) -> torch.device:
-            return weights[name].parameter.device
-
+        self._frozen = state["phase"] == "frozen"
         for name, packed in masks.items():
-            self.masked.masks[name] = unpack_mask(packed["bits"], packed["shape"]).to(device_of(name))
-        self.strategy.load_state_dict(state["strategy"], device_of)
+            parameter = weights[name].parameter
+            mask = unpack_mask(packed["bits"], packed["shape"]).to(local_part(parameter).device)
+            self.masked.masks[name] = part_of(mask, parameter)
+        if kind == mine and state["weights"] == self._dims():
+            self.strategy.load_state_dict(state["strategy"], weights)
         if self._moments is not None and state["moments"] is not None:
             self._moments.load_state_dict(state["moments"])

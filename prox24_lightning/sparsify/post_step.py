@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from prox24_lightning.groups import GroupedWeight
-from prox24_lightning.mask import mask_24
 from prox24_lightning.prox import prox_24
 from prox24_lightning.schedules import Schedule
+from prox24_lightning.sharding import is_sharded, local_part, part_of, whole
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategy import DeviceOf, Frozen, ScaleOf, Strategy
+from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
 from prox24_lightning.sparsify.strength import strength_for_fraction
 
 Refit = Literal["none", "restore"]
@@ -36,20 +37,22 @@ class PostStepProx(Strategy):
         self.fraction = fraction
         self.refit = refit
         self._plan = PhasePlan(0, 0)
+        self._weights: dict[str, GroupedWeight] = {}
         self._rms: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
 
     def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:
+        self._weights = {weight.name: weight for weight in weights}
         self._plan = plan
 
     @torch.no_grad()
     def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
         for weight in weights:
-            values, scale = weight.parameter.detach().float(), scale_of(weight.name)
-            values = values if scale is None else values * scale
+            values, scale = local_part(weight.parameter).float(), scale_of(weight.name)
+            values = whole(values if scale is None else values * scale, weight.parameter)
             self._rms[weight.name] = values.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         if self.refit == "restore":
-            self._reference = {weight.name: weight.parameter.detach().clone() for weight in weights}
+            self._reference = {weight.name: local_part(weight.parameter).clone() for weight in weights}
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
@@ -60,9 +63,13 @@ class PostStepProx(Strategy):
 
     def apply(self, weight: GroupedWeight, progress: float, scale: Tensor | None) -> None:
         """One prox on ``weight``, in place."""
-        values = weight.parameter.detach()
+        parameter = weight.parameter
+        values = local_part(parameter)
         if self.strength is None:
-            strength, applied = strength_for_fraction(values, self.fraction(progress), dim=weight.dim, scale=scale)
+            gather = partial(whole, like=parameter, groups_along=weight.dim) if is_sharded(parameter) else None
+            strength, applied = strength_for_fraction(
+                values, self.fraction(progress), dim=weight.dim, scale=scale, gather=gather
+            )
         else:
             strength = applied = self.strength(progress) / self._rms[weight.name]
         self.strengths[weight.name] = strength
@@ -71,16 +78,18 @@ class PostStepProx(Strategy):
     def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
         frozen: Frozen = {}
         for weight in weights:
-            values = weight.parameter.detach()
-            mask = mask_24(values, dim=weight.dim, scale=scale_of(weight.name))
+            mask, values = projected(weight, scale_of(weight.name))
             frozen[weight.name] = mask, self._reference.pop(weight.name, values)
         return frozen
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rms": dict(self._rms), "strengths": dict(self.strengths), "reference": dict(self._reference)}
+        reference = {name: whole(part, self._weights[name].parameter) for name, part in self._reference.items()}
+        return {"rms": dict(self._rms), "strengths": dict(self.strengths), "reference": reference}
 
-    def load_state_dict(self, state: dict[str, Any], device_of: DeviceOf) -> None:
-        self._rms, self.strengths, self._reference = (
-            {name: value.to(device_of(name)) for name, value in state[part].items()}
+    def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:
+        self._weights = dict(weights)
+        self._rms, self.strengths, reference = (
+            {name: value.to(local_part(weights[name].parameter).device) for name, value in state[part].items()}
             for part in ("rms", "strengths", "reference")
         )
+        self._reference = {name: part_of(value, weights[name].parameter) for name, value in reference.items()}

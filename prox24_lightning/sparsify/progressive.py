@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from prox24_lightning.groups import GroupedWeight
-from prox24_lightning.layerwise.block import solve_stage, stage_moments
-from prox24_lightning.layerwise.layers import SecondMoments, from_matrix, why_not_solvable
+from prox24_lightning.layerwise.block import Run, solve_stage, stage_moments
+from prox24_lightning.layerwise.layers import from_matrix, why_not_solvable
 from prox24_lightning.layerwise.stages import order_of_calls
-from prox24_lightning.mask import mask_24
-from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts
-from prox24_lightning.sparsify.calls import reach
+from prox24_lightning.ranks import gathered_objects
+from prox24_lightning.sharding import is_sharded, local_part, part_of, runnable
+from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts, share_of
+from prox24_lightning.sparsify.calls import Call, reach
+from prox24_lightning.sparsify.dense_weights import DenseWeights
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategy import DeviceOf, Frozen, ScaleOf, Strategy
-from prox24_lightning.sparsify.units import Unit, cut_into_units, order_of_units
+from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
+from prox24_lightning.sparsify.units import Unit, check_orders, cut_into_units, order_of_units
 
 CALIBRATION_BATCHES = 8
 """Batches on which a block is solved: the last ones of the training itself."""
@@ -37,6 +39,9 @@ class Progressive(Strategy):
     (arXiv 2501.18015, section 3), and frozen; everything that comes after trains on against the sparse block. A model
     without a list of like blocks goes layer after layer. A layer that the solver cannot take (a packed attention
     projection, a grouped convolution) is projected in the metric instead.
+
+    In a distributed run every rank runs its own batches, the moments are summed over the ranks, and every rank solves
+    the whole layer, gathered if it is sharded.
 
     Memory: the arguments of the last batches' calls, the second moments of one layer, float32 (in_features,
     in_features), and with ``dense_target`` a frozen copy of the model as it was when the phase began.
@@ -100,8 +105,9 @@ class Progressive(Strategy):
             self._sites = [CallSite(module, self.batches) for module in found]
         self._weights = list(weights)
         self._units = cut_into_units(self._model, self._weights, self._sites)
-        for site, saved in zip(self._sites, state.get("calls", ()), strict=False):
-            site.load_state_dict(saved)
+        for index, site in enumerate(self._sites if state else ()):
+            site.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
+            site.load_dense(state["dense"][index], sharded=self._sharded)
         self._arrange(state.get("order", self._order))
         for site in self._sites:
             site.attach()
@@ -126,10 +132,14 @@ class Progressive(Strategy):
     @torch.no_grad()
     def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
         self._begun = True
-        self._arrange(order_of_units(self._units))
+        with ExitStack() as stack:
+            for site in self._sites:
+                stack.enter_context(runnable(self._model, site.module))
+            self._arrange(order_of_units(self._units))
+        check_orders(self._units)
         # Only of a single site the inputs do not depend on what is pruned, so only there a dense model can follow.
         if self.dense_target and len(self._sites) == 1 and self._units:
-            self._sites[0].keep_dense()
+            self._sites[0].keep_dense(sharded=self._sharded)
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
@@ -155,8 +165,7 @@ class Progressive(Strategy):
             frozen |= self._solve(unit)
             for weight in unit.weights:
                 if weight.name not in frozen:
-                    values = weight.parameter.detach()
-                    frozen[weight.name] = mask_24(values, dim=weight.dim, scale=scale_of(weight.name)), values
+                    frozen[weight.name] = projected(weight, scale_of(weight.name))
         pause = time.perf_counter() - begin
         self.seconds += pause
         self.longest_pause = max(self.longest_pause, pause)
@@ -168,17 +177,13 @@ class Progressive(Strategy):
         site = unit.site
         frozen: Frozen = {}
         with site.replaying():
-            calls = reach(site.module, unit.module, site.calls) if owners else []
-            if not _on_every_rank(bool(calls)):
+            calls = self._reach(site.module, unit.module, site.calls) if owners else []
+            if not all(gathered_objects(bool(calls))):
                 return frozen
-            runs = [partial(call, unit.module) for call in calls]
-            dense_runs, twins = None, None
-            if site.dense is not None:
-                twins = site.twins()
-                twin = twins[unit.module]
-                dense_runs = [partial(call, twin) for call in reach(site.dense, twin, site.calls)]
+            runs = [partial(self._run, call, unit.module) for call in calls]
+            dense_runs, twins = self._dense_runs(unit)
             for stage in order_of_calls(list(owners), runs[0]):
-                moments = _reduced(stage_moments(stage, runs, dense_runs, twins))
+                moments = stage_moments(stage, runs, dense_runs, twins)
                 members = [owners[layer] for layer in stage.layers]
                 try:
                     solved = solve_stage(members, moments, dense_target=self.dense_target, steps=self.prox_steps)
@@ -186,8 +191,38 @@ class Progressive(Strategy):
                     log.warning("%s; its largest weights are kept instead", error)
                     continue
                 for weight, solution in solved:
-                    frozen[weight.name] = from_matrix(weight.module, solution.mask), weight.parameter.detach()
+                    mask = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
+                    frozen[weight.name] = mask, local_part(weight.parameter)
         return frozen
+
+    def _run(self, call: Call, module: nn.Module) -> Any:
+        with runnable(self._model, module):
+            return call(module)
+
+    def _reach(self, site: nn.Module, inner: nn.Module, calls: Sequence[Call]) -> list[Call]:
+        with runnable(self._model, site):
+            return reach(site, inner, calls)
+
+    def _dense_runs(self, unit: Unit) -> tuple[list[Run] | None, dict[nn.Module, nn.Module] | None]:
+        """Runs of the unit as it was when the phase began, and its modules' counterparts there; None without a copy."""
+        site = unit.site
+        if site.dense is None:
+            return None, None
+        twins = site.twins()
+        if isinstance(dense := site.dense, DenseWeights):
+            with dense.in_place(site.module):
+                calls = self._reach(site.module, unit.module, site.calls)
+            return [partial(self._run_dense, dense, call, unit.module) for call in calls], twins
+        twin = twins[unit.module]
+        return [partial(call, twin) for call in reach(dense, twin, site.calls)], twins
+
+    def _run_dense(self, dense: DenseWeights, call: Call, module: nn.Module) -> Any:
+        with dense.in_place(module):
+            return self._run(call, module)
+
+    @property
+    def _sharded(self) -> bool:
+        return any(is_sharded(weight.parameter) for weight in self._weights)
 
     def _turns(self) -> list[tuple[Unit, int]]:
         """Every unit and the step after which it is solved; the last one has its turn at the freeze."""
@@ -216,31 +251,18 @@ class Progressive(Strategy):
         self._units.sort(key=lambda unit: place.get(unit.name, len(place)))
 
     def state_dict(self) -> dict[str, Any]:
+        """What the ranks have recorded is kept apart, rank by rank."""
         names = {module: name for name, module in self._model.named_modules()}
         return {
             "begun": self._begun,
             "done": sorted(self._done),
             "order": list(self._order),
             "sites": [names[site.module] for site in self._sites],
-            "calls": [site.state_dict() for site in self._sites],
+            "calls": gathered_objects([site.state_dict() for site in self._sites]),
+            "dense": [site.dense_state() for site in self._sites],
         }
 
-    def load_state_dict(self, state: dict[str, Any], device_of: DeviceOf) -> None:
+    def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:
         self._begun = state["begun"]
         self._done = set(state["done"])
         self._loaded = state
-
-
-def _on_every_rank(here: bool) -> bool:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return here
-    answers = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, here)
-    return all(answers)
-
-
-def _reduced(moments: SecondMoments) -> SecondMoments:
-    """The moments over the batches of all ranks."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        moments.all_reduce()
-    return moments

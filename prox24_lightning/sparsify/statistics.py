@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prox24_lightning.groups import GroupedWeight, to_groups
 from prox24_lightning.prox import penalty_24
+from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify.mask_codes import flipped_entries, top_two_code
 
 
@@ -76,7 +77,7 @@ def look(
     """Statistics of all weights together and of each, with one wait for the device.
 
     Args:
-        weights: at least one.
+        weights: at least one; of a sharded weight this rank's part is looked at, which must not be empty.
         scale_of: weight name -> scale of the metric, broadcasting to the weight, or None.
         strengths: weight name -> 0-dim tensor; may lack weights.
         seen: weight name -> mask of the last look, from which flips are counted; replaced by this look's. Masks seen
@@ -89,7 +90,7 @@ def look(
     rows, compared = [], []
     for weight in weights:
         scale = scale_of(weight.name)
-        sums, code = weight_sums(weight.parameter, dim=weight.dim, scale=scale)
+        sums, code = weight_sums(local_part(weight.parameter), dim=weight.dim, scale=scale)
         mask, last = SeenMask(code, scale is not None), seen.get(weight.name)
         comparable = last is not None and last.scaled == mask.scaled and last.code.device == code.device
         extra = [
@@ -102,7 +103,7 @@ def look(
     device = rows[0].device
     values = torch.stack([row.to(device, non_blocking=True) for row in rows]).tolist()
     layers = {
-        weight.name: _stats(row, weight.groups, flips)
+        weight.name: _stats(row, local_part(weight.parameter).numel() // 4, flips)
         for weight, row, flips in zip(weights, values, compared, strict=True)
     }
     return _together(values, list(layers.values()), all(compared)), layers

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.mask import mask_24
+from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify.phases import PhasePlan
 
 ScaleOf = Callable[[str], Tensor | None]
@@ -18,11 +19,25 @@ ScaleOf = Callable[[str], Tensor | None]
 Frozen = dict[str, tuple[Tensor, Tensor]]
 """Weight name -> (mask, values), for the weights that shall be frozen now."""
 
-DeviceOf = Callable[[str], torch.device]
+
+def projected(weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mask and values of a weight as it stands: the two largest of every four, in the metric.
+
+    Raises:
+        ValueError: with the weight's name, if it holds NaN.
+    """
+    values = local_part(weight.parameter)
+    try:
+        return mask_24(values, dim=weight.dim, scale=scale), values
+    except ValueError as error:
+        raise ValueError(f"{weight.name}: {error}") from error
 
 
 class Strategy(ABC):
     """Turns dense weights into 2:4 ones between two steps of a run; the engine says when, and holds the masks.
+
+    Of a sharded weight every rank changes its own part: scales, masks and values are those of this part. All ranks call
+    every method, in the same order.
 
     Attributes:
         strengths: the strength last used for each weight: 0-dim tensors by name.
@@ -70,5 +85,5 @@ class Strategy(ABC):
         """Plain types and tensors only."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any], device_of: DeviceOf) -> None:
+    def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:
         """Undo :meth:`state_dict`."""

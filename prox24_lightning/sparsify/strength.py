@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,12 @@ SAMPLED_GROUPS = 65536
 
 
 def strength_for_fraction(
-    weight: Tensor, fraction: float, *, dim: int = -1, scale: Tensor | None = None
+    weight: Tensor,
+    fraction: float,
+    *,
+    dim: int = -1,
+    scale: Tensor | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The least strength at which ``fraction`` of the groups of ``weight`` leave the prox 2:4, and whom it meets.
 
@@ -29,6 +35,7 @@ def strength_for_fraction(
         fraction: share of the groups in [0, 1].
         dim: dimension of the groups.
         scale: the metric, as for :func:`~prox24_lightning.prox.prox_24`.
+        gather: makes the whole weight's critical strengths of those of ``weight``, where that is one rank's part.
 
     Returns:
         The strength, a 0-dim tensor, and the same strength or zero for each group, of
@@ -41,7 +48,7 @@ def strength_for_fraction(
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
     critical = critical_strength_24(weight, dim=resolve_group_dim(weight.shape, dim), scale=scale)
-    flat = critical.flatten()
+    flat = (critical if gather is None else gather(critical)).flatten()
     sample = flat[:: max(flat.numel() // SAMPLED_GROUPS, 1)]
     rank = math.ceil(fraction * sample.numel())
     if rank == 0:

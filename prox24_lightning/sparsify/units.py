@@ -9,6 +9,7 @@ from torch import nn
 
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.layerwise.blocks import find_blocks
+from prox24_lightning.ranks import gathered_objects
 from prox24_lightning.sparsify.call_site import CallSite
 from prox24_lightning.sparsify.calls import order_of_first_calls
 
@@ -36,6 +37,20 @@ def cut_into_units(model: nn.Module, weights: Sequence[GroupedWeight], sites: Se
                 break
         units.setdefault(name, (module, []))[1].append(weight)
     return [Unit(name, module, tuple(members), site_of[module]) for name, (module, members) in units.items()]
+
+
+def check_orders(units: Sequence[Unit]) -> None:
+    """Refuse ranks that would solve different units at one time: they would wait for each other for ever.
+
+    Raises:
+        RuntimeError: on every rank.
+    """
+    orders = gathered_objects([unit.name for unit in units])
+    if any(order != orders[0] for order in orders):
+        raise RuntimeError(
+            f"the ranks run the model's parts in different orders (rank 0: {orders[0][:4]}...), and cannot prune one "
+            "after the other together; use strategy='post_step', or the same control flow on every rank"
+        )
 
 
 def order_of_units(units: Sequence[Unit]) -> list[str]:

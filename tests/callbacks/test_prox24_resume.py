@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from tiny_runs import TinyModule, quiet_trainer, tiny_loader
+from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24
 
@@ -22,29 +22,6 @@ pytestmark = [
 ]
 
 START, FREEZE, STEPS = 8, 24, 32
-
-
-class StatefulLoader:
-    """Batches that go on where they stopped; Lightning replays those of a plain loader from the first."""
-
-    def __init__(self):
-        self.batches = list(tiny_loader(STEPS))
-        self.next = 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        while self.next < len(self.batches):
-            self.next += 1
-            yield self.batches[self.next - 1]
-        self.next = 0
-
-    def state_dict(self):
-        return {"next": self.next}
-
-    def load_state_dict(self, state):
-        self.next = state["next"]
 
 
 SETTINGS = {
@@ -63,13 +40,13 @@ def callbacks(setting, folder):
     ]
 
 
-def run(setting, folder, steps=STEPS, resume=None):
+def run(setting, folder, steps=STEPS, resume=None, more=()):
     seed_everything(0, verbose=False)
     trainer = quiet_trainer(
-        max_steps=steps, max_epochs=-1, callbacks=callbacks(setting, folder), enable_checkpointing=True
+        max_steps=steps, max_epochs=-1, callbacks=[*callbacks(setting, folder), *more], enable_checkpointing=True
     )
     module = TinyModule()
-    trainer.fit(module, StatefulLoader(), ckpt_path=resume)
+    trainer.fit(module, StatefulLoader(tiny_loader(STEPS)), ckpt_path=resume)
     return trainer, module
 
 
@@ -159,5 +136,5 @@ def test_masks_of_other_weights_are_refused(frozen_checkpoint, targets, words):
     prox = Prox24(START, FREEZE, strategy="post_step", metric="weight", verbose=False, targets=targets)
     with pytest.raises(MisconfigurationException, match=words):
         quiet_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[prox]).fit(
-            TinyModule(), StatefulLoader(), ckpt_path=frozen_checkpoint
+            TinyModule(), StatefulLoader(tiny_loader(STEPS)), ckpt_path=frozen_checkpoint
         )

@@ -149,7 +149,7 @@ def test_several_loggers_and_the_figure_beside_each_log(tmp_path):
         assert pixels.shape[0] > 500
         assert pixels.shape[1] > 800
         assert pixels.std() > 0.05
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".part"]
+    assert not [path for path in tmp_path.rglob("*") if ".partial" in path.name]
 
 
 def test_the_figure_is_written_although_the_run_fails(tmp_path):

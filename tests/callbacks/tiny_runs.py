@@ -41,6 +41,29 @@ def tiny_loader(batches: int = 8, batch_size: int = 4) -> DataLoader:
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
+class StatefulLoader:
+    """Batches that go on where they stopped; Lightning replays those of a plain loader from the first."""
+
+    def __init__(self, batches):
+        self.batches = list(batches)
+        self.next = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        while self.next < len(self.batches):
+            self.next += 1
+            yield self.batches[self.next - 1]
+        self.next = 0
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
 def quiet_trainer(**arguments) -> Trainer:
     defaults = {
         "accelerator": "cpu",

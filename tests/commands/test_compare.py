@@ -70,6 +70,14 @@ def test_score_is_the_monitored_metric(finished):
     assert json.loads((finished / "comparison.json").read_text())["mode"] == "max"
 
 
+def test_the_final_score_can_be_that_of_the_test_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_module.Trainer, "validate", None)
+    main(words(tmp_path, "--variants", "dense", "--split", "test"))
+    (run,) = results(tmp_path)
+    assert run["score"] == run["scores"]["test_acc"]
+    assert "test_acc (higher is better)" in (tmp_path / "comparison.md").read_text()
+
+
 def test_each_run_has_its_own_logs_and_checkpoint(finished):
     for variant in ("dense", "asp", "prox24"):
         for seed in (0, 1):

@@ -8,9 +8,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from prox24_lightning.cli import main
 from prox24_lightning.commands.pretrained import Pretrained
 from prox24_lightning.commands.texts import TextSource, perplexity, token_sequences
+from prox24_lightning.finetune import load_masks
 from prox24_lightning.layerwise import prune_layerwise
-from prox24_lightning.layerwise.output import load_masks, save_masks, save_pruned
-from prox24_lightning.mask import is_24
+from prox24_lightning.layerwise.output import save_pruned
+from prox24_lightning.mask import is_24, read_masks
 
 SIZES = {
     "hidden_size": 16,
@@ -114,29 +115,15 @@ def test_a_saved_model_loads_like_any_other_and_gives_the_same_logits(tmp_path):
     batch = token_batches(1)[0]
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
-    masks = load_masks(tmp_path / "masks.safetensors")
+    masks = load_masks(loaded, tmp_path / "masks.safetensors", expect="same").masks
     assert all(torch.equal(masks[name], mask) for name, mask in report.masks.items())
+    assert read_masks(tmp_path / "masks.safetensors").info["protocol"] == {"data": "random tokens", "seed": "0"}
     assert "quantization_config" not in (tmp_path / "config.json").read_text()
     assert "sparsity_config" not in (tmp_path / "config.json").read_text()
     card = (tmp_path / "README.md").read_text()
     assert "| data | random tokens |" in card
     assert "| method | prox |" in card
     assert "model.layers.1.mlp.down_proj.weight" in card
-
-
-def test_masks_of_another_file_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file({"a": torch.zeros(4)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="has no shapes in its metadata"):
-        load_masks(tmp_path / "x.safetensors")
-
-
-def test_masks_come_back_whatever_their_shape(tmp_path):
-    masks = {"a": torch.rand(3, 5) > 0.5, "b.weight": torch.rand(7) > 0.5}
-    save_masks(tmp_path / "m.safetensors", masks)
-    loaded = load_masks(tmp_path / "m.safetensors")
-    assert all(torch.equal(loaded[name], mask) for name, mask in masks.items())
 
 
 WORDS = [f"w{number}" for number in range(60)]
@@ -198,7 +185,7 @@ def test_the_command_prunes_saves_and_scores(tmp_path, tokenizer, capsys, monkey
     assert "held-out perplexity, dense" in out
     assert "held-out perplexity, 2:4" in out
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
-    for name, mask in load_masks(tmp_path / "sparse" / "masks.safetensors").items():
+    for name, mask in load_masks(model, tmp_path / "sparse" / "masks.safetensors", expect="same").masks.items():
         assert is_24(model.get_parameter(name))
         assert not model.get_parameter(name)[~mask].any()
     assert hf.AutoTokenizer.from_pretrained(tmp_path / "sparse").eos_token == "</s>"

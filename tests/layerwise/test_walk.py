@@ -331,3 +331,14 @@ def test_the_report_becomes_a_table_json_and_a_plot(tmp_path):
     assert content["layers"][0]["shape"] == [24, WIDTH]
     report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sequence_of_blocks_counts_where_it_is_nearly_the_whole_model():
+    def block():
+        return nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+
+    trunk = nn.Sequential(block(), block(), block())
+    model = nn.Sequential(trunk, nn.Linear(16, 2))
+    assert find_blocks(model).names == ("0.0", "0.1", "0.2")
+    stages = nn.ModuleDict({"first": nn.Sequential(block(), block()), "last": nn.Sequential(block(), block())})
+    assert find_blocks(stages).whole, "half of the model is one stage of it, not its blocks"

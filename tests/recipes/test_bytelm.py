@@ -59,10 +59,16 @@ def test_blocks_hold_the_documents_of_each_part_in_order(text):
         assert len(expected) - len(found) < 16
 
 
-def test_validation_can_be_shortened(text):
+def test_held_out_blocks_are_divided_into_validation_and_test(text):
     data = PythonText(context=15, validation=0.3, max_validation_blocks=3)
     data.setup("fit")
+    whole = PythonText(context=15, validation=0.3)
+    whole.setup("fit")
     assert len(data.held_out) == 3
+    parts = [torch.stack(list(part["bytes"])) for part in (data.held_out, data.test, whole.held_out)]
+    assert torch.equal(torch.cat(parts[:2]), parts[2])
+    with pytest.raises(ValueError, match="max_validation_blocks=100000 leaves none of the"):
+        PythonText(context=15, validation=0.3, max_validation_blocks=100000).setup("fit")
 
 
 def test_batches_are_shuffled_only_for_training(text):

@@ -130,7 +130,7 @@ def test_parts_that_are_called_one_by_one():
     )
     seen = train(model, engine, batches(12), call=model.training_step, lr=0.1)
     assert seen[-2] - seen[-3] == {"second.weight"}
-    assert [site["called"] for site in engine.strategy.state_dict()["calls"]] == []
+    assert [site["called"] for site in engine.strategy.state_dict()["calls"][0]] == []
 
 
 def test_a_part_that_is_never_called_is_looked_into(caplog):
@@ -143,7 +143,7 @@ def test_a_part_that_is_never_called_is_looked_into(caplog):
     train(model, engine, batches(5), call=model.training_step, lr=0.1)
     state = engine.strategy.state_dict()
     assert state["sites"] == ["inner.blocks.0", "inner.blocks.1", "inner.blocks.2"]
-    assert all(site["called"] for site in state["calls"])
+    assert all(site["called"] for site in state["calls"][0])
     assert len(engine.masks) == 6, "two of three blocks have had their turn"
 
 
@@ -156,7 +156,7 @@ def test_validation_is_not_recorded():
     with torch.no_grad():
         model(batches(1)[0])
     model(batches(2)[1]).sum().backward()
-    assert [len(batch) for batch in engine.strategy.state_dict()["calls"][0]["batches"]] == [1]
+    assert [len(batch) for batch in engine.strategy.state_dict()["calls"][0][0]["batches"]] == [1]
 
 
 def test_what_is_recorded_is_out_of_reach_of_changes_in_place():
@@ -167,7 +167,7 @@ def test_what_is_recorded_is_out_of_reach_of_changes_in_place():
     x = batches(1)[0]
     model(x)
     x.zero_()
-    recorded = engine.strategy.state_dict()["calls"][0]["batches"][0][0]["args"][0]
+    recorded = engine.strategy.state_dict()["calls"][0][0]["batches"][0][0]["args"][0]
     assert recorded.abs().sum() > 0
 
 

@@ -1,0 +1,91 @@
+"""LoRA (peft) on a frozen 2:4 model: the product of the adapters is masked, in training and when it is merged.
+
+A merged adapter, ``W + B A``, is dense: the zeros are lost. Masking it only at the end gives another model than
+the one that was trained. So both are done: while it trains, each adapted layer computes with ``W + mask * (B A)``, and
+:meth:`MaskedLora.merge` stores exactly that. Needs the ``peft`` package (``pip install prox24_lightning[lora]``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from prox24_lightning.groups import is_transposed_linear
+
+
+class MaskedLora:
+    """Holds the masks of a 2:4 model under LoRA adapters.
+
+    It costs one more product of the size of the layer for each adapted layer and step.
+
+    Args:
+        model: what ``peft.get_peft_model`` returned.
+        masks: by the names of the weights in the model before peft wrapped it (``load_masks(...).masks``, or those of
+            ``Prox24``); bool, True stays.
+
+    Raises:
+        ValueError: if no adapted layer has a mask, a mask has another shape than its weight, or an adapter uses
+            dropout (its training forward has no single product to mask).
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.masks = dict(masks)
+        self._handles: list[RemovableHandle] = []
+        for name, layer in model.named_modules():
+            mask = self.masks.get(_base_name(f"{name}.weight"))
+            if mask is None or not hasattr(layer, "get_delta_weight"):
+                continue
+            weight = layer.get_base_layer().weight
+            if mask.shape != weight.shape:
+                raise ValueError(f"{name}: its mask has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
+            if any(isinstance(dropout, nn.Dropout) and dropout.p for dropout in layer.lora_dropout.values()):
+                raise ValueError(f"{name}: an adapter with dropout cannot be masked; set lora_dropout=0.0")
+            self._handles.append(layer.register_forward_hook(_without_pruned(mask)))
+        if not self._handles:
+            raise ValueError(
+                f"none of the adapted layers has a mask; the masks are of {sorted(self.masks)[:3]}: adapt those layers "
+                "with target_modules, and name the masks as in the model before get_peft_model"
+            )
+
+    def release(self) -> None:
+        """Let the layers compute with the whole product again."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """Add the masked products to the weights and take the adapters off: the base model, 2:4 as before."""
+        self.release()
+        merged = self.model.merge_and_unload()  # type: ignore[operator]
+        for name, parameter in merged.named_parameters():
+            if name in self.masks:
+                parameter.masked_fill_(~self.masks[name].to(parameter.device), 0.0)
+        return merged
+
+
+def _without_pruned(mask: Tensor) -> Any:
+    """A forward hook that takes back what the pruned entries of the product have added."""
+
+    def hook(layer: Any, args: tuple, output: Tensor) -> Tensor:
+        if layer.merged or layer.disable_adapters:
+            return output
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                inputs = args[0]
+                pruned = layer.get_delta_weight(adapter).masked_fill(mask.to(inputs.device), 0.0).to(inputs.dtype)
+                transposed = is_transposed_linear(layer.get_base_layer())
+                output = output - F.linear(inputs, pruned.T if transposed else pruned)
+        return output
+
+    return hook
+
+
+def _base_name(name: str) -> str:
+    """The name that a parameter had before peft wrapped the model."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

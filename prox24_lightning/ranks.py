@@ -1,0 +1,85 @@
+"""What the processes of a distributed run tell each other. Without a process group there is one, and it agrees."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def from_first(value: T) -> T:
+    """The first rank's ``value`` on every rank; plain Python objects and CPU tensors."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gathered_objects(value: T) -> list[T]:
+    """Every rank's ``value``, on every rank; plain Python objects."""
+    if world_size() == 1:
+        return [value]
+    found: list[T] = [value] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def stacked(tensor: Tensor) -> Tensor:
+    """The ranks' tensors of one shape and dtype, stacked along a new first dimension, on every rank."""
+    if world_size() == 1:
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def any_rank(flag: bool, device: torch.device | str) -> bool:
+    """Whether ``flag`` is true on at least one rank; ``device`` is one that the process group can talk over."""
+    if world_size() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def check_same(tensors: Mapping[str, Tensor], what: str, device: torch.device | str) -> None:
+    """Compare a hash of every tensor over the ranks; a collective call, to be made by all of them.
+
+    Args:
+        tensors: by name, the same names on every rank.
+        what: what they are, for the message.
+        device: one that the process group can talk over.
+
+    Raises:
+        RuntimeError: on every rank, with the first name whose tensors differ and the ranks that have them.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    digests = [hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).digest() for value in tensors.values()]
+    mine = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)
+    differs = (everyone := stacked(mine.to(device)).cpu()).ne(everyone[:1]).any(-1)
+    if not differs.any():
+        return
+    index = int(differs.any(0).nonzero()[0])
+    ranks = differs[:, index].nonzero().flatten().tolist()
+    raise RuntimeError(
+        f"{what} of {list(tensors)[index]!r} differ: ranks {ranks} do not have what rank 0 has; their weights have "
+        "drifted apart (by a step, a seed or a callback that runs on some of them only), so the run stops here"
+    )

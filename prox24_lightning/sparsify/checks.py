@@ -1,0 +1,86 @@
+"""Do the optimizers and the chosen weights fit together? Asked before the first batch.
+
+Each function returns if they do, and otherwise raises ``ValueError`` with the name and the remedy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from prox24_lightning.groups import Selection, SkippedWeight
+from prox24_lightning.ranks import rank
+from prox24_lightning.sharding import cut_groups
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers whose steps cannot be noticed, or that a prox between steps would mislead."""
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "register_step_post_hook"):
+            raise ValueError(
+                f"the step hooks of torch.optim.Optimizer are needed, which {type(optimizer).__name__} lacks; "
+                "derive it from torch.optim.Optimizer"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "this cannot work with LBFGS: the prox changes weights between steps and makes its curvature "
+                "history false; use SGD, Adam or AdamW"
+            )
+
+
+def optimized(selection: Selection, optimizers: Sequence[Optimizer], *, explicit: bool) -> Selection:
+    """Leave out what no optimizer holds; refuse what several hold."""
+    holders: dict[int, int] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    chosen, skipped = [], list(selection.skipped)
+    for weight in selection.chosen:
+        count = holders.get(id(weight.parameter), 0)
+        if count > 1:
+            raise ValueError(
+                f"{weight.name} is held by {count} optimizers, so the prox would follow neither; "
+                f"give it to one of them, or add it to skip"
+            )
+        if count == 1:
+            chosen.append(weight)
+            continue
+        if explicit:
+            raise ValueError(f"target {weight.name} is in no optimizer; give it to one, or add it to skip")
+        shape = tuple(weight.parameter.shape)
+        skipped.append(SkippedWeight(weight.name, type(weight.module).__name__, shape, "in no optimizer"))
+    return Selection(tuple(chosen), tuple(skipped))
+
+
+def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: str) -> None:
+    """Refuse a selection that is empty, sharded through groups, or shares a weight with another instance.
+
+    ``claimed`` are the selections of the other instances, by their names.
+    """
+    if not selection.chosen:
+        reasons = "; ".join(f"{weight.name}: {weight.reason}" for weight in selection.skipped[:8])
+        raise ValueError(
+            f"found no weight that can be 2:4 ({reasons or 'the model has no weight matrix'}); "
+            "change targets or skip, or use layer sizes that divide by 4"
+        )
+    for weight in selection:
+        if cut := cut_groups(weight.parameter, weight.dim):
+            raise ValueError(
+                f"{weight.name} cannot be 2:4: {cut}; shard its other dimension, use fewer ranks, or add it to skip"
+            )
+    mine = {id(weight.parameter) for weight in selection}
+    for other, theirs in claimed.items():
+        both = [weight.name for weight in theirs if id(weight.parameter) in mine]
+        if both:
+            raise ValueError(f"name={name!r} and name={other!r} both take {both[0]}; separate them by targets and skip")
+    low = sorted({str(weight.parameter.dtype) for weight in selection if weight.parameter.element_size() < 4})
+    if low and rank() == 0:
+        warnings.warn(
+            f"the weights are stored in {low[0]}: steps of the prox smaller than half a unit in the last place are "
+            "lost; train in mixed precision (bf16-mixed) to keep float32 weights",
+            stacklevel=2,
+        )

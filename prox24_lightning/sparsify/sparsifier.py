@@ -1,0 +1,287 @@
+"""What every host of the engine shares: the user's arguments, the checks, and the state of a run."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prox24_lightning.finetune import save_masks
+from prox24_lightning.groups import Geometry, GroupedWeight, Selection, select_weights
+from prox24_lightning.mask import violations_24
+from prox24_lightning.ranks import rank
+from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
+from prox24_lightning.sharding import local_part, reshard
+from prox24_lightning.sparsify.checks import check_optimizers, check_weights, optimized
+from prox24_lightning.sparsify.engine import Metric, SparsityEngine
+from prox24_lightning.sparsify.phases import Phase, check_step, resolve_plan
+from prox24_lightning.sparsify.post_step import PostStepProx, Refit
+from prox24_lightning.sparsify.progressive import Progressive
+from prox24_lightning.sparsify.strategy import Strategy
+
+StrategyName = Literal["post_step", "progressive"]
+
+
+class Sparsifier:
+    """One run from dense to frozen, for a training framework's callback to inherit from and call.
+
+    The callback decides when: :meth:`prepare` once model and optimizers exist, :meth:`restore` once a checkpoint has
+    been read, :meth:`before_batch`, :meth:`finish` and :meth:`unbind`. The arguments are those of
+    :class:`~prox24_lightning.Prox24`.
+
+    Attributes:
+        root_is_called: whether training calls the model itself, rather than parts of it.
+    """
+
+    root_is_called = True
+
+    def __init__(
+        self,
+        start: int | float = 0.5,
+        freeze: int | float = 0.8,
+        *,
+        strategy: StrategyName = "progressive",
+        dense_target: float = 0.5,
+        metric: Metric = "activation",
+        schedule: str | Schedule = "auto",
+        fraction: str | Schedule = "cubic",
+        targets: Sequence[str] | None = None,
+        skip: Sequence[str] | None = None,
+        geometry: Geometry = "row",
+        refit: Refit = "none",
+        masks_file: str | Path | None = None,
+        name: str = "prox24",
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        check_step(start, "start")
+        check_step(freeze, "freeze")
+        if type(start) is type(freeze) and start > freeze:
+            raise ValueError(f"start={start!r} comes after freeze={freeze!r}; sparsification begins before the freeze")
+        for argument, value, choices in (
+            ("strategy", strategy, StrategyName),
+            ("metric", metric, Metric),
+            ("geometry", geometry, Geometry),
+            ("refit", refit, Refit),
+        ):
+            if value not in get_args(choices):
+                raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
+        if strategy == "progressive":
+            for argument, given, default in (("schedule", schedule, "auto"), ("refit", refit, "none")):
+                if given != default:
+                    raise ValueError(
+                        f"{argument}={given!r} belongs to strategy='post_step'; set that too, or leave it out"
+                    )
+        if not 0 <= dense_target <= 1:
+            raise ValueError(
+                f"dense_target={dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
+            )
+        for argument, patterns in (("targets", targets), ("skip", skip)):
+            if isinstance(patterns, str):
+                raise TypeError(
+                    f"{argument} takes a list of patterns, got the string {patterns!r}; write [{patterns!r}]"
+                )
+        if masks_file is not None and Path(masks_file).suffix != ".safetensors":
+            raise ValueError(f"masks_file={str(masks_file)!r} must end in .safetensors, the format it is written in")
+        self.start = start
+        self.freeze = freeze
+        self.strategy = strategy
+        self.dense_target = dense_target
+        self.metric = metric
+        self.schedule = None if schedule == "auto" else named_schedule(schedule, STRENGTH_SCHEDULES, "schedule")
+        self.fraction = named_schedule(fraction, FRACTION_CURVES, "fraction")
+        self.targets = targets
+        self.skip = skip
+        self.geometry = geometry
+        self.refit = refit
+        self.masks_file = masks_file
+        self.name = name
+        self.verbose = verbose
+        self.selection = Selection((), ())
+        self._engine: SparsityEngine | None = None
+        self._model: weakref.ref[nn.Module] | None = None
+        self._loaded: dict[str, Any] = {}
+
+    # What monitors and final hooks read.
+
+    @property
+    def weights(self) -> tuple[GroupedWeight, ...]:
+        """The weights that become 2:4; empty before the fit starts."""
+        return self.selection.chosen
+
+    @property
+    def step(self) -> int:
+        """Finished real optimizer steps."""
+        return 0 if self._engine is None else self._engine.step
+
+    @property
+    def phase(self) -> Phase:
+        """``"dense"``, ``"sparsify"`` or ``"frozen"``."""
+        return "dense" if self._engine is None else self._engine.phase
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Frozen masks by weight name (bool, True stays); empty before the freeze.
+
+        Of a weight that is sharded (FSDP2, tensor parallelism) this rank's part.
+        """
+        return {} if self._engine is None else self._engine.masks
+
+    @property
+    def strengths(self) -> dict[str, Tensor]:
+        """The strength last used for each weight: 0-dim tensors; empty before sparsification."""
+        return {} if self._engine is None else self._engine.strategy.strengths
+
+    @property
+    def start_step(self) -> int:
+        """``start`` as a step of the present run."""
+        return self._require_engine().plan.start
+
+    @property
+    def freeze_step(self) -> int:
+        """``freeze`` as a step of the present run."""
+        return self._require_engine().plan.freeze
+
+    def metric_scale(self, name: str) -> Tensor | None:
+        """Scale of the metric now in use for a weight; broadcasts to it; None for the weight's own coordinates."""
+        return None if self._engine is None else self._engine.metric_scale(name)
+
+    def save_masks(self, path: str | Path) -> Path:
+        """Write the frozen masks to a file that :func:`~prox24_lightning.load_masks` reads; all ranks call it.
+
+        Raises:
+            ValueError: before the freeze.
+        """
+        info = {"step": self.step, "name": self.name, "strategy": self.strategy, "geometry": self.geometry}
+        return save_masks(path, self.weights, self.masks, info)
+
+    # What the host's hooks call.
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        total_steps: int | float,
+        claimed: Mapping[str, Selection],
+    ) -> SparsityEngine:
+        """Choose the weights and make the engine. A second fit of the same model goes on where the first stopped.
+
+        Args:
+            total_steps: length of the run; ``inf`` or negative if it is not known.
+            claimed: weights of other instances, by their names.
+
+        Raises:
+            ValueError: if model, optimizers and arguments do not fit together.
+        """
+        check_optimizers(optimizers)
+        selection = select_weights(model, targets=self.targets, skip=self.skip, geometry=self.geometry)
+        plan = resolve_plan(self.start, self.freeze, total_steps)
+        selection = optimized(selection, optimizers, explicit=self.targets is not None)
+        check_weights(selection, claimed, self.name)
+        if self._engine is not None and self._model is not None and self._model() is model:
+            self._loaded = self._loaded or self._engine.state_dict()
+        self.selection = selection
+        self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=self.metric)
+        self._model = weakref.ref(model)
+        return self._engine
+
+    def restore(self, global_step: int) -> None:
+        """Take over the state that was loaded; call when everything is restored, before :meth:`bind`.
+
+        Args:
+            global_step: the host's own count of finished steps, for a checkpoint that holds none of ours.
+
+        Raises:
+            ValueError: if the state belongs to other weights, or another strategy is at work in it.
+        """
+        engine = self._require_engine()
+        if self._loaded:
+            engine.load_state_dict(self._loaded)
+            self._loaded = {}
+        elif global_step > engine.step:
+            engine.step = global_step
+            _warn(
+                f"the checkpoint holds no state of {type(self).__name__} (name={self.name!r}): it was written without "
+                f"the callback; going on from step {engine.step} as {engine.phase}, with masks still to be chosen"
+            )
+
+    def bind(self, optimizers: Sequence[Optimizer]) -> None:
+        """Work between the steps of these optimizers from now on."""
+        check_optimizers(optimizers)
+        if self._model is not None and (model := self._model()) is not None:
+            reshard(model)  # a validation before the first batch may have left gathered copies
+        self._require_engine().bind(optimizers)
+
+    def unbind(self) -> None:
+        """Remove every hook; masks and counters stay."""
+        if self._engine is not None:
+            self._engine.unbind()
+
+    def before_batch(self, optimizers: Sequence[Optimizer]) -> None:
+        """A batch begins, to be followed by a step of ``optimizers``: others than before are gone over to.
+
+        Raises:
+            RuntimeError: if a weight was replaced by a parameter that they do not train.
+        """
+        engine = self._require_engine()
+        if not engine.is_bound_to(optimizers):
+            _warn("the optimizers were replaced during the run; going on with the new ones, their state masked")
+            self.bind(optimizers)
+        engine.before_batch()
+
+    def check_end(self) -> None:
+        """Warn if the run ended before the freeze, or something has written to the pruned entries."""
+        if self.phase != "frozen":
+            _warn(
+                f"the run ended at step {self.step} in phase {self.phase!r}, before the freeze at step "
+                f"{self.freeze_step}: the model is not 2:4; train on from its last checkpoint, or set freeze lower"
+            )
+            return
+        for weight in self.weights:
+            if broken := violations_24(local_part(weight.parameter), dim=weight.dim):
+                _warn(f"{weight.name} is frozen, yet something has written to its pruned entries: {broken}")
+
+    def pauses(self) -> str | None:
+        """How long the training has stood still for solving layers, in words; None if it has not."""
+        strategy = self._require_engine().strategy
+        if not strategy.seconds:
+            return None
+        return (
+            f"{self.name}: solving layers took {strategy.seconds:.1f} s of the run, "
+            f"the longest pause between two steps {strategy.longest_pause:.2f} s"
+        )
+
+    def write_masks(self) -> None:
+        """Write ``masks_file``, if there is one and the masks are frozen; all ranks call it."""
+        if self.masks_file is not None and self.phase == "frozen":
+            self.save_masks(self.masks_file)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs: plain types and tensors. In a distributed run all ranks call it."""
+        if self._loaded or self._engine is None:
+            return self._loaded
+        return self._engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a state for :meth:`restore`."""
+        self._loaded = state_dict
+
+    def _make_strategy(self, model: nn.Module) -> Strategy:
+        if self.strategy == "progressive":
+            return Progressive(model, root_is_called=self.root_is_called, dense_target=self.dense_target)
+        return PostStepProx(self.schedule, self.fraction, refit=self.refit)
+
+    def _require_engine(self) -> SparsityEngine:
+        if self._engine is None:
+            raise RuntimeError("the steps of a run are known once a fit has started")
+        return self._engine
+
+
+def _warn(text: str) -> None:
+    if rank() == 0:
+        warnings.warn(text, stacklevel=3)

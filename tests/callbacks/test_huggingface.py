@@ -1,0 +1,132 @@
+"""transformers.Trainer as the host: the same engine, the same weights for the same steps, resumed bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_runs import TinyModule, quiet_trainer
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
+from transformers import Trainer, TrainingArguments
+
+from prox24_lightning import Prox24, Prox24TrainerCallback, load_masks
+from prox24_lightning.mask import is_24
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*no accelerator is found.*:UserWarning"),
+]
+STEPS, START, FREEZE = 12, 2, 8
+
+
+class Samples(Dataset):
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(STEPS * 4, 8, generator=generator)
+        self.y = torch.tanh(self.x @ torch.randn(8, 4, generator=generator))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return {"x": self.x[index], "labels": self.y[index]}
+
+
+class Model(nn.Module):
+    """Gives transformers the loss that the Lightning module computes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = TinyModule().model
+
+    def forward(self, x, labels):
+        return {"loss": nn.functional.mse_loss(self.model(x), labels)}
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+
+def train(callback, folder, resume=None, model=None, accumulate=1, **arguments):
+    settings = TrainingArguments(
+        str(folder),
+        **{
+            "max_steps": STEPS // accumulate,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": accumulate,
+            "learning_rate": 0.01,
+            "weight_decay": 0.0,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "save_steps": 1,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "optim": "adamw_torch",
+            **arguments,
+        },
+    )
+    trainer = InOrder(model or Model(), settings, train_dataset=Samples(), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def callback(strategy="progressive", **arguments):
+    return Prox24TrainerCallback(
+        START, FREEZE, strategy=strategy, targets=["model.0", "model.2"], verbose=False, **arguments
+    )
+
+
+@pytest.mark.parametrize("strategy", ["progressive", "post_step"])
+def test_both_hosts_give_the_same_weights(tmp_path, strategy):
+    mine = callback(strategy)
+    theirs = Prox24(START, FREEZE, strategy=strategy, targets=["model.0", "model.2"], verbose=False)
+    model = train(mine, tmp_path).model
+    torch.manual_seed(0)
+    module = TinyModule("adam")
+    data = TensorDataset(Samples().x, Samples().y)
+    quiet_trainer(max_steps=STEPS, callbacks=[theirs]).fit(module, DataLoader(data, 4))
+    assert mine.phase == theirs.phase == "frozen"
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in module.named_parameters())
+    assert all(torch.equal(mine.masks[name], mask) for name, mask in theirs.masks.items())
+
+
+@pytest.mark.parametrize("step", [1, 5, 10])
+@pytest.mark.parametrize("strategy", ["progressive", "post_step"])
+def test_a_resumed_run_equals_the_unbroken_one(tmp_path, strategy, step):
+    whole = train(callback(strategy), tmp_path).model.state_dict()
+    again = train(callback(strategy), tmp_path, resume=str(tmp_path / f"checkpoint-{step}")).model.state_dict()
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+def test_steps_are_optimizer_steps_and_hooks_are_gone(tmp_path):
+    mine = callback()
+    model = train(mine, tmp_path, accumulate=1, max_steps=FREEZE + 1, gradient_accumulation_steps=2).model
+    assert (mine.step, mine.phase) == (FREEZE + 1, "frozen")
+    assert all(is_24(weight.parameter) for weight in mine.weights)
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+def test_masks_go_to_their_file(tmp_path):
+    mine = callback(masks_file=tmp_path / "masks.safetensors")
+    model = train(mine, tmp_path / "run", save_steps=100).model
+    assert load_masks(model, tmp_path / "masks.safetensors", expect="same").masks.keys() == mine.masks.keys()
+
+
+def test_a_checkpoint_without_our_state_is_reported(tmp_path):
+    train(callback(), tmp_path)
+    (tmp_path / "checkpoint-5" / "prox24.pt").unlink()
+    mine = callback()
+    with (
+        pytest.warns(UserWarning, match="name the checkpoint's folder as resume_from"),
+        pytest.warns(UserWarning, match="going on from step 5 as sparsify"),
+    ):
+        train(mine, tmp_path, resume=str(tmp_path / "checkpoint-5"))
+    assert mine.phase == "frozen"
+
+
+def test_what_does_not_fit_is_refused_before_the_first_batch(tmp_path):
+    with pytest.raises(ValueError, match="freeze=100 is beyond the run, which has 12 optimizer steps"):
+        train(Prox24TrainerCallback(2, 100, verbose=False), tmp_path)

@@ -1,0 +1,170 @@
+"""What may change between two parts of a run, and what each change does: as the docstring of Prox24 promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
+
+from prox24_lightning import Prox24, load_masks
+from prox24_lightning.mask import is_24
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+TARGETS = ["model.0", "model.2"]
+
+
+def prox(start=0.25, freeze=0.75, **arguments):
+    return Prox24(start, freeze, **{"targets": TARGETS, "verbose": False, **arguments})
+
+
+def fit(*callbacks, steps=16, resume=None, module=None, folder=None):
+    callbacks = list(callbacks)
+    if folder is not None:
+        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"))
+    trainer = quiet_trainer(
+        max_steps=steps, max_epochs=-1, callbacks=callbacks, enable_checkpointing=folder is not None
+    )
+    module = module or TinyModule()
+    trainer.fit(module, StatefulLoader(tiny_loader(40)), ckpt_path=resume)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Of a run of 16 steps: dense until 4, frozen from 12."""
+    folder = tmp_path_factory.mktemp("sixteen")
+    torch.manual_seed(0)
+    fit(prox(), folder=folder)
+    return folder
+
+
+def at(folder, step):
+    return folder / f"step={step}.ckpt"
+
+
+@pytest.mark.parametrize(
+    "saved, steps, plan",
+    [
+        (6, 32, (8, 24)),  # more steps: it was sparsifying, and is dense again until step 8
+        (10, 12, (3, 9)),  # fewer: the freeze lies in the past, and happens at once
+        (14, 32, (8, 24)),  # frozen stays frozen, though the new plan would still be sparsifying
+    ],
+)
+def test_another_length_of_the_run(checkpoints, saved, steps, plan):
+    callback = prox()
+    before = torch.load(at(checkpoints, saved), weights_only=True)
+    module = fit(callback, steps=steps, resume=at(checkpoints, saved))
+    assert (callback.start_step, callback.freeze_step) == plan
+    assert (callback.step, callback.phase) == (steps, "frozen")
+    assert all(is_24(weight.parameter) for weight in callback.weights)
+    if saved == 14:
+        old = before["state_dict"]["model.2.weight"] != 0
+        assert not (module.model[2].weight.detach()[~old] != 0).any()
+
+
+@pytest.mark.parametrize("freeze, seen", [(7, 10), (15, 15)])
+@pytest.mark.parametrize("strategy", ["progressive", "post_step"])
+def test_another_freeze(tmp_path, strategy, freeze, seen):
+    """An earlier one, already past, freezes before the next step; a later one when it is reached."""
+    fit(prox(4, 12, strategy=strategy), folder=tmp_path)
+    callback = prox(4, freeze, strategy=strategy)
+    fit(callback, resume=at(tmp_path, 10), folder=tmp_path / "resumed")
+    phases = {step: state_of(at(tmp_path / "resumed", step))["phase"] for step in range(11, 17)}
+    assert phases == {step: "frozen" if step >= seen else "sparsify" for step in phases}
+    assert is_24(callback.weights[1].parameter)
+
+
+def state_of(path):
+    return next(v for k, v in torch.load(path, weights_only=True)["callbacks"].items() if k.startswith("Prox24"))
+
+
+def test_another_optimizer_in_a_second_fit(tmp_path):
+    callback, module = prox(2, 6), TinyModule("adamw")
+    trainer = quiet_trainer(max_steps=8, max_epochs=-1, callbacks=[callback])
+    trainer.fit(module, tiny_loader(8))
+    masks = {name: mask.clone() for name, mask in callback.masks.items()}
+    module.optimizer = "sgd"
+    trainer.fit_loop.epoch_loop.max_steps = 16
+    before = module.model[2].weight.detach().clone()
+    trainer.fit(module, tiny_loader(8))
+    assert isinstance(trainer.optimizers[0], torch.optim.SGD)
+    assert (callback.step, callback.phase) == (16, "frozen")
+    assert all(torch.equal(mask, masks[name]) for name, mask in callback.masks.items())
+    assert is_24(module.model[2].weight)
+    assert (module.model[2].weight != before).any()
+
+
+def test_another_optimizer_on_the_weights_of_a_checkpoint(checkpoints, tmp_path):
+    """A plain run with SGD, without the callback: the masks come from their file."""
+    callback = prox(masks_file=tmp_path / "masks.safetensors")
+    fit(callback, resume=at(checkpoints, 14), folder=tmp_path)
+    module = TinyModule("sgd")
+    module.load_state_dict(torch.load(at(tmp_path, 16), weights_only=True)["state_dict"])
+    load_masks(module, tmp_path / "masks.safetensors", expect="same")
+    before = module.model[2].weight.detach().clone()
+    fit(module=module, steps=5)
+    assert is_24(module.model[2].weight)
+    assert (module.model[2].weight != before).any()
+
+
+def test_a_fit_of_another_model_begins_anew():
+    callback = prox()
+    fit(callback, steps=16)
+    assert callback.phase == "frozen"
+    other = TinyModule()
+    callback.start, callback.freeze = 2, 10
+    with pytest.warns(UserWarning, match="the run ended at step 5 in phase 'sparsify'"):
+        fit(callback, Stop(5), steps=12, module=other)
+    assert (callback.step, len(callback.masks)) == (5, 0)
+
+
+class Stop(Callback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == self.steps
+
+
+def test_a_callback_that_is_removed_takes_its_promise_with_it(checkpoints, tmp_path):
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"):
+        module = fit(resume=at(checkpoints, 12), folder=tmp_path)
+    assert not is_24(module.model[2].weight), "nothing holds the masks any more"
+    callback = prox()
+    with pytest.warns(UserWarning, match=r"holds no state of Prox24 .*going on from step 14 as frozen"):
+        module = fit(callback, resume=at(tmp_path, 14))
+    assert is_24(module.model[2].weight)
+
+
+@pytest.mark.parametrize("step, ends", [(3, True), (8, False), (14, True)])
+def test_another_strategy_before_the_start_and_after_the_freeze(checkpoints, step, ends):
+    callback = prox(strategy="post_step")
+    if ends:
+        fit(callback, resume=at(checkpoints, step))
+        assert is_24(callback.weights[0].parameter)
+        return
+    with pytest.raises(MisconfigurationException, match="while Progressive was making .*, and PostStepProx"):
+        fit(callback, resume=at(checkpoints, step))
+
+
+@pytest.mark.parametrize("strategy", ["progressive", "post_step"])
+@pytest.mark.parametrize("change", [{"targets": ["model.*"]}, {"geometry": "column"}])
+def test_other_weights_before_the_start_only(tmp_path, strategy, change):
+    fit(prox(strategy=strategy), folder=tmp_path)
+    callback = prox(strategy=strategy, **change)
+    fit(callback, resume=at(tmp_path, 3))
+    assert all(is_24(weight.parameter, dim=weight.dim) for weight in callback.weights)
+    words = r"only in the model: \['model.4.weight'\]" if "targets" in change else "another dimension: .*model.0.weight"
+    with pytest.raises(MisconfigurationException, match=words):
+        fit(prox(strategy=strategy, **change), resume=at(tmp_path, 8))
+
+
+def test_the_masks_file_must_say_its_format():
+    with pytest.raises(ValueError, match="masks_file='masks.pt' must end in .safetensors"):
+        Prox24(masks_file="masks.pt")

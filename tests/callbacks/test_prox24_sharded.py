@@ -1,0 +1,190 @@
+"""Invariant 5, sharded: two ranks with FSDP2 or tensor parallelism give what one process gives, and read its files.
+
+One pair of processes does all the work; the tests look at what it left.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from sharded_runs import FREEZE, STEPS, fit, gathered, spawn
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from prox24_lightning import load_masks, save_masks
+from prox24_lightning.groups import select_weights
+from prox24_lightning.mask import is_24
+from prox24_lightning.ranks import check_same
+from prox24_lightning.schedules import FRACTION_CURVES
+from prox24_lightning.sparsify import PhasePlan, PostStepProx, Progressive, SparsityEngine
+from prox24_lightning.sparsify.checks import check_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+RUNS = [(sharding, strategy) for sharding in ("fsdp2", "tensor") for strategy in ("progressive", "post_step")]
+SAVED = {("fsdp2", "progressive"): True, ("fsdp2", "post_step"): False, ("tensor", "post_step"): True}
+"""Runs that keep checkpoints -> whether these are whole files, or folders with a part a rank."""
+MIDDLE, FROZEN = 5, 10
+GROWN = [("post_step", MIDDLE), ("progressive", MIDDLE), ("progressive", FROZEN)]
+"""From one process to two ranks."""
+
+
+def work(rank, folder):
+    for sharding, strategy in RUNS:
+        kept = folder / f"{sharding}_{strategy}" if (sharding, strategy) in SAVED else None
+        trainer, _, state = fit(sharding, strategy, kept, SAVED.get((sharding, strategy), True))
+        torch.save(state, folder / f"{sharding}_{strategy}.{rank}.pt")
+        if sharding == "tensor":
+            prox = trainer.callbacks[0]
+            save_masks(folder / f"{strategy}.safetensors", prox.weights, prox.masks)
+            for weight in prox.weights:
+                weight.parameter.data.add_(1.0)
+            load_masks(trainer.lightning_module, folder / f"{strategy}.safetensors", expect="any")
+            again = {f"{weight.name}": gathered(weight.parameter) for weight in prox.weights}
+            torch.save(again, folder / f"again_{strategy}.{rank}.pt")
+    for sharding, strategy in SAVED:
+        for step in (MIDDLE, FROZEN):
+            saved = folder / f"{sharding}_{strategy}" / f"step={step}.ckpt"
+            _, _, state = fit(sharding, strategy, full=SAVED[sharding, strategy], resume=saved)
+            torch.save(state, folder / f"{sharding}_{strategy}_from_{step}.{rank}.pt")
+    for strategy, step in GROWN:
+        _, _, state = fit("fsdp2", strategy, resume=folder / f"one_{strategy}" / f"step={step}.ckpt")
+        torch.save(state, folder / f"fsdp2_{strategy}_from_one_{step}.{rank}.pt")
+    (folder / f"words.{rank}.json").write_text(json.dumps({"cut": words_of_a_cut(), "drift": words_of_drift(rank)}))
+    torch.save(uneven(rank), folder / f"uneven.{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def words_of_a_cut():
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    try:
+        check_weights(select_weights(model), {}, "prox24")
+    except ValueError as error:
+        return str(error)
+
+
+def words_of_drift(rank):
+    try:
+        check_same({"a": torch.ones(3), "b": torch.full((3,), float(rank))}, "the masks", "cpu")
+    except RuntimeError as error:
+        return str(error)
+
+
+def uneven(rank):
+    """Layers of three rows and of one: parts of different sizes, and one without entries."""
+    found = {}
+    for name, strategy in (
+        ("progressive", Progressive),
+        ("post_step", lambda model: PostStepProx(None, FRACTION_CURVES["linear"])),
+    ):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 8), nn.Linear(8, 1))
+        whole = {key: value.clone() for key, value in model.state_dict().items()}
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+        weights = select_weights(model, targets=["0", "2"]).chosen
+        engine = SparsityEngine(weights, PhasePlan(1, 4), strategy(model), metric="activation")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        engine.bind([optimizer])
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(6):
+            x = torch.randn(2, 4, 8, generator=generator)[rank]
+            engine.before_batch()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        engine.state_dict()
+        sizes = [tuple(mask.shape) for mask in engine.masks.values()]
+        found[name] = {"weights": [gathered(weight.parameter) for weight in weights], "parts": sizes}
+        assert not torch.equal(found[name]["weights"][0], whole["0.weight"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    for strategy in ("progressive", "post_step"):
+        _, _, state = fit("", strategy, folder / f"one_{strategy}")
+        torch.save(state, folder / f"one_{strategy}.pt")
+    spawn(work, folder)
+    return folder
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if name.startswith("mask"):
+            assert torch.equal(found[name], value), name
+        else:
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("sharding, strategy", RUNS)
+def test_a_sharded_run_gives_what_one_process_gives(folder, sharding, strategy):
+    first, second = (read(folder / f"{sharding}_{strategy}.{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_close(first, read(folder / f"one_{strategy}.pt"))
+    assert is_24(first["model.2.weight"])
+
+
+@pytest.mark.parametrize("step", [MIDDLE, FROZEN])
+@pytest.mark.parametrize("sharding, strategy", SAVED)
+def test_a_resumed_sharded_run_equals_the_unbroken_one_bit_for_bit(folder, sharding, strategy, step):
+    unbroken = read(folder / f"{sharding}_{strategy}.0.pt")
+    for rank in (0, 1):
+        resumed = read(folder / f"{sharding}_{strategy}_from_{step}.{rank}.pt")
+        assert [name for name in unbroken if not torch.equal(unbroken[name], resumed[name])] == []
+
+
+@pytest.mark.parametrize("strategy, step", GROWN)
+def test_two_ranks_read_what_one_process_wrote(folder, strategy, step):
+    first, second = (read(folder / f"fsdp2_{strategy}_from_one_{step}.{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    if (strategy, step) == ("progressive", MIDDLE):
+        # Both ranks take the batches that the one had recorded, so these weigh more beside the newer ones.
+        assert all(is_24(first[f"model.{layer}.weight"]) for layer in (0, 2))
+    else:
+        assert_close(first, read(folder / f"one_{strategy}.pt"))
+
+
+@pytest.mark.parametrize("sharding, strategy", [run for run, full in SAVED.items() if full])
+def test_one_process_reads_what_two_ranks_wrote(folder, sharding, strategy):
+    _, _, state = fit("", strategy, resume=folder / f"{sharding}_{strategy}" / f"step={MIDDLE}.ckpt")
+    assert_close(state, read(folder / f"one_{strategy}.pt"))
+
+
+def test_parts_of_uneven_sizes_and_without_entries(folder):
+    first, second = (read(folder / f"uneven.{rank}.pt") for rank in (0, 1))
+    for name, found in first.items():
+        assert (found["parts"], second[name]["parts"]) == ([(2, 8), (1, 8)], [(1, 8), (0, 8)])
+        assert all(is_24(weight) for weight in found["weights"])
+        assert all(torch.equal(a, b) for a, b in zip(found["weights"], second[name]["weights"], strict=True))
+
+
+def test_masks_of_sharded_weights_go_to_a_file_and_back(folder):
+    for strategy in ("progressive", "post_step"):
+        expected = read(folder / f"one_{strategy}.pt")
+        for rank in (0, 1):
+            for name, weight in read(folder / f"again_{strategy}.{rank}.pt").items():
+                assert torch.equal(weight != 0, expected[name] != 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_groups_cut_apart_and_masks_that_drifted_are_named(folder, rank):
+    words = json.loads((folder / f"words.{rank}.json").read_text())
+    assert "1.weight cannot be 2:4: its 12 entries along dimension 1 are sharded into parts of 6" in words["cut"]
+    assert "the masks of 'b' differ: ranks [1] do not have what rank 0 has" in words["drift"]
+
+
+def test_the_steps_of_this_file_hit_each_phase():
+    assert MIDDLE < FREEZE < FROZEN < STEPS

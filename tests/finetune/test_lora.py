@@ -1,0 +1,103 @@
+"""LoRA on a 2:4 model: what was trained is what is merged, and the zeros stay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2Model
+
+from prox24_lightning import is_24
+from prox24_lightning.finetune import MaskedLora
+from prox24_lightning.groups import select_weights
+from prox24_lightning.mask import mask_24
+
+peft = pytest.importorskip("peft")
+# peft's own: it turns this setting over by itself, and asks transformers for a name that is going away.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+def pruned(model):
+    masks = {}
+    for weight in select_weights(model).chosen:
+        masks[weight.name] = mask_24(weight.parameter, dim=weight.dim)
+        weight.parameter.data.mul_(masks[weight.name])
+    return masks
+
+
+def adapted(targets=("0", "2"), **arguments):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    masks = pruned(model)
+    config = peft.LoraConfig(r=2, target_modules=list(targets), **arguments)
+    return peft.get_peft_model(model, config), masks
+
+
+def train(model, batch, steps=5):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = model(batch)
+        (out if torch.is_tensor(out) else out[0]).square().sum().backward()
+        optimizer.step()
+
+
+def test_the_merged_model_is_the_trained_one_and_24():
+    model, masks = adapted()
+    lora = MaskedLora(model, masks)
+    x = torch.randn(32, 8)
+    before = model(x).detach()
+    train(model, x)
+    trained = model(x).detach()
+    assert (trained - before).abs().max() > 0.1
+    merged = lora.merge()
+    torch.testing.assert_close(merged(x), trained, rtol=0, atol=1e-5)
+    assert is_24(merged[0].weight)
+    assert is_24(merged[2].weight)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+def test_the_trap_a_plain_merge_loses_the_zeros():
+    model, _ = adapted()
+    train(model, torch.randn(32, 8))
+    assert not is_24(model.merge_and_unload()[0].weight)
+
+
+def test_a_transposed_linear_layer():
+    model = GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=8)).eval()
+    masks = pruned(model)
+    lora = MaskedLora(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"])), masks)
+    ids = torch.randint(32, (2, 8))
+    train(lora.model, ids, 3)
+    with torch.no_grad():
+        trained = lora.model(ids)[0]
+        merged = lora.merge()
+        torch.testing.assert_close(merged(ids)[0], trained, rtol=0, atol=1e-4)
+    assert is_24(merged.h[0].attn.c_attn.weight, dim=0)
+
+
+def test_adapters_switched_off_leave_the_base_model():
+    model, masks = adapted()
+    MaskedLora(model, masks)
+    x = torch.randn(4, 8)
+    train(model, x)
+    with model.disable_adapter():
+        base = model(x)
+    torch.testing.assert_close(base, adapted()[0].base_model.model(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments, masks, words",
+    [
+        ({}, {"1.weight": torch.ones(4, 4, dtype=torch.bool)}, r"none of the adapted layers has a mask; .*'1.weight'"),
+        ({}, {"0.weight": torch.ones(4, 4, dtype=torch.bool)}, r"0: its mask has shape \(4, 4\), its weight \(16, 8\)"),
+        ({"lora_dropout": 0.1}, None, "an adapter with dropout cannot be masked; set lora_dropout=0.0"),
+    ],
+)
+def test_what_cannot_be_masked_is_refused(arguments, masks, words):
+    model, own = adapted(**arguments)
+    with pytest.raises(ValueError, match=words):
+        MaskedLora(model, own if masks is None else masks)

@@ -1,0 +1,162 @@
+"""The file of record: what was written comes back; what was damaged, cut, forged or written by others is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from prox24_lightning.mask import StoredMask, hash_weight, mask_24, pack_mask, read_masks, write_masks
+from prox24_lightning.mask.file import _digest
+
+
+def some_masks():
+    torch.manual_seed(0)
+    weight, filters = torch.randn(6, 8), torch.randn(3, 4, 3, 3)
+    return {
+        "a.weight": StoredMask(mask_24(weight), 1, hash_weight(weight)),
+        "b.weight": StoredMask(mask_24(weight.T.contiguous(), dim=0), 0),
+        "c.conv": StoredMask(mask_24(filters, dim=1), 1, hash_weight(filters)),
+        "d.none": StoredMask(torch.zeros(0, 4, dtype=torch.bool), 1),
+    }
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name].mask, stored.mask)
+        and (found[name].dim, found[name].weight_hash) == (stored.dim, stored.weight_hash)
+        for name, stored in expected.items()
+    )
+
+
+def test_masks_come_back_as_they_were(tmp_path):
+    info = {"step": 12, "settings": {"start": 0.5, "targets": None}}
+    path = write_masks(tmp_path / "masks.safetensors", some_masks(), info)
+    file = read_masks(path)
+    assert same(file.masks, some_masks())
+    assert file.info == info
+
+
+def test_a_mask_takes_one_bit_a_weight(tmp_path):
+    mask = mask_24(torch.randn(512, 512))
+    path = write_masks(tmp_path / "m", {"w": StoredMask(mask, 1)})
+    assert path.stat().st_size < 512 * 512 / 8 + 1024
+
+
+def test_the_hash_sees_values_shape_and_dtype_but_not_the_memory_layout():
+    weight = torch.randn(4, 8)
+    known = hash_weight(weight)
+    assert hash_weight(weight.T.contiguous().T) == known
+    others = [weight + 1e-6, weight.view(8, 4), weight.double(), weight.bfloat16()]
+    assert known not in [hash_weight(other) for other in others]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"format": "pt"}, r"holds no masks of prox24_lightning \(its format is 'pt'\)"),
+        ({"version": "2"}, "is of version '2', this release reads 1; update"),
+        ({"info": "{}"}, "is damaged: its checksum does not fit"),
+        ({"sha256": "0"}, "is damaged: its checksum does not fit"),
+    ],
+)
+def test_other_files_and_later_versions_are_refused(tmp_path, change, words):
+    path = write_masks(tmp_path / "m.safetensors", some_masks(), {"step": 1})
+    with safe_open(str(path), framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={**metadata, **change})
+    with pytest.raises(ValueError, match=words):
+        read_masks(path)
+
+
+GOOD = {"shape": [2, 8], "dim": 1, "weight_sha256": None}
+
+
+@pytest.mark.parametrize(
+    "masks, words",
+    [
+        ("[]", "its JSON is no object"),
+        ("[" * 100_000, "nested without end"),
+        ("{}", r"described are \[\], stored \['w'\]"),
+        ({"w": 3}, "w has no sound shape"),
+        ({"w": {**GOOD, "shape": [2, -8]}}, "w has no sound shape"),
+        ({"w": {**GOOD, "shape": [True, 8]}}, "w has no sound shape"),
+        ({"w": {**GOOD, "dim": "1"}}, "w has no sound dim or hash"),
+        ({"w": {**GOOD, "dim": 5}}, "the mask of w: dim=5 is out of range"),
+        ({"w": {**GOOD, "shape": [2**40, 2**30]}}, "which 2 bytes cannot hold"),
+        ({"w": {**GOOD, "shape": [2, 4]}}, "do not belong to a mask of shape"),
+        ({"w": {**GOOD, "shape": [8, 2]}}, "dimension 1 .* does not divide by 4"),
+        ({"w": {**GOOD, "shape": [16], "dim": 0}}, "is not 2:4 along dimension 0: 1 groups keep more than two"),
+    ],
+)
+def test_forged_files_with_a_right_checksum_are_refused(tmp_path, masks, words):
+    """Someone who can compute the checksum can still not make the reader allocate, recurse or believe nonsense."""
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1], [1, 1, 1, 0, 1, 0, 0, 0]], dtype=torch.bool)
+    packed = {"w": pack_mask(mask)}
+    said = {"version": "1", "masks": masks if isinstance(masks, str) else json.dumps(masks), "info": "{}"}
+    save_file(packed, tmp_path / "m", metadata={"format": "prox24 masks", **said, "sha256": _digest(said, packed)})
+    with pytest.raises(ValueError, match=f"forged or broken masks file: .*{words}"):
+        read_masks(tmp_path / "m")
+
+
+def test_a_file_that_is_not_there_and_one_that_is_no_safetensors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no masks file"):
+        read_masks(tmp_path / "none.safetensors")
+    torch.save({"w": torch.ones(4)}, tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        read_masks(tmp_path / "pickle.pt")
+
+
+def test_what_is_not_a_24_mask_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="the mask of w is not 2:4 along dimension 0: 1 groups keep more than two"):
+        write_masks(tmp_path / "m", {"w": StoredMask(torch.tensor([True, True, True, False]), 0)})
+    with pytest.raises(TypeError, match="takes a bool mask"):
+        write_masks(tmp_path / "m", {"w": StoredMask(torch.zeros(4), 0)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    return write_masks(folder / "m", some_masks(), {"step": 3}).read_bytes(), folder / "damaged"
+
+
+def read_or_refuse(content, path):
+    path.write_bytes(content)
+    try:
+        return read_masks(path)
+    except ValueError:
+        return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_flipped_bits_are_refused_or_change_nothing(whole_file, data):
+    content, path = whole_file
+    damaged = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file = read_or_refuse(bytes(damaged), path)
+    assert file is None or (same(file.masks, some_masks()) and file.info == {"step": 3})
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_file_cut_short_or_with_bytes_put_in_is_refused(whole_file, data):
+    content, path = whole_file
+    at = data.draw(st.integers(0, len(content) - 1))
+    inserted = data.draw(st.binary(min_size=1, max_size=8))
+    assert read_or_refuse(content[:at], path) is None
+    file = read_or_refuse(content[:at] + inserted + content[at:], path)
+    assert file is None or same(file.masks, some_masks())
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=200))
+def test_bytes_of_any_kind_are_refused(whole_file, content):
+    assert read_or_refuse(content, whole_file[1]) is None
