@@ -46,6 +46,11 @@ COMMANDS = {
     "compare": Command(
         "dense, one-shot magnitude and Prox24 at equal steps, in one table", "prox24_lightning.commands.compare:compare"
     ),
+    "study": Command(
+        "figures: the prox, local against global, geometries, failures, ablations",
+        "prox24_lightning.commands.study:study",
+        typed=True,
+    ),
     "prune": Command(
         "prune a pretrained Hugging Face model layer by layer", "prox24_lightning.commands.prune:prune", typed=True
     ),

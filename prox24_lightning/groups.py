@@ -5,6 +5,9 @@ over* hold at most two non-zeros. For ``nn.Linear`` (weight ``(out_features, in_
 dimension 1; for convolutions (weight ``(out_channels, in_channels / groups, *kernel)``) it is dimension 1
 too, at every kernel position; for Hugging Face's transposed ``Conv1D`` (weight ``(in, out)``) it is
 dimension 0. Everything else in the package asks this module, so no axis is decided twice.
+
+Three geometries. ``row`` lays the groups along the inputs, ``column`` along the outputs, and ``block`` along both:
+every 4 x 4 block of (outputs, inputs) has at most two non-zeros in each row and in each column.
 """
 
 from __future__ import annotations
@@ -18,7 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-Geometry = Literal["row", "column"]
+Geometry = Literal["row", "column", "block"]
+
+Dim = int | tuple[int, int]
+"""Where the groups lie: along one dimension, or along both of a pair at once (the block geometry)."""
+
+MATRIX_DIMS: dict[Geometry, Dim] = {"row": -1, "column": 0, "block": (0, 1)}
+"""The groups of a weight that is laid out as (out_features, in_features), whatever the layer."""
 
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "fc_out", "qa_outputs", "output_projection"})
 """Last components of module names that are taken for output heads, which stay dense unless targeted by name."""
@@ -44,6 +53,20 @@ def resolve_group_dim(shape: Sequence[int], dim: int) -> int:
     return dim
 
 
+def group_dims(shape: Sequence[int], dim: Dim) -> tuple[int, ...]:
+    """Every dimension along which a weight of ``shape`` must be 2:4, as non-negative indices.
+
+    Raises:
+        ValueError: if a dimension is out of range, named twice, or has a size that does not divide by 4.
+    """
+    if isinstance(dim, int):
+        return (resolve_group_dim(shape, dim),)
+    dims = tuple(resolve_group_dim(shape, one) for one in dim)
+    if len(dims) != 2 or dims[0] == dims[1]:
+        raise ValueError(f"dim={dim} of a weight of shape {tuple(shape)} must name two different dimensions")
+    return dims
+
+
 def to_groups(weight: Tensor, dim: int = -1) -> Tensor:
     """View ``weight`` with its groups of four last: ``(..., size / 4, 4)`` with ``dim`` moved to the end.
 
@@ -58,14 +81,14 @@ def from_groups(groups: Tensor, dim: int = -1) -> Tensor:
     return groups.flatten(-2).movedim(-1, dim)
 
 
-def group_shape(shape: Sequence[int], dim: int = -1) -> tuple[int, ...]:
-    """Shape of one value a group: ``shape`` with the size along ``dim`` divided by 4.
+def group_shape(shape: Sequence[int], dim: Dim = -1) -> tuple[int, ...]:
+    """Shape of one value a group: ``shape`` with the size along ``dim`` (of a pair: along both) divided by 4.
 
     A ``strength`` tensor broadcasts against this shape: ``(out, 1)`` is one strength a row of a
     ``(out, in)`` weight, ``(out, in / 4)`` one a group.
     """
-    dim = resolve_group_dim(shape, dim)
-    return (*shape[:dim], shape[dim] // 4, *shape[dim + 1 :])
+    dims = group_dims(shape, dim)
+    return tuple(size // 4 if axis in dims else size for axis, size in enumerate(shape))
 
 
 def clean_name(name: str) -> str:
@@ -82,7 +105,8 @@ def is_transposed_linear(module: nn.Module) -> bool:
 class GroupedWeight:
     """A parameter that will be 2:4: where it lives and along which dimension its groups lie.
 
-    ``name`` is the parameter's name as in ``model.named_parameters()``, without ``torch.compile``'s prefix. ``sharded``
+    ``name`` is the parameter's name as in ``model.named_parameters()``, without ``torch.compile``'s prefix. ``dim`` is
+    what ``mask_24``, ``prox_24``, ``violations_24`` and the like take: for the block geometry a pair. ``sharded``
     is the parameter itself if it is a ``DTensor``: FSDP2 puts gathered copies in its place for a while, and what is
     written into those is lost.
     """
@@ -91,8 +115,9 @@ class GroupedWeight:
     module_name: str
     module: nn.Module
     parameter_name: str
-    dim: int
+    dim: Dim
     sharded: nn.Parameter | None = None
+    geometry: Geometry = "row"
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -100,8 +125,13 @@ class GroupedWeight:
 
     @property
     def groups(self) -> int:
-        """Number of groups of four in the weight."""
-        return self.parameter.numel() // 4
+        """Number of groups of four in the weight; in the block geometry those of the rows and of the columns."""
+        return self.parameter.numel() // 4 * (1 if isinstance(self.dim, int) else 2)
+
+    @property
+    def matrix_dim(self) -> Dim:
+        """The groups once the weight is laid out as (out_features, in_features), whatever the layer."""
+        return MATRIX_DIMS[self.geometry]
 
 
 @dataclass(frozen=True)
@@ -148,7 +178,8 @@ def select_weights(
             and its bases (``"*.mlp.*"``, ``"Conv2d"``). Heads and tied weights are taken when a
             pattern without wildcards names them.
         skip: patterns of the same kind; weights that match stay dense.
-        geometry: ``"row"`` lays the groups along the input dimension, ``"column"`` along the output dimension.
+        geometry: ``"row"`` lays the groups along the input dimension, ``"column"`` along the output dimension,
+            ``"block"`` along both; a weight whose sizes do not divide by 4 there stays dense, with the reason.
 
     Raises:
         ValueError: for an unknown geometry, a pattern that matches nothing, a target named without wildcards that
@@ -198,7 +229,7 @@ def select_weights(
                 skipped.append(SkippedWeight(name, type(module).__name__, tuple(parameter.shape), reason))
             else:
                 sharded = parameter if hasattr(parameter, "placements") else None
-                chosen.append(GroupedWeight(name, module_name, module, parameter_name, dim, sharded))
+                chosen.append(GroupedWeight(name, module_name, module, parameter_name, dim, sharded, geometry))
 
     for label, patterns in (("targets", targets or ()), ("skip", skip or ())):
         for pattern in patterns:
@@ -238,8 +269,8 @@ def _matches(aliases: set[str], patterns: Sequence[str]) -> list[str]:
     return [pattern for pattern in patterns if any(fnmatchcase(alias, pattern) for alias in aliases if alias)]
 
 
-def _fit(module: nn.Module, parameter_name: str, parameter: Tensor, geometry: Geometry) -> tuple[str | None, int]:
-    """Why ``parameter`` cannot be cut into groups of four (None if it can), and the dimension of the groups."""
+def _fit(module: nn.Module, parameter_name: str, parameter: Tensor, geometry: Geometry) -> tuple[str | None, Dim]:
+    """Why ``parameter`` cannot be cut into groups of four (None if it can), and where the groups lie."""
     if is_parametrized(module, parameter_name):
         return "parametrized: the stored tensor is not the weight that is used", 0
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -257,10 +288,14 @@ def _fit(module: nn.Module, parameter_name: str, parameter: Tensor, geometry: Ge
         return f"{type(module).__name__} is neither a linear layer nor a convolution", 0
     if isinstance(module, _CONVOLUTIONS) and parameter.shape[1] == 1:
         return "depthwise convolution: one input channel a filter", 0
-    dim = 0 if is_transposed_linear(module) else 1
-    if geometry == "column":
-        dim = 1 - dim
-    if parameter.shape[dim] % 4:
-        side = "input" if geometry == "row" else "output"
-        return f"{side} size {parameter.shape[dim]} does not divide by 4", dim
+    inputs = 0 if is_transposed_linear(module) else 1
+    sides = {"input": inputs, "output": 1 - inputs}
+    taken = {"row": ["input"], "column": ["output"], "block": ["output", "input"]}[geometry]
+    dims = [sides[side] for side in taken]
+    dim: Dim = (dims[0], dims[1]) if geometry == "block" else dims[0]
+    for side in taken:
+        if parameter.shape[sides[side]] % 4:
+            return f"{side} size {parameter.shape[sides[side]]} does not divide by 4", dim
+    if "output" in taken and isinstance(module, _CONVOLUTIONS) and parameter.shape[0] // module.groups % 4:
+        return f"grouped convolution: {parameter.shape[0] // module.groups} outputs a group do not divide by 4", dim
     return None, dim

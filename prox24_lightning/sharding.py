@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.groups import group_shape
+from prox24_lightning.groups import Dim, group_dims, group_shape
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -28,7 +28,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(part: Tensor, like: Tensor, *, groups_along: int | None = None) -> Tensor:
+def whole(part: Tensor, like: Tensor, *, groups_along: Dim | None = None) -> Tensor:
     """The whole tensor whose parts the ranks give, cut as ``like`` is cut; a collective call if ``like`` is sharded.
 
     Args:
@@ -115,14 +115,18 @@ def _outside(part: nn.Module) -> Iterator[nn.Parameter]:
             yield from _outside(child)
 
 
-def cut_groups(weight: Tensor, dim: int) -> str | None:
-    """Why the parts of a sharded weight do not hold whole groups of four along ``dim``; None if they do.
+def cut_groups(weight: Tensor, dim: Dim) -> str | None:
+    """Why the parts of a sharded weight do not hold whole groups of four along ``dim`` (a pair: whole 4 x 4 blocks);
+    None if they do.
 
     Every rank gives the same answer, whatever its own part.
     """
     if not is_sharded(weight):
         return None
-    dim %= weight.dim()
+    return next((why for one in group_dims(weight.shape, dim) if (why := _cut_along(weight, one))), None)
+
+
+def _cut_along(weight: Tensor, dim: int) -> str | None:
     sizes = {weight.shape[dim]}
     mesh = weight.device_mesh  # type: ignore[attr-defined]
     for axis, placement in enumerate(weight.placements):  # type: ignore[attr-defined]

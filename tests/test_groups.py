@@ -96,6 +96,29 @@ def test_column_geometry_groups_along_the_outputs():
     assert "output size 6 does not divide by 4" in skipped["linear.weight"]
 
 
+def test_block_geometry_needs_both_sides_and_says_which_is_missing():
+    chosen, skipped = decisions(select_weights(Zoo(), geometry="block"))
+    assert chosen == {
+        "conv1.weight": (0, 1),
+        "conv3.weight": (0, 1),
+        "attention.in_proj_weight": (0, 1),
+        "attention.out_proj.weight": (0, 1),
+    }
+    assert "output size 6 does not divide by 4" in skipped["linear.weight"]
+    assert "input size 6 does not divide by 4" in skipped["odd.weight"]
+    assert "grouped convolution: 2 outputs a group" in skipped["conv2.weight"]
+    with pytest.raises(ValueError, match=r"target 'odd.weight' of shape \(8, 6\) cannot be 2:4: input size 6"):
+        select_weights(Zoo(), geometry="block", targets=["odd"])
+
+
+@pytest.mark.parametrize("geometry, groups, matrix_dim", [("row", 16, -1), ("column", 16, 0), ("block", 32, (0, 1))])
+def test_a_weight_knows_its_groups_and_where_they_lie_in_its_matrix(geometry, groups, matrix_dim):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=8))
+    weight = select_weights(model, geometry=geometry, targets=["*.attn.c_proj"]).chosen[0]
+    assert (weight.groups, weight.matrix_dim) == (4 * groups, matrix_dim)
+    assert weight.dim == {"row": 0, "column": 1, "block": (1, 0)}[geometry], "stored as (in, out)"
+
+
 def test_targets_and_skip_match_names_and_types():
     chosen, skipped = decisions(select_weights(Zoo(), targets=["Conv*d", "linear"], skip=["conv1"]))
     assert set(chosen) == {"linear.weight", "conv2.weight", "conv3.weight"}

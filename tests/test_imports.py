@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-BASE = {"groups", "files", "ranks", "sharding"}
+BASE = {"groups", "blocks", "files", "ranks", "sharding"}
 BELOW = {
     "groups": set(),
     "schedules": set(),
@@ -16,11 +16,13 @@ BELOW = {
     "ranks": set(),
     "copying": set(),
     "sharding": {"groups"},
-    "prox": {"groups"},
-    "mask": {"groups", "files"},
+    "blocks": {"groups"},
+    "mask": {"groups", "blocks", "files"},
+    "prox": {"groups", "blocks", "mask", "files"},
     "moments": {"groups", "ranks", "sharding"},
     "finetune": {*BASE, "mask", "copying"},
     "layerwise": {*BASE, "schedules", "prox", "mask", "moments"},
+    "study": {*BASE, "schedules", "prox", "mask", "moments", "layerwise"},
     "sparsify": {*BASE, "schedules", "prox", "mask", "moments", "copying", "finetune", "layerwise"},
     "convert": {*BASE, "prox", "mask", "moments", "copying"},
 }

@@ -68,7 +68,9 @@ class Prox24(Sparsifier, Callback):
             convolution weight that fits, except output heads and tied weights.
         skip: patterns that stay dense.
         geometry: ``"row"`` lays groups of four along the inputs (what sparse tensor cores take in the forward
-            pass), ``"column"`` along the outputs.
+            pass), ``"column"`` along the outputs, ``"block"`` along both at once: 4 x 4 blocks with two non-zeros in
+            each row and column, for sparse forward and backward passes. Weights that do not fit stay dense, with a
+            reason.
         refit: (``post_step``) surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts back the
             values that they had before sparsification (for a trained model that is fine-tuned for a short time).
         masks_file: where the masks are written at the end of a fit that has reached the freeze: a ``.safetensors`` file

@@ -46,7 +46,7 @@ def prune(
         output: folder of the pruned model, its masks, report and card.
         method: how masks are chosen.
         refine: what is done to the surviving weights afterwards; null for nothing.
-        geometry: groups of four along inputs (row) or outputs (column).
+        geometry: groups of four along inputs (row), outputs (column), or both in every 4 x 4 block (block).
         targets: patterns of names; null takes every linear layer of the blocks.
         skip: patterns of names that stay dense.
         blocks: name of the list of blocks; null finds it.

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.groups import Dim, GroupedWeight
 from prox24_lightning.layerwise.layers import (
     SecondMoments,
     as_matrix,
     from_matrix,
-    grouped_along_inputs,
     input_rows,
     matrix_columns,
 )
@@ -77,14 +76,13 @@ def solve_stage(
     Raises:
         ValueError: as ``solve_layer`` does; nothing has been written then, except by layers solved before.
     """
-    if all(grouped_along_inputs(weight) for weight in weights):
+    # Beyond rows the groups of a stacked weight could span layers, and strengths go by the whole layer.
+    if all(weight.geometry == "row" for weight in weights):
         return _solve_stacked(weights, moments, -1, dense_target, by_rows, solver)
     return [
         solved
         for weight in weights
-        for solved in _solve_stacked(
-            [weight], moments, -1 if grouped_along_inputs(weight) else 0, dense_target, by_rows, solver
-        )
+        for solved in _solve_stacked([weight], moments, weight.matrix_dim, dense_target, by_rows, solver)
     ]
 
 
@@ -92,7 +90,7 @@ def solve_stage(
 def _solve_stacked(
     weights: Sequence[GroupedWeight],
     moments: SecondMoments,
-    dim: int,
+    dim: Dim,
     dense_target: float,
     by_rows: bool,
     solver: Mapping[str, Any],

@@ -56,7 +56,12 @@ def _sensitivities(flow: Flow, chosen: Sequence[GroupedWeight], bar: LayerProgre
                 weight = inside[layer]
                 bar.describe(f"sensitivity of {weight.module_name}")
                 solution = solve_layer(
-                    as_matrix(layer), moments.moments, method="wanda", refine_steps=50, name=weight.module_name
+                    as_matrix(layer),
+                    moments.moments,
+                    method="wanda",
+                    refine_steps=50,
+                    dim=weight.matrix_dim,
+                    name=weight.module_name,
                 )
                 losses[weight.name] = solution.refined_loss or 0.0
         scout.advance(index, block)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prox24_lightning.groups import GroupedWeight, is_transposed_linear
+from prox24_lightning.groups import is_transposed_linear
 from prox24_lightning.ranks import gathered_objects, world_size
 
 
@@ -26,11 +26,6 @@ def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str |
     if parameter_name == "weight" and (isinstance(module, nn.Linear) or is_transposed_linear(module)):
         return None
     return f"{type(module).__name__}: the layer-wise solver takes Linear, Conv1d, Conv2d and transposed linear layers"
-
-
-def grouped_along_inputs(weight: GroupedWeight) -> bool:
-    """Whether the groups of a solvable weight lie along the columns of :func:`as_matrix`, rather than the rows."""
-    return weight.dim == (0 if is_transposed_linear(weight.module) else 1)
 
 
 def as_matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:

@@ -63,7 +63,8 @@ def save_pruned(
 def _card(model: Any, report: LayerwiseReport, protocol: Mapping[str, Any]) -> str:
     sparse = sum(mask.numel() for mask in report.masks.values())
     whole = sum(parameter.numel() for parameter in model.parameters())
-    side = "inputs" if report.settings.get("geometry", "row") == "row" else "outputs"
+    sides = {"row": "inputs", "column": "outputs", "block": "inputs, and likewise along the outputs"}
+    side = sides[report.settings.get("geometry", "row")]
     lines = [
         "---",
         "library_name: transformers",

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prox24_lightning.files import replacing, write_text
-from prox24_lightning.groups import SkippedWeight
+from prox24_lightning.groups import Dim, SkippedWeight
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LayerwiseReport:
     layers: list[LayerRecord] = field(default_factory=list)
     skipped: list[SkippedWeight] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)
-    dims: dict[str, int] = field(default_factory=dict)
+    dims: dict[str, Dim] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property

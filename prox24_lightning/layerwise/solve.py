@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import resolve_group_dim
+from prox24_lightning.groups import Dim, group_dims
 from prox24_lightning.layerwise.loss import check_layer, input_scale, row_losses
 from prox24_lightning.layerwise.proximal import prox_gradient, prox_splitting
 from prox24_lightning.layerwise.refine import masked_gradient
@@ -108,7 +108,7 @@ def solve_layer(
     *,
     method: Method = "prox",
     refine: Refine | None = "masked_gradient",
-    dim: int = -1,
+    dim: Dim = -1,
     steps: int | None = None,
     momentum: float = 0.0,
     damping: float | None = None,
@@ -126,7 +126,8 @@ def solve_layer(
             2301.00774); ``"prox"`` (arXiv 2501.18015's problem, solved by splitting); ``"prox_gradient"`` (the same by
             the paper's proximal gradient).
         refine: ``"masked_gradient"`` finds the best values for the chosen mask; None keeps the method's own.
-        dim: the dimension along which the groups of four lie: -1 for groups along inputs, 0 along outputs.
+        dim: the dimension along which the groups of four lie: -1 for groups along inputs, 0 along outputs, (0, 1)
+            for both at once: 4 x 4 blocks with a transposable mask.
         steps: of the prox methods; None is 200 for ``prox`` and 400 for ``prox_gradient``.
         momentum: of ``prox_gradient``.
         damping: None is each method's own: 0.01 of the mean diagonal for SparseGPT as published, else 0.001 of each
@@ -146,7 +147,8 @@ def solve_layer(
     dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
     moments = moments.detach().to(dense)
     check_layer(dense, moments, name)
-    dim = resolve_group_dim(dense.shape, dim)
+    dims = group_dims(dense.shape, dim)
+    dim = dims[0] if len(dims) == 1 else (dims[0], dims[1])
 
     own: Any = {} if damping is None else {"damping": damping}
     steps = steps or DEFAULT_STEPS.get(method, 0)
@@ -163,7 +165,7 @@ def solve_layer(
         else:
             found = prox_gradient(dense, moments, dim=dim, steps=steps, momentum=momentum, **own)
         mask = mask_24(found, dim=dim, scale=input_scale(moments))
-    reached = float((zeros_per_group(found, dim=dim) >= 2).float().mean())
+    reached = sum(float((zeros_per_group(found, dim=one) >= 2).float().mean()) for one in dims) / len(dims)
 
     result = found * mask
     losses, refined = row_losses(result, dense, moments), None

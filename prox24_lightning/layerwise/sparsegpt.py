@@ -7,7 +7,8 @@ import logging
 import torch
 from torch import Tensor
 
-from prox24_lightning.mask import mask_24
+from prox24_lightning.groups import Dim
+from prox24_lightning.mask import mask_24, transposable_mask
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def sparsegpt(
     weight: Tensor,
     moments: Tensor,
     *,
-    dim: int = -1,
+    dim: Dim = -1,
     damping: float = 0.01,
     block: int = 128,
     name: str = "layer",
@@ -65,9 +66,10 @@ def sparsegpt(
 
     Args:
         weight: (out_features, in_features), float32 or float64; in_features (``dim=-1``) or out_features (``dim=0``)
-            divides by 4.
+            divides by 4, or both (a pair).
         moments: (in_features, in_features), same dtype.
-        dim: the dimension along which the groups of four lie.
+        dim: the dimension along which the groups of four lie; a pair: the mask of each 4 x 4 block is chosen when the
+            sweep reaches its first column.
         damping: added to the diagonal, relative to its mean.
         block: columns between two updates of the whole rest; changes the time, not the result beyond rounding.
 
@@ -80,7 +82,8 @@ def sparsegpt(
     block = max(4, block - block % 4)
     mask = torch.ones_like(weight, dtype=torch.bool)
     columns = weight.shape[1]
-    along_inputs = dim % 2 == 1
+    along_inputs = not isinstance(dim, int) or dim % 2 == 1
+    choose = mask_24 if isinstance(dim, int) else transposable_mask
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         part = rest[:, start:stop]
@@ -92,7 +95,7 @@ def sparsegpt(
                 mask[:, start + i] = mask_24(part[:, i], dim=0)
             elif i % 4 == 0:
                 # Score w^2 / [U_ii]^2; only its order matters, so the square is left out.
-                mask[:, start + i : start + i + 4] = mask_24(part[:, i : i + 4], scale=1 / diagonal[i : i + 4])
+                mask[:, start + i : start + i + 4] = choose(part[:, i : i + 4], scale=1 / diagonal[i : i + 4])
             error = torch.where(mask[:, start + i], 0, part[:, i]) / diagonal[i]
             errors[:, i] = error
             part[:, i:].addr_(error, factor[i, i:], alpha=-1)

@@ -59,7 +59,8 @@ def prune_layerwise(
         batches: calibration batches: mappings (keyword arguments of the model), tuples or tensors. Read once.
         method, refine: see :func:`~prox24_lightning.layerwise.solve.solve_layer`.
         targets, skip: patterns of names, see :func:`~prox24_lightning.groups.select_weights`.
-        geometry: ``"row"``: groups of four along a layer's inputs, ``"column"``: along its outputs.
+        geometry: ``"row"``: groups of four along a layer's inputs, ``"column"``: along its outputs, ``"block"``: along
+            both in every 4 x 4 block.
         blocks: name of the list of blocks, where the largest list of like modules is not the right one.
         budget: share in [0, 1) of the eligible weights that may stay dense; it goes to the layers that lose most of
             their output's energy by Wanda's mask with refinement, found by one more pass over the model.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import group_shape, to_groups
+from prox24_lightning.groups import Dim, group_dims, group_shape, to_groups
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,28 @@ def zeros_per_group(weight: Tensor, *, dim: int = -1) -> Tensor:
     return counts.movedim(-1, dim)
 
 
-def is_24(weight: Tensor, *, dim: int = -1) -> bool:
-    """Whether every group of four along ``dim`` has at most two non-zeros. NaN counts as non-zero."""
-    return bool((zeros_per_group(weight, dim=dim) >= 2).all())
+def is_24(weight: Tensor, *, dim: Dim = -1) -> bool:
+    """Whether every group of four along ``dim`` (a pair: along both) has at most two non-zeros. NaN counts as
+    non-zero."""
+    return all(bool((zeros_per_group(weight, dim=one) >= 2).all()) for one in group_dims(weight.shape, dim))
 
 
-def violations_24(weight: Tensor, *, dim: int = -1, limit: int = 5) -> Violations:
-    """Count the groups that are not 2:4 and locate the first ``limit`` of them, in row-major order of groups."""
+def violations_24(weight: Tensor, *, dim: Dim = -1, limit: int = 5) -> Violations:
+    """Count the groups that are not 2:4 and locate the first ``limit`` of them, in row-major order of groups.
+
+    With a pair of dimensions the groups along the first are counted and shown first, then those along the second.
+    """
+    parts = [_violations(weight, one, limit) for one in group_dims(weight.shape, dim)]
+    return Violations(
+        count=sum(part.count for part in parts),
+        groups=sum(part.groups for part in parts),
+        first=tuple(at for part in parts for at in part.first)[:limit],
+        values=tuple(group for part in parts for group in part.values)[:limit],
+    )
+
+
+def _violations(weight: Tensor, dim: int, limit: int) -> Violations:
     shape = group_shape(weight.shape, dim)
-    dim %= weight.dim()
     broken = zeros_per_group(weight, dim=dim) < 2
     count = int(broken.sum())
     positions = torch.nonzero(broken)[:limit].tolist() if count else []

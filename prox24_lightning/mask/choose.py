@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import from_groups, to_groups
+from prox24_lightning.groups import Dim, from_groups, to_groups
+from prox24_lightning.mask.transposable import transposable_mask
 
 
-def mask_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> Tensor:
+def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Tensor:
     """The 2:4 mask that keeps the two largest scores ``|weight * scale|`` of every group of four.
 
     It solves ``argmin_m ||scale * (weight - m * weight)||^2`` over masks with exactly two ones a group: the
@@ -17,7 +18,8 @@ def mask_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> Te
 
     Args:
         weight: any floating dtype, any strides.
-        dim: the dimension along which the groups lie; its size divides by 4.
+        dim: the dimension along which the groups lie; its size divides by 4. A pair asks for both at once: the
+            :func:`~prox24_lightning.mask.transposable.transposable_mask` of 4 x 4 blocks.
         scale: positive, broadcasts to ``weight``; None is one everywhere.
 
     Returns:
@@ -27,6 +29,8 @@ def mask_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> Te
     Raises:
         ValueError: if the size along ``dim`` does not divide by 4 or ``weight`` holds NaN.
     """
+    if not isinstance(dim, int):
+        return transposable_mask(weight, dims=dim, scale=scale)
     score = weight.detach() if scale is None else weight.detach() * scale
     score = to_groups(score, dim).abs()
     if torch.isnan(score).any():

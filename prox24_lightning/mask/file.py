@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prox24_lightning.files import replacing
-from prox24_lightning.mask.check import zeros_per_group
+from prox24_lightning.groups import Dim
+from prox24_lightning.mask.check import violations_24
 from prox24_lightning.mask.packing import pack_mask, unpack_mask
 
 FORMAT = "prox24 masks"
@@ -33,10 +34,11 @@ MASKS_FILE = "masks.safetensors"
 
 @dataclass(frozen=True)
 class StoredMask:
-    """One mask: bool, True stays; ``dim`` of its groups; ``weight_hash`` by :func:`hash_weight`, or None."""
+    """One mask: bool, True stays; ``dim`` of its groups (a pair: both of its 4 x 4 blocks); ``weight_hash`` by
+    :func:`hash_weight`, or None."""
 
     mask: Tensor
-    dim: int
+    dim: Dim
     weight_hash: str | None = None
 
 
@@ -123,7 +125,11 @@ def _stored(name: str, entry: Any, packed: Tensor) -> StoredMask:
     )
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"{name} has no sound shape: {entry!r:.100}")
-    if type(dim) is not int or not (weight_hash is None or isinstance(weight_hash, str)):
+    if isinstance(dim, list) and len(dim) == 2 and all(type(one) is int for one in dim):
+        dim = (dim[0], dim[1])  # JSON has no tuples
+    elif type(dim) is not int:
+        raise ValueError(f"{name} has no sound dim or hash: {entry!r:.100}")
+    if not (weight_hash is None or isinstance(weight_hash, str)):
         raise ValueError(f"{name} has no sound dim or hash: {entry!r:.100}")
     if math.prod(shape) > 8 * packed.numel():
         raise ValueError(f"{name} claims shape {shape}, which {packed.numel()} bytes cannot hold")
@@ -136,9 +142,9 @@ def _complete(entry: Any) -> bool:
     return isinstance(entry, dict) and {"shape", "dim", "weight_sha256"} <= set(entry)
 
 
-def _check_pattern(name: str, mask: Tensor, dim: int) -> None:
+def _check_pattern(name: str, mask: Tensor, dim: Dim) -> None:
     try:
-        broken = int((zeros_per_group(mask, dim=dim) < 2).sum())
+        broken = violations_24(mask, dim=dim, limit=0).count
     except ValueError as error:
         raise ValueError(f"the mask of {name}: {error}") from error
     if broken:

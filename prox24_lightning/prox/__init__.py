@@ -6,17 +6,32 @@ of compute capability 8.0 or newer) and batched torch operations elsewhere; :fun
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import group_shape, resolve_group_dim
-from prox24_lightning.prox.batched import prox_24_batched
+from prox24_lightning.blocks import BLOCK_DIMS, block_shape
+from prox24_lightning.groups import Dim, group_shape, resolve_group_dim
+from prox24_lightning.prox.batched import CHUNK, prox_24_batched
+from prox24_lightning.prox.block import BlockMethod, BlockTrace, check_method, prox_blocks, trace_blocks
 from prox24_lightning.prox.critical import critical_strength_24
 from prox24_lightning.prox.paths import prox_path
 from prox24_lightning.prox.penalty import penalty_24
 from prox24_lightning.prox.reference import prox_24_reference
 
-__all__ = ["critical_strength_24", "penalty_24", "prox_24", "prox_24_reference", "prox_path"]
+__all__ = [
+    "BlockMethod",
+    "BlockTrace",
+    "block_convergence",
+    "critical_strength_24",
+    "penalty_24",
+    "prox_24",
+    "prox_24_reference",
+    "prox_block",
+    "prox_path",
+]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,7 +40,7 @@ def prox_24(
     weight: Tensor,
     strength: float | Tensor,
     *,
-    dim: int = -1,
+    dim: Dim = -1,
     scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -42,7 +57,7 @@ def prox_24(
         strength: lambda >= 0, units 1/weight (1/(weight * scale) with ``scale``), any step size multiplied in: a
             float, or a tensor that broadcasts against :func:`~prox24_lightning.groups.group_shape` (``(out, 1)``: one a
             row). 0 returns the weight, infinity keeps the two largest of each group.
-        dim: the dimension along which the groups lie.
+        dim: the dimension along which the groups lie. A pair asks for the block geometry: :func:`prox_block`.
         scale: positive and finite, broadcasts to ``weight``, for instance the root mean square of each input.
         out: where to write, of the shape, dtype and device of ``weight``; ``weight`` itself works in place.
 
@@ -57,9 +72,108 @@ def prox_24(
             positive. Values of CUDA tensors are not looked at, as that would wait for the device: where
             they are bad the group comes back as NaN.
     """
+    if not isinstance(dim, int):
+        return prox_block(weight, strength, dims=dim, scale=scale, out=out)
+    _check_dtype(weight)
+    _check(weight, group_shape(weight.shape, resolve_group_dim(weight.shape, dim)), strength, scale, out)
+    with torch.no_grad():
+        if prox_path(weight) == "triton" and (out is None or out.is_contiguous()):
+            from prox24_lightning.prox.triton_kernel import prox_24_triton
+
+            return prox_24_triton(weight, strength, dim=dim, scale=scale, out=out)
+        return prox_24_batched(weight, strength, dim=dim, scale=scale, out=out)
+
+
+def prox_block(
+    weight: Tensor,
+    strength: float | Tensor,
+    *,
+    dims: tuple[int, int] = BLOCK_DIMS,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    method: BlockMethod = "dykstra",
+    steps: int = 5,
+    sweeps: int = 2,
+) -> Tensor:
+    """Minimise ``1/2 ||w - weight||^2 + strength * (r over rows + r over columns)`` for every 4 x 4 block, by
+    splitting.
+
+    No closed form is known; ``prox/block.py`` says how it is split and why no block ends with a worse objective
+    than its exact projection. The row and column steps run the fused
+    kernels where :func:`prox_path` says so. No wait for the device.
+
+    Args:
+        weight: as for :func:`prox_24`; both sizes along ``dims`` divide by 4.
+        strength: as for :func:`prox_24`, but a tensor broadcasts against
+            :func:`~prox24_lightning.blocks.block_shape`: one value a block.
+        dims: the two dimensions that are cut into blocks.
+        scale, out: as for :func:`prox_24`.
+        method: ``"dykstra"`` alternates row and column prox, ``"averaged"`` takes both at once and their mean,
+            ``"descent"`` leaves the splitting out. Dykstra's ends lowest (``prox24 study``).
+        steps: of the splitting: two row-sized prox each.
+        sweeps: of the descent after it: two row-sized prox each.
+
+    Returns:
+        ``out``, or a new contiguous tensor. A block that ends transposable keeps its survivors bit for bit.
+
+    Raises:
+        ValueError: as :func:`prox_24`, and for an unknown method.
+    """
+    check_method(method, steps, sweeps)
+    _check_dtype(weight)
+    _check(weight, block_shape(weight.shape, dims), strength, scale, out)
+    with torch.no_grad():
+        result = prox_blocks(
+            weight,
+            _as_tensor(strength, weight),
+            _line_prox(weight),
+            dims=dims,
+            scale=scale,
+            method=method,
+            steps=steps,
+            sweeps=sweeps,
+        )
+        return result if out is None else out.copy_(result)
+
+
+@torch.no_grad()
+def block_convergence(
+    blocks: Tensor, strength: float | Tensor, *, method: BlockMethod = "dykstra", steps: int = 50
+) -> BlockTrace:
+    """How the splitting alone converges on magnitudes of (4, 4, blocks), step by step; ``strength`` one value or
+    (blocks,).
+
+    Raises:
+        ValueError: for the method ``"descent"``, which has no splitting, and for bad arguments.
+    """
+    check_method(method, steps, 0)
+    if method == "descent":
+        raise ValueError("method='descent' has no splitting to trace; use 'dykstra' or 'averaged'")
+    lam = _as_tensor(strength, blocks).expand(blocks.shape[2])
+    return trace_blocks(blocks.abs(), lam, _line_prox(blocks), method, steps)
+
+
+def _line_prox(weight: Tensor) -> Callable[..., Tensor]:
+    """The row prox for the lines of blocks. On CPU in long chunks: a sweep has eight prox of a quarter of the
+    weight."""
+    return partial(prox_24_batched, chunk=CHUNK) if weight.device.type == "cpu" else prox_24
+
+
+def _as_tensor(strength: float | Tensor, weight: Tensor) -> Tensor:
+    if isinstance(strength, Tensor):
+        return strength
+    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.full((), strength, dtype=compute, device=weight.device)  # a fill: no wait for the device
+
+
+def _check_dtype(weight: Tensor) -> None:
     if weight.dtype not in _DTYPES:
         raise ValueError(f"prox_24 needs a float16, bfloat16, float32 or float64 weight, got {weight.dtype}")
-    shape = group_shape(weight.shape, resolve_group_dim(weight.shape, dim))
+
+
+def _check(
+    weight: Tensor, shape: tuple[int, ...], strength: float | Tensor, scale: Tensor | None, out: Tensor | None
+) -> None:
     _check_strength(strength, shape, weight)
     if scale is not None:
         _check_scale(scale, weight)
@@ -68,12 +182,6 @@ def prox_24(
             f"out has shape {tuple(out.shape)}, {out.dtype} on {out.device}, but the weight has shape "
             f"{tuple(weight.shape)}, {weight.dtype} on {weight.device}; pass a tensor like the weight"
         )
-    with torch.no_grad():
-        if prox_path(weight) == "triton" and (out is None or out.is_contiguous()):
-            from prox24_lightning.prox.triton_kernel import prox_24_triton
-
-            return prox_24_triton(weight, strength, dim=dim, scale=scale, out=out)
-        return prox_24_batched(weight, strength, dim=dim, scale=scale, out=out)
 
 
 def _check_strength(strength: float | Tensor, shape: tuple[int, ...], weight: Tensor) -> None:

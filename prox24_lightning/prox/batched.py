@@ -28,9 +28,16 @@ WORTHWHILE = 0.6
 
 
 def prox_24_batched(
-    weight: Tensor, strength: float | Tensor, *, dim: int = -1, scale: Tensor | None = None, out: Tensor | None = None
+    weight: Tensor,
+    strength: float | Tensor,
+    *,
+    dim: int = -1,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
-    """As :func:`prox24_lightning.prox.prox_24`, which checks the arguments first."""
+    """As :func:`prox24_lightning.prox.prox_24`, which checks the arguments first; ``chunk`` groups at a time, or
+    :func:`chunk_size`."""
     if weight.device.type == "cpu":
         keep_freed_memory()
     weight = weight.detach()
@@ -44,7 +51,7 @@ def prox_24_batched(
     lam = lam.reshape(()) if lam.numel() == 1 else lam.expand(shape)
     source, target = quarters(weight, dim), quarters(out.detach(), dim)
     scales = None if scale is None else quarters(scale.detach().to(compute).expand(weight.shape), dim)
-    for part in chunks(shape, chunk_size(weight)):
+    for part in chunks(shape, chunk or chunk_size(weight)):
         where = (slice(None), *part)
         view = source[where].to(compute)
         piece = view.shape

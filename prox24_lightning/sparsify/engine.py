@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prox24_lightning.finetune import MaskedParameters
-from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.groups import Dim, GroupedWeight
 from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.moments import InputMoments
 from prox24_lightning.ranks import check_same
@@ -219,7 +219,7 @@ class SparsityEngine:
             "moments": None if self._moments is None else self._moments.state_dict(),
         }
 
-    def _dims(self) -> dict[str, int]:
+    def _dims(self) -> dict[str, Dim]:
         return {weight.name: weight.dim for weight in self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

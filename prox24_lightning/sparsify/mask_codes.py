@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import to_groups
+from prox24_lightning.blocks import from_blocks, to_blocks
+from prox24_lightning.groups import Dim, group_dims, to_groups
+from prox24_lightning.mask.transposable import best_patterns, relative_squares
 
 
 def top_two_code(score: Tensor) -> Tensor:
@@ -38,14 +40,26 @@ def flipped_entries(before: Tensor, after: Tensor) -> Tensor:
 
 
 def mask_picture(
-    weight: Tensor, *, dim: int = -1, scale: Tensor | None = None, rows: int = 48, columns: int = 48
+    weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None, rows: int = 48, columns: int = 48
 ) -> Tensor:
     """The corner of a weight as it stands in the way to 2:4, its groups running from left to right.
+
+    With a pair of dimensions (4 x 4 blocks) the first runs downwards and the second from left to right.
 
     Returns:
         uint8, at most ``(rows, columns)``: 0 where the weight is zero, 1 where it is not and the mask would prune
         it now, 2 where it is not and the mask keeps it.
     """
+    if not isinstance(dim, int):
+        order = group_dims(weight.shape, dim)
+        corner = (Ellipsis, slice(rows - rows % 4), slice(columns - columns % 4))
+        part = weight.detach().movedim(order, (-2, -1))[corner]
+        score = part.float()
+        if scale is not None:
+            score = score * scale.detach().expand(weight.shape).movedim(order, (-2, -1))[corner]
+        part, score = (values.flatten(0, -3)[0] if values.dim() > 2 else values for values in (part, score))
+        keep = from_blocks(best_patterns(relative_squares(to_blocks(score))), score.shape)
+        return ((part != 0) * (1 + keep.to(torch.uint8))).to(torch.uint8)
     values = to_groups(weight.detach(), dim)[..., : columns // 4, :]
     score = values.float()
     if scale is not None:

@@ -13,7 +13,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import GroupedWeight, to_groups
+from prox24_lightning.blocks import to_blocks
+from prox24_lightning.groups import Dim, GroupedWeight, group_dims, to_groups
+from prox24_lightning.mask.transposable import best_patterns, relative_squares
 from prox24_lightning.prox import penalty_24
 from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify.mask_codes import flipped_entries, top_two_code
@@ -26,10 +28,12 @@ class SparsityStats:
     "In the metric" means: of ``weight * scale``, the coordinates in which masks are chosen.
 
     Attributes:
-        groups: number of groups of four.
+        groups: number of groups of four; in the block geometry those along both dimensions, so that everything that is
+            counted by groups or entries counts both directions.
         zeros: share of the groups with exactly 0, 1, 2, 3, 4 zeros; they add up to one.
         energy_kept: sum of squares of the two largest entries of every group over that of all, in the metric: what
-            projecting the weight now would keep. 1.0 for a weight of zeros.
+            projecting the weight now would keep (in the block geometry the best transposable mask). 1.0 for a weight
+            of zeros.
         penalty: mean of the penalty r (arXiv 2501.18015) over the groups, in the metric, relative to the cube of
             the rms there, so that layers compare. About 2.0 for Gaussian weights, 0 for a 2:4 weight.
         rms: root mean square of the weight itself, zeros included.
@@ -103,18 +107,23 @@ def look(
     device = rows[0].device
     values = torch.stack([row.to(device, non_blocking=True) for row in rows]).tolist()
     layers = {
-        weight.name: _stats(row, local_part(weight.parameter).numel() // 4, flips)
+        weight.name: _stats(row, _local_groups(weight), flips)
         for weight, row, flips in zip(weights, values, compared, strict=True)
     }
     return _together(values, list(layers.values()), all(compared)), layers
 
 
-def weight_sums(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _local_groups(weight: GroupedWeight) -> int:
+    """Groups in this rank's part of the weight: of a sharded one, as large a share as of its entries."""
+    return weight.groups * local_part(weight.parameter).numel() // weight.parameter.numel()
+
+
+def weight_sums(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sums behind :class:`SparsityStats` for one weight, left on its device.
 
     Args:
         weight: any floating dtype, any strides; its size along ``dim`` divides by 4.
-        dim: dimension of the groups.
+        dim: dimension of the groups, or both of 4 x 4 blocks.
         scale: the metric; positive, broadcasts to ``weight``; None is one everywhere.
 
     Returns:
@@ -124,21 +133,41 @@ def weight_sums(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -
     """
     weight = weight.detach()
     # One pass lays the first, second, third and fourth entries of all groups in rows; all that follows is contiguous.
-    entries = _in_rows(weight, dim).float()
+    dims = group_dims(weight.shape, dim)
+    entries = torch.cat([_in_rows(weight, one) for one in dims], 1).float()
     zeros = (entries == 0).view(torch.uint8)
     zeros = zeros[0] + zeros[1] + zeros[2] + zeros[3]
     squares = torch.linalg.vector_norm(entries).square()
     if scale is not None:
-        entries *= _in_rows(scale.detach().expand(weight.shape), dim)
+        expanded = scale.detach().expand(weight.shape)
+        entries *= torch.cat([_in_rows(expanded, one) for one in dims], 1)
     penalty = penalty_24(entries, dim=0)
     in_metric = entries.square_()
+    lost, code = _lost_by_groups(in_metric) if len(dims) == 1 else _lost_by_blocks(weight, scale, (dims[0], dims[1]))
+    sums = [squares, in_metric.sum(), lost, penalty]
+    sums += [torch.count_nonzero(zeros == count) for count in range(5)]
+    return torch.stack([value.float() for value in sums]), code
+
+
+def _lost_by_groups(in_metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares (4, groups) -> the sum of the two smallest of every group, and the code of the top-two mask."""
     high, low = torch.maximum(in_metric[0::2], in_metric[1::2]), torch.minimum(in_metric[0::2], in_metric[1::2])
     # The two smallest rather than the two largest: where nothing is lost the sum is zero, with no rounding error.
     lost = torch.minimum(low[0], low[1])
     lost += torch.minimum(torch.minimum(high[0], high[1]), torch.maximum(low[0], low[1]))
-    sums = [squares, in_metric.sum(), lost.sum(), penalty]
-    sums += [torch.count_nonzero(zeros == count) for count in range(5)]
-    return torch.stack([value.float() for value in sums]), top_two_code(in_metric)
+    return lost.sum(), top_two_code(in_metric)
+
+
+def _lost_by_blocks(weight: Tensor, scale: Tensor | None, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The squares outside the best transposable mask, counted along both directions, and the codes of the mask's
+    columns and rows."""
+    values = weight.float() if scale is None else weight.float() * scale.detach()
+    blocks = to_blocks(values, dims)
+    keep = best_patterns(relative_squares(blocks))
+    bits = keep.to(torch.uint8) << torch.arange(4, dtype=torch.uint8, device=keep.device).view(4, 1, 1)
+    across = keep.movedim(1, 0).to(torch.uint8) << torch.arange(4, dtype=torch.uint8, device=keep.device).view(4, 1, 1)
+    lost = torch.where(keep, 0.0, blocks).square().sum()
+    return 2 * lost, torch.cat([bits.sum(0, dtype=torch.uint8), across.sum(0, dtype=torch.uint8)]).flatten()
 
 
 def _in_rows(tensor: Tensor, dim: int) -> Tensor:

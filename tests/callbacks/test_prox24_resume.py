@@ -30,6 +30,8 @@ SETTINGS = {
     "weight": {"strategy": "post_step", "metric": "weight"},
     "relative": {"strategy": "post_step", "schedule": "exponential"},
     "restore": {"strategy": "post_step", "refit": "restore"},
+    "block": {"strategy": "post_step", "geometry": "block"},
+    "progressive_block": {"geometry": "block"},
 }
 
 

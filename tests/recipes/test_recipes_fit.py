@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prox24_lightning.cli import main
+from prox24_lightning.mask import is_24
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
@@ -27,16 +29,22 @@ TINY = {
         "--trainer.precision=32-true",
     ],
 }
+SHORT = [
+    "--trainer.max_steps=10",
+    "--trainer.val_check_interval=5",
+    "--trainer.limit_val_batches=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.accelerator=cpu",
+]
 METRICS = {"digits": "val_acc", "bytelm": "val_ppl", "text_classifier": "val_f1", "causal_lm": "val_loss_chains"}
 
 
 @pytest.mark.parametrize("recipe", list(TINY))
 def test_recipe_ends_2_4_and_logs_its_way(recipe, tmp_path, encoder_folder, llama_folder):
-    short = ["--trainer.max_steps=10", "--trainer.val_check_interval=5", "--trainer.limit_val_batches=2"]
-    quiet = ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu"]
     logger = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.logger.init_args.version=only"]
     tiny = [option.format(e=encoder_folder, l=llama_folder) for option in TINY[recipe]]
-    main(["fit", "--config", str(CONFIGS / f"{recipe}.yaml"), *short, *quiet, *logger, *tiny])
+    main(["fit", "--config", str(CONFIGS / f"{recipe}.yaml"), *SHORT, *logger, *tiny])
 
     folder = tmp_path / recipe / "only"
     curves = EventAccumulator(str(folder)).Reload()
@@ -56,3 +64,25 @@ def test_recipe_ends_2_4_and_logs_its_way(recipe, tmp_path, encoder_folder, llam
     weight = state["state_dict"][f"{linear}.weight"]
     assert max(weight.shape) <= 576, "the tiny options arrived"
     assert ((weight.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
+
+
+@pytest.mark.parametrize("recipe", list(TINY))
+@pytest.mark.parametrize("geometry, dims", [("column", (0,)), ("block", (0, 1))])
+def test_recipe_ends_2_4_in_every_geometry(recipe, geometry, dims, tmp_path, encoder_folder, llama_folder):
+    config = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
+    callbacks = config["trainer"]["callbacks"]
+    (prox,) = (entry for entry in callbacks if entry["class_path"] == "prox24_lightning.Prox24")
+    prox["init_args"]["geometry"] = geometry
+    config["trainer"]["callbacks"] = [entry for entry in callbacks if "ConvertAndBenchmark" not in entry["class_path"]]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    logger = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.logger.init_args.version=only"]
+    tiny = [option.format(e=encoder_folder, l=llama_folder) for option in TINY[recipe]]
+    main(["fit", "--config", str(path), *SHORT, *logger, *tiny])
+    state = torch.load(tmp_path / recipe / "only" / "checkpoints" / "last.ckpt", weights_only=True)
+    engine = next(value for key, value in state["callbacks"].items() if key.startswith("Prox24"))
+    assert engine["phase"] == "frozen"
+    assert len(engine["masks"]) >= 2
+    for name in engine["masks"]:
+        for dim in dims:
+            assert is_24(state["state_dict"][name], dim=dim), name

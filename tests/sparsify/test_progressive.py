@@ -49,7 +49,7 @@ def test_layers_are_frozen_one_by_one_in_the_order_in_which_they_run():
     assert all(is_24(weight.parameter, dim=weight.dim) for weight in engine.weights)
 
 
-@pytest.mark.parametrize("geometry, dim", [("row", -1), ("column", 0)])
+@pytest.mark.parametrize("geometry, dim", [("row", -1), ("column", 0), ("block", (0, 1))])
 def test_a_layer_gets_the_solution_of_its_own_moments(geometry, dim):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8))

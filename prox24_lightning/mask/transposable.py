@@ -1,0 +1,99 @@
+"""The best transposable mask: two of four in every row and in every column of each 4 x 4 block."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import combinations, product
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.blocks import BLOCK_DIMS, from_blocks, to_blocks
+
+CHUNK = 1 << 16
+"""Blocks a matrix product: 90 float64 sums each, 47 MB."""
+
+RESOLUTION = 40
+"""Scores are rounded to 2^-40 of the largest of their block, so that every sum of eight of them is exact in float64."""
+
+
+@cache
+def transposable_patterns(device: torch.device, at_most: bool = False) -> Tensor:
+    """All 90 4 x 4 masks with two ones in every row and column: float64 (90, 4, 4), those that keep early positions
+    first.
+
+    With ``at_most`` the 96 of seven entries follow: a row and a column that meet in their only entry cannot take
+    an eighth. These 186 are all maximal masks with at most two ones in every row and column.
+    """
+    rows = [[float(entry in kept) for entry in range(4)] for size in (2, 1) for kept in combinations(range(4), size)]
+    masks = torch.tensor(list(product(rows, repeat=4)), dtype=torch.float64, device=device)
+    total, widest = masks.sum((1, 2)), masks.sum(1).amax(1)
+    full = masks[(total == 8) & (widest == 2)]
+    if not at_most:
+        return full
+    seven = masks[(total == 7) & (widest == 2)]
+    short = torch.einsum("ni,nj,nij->n", (seven.sum(2) == 1).double(), (seven.sum(1) == 1).double(), seven)
+    return torch.cat([full, seven[short == 1]])
+
+
+def best_patterns(score: Tensor, at_most: bool = False) -> Tensor:
+    """The :func:`transposable_patterns` with the largest sum of scores: any score, not only squares.
+
+    Ties, up to 2^-40 of a block's largest score, go to the earlier pattern. As sums are exact, the order in which a
+    device adds does not matter: every device and every rank gives the same mask.
+
+    Args:
+        score: (4, 4, blocks), non-negative, without NaN; infinite counts as the largest number.
+
+    Returns:
+        bool (4, 4, blocks).
+    """
+    patterns = transposable_patterns(score.device, at_most)
+    table = patterns.flatten(1)
+    keep = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    for begin in range(0, score.shape[2], CHUNK):
+        part = score[:, :, begin : begin + CHUNK].double().flatten(0, 1)
+        part = part.clamp_max(torch.finfo(torch.float64).max)
+        largest = part.amax(0)
+        whole = torch.round(part / torch.where(largest > 0, largest, 1.0) * 2.0**RESOLUTION)
+        best = (table @ whole).argmax(0)
+        keep[:, :, begin : begin + CHUNK] = patterns.bool()[best].movedim(0, -1)
+    return keep
+
+
+def transposable_mask(weight: Tensor, *, dims: tuple[int, int] = BLOCK_DIMS, scale: Tensor | None = None) -> Tensor:
+    """The mask of two of four in every row and column of each 4 x 4 block that keeps most of ``(weight * scale)^2``.
+
+    It solves ``argmin_m ||scale * (weight - m * weight)||^2`` over these 90 masks exactly, by trying all: by
+    magnitude, or, with ``scale``, in the metric of the layer's inputs. Both the forward product and the one for the
+    gradient of the inputs then run on sparse tensor cores. A mask of seven entries can keep more energy than the best
+    of eight, but leaves one weight less to fine-tune; masks for training have eight.
+
+    Args:
+        weight: any floating dtype, any strides.
+        dims: the two dimensions that are cut; their sizes divide by 4.
+        scale: positive, broadcasts to ``weight``; None is one everywhere.
+
+    Returns:
+        bool tensor of the shape of ``weight``, exactly two True in every row and column of a block. Deterministic
+        (:func:`best_patterns`).
+
+    Raises:
+        ValueError: if a size does not divide by 4 or ``weight`` holds NaN.
+    """
+    values = weight.detach() if scale is None else weight.detach() * scale
+    blocks = to_blocks(values, dims).abs()
+    if torch.isnan(blocks).any():
+        raise ValueError(
+            f"cannot choose a transposable mask: {int(torch.isnan(blocks).sum())} scores of a weight of shape "
+            f"{tuple(weight.shape)} are NaN; look for the step at which the loss stopped being finite"
+        )
+    return from_blocks(best_patterns(relative_squares(blocks)), weight.shape, dims)
+
+
+def relative_squares(blocks: Tensor) -> Tensor:
+    """Squares of (4, 4, blocks) over the largest of each block, in float64: no overflow, no underflow of what
+    counts."""
+    values = blocks.double().abs().clamp_max(torch.finfo(torch.float64).max)
+    largest = values.amax((0, 1))
+    return (values / torch.where(largest > 0, largest, 1.0)).square()

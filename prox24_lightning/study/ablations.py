@@ -1,0 +1,109 @@
+"""What each choice of the layer-wise prox is worth, on real layers with the second moments of real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.groups import MATRIX_DIMS, Dim
+from prox24_lightning.layerwise.loss import input_scale, relative_loss
+from prox24_lightning.layerwise.proximal import STRENGTHS, prox_splitting
+from prox24_lightning.layerwise.refine import masked_gradient
+from prox24_lightning.layerwise.solve import solve_layer
+from prox24_lightning.mask import mask_24
+from prox24_lightning.schedules import Constant, Exponential, Linear, Schedule
+
+SCHEDULES: dict[str, Schedule] = {
+    "exponential 0.01 to 100": STRENGTHS,
+    "exponential 0.1 to 10": Exponential(0.1, 10.0),
+    "linear 0.01 to 100": Linear(0.01, 100.0),
+    "constant 1": Constant(1.0),
+}
+
+Layers = Mapping[str, tuple[Tensor, Tensor]]
+"""Name -> weight (out_features, in_features) and moments (in_features, in_features)."""
+
+Pruned = dict[str, Tensor]
+
+Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Weight and moments -> the pruned weight before and after masked gradient."""
+
+
+def variants(steps: tuple[int, ...] = (25, 50, 100, 200, 400), base: int = 100) -> dict[str, Solver]:
+    """Name of a variant -> a function of weight and moments that gives the pruned weight.
+
+    One choice is changed at a time: the number of steps, the schedule of the strength, whether the final mask is
+    chosen by magnitude or in the metric of the inputs, the geometry; without the prox, Wanda and magnitude show the
+    metric alone.
+    """
+    table: dict[str, Solver] = {}
+    for count in steps:
+        table[f"steps: {count}"] = _variant(count, STRENGTHS, True, -1)
+    for name, schedule in SCHEDULES.items():
+        table[f"schedule: {name}"] = _variant(base, schedule, True, -1)
+    table["mask: by magnitude"] = _variant(base, STRENGTHS, False, -1)
+    table["geometry: column"] = _variant(base, STRENGTHS, True, MATRIX_DIMS["column"])
+    table["geometry: block"] = _variant(base, STRENGTHS, True, MATRIX_DIMS["block"])
+    table["no prox: magnitude"] = lambda weight, moments: _solved(weight, moments, "magnitude")
+    table["no prox: wanda"] = lambda weight, moments: _solved(weight, moments, "wanda")
+    table["no prox: sparsegpt"] = lambda weight, moments: _solved(weight, moments, "sparsegpt")
+    return table
+
+
+def _variant(steps: int, schedule: Schedule, metric: bool, dim: Dim) -> Solver:
+    def run(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+        found = prox_splitting(weight, moments, steps=steps, strengths=schedule, dim=dim)
+        mask = mask_24(found, dim=dim, scale=input_scale(moments) if metric else None)
+        return found * mask, masked_gradient(found * mask, weight, moments, mask)
+
+    return run
+
+
+def _solved(weight: Tensor, moments: Tensor, method: Any) -> tuple[Tensor, Tensor]:
+    alone = solve_layer(weight, moments, method=method, refine=None)
+    return alone.weight, masked_gradient(alone.weight, weight, moments, alone.mask)
+
+
+@torch.no_grad()
+def ablate(
+    layers: Layers,
+    score: Callable[[Pruned], float],
+    *,
+    steps: tuple[int, ...] = (25, 50, 100, 200, 400),
+    base: int = 100,
+    tick: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Prune every layer by every variant, without and with masked gradient.
+
+    Args:
+        layers: what is pruned, each on its own moments.
+        score: pruned weights by name -> how far the whole model's output moves.
+        steps: proximal steps that are compared.
+        base: steps of all other variants.
+
+    Returns:
+        one dict for each variant: mean relative local loss and the model's score, before and after refinement.
+    """
+    table = []
+    for name, run in variants(steps, base).items():
+        alone: Pruned = {}
+        refined: Pruned = {}
+        losses = [0.0, 0.0]
+        for layer, (weight, moments) in layers.items():
+            alone[layer], refined[layer] = run(weight, moments)
+            for index, found in enumerate((alone[layer], refined[layer])):
+                losses[index] += relative_loss(found, weight, moments) / len(layers)
+        table.append(
+            {
+                "variant": name,
+                "loss": losses[0],
+                "loss_refined": losses[1],
+                "output_error": score(alone),
+                "output_error_refined": score(refined),
+            }
+        )
+        tick(name)
+    return table
