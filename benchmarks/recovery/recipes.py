@@ -13,8 +13,8 @@ from jsonargparse import auto_cli
 
 from benchmarks.recovery.protocol import Results, compare, settings_line
 from benchmarks.recovery.rows import SCRATCH, chosen_rows, further_rows
+from benchmarks.recovery.scratch import Recipe
 from benchmarks.recovery.summary import finish
-from benchmarks.recovery.task import Recipe
 
 
 def main(
