@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from prox24_lightning.groups import GroupedWeight, Selection, SkippedWeight
+from prox24_lightning.groups import Dim, GroupedWeight, Selection, SkippedWeight
 from prox24_lightning.ranks import any_rank, rank
 from prox24_lightning.sharding import cut_groups, local_part
 
@@ -88,8 +88,8 @@ def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: 
         )
 
 
-def check_same_weights(saved: Mapping[str, int], mine: Mapping[str, int]) -> None:
-    """Refuse masks of other weights; both map names to the dimension of the groups."""
+def check_same_weights(saved: Mapping[str, Dim], mine: Mapping[str, Dim]) -> None:
+    """Refuse masks of other weights; both map names to the dimension (or dimensions) of the groups."""
     if saved == mine:
         return
     lost, new = sorted(set(saved) - set(mine)), sorted(set(mine) - set(saved))
