@@ -217,12 +217,8 @@ def test_a_variant_is_prox24_with_other_arguments():
 @pytest.mark.parametrize("config", ["digits", "bytelm"])
 def test_recipes_run_from_scratch_by_the_same_protocol(config, tmp_path):
     text = (CONFIGS / f"{config}.yaml").read_text()
-    for long, short in (
-        ("max_steps: 600", "max_steps: 10"),
-        ("blocks: 512", "blocks: 16"),
-        ("validation: 0.1 ", "validation: 0.02 "),
-        ("128 ", "16 "),
-    ):
+    sizes = {"max_steps: 600": "max_steps: 10", "blocks: 512": "blocks: 16", "validation: 0.1 ": "validation: 0.02 "}
+    for long, short in {**sizes, "128 ": "16 "}.items():
         text = text.replace(long, short)
     (tmp_path / f"{config}.yaml").write_text(text)
     recipes(tmp_path / f"{config}.yaml", output=tmp_path, seeds=[0], rows=["dense", "asp", "sr-ste", "prox24"])
