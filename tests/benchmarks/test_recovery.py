@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,3 +234,14 @@ def test_prox24_of_a_recipe_takes_the_arguments_of_its_config():
     assert task.adapted(SCRATCH["prox24"]).arguments["start"] == 0.6
     assert task.adapted(SCRATCH["asp"]).arguments["start"] == 0.5
     assert task.adapted(SCRATCH["sr-ste"]) == SCRATCH["sr-ste"]
+
+
+def test_the_command_line_of_the_recipes_takes_its_own_argument(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.recovery.recipes"]
+    done = subprocess.run(
+        [*command, "--recipe", "configs/digits.yaml", "--rows", '["none such"]'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "rows ['none such'] are unknown" in done.stderr
