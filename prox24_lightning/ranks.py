@@ -41,6 +41,15 @@ def gathered_objects(value: T) -> list[T]:
     return found
 
 
+def gathered_on_first(value: T) -> list[T]:
+    """Every rank's ``value`` on the first rank, its own alone on the others: for what is large, and saved there."""
+    if world_size() == 1:
+        return [value]
+    found: list[T] | None = [value] * world_size() if rank() == 0 else None
+    dist.gather_object(value, found, dst=0)
+    return [value] if found is None else found
+
+
 def stacked(tensor: Tensor) -> Tensor:
     """The ranks' tensors of one shape and dtype, stacked along a new first dimension, on every rank."""
     if world_size() == 1:

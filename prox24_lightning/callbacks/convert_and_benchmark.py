@@ -23,6 +23,7 @@ from prox24_lightning.convert.settings import ExampleInputs, Settings
 from prox24_lightning.convert.tables import print_report, to_markdown, write_report
 from prox24_lightning.convert.timing import describe, release_memory
 from prox24_lightning.groups import clean_name, is_transposed_linear
+from prox24_lightning.sharding import is_sharded
 
 Dtype = Literal["bfloat16", "float16"]
 
@@ -151,6 +152,11 @@ class ConvertAndBenchmark(Callback):
             _warn(f"ConvertAndBenchmark could not release GPU memory: {describe(error)}")
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> Report:
+        if any(is_sharded(parameter) for parameter in pl_module.parameters()):
+            return empty_report(self.settings).with_note(
+                "The model is sharded over several ranks, and one of them cannot convert it: load the saved model in "
+                "one process and call prox24_lightning.convert.convert_model."
+            )
         inputs = self._catcher.inputs if self._catcher is not None else None
         inputs = inputs or _example_input_array(pl_module)
         device = trainer.strategy.root_device

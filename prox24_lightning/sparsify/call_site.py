@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prox24_lightning.finetune import frozen_copy
 from prox24_lightning.layerwise.blocks import caches_off, map_tensors
 from prox24_lightning.ranks import rank, world_size
 from prox24_lightning.sparsify.calls import Call, device_of
@@ -124,18 +124,6 @@ def share_of(saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
     together = zip(*(part["batches"] for part in mine), strict=False)
     batches = [[call for calls in batch for call in calls] for batch in together]
     return {"batches": batches, "called": all(part["called"] for part in mine)}
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose parameters take no gradient; of a compiled module, what it compiles."""
-    inner = getattr(module, "_orig_mod", module)
-    twin = copy.deepcopy(inner).eval().requires_grad_(False)
-    for part in twin.modules():
-        # A forward that was set on the instance (compiled, say) is bound to the original and would run that.
-        part.__dict__.pop("forward", None)
-    if getattr(getattr(twin, "config", None), "use_cache", None):
-        twin.config.use_cache = False  # type: ignore[union-attr]
-    return twin
 
 
 def outermost_modules(root: nn.Module, modules: Sequence[nn.Module], *, root_is_called: bool) -> list[nn.Module]:

@@ -1,6 +1,7 @@
-"""Do the optimizers and the chosen weights fit together? Asked before the first batch.
+"""Do optimizers, weights and saved states fit together? Asked before the first batch, and while the run goes on.
 
-Each function returns if they do, and otherwise raises ``ValueError`` with the name and the remedy.
+Each function returns if they do, and otherwise raises an error with the name and the remedy: ``ValueError`` for what
+the user has set, ``RuntimeError`` for what has happened since.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from prox24_lightning.groups import Selection, SkippedWeight
-from prox24_lightning.ranks import rank
-from prox24_lightning.sharding import cut_groups
+from prox24_lightning.groups import Dim, GroupedWeight, Selection, SkippedWeight
+from prox24_lightning.ranks import any_rank, rank
+from prox24_lightning.sharding import cut_groups, local_part
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
@@ -83,4 +85,54 @@ def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: 
             f"the weights are stored in {low[0]}: steps of the prox smaller than half a unit in the last place are "
             "lost; train in mixed precision (bf16-mixed) to keep float32 weights",
             stacklevel=2,
+        )
+
+
+def check_same_weights(saved: Mapping[str, Dim], mine: Mapping[str, Dim]) -> None:
+    """Refuse masks of other weights; both map names to the dimension (or dimensions) of the groups."""
+    if saved == mine:
+        return
+    lost, new = sorted(set(saved) - set(mine)), sorted(set(mine) - set(saved))
+    turned = [name for name in saved if name in mine and saved[name] != mine[name]]
+    raise ValueError(
+        f"the checkpoint's masks belong to other weights: only in the checkpoint: {lost or 'none'}; only in the "
+        f"model: {new or 'none'}; grouped along another dimension: {turned or 'none'}; use the targets, skip and "
+        "geometry that the checkpoint was written with"
+    )
+
+
+def has_replaced(
+    weights: Sequence[GroupedWeight], before: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]
+) -> bool:
+    """Whether other parameters have been put in the place of those of ``before``, and the optimizers have followed.
+
+    Raises:
+        RuntimeError: if they have not, or two weights are now one.
+    """
+    replaced = [weight for weight in weights if weight.parameter is not before.get(weight.name, weight.parameter)]
+    if not replaced:
+        return False
+    trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for weight in replaced:
+        old, new = id(before[weight.name]), id(weight.parameter)
+        if new not in trained or old in trained or sum(id(other.parameter) == new for other in weights) > 1:
+            raise RuntimeError(
+                f"{weight.name} has been replaced by another parameter (or tied to another weight) since training "
+                "began, and the optimizers have not followed: they would train what the model no longer uses; "
+                "replace it in the optimizer's param_groups as well, or change the model before fit"
+            )
+    return True
+
+
+def check_finite(weights: Sequence[GroupedWeight], step: int) -> None:
+    """Refuse to save weights that are lost: they must not replace the last good ones on the disk. All ranks call it."""
+    finite = [torch.isfinite(local_part(weight.parameter)).all() for weight in weights]
+    flags = torch.stack([flag.to(finite[0].device) for flag in finite])
+    if any_rank(not bool(flags.all()), flags.device):
+        lost = [weight.name for weight, flag in zip(weights, flags.tolist(), strict=True) if not flag]
+        first = lost[0] if lost else "one on another rank"
+        raise RuntimeError(
+            f"weights are NaN or infinite after step {step} (the first is {first}): nothing is saved, so the last "
+            "checkpoint before it stays; resume from there with a lower learning rate, clipped gradients, or without "
+            "the batch that did it"
         )

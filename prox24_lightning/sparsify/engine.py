@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,8 +13,9 @@ from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.groups import Dim, GroupedWeight
 from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.moments import InputMoments
-from prox24_lightning.ranks import any_rank, check_same
+from prox24_lightning.ranks import check_same
 from prox24_lightning.sharding import local_part, part_of, whole
+from prox24_lightning.sparsify.checks import check_finite, check_same_weights, has_replaced
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
 from prox24_lightning.sparsify.steps import StepListener
 from prox24_lightning.sparsify.strategy import Frozen, Strategy
@@ -131,27 +131,12 @@ class SparsityEngine:
             RuntimeError: if the model now uses another parameter in a weight's place than the optimizers train.
         """
         self._listener.reset()
-        self._follow_replaced()
+        if has_replaced(self.weights, self._bound, self._optimizers):
+            self.bind(self._optimizers)
         if not self._frozen:
             self.strategy.before_batch(self.step + 1)
         if self._moments is not None:
             self._moments.collecting = self._wants_moments(self.step + 1)
-
-    def _follow_replaced(self) -> None:
-        """Go over to parameters that have been put in the place of ours, if optimizers have followed."""
-        replaced = [w for w in self.weights if w.parameter is not self._bound.get(w.name, w.parameter)]
-        if not replaced:
-            return
-        trained = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
-        for weight in replaced:
-            old, new = id(self._bound[weight.name]), id(weight.parameter)
-            if new not in trained or old in trained or sum(id(w.parameter) == new for w in self.weights) > 1:
-                raise RuntimeError(
-                    f"{weight.name} has been replaced by another parameter (or tied to another weight) since training "
-                    "began, and the optimizers have not followed: they would train what the model no longer uses; "
-                    "replace it in the optimizer's param_groups as well, or change the model before fit"
-                )
-        self.bind(self._optimizers)
 
     def _wants_moments(self, step: int) -> bool:
         if self._frozen or step > self.plan.freeze or step <= self.plan.start - MOMENT_WARMUP:
@@ -210,19 +195,6 @@ class SparsityEngine:
     def _check_ranks(self, masks: dict[str, Tensor]) -> None:
         check_same(masks, "the masks", local_part(self.weights[0].parameter).device)
 
-    def _check_finite(self) -> None:
-        """A state whose weights are lost must not replace the last good one on the disk."""
-        finite = [torch.isfinite(local_part(weight.parameter)).all() for weight in self.weights]
-        flags = torch.stack([flag.to(finite[0].device) for flag in finite])
-        if any_rank(not bool(flags.all()), flags.device):
-            lost = [weight.name for weight, flag in zip(self.weights, flags.tolist(), strict=True) if not flag]
-            first = lost[0] if lost else "one on another rank"
-            raise RuntimeError(
-                f"weights are NaN or infinite after step {self.step} (the first is {first}): "
-                "nothing is saved, so the last checkpoint before it stays; resume from there with a lower learning "
-                "rate, clipped gradients, or without the batch that did it"
-            )
-
     def state_dict(self) -> dict[str, Any]:
         """Everything a new process needs to go on bit for bit: plain types and tensors only.
 
@@ -234,7 +206,7 @@ class SparsityEngine:
         """
         parameters = {weight.name: weight.parameter for weight in self.weights}
         masks = {name: whole(mask, parameters[name]) for name, mask in self.masks.items()}
-        self._check_finite()
+        check_finite(self.weights, self.step)
         self._check_ranks(masks)
         return {
             "version": STATE_VERSION,
@@ -250,19 +222,6 @@ class SparsityEngine:
     def _dims(self) -> dict[str, Dim]:
         return {weight.name: weight.dim for weight in self.weights}
 
-    def _check_weights_of(self, state: dict[str, Any]) -> None:
-        """Before anything is pruned the weights may be others than when the state was saved; afterwards not."""
-        saved, mine = state["weights"], self._dims()
-        if saved == mine or state["phase"] == "dense":
-            return
-        lost, new = sorted(set(saved) - set(mine)), sorted(set(mine) - set(saved))
-        turned = [name for name in saved if name in mine and saved[name] != mine[name]]
-        raise ValueError(
-            f"the checkpoint's masks belong to other weights: only in the checkpoint: {lost or 'none'}; only in the "
-            f"model: {new or 'none'}; grouped along another dimension: {turned or 'none'}; use the targets, skip and "
-            "geometry that the checkpoint was written with"
-        )
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of another engine over the same weights; call before :meth:`bind`.
 
@@ -275,7 +234,8 @@ class SparsityEngine:
                 f"sparsity state of version {state.get('version')} cannot be read; expected {STATE_VERSION}"
             )
         weights = {weight.name: weight for weight in self.weights}
-        self._check_weights_of(state)
+        if state["phase"] != "dense":
+            check_same_weights(state["weights"], self._dims())
         masks = state["masks"]
         for name, packed in masks.items():
             shape = tuple(weights[name].parameter.shape)

@@ -16,7 +16,7 @@ from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.layerwise.block import Run, solve_stage, stage_moments
 from prox24_lightning.layerwise.layers import from_matrix, why_not_solvable
 from prox24_lightning.layerwise.stages import order_of_calls
-from prox24_lightning.ranks import gathered_objects
+from prox24_lightning.ranks import gathered_objects, gathered_on_first
 from prox24_lightning.sharding import is_sharded, local_part, part_of, runnable
 from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts, share_of
 from prox24_lightning.sparsify.calls import Call, reach
@@ -251,14 +251,14 @@ class Progressive(Strategy):
         self._units.sort(key=lambda unit: place.get(unit.name, len(place)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What the ranks have recorded is kept apart, rank by rank."""
+        """What the ranks have recorded is kept apart, rank by rank, in the state of the first."""
         names = {module: name for name, module in self._model.named_modules()}
         return {
             "begun": self._begun,
             "done": sorted(self._done),
             "order": list(self._order),
             "sites": [names[site.module] for site in self._sites],
-            "calls": gathered_objects([site.state_dict() for site in self._sites]),
+            "calls": gathered_on_first([site.state_dict() for site in self._sites]),
             "dense": [site.dense_state() for site in self._sites],
         }
 

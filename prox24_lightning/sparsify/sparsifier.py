@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,14 +17,13 @@ from prox24_lightning.mask import violations_24
 from prox24_lightning.ranks import rank
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
 from prox24_lightning.sharding import local_part, reshard
+from prox24_lightning.sparsify.arguments import StrategyName, check_arguments
 from prox24_lightning.sparsify.checks import check_optimizers, check_weights, optimized
 from prox24_lightning.sparsify.engine import Metric, SparsityEngine
-from prox24_lightning.sparsify.phases import Phase, check_step, resolve_plan
+from prox24_lightning.sparsify.phases import Phase, resolve_plan
 from prox24_lightning.sparsify.post_step import PostStepProx, Refit
 from prox24_lightning.sparsify.progressive import Progressive
 from prox24_lightning.sparsify.strategy import Strategy
-
-StrategyName = Literal["post_step", "progressive"]
 
 
 class Sparsifier:
@@ -59,35 +58,9 @@ class Sparsifier:
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        check_step(start, "start")
-        check_step(freeze, "freeze")
-        if type(start) is type(freeze) and start > freeze:
-            raise ValueError(f"start={start!r} comes after freeze={freeze!r}; sparsification begins before the freeze")
-        for argument, value, choices in (
-            ("strategy", strategy, StrategyName),
-            ("metric", metric, Metric),
-            ("geometry", geometry, Geometry),
-            ("refit", refit, Refit),
-        ):
-            if value not in get_args(choices):
-                raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
-        if strategy == "progressive":
-            for argument, given, default in (("schedule", schedule, "auto"), ("refit", refit, "none")):
-                if given != default:
-                    raise ValueError(
-                        f"{argument}={given!r} belongs to strategy='post_step'; set that too, or leave it out"
-                    )
-        if not 0 <= dense_target <= 1:
-            raise ValueError(
-                f"dense_target={dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
-            )
-        for argument, patterns in (("targets", targets), ("skip", skip)):
-            if isinstance(patterns, str):
-                raise TypeError(
-                    f"{argument} takes a list of patterns, got the string {patterns!r}; write [{patterns!r}]"
-                )
-        if masks_file is not None and Path(masks_file).suffix != ".safetensors":
-            raise ValueError(f"masks_file={str(masks_file)!r} must end in .safetensors, the format it is written in")
+        check_arguments(
+            start, freeze, strategy, dense_target, metric, schedule, targets, skip, geometry, refit, masks_file
+        )
         self.start = start
         self.freeze = freeze
         self.strategy = strategy

@@ -107,10 +107,15 @@ def look(
     device = rows[0].device
     values = torch.stack([row.to(device, non_blocking=True) for row in rows]).tolist()
     layers = {
-        weight.name: _stats(row, local_part(weight.parameter).numel() // 4, flips)
+        weight.name: _stats(row, _local_groups(weight), flips)
         for weight, row, flips in zip(weights, values, compared, strict=True)
     }
     return _together(values, list(layers.values()), all(compared)), layers
+
+
+def _local_groups(weight: GroupedWeight) -> int:
+    """Groups in this rank's part of the weight: of a sharded one, as large a share as of its entries."""
+    return weight.groups * local_part(weight.parameter).numel() // weight.parameter.numel()
 
 
 def weight_sums(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from benchmarks.peers.flat_groups import FlatGroups
 from benchmarks.peers.gradual_magnitude import partial_mask
 from prox24_lightning import Prox24
 from prox24_lightning.groups import select_weights
+from prox24_lightning.layerwise import prune_layerwise
 from prox24_lightning.mask import is_24, mask_24, zeros_per_group
 
 STEPS = 12
@@ -126,16 +127,27 @@ def test_sr_ste_is_the_paper_s_update():
 
 
 def test_sr_ste_trains_dense_weights_and_validates_masked_ones():
-    watch, scored = Watch(), []
+    watch, scored, after = Watch(), [], []
 
     class Score(Callback):
         def on_validation_epoch_end(self, trainer, pl_module):
             scored.append(trainer.callback_metrics["all_24"].item())
 
+        def on_validation_end(self, trainer, pl_module):
+            after.append(any(is_24(weight) for weight in weights(pl_module)))
+
     interrupted = fit(SRSTE(), watch, Score())
     assert scored == [1.0] * 4
+    assert after == [False] * 4
     assert not any(is_24(weight) for seen in watch.seen for weight in seen)
     assert all(map(torch.equal, weights(interrupted), weights(fit(SRSTE(), val_check_interval=STEPS + 1))))
+
+
+def test_sr_ste_keeps_one_mask_over_the_batches_of_one_step():
+    halves = fit(SRSTE(), module=Regression("sgd"), loaders=loader(2 * STEPS), accumulate_grad_batches=2)
+    whole = DataLoader(loader(2 * STEPS).dataset, batch_size=8)
+    for one, two in zip(weights(halves), weights(fit(SRSTE(), module=Regression("sgd"), loaders=whole)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_a_partial_mask_takes_the_groups_that_lose_least():
@@ -178,12 +190,15 @@ def test_proxsparse_puts_the_original_weights_under_the_mask_of_the_prox(monkeyp
 
 
 def test_one_shot_prunes_before_the_first_step_and_the_mask_stays():
-    watch, before = Watch(), weights(Regression())
-    shot = OneShot([torch.randn(32, 8)], method="magnitude", refine=None, dense_target=0.0)
-    hold = Prox24(start=0, freeze=0, strategy="post_step", metric="weight", verbose=False)
-    fit(shot, hold, watch)
+    watch, batches = Watch(), [torch.randn(64, 8)]
+    shot = OneShot(batches, method="sparsegpt", refine=None, dense_target=0.0)
+    fit(shot, Prox24(start=0, freeze=0, strategy="post_step", metric="weight", verbose=False), watch)
+    alone = Regression()
+    prune_layerwise(alone.model, batches, method="sparsegpt", refine=None, dense_target=0.0, progress=False)
+    expected = [weight != 0 for weight in weights(alone)]
+    assert not all(map(torch.equal, expected, map(mask_24, weights(Regression()))))
     for seen in (watch.seen[0], watch.seen[-1]):
-        assert all(torch.equal(weight != 0, mask_24(dense)) for weight, dense in zip(seen, before, strict=True))
+        assert all(torch.equal(weight != 0, mask) for weight, mask in zip(seen, expected, strict=True))
     assert shot.seconds > 0
 
 

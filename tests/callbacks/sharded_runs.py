@@ -66,13 +66,19 @@ def loader(split: bool) -> StatefulLoader:
 
 
 def fit(
-    sharding: str, strategy: str, folder: Path | None = None, full: bool = True, resume: Path | None = None, **more
+    sharding: str,
+    strategy: str,
+    folder: Path | None = None,
+    full: bool = True,
+    resume: Path | None = None,
+    also=(),
+    **more,
 ):
     """Train; returns trainer, module and what all ranks have in the end, gathered."""
     seed_everything(0, verbose=False)
     options = {} if strategy == "progressive" else {"strategy": "post_step", "metric": "activation"}
     prox = Prox24(START, FREEZE, targets=["model.0", "model.2"], verbose=False, **options)
-    callbacks = [prox]
+    callbacks = [prox, *also]
     if folder is not None:
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"))
     if sharding:

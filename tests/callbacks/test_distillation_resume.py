@@ -7,8 +7,9 @@ import torch
 from distilled_runs import TinyClassifier, distillation
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_prox24_resume import StatefulLoader, assert_same, everything
-from tiny_runs import quiet_trainer, tiny_loader
+from test_prox24_resume import STEPS as BATCHES
+from test_prox24_resume import assert_same, everything
+from tiny_runs import StatefulLoader, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24
 from prox24_lightning.finetune import weights_checksum
@@ -30,7 +31,7 @@ def run(folder, ckpt_path=None):
     ]
     trainer = quiet_trainer(max_steps=STEPS, max_epochs=-1, callbacks=callbacks, enable_checkpointing=True)
     module = AdamClassifier()
-    trainer.fit(module, StatefulLoader(), ckpt_path=ckpt_path)
+    trainer.fit(module, StatefulLoader(tiny_loader(BATCHES)), ckpt_path=ckpt_path)
     return trainer, module
 
 

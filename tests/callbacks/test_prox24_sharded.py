@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from prox24_lightning import load_masks, save_masks
+from prox24_lightning import ConvertAndBenchmark, SparsityMonitor, load_masks, save_masks
 from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import is_24
 from prox24_lightning.ranks import check_same
@@ -36,7 +36,11 @@ GROWN = [("post_step", MIDDLE), ("progressive", MIDDLE), ("progressive", FROZEN)
 def work(rank, folder):
     for sharding, strategy in RUNS:
         kept = folder / f"{sharding}_{strategy}" if (sharding, strategy) in SAVED else None
-        trainer, _, state = fit(sharding, strategy, kept, SAVED.get((sharding, strategy), True))
+        monitor = SparsityMonitor(every_n_steps=1, summary=False)
+        also = [monitor, ConvertAndBenchmark(dirpath=folder, filename=f"{sharding}_{strategy}", verbose=False)]
+        trainer, _, state = fit(sharding, strategy, kept, SAVED.get((sharding, strategy), True), also=also)
+        if rank == 0:
+            state["seen 2:4"] = torch.tensor(monitor.histories["prox24"].groups_24)
         torch.save(state, folder / f"{sharding}_{strategy}.{rank}.pt")
         if sharding == "tensor":
             prox = trainer.callbacks[0]
@@ -54,7 +58,8 @@ def work(rank, folder):
     for strategy, step in GROWN:
         _, _, state = fit("fsdp2", strategy, resume=folder / f"one_{strategy}" / f"step={step}.ckpt")
         torch.save(state, folder / f"fsdp2_{strategy}_from_one_{step}.{rank}.pt")
-    (folder / f"words.{rank}.json").write_text(json.dumps({"cut": words_of_a_cut(), "drift": words_of_drift(rank)}))
+    words = {"cut": words_of_a_cut(), "drift": words_of_drift(rank), "run": words_of_a_run_that_drifts(rank)}
+    (folder / f"words.{rank}.json").write_text(json.dumps(words))
     torch.save(uneven(rank), folder / f"uneven.{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -71,6 +76,21 @@ def words_of_a_cut():
 def words_of_drift(rank):
     try:
         check_same({"a": torch.ones(3), "b": torch.full((3,), float(rank))}, "the masks", "cpu")
+    except RuntimeError as error:
+        return str(error)
+
+
+def words_of_a_run_that_drifts(rank):
+    """Copies on two ranks, as DDP has them, that something has made different."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    strategy = PostStepProx(None, FRACTION_CURVES["linear"])
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(0, 1), strategy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine.bind([optimizer])
+    model(torch.ones(2, 8)).sum().backward()
+    try:
+        optimizer.step()
     except RuntimeError as error:
         return str(error)
 
@@ -132,15 +152,18 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("sharding, strategy", RUNS)
 def test_a_sharded_run_gives_what_one_process_gives(folder, sharding, strategy):
     first, second = (read(folder / f"{sharding}_{strategy}.{rank}.pt") for rank in (0, 1))
+    assert first.pop("seen 2:4")[-1] == 1, "the monitor looks at the first rank's part"
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert_close(first, read(folder / f"one_{strategy}.pt"))
     assert is_24(first["model.2.weight"])
+    report = json.loads((folder / f"{sharding}_{strategy}.json").read_text())
+    assert "The model is sharded over several ranks" in report["notes"][0]
 
 
 @pytest.mark.parametrize("step", [MIDDLE, FROZEN])
 @pytest.mark.parametrize("sharding, strategy", SAVED)
 def test_a_resumed_sharded_run_equals_the_unbroken_one_bit_for_bit(folder, sharding, strategy, step):
-    unbroken = read(folder / f"{sharding}_{strategy}.0.pt")
+    unbroken = read(folder / f"{sharding}_{strategy}.1.pt")
     for rank in (0, 1):
         resumed = read(folder / f"{sharding}_{strategy}_from_{step}.{rank}.pt")
         assert [name for name in unbroken if not torch.equal(unbroken[name], resumed[name])] == []
@@ -184,6 +207,7 @@ def test_groups_cut_apart_and_masks_that_drifted_are_named(folder, rank):
     words = json.loads((folder / f"words.{rank}.json").read_text())
     assert "1.weight cannot be 2:4: its 12 entries along dimension 1 are sharded into parts of 6" in words["cut"]
     assert "the masks of 'b' differ: ranks [1] do not have what rank 0 has" in words["drift"]
+    assert "the masks of '0.weight' differ: ranks [1] do not have what rank 0 has" in words["run"]
 
 
 def test_the_steps_of_this_file_hit_each_phase():
