@@ -90,6 +90,7 @@ def study(
         seed: of random weights, inputs and searches.
     """
     chosen = list(parts or get_args(PartName))
+    path = output
     runs: dict[str, Callable[[Size, int, Tick], Part]] = {
         "plane": _plane,
         "gaps": _gaps,
@@ -97,6 +98,7 @@ def study(
         "failures": _failures,
         "ablations": _ablations,
     }
+    command = f"prox24 study --size {size} --seed {seed}" + (f" --parts [{','.join(parts)}]" if parts else "")
     done: list[Part] = []
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -111,8 +113,9 @@ def study(
             part = runs[name](SIZES[size], seed, tick)
             part.seconds = time.perf_counter() - begin
             done.append(part)
+            # After every part, so that what a long run has found is there when it is stopped.
+            path = write_study(output, done, {"command": command})
             bar.advance(task)
-    path = write_study(output, done, {"command": f"prox24 study --size {size} --seed {seed}"})
     console.print(f"report: {path}")
 
 
