@@ -36,7 +36,8 @@ def variants(steps: tuple[int, ...] = (25, 50, 100, 200, 400), base: int = 100) 
     """Name of a variant -> a function of weight and moments that gives the pruned weight.
 
     One choice is changed at a time: the number of steps, the schedule of the strength, whether prox and mask measure a
-    weight alone or with the rms of its input, the geometry; without the prox, Wanda and magnitude show the metric alone.
+    weight alone or with the rms of its input, the geometry; without the prox, Wanda and magnitude show the metric
+    alone.
     """
     table: dict[str, Solver] = {}
     for count in steps:
