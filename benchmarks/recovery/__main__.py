@@ -13,10 +13,10 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from benchmarks.recovery.language_model import LanguageModel, default_precision
 from benchmarks.recovery.protocol import Results, compare, settings_line
 from benchmarks.recovery.rows import FINETUNING, chosen_rows, further_rows
 from benchmarks.recovery.summary import finish
-from benchmarks.recovery.task import LanguageModel, default_precision
 from prox24_lightning.commands.pretrained import Pretrained
 from prox24_lightning.commands.texts import TextSource
 from recipes.calibration_text import PythonDocs

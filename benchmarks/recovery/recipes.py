@@ -1,7 +1,7 @@
 """The same comparison on a recipe that trains from scratch, on the CPU in minutes.
 
-python -m benchmarks.recovery.recipes --config configs/bytelm.yaml
-python -m benchmarks.recovery.recipes --config configs/digits.yaml --seeds '[0,1,2,3,4]'
+python -m benchmarks.recovery.recipes --recipe configs/bytelm.yaml
+python -m benchmarks.recovery.recipes --recipe configs/digits.yaml --seeds '[0,1,2,3,4]'
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from jsonargparse import auto_cli
 
 from benchmarks.recovery.protocol import Results, compare, settings_line
 from benchmarks.recovery.rows import SCRATCH, chosen_rows, further_rows
+from benchmarks.recovery.scratch import Recipe
 from benchmarks.recovery.summary import finish
-from benchmarks.recovery.task import Recipe
 
 
 def main(
-    config: Path,
+    recipe: Path,
     output: Path = Path("benchmarks/results"),
     runs: Path | None = None,
     rows: list[str] | None = None,
@@ -29,20 +29,20 @@ def main(
     """Run what is missing, then write the table and the plot.
 
     Args:
-        config: of the recipe; its Prox24 arguments are those of the row "prox24".
+        recipe: the config of a recipe; its Prox24 arguments are those of the row "prox24".
         output: folder for the results.
-        runs: file of finished runs; null is ``output/recovery_CONFIG.runs.jsonl``.
+        runs: file of finished runs; null is ``output/recovery_RECIPE.runs.jsonl``.
         rows: names of rows; null for all.
         variants: further rows of Prox24: name -> its arguments, and ``distillation``, the share of it.
         seeds: of weights and data order.
         jobs: runs at a time, each in a process of its own.
     """
     chosen = chosen_rows(rows, {**SCRATCH, **further_rows(variants)})
-    task = Recipe.of(config)
-    name = f"recovery_{config.stem}"
+    task = Recipe.of(recipe)
+    name = f"recovery_{recipe.stem}"
     results = Results(runs or output / f"{name}.runs.jsonl")
     found, _, failed = compare(task, chosen, seeds, None, None, 0, jobs, results)
-    title = f"Recovery: {config.stem} from scratch"
+    title = f"Recovery: {recipe.stem} from scratch"
     finish(found, list(chosen), task, output, name, title, f"{settings_line(task)}; {jobs} at a time. ")
     if failed:
         raise SystemExit(f"{failed} runs failed; the same command tries them again")

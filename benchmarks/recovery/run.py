@@ -67,7 +67,8 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     steps = trainer.global_step
     scores: dict[str, float] = {}
-    for logged in trainer.validate(module, datamodule=data, verbose=False):
+    score = trainer.test if task.split == "test" else trainer.validate
+    for logged in score(module, datamodule=data, verbose=False):
         scores.update({name: float(value) for name, value in logged.items()})
     return {
         "losses": task.losses(scores),

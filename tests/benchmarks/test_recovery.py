@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,12 @@ from tiny_language import Chains, save_tiny_llama
 
 from benchmarks.recovery import protocol
 from benchmarks.recovery.__main__ import main
+from benchmarks.recovery.language_model import LanguageModel
 from benchmarks.recovery.protocol import Job, Results, best_rates, compare, run_all
 from benchmarks.recovery.recipes import main as recipes
 from benchmarks.recovery.rows import FINETUNING, SCRATCH, chosen_rows, further_rows
+from benchmarks.recovery.scratch import Recipe
 from benchmarks.recovery.summary import excesses, table, warnings
-from benchmarks.recovery.task import LanguageModel, Recipe
 from prox24_lightning.commands.pretrained import Pretrained
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -216,7 +219,8 @@ def test_a_variant_is_prox24_with_other_arguments():
 @pytest.mark.parametrize("config", ["digits", "bytelm"])
 def test_recipes_run_from_scratch_by_the_same_protocol(config, tmp_path):
     text = (CONFIGS / f"{config}.yaml").read_text()
-    for long, short in (("max_steps: 600", "max_steps: 10"), ("blocks: 512", "blocks: 16"), ("128 ", "16 ")):
+    sizes = {"max_steps: 600": "max_steps: 10", "blocks: 512": "blocks: 16", "validation: 0.1 ": "validation: 0.02 "}
+    for long, short in {**sizes, "128 ": "16 "}.items():
         text = text.replace(long, short)
     (tmp_path / f"{config}.yaml").write_text(text)
     recipes(tmp_path / f"{config}.yaml", output=tmp_path, seeds=[0], rows=["dense", "asp", "sr-ste", "prox24"])
@@ -230,3 +234,14 @@ def test_prox24_of_a_recipe_takes_the_arguments_of_its_config():
     assert task.adapted(SCRATCH["prox24"]).arguments["start"] == 0.6
     assert task.adapted(SCRATCH["asp"]).arguments["start"] == 0.5
     assert task.adapted(SCRATCH["sr-ste"]) == SCRATCH["sr-ste"]
+
+
+def test_the_command_line_of_the_recipes_takes_its_own_argument(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.recovery.recipes"]
+    done = subprocess.run(
+        [*command, "--recipe", "configs/digits.yaml", "--rows", '["none such"]'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "rows ['none such'] are unknown" in done.stderr

@@ -14,8 +14,9 @@ from tiny_language import DOCUMENT, Chains, tiny_tokenizer
 from prox24_lightning.commands.pretrained import Pretrained
 from prox24_lightning.layerwise import prune_layerwise
 from prox24_lightning.mask import is_24
-from recipes.causal_lm import CausalLM, TextTokens, next_token_loss
+from recipes.causal_lm import CausalLM, next_token_loss
 from recipes.compiled_blocks import CompiledForward, compile_blocks
+from recipes.text_tokens import TextTokens
 from recipes.token_corpus import cut, source_tokens, token_stream
 
 
