@@ -17,8 +17,8 @@ if TYPE_CHECKING:
         SparsityMonitor,
     )
     from prox24_lightning.finetune import load_masks, save_masks
-    from prox24_lightning.mask import is_24, mask_24, violations_24
-    from prox24_lightning.prox import critical_strength_24, penalty_24, prox_24
+    from prox24_lightning.mask import is_24, mask_24, transposable_mask, violations_24
+    from prox24_lightning.prox import critical_strength_24, penalty_24, prox_24, prox_block
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,7 +33,9 @@ __all__ = [
     "mask_24",
     "penalty_24",
     "prox_24",
+    "prox_block",
     "save_masks",
+    "transposable_mask",
     "violations_24",
 ]
 
@@ -49,7 +51,9 @@ _HOMES = {
     "mask_24": "mask",
     "penalty_24": "prox",
     "prox_24": "prox",
+    "prox_block": "prox",
     "save_masks": "finetune",
+    "transposable_mask": "mask",
     "violations_24": "mask",
 }
 

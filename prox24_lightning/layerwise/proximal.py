@@ -40,9 +40,11 @@ BLOCK_STEPS, BLOCK_SWEEPS = 1, 0
 measured on layers whose best mask is known, end no closer to it."""
 
 
-def _scaled(weight: Tensor, moments: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``(Z, H in Z's coordinates, s)``."""
+def _scaled(weight: Tensor, moments: Tensor, damping: float, *, by_input: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """``(Z, H in Z's coordinates, s)``; without ``by_input`` one scale for all inputs, their rms together."""
     scale = input_scale(moments)
+    if not by_input:
+        scale = scale.square().mean().sqrt().expand_as(scale)
     return weight * scale, regularized(moments, damping) / (scale.unsqueeze(1) * scale), scale
 
 
@@ -118,6 +120,7 @@ def prox_splitting(
     levels: int = 20,
     damping: float = 1e-3,
     strengths: Schedule = STRENGTHS,
+    by_input: bool = True,
     name: str = "layer",
 ) -> Tensor:
     """Douglas-Rachford splitting (ADMM) of local loss and penalty, ``steps`` steps, strength and rho growing.
@@ -131,12 +134,13 @@ def prox_splitting(
         weight, moments, dim, damping: as for :func:`prox_gradient`.
         levels: how many values rho takes; each needs one inverse of an (in_features, in_features) matrix.
         strengths: of the prox over the steps, in units of 1 / rms of the scaled rows.
+        by_input: measure each weight by the rms of its own input, as above; False measures all alike.
         name: for error messages.
 
     Returns:
         the last ``Z``, a new weight; all but a few groups are 2:4.
     """
-    dense, moments, scale = _scaled(weight, moments, damping)
+    dense, moments, scale = _scaled(weight, moments, damping, by_input=by_input)
     levels = max(1, min(levels, steps))
     z, disagreement = dense.clone(), torch.zeros_like(dense)
     inverse, base = torch.empty_like(moments), torch.empty_like(dense)

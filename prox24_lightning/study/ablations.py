@@ -35,16 +35,16 @@ Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def variants(steps: tuple[int, ...] = (25, 50, 100, 200, 400), base: int = 100) -> dict[str, Solver]:
     """Name of a variant -> a function of weight and moments that gives the pruned weight.
 
-    One choice is changed at a time: the number of steps, the schedule of the strength, whether the final mask is
-    chosen by magnitude or in the metric of the inputs, the geometry; without the prox, Wanda and magnitude show the
-    metric alone.
+    One choice is changed at a time: the number of steps, the schedule of the strength, whether prox and mask measure a
+    weight alone or with the rms of its input, the geometry; without the prox, Wanda and magnitude show the metric
+    alone.
     """
     table: dict[str, Solver] = {}
     for count in steps:
         table[f"steps: {count}"] = _variant(count, STRENGTHS, True, -1)
     for name, schedule in SCHEDULES.items():
         table[f"schedule: {name}"] = _variant(base, schedule, True, -1)
-    table["mask: by magnitude"] = _variant(base, STRENGTHS, False, -1)
+    table["metric: weights alone"] = _variant(base, STRENGTHS, False, -1)
     table["geometry: column"] = _variant(base, STRENGTHS, True, MATRIX_DIMS["column"])
     table["geometry: block"] = _variant(base, STRENGTHS, True, MATRIX_DIMS["block"])
     table["no prox: magnitude"] = lambda weight, moments: _solved(weight, moments, "magnitude")
@@ -55,7 +55,7 @@ def variants(steps: tuple[int, ...] = (25, 50, 100, 200, 400), base: int = 100) 
 
 def _variant(steps: int, schedule: Schedule, metric: bool, dim: Dim) -> Solver:
     def run(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-        found = prox_splitting(weight, moments, steps=steps, strengths=schedule, dim=dim)
+        found = prox_splitting(weight, moments, steps=steps, strengths=schedule, dim=dim, by_input=metric)
         mask = mask_24(found, dim=dim, scale=input_scale(moments) if metric else None)
         return found * mask, masked_gradient(found * mask, weight, moments, mask)
 

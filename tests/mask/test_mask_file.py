@@ -22,6 +22,7 @@ def some_masks():
         "a.weight": StoredMask(mask_24(weight), 1, hash_weight(weight)),
         "b.weight": StoredMask(mask_24(weight.T.contiguous(), dim=0), 0),
         "c.conv": StoredMask(mask_24(filters, dim=1), 1, hash_weight(filters)),
+        "c.block": StoredMask(mask_24(torch.randn(8, 4), dim=(0, 1)), (0, 1)),
         "d.none": StoredMask(torch.zeros(0, 4, dtype=torch.bool), 1),
     }
 
@@ -87,6 +88,8 @@ GOOD = {"shape": [2, 8], "dim": 1, "weight_sha256": None}
         ({"w": {**GOOD, "shape": [2, -8]}}, "w has no sound shape"),
         ({"w": {**GOOD, "shape": [True, 8]}}, "w has no sound shape"),
         ({"w": {**GOOD, "dim": "1"}}, "w has no sound dim or hash"),
+        ({"w": {**GOOD, "dim": [0, "1"]}}, "w has no sound dim or hash"),
+        ({"w": {**GOOD, "dim": [1, 1]}}, "the mask of w: .* must name two different dimensions"),
         ({"w": {**GOOD, "dim": 5}}, "the mask of w: dim=5 is out of range"),
         ({"w": {**GOOD, "shape": [2**40, 2**30]}}, "which 2 bytes cannot hold"),
         ({"w": {**GOOD, "shape": [2, 4]}}, "do not belong to a mask of shape"),
@@ -118,6 +121,12 @@ def test_what_is_not_a_24_mask_is_not_written(tmp_path):
     with pytest.raises(TypeError, match="takes a bool mask"):
         write_masks(tmp_path / "m", {"w": StoredMask(torch.zeros(4), 0)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_mask_is_not_written_as_one_of_blocks(tmp_path):
+    mask = torch.tensor([[True, True, False, False]] * 4)
+    with pytest.raises(ValueError, match=r"is not 2:4 along dimension \(0, 1\): 2 groups keep more than two"):
+        write_masks(tmp_path / "masks.safetensors", {"a": StoredMask(mask, (0, 1))})
 
 
 @pytest.fixture(scope="module")

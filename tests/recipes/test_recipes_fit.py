@@ -74,6 +74,8 @@ def test_recipe_ends_2_4_in_every_geometry(recipe, geometry, dims, tmp_path, enc
     (prox,) = (entry for entry in callbacks if entry["class_path"] == "prox24_lightning.Prox24")
     prox["init_args"]["geometry"] = geometry
     config["trainer"]["callbacks"] = [entry for entry in callbacks if "ConvertAndBenchmark" not in entry["class_path"]]
+    (monitor,) = (entry for entry in callbacks if entry["class_path"] == "prox24_lightning.SparsityMonitor")
+    monitor["init_args"] |= {"overview": False, "histograms_every_n_steps": 0, "figures_every_n_steps": 0}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     logger = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.logger.init_args.version=only"]

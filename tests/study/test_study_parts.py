@@ -88,7 +88,7 @@ def test_ablations_change_one_thing_at_a_time_and_are_all_24():
 
     table = ablations.ablate({"a": (weight, moments)}, score, steps=(5, 20), base=10)
     rows = {row["variant"]: row for row in table}
-    assert {"steps: 5", "steps: 20", "mask: by magnitude", "geometry: block", "no prox: wanda"} <= set(rows)
+    assert {"steps: 5", "steps: 20", "metric: weights alone", "geometry: block", "no prox: wanda"} <= set(rows)
     assert len(seen) == 2 * len(table)
     for index, name in enumerate(rows):
         dims = {"geometry: column": [0], "geometry: block": [0, 1]}.get(name, [1])
