@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from prox24_lightning.commands.machine import machine_facts
+from prox24_lightning.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,9 +58,10 @@ def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
             write_csv(folder / f"{name}.csv", rows)
         files = ", ".join(f"`{name}.csv`" for name in part.tables)
         lines += [f"{part.seconds:.0f} s. All numbers: {files}." if files else f"{part.seconds:.0f} s.", ""]
-    lines += ["## How it was run", "", *(f"- {key}: {value}" for key, value in {**settings, **_facts()}.items()), ""]
+    facts = {**settings, **machine_facts()}
+    lines += ["## How it was run", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     path = folder / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
     return path
 
 
@@ -88,12 +88,3 @@ def _cell(value: Any) -> str:
 def _undated(ending: str) -> dict[str, Any]:
     """Equal figures give equal files."""
     return {"Date": None} if ending == "svg" else {"Software": None}
-
-
-def _facts() -> Row:
-    return {
-        "prox24_lightning": version("prox24_lightning"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, CPU, {torch.get_num_threads()} threads",
-    }

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from prox24_lightning.commands.comparison import Comparison, Run, machine_facts
+from prox24_lightning.commands.comparison import Comparison, Run
+from prox24_lightning.commands.machine import machine_facts
 
 
 def comparison(*runs: Run) -> Comparison:
