@@ -42,6 +42,8 @@ class Part:
 
 def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
     """Write ``report.md`` and what it refers to into ``folder``; returns the report's path."""
+    from matplotlib import rc_context
+
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["# prox24 study", ""]
     for part in parts:
@@ -50,7 +52,8 @@ def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
             lines += [paragraph, ""]
         if part.figure is not None:
             for ending in ("png", "svg"):
-                part.figure.savefig(folder / f"{part.name}.{ending}", metadata=_undated(ending))
+                with rc_context({"svg.hashsalt": part.name}):  # names inside the file, else drawn at random
+                    part.figure.savefig(folder / f"{part.name}.{ending}", metadata=_undated(ending))
             lines += [f"![{part.title}]({part.name}.png)", ""]
         for heading, rows in part.shown.items():
             lines += [f"**{heading}**", "", markdown_table(rows), ""]

@@ -8,6 +8,7 @@ import pytest
 
 from prox24_lightning.cli import main
 from prox24_lightning.commands import study_models
+from prox24_lightning.commands.study_report import Part, write_study
 
 
 @pytest.fixture
@@ -43,3 +44,17 @@ def test_an_unknown_part_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["study", "--output", str(tmp_path), "--parts", "[everything]"])
     assert "everything" in capsys.readouterr().err
+
+
+def test_equal_figures_give_equal_files(tmp_path):
+    from matplotlib.figure import Figure
+
+    def part():
+        figure = Figure()
+        figure.subplots().plot([0, 1], label="line")
+        return Part("line", "A line", [], figure=figure)
+
+    for folder in ("first", "second"):
+        write_study(tmp_path / folder, [part()], {})
+    for name in ("line.svg", "line.png"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
