@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -18,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from prox24_lightning.commands.machine import commit, processor
 from prox24_lightning.files import write_text
 
 PACKAGES = ("torch", "lightning", "transformers", "triton", "numpy")
@@ -25,7 +24,11 @@ PACKAGES = ("torch", "lightning", "transformers", "triton", "numpy")
 
 def machine() -> dict[str, str]:
     """Where and with what the numbers were taken."""
-    facts = {"date": date.today().isoformat(), "python": platform.python_version(), "processor": _processor()}
+    facts = {
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "processor": f"{processor()}, {torch.get_num_threads()} threads",
+    }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = str(torch.version.cuda)
@@ -34,7 +37,7 @@ def machine() -> dict[str, str]:
             facts[package] = version(package)
         except PackageNotFoundError:
             continue
-    facts["commit"] = _commit()
+    facts["commit"] = commit()
     facts["command"] = shlex.join(["python", *_arguments()])
     return facts
 
@@ -61,26 +64,6 @@ def write_report(folder: Path, name: str, title: str, rows: Sequence[dict[str, A
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _commit() -> str:
-    """The commit of the code; PROX24_COMMIT names it where the code lies without its repository."""
-    if named := os.environ.get("PROX24_COMMIT"):
-        return named
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:  # no git on this machine
-        return "unknown"
-    return done.stdout.strip() or "unknown"
 
 
 def _arguments() -> list[str]:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-BASE = {"groups", "blocks", "files", "ranks", "sharding"}
+BASE = {"groups", "weight_blocks", "files", "ranks", "sharding"}
 BELOW = {
     "groups": set(),
     "schedules": set(),
@@ -16,9 +16,9 @@ BELOW = {
     "ranks": set(),
     "copying": set(),
     "sharding": {"groups"},
-    "blocks": {"groups"},
-    "mask": {"groups", "blocks", "files"},
-    "prox": {"groups", "blocks", "mask", "files"},
+    "weight_blocks": {"groups"},
+    "mask": {"groups", "weight_blocks", "files"},
+    "prox": {"groups", "weight_blocks", "mask", "files"},
     "moments": {"groups", "ranks", "sharding"},
     "finetune": {*BASE, "mask", "copying"},
     "layerwise": {*BASE, "schedules", "prox", "mask", "moments"},

@@ -51,11 +51,11 @@ class Prox24(Sparsifier, Callback):
             prunes in one shot there.
         strategy: ``"progressive"`` takes block after block along the phase, by the paper's layer-wise prox and masked
             gradient on the second moments of the layers' inputs in the last training batches, and freezes it while
-            the rest trains on; it gave the best models (benchmarks/results). ``"post_step"`` applies the prox to all
-            weights after every step.
+            the rest trains on. ``"post_step"`` applies the prox to all weights after every step.
         dense_target: (``progressive``) what a layer's outputs shall come close to: 0 its own, on what it sees now; 1
             those that it had in the model as it was at ``start`` (error feedback: later blocks make good for earlier
-            ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the freeze.
+            ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the freeze. From
+            scratch, where that model is half trained, 0 is better.
         metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates
             scaled by the running rms of each input; ``"weight"`` by its magnitude.
         schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the

@@ -21,8 +21,8 @@ def machine_facts() -> dict[str, Any]:
     """Where and with what a result was produced."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "commit": commit(),
+        "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -31,7 +31,11 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the code; PROX24_COMMIT names it where the code lies without its repository."""
+    if named := os.environ.get("PROX24_COMMIT"):
+        return named
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -41,7 +45,8 @@ def _commit() -> str:
         return "not in a git checkout"
 
 
-def _cpu_name() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.finetune.calls import CallRecorder, RecordedCall
+from prox24_lightning.finetune.call_recorder import CallRecorder, RecordedCall
 from prox24_lightning.finetune.distillation import distillation_loss, feature_loss, logits_of, squared_error
 from prox24_lightning.finetune.teacher import teacher_kwargs
 from prox24_lightning.groups import clean_name

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.groups import Dim, from_groups, to_groups
-from prox24_lightning.mask.transposable import transposable_mask
+from prox24_lightning.mask.transposable import refuse_nan, transposable_mask
 
 
 def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Tensor:
@@ -33,11 +33,7 @@ def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Te
         return transposable_mask(weight, dims=dim, scale=scale)
     score = weight.detach() if scale is None else weight.detach() * scale
     score = to_groups(score, dim).abs()
-    if torch.isnan(score).any():
-        raise ValueError(
-            f"cannot choose a 2:4 mask: {int(torch.isnan(score).sum())} scores of a weight of shape "
-            f"{tuple(weight.shape)} are NaN; look for the step at which the loss stopped being finite"
-        )
+    refuse_nan(score, weight.shape, "2:4")
     # Entry i stays if fewer than two entries beat it: j beats i when it is larger, or equal and earlier.
     # Six comparisons a group, no sort, and the tie rule is in the formula instead of in a sort's stability.
     entry = score.unbind(-1)

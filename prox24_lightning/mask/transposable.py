@@ -8,7 +8,7 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-from prox24_lightning.blocks import BLOCK_DIMS, from_blocks, to_blocks
+from prox24_lightning.weight_blocks import BLOCK_DIMS, from_blocks, to_blocks
 
 CHUNK = 1 << 16
 """Blocks a matrix product: 90 float64 sums each, 47 MB."""
@@ -83,12 +83,19 @@ def transposable_mask(weight: Tensor, *, dims: tuple[int, int] = BLOCK_DIMS, sca
     """
     values = weight.detach() if scale is None else weight.detach() * scale
     blocks = to_blocks(values, dims).abs()
-    if torch.isnan(blocks).any():
-        raise ValueError(
-            f"cannot choose a transposable mask: {int(torch.isnan(blocks).sum())} scores of a weight of shape "
-            f"{tuple(weight.shape)} are NaN; look for the step at which the loss stopped being finite"
-        )
+    refuse_nan(blocks, weight.shape, "transposable")
     return from_blocks(best_patterns(relative_squares(blocks)), weight.shape, dims)
+
+
+def refuse_nan(scores: Tensor, shape: torch.Size, kind: str) -> None:
+    """Raises:
+    ValueError: if a mask of this ``kind`` is to be chosen by ``scores`` of which some are NaN.
+    """
+    if torch.isnan(scores).any():
+        raise ValueError(
+            f"cannot choose a {kind} mask: {int(torch.isnan(scores).sum())} scores of a weight of shape {tuple(shape)} "
+            "are NaN; look for the step at which the loss stopped being finite"
+        )
 
 
 def relative_squares(blocks: Tensor) -> Tensor:

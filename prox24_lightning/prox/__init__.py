@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from prox24_lightning.blocks import BLOCK_DIMS, block_shape
 from prox24_lightning.groups import Dim, group_shape, resolve_group_dim
 from prox24_lightning.prox.batched import CHUNK, prox_24_batched
 from prox24_lightning.prox.block import BlockMethod, BlockTrace, check_method, prox_blocks, trace_blocks
@@ -20,6 +19,7 @@ from prox24_lightning.prox.critical import critical_strength_24
 from prox24_lightning.prox.paths import prox_path
 from prox24_lightning.prox.penalty import penalty_24
 from prox24_lightning.prox.reference import prox_24_reference
+from prox24_lightning.weight_blocks import BLOCK_DIMS, block_shape
 
 __all__ = [
     "BlockMethod",
@@ -105,7 +105,7 @@ def prox_block(
     Args:
         weight: as for :func:`prox_24`; both sizes along ``dims`` divide by 4.
         strength: as for :func:`prox_24`, but a tensor broadcasts against
-            :func:`~prox24_lightning.blocks.block_shape`: one value a block.
+            :func:`~prox24_lightning.weight_blocks.block_shape`: one value a block.
         dims: the two dimensions that are cut into blocks.
         scale, out: as for :func:`prox_24`.
         method: ``"dykstra"`` alternates row and column prox, ``"averaged"`` takes both at once and their mean,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.blocks import from_blocks, to_blocks
 from prox24_lightning.groups import Dim, group_dims, to_groups
 from prox24_lightning.mask.transposable import best_patterns, relative_squares
+from prox24_lightning.weight_blocks import from_blocks, to_blocks
 
 
 def top_two_code(score: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from prox24_lightning.blocks import to_blocks
 from prox24_lightning.groups import Dim, GroupedWeight, group_dims, to_groups
 from prox24_lightning.mask.transposable import best_patterns, relative_squares
 from prox24_lightning.prox import penalty_24
 from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify.mask_codes import flipped_entries, top_two_code
+from prox24_lightning.weight_blocks import to_blocks
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def strength_for_fraction(
 
     Returns:
         The strength, a 0-dim tensor, and the same strength or zero for each group, of
-        :func:`~prox24_lightning.groups.group_shape` (:func:`~prox24_lightning.blocks.block_shape`); both on the
+        :func:`~prox24_lightning.groups.group_shape` (:func:`~prox24_lightning.weight_blocks.block_shape`); both on the
         weight's device in units 1 / (weight * scale), float32 (float64 for float64 weights). No host synchronisation.
 
     Raises:

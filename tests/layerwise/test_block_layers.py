@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from correlated_layer import layer
 from torch import nn
 
 from prox24_lightning.layerwise import prune_layerwise, solve_layer
@@ -16,15 +17,6 @@ from prox24_lightning.mask.transposable import transposable_patterns
 
 BOTH = (0, 1)
 METHODS = ("magnitude", "wanda", "sparsegpt", "prox", "prox_gradient")
-
-
-def layer(outputs, inputs, correlation, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
-    common = torch.randn(100, 1, generator=generator, dtype=torch.float64)
-    own = torch.randn(100, inputs, generator=generator, dtype=torch.float64)
-    x = correlation**0.5 * common + (1 - correlation) ** 0.5 * own
-    return weight, x.T @ x / 100
 
 
 def test_the_best_block_mask_is_what_a_plain_loop_finds():

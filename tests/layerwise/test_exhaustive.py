@@ -2,20 +2,12 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from correlated_layer import layer
 
 from prox24_lightning.layerwise import solve_layer
 from prox24_lightning.layerwise.exhaustive import best_masks
 from prox24_lightning.layerwise.loss import row_losses
 from prox24_lightning.mask import is_24
-
-
-def layer(outputs, inputs, correlation, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
-    common = torch.randn(100, 1, generator=generator, dtype=torch.float64)
-    own = torch.randn(100, inputs, generator=generator, dtype=torch.float64)
-    x = correlation**0.5 * common + (1 - correlation) ** 0.5 * own
-    return weight, x.T @ x / 100
 
 
 def test_it_finds_what_a_plain_loop_over_masks_finds():

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from prox24_lightning.blocks import block_shape, from_blocks, per_block, to_blocks
 from prox24_lightning.mask import (
     is_24,
     mask_24,
@@ -15,6 +14,7 @@ from prox24_lightning.mask import (
     violations_24,
 )
 from prox24_lightning.mask.transposable import best_patterns, transposable_patterns
+from prox24_lightning.weight_blocks import block_shape, from_blocks, per_block, to_blocks
 
 CPU = torch.device("cpu")
 

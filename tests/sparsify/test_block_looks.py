@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.blocks import to_blocks
 from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import is_24, transposable_mask
 from prox24_lightning.prox import prox_24
 from prox24_lightning.sparsify import strength_for_fraction
 from prox24_lightning.sparsify.mask_codes import mask_picture
 from prox24_lightning.sparsify.statistics import look
+from prox24_lightning.weight_blocks import to_blocks
 
 BOTH = (0, 1)
 

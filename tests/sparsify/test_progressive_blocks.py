@@ -96,15 +96,13 @@ def train(model, engine, data, *, call=None, lr=0.0):
 def test_without_training_it_is_the_one_shot_walk(plan, dense_target):
     model = Blocks().train()
     pruned, data = copy.deepcopy(model), batches(4)
-    report = prune_layerwise(
-        pruned, data, dense_target=dense_target, skip=["embed", "out"], steps=STEPS, progress=False
-    )
-    engine = engine_for(model, plan, dense_target=dense_target)
     if plan.start < plan.freeze:
         data = [data[0]] * 4  # then every block is solved on the same inputs, whatever its turn
-        report = prune_layerwise(
-            pruned := Blocks(), data[:1], dense_target=dense_target, skip=["embed", "out"], steps=STEPS, progress=False
-        )
+    seen = data if plan.start == plan.freeze else data[:1]
+    report = prune_layerwise(
+        pruned, seen, dense_target=dense_target, skip=["embed", "out"], steps=STEPS, progress=False
+    )
+    engine = engine_for(model, plan, dense_target=dense_target)
     train(model, engine, data)
     assert set(engine.masks) == set(report.masks)
     for name, mask in report.masks.items():
@@ -133,7 +131,7 @@ def test_parts_that_are_called_one_by_one():
     assert [site["called"] for site in engine.strategy.state_dict()["calls"][0]] == []
 
 
-def test_a_part_that_is_never_called_is_looked_into(caplog):
+def test_a_part_that_is_never_called_is_looked_into():
     model = Unwrapped()
     engine = SparsityEngine(
         select_weights(model, skip=["*.embed", "*.out"]).chosen,
