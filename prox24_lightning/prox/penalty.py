@@ -26,7 +26,8 @@ def penalty_24(
     Returns:
         float32 (float64 for a float64 weight), units weight^3 (times scale^3): a scalar, or a tensor of
         :func:`~prox24_lightning.groups.group_shape` (for a pair
-        :func:`~prox24_lightning.weight_blocks.block_shape`: the sum over the eight groups of a block). 0 exactly where the group, or the block, is 2:4.
+        :func:`~prox24_lightning.weight_blocks.block_shape`: the sum over the eight groups of a block). 0 exactly
+        where the group, or the block, is 2:4.
 
     Raises:
         ValueError: for an unknown ``reduce``, a dtype that is not a real floating one, or a bad ``dim``.
