@@ -73,7 +73,13 @@ class PackedFile:
         """The name under which the tensor of ``name`` is stored: for a tied weight the first of its names."""
         return self._aliases.get(name, name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor of the state dict."""
+        name = self.owner(name)
+        return self.packed[name].shape if name in self.packed else self._layout[name][1]
+
     def dtype(self, name: str) -> torch.dtype:
+        """Its dtype."""
         name = self.owner(name)
         return self._layout[f"{name}.values" if name in self.packed else name][0]
 
