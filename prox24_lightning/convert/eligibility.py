@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from prox24_lightning.convert.onnx_check import sparse_problem
 from prox24_lightning.groups import clean_name, is_transposed_linear
 from prox24_lightning.mask import is_24, violations_24
 
 Backend = Literal["cusparselt", "cutlass"]
+Role = Literal["linear", "convolution", "other"]
 
 SHAPE_MULTIPLES: dict[Backend, tuple[int, int]] = {"cusparselt": (16, 16), "cutlass": (32, 64)}
 """(out_features, in_features) must be multiples of these in float16 and bfloat16; a test compares them with torch's."""
 
 DTYPES = (torch.float16, torch.bfloat16)
 
+PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -74,7 +77,8 @@ class LayerVerdict:
         bias: whether it has one.
         reasons: why the layer itself cannot run sparse on any GPU of this kind; empty if it can.
         machine: why this machine does not run it; None if it does.
-        note: what conversion changes beside the weight.
+        note: what conversion changes beside the weight, or what is possible elsewhere.
+        role: "linear" (its weight is multiplied with every token), "convolution", "other" (looked up, recurrent, ...).
     """
 
     name: str
@@ -84,6 +88,7 @@ class LayerVerdict:
     reasons: tuple[str, ...]
     machine: str | None
     note: str = ""
+    role: Role = "linear"
 
     @property
     def fits(self) -> bool:
@@ -146,7 +151,9 @@ def check_layer(
         reasons.append(f"tied: shares its weight with {', '.join(tied)}")
     if not isinstance(weight, Tensor):
         first = next(module.parameters(recurse=False))
-        return LayerVerdict(name, type(module).__name__, tuple(first.shape), False, tuple(reasons), _machine(target))
+        return LayerVerdict(
+            name, type(module).__name__, tuple(first.shape), False, tuple(reasons), _machine(target), role=_role(module)
+        )
     bias = getattr(module, "bias", None) is not None
     shape = () if is_lazy(weight) else tuple(weight.shape)
     transposed = is_transposed_linear(module)
@@ -161,7 +168,10 @@ def check_layer(
             reasons += _rules(shape, weight.dtype if dtype is None else dtype, target)
             reasons += _values(weight, 0 if transposed else 1)
     note = "stored transposed: converted as nn.Linear(weight.t())" if transposed else ""
-    return LayerVerdict(name, type(module).__name__, shape, bias, tuple(reasons), _machine(target), note)
+    if isinstance(module, PLAIN_CONVOLUTIONS) and not is_lazy(weight) and not weight.is_meta:
+        problem = sparse_problem(weight, 1)
+        note = f"not for TensorRT either: {problem}" if problem else "TensorRT may use its zeros: see check_onnx"
+    return LayerVerdict(name, type(module).__name__, shape, bias, tuple(reasons), _machine(target), note, _role(module))
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -169,6 +179,13 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not hasattr(module, "_orig_mod"):
             yield clean_name(name), module
+
+
+def _role(module: nn.Module) -> Role:
+    if isinstance(module, _CONVOLUTIONS):
+        return "convolution"
+    matrices = isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_transposed_linear(module)
+    return "linear" if matrices else "other"
 
 
 def _machine(target: Target | None) -> str | None:
