@@ -68,6 +68,12 @@ COMMANDS = {
         typed=True,
         positional=True,
     ),
+    "bench": Command(
+        "time MODEL dense against converted on this machine's GPU",
+        "prox24_lightning.commands.bench:bench",
+        typed=True,
+        positional=True,
+    ),
 }
 
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prox24_lightning.convert.language_tables import Section, language_sections
+from prox24_lightning.convert.limits import Limits
 from prox24_lightning.convert.report import Pair, Report, State
 from prox24_lightning.files import write_text
 
 STATES: dict[State, str] = {"sparse": "sparse", "fits": "would be sparse on a GPU", "dense": "dense"}
-
-Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 def sections(report: Report) -> list[Section]:
@@ -38,7 +38,28 @@ def sections(report: Report) -> list[Section]:
         columns = ("variant", "sparse layers", "eager", "x", "graph", "x", "peak MiB", "error")
         scope = f" ({report.model_scope})" if report.model_scope else ""
         tables.append((f"Whole model{scope}, microseconds a call", columns, _model_rows(report)))
+    if report.limits is not None and report.shapes:
+        limits = report.limits
+        tables.append((_limits_title(limits), ("(out, in)", "tokens", "dense", "sparse"), _share_rows(report, limits)))
+    if report.language is not None:
+        tables += language_sections(report.language, report.limits)
     return tables
+
+
+def _limits_title(limits: Limits) -> str:
+    return (
+        f"Per layer, share of what the chip can do ({limits.bytes_per_second / 1e12:.2f} TB/s, dense "
+        f"{limits.operations_per_second / 1e12:.0f} TFLOP/s, both measured)"
+    )
+
+
+def _share_rows(report: Report, limits: Limits) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for shape in report.shapes:
+        for result in shape.tokens:
+            shares = shape.limit_shares(result, limits, 2)
+            rows.append((str(shape.shape), str(result.tokens), *(f"{share:.0%}" for share in shares)))
+    return rows
 
 
 def _layer_rows(report: Report) -> list[tuple[str, ...]]:
