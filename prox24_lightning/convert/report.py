@@ -166,7 +166,8 @@ class Report:
         return values | (self.language.scalars() if self.language is not None else {})
 
     def to_json(self) -> str:
-        return json.dumps(_finite(asdict(self)), indent=2) + "\n"
+        """All of it and the scalars, strict JSON."""
+        return json.dumps(_finite({**asdict(self), "scalars": self.scalars()}), indent=2) + "\n"
 
 
 def _finite(value: Any) -> Any:

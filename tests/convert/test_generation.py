@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers as hf
 
-from prox24_lightning.convert.generation import DecodeStep, linear_work, prefill_call
+from prox24_lightning.convert import Settings, generation
+from prox24_lightning.convert.generation import DecodeStep, linear_work, prefill_call, time_language_model
 from prox24_lightning.convert.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
 from prox24_lightning.convert.language_tables import language_figure, language_sections
 from prox24_lightning.convert.limits import Limits
@@ -132,3 +133,75 @@ def test_the_floor_is_the_longer_of_moving_and_computing():
     limits = Limits(2e12, 8e14)
     assert limits.floor_us(2e6, 0) == pytest.approx(1)
     assert limits.floor_us(2e6, 8e10) == pytest.approx(100)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Memory is counted by a made-up rule, calls are made once and take as long as it says, graphs are calls."""
+    state = SimpleNamespace(times=iter([10.0, 5.0] * 10), converted=[])
+
+    def measure(variants, *, rounds):
+        for call in variants.values():
+            call()
+        return {name: timing(next(state.times)) for name in variants}
+
+    memory = iter([100, 3100])
+    for name, value in {
+        "memory_allocated": lambda device=None: next(memory),
+        "max_memory_allocated": lambda device=None: 3700,
+        "reset_peak_memory_stats": lambda: None,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(generation, "measure", measure)
+    monkeypatch.setattr(generation, "release_memory", lambda: None)
+    monkeypatch.setattr(generation, "capture", lambda call: SimpleNamespace(replay=call))
+    monkeypatch.setattr(generation, "convert_model", lambda model, names: state.converted.append((model, list(names))))
+    return state
+
+
+NAMES = [f"model.layers.{block}.mlp.{part}_proj" for block in (0, 1) for part in ("gate", "up", "down")]
+
+
+def measured(model, **options):
+    settings = Settings(rounds=2)
+    return time_language_model(model, NAMES, [PREFILL, DECODE], settings, torch.device("cpu"), **options)
+
+
+def test_a_language_model_is_measured_dense_then_converted(pretended_gpu):
+    model = MODELS["llama"]()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scored = []
+    found = measured(model, score=lambda twin: scored.append(twin) or 7.0 + len(scored), text="a text")
+    [(twin, names)] = pretended_gpu.converted
+    assert twin is not model
+    assert names == NAMES
+    assert scored == [twin, twin]
+    assert (found.dense_bytes, found.conversion_peak_bytes) == (3000, 3600)
+    assert found.largest_layer_bytes == 2 * 32 * 64
+    dense, converted = found.variants
+    assert (dense.name, dense.sparse_layers, dense.perplexity) == ("dense", 0, 8.0)
+    assert (converted.name, converted.sparse_layers, converted.perplexity) == ("converted", 6, 9.0)
+    assert dense.linear_bytes == linear_work(model.bfloat16())[0]
+    assert dense.sparse_bytes == 2 * 6 * 32 * 64
+    assert [result.workload for result in dense.phases] == [PREFILL, DECODE]
+    assert [(result.eager.median_us, result.graph.median_us) for result in dense.phases] == [(10, 5), (10, 5)]
+    prefill, decode = dense.phases
+    assert prefill.bytes_moved == dense.linear_bytes
+    assert decode.bytes_moved == dense.linear_bytes + 2 * 2 * 8 * 50 * 16 * 2
+    assert prefill.operations == 2 * 200 * linear_work(model)[1]
+    assert converted.output_error == 0.0
+    model.float()
+    assert all(torch.equal(value.bfloat16(), before[name].bfloat16()) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_captured_is_timed_eagerly(pretended_gpu, monkeypatch):
+    def capture(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(generation, "capture", capture)
+    found = measured(MODELS["llama"]())
+    assert found.variants[0].phases[0].graph is None
+    assert found.variants[0].phases[0].graph_problem.startswith("RuntimeError: operation not permitted")
+    assert found.variants[0].perplexity is None
+    assert found.text is None
