@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 
 import torch
 
@@ -98,6 +99,8 @@ def _nvrtc() -> ctypes.CDLL:
     if found is None:
         raise NvrtcError(f"no libnvrtc: none of {', '.join(_WHEELS)} is installed")
     try:
+        for builtins in sorted(Path(found).parent.glob("libnvrtc-builtins.so*")):
+            ctypes.CDLL(str(builtins))  # NVRTC looks for it by its name alone
         return ctypes.CDLL(found)
     except OSError as error:
         raise NvrtcError(f"{found} cannot be loaded: {error}") from None
