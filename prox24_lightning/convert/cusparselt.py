@@ -15,12 +15,15 @@ from __future__ import annotations
 import ctypes
 import re
 from ctypes import byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import Literal
 
 import torch
+
+from prox24_lightning.convert.gpu_layout import from_buffer, random_buffer, to_buffer
+from prox24_lightning.convert.packed import pack_24, unpack_24
 
 OLDEST = 600
 """The first version that has these numbers: major * 1000 + minor * 100 + patch."""
@@ -34,24 +37,15 @@ _COLUMN_MAJOR, _ROW_MAJOR = 1, 2  # cusparseOrder_t
 _NOT_TRANSPOSED, _TRANSPOSED = 0, 1  # cusparseOperation_t
 _COMPUTE_32F = 2  # cusparseComputeType
 _ALIGNMENT = 16
+_PROBE = (128, 256)  # two tiles of positions each way and more
 _TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 _BIAS_POINTER = 8  # cusparseLtMatmulDescAttribute_t
-_CONFIG_ID, _CONFIG_MAX_ID, _SPLIT_K, _SPLIT_K_MODE, _SPLIT_K_BUFFERS = 0, 1, 3, 4, 5  # cusparseLtMatmulAlgAttribute_t
+_CONFIG_ID, _CONFIG_MAX_ID = 0, 1  # cusparseLtMatmulAlgAttribute_t
 _ONE, _ZERO = byref(c_float(1)), byref(c_float(0))
 
 
 class CusparseltError(RuntimeError):
     """The library cannot be bound, or one of its calls failed."""
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """Which of the library's kernels multiplies, and how it splits the sum over the inputs."""
-
-    config: int = 0
-    split_k: int = 1
-    split_k_mode: int = 0
-    split_k_buffers: int = 0
 
 
 class Library:
@@ -114,7 +108,6 @@ _ENTRIES = (
     "cusparseLtMatmulPlanDestroy",
     "cusparseLtMatmulGetWorkspace",
     "cusparseLtMatmul",
-    "cusparseLtMatmulSearch",
 )
 
 
@@ -145,6 +138,32 @@ def load() -> Library:
     return library
 
 
+@cache
+def way(device: int) -> tuple[Literal["cusparselt", "torch", "expand"], str]:
+    """How large products are to be made on a GPU, and why not with a plan of our own.
+
+    "torch" is its operator, which reads the same buffer; "expand" does without cuSPARSELt. The order in which the
+    library keeps positions is compared with :mod:`~prox24_lightning.convert.gpu_layout` first: it is not documented.
+    """
+    if not torch.backends.cusparselt.is_available():
+        return "expand", "torch was built without cuSPARSELt"
+    with torch.cuda.device(device):
+        try:
+            weight = unpack_24(
+                from_buffer(random_buffer(_PROBE, torch.float16, torch.device("cuda"), 0), _PROBE, torch.float16)
+            )
+            theirs = torch._cslt_compress(weight)
+        except RuntimeError as error:
+            return "expand", f"cuSPARSELt does not run on this GPU: {str(error).splitlines()[0]}"
+        if not torch.equal(theirs.view(torch.int16).flatten(), to_buffer(pack_24(weight)).flatten()):
+            return "expand", "cuSPARSELt keeps positions in an unknown order on this GPU"
+        try:
+            load()
+        except CusparseltError as error:
+            return "torch", str(error)
+    return "cusparselt", ""
+
+
 def _find() -> str | None:
     try:
         loaded = re.search(rf"(/\S*{re.escape(_NAME)}[.\d]*)", Path("/proc/self/maps").read_text())
@@ -172,7 +191,7 @@ class Plan:
         shape: (out_features, in_features).
         tokens: a multiple of :data:`TOKEN_MULTIPLE`.
         bias: address of the bias in ``dtype``, which must stay where it is; 0 for none.
-        algorithm: None takes the library's default.
+        algorithm: one of :attr:`algorithms`; None takes the library's default.
 
     Raises:
         CusparseltError: if the library refuses the shape or the algorithm.
@@ -186,7 +205,7 @@ class Plan:
         shape: tuple[int, int],
         tokens: int,
         bias: int = 0,
-        algorithm: Algorithm | None = None,
+        algorithm: int | None = None,
     ) -> None:
         out_features, in_features = shape
         kind = c_int(_TYPES[dtype])
@@ -223,15 +242,12 @@ class Plan:
             )
         call("cusparseLtMatmulAlgSelectionInit", handle, self._choice, self._product, c_int(0))
         if algorithm is not None:
-            self._set(_CONFIG_ID, algorithm.config)
-            if algorithm.split_k != 1:
-                self._set(_SPLIT_K, algorithm.split_k)
-                if algorithm.split_k_mode:
-                    self._set(_SPLIT_K_MODE, algorithm.split_k_mode)
-                if algorithm.split_k_buffers:
-                    self._set(_SPLIT_K_BUFFERS, algorithm.split_k_buffers)
+            value = c_int(algorithm)
+            call("cusparseLtMatmulAlgSetAttribute", handle, self._choice, c_int(_CONFIG_ID), byref(value), c_size_t(4))
         call("cusparseLtMatmulPlanInit", handle, self._plan, self._product, self._choice)
-        self._measure_workspace()
+        size = c_size_t()
+        call("cusparseLtMatmulGetWorkspace", handle, self._plan, byref(size))
+        self.workspace_bytes = size.value
         self._addresses = ctypes.addressof(handle), ctypes.addressof(self._plan)
 
     def run(self, weight: int, rows: int, result: int, workspace: int, stream: int) -> None:
@@ -242,42 +258,11 @@ class Plan:
         if status:
             self._library.fail("cusparseLtMatmul", status)
 
-    def search(self, weight: int, rows: int, result: int, workspace: int, stream: int) -> Algorithm:
-        """Let the library time its algorithms and keep the fastest. To be called in a process that may die.
-
-        On an H200 the search of cuSPARSELt 0.8.0 has ended in an illegal instruction (float16, 512 x 1024), after
-        which the whole process has no CUDA any more.
-        """
-        self._library.call(
-            "cusparseLtMatmulSearch",
-            *(self._handle, self._plan, _ONE, c_void_p(weight), c_void_p(rows), _ZERO),
-            *(c_void_p(result), c_void_p(result), c_void_p(workspace), byref(c_void_p(stream)), c_int32(1)),
-        )
-        self._measure_workspace()
-        return self.algorithm
-
-    @property
-    def algorithm(self) -> Algorithm:
-        """The algorithm in use."""
-        return Algorithm(*(self._get(key) for key in (_CONFIG_ID, _SPLIT_K, _SPLIT_K_MODE, _SPLIT_K_BUFFERS)))
-
     @property
     def algorithms(self) -> int:
-        """How many configurations the library has for this product."""
-        return self._get(_CONFIG_MAX_ID)
-
-    def _measure_workspace(self) -> None:
-        size = c_size_t()
-        self._library.call("cusparseLtMatmulGetWorkspace", self._handle, self._plan, byref(size))
-        self.workspace_bytes = size.value
-
-    def _set(self, key: int, value: int) -> None:
-        arguments = self._handle, self._choice, c_int(key), byref(c_int(value)), c_size_t(4)
-        self._library.call("cusparseLtMatmulAlgSetAttribute", *arguments)
-
-    def _get(self, key: int) -> int:
+        """How many algorithms the library has for this product, numbered from 0."""
         value = c_int()
-        arguments = self._handle, self._choice, c_int(key), byref(value), c_size_t(4)
+        arguments = self._handle, self._choice, c_int(_CONFIG_MAX_ID), byref(value), c_size_t(4)
         self._library.call("cusparseLtMatmulAlgGetAttribute", *arguments)
         return value.value
 

@@ -6,7 +6,7 @@
 // threads that a multiprocessor is to hold).
 //
 // The packed weight is read where cuSPARSELt left it: the values row by row, then the positions in tiles of 64 rows by
-// 32 inputs (see packed_layout.py). Nothing is expanded: the sparse tensor cores (mma.sp, m16n8k32) take pairs of values
+// 32 inputs (see gpu_layout.py). Nothing is expanded: the sparse tensor cores (mma.sp, m16n8k32) take pairs of values
 // and positions as they are. A sum does not mind its order, so a lane's operands are chosen for wide loads. Of a block of
 // 64 inputs, 16 groups, lane 4 r + c reads groups 4c to 4c + 3 of rows r and r + 8, and product t (0 or 1) takes
 //   group 4c + 2t as the hardware's group c, and group 4c + 2t + 1 as its group c + 4.
@@ -51,7 +51,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, 
 #else
 #define TYPES "f32.f16.f16.f32"
 #endif
-  asm volatile("mma." SPARSE ".sync.aligned.m16n8k32.row.col." TYPES
+  asm volatile("mma.sp.sync.aligned.m16n8k32.row.col." TYPES
                " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(positions), "n"(SELECTOR));

@@ -62,4 +62,15 @@ def from_buffer(buffer: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> P
     tiles = flat[rows * columns // 2 :].view(torch.uint8).view(rows // 64, columns // 32, 4, 8, 4, 2)
     codes = torch.stack([tiles & 15, tiles >> 4], dim=-1).permute(0, 2, 6, 3, 1, 5, 4).reshape(rows, columns // 8, 2)
     indices = (codes[..., 0] | codes[..., 1] << 4)[: shape[0], : width // 8]
-    return PackedWeight(values.contiguous().view(dtype), indices.contiguous(), tuple(shape))
+    return PackedWeight(values.contiguous().view(dtype), indices.contiguous(), shape)
+
+
+def random_buffer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """A buffer of normal values in random places: a 2:4 weight to measure with, without ever holding the dense one."""
+    rows, columns = padded_shape(shape)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    values = torch.randn(rows * columns // 2, generator=generator, device=device, dtype=dtype)
+    codes = torch.tensor([first | second << 2 for second in range(4) for first in range(second)], device=device)
+    chosen = torch.randint(len(codes), (2, rows * columns // 8), generator=generator, device=device)
+    low, high = codes.to(torch.uint8)[chosen]
+    return torch.cat([values.view(torch.int16), (low | high << 4).view(torch.int16)]).view(rows, columns // 16 * 9)
