@@ -129,7 +129,7 @@ def program(tiling: Tiling, dtype: torch.dtype, capability: tuple[int, int]) -> 
 
 @cache
 def product(tiling: Tiling, dtype: torch.dtype, device: int) -> Function:
-    """The kernel ``y = x W^T + bias``: call it with ``(rows of blocks, cluster)``, a stream and ``_Product``'s fields."""
+    """The kernel ``y = x W^T + bias``: call it with a grid (blocks, cluster), a stream and :class:`_Product`'s fields."""
     code = program(tiling, dtype, torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
         return Function(code, "few_tokens", _Product, tiling.threads, tiling.shared_bytes)

@@ -19,7 +19,7 @@ from torch import Tensor
 from prox24_lightning.convert import algorithm_search, cusparselt, few_tokens, kernel_cache
 from prox24_lightning.convert.gpu_layout import buffer_bytes, padded_shape, random_buffer
 from prox24_lightning.convert.kernel_table import BUCKETS, KernelTable, Times, choose, completed, unmeasured
-from prox24_lightning.convert.kernels import Kernel, prepare
+from prox24_lightning.convert.kernels import Kernel, Run, prepare
 from prox24_lightning.convert.nvrtc import NvrtcError
 from prox24_lightning.convert.timing import capture, describe, measure, release_memory
 
@@ -86,29 +86,54 @@ def measure_kernels(
     candidates, notes = _candidates(shape, dtype, token_counts, device, copies, capability)
     buffers = [random_buffer(shape, dtype, on, seed) for seed in range(copies)]
     weights = [few_tokens.expand(buffer, shape, dtype).contiguous() for buffer in buffers]
-    results = []
-    for tokens in token_counts:
-        inputs = torch.randn(tokens, shape[1], device=on, dtype=dtype)
-        padded = F.pad(inputs, (0, padded_shape(shape)[1] - shape[1]))
-        turns = -(-_CALLS // copies)
-        calls: dict[str, Callable[[], None]] = {"dense": lambda x=inputs: _dense(x, weights, turns)}  # type: ignore[misc]
-        problems = list(notes[tokens])
-        for kernel in candidates[tokens]:
-            try:
-                run = prepare(kernel, dtype, shape, tokens, device)
-                run(padded, buffers[0], None, None)
-                calls[str(kernel)] = lambda run=run, x=padded: _packed(run, x, buffers, turns)  # type: ignore[misc]
-            except (cusparselt.CusparseltError, NvrtcError, torch.OutOfMemoryError) as error:
-                problems.append(f"{kernel}: {describe(error)}")
-        graphs = {name: capture(call).replay for name, call in calls.items()}
-        found = {
-            name: timing.median_us for name, timing in measure(graphs, calls=turns * copies, rounds=_ROUNDS).items()
-        }
-        results.append(Times(tokens, found.pop("dense"), found, tuple(problems)))
-        del graphs, calls
+    results = [
+        _time(shape, dtype, tokens, candidates[tokens], notes[tokens], weights, buffers) for tokens in token_counts
+    ]
     del buffers, weights
     release_memory()
     return results
+
+
+def _time(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    tokens: int,
+    kernels: Sequence[Kernel],
+    notes: Sequence[str],
+    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+) -> Times:
+    device = buffers[0].device
+    inputs = torch.randn(tokens, shape[1], device=device, dtype=dtype)
+    padded = F.pad(inputs, (0, padded_shape(shape)[1] - shape[1]))
+    turns = -(-_CALLS // len(buffers))
+
+    def dense() -> None:
+        for _ in range(turns):
+            for weight in weights:
+                F.linear(inputs, weight)
+
+    def packed(run: Run) -> Callable[[], None]:
+        def call() -> None:
+            for _ in range(turns):
+                for buffer in buffers:
+                    run(padded, buffer, None, None)
+
+        return call
+
+    calls = {"dense": dense}
+    problems = list(notes)
+    for kernel in kernels:
+        try:
+            run = prepare(kernel, dtype, shape, tokens, device.index)
+            run(padded, buffers[0], None, None)
+            calls[str(kernel)] = packed(run)
+        except (cusparselt.CusparseltError, NvrtcError, torch.OutOfMemoryError) as error:
+            problems.append(f"{kernel}: {describe(error)}")
+    graphs = {name: capture(call).replay for name, call in calls.items()}
+    timings = measure(graphs, calls=turns * len(buffers), rounds=_ROUNDS)
+    found = {name: timing.median_us for name, timing in timings.items()}
+    return Times(tokens, found.pop("dense"), found, tuple(problems))
 
 
 def _candidates(
@@ -150,20 +175,3 @@ def _compile(tilings: set[few_tokens.Tiling], dtype: torch.dtype, capability: tu
     """All at once: NVRTC runs outside Python's lock."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(lambda tiling: few_tokens.program(tiling, dtype, capability), tilings))
-
-
-def _dense(inputs: Tensor, weights: Sequence[Tensor], turns: int) -> None:
-    for _ in range(turns):
-        for weight in weights:
-            F.linear(inputs, weight)
-
-
-def _packed(
-    run: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor],
-    inputs: Tensor,
-    buffers: Sequence[Tensor],
-    turns: int,
-) -> None:
-    for _ in range(turns):
-        for buffer in buffers:
-            run(inputs, buffer, None, None)
