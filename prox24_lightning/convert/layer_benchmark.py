@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.convert.eligibility import LayerVerdict, named_layers
+from prox24_lightning.convert.kernel_search import kernel_table
+from prox24_lightning.convert.kernel_table import BUCKETS, SAME
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.convert.report import Pair, ShapeResult, TokenResult
 from prox24_lightning.convert.semi_structured import convert_linear
@@ -47,7 +49,15 @@ def time_shapes(
 
 def _time_shape(result: ShapeResult, layer: nn.Module, settings: Settings, device: torch.device) -> ShapeResult:
     dense = _linear(layer, device, settings.dtype)
-    sparse = convert_linear(dense, name=result.layers[0])
+    counts = sorted({*settings.token_counts, *BUCKETS})
+    kernels = kernel_table(
+        (dense.out_features, dense.in_features),
+        settings.dtype,
+        token_counts=counts,
+        keep_dense=settings.keep_dense,
+        device=device,
+    )
+    sparse = convert_linear(dense, name=result.layers[0], kernels=kernels, keep_dense=settings.keep_dense)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     copies = min(64, 1 + 2 * cache // sparse.stored_bytes)
     denses = [dense, *(copy.deepcopy(dense) for _ in range(copies - 1))]
@@ -117,7 +127,7 @@ def decide(tokens: Sequence[TokenResult], settings: Settings) -> tuple[bool, str
     slower = [
         f"{'not captured' if speedup is None else f'{speedup:.2f} x'} at {result.tokens}"
         for result in tokens
-        if (speedup := result.speedup(settings.run_mode)) is None or speedup < 1
+        if (speedup := result.speedup(settings.run_mode)) is None or speedup < SAME
     ]
     if not slower:
         return True, "sparse"
