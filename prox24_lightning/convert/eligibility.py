@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from prox24_lightning.convert.onnx_check import sparse_problem
+from prox24_lightning.convert.packed import row_chunks
 from prox24_lightning.groups import clean_name, is_transposed_linear
 from prox24_lightning.mask import is_24, violations_24
 
@@ -230,9 +231,12 @@ def _rules(shape: tuple[int, ...], dtype: torch.dtype, target: Target | None) ->
 
 def _values(weight: Tensor, dim: int) -> Iterator[str]:
     """``dim`` is the input dimension of the weight as it is stored."""
-    if not bool(torch.isfinite(weight).all()):
+    matrix = weight.detach() if dim == 1 else weight.detach().t()
+    parts = [matrix[rows] for rows in row_chunks(*matrix.shape)]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         yield "the weight holds NaN or inf"
-    elif weight.shape[dim] % 4 == 0 and (broken := violations_24(weight, dim=dim, limit=3)):
+    elif weight.shape[dim] % 4 == 0 and not all(is_24(part) for part in parts):
+        broken = violations_24(weight, dim=dim, limit=3)
         mostly = broken.count > broken.groups // 2  # a dense weight: its values tell nothing
         shown = f"{broken.count} of {broken.groups} groups, first at {broken.first[0]}" if mostly else str(broken)
         yield f"not 2:4: {shown}"

@@ -21,9 +21,9 @@ from prox24_lightning.convert.eligibility import (
     find_target,
     named_layers,
 )
+from prox24_lightning.convert.gpu_layout import pack_buffer
 from prox24_lightning.convert.kernel_search import kernel_table, stored_table
 from prox24_lightning.convert.kernel_table import BUCKETS, KernelTable
-from prox24_lightning.convert.packed import pack_24, unpack_24
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.groups import is_transposed_linear
 
@@ -76,14 +76,12 @@ def convert_linear(
         where = f" (the layer is on {weight.device}: move it)" if isinstance(weight, Tensor) and target is None else ""
         raise ValueError(f"{name} of shape {verdict.shape} cannot become a sparse layer: {verdict.why}{where}")
     dense = weight.detach().t() if is_transposed_linear(linear) else weight.detach()
-    dense = dense.contiguous()
     shape = dense.shape[0], dense.shape[1]
     if kernels is None:
         kernels = stored_table(shape, dense.dtype, keep_dense=keep_dense, device=dense.get_device())
-    packed = pack_24(dense, name=name)
-    layer = SemiStructuredLinear(packed, bias, kernels.text, dense if keep_dense else None).eval()
-    if not torch.equal(unpack_24(layer.packed_weight), dense):
-        raise RuntimeError(f"{name}: the packed weight differs from the dense one")
+    buffer = pack_buffer(dense, name=name)
+    kept = dense.contiguous() if keep_dense else None
+    layer = SemiStructuredLinear(buffer, shape, dense.dtype, bias, kernels.text, kept).eval()
     for hooks in _HOOKS:  # the same dictionaries, so that whoever holds a handle can still remove its hook
         setattr(layer, hooks, getattr(linear, hooks))
     return layer

@@ -21,6 +21,12 @@ class LiveBytes(TorchDispatchMode):
         """Count these as there from the beginning."""
         self._before |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
+    def count(self, tensors):
+        """Count these too, for as long as they live."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._live[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
