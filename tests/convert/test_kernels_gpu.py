@@ -10,7 +10,7 @@ from torch import nn
 
 from prox24_lightning.convert import convert_linear, convert_model, cusparselt, few_tokens
 from prox24_lightning.convert.gpu_layout import from_buffer, padded_shape, random_buffer, to_buffer
-from prox24_lightning.convert.kernel_search import kernel_table, stored_table
+from prox24_lightning.convert.kernel_search import kernel_tables, stored_table
 from prox24_lightning.convert.kernels import Kernel
 from prox24_lightning.convert.packed import pack_24, unpack_24
 from prox24_lightning.convert.timing import capture
@@ -186,17 +186,17 @@ def test_measured_tables_are_kept_and_used(tmp_path):
     shape = (1024, 2048)
     counts = (1, 64, 1024)
     start = time.perf_counter()
-    table = kernel_table(shape, torch.bfloat16, token_counts=counts, device=torch.device("cuda"))
+    table = kernel_tables([shape], torch.bfloat16, token_counts=counts, device=torch.device("cuda"))[shape]
     measured = time.perf_counter() - start
     assert [row.tokens for row in table.rows] == list(counts)
     assert table.rows[0].kernel.way == "few"
     assert table.rows[2].kernel.way == "cusparselt"
     start = time.perf_counter()
-    assert kernel_table(shape, torch.bfloat16, token_counts=counts) == table
+    assert kernel_tables([shape], torch.bfloat16, token_counts=counts) == {shape: table}
     assert time.perf_counter() - start < 0.1 * measured, "read, not measured again"
     stored = stored_table(shape, torch.bfloat16, device=0)
     assert set(table.rows) <= set(stored.rows)
-    with_dense = kernel_table(shape, torch.bfloat16, token_counts=counts, keep_dense=True)
+    with_dense = kernel_tables([shape], torch.bfloat16, token_counts=counts, keep_dense=True)[shape]
     assert all(row.us <= row.dense_us for row in with_dense.rows)
     print(f"measured in {measured:.1f} s:", table.text)
 
@@ -224,7 +224,7 @@ def test_without_the_binding_torchs_operator_is_named(monkeypatch):
     monkeypatch.setattr(cusparselt, "load", refuse)
     cusparselt.way.cache_clear()
     try:
-        table = kernel_table((256, 512), torch.float16, token_counts=(256,))
+        table = kernel_tables([(256, 512)], torch.float16, token_counts=(256,))[256, 512]
         layer = pruned(512, 256, torch.float16)
         rows = torch.randn(300, 512, device="cuda", dtype=torch.float16)
         converted = convert_linear(layer)
