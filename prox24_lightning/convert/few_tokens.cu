@@ -2,8 +2,8 @@
 //
 // Compiled at run time with these macros: BF16 (0: float16, 1: bfloat16), STAGED (1: the tokens pass through shared
 // memory), MT (16-row tiles of a warp), NT (8-token tiles), WR and WK (warps of a block along the rows and along the
-// sum), CS (blocks of a cluster along the sum), DEPTH (blocks of 64 inputs a warp has under way), RESIDENT (blocks of
-// threads that a multiprocessor is to hold).
+// sum), CS (blocks of a cluster along the sum), SPAN (neighbouring pieces of 64 inputs that a warp takes at a time), DEPTH
+// (pieces a warp has under way), RESIDENT (blocks of threads that a multiprocessor is to hold).
 //
 // The packed weight is read where cuSPARSELt left it: the values row by row, then the positions in tiles of 64 rows by
 // 32 inputs (see gpu_layout.py). Nothing is expanded: the sparse tensor cores (mma.sp, m16n8k32) take pairs of values
@@ -190,32 +190,36 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
   const int wr = warp % WR, wk = warp / WR;
   const int row = min((int)blockIdx.x * ROWS + wr * MT * 16, rows - MT * 16);  // rows too many are not stored
   const int blocks = columns / 64;
+  x += (size_t)blockIdx.z * TOKENS * columns;
+  y += (size_t)blockIdx.z * TOKENS * outputs;
+  tokens -= blockIdx.z * TOKENS;
   float acc[MT][NT][4] = {};
   Weight w[DEPTH];
 
 #if STAGED
-  // The threads bring the tokens' inputs of WK blocks to shared memory, sorted by the lane that will want them.
-  constexpr int PARTS = TOKENS * WK * 4 / (WARPS * 32);  // of a thread: 16 bytes of quad p and 16 of quad p + 2
-  constexpr int BUFFER = TOKENS * WK * 128;
-  static_assert(PARTS > 0, "too many threads");
-  const int chunks = (blocks + WK - 1) / WK;
+  // The threads bring the tokens' inputs of WK SPAN blocks to shared memory, sorted by the lane that will want them.
+  constexpr int SPANS = WK * SPAN;
+  constexpr int PARTS = TOKENS * SPANS * 4 / (WARPS * 32);  // of a thread: 16 bytes of quad p and 16 of quad p + 2
+  constexpr int BUFFER = TOKENS * SPANS * 128;
+  static_assert(PARTS > 0 && DEPTH % SPAN == 0, "too many threads, or too few blocks under way");
+  const int chunks = (blocks + SPANS - 1) / SPANS;
   uint4 x_next[PARTS][2];
   const char* from[PARTS];
   char* to[PARTS];
-  const int part = threadIdx.x % 4, part_block = threadIdx.x / 4 % WK;  // WK and the steps of k are powers of two
+  const int part = threadIdx.x % 4, part_block = threadIdx.x / 4 % SPANS;  // all of these are powers of two
 #pragma unroll
   for (int k = 0; k < PARTS; k++) {
-    const int token = (threadIdx.x + k * WARPS * 32) / (WK * 4), p = part / 2, t = part % 2;
-    from[k] = (const char*)(x + (size_t)min(token, tokens - 1) * columns) + (blockIdx.y * WK + part_block) * 128 + part * 16;
+    const int token = (threadIdx.x + k * WARPS * 32) / (SPANS * 4), p = part / 2, t = part % 2;
+    from[k] = (const char*)(x + (size_t)min(token, tokens - 1) * columns) + (blockIdx.y * SPANS + part_block) * 128 + part * 16;
     to[k] = memory + ((part_block * NT + token / 8) * 2 + t) * 512 + (token % 8 * 4 + p * 2) * 16;
   }
   auto fetch = [&](int chunk) {
-    if (chunk * WK + part_block < blocks) {
+    if (chunk * SPANS + part_block < blocks) {
 #pragma unroll
       for (int k = 0; k < PARTS; k++) x_next[k][0] = load_often(from[k]), x_next[k][1] = load_often(from[k] + 64);
     }
 #pragma unroll
-    for (int k = 0; k < PARTS; k++) from[k] += CS * WK * 128;
+    for (int k = 0; k < PARTS; k++) from[k] += CS * SPANS * 128;
   };
   auto place = [&](int buffer) {
 #pragma unroll
@@ -226,25 +230,25 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
       lanes[1] = make_uint4(u.y, v.y, u.w, v.w);
     }
   };
-  const int start = blockIdx.y;
-  Source source(packed, row, rows, columns, lane, start * WK + wk);
+  constexpr int TURN = CS * SPANS;  // blocks from one of a warp's chunks to the next
+  const int start = blockIdx.y * SPANS + wk * SPAN;
+  Source source(packed, row, rows, columns, lane, start);
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
-    if ((start + d * CS) * WK + wk < blocks) source.load(w[d], d * CS * WK);
-  fetch(start);
+    if (start + d / SPAN * TURN + d % SPAN < blocks) source.load(w[d], d / SPAN * TURN + d % SPAN);
+  fetch(blockIdx.y);
   place(0);
+  fetch(blockIdx.y + CS);
   int buffer = 0;
   __syncthreads();
-  for (int base = start; base < chunks; base += CS * DEPTH) {
+  for (int base = blockIdx.y; base < chunks; base += CS * (DEPTH / SPAN)) {
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
-      const int chunk = base + d * CS;
+      const int chunk = base + d / SPAN * CS;
       if (chunk >= chunks) break;
-      const bool more = chunk + CS < chunks;
-      if (more) fetch(chunk + CS);
-      const int block = chunk * WK + wk;
+      const int block = chunk * SPANS + wk * SPAN + d % SPAN;
       if (block < blocks) {
-        const uint4* mine = (const uint4*)(memory + buffer * BUFFER + wk * NT * 1024) + lane;
+        const uint4* mine = (const uint4*)(memory + buffer * BUFFER + (wk * SPAN + d % SPAN) * NT * 1024) + lane;
         u32 places[MT];
 #pragma unroll
         for (int i = 0; i < MT; i++) places[i] = w[d].positions(i);
@@ -255,18 +259,21 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
           for (int i = 0; i < MT; i++) products(acc, w[d], i, t, places[i], first, second);
         }
       }
-      if (block + DEPTH * CS * WK < blocks) source.load(w[d], (d + DEPTH) * CS * WK);
-      buffer ^= 1;
-      if (more) place(buffer);
-      __syncthreads();
+      constexpr int AHEAD = DEPTH / SPAN * TURN;
+      if (block + AHEAD < blocks) source.load(w[d], d / SPAN * TURN + d % SPAN + AHEAD);
+      if (d % SPAN == SPAN - 1) {
+        buffer ^= 1;
+        if (chunk + CS < chunks) place(buffer);
+        if (chunk + 2 * CS < chunks) fetch(chunk + 2 * CS);
+        __syncthreads();
+      }
     }
-    source.advance(DEPTH * CS * WK);
+    source.advance(DEPTH / SPAN * TURN);
   }
 #else
-  // A warp takes two neighbouring blocks after another, whole lines of 128 bytes.
-  constexpr int TURN = 2 * CS * WK;
+  constexpr int TURN = SPAN * CS * WK;
   uint4 own[DEPTH][NT][2];
-  const int start = 2 * (blockIdx.y * WK + wk);
+  const int start = SPAN * (blockIdx.y * WK + wk);
   Source source(packed, row, rows, columns, lane, start);
   const char* mine[NT];
 #pragma unroll
@@ -282,11 +289,11 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
   };
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
-    if (start + d / 2 * TURN + d % 2 < blocks) load(d, d / 2 * TURN + d % 2);
-  for (int base = start; base < blocks; base += TURN * (DEPTH / 2)) {
+    if (start + d / SPAN * TURN + d % SPAN < blocks) load(d, d / SPAN * TURN + d % SPAN);
+  for (int base = start; base < blocks; base += TURN * (DEPTH / SPAN)) {
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
-      const int block = base + d / 2 * TURN + d % 2;
+      const int block = base + d / SPAN * TURN + d % SPAN;
       if (block < blocks) {
         u32 places[MT];
 #pragma unroll
@@ -305,11 +312,11 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
           for (int i = 0; i < MT; i++) products(acc, w[d], i, t, places[i], b[0], b[1]);
         }
       }
-      if (block + TURN * (DEPTH / 2) < blocks) load(d, d / 2 * TURN + d % 2 + TURN * (DEPTH / 2));
+      if (block + TURN * (DEPTH / SPAN) < blocks) load(d, d / SPAN * TURN + d % SPAN + TURN * (DEPTH / SPAN));
     }
-    source.advance(TURN * (DEPTH / 2));
+    source.advance(TURN * (DEPTH / SPAN));
 #pragma unroll
-    for (int t = 0; t < NT; t++) mine[t] += TURN * (DEPTH / 2) * 128;
+    for (int t = 0; t < NT; t++) mine[t] += TURN * (DEPTH / SPAN) * 128;
   }
 #endif
   finish(acc, bias, y, tokens, outputs);

@@ -8,7 +8,7 @@ graph: the time of the host is about the same for all of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,23 +24,26 @@ from prox24_lightning.convert.nvrtc import NvrtcError
 from prox24_lightning.convert.timing import capture, describe, measure, release_memory
 
 _FEWEST_FOR_CUSPARSELT = 64  # below, it has never come near the package's own kernel
+_SHORT = 512  # up to so many tokens a call is short, and is repeated within a measurement
 _CALLS = 8
 _ROUNDS = 10
 
+Shape = tuple[int, int]
 
-def kernel_table(
-    shape: tuple[int, int],
+
+def kernel_tables(
+    shapes: Sequence[Shape],
     dtype: torch.dtype,
     *,
     token_counts: Sequence[int] = BUCKETS,
     keep_dense: bool = False,
     device: torch.device | None = None,
     cache: Path | None = None,
-) -> KernelTable:
-    """The fastest kernels of a shape on a GPU: from the cache where they are there, measured and added where not.
+) -> dict[Shape, KernelTable]:
+    """The fastest kernels of each shape on a GPU: from the cache where they are there, measured and added where not.
 
     Args:
-        shape: (out_features, in_features).
+        shapes: (out_features, in_features) of each.
         dtype: float16 or bfloat16.
         token_counts: those that matter; a call goes by the next one above its own number of tokens.
         keep_dense: whether cuBLAS on a kept dense weight is among the kernels.
@@ -54,18 +57,19 @@ def kernel_table(
     counts = sorted(set(token_counts))
     path = cache or kernel_cache.default_path()
     place = kernel_cache.Place.here(index)
-    known = kernel_cache.find(path, place, dtype, shape, counts)
-    missing = [tokens for tokens in counts if tokens not in known]
+    known = {shape: kernel_cache.find(path, place, dtype, shape, counts) for shape in dict.fromkeys(shapes)}
+    missing = [(shape, tokens) for shape, found in known.items() for tokens in counts if tokens not in found]
     if missing:
         with torch.cuda.device(index), torch.no_grad():
-            found = measure_kernels(shape, dtype, missing, index)
-        known |= {times.tokens: times for times in found}
-        kernel_cache.add(path, {kernel_cache.key(place, dtype, shape, t.tokens): t for t in found})
-    return choose(shape, list(known.values()), keep_dense=keep_dense)
+            measured = measure_kernels(missing, dtype, index)
+        for (shape, tokens), times in measured.items():
+            known[shape][tokens] = times
+        kernel_cache.add(path, {kernel_cache.key(place, dtype, *at): times for at, times in measured.items()})
+    return {shape: choose(shape, list(found.values()), keep_dense=keep_dense) for shape, found in known.items()}
 
 
 def stored_table(
-    shape: tuple[int, int], dtype: torch.dtype, *, keep_dense: bool = False, device: int, cache: Path | None = None
+    shape: Shape, dtype: torch.dtype, *, keep_dense: bool = False, device: int, cache: Path | None = None
 ) -> KernelTable:
     """What the cache holds of a shape, completed by rule: nothing is measured."""
     place = kernel_cache.Place.here(device)
@@ -76,26 +80,64 @@ def stored_table(
 
 
 def measure_kernels(
-    shape: tuple[int, int], dtype: torch.dtype, token_counts: Sequence[int], device: int
-) -> list[Times]:
-    """Time cuBLAS and every packed kernel of a shape at each number of tokens."""
+    points: Sequence[tuple[Shape, int]], dtype: torch.dtype, device: int
+) -> dict[tuple[Shape, int], Times]:
+    """Time cuBLAS and every packed kernel at each (shape, number of tokens)."""
     capability = torch.cuda.get_device_capability(device)
-    on = torch.device("cuda", device)
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    copies = min(64, 2 + 2 * cache // buffer_bytes(shape))
-    candidates, notes = _candidates(shape, dtype, token_counts, device, copies, capability)
-    buffers = [random_buffer(shape, dtype, on, seed) for seed in range(copies)]
-    weights = [few_tokens.expand(buffer, shape, dtype).contiguous() for buffer in buffers]
-    results = [
-        _time(shape, dtype, tokens, candidates[tokens], notes[tokens], weights, buffers) for tokens in token_counts
-    ]
-    del buffers, weights
-    release_memory()
+    own = {at: few_tokens.tilings(at[1], capability) for at in points}
+    _compile({tiling for found in own.values() for tiling in found}, dtype, capability)
+    large = _large(points, dtype, device, own)
+    results = {}
+    for shape in dict.fromkeys(shape for shape, _ in points):
+        on = torch.device("cuda", device)
+        buffers = [random_buffer(shape, dtype, on, seed) for seed in range(_copies(shape, device))]
+        weights = [few_tokens.expand(buffer, shape, dtype).contiguous() for buffer in buffers]
+        for at in (at for at in points if at[0] == shape):
+            kernels, notes = large[at]
+            kernels = [*(Kernel.few(tiling) for tiling in own[at]), *kernels]
+            results[at] = _time(shape, dtype, at[1], kernels, notes, weights, buffers)
+        del buffers, weights
+        release_memory()
     return results
 
 
+def _copies(shape: Shape, device: int) -> int:
+    """So many weights that the first is out of the cache when the last has been read."""
+    return min(64, 2 + 2 * torch.cuda.get_device_properties(device).L2_cache_size // buffer_bytes(shape))
+
+
+def _large(
+    points: Sequence[tuple[Shape, int]],
+    dtype: torch.dtype,
+    device: int,
+    own: Mapping[tuple[Shape, int], tuple[few_tokens.Tiling, ...]],
+) -> dict[tuple[Shape, int], tuple[list[Kernel], list[str]]]:
+    """Kernels for many tokens that are worth measuring at each point, and why others are not there."""
+    found: dict[tuple[Shape, int], tuple[list[Kernel], list[str]]] = {at: ([], []) for at in points}
+    wanted = [at for at in points if at[1] >= _FEWEST_FOR_CUSPARSELT or not own[at]]
+    way, why = cusparselt.way(device)
+    answers: list[algorithm_search.Answer] = []
+    if way == "cusparselt":
+        name = str(dtype).removeprefix("torch.")
+        answers = algorithm_search.search(
+            [algorithm_search.Job(name, padded_shape(s), tokens, _copies(s, device), device) for s, tokens in wanted]
+        )
+    for index, at in enumerate(wanted):
+        kernels, notes = found[at]
+        if way != "cusparselt":
+            notes.append(f"no plans of cuSPARSELt: {why}")
+            kernels += [Kernel("torch")] if way == "torch" else []
+        elif answers[index].problem:
+            notes.append(answers[index].problem)
+        else:
+            kernels += [Kernel("cusparselt", (algorithm,)) for algorithm in answers[index].algorithms]
+        if not own[at]:
+            kernels.append(Kernel("expand"))
+    return found
+
+
 def _time(
-    shape: tuple[int, int],
+    shape: Shape,
     dtype: torch.dtype,
     tokens: int,
     kernels: Sequence[Kernel],
@@ -106,7 +148,7 @@ def _time(
     device = buffers[0].device
     inputs = torch.randn(tokens, shape[1], device=device, dtype=dtype)
     padded = F.pad(inputs, (0, padded_shape(shape)[1] - shape[1]))
-    turns = -(-_CALLS // len(buffers))
+    turns = -(-_CALLS // len(buffers)) if tokens <= _SHORT else 1
 
     def dense() -> None:
         for _ in range(turns):
@@ -134,41 +176,6 @@ def _time(
     timings = measure(graphs, calls=turns * len(buffers), rounds=_ROUNDS)
     found = {name: timing.median_us for name, timing in timings.items()}
     return Times(tokens, found.pop("dense"), found, tuple(problems))
-
-
-def _candidates(
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    token_counts: Sequence[int],
-    device: int,
-    copies: int,
-    capability: tuple[int, int],
-) -> tuple[dict[int, list[Kernel]], dict[int, list[str]]]:
-    """What is worth measuring at each number of tokens, and what is not there to be measured."""
-    kernels: dict[int, list[Kernel]] = {}
-    notes: dict[int, list[str]] = {tokens: [] for tokens in token_counts}
-    own = {tokens: few_tokens.tilings(tokens, capability) for tokens in token_counts}
-    _compile({tiling for found in own.values() for tiling in found}, dtype, capability)
-    large = [tokens for tokens in token_counts if tokens >= _FEWEST_FOR_CUSPARSELT or not own[tokens]]
-    way, why = cusparselt.way(device)
-    answers: list[algorithm_search.Answer] = []
-    if way == "cusparselt":
-        name = str(dtype).removeprefix("torch.")
-        jobs = [algorithm_search.Job(name, padded_shape(shape), tokens, copies, device) for tokens in large]
-        answers = algorithm_search.search(jobs)
-    for tokens in token_counts:
-        kernels[tokens] = [Kernel.few(tiling) for tiling in own[tokens]]
-    for at, tokens in enumerate(large):
-        if way != "cusparselt":
-            notes[tokens].append(f"no plans of cuSPARSELt: {why}")
-            kernels[tokens] += [Kernel("torch")] if way == "torch" else []
-        elif answers[at].problem:
-            notes[tokens].append(answers[at].problem)
-        else:
-            kernels[tokens] += [Kernel("cusparselt", (algorithm,)) for algorithm in answers[at].algorithms]
-        if tokens > few_tokens.MOST_TOKENS or not own[tokens]:
-            kernels[tokens].append(Kernel("expand"))
-    return kernels, notes
 
 
 def _compile(tilings: set[few_tokens.Tiling], dtype: torch.dtype, capability: tuple[int, int]) -> None:

@@ -96,7 +96,7 @@ def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: 
     if kernel.way == "few":
         tiling = Tiling(*kernel.numbers)
         launch = few_tokens.product(tiling, dtype, device)
-        grid = -(-rows // tiling.rows), tiling.cluster
+        grid = -(-rows // tiling.rows), tiling.cluster, -(-tokens // tiling.tokens)
         on = torch.device("cuda", device)
 
         def few(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -79,11 +79,11 @@ class Function:
         self._size = c_size_t(ctypes.sizeof(parameters))
         self._size_at = ctypes.addressof(self._size)
 
-    def __call__(self, grid: tuple[int, int], stream: int, *arguments: int) -> None:
+    def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: int) -> None:
         """Launch ``grid`` blocks on a CUDA stream of the current GPU."""
         given = self._parameters(*arguments)
         extra = (c_void_p * 5)(_PARAMETERS, ctypes.addressof(given), _SIZE, self._size_at, 0)
-        status = self._launch(self._function, *grid, 1, self._threads, 1, 1, self._shared, stream, None, extra)
+        status = self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, None, extra)
         if status:
             _check(status, "cuLaunchKernel")
 

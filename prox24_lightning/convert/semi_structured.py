@@ -22,7 +22,7 @@ from prox24_lightning.convert.eligibility import (
     named_layers,
 )
 from prox24_lightning.convert.gpu_layout import pack_buffer
-from prox24_lightning.convert.kernel_search import kernel_table, stored_table
+from prox24_lightning.convert.kernel_search import kernel_tables, stored_table
 from prox24_lightning.convert.kernel_table import BUCKETS, KernelTable
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.groups import is_transposed_linear
@@ -119,27 +119,29 @@ def convert_model(
                 f"{name} of shape {verdicts[name].shape} cannot become a sparse layer: {verdicts[name].why}"
             )
     slots = _slots(model)
-    tables: dict[tuple[tuple[int, ...], torch.dtype], KernelTable] = {}
-    converted = []
     for name in wanted:
         if not slots[name]:
             raise ValueError(f"the model is a bare {verdicts[name].kind}: pass it to convert_linear instead")
+    tables: dict[tuple[torch.dtype, tuple[int, int]], KernelTable] = {}
+    if token_counts is not None:
+        for dtype in {_held(slots[name]).get_parameter("weight").dtype for name in wanted}:
+            of_dtype = (name for name in wanted if _held(slots[name]).get_parameter("weight").dtype == dtype)
+            shapes = [_pair(verdicts[name].shape) for name in of_dtype]
+            counts = sorted({*token_counts, *BUCKETS})
+            found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device)
+            tables |= {(dtype, shape): table for shape, table in found.items()}
+    converted = []
+    for name in wanted:
         layer = _held(slots[name])
         table = None
         if token_counts is not None:
-            key = verdicts[name].shape, layer.get_parameter("weight").dtype
-            if key not in tables:
-                counts = sorted({*token_counts, *BUCKETS})
-                tables[key] = kernel_table(
-                    (key[0][0], key[0][1]), key[1], token_counts=counts, keep_dense=keep_dense, device=device
-                )
-            table = tables[key]
-            decision = table.decision(token_counts)
-            if decision is not None:
+            table = tables[layer.get_parameter("weight").dtype, _pair(verdicts[name].shape)]
+            if (decision := table.decision(token_counts)) is not None:
                 verdicts[name] = replace(verdicts[name], machine=decision)
                 continue
         _exchange(slots[name], convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense))
         converted.append(name)
+        del layer
     dense = tuple(verdict for name, verdict in verdicts.items() if name not in converted)
     return Conversion(tuple(converted), dense, tuple(tables.values()))
 
@@ -175,6 +177,10 @@ def expand_model(model: nn.Module, names: Iterable[str] | None = None) -> tuple[
         if isinstance(layer, SemiStructuredLinear):
             _exchange(slots[name], expand_linear(layer))
     return tuple(wanted)
+
+
+def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], shape[1]
 
 
 def _target_of(device: torch.device) -> Target | None:

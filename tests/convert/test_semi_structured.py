@@ -18,6 +18,8 @@ from prox24_lightning.convert import (
     expand_linear,
     expand_model,
 )
+from prox24_lightning.convert.gpu_layout import to_buffer
+from prox24_lightning.convert.packed import pack_24
 from prox24_lightning.copying import bare_copy
 from prox24_lightning.mask import mask_24
 
@@ -73,20 +75,42 @@ def test_expanding_what_is_not_converted_is_an_error():
         expand_model(mlp(), ["0"])
 
 
+def packed_layer(bias: torch.Tensor | None = None, dense: bool = False) -> tuple[torch.Tensor, SemiStructuredLinear]:
+    weight = pruned(nn.Linear(72, 40)).weight.detach().bfloat16()
+    return weight, SemiStructuredLinear(
+        to_buffer(pack_24(weight)),
+        tuple(weight.shape),
+        weight.dtype,
+        bias,
+        "16384=cusparselt",
+        weight if dense else None,
+    )
+
+
 def test_a_converted_layer_without_its_gpu_says_so():
-    layer = SemiStructuredLinear(torch.zeros(64, 36, dtype=torch.bfloat16), None, None, (64, 64), "cusparselt")
+    _, layer = packed_layer()
     with pytest.raises(RuntimeError, match="runs on CUDA only; input is on cpu, weight on cpu"):
-        layer(torch.zeros(2, 64, dtype=torch.bfloat16))
+        layer(torch.zeros(2, 72, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="has no backward"):
-        layer(torch.zeros(2, 64, requires_grad=True))
+        layer(torch.zeros(2, 72, requires_grad=True))
 
 
 def test_a_packed_layer_keeps_its_bits_under_casts():
-    packed = torch.randn(64, 36).bfloat16()
-    layer = SemiStructuredLinear(packed, None, torch.zeros(64), (64, 64), "cusparselt").to(torch.float64)
-    assert torch.equal(copy.deepcopy(layer).packed.view(torch.bfloat16), packed)
-    assert layer.stored_bytes == 64 * 36 * 2
+    weight, layer = packed_layer(torch.zeros(40))
+    layer = copy.deepcopy(layer.to(torch.float64))
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.packed_weight.values, pack_24(weight).values)
     assert set(layer.state_dict()) == {"packed", "bias"}
+    assert layer.stored_bytes == layer.packed.nbytes == 64 * 128 * 9 // 8, "padded to multiples of 64"
+
+
+def test_a_kept_dense_weight_is_counted_and_not_stored():
+    weight, layer = packed_layer(dense=True)
+    layer.to(torch.float64)
+    assert torch.equal(layer.weight, weight)
+    assert set(layer.state_dict()) == {"packed"}
+    assert layer.stored_bytes == layer.packed.nbytes + weight.nbytes
+    assert torch.equal(expand_linear(layer).weight, weight)
 
 
 @pytest.fixture
