@@ -48,6 +48,7 @@ def bench(
     length: int = 512,
     run_mode: RunMode = "eager",
     convert_all: bool = False,
+    keep_dense: bool = False,
     rounds: int = 20,
 ) -> None:
     """Time a 2:4 model dense and converted in one process on the GPU, and check that it says the same.
@@ -78,6 +79,7 @@ def bench(
         length: tokens of each.
         run_mode: the times that decide what is converted: eager calls, or calls replayed from a CUDA graph.
         convert_all: convert what can be, faster or not.
+        keep_dense: hold the dense weights too, for the numbers of tokens at which cuBLAS is faster.
         rounds: repetitions of each measurement.
     """
     with errors_as_exit("bench"):
@@ -86,6 +88,7 @@ def bench(
             dtype=getattr(torch, dtype),
             only_if_faster=not convert_all,
             run_mode=run_mode,
+            keep_dense=keep_dense,
             rounds=rounds,
         )
         workloads = [Workload("prefill", 1, prefill), *(Workload("decode", n, context) for n in batches or (1, 8))]

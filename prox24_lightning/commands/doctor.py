@@ -13,8 +13,10 @@ from prox24_lightning.commands.exit_codes import errors_as_exit
 from prox24_lightning.commands.machine import machine_facts
 from prox24_lightning.commands.pretrained import Dtype, Head
 from prox24_lightning.commands.sources import load_source
-from prox24_lightning.convert.doctor import Diagnosis, diagnose
-from prox24_lightning.convert.eligibility import find_target
+from prox24_lightning.convert.doctor import Diagnosis, Gain, diagnose
+from prox24_lightning.convert.eligibility import Target, find_target
+from prox24_lightning.convert.kernel_cache import Place
+from prox24_lightning.convert.measured_gain import measured_gain
 from prox24_lightning.convert.tables import STATES, Section, grouped, print_tables
 from prox24_lightning.files import write_text
 
@@ -52,11 +54,13 @@ def doctor(
         if any(count < 1 for count in counts):
             raise ValueError(f"token_counts={counts} must be whole numbers from 1 up")
         source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
+        target = find_target()
         found = diagnose(
             source.model,
             dtype=getattr(torch, dtype),
-            target=find_target(),
+            target=target,
             token_counts=counts,
+            gain=_known_gain(target, getattr(torch, dtype)),
             machine={"model": source.description, **{key: str(value) for key, value in machine_facts().items()}},
         )
         print_diagnosis(found, Console(stderr=json == "-"))
@@ -65,6 +69,12 @@ def doctor(
         elif json is not None:
             write_text(json, found.to_json())
     raise SystemExit(0 if found.able else 1)
+
+
+def _known_gain(target: Target | None, dtype: torch.dtype) -> Gain | None:
+    if target is None or target.problem is not None:
+        return None
+    return measured_gain(Place.here(torch.cuda.current_device()), dtype)
 
 
 def print_diagnosis(found: Diagnosis, console: Console) -> None:

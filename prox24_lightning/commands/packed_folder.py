@@ -25,16 +25,17 @@ def is_packed_folder(folder: str | Path) -> bool:
     return (Path(folder) / PACKED_FILE).is_file() and (Path(folder) / "config.json").is_file()
 
 
-def load_folder(folder: str | Path, auto: Any, *, device: torch.device | str = "cpu") -> Any:
-    """The model of a packed folder, dense with exactly the stored values; no dense copy is made beside it.
+def load_folder(folder: str | Path, auto: Any, *, device: torch.device | str = "cpu", sparse: bool = False) -> Any:
+    """The model of a packed folder with exactly the stored values: dense, or on a GPU with its layers sparse.
 
     Args:
         folder: that :func:`save_folder` wrote.
         auto: the auto class of transformers that builds it (``AutoModelForCausalLM``).
         device: where it goes.
+        sparse: see :func:`~prox24_lightning.convert.packed_model.load_packed`; the dense model is then never there.
 
     Raises:
-        ValueError: if the file is damaged or does not fit the folder's config.
+        ValueError: if the file is damaged or does not fit the folder's config; for ``sparse`` without a suitable GPU.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -43,7 +44,7 @@ def load_folder(folder: str | Path, auto: Any, *, device: torch.device | str = "
     dtypes = [file.dtype(name) for name in file.names if file.dtype(name).is_floating_point]
     with EmptyOnMeta():
         model = auto.from_config(config, dtype=max(set(dtypes), key=dtypes.count))
-    load_packed(model, file, device=device)
+    load_packed(model, file, device=device, sparse=sparse)
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model.eval()
@@ -105,8 +106,10 @@ def _card(file: PackedFile, packable: Packable, model: nn.Module, source: str) -
         f"every four entries (tensors `NAME.values` and `NAME.indices`), the others as they are: "
         f"{file.stored_bytes:,} bytes instead of {file.dense_bytes:,} ({file.stored_bytes / file.dense_bytes:.4f}).",
         "",
-        "Load it, exactly dense, with `prox24_lightning.convert.load_packed`; write it back as an ordinary model with "
-        "`prox24 convert THIS_FOLDER OUT --form dense`. `from_pretrained` does not read this format.",
+        "`prox24_lightning.commands.packed_folder.load_folder` loads a transformers model from it, exactly dense or, "
+        "on a GPU, with sparse layers (`sparse=True`); `prox24_lightning.convert.load_packed` fills any other model. "
+        "`prox24 convert THIS_FOLDER OUT --form dense` writes an ordinary model, which `from_pretrained` reads; this "
+        "one it does not.",
         "",
         "| stored dense | why |",
         "| --- | --- |",

@@ -108,7 +108,11 @@ class LayerVerdict:
 
 
 def check_model(
-    model: nn.Module, *, dtype: torch.dtype | None = torch.bfloat16, target: Target | None = None
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
+    target: Target | None = None,
+    values: bool = True,
 ) -> tuple[LayerVerdict, ...]:
     """Judge every module of ``model`` that holds a weight of two or more dimensions.
 
@@ -116,6 +120,7 @@ def check_model(
         model: any module, on any device.
         dtype: what the weights are cast to before they are packed; None: each is judged in its own dtype.
         target: from :func:`find_target`. None: no GPU; the layers are then judged by cuSPARSELt's rules.
+        values: False takes every weight for 2:4 without looking at it; weights may then be on the meta device.
     """
     owners: dict[int, list[str]] = {}
     for name, module in named_layers(model):
@@ -128,7 +133,15 @@ def check_model(
             weight = getattr(module, "weight", None)
             shared = [other for other in owners.get(id(weight), []) if other != name]
             verdicts.append(
-                check_layer(module, name=name, dtype=dtype, target=target, parent=parents.get(id(module)), tied=shared)
+                check_layer(
+                    module,
+                    name=name,
+                    dtype=dtype,
+                    target=target,
+                    parent=parents.get(id(module)),
+                    tied=shared,
+                    values=values,
+                )
             )
     return tuple(verdicts)
 
@@ -141,6 +154,7 @@ def check_layer(
     target: Target | None = None,
     parent: nn.Module | None = None,
     tied: list[str] | None = None,
+    values: bool = True,
 ) -> LayerVerdict:
     """Judge one layer; ``dtype`` None takes the weight's own. See :func:`check_model`."""
     reasons: list[str] = []
@@ -161,13 +175,13 @@ def check_layer(
     if transposed:
         shape = shape[::-1]
     if structure is None:
-        if is_lazy(weight) or weight.is_meta:
+        if is_lazy(weight) or (weight.is_meta and values):
             reasons.append("the weight has no values yet (lazy or meta)")
         elif weight.dim() != 2 or hasattr(weight, "placements"):
             reasons.append(f"the weight is sharded over ranks ({type(weight).__name__} of {weight.dim()} dimensions)")
         else:
             reasons += _rules(shape, weight.dtype if dtype is None else dtype, target)
-            reasons += _values(weight, 0 if transposed else 1)
+            reasons += _values(weight, 0 if transposed else 1) if values else ()
     note = "stored transposed: converted as nn.Linear(weight.t())" if transposed else ""
     if isinstance(module, PLAIN_CONVOLUTIONS) and not is_lazy(weight) and not weight.is_meta:
         problem = sparse_problem(weight, 1)

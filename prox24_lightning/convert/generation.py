@@ -41,7 +41,7 @@ def time_language_model(
         model: callable as ``model(input_ids, past_key_values=..., use_cache=True)``; unchanged.
         names: the layers to convert.
         workloads: what is timed.
-        settings: dtype and rounds.
+        settings: dtype, rounds and whether the dense weights are kept.
         device: a CUDA GPU, the current one.
         score: perplexity of a model; None for no text.
         text: what it is the perplexity of.
@@ -77,7 +77,7 @@ def time_language_model(
     dense_bytes = torch.cuda.memory_allocated(device) - before
     torch.cuda.reset_peak_memory_stats()
     start = perf_counter()
-    convert_model(twin, names)
+    convert_model(twin, names, keep_dense=settings.keep_dense)
     torch.cuda.synchronize()
     seconds = perf_counter() - start
     peak = torch.cuda.max_memory_allocated() - before

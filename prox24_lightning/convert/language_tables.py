@@ -111,6 +111,8 @@ def _memory_rows(report: LanguageReport) -> list[tuple[str, ...]]:
                 "-" if variant.perplexity is None else f"{variant.perplexity:.4f}",
             )
         )
+    converting = f"converting, {report.conversion_seconds:.1f} s"
+    rows.insert(1, (converting, "", "", "", f"{report.conversion_peak_bytes / 2**20:,.1f}", "", ""))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prox24_lightning.convert.eligibility import named_layers
+from prox24_lightning.convert.eligibility import DTYPES, check_model, named_layers
+from prox24_lightning.convert.gpu_layout import to_buffer
+from prox24_lightning.convert.kernel_search import stored_table
 from prox24_lightning.convert.packed import PACKED_DTYPES
+from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.convert.packed_reader import PackedFile
-from prox24_lightning.groups import clean_name, fit_groups, matching
+from prox24_lightning.convert.semi_structured import insert_layers, target_of
+from prox24_lightning.groups import clean_name, fit_groups, is_transposed_linear, matching
 from prox24_lightning.mask import Violations, violations_24
 
 
@@ -103,16 +107,26 @@ class EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_packed(model: nn.Module, file: PackedFile, *, device: torch.device | str | None = None) -> None:
-    """Give ``model`` the tensors of a packed file, expanded, one after the other: each replaces the model's own.
+@torch.no_grad()
+def load_packed(
+    model: nn.Module, file: PackedFile, *, device: torch.device | str | None = None, sparse: bool = False
+) -> tuple[str, ...]:
+    """Give ``model`` the tensors of a packed file, one after the other: each replaces the model's own.
 
     Args:
         model: of the structure that was written; its weights may be on the meta device. Dtypes become the file's.
         file: an open one.
         device: where the tensors go; None leaves each where the model has it (from meta: CPU).
+        sparse: packed weights are not expanded where the layer can run sparse on ``device``, a GPU: it is replaced by a
+            :class:`~prox24_lightning.convert.packed_linear.SemiStructuredLinear`, whose kernels are those that were
+            measured before on this machine, or go by rule. The dense model is never there.
+
+    Returns:
+        names of the layers that are sparse now.
 
     Raises:
-        ValueError: if names or shapes differ, before anything is changed; if the file is damaged.
+        ValueError: if names or shapes differ, before anything is changed; if the file is damaged; for ``sparse``
+            without a GPU that can run it.
     """
     places = {name: (held, attribute) for name, held, attribute in _places(model)}
     missing, unknown = sorted(set(places) - set(file.names)), sorted(set(file.names) - set(places))
@@ -121,18 +135,51 @@ def load_packed(model: nn.Module, file: PackedFile, *, device: torch.device | st
     for name, (held, attribute) in places.items():
         if file.shape(name) != tuple(held[attribute].shape):
             raise ValueError(f"{name} has shape {tuple(held[attribute].shape)}, and {file.shape(name)} in {file.path}")
+    layers = _sparse_layers(model, file, torch.device(device or "cpu")) if sparse else {}
     done: dict[str, Tensor] = {}
+    packed = {file.owner(weight) for weight in layers.values()}
     for name, (held, attribute) in places.items():
         owner, old = file.owner(name), held[attribute]
+        if owner in packed:
+            continue
         if owner not in done:
             new = file.read(owner, device or ("cpu" if old.is_meta else old.device))
             done[owner] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         held[attribute] = done[owner]
+    insert_layers(model, _converted(model, file, layers, device))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{name} is a meta tensor and no part of the state dict: build the model with its values")
     if device is not None:
         model.to(device)
+    return tuple(layers)
+
+
+def _sparse_layers(model: nn.Module, file: PackedFile, device: torch.device) -> dict[str, str]:
+    """Module name -> weight name of what can run sparse on ``device``."""
+    target = target_of(device)
+    if target is None or target.problem is not None:
+        raise ValueError(f"sparse=True needs a GPU with sparse tensor cores, device={device} is none")
+    modules = dict(named_layers(model))
+    found = {}
+    for verdict in check_model(model, target=target, values=False):
+        weight = f"{verdict.name}.weight"
+        entry = file.packed.get(weight)
+        along_inputs = entry is not None and entry.dim == (0 if is_transposed_linear(modules[verdict.name]) else 1)
+        if verdict.name and verdict.runs and along_inputs and file.dtype(weight) in DTYPES:
+            found[verdict.name] = weight
+    return found
+
+
+def _converted(
+    model: nn.Module, file: PackedFile, layers: Mapping[str, str], device: torch.device | str | None
+) -> Iterator[tuple[str, SemiStructuredLinear]]:
+    modules = dict(named_layers(model))
+    for name, weight in layers.items():
+        packed = file.read_packed(weight, device or "cpu")
+        table = stored_table(packed.shape, packed.dtype, device=packed.values.get_device())
+        bias = getattr(modules[name], "bias", None)
+        yield name, SemiStructuredLinear(to_buffer(packed), packed.shape, packed.dtype, bias, table.text).eval()
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -70,7 +70,7 @@ def convert_linear(
         RuntimeError: if what was packed is not the dense weight.
     """
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
-    target = _target_of(weight.device) if isinstance(weight, Tensor) else None
+    target = target_of(weight.device) if isinstance(weight, Tensor) else None
     verdict = check_layer(linear, name=name, target=target)
     if not verdict.runs or target is None or target.backend is None or not isinstance(weight, Tensor):
         where = f" (the layer is on {weight.device}: move it)" if isinstance(weight, Tensor) and target is None else ""
@@ -108,7 +108,7 @@ def convert_model(
         ValueError: if a named layer does not exist or cannot run sparse; nothing is converted then.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    target = _target_of(device)
+    target = target_of(device)
     verdicts = {verdict.name: verdict for verdict in check_model(model, dtype=None, target=target)}
     wanted = [name for name, verdict in verdicts.items() if verdict.runs] if names is None else list(names)
     for name in wanted:
@@ -183,7 +183,20 @@ def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _target_of(device: torch.device) -> Target | None:
+def insert_layers(model: nn.Module, layers: Iterable[tuple[str, SemiStructuredLinear]]) -> None:
+    """Put converted layers in the place of the modules of these names, under every name that those have.
+
+    Args:
+        model: changed in place.
+        layers: (name, layer) pairs; one is asked for after the other, so that they can be made as they are put in.
+    """
+    slots = _slots(model)
+    for name, layer in layers:
+        _exchange(slots[name], layer)
+
+
+def target_of(device: torch.device) -> Target | None:
+    """The GPU behind a device; None for the CPU."""
     return find_target(device) if device.type == "cuda" else None
 
 

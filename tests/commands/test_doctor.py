@@ -10,7 +10,8 @@ import yaml
 from safetensors.torch import save_file
 
 from prox24_lightning.commands import doctor as command
-from prox24_lightning.convert import Target
+from prox24_lightning.convert import Target, kernel_cache
+from prox24_lightning.convert.kernel_table import Times
 
 
 def test_a_sparse_model(prox24, sparse_folder, tmp_path):
@@ -50,6 +51,30 @@ def test_a_gpu_that_cannot_is_exit_code_1(prox24, sparse_folder, monkeypatch):
     code, out, _ = prox24("doctor", sparse_folder)
     assert code == 1
     assert "Nothing runs sparse on this machine: pretended P100" in " ".join(out.split())
+
+
+def test_gains_come_from_what_was_measured_on_this_gpu(prox24, sparse_folder, monkeypatch, tmp_path):
+    place = kernel_cache.Place("pretended H200", "driver", "torch", "library", "kernels")
+    times = {
+        kernel_cache.key(place, torch.bfloat16, shape, tokens): Times(tokens, 10.0, {"few:1": 10.0 / gain, "x": 99.0})
+        for shape, gain in (((16, 16), 1.25), ((32, 16), 0.5), ((16, 32), 1.5))
+        for tokens in (1, 64)
+    }
+    kernel_cache.add(tmp_path / "kernels.json", times)
+    monkeypatch.setenv(kernel_cache.PATH_VARIABLE, str(tmp_path / "kernels.json"))
+    monkeypatch.setattr(kernel_cache.Place, "here", lambda device: place)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(command, "find_target", lambda: Target("pretended H200", (9, 0), "cusparselt"))
+    code, out, _ = prox24("doctor", sparse_folder, "--json", "-", "--token_counts", "[1, 33, 256]")
+    assert code == 0
+    found = json.loads(out)
+    gains = {layer["name"]: layer["expected"] for layer in found["layers"] if layer["state"] == "sparse"}
+    assert gains["model.layers.0.self_attn.q_proj"] == {"1": 1.25, "33": 1.25, "256": None}, "33 goes by 64"
+    assert gains["model.layers.1.mlp.up_proj"]["1"] == 0.5
+    share = {"q": 2 * 2 * 256 / 5632, "up": 2 * 2 * 512 / 5632, "down": 2 * 512 / 5632}
+    whole = 1 - share["q"] * 0.2 + share["up"] - share["down"] / 3
+    assert found["expected"]["1"] == pytest.approx(1 / whole)
+    assert found["expected"]["256"] is None
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(SemiStructuredLinear, "weight", property(lambda self: self.packed.view(self.dtype)))
     monkeypatch.setattr(benchmark, "find_target", lambda device=None: HOPPER)
     monkeypatch.setattr(benchmark, "measure_limits", lambda dtype, device: LIMITS)
-    monkeypatch.setattr(semi_structured, "_target_of", lambda device: HOPPER)
+    monkeypatch.setattr(semi_structured, "target_of", lambda device: HOPPER)
     for module in (layer_benchmark, model_benchmark):
         monkeypatch.setattr(module, "measure", measure)
         monkeypatch.setattr(module, "release_memory", lambda: None)

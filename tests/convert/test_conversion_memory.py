@@ -28,7 +28,7 @@ def dense_model(device="cpu"):
 
 
 def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
-    monkeypatch.setattr(semi_structured, "_target_of", lambda device: HOPPER)
+    monkeypatch.setattr(semi_structured, "target_of", lambda device: HOPPER)
     table = KernelTable((WIDTH, WIDTH), (Row(16384, Kernel("cusparselt")),))
     monkeypatch.setattr(semi_structured, "stored_table", lambda *args, **options: table)
     # Parts of a size that is small beside these small layers, as the real one is beside real layers.

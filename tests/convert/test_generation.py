@@ -84,7 +84,7 @@ def report():
     sparse = LanguageVariant(
         "converted", 7, 1500, 500, (result(PREFILL, 5, None), result(DECODE, 40, 4, 500)), 1e-3, 5.5
     )
-    return LanguageReport(3000, 500, 3400, 0.1, "a text", (dense, sparse))
+    return LanguageReport(3000, 500, 3_400_000, 0.1, "a text", (dense, sparse))
 
 
 def test_speedups_and_rates():
@@ -117,8 +117,9 @@ def test_tables_say_time_use_memory_and_quality():
     ]
     # 1000 bytes in 8 microseconds are 125 MB/s, an eighth of the limit; 4000 operations in it are half a GFLOP/s.
     assert use[2][1] == ("decode", "8 x 50", "dense", "0.00", "12%", "0.0", "50%")
-    assert memory[2][1][1:4] == ("7", "0.0", "0.0 (0.50 x)")
-    assert memory[2][1][-1] == "5.5000"
+    assert memory[2][1] == ("converting, 0.1 s", "", "", "", "3.2", "", "")
+    assert memory[2][2][1:4] == ("7", "0.0", "0.0 (0.50 x)")
+    assert memory[2][2][-1] == "5.5000"
     assert memory[1][-1] == "perplexity (a text)"
     assert all(len(row) == len(header) for _, header, rows in (time, use, memory) for row in rows)
 
@@ -156,7 +157,11 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(generation, "measure", measure)
     monkeypatch.setattr(generation, "release_memory", lambda: None)
     monkeypatch.setattr(generation, "capture", lambda call: SimpleNamespace(replay=call))
-    monkeypatch.setattr(generation, "convert_model", lambda model, names: state.converted.append((model, list(names))))
+    monkeypatch.setattr(
+        generation,
+        "convert_model",
+        lambda model, names, **options: state.converted.append((model, list(names), options)),
+    )
     return state
 
 
@@ -173,7 +178,8 @@ def test_a_language_model_is_measured_dense_then_converted(pretended_gpu):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     scored = []
     found = measured(model, score=lambda twin: scored.append(twin) or 7.0 + len(scored), text="a text")
-    [(twin, names)] = pretended_gpu.converted
+    [(twin, names, options)] = pretended_gpu.converted
+    assert options == {"keep_dense": False}
     assert twin is not model
     assert names == NAMES
     assert scored == [twin, twin]

@@ -111,7 +111,7 @@ def test_tilings_fit_the_tokens_and_the_gpu():
 
 def test_a_tiling_says_its_macros():
     tiling = Tiling(1, 2, 8, 4, 2, 1, 2, 4, 1)
-    names = "STAGED MT NT WR WK CS SPAN DEPTH RESIDENT".split()
+    names = ["STAGED", "MT", "NT", "WR", "WK", "CS", "SPAN", "DEPTH", "RESIDENT"]
     assert tiling.macros == dict(zip(names, (1, 2, 8, 4, 2, 1, 2, 4, 1), strict=True))
     assert all(f"{name}" in few_tokens.source("few_tokens.cu") for name in names)
     assert (tiling.tokens, tiling.rows, tiling.threads) == (64, 128, 256)

@@ -8,6 +8,9 @@ import transformers as hf
 from live_bytes import LiveBytes
 from torch import nn
 
+from prox24_lightning.convert import SemiStructuredLinear, Target, packed_model
+from prox24_lightning.convert.kernel_table import KernelTable, Row
+from prox24_lightning.convert.kernels import Kernel
 from prox24_lightning.convert.packed_model import EmptyOnMeta, find_packable, load_packed
 from prox24_lightning.convert.packed_reader import PackedFile
 from prox24_lightning.convert.packed_writer import write_packed
@@ -166,6 +169,104 @@ def test_a_buffer_that_no_file_can_give_is_refused(tmp_path):
     twin.register_buffer("scratch", torch.empty(3, device="meta"), persistent=False)
     with pytest.raises(ValueError, match="scratch is a meta tensor and no part of the state dict"):
         load_packed(twin, file)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """The CPU counts as a GPU that runs sparse layers; they are made and put in, and cannot be called."""
+    table = KernelTable((0, 0), (Row(16384, Kernel("cusparselt")),))
+    monkeypatch.setattr(packed_model, "target_of", lambda device: Target("pretended H200", (9, 0), "cusparselt"))
+    monkeypatch.setattr(packed_model, "stored_table", lambda *args, **options: table)
+
+
+def test_packed_weights_become_sparse_layers_without_being_expanded(tmp_path, pretended_gpu, monkeypatch):
+    config = hf.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+        attention_bias=True,
+    )
+    torch.manual_seed(0)
+    model = prune(hf.LlamaForCausalLM(config).bfloat16(), skip=("model.layers.1.mlp.up_proj", "lm_head"))
+    file = packed(tmp_path, model)
+    with EmptyOnMeta():
+        twin = hf.LlamaForCausalLM(config)
+    expanded = []
+    monkeypatch.setattr(file, "read", lambda name, device: expanded.append(name) or PackedFile.read(file, name, device))
+    names = load_packed(twin, file, device="cpu", sparse=True)
+    assert sorted(f"{name}.weight" for name in names) == sorted(file.packed)
+    assert len(names) == 13
+    assert not set(expanded) & set(file.packed)
+    layers = dict(twin.named_modules())
+    for name in names:
+        layer, linear = layers[name], model.get_submodule(name)
+        assert isinstance(layer, SemiStructuredLinear)
+        assert torch.equal(layer.weight, linear.weight)
+        assert (layer.bias is None) == (linear.bias is None)
+        assert layer.bias is None or torch.equal(layer.bias, linear.bias)
+        assert not layer.training
+    assert torch.equal(twin.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(twin.lm_head.weight, model.lm_head.weight)
+
+
+def test_what_cannot_run_sparse_is_expanded(tmp_path, pretended_gpu):
+    """Convolutions, weights of attention that it multiplies itself, groups along the outputs, float32."""
+    half = net().bfloat16()
+    wide = nn.Sequential(nn.Linear(16, 32, bias=False), prune(nn.Linear(32, 16)), half)
+    with torch.no_grad():
+        wide[0].weight.mul_(mask_24(wide[0].weight, dim=0))
+    file = packed(tmp_path, wide)
+    assert {"0.weight", "1.weight", "2.conv.weight", "2.shared.weight"} <= set(file.packed)
+    twin = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Linear(32, 16), Net())
+    assert load_packed(twin, file, device="cpu", sparse=True) == ()
+    assert equal(twin, wide)
+
+
+def test_a_shared_layer_is_sparse_under_both_names(tmp_path, pretended_gpu):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.second = self.first
+
+    model = prune(Shared().bfloat16())
+    twin = Shared()
+    assert load_packed(twin, packed(tmp_path, model), device="cpu", sparse=True) == ("first",)
+    assert twin.second is twin.first
+    assert torch.equal(twin.second.weight, model.first.weight)
+
+
+def test_sparse_layers_need_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="sparse=True needs a GPU with sparse tensor cores, device=cpu is none"):
+        load_packed(net(), packed(tmp_path, net()), sparse=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_packed_model_runs_sparse_on_the_gpu(tmp_path):
+    config = hf.LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=8, vocab_size=256
+    )
+    torch.manual_seed(0)
+    model = prune(hf.LlamaForCausalLM(config).bfloat16(), skip=("lm_head",)).eval()
+    file = packed(tmp_path, model)
+    with EmptyOnMeta():
+        twin = hf.LlamaForCausalLM(config).eval()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    names = load_packed(twin, file, device="cuda", sparse=True)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert len(names) == 28
+    assert peak < file.stored_bytes + 4 * 1024 * 2816 * 2, f"{peak / file.stored_bytes:.2f} of the file"
+    ids = torch.randint(256, (2, 16), device="cuda")
+    with torch.no_grad():
+        found = twin(ids).logits
+        expected = model.cuda()(ids).logits
+    assert float((found - expected).norm() / expected.norm()) < 2e-2
+    for name in names:
+        assert torch.equal(twin.get_submodule(name).weight, model.get_submodule(name).weight), name
 
 
 def test_writing_and_loading_take_the_memory_of_one_layer(tmp_path):
