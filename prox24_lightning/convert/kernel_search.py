@@ -127,9 +127,8 @@ def _large(
         if way != "cusparselt":
             notes.append(f"no plans of cuSPARSELt: {why}")
             kernels += [Kernel("torch")] if way == "torch" else []
-        elif answers[index].problem:
-            notes.append(answers[index].problem)
         else:
+            notes += [answers[index].problem] if answers[index].problem else []
             kernels += [Kernel("cusparselt", (algorithm,)) for algorithm in answers[index].algorithms]
         if not own[at]:
             kernels.append(Kernel("expand"))
