@@ -195,11 +195,9 @@ def test_the_whole_way(pretended_gpu):
     assert scalars["convert/graph_layer_speedup_64_tokens"] == pytest.approx(2)
     assert scalars["convert/eager_model_speedup_all_sparse"] == pytest.approx(10 / 8)
     # (64, 32) at one token: 4096 bytes of weight and 192 of rows, at a byte a nanosecond, in 10 microseconds; packed,
-    # the pretended layer has as many bytes and takes half the time.
+    # and padded to 64 x 64, 4608 bytes in half the time.
     first = report.shapes[0]
-    assert first.limit_shares(first.tokens[0], LIMITS, 2) == pytest.approx((0.4288, 0.96)), (
-        "64 x 32 is padded to 64 x 64"
-    )
+    assert first.limit_shares(first.tokens[0], LIMITS, 2) == pytest.approx((0.4288, 0.96))
     assert scalars["convert/limit_bytes_per_second"] == 1e9
     assert scalars["convert/limit_share_dense_1_tokens"] == pytest.approx(0.4288)
     # At 64 tokens arithmetic is the longer: 2 x 64 x 64 x 32 operations, half as many for sparse, at 10 a nanosecond.

@@ -9,11 +9,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from prox24_lightning.convert import algorithm_search, cusparselt, few_tokens, kernel_cache
 from prox24_lightning.convert.algorithm_search import Job
 from prox24_lightning.convert.few_tokens import TILINGS, Tiling
 from prox24_lightning.convert.kernel_cache import Place
+from prox24_lightning.convert.kernel_report import in_words, print_kernels
 from prox24_lightning.convert.kernel_table import (
     BUCKETS,
     DENSE,
@@ -93,6 +95,20 @@ def test_rules_fill_what_was_not_measured():
     assert [row.tokens for row in table.rows] == sorted({row.tokens for row in table.rows})
     assert kernel_for(table.text, 64) == DENSE
     assert kernel_for(table.text, 1).way == "few"
+
+
+def test_the_table_for_people():
+    table = choose(SHAPE, [times(1, 10, few=5), replace(times(256, 10, plan=12), notes=("algorithm 3 died",))])
+    console = Console(width=240, record=True, file=io.StringIO())
+    print_kernels([table], console)
+    lines = [line for line in console.export_text().splitlines() if "(4096, 1024)" in line]
+    assert "own kernel, tiling 0,1,1,1,16,1,2,2,2" in lines[0]
+    assert "5.00" in lines[0]
+    assert "2.00" in lines[0]
+    assert "cuSPARSELt, algorithm 7" in lines[1]
+    assert "slower than dense" in lines[1]
+    assert "algorithm 3 died" in lines[1]
+    assert in_words(Kernel("cusparselt")) == "cuSPARSELt, algorithm by default"
 
 
 def test_tilings_fit_the_tokens_and_the_gpu():
