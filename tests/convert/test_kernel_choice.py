@@ -153,7 +153,12 @@ def test_times_of_another_machine_are_not_used(tmp_path, field):
     assert kernel_cache.find(path, PLACE, torch.float16, SHAPE[::-1], (8,)) == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99, "entries": {}}', '{"version": 1, "entries": [1]}'])
+OTHER_VERSION = json.dumps(
+    {"version": 99, "entries": {"old": {"tokens": 8, "dense_us": 1.0, "kernels": {}, "notes": []}}}
+)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", OTHER_VERSION, '{"version": 1, "entries": [1]}'])
 def test_a_damaged_file_counts_as_empty_and_is_replaced(tmp_path, text):
     path = tmp_path / "kernels.json"
     path.write_text(text)
