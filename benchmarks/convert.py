@@ -338,7 +338,8 @@ def main() -> None:
     parser.add_argument("--name", default="convert", help="of the result files")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    stem = f"{machine()['date']}_{arguments.name}"  # first: what cannot be found out is to stop the run before it takes time
+    # First: what cannot be found out about the machine is to stop the run before it takes time.
+    stem = f"{machine()['date']}_{arguments.name}"
     with torch.no_grad():
         if arguments.part != "models":
             rows = grid(arguments)
