@@ -30,13 +30,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class TokenResult:
-    """One layer at one number of tokens; ``output_error`` is ||sparse - dense|| / ||dense||."""
+    """One layer at one number of tokens; ``output_error`` is ||sparse - dense|| / ||dense||, ``kernel`` what ran."""
 
     tokens: int
     eager: Pair
     graph: Pair | None
     graph_problem: str | None
     output_error: float
+    kernel: str = ""
 
     @property
     def best(self) -> Pair:

@@ -41,7 +41,7 @@ class Conversion:
     """What :func:`convert_model` did: names of the converted layers, and the verdicts of those that stay dense.
 
     ``tables`` has the kernels of each shape if they were measured; see
-    :func:`~prox24_lightning.convert.tables.print_kernels`.
+    :func:`~prox24_lightning.convert.kernel_report.print_kernels`.
     """
 
     converted: tuple[str, ...]

@@ -33,7 +33,7 @@ def sections(report: Report) -> list[Section]:
             "sparse graph",
             "x",
         )
-        tables.append(("Per layer, microseconds a call", (*header, "error"), _shape_rows(report)))
+        tables.append(("Per layer, microseconds a call", (*header, "error", "kernel"), _shape_rows(report)))
     if report.model:
         columns = ("variant", "sparse layers", "eager", "x", "graph", "x", "peak MiB", "error")
         scope = f" ({report.model_scope})" if report.model_scope else ""
@@ -97,10 +97,11 @@ def _shape_rows(report: Report) -> list[tuple[str, ...]]:
                     *_pair(result.eager),
                     *(_pair(result.graph) if result.graph else ("-", "-", "-")),
                     f"{result.output_error:.1e}",
+                    result.kernel,
                 )
             )
         if not shape.tokens:
-            rows.append((*about, *("-",) * 8))
+            rows.append((*about, *("-",) * 9))
     return rows
 
 

@@ -1,18 +1,21 @@
-"""Which kernel runs when: the table, the choice, the cache on disk, the child that searches; nothing here needs a GPU."""
+"""Which kernel runs when: the table, the choice, the cache on disk, the child that searches. No GPU needed."""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from prox24_lightning.convert import algorithm_search, cusparselt, few_tokens, kernel_cache
-from prox24_lightning.convert.algorithm_search import Answer, Job
+from prox24_lightning.convert.algorithm_search import Job
 from prox24_lightning.convert.few_tokens import TILINGS, Tiling
 from prox24_lightning.convert.kernel_cache import Place
+from prox24_lightning.convert.kernel_report import in_words, print_kernels
 from prox24_lightning.convert.kernel_table import (
     BUCKETS,
     DENSE,
@@ -94,8 +97,22 @@ def test_rules_fill_what_was_not_measured():
     assert kernel_for(table.text, 1).way == "few"
 
 
+def test_the_table_for_people():
+    table = choose(SHAPE, [times(1, 10, few=5), replace(times(256, 10, plan=12), notes=("algorithm 3 died",))])
+    console = Console(width=240, record=True, file=io.StringIO())
+    print_kernels([table], console)
+    lines = [line for line in console.export_text().splitlines() if "(4096, 1024)" in line]
+    assert "own kernel, tiling 0,1,1,1,16,1,2,2,2" in lines[0]
+    assert "5.00" in lines[0]
+    assert "2.00" in lines[0]
+    assert "cuSPARSELt, algorithm 7" in lines[1]
+    assert "slower than dense" in lines[1]
+    assert "algorithm 3 died" in lines[1]
+    assert in_words(Kernel("cusparselt")) == "cuSPARSELt, algorithm by default"
+
+
 def test_tilings_fit_the_tokens_and_the_gpu():
-    for tokens in (1, 8, 9, 16, 32):
+    for tokens in (1, 8, 9, 16, 32, 64):
         found = few_tokens.tilings(tokens, (9, 0))
         assert found
         assert len({tiling.tokens for tiling in found}) == 1
@@ -136,7 +153,12 @@ def test_times_of_another_machine_are_not_used(tmp_path, field):
     assert kernel_cache.find(path, PLACE, torch.float16, SHAPE[::-1], (8,)) == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 99, "entries": {}}', '{"version": 1, "entries": [1]}'])
+OTHER_VERSION = json.dumps(
+    {"version": 99, "entries": {"old": {"tokens": 8, "dense_us": 1.0, "kernels": {}, "notes": []}}}
+)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", OTHER_VERSION, '{"version": 1, "entries": [1]}'])
 def test_a_damaged_file_counts_as_empty_and_is_replaced(tmp_path, text):
     path = tmp_path / "kernels.json"
     path.write_text(text)
@@ -156,11 +178,16 @@ def test_the_place_of_the_cache(monkeypatch, tmp_path):
 JOBS = [Job("float16", (512, 1024), tokens, 4, 0) for tokens in (64, 128, 256)]
 
 CHILD = """
-import json, os, sys
-for job in json.load(sys.stdin):
-    if job["tokens"] == 128:
-        {death}
-    print(json.dumps({{"algorithms": [job["tokens"] // 64], "problem": ""}}), flush=True)
+import json, os, sys, time
+for index, job in enumerate(json.load(sys.stdin)):
+    for algorithm in range(4):
+        if algorithm in job["skip"]:
+            continue
+        print(json.dumps({{"job": index, "algorithm": algorithm}}), flush=True)
+        if job["tokens"] == 128 and algorithm == 2:
+            {death}
+        print(json.dumps({{"job": index, "algorithm": algorithm, "us": 10.0 - algorithm}}), flush=True)
+    print(json.dumps({{"job": index, "done": True, "problem": ""}}), flush=True)
 """
 
 
@@ -168,18 +195,22 @@ def child(death: str) -> list[str]:
     return [sys.executable, "-c", CHILD.format(death=death)]
 
 
-def test_a_child_that_dies_costs_the_job_at_hand_alone():
+def test_an_algorithm_that_kills_is_left_out():
     answers = algorithm_search.search(JOBS, command=child("print('illegal', file=sys.stderr); os._exit(134)"))
-    assert [answer.algorithms for answer in answers] == [(1,), (), (4,)]
-    assert answers[1].problem == (
-        "the search for algorithms ended with status 134 (illegal): cuSPARSELt is not used here"
-    )
+    assert [answer.algorithms for answer in answers] == [(3, 2), (3, 1), (3, 1)], "no longer tried after the death"
+    assert answers[1].problem == "cuSPARSELt's algorithm 2 ended a process with status 134 (illegal)"
 
 
 def test_a_child_that_hangs_is_ended():
-    answers = algorithm_search.search(JOBS[:2], command=child("import time; time.sleep(60)"), seconds=2)
-    assert answers[0] == Answer((1,))
-    assert "took more than 2 seconds" in answers[1].problem
+    answers = algorithm_search.search(JOBS[1:2], command=child("time.sleep(60)"), seconds=2)
+    assert answers[0].algorithms == (3, 1)
+    assert "algorithm 2 took more than 2 seconds" in answers[0].problem
+
+
+def test_a_child_that_never_starts_is_said():
+    answers = algorithm_search.search(JOBS, command=[sys.executable, "-c", "raise SystemExit('no module')"])
+    assert [answer.algorithms for answer in answers] == [(), (), ()]
+    assert answers[2].problem == "the search for cuSPARSELt's algorithms ended a process with status 1 (no module)"
 
 
 def test_no_jobs_no_child():
@@ -188,11 +219,12 @@ def test_no_jobs_no_child():
 
 def test_jobs_travel_as_json(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(algorithm_search, "_fastest", lambda job: seen.append(job) or (3, 5))
-    monkeypatch.setattr(sys, "stdin", __import__("io").StringIO(json.dumps([job.__dict__ for job in JOBS])))
+    monkeypatch.setattr(algorithm_search, "_measure", lambda job: seen.append(job) or iter([{"algorithm": 3}]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([asdict(job) for job in JOBS])))
     algorithm_search.main()
     assert seen == JOBS
-    assert json.loads(capsys.readouterr().out.splitlines()[0]) == {"algorithms": [3, 5], "problem": ""}
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:4] == [{"job": 1, "algorithm": 3}, {"job": 1, "done": True, "problem": ""}]
 
 
 def test_without_cusparselt_large_products_are_expanded():

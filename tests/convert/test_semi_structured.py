@@ -12,13 +12,16 @@ from transformers.pytorch_utils import Conv1D
 
 from prox24_lightning.convert import (
     SemiStructuredLinear,
+    Target,
     check_model,
     convert_linear,
     convert_model,
     expand_linear,
     expand_model,
+    semi_structured,
 )
 from prox24_lightning.convert.gpu_layout import to_buffer
+from prox24_lightning.convert.kernel_table import Times, choose
 from prox24_lightning.convert.packed import pack_24
 from prox24_lightning.copying import bare_copy
 from prox24_lightning.mask import mask_24
@@ -58,6 +61,43 @@ def test_a_model_names_unknown_and_unfit_layers():
         convert_model(mlp(), ["nope"])
     with pytest.raises(ValueError, match=r"^2 of shape \(64, 128\) cannot become a sparse layer"):
         convert_model(mlp(), ["2"])
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch) -> list[tuple]:
+    """Packing on the CPU as if there were a GPU; layers of 64 inputs win, those of 128 lose at 256 tokens."""
+    asked = []
+
+    def tables(shapes, dtype, **options):
+        asked.append((tuple(shapes), dtype, options["keep_dense"]))
+        us = {(128, 64): 5.0, (64, 128): 12.0}
+        return {
+            s: choose(s, [Times(256, 10.0, {"cusparselt:1": us[s]})], keep_dense=options["keep_dense"]) for s in shapes
+        }
+
+    monkeypatch.setattr(semi_structured, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
+    monkeypatch.setattr(semi_structured, "kernel_tables", tables)
+    return asked
+
+
+def test_layers_that_would_be_slower_stay_dense(pretended_gpu):
+    model = mlp().bfloat16()
+    done = convert_model(model, token_counts=(256,))
+    assert done.converted == ("0",)
+    assert model[0].kernels == "256=cusparselt:1"
+    assert isinstance(model[2], nn.Linear)
+    why = {verdict.name: verdict.why for verdict in done.dense}["2"]
+    assert why == "slower (0.83 x at 256 tokens; keep_dense=True would use cuBLAS there): stays dense"
+    assert pretended_gpu == [(((128, 64), (64, 128)), torch.bfloat16, False)]
+    assert {table.shape for table in done.tables} == {(128, 64), (64, 128)}
+
+
+def test_kept_dense_weights_make_no_layer_slower(pretended_gpu):
+    model = mlp().bfloat16()
+    done = convert_model(model, token_counts=(256,), keep_dense=True)
+    assert done.converted == ("0",), "cuBLAS alone is no reason to convert"
+    assert model[0].dense is not None
+    assert "no packed kernel is faster" in {verdict.name: verdict.why for verdict in done.dense}["2"]
 
 
 def test_without_a_gpu_nothing_is_converted():
