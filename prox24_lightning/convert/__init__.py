@@ -3,6 +3,7 @@
 from prox24_lightning.convert.benchmark import run_benchmark
 from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_layer, check_model, find_target
 from prox24_lightning.convert.onnx_check import OnnxNode, check_onnx
+from prox24_lightning.convert.packed import PackedWeight, pack_24, unpack_24
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.convert.report import Report
 from prox24_lightning.convert.semi_structured import (
@@ -19,6 +20,7 @@ __all__ = [
     "ExampleInputs",
     "LayerVerdict",
     "OnnxNode",
+    "PackedWeight",
     "Report",
     "SemiStructuredLinear",
     "Settings",
@@ -31,5 +33,7 @@ __all__ = [
     "expand_linear",
     "expand_model",
     "find_target",
+    "pack_24",
     "run_benchmark",
+    "unpack_24",
 ]

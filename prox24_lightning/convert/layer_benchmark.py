@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.convert.eligibility import LayerVerdict, named_layers
+from prox24_lightning.convert.kernel_search import kernel_tables
+from prox24_lightning.convert.kernel_table import BUCKETS, SAME, KernelTable
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.convert.report import Pair, ShapeResult, TokenResult
 from prox24_lightning.convert.semi_structured import convert_linear
@@ -34,20 +36,35 @@ def time_shapes(
     groups: dict[tuple[tuple[int, ...], bool], list[str]] = {}
     for verdict in verdicts:
         groups.setdefault((verdict.shape, verdict.bias), []).append(verdict.name)
+    tables: dict[tuple[int, int], KernelTable] = {}
+    problem = ""
+    try:
+        counts = sorted({*settings.token_counts, *BUCKETS})
+        shapes = [(shape[0], shape[1]) for shape, _ in groups]
+        tables = kernel_tables(
+            shapes, settings.dtype, token_counts=counts, keep_dense=settings.keep_dense, device=device
+        )
+    except Exception as error:
+        problem = describe(error)
     results = []
     for (shape, bias), names in groups.items():
         result = ShapeResult(shape, bias, tuple(names), 0, 0, (), False, "")
         try:
-            results.append(_time_shape(result, layers[names[0]], settings, device))
+            if problem:
+                raise RuntimeError(problem)
+            table = tables[shape[0], shape[1]]
+            results.append(_time_shape(result, layers[names[0]], table, settings, device))
         except Exception as error:
             results.append(replace(result, decision=f"could not be measured: {describe(error)}"))
         release_memory()
     return tuple(results)
 
 
-def _time_shape(result: ShapeResult, layer: nn.Module, settings: Settings, device: torch.device) -> ShapeResult:
+def _time_shape(
+    result: ShapeResult, layer: nn.Module, table: KernelTable, settings: Settings, device: torch.device
+) -> ShapeResult:
     dense = _linear(layer, device, settings.dtype)
-    sparse = convert_linear(dense, name=result.layers[0])
+    sparse = convert_linear(dense, name=result.layers[0], kernels=table, keep_dense=settings.keep_dense)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     copies = min(64, 1 + 2 * cache // sparse.stored_bytes)
     denses = [dense, *(copy.deepcopy(dense) for _ in range(copies - 1))]
@@ -117,7 +134,7 @@ def decide(tokens: Sequence[TokenResult], settings: Settings) -> tuple[bool, str
     slower = [
         f"{'not captured' if speedup is None else f'{speedup:.2f} x'} at {result.tokens}"
         for result in tokens
-        if (speedup := result.speedup(settings.run_mode)) is None or speedup < 1
+        if (speedup := result.speedup(settings.run_mode)) is None or speedup < SAME
     ]
     if not slower:
         return True, "sparse"

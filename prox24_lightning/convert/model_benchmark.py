@@ -46,7 +46,7 @@ def time_model(
 
         reference = [leaf.clone() for leaf in _floats(run())]
         variants.append(_variant("dense", 0, run, settings, before, reference))
-        convert_model(twin, inside)
+        convert_model(twin, inside, keep_dense=settings.keep_dense)
         variants.append(_variant("all_sparse", len(inside), run, settings, before, reference))
         if kept and len(kept) < len(inside):
             expand_model(twin, [name for name in inside if name not in kept])

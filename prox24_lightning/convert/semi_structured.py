@@ -7,9 +7,8 @@ known to :class:`~prox24_lightning.convert.packed_linear.SemiStructuredLinear` a
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,9 @@ from prox24_lightning.convert.eligibility import (
     find_target,
     named_layers,
 )
+from prox24_lightning.convert.kernel_search import kernel_tables, stored_table
+from prox24_lightning.convert.kernel_table import BUCKETS, KernelTable
+from prox24_lightning.convert.packed import pack_24, unpack_24
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.groups import is_transposed_linear
 
@@ -36,17 +38,31 @@ _HOOKS = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert_model` did: names of the converted layers, and the verdicts of those that stay dense."""
+    """What :func:`convert_model` did: names of the converted layers, and the verdicts of those that stay dense.
+
+    ``tables`` has the kernels of each shape if they were measured; see
+    :func:`~prox24_lightning.convert.tables.print_kernels`.
+    """
 
     converted: tuple[str, ...]
     dense: tuple[LayerVerdict, ...]
+    tables: tuple[KernelTable, ...] = ()
 
 
 @torch.no_grad()
-def convert_linear(linear: nn.Module, *, name: str = "layer") -> SemiStructuredLinear:
+def convert_linear(
+    linear: nn.Module, *, name: str = "layer", kernels: KernelTable | None = None, keep_dense: bool = False
+) -> SemiStructuredLinear:
     """Pack one linear layer (``nn.Linear``, or Hugging Face's ``Conv1D``) that lives on a GPU in float16 or bfloat16.
 
     The layer itself is not changed. The packed weight is expanded once and compared with the dense one.
+
+    Args:
+        linear: the layer.
+        name: for errors.
+        kernels: from :func:`~prox24_lightning.convert.kernel_search.kernel_table`. None: what has been measured of
+            this shape on this machine before, the rest by rule.
+        keep_dense: hold the dense weight too, for the numbers of tokens at which ``kernels`` names cuBLAS.
 
     Raises:
         ValueError: if the layer cannot run sparse, with its name and every reason; among them a weight that is not
@@ -61,50 +77,75 @@ def convert_linear(linear: nn.Module, *, name: str = "layer") -> SemiStructuredL
         raise ValueError(f"{name} of shape {verdict.shape} cannot become a sparse layer: {verdict.why}{where}")
     dense = weight.detach().t() if is_transposed_linear(linear) else weight.detach()
     dense = dense.contiguous()
-    kind = {
-        "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
-        "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
-    }[target.backend]
-    with warnings.catch_warnings():
-        # torch announces at the first tensor that the subclass is a prototype; this package keeps it out of sight.
-        warnings.simplefilter("ignore", UserWarning)
-        sparse = kind.from_dense(dense)
-    if sparse.packed is None:
-        raise RuntimeError(f"{name}: torch's {target.backend} packing returned nothing")
-    layer = SemiStructuredLinear(sparse.packed, sparse.meta, bias, dense.shape, target.backend).eval()
-    if not torch.equal(layer.weight, dense):
-        raise RuntimeError(f"{name}: the packed weight differs from the dense one, so {target.backend} is not used")
+    shape = dense.shape[0], dense.shape[1]
+    if kernels is None:
+        kernels = stored_table(shape, dense.dtype, keep_dense=keep_dense, device=dense.get_device())
+    packed = pack_24(dense, name=name)
+    layer = SemiStructuredLinear(packed, bias, kernels.text, dense if keep_dense else None).eval()
+    if not torch.equal(unpack_24(layer.packed_weight), dense):
+        raise RuntimeError(f"{name}: the packed weight differs from the dense one")
     for hooks in _HOOKS:  # the same dictionaries, so that whoever holds a handle can still remove its hook
         setattr(layer, hooks, getattr(linear, hooks))
     return layer
 
 
-def convert_model(model: nn.Module, names: Iterable[str] | None = None) -> Conversion:
+def convert_model(
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    *,
+    token_counts: Sequence[int] | None = None,
+    keep_dense: bool = False,
+) -> Conversion:
     """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed as it goes.
 
     Args:
         model: on a GPU, in float16 or bfloat16. For inference: the converted layers have no backward.
         names: modules to convert. None takes every layer that can run sparse.
+        token_counts: measure every shape at these numbers of tokens first (once a machine: times are kept on disk),
+            and leave layers dense that would be slower at any of them. None: nothing is measured now, and kernels are
+            chosen by what was measured before, or by rule.
+        keep_dense: hold the dense weights as well, and let cuBLAS take the numbers of tokens at which it is faster.
 
     Raises:
         ValueError: if a named layer does not exist or cannot run sparse; nothing is converted then.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     target = _target_of(device)
-    verdicts = check_model(model, dtype=None, target=target)
-    known = {verdict.name: verdict for verdict in verdicts}
-    wanted = [verdict.name for verdict in verdicts if verdict.runs] if names is None else list(names)
+    verdicts = {verdict.name: verdict for verdict in check_model(model, dtype=None, target=target)}
+    wanted = [name for name, verdict in verdicts.items() if verdict.runs] if names is None else list(names)
     for name in wanted:
-        if name not in known:
+        if name not in verdicts:
             raise ValueError(f"the model has no layer {name!r} with a weight; names are those of named_modules()")
-        if not known[name].runs:
-            raise ValueError(f"{name} of shape {known[name].shape} cannot become a sparse layer: {known[name].why}")
+        if not verdicts[name].runs:
+            raise ValueError(
+                f"{name} of shape {verdicts[name].shape} cannot become a sparse layer: {verdicts[name].why}"
+            )
     slots = _slots(model)
     for name in wanted:
         if not slots[name]:
-            raise ValueError(f"the model is a bare {known[name].kind}: pass it to convert_linear instead")
-        _exchange(slots[name], convert_linear(_held(slots[name]), name=name))
-    return Conversion(tuple(wanted), tuple(verdict for verdict in verdicts if verdict.name not in wanted))
+            raise ValueError(f"the model is a bare {verdicts[name].kind}: pass it to convert_linear instead")
+    tables: dict[tuple[torch.dtype, tuple[int, int]], KernelTable] = {}
+    if token_counts is not None:
+        for dtype in {_held(slots[name]).get_parameter("weight").dtype for name in wanted}:
+            of_dtype = (name for name in wanted if _held(slots[name]).get_parameter("weight").dtype == dtype)
+            shapes = [_pair(verdicts[name].shape) for name in of_dtype]
+            counts = sorted({*token_counts, *BUCKETS})
+            found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device)
+            tables |= {(dtype, shape): table for shape, table in found.items()}
+    converted = []
+    for name in wanted:
+        layer = _held(slots[name])
+        table = None
+        if token_counts is not None:
+            table = tables[layer.get_parameter("weight").dtype, _pair(verdicts[name].shape)]
+            if (decision := table.decision(token_counts)) is not None:
+                verdicts[name] = replace(verdicts[name], machine=decision)
+                continue
+        _exchange(slots[name], convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense))
+        converted.append(name)
+        del layer
+    dense = tuple(verdict for name, verdict in verdicts.items() if name not in converted)
+    return Conversion(tuple(converted), dense, tuple(tables.values()))
 
 
 @torch.no_grad()
@@ -138,6 +179,10 @@ def expand_model(model: nn.Module, names: Iterable[str] | None = None) -> tuple[
         if isinstance(layer, SemiStructuredLinear):
             _exchange(slots[name], expand_linear(layer))
     return tuple(wanted)
+
+
+def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], shape[1]
 
 
 def _target_of(device: torch.device) -> Target | None:

@@ -1,0 +1,323 @@
+// y = x W^T + bias for a few tokens and a packed 2:4 weight, bound by the reading of the weight.
+//
+// Compiled at run time with these macros: BF16 (0: float16, 1: bfloat16), STAGED (1: the tokens pass through shared
+// memory), MT (16-row tiles of a warp), NT (8-token tiles), WR and WK (warps of a block along the rows and along the
+// sum), CS (blocks of a cluster along the sum), SPAN (neighbouring pieces of 64 inputs that a warp takes at a time), DEPTH
+// (pieces a warp has under way), RESIDENT (blocks of threads that a multiprocessor is to hold).
+//
+// The packed weight is read where cuSPARSELt left it: the values row by row, then the positions in tiles of 64 rows by
+// 32 inputs (see gpu_layout.py). Nothing is expanded: the sparse tensor cores (mma.sp, m16n8k32) take pairs of values
+// and positions as they are. A sum does not mind its order, so a lane's operands are chosen for wide loads. Of a block of
+// 64 inputs, 16 groups, lane 4 r + c reads groups 4c to 4c + 3 of rows r and r + 8, and product t (0 or 1) takes
+//   group 4c + 2t as the hardware's group c, and group 4c + 2t + 1 as its group c + 4.
+// With that, lane 4 r + c finds the positions that product c / 2 wants from it in the two words of its own number.
+// Of the tokens the hardware wants the two halves of a group in two neighbouring lanes: lane c gets half c % 2 of the
+// groups of quads c / 2 and c / 2 + 2.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+constexpr int ROWS = WR * MT * 16;  // of a block
+constexpr int TOKENS = NT * 8;
+constexpr int WARPS = WR * WK;
+constexpr int STRIDE = TOKENS + 1;  // of a row of partial sums in shared memory
+
+__device__ __forceinline__ uint4 load_once(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ u32 load_word_once(const void* address) {
+  u16 v;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint4 load_often(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
+}
+
+// d += a b, where the lanes of pair SELECTOR of each four bring the positions.
+template <int SELECTOR>
+__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, const uint4& b,
+                                         u32 positions) {
+#if BF16
+#define TYPES "f32.bf16.bf16.f32"
+#else
+#define TYPES "f32.f16.f16.f32"
+#endif
+  asm volatile("mma.sp.sync.aligned.m16n8k32.row.col." TYPES
+               " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(positions), "n"(SELECTOR));
+}
+
+__device__ __forceinline__ float to_float(u16 v) {
+  float f;
+#if BF16
+  f = __uint_as_float((u32)v << 16);
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+#endif
+  return f;
+}
+
+__device__ __forceinline__ u16 to_half(float f) {
+  u16 v;
+#if BF16
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
+#endif
+  return v;
+}
+
+// A lane's share of the weight, 16 MT rows by 64 inputs.
+struct Weight {
+  uint4 upper[MT], lower[MT];  // four groups of rows r and r + 8
+  u32 words[MT];               // the positions as stored: even nibbles row r, odd ones row r + 8
+
+  // Even nibbles to the lower half, odd ones to the upper.
+  __device__ __forceinline__ u32 positions(int i) const {
+    u32 w = words[i];
+    u32 t = (w ^ (w >> 4)) & 0x00f000f0u;
+    w ^= t ^ (t << 4);
+    t = (w ^ (w >> 8)) & 0x0000ff00u;
+    return w ^ t ^ (t << 8);
+  }
+};
+
+// Where a lane reads. Steps are constants, so that they end up in the load instructions.
+struct Source {
+  const char *upper[MT], *lower[MT], *positions;
+
+  __device__ __forceinline__ Source(const u16* packed, int row, int rows, int columns, int lane, int block) {
+    const u16* values = packed + (size_t)(row + lane / 4) * (columns / 2) + lane % 4 * 8 + (size_t)block * 32;
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+      upper[i] = (const char*)(values + (size_t)i * 16 * (columns / 2));
+      lower[i] = (const char*)(values + (size_t)(i * 16 + 8) * (columns / 2));
+    }
+    positions = (const char*)(packed + (size_t)rows * (columns / 2) + (size_t)(row / 64) * (columns / 32) * 128 +
+                              row % 64 / 16 * 32 + lane + (size_t)block * 256);
+  }
+
+  __device__ __forceinline__ void load(Weight& w, int ahead) const {
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+      w.upper[i] = load_once(upper[i] + ahead * 64);
+      w.lower[i] = load_once(lower[i] + ahead * 64);
+      const char* p = positions + i * 64 + ahead * 512;
+      w.words[i] = load_word_once(p) | load_word_once(p + 256) << 16;
+    }
+  }
+
+  __device__ __forceinline__ void advance(int by) {
+#pragma unroll
+    for (int i = 0; i < MT; i++) upper[i] += by * 64, lower[i] += by * 64;
+    positions += by * 512;
+  }
+};
+
+__device__ __forceinline__ void products(float (&acc)[MT][NT][4], const Weight& w, int i, int t, u32 positions,
+                                         const uint4& first, const uint4& second) {
+  multiply<0>(acc[i][t], w.upper[i].x, w.lower[i].x, w.upper[i].y, w.lower[i].y, first, positions);
+  multiply<1>(acc[i][t], w.upper[i].z, w.lower[i].z, w.upper[i].w, w.lower[i].w, second, positions);
+}
+
+extern __shared__ __align__(128) char memory[];
+
+// Add the warps' sums, then the blocks' of a cluster, and store.
+__device__ __forceinline__ void finish(const float (&acc)[MT][NT][4], const u16* bias, u16* y, int tokens, int outputs) {
+  const int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  const int wr = warp % WR, wk = warp / WR;
+  float* partial = (float*)memory;  // [WK][ROWS][STRIDE]
+#pragma unroll
+  for (int i = 0; i < MT; i++)
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        partial[(wk * ROWS + (wr * MT + i) * 16 + r + k / 2 * 8) * STRIDE + t * 8 + c * 2 + k % 2] = acc[i][t][k];
+  __syncthreads();
+#if CS > 1
+  for (int at = threadIdx.x; at < ROWS * TOKENS; at += WARPS * 32) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < WK; k++) sum += partial[(k * ROWS + at % ROWS) * STRIDE + at / ROWS];
+    partial[at % ROWS * STRIDE + at / ROWS] = sum;
+  }
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  const u32 shared = (u32)__cvta_generic_to_shared(memory);
+#endif
+  for (int at = threadIdx.x + blockIdx.y * WARPS * 32; at < ROWS * TOKENS; at += CS * WARPS * 32) {
+    const int out = blockIdx.x * ROWS + at % ROWS, token = at / ROWS;
+    if (out >= outputs || token >= tokens) continue;
+    float sum = bias ? to_float(bias[out]) : 0.f;
+#if CS > 1
+    const u32 here = shared + (at % ROWS * STRIDE + token) * 4;
+#pragma unroll
+    for (int k = 0; k < CS; k++) {
+      u32 there;
+      float part;
+      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(k));
+      asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(part) : "r"(there));
+      sum += part;
+    }
+#else
+#pragma unroll
+    for (int k = 0; k < WK; k++) sum += partial[(k * ROWS + at % ROWS) * STRIDE + token];
+#endif
+    y[(size_t)token * outputs + out] = to_half(sum);
+  }
+#if CS > 1
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
+#if CS > 1
+__cluster_dims__(1, CS, 1)
+#endif
+few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16* __restrict__ bias,
+           u16* __restrict__ y, int tokens, int rows, int columns, int outputs) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+  const int wr = warp % WR, wk = warp / WR;
+  const int row = min((int)blockIdx.x * ROWS + wr * MT * 16, rows - MT * 16);  // rows too many are not stored
+  const int blocks = columns / 64;
+  x += (size_t)blockIdx.z * TOKENS * columns;
+  y += (size_t)blockIdx.z * TOKENS * outputs;
+  tokens -= blockIdx.z * TOKENS;
+  float acc[MT][NT][4] = {};
+  Weight w[DEPTH];
+
+#if STAGED
+  // The threads bring the tokens' inputs of WK SPAN blocks to shared memory, sorted by the lane that will want them.
+  constexpr int SPANS = WK * SPAN;
+  constexpr int PARTS = TOKENS * SPANS * 4 / (WARPS * 32);  // of a thread: 16 bytes of quad p and 16 of quad p + 2
+  constexpr int BUFFER = TOKENS * SPANS * 128;
+  static_assert(PARTS > 0 && DEPTH % SPAN == 0, "too many threads, or too few blocks under way");
+  const int chunks = (blocks + SPANS - 1) / SPANS;
+  uint4 x_next[PARTS][2];
+  const char* from[PARTS];
+  char* to[PARTS];
+  const int part = threadIdx.x % 4, part_block = threadIdx.x / 4 % SPANS;  // all of these are powers of two
+#pragma unroll
+  for (int k = 0; k < PARTS; k++) {
+    const int token = (threadIdx.x + k * WARPS * 32) / (SPANS * 4), p = part / 2, t = part % 2;
+    from[k] = (const char*)(x + (size_t)min(token, tokens - 1) * columns) + (blockIdx.y * SPANS + part_block) * 128 + part * 16;
+    to[k] = memory + ((part_block * NT + token / 8) * 2 + t) * 512 + (token % 8 * 4 + p * 2) * 16;
+  }
+  auto fetch = [&](int chunk) {
+    if (chunk * SPANS + part_block < blocks) {
+#pragma unroll
+      for (int k = 0; k < PARTS; k++) x_next[k][0] = load_often(from[k]), x_next[k][1] = load_often(from[k] + 64);
+    }
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) from[k] += CS * SPANS * 128;
+  };
+  auto place = [&](int buffer) {
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) {
+      const uint4 u = x_next[k][0], v = x_next[k][1];
+      uint4* lanes = (uint4*)(to[k] + buffer * BUFFER);
+      lanes[0] = make_uint4(u.x, v.x, u.z, v.z);  // first halves of the groups
+      lanes[1] = make_uint4(u.y, v.y, u.w, v.w);
+    }
+  };
+  constexpr int TURN = CS * SPANS;  // blocks from one of a warp's chunks to the next
+  const int start = blockIdx.y * SPANS + wk * SPAN;
+  Source source(packed, row, rows, columns, lane, start);
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++)
+    if (start + d / SPAN * TURN + d % SPAN < blocks) source.load(w[d], d / SPAN * TURN + d % SPAN);
+  fetch(blockIdx.y);
+  place(0);
+  fetch(blockIdx.y + CS);
+  int buffer = 0;
+  __syncthreads();
+  for (int base = blockIdx.y; base < chunks; base += CS * (DEPTH / SPAN)) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      const int chunk = base + d / SPAN * CS;
+      if (chunk >= chunks) break;
+      const int block = chunk * SPANS + wk * SPAN + d % SPAN;
+      if (block < blocks) {
+        const uint4* mine = (const uint4*)(memory + buffer * BUFFER + (wk * SPAN + d % SPAN) * NT * 1024) + lane;
+        u32 places[MT];
+#pragma unroll
+        for (int i = 0; i < MT; i++) places[i] = w[d].positions(i);
+#pragma unroll
+        for (int t = 0; t < NT; t++) {
+          const uint4 first = mine[t * 64], second = mine[t * 64 + 32];
+#pragma unroll
+          for (int i = 0; i < MT; i++) products(acc, w[d], i, t, places[i], first, second);
+        }
+      }
+      constexpr int AHEAD = DEPTH / SPAN * TURN;
+      if (block + AHEAD < blocks) source.load(w[d], d / SPAN * TURN + d % SPAN + AHEAD);
+      if (d % SPAN == SPAN - 1) {
+        buffer ^= 1;
+        if (chunk + CS < chunks) place(buffer);
+        if (chunk + 2 * CS < chunks) fetch(chunk + 2 * CS);
+        __syncthreads();
+      }
+    }
+    source.advance(DEPTH / SPAN * TURN);
+  }
+#else
+  constexpr int TURN = SPAN * CS * WK;
+  uint4 own[DEPTH][NT][2];
+  const int start = SPAN * (blockIdx.y * WK + wk);
+  Source source(packed, row, rows, columns, lane, start);
+  const char* mine[NT];
+#pragma unroll
+  for (int t = 0; t < NT; t++)  // what a token too many gives is not stored
+    mine[t] = (const char*)(x + (size_t)min(t * 8 + r, tokens - 1) * columns + (c / 2 + c % 2 * 2) * 16 + start * 64);
+  auto load = [&](int d, int ahead) {
+    source.load(w[d], ahead);
+#pragma unroll
+    for (int t = 0; t < NT; t++) {
+      own[d][t][0] = load_often(mine[t] + ahead * 128);
+      own[d][t][1] = load_often(mine[t] + ahead * 128 + 16);
+    }
+  };
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++)
+    if (start + d / SPAN * TURN + d % SPAN < blocks) load(d, d / SPAN * TURN + d % SPAN);
+  for (int base = start; base < blocks; base += TURN * (DEPTH / SPAN)) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      const int block = base + d / SPAN * TURN + d % SPAN;
+      if (block < blocks) {
+        u32 places[MT];
+#pragma unroll
+        for (int i = 0; i < MT; i++) places[i] = w[d].positions(i);
+#pragma unroll
+        for (int t = 0; t < NT; t++) {
+          uint4 b[2];
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            // This lane holds both halves of two groups of its quad; its neighbour wants one of each, and has others.
+            const uint4 v = own[d][t][k];
+            const u32 g0 = __shfl_xor_sync(~0u, c & 1 ? v.x : v.y, 1), g1 = __shfl_xor_sync(~0u, c & 1 ? v.z : v.w, 1);
+            b[k] = c & 1 ? make_uint4(g0, v.y, g1, v.w) : make_uint4(v.x, g0, v.z, g1);
+          }
+#pragma unroll
+          for (int i = 0; i < MT; i++) products(acc, w[d], i, t, places[i], b[0], b[1]);
+        }
+      }
+      if (block + TURN * (DEPTH / SPAN) < blocks) load(d, d / SPAN * TURN + d % SPAN + TURN * (DEPTH / SPAN));
+    }
+    source.advance(TURN * (DEPTH / SPAN));
+#pragma unroll
+    for (int t = 0; t < NT; t++) mine[t] += TURN * (DEPTH / SPAN) * 128;
+  }
+#endif
+  finish(acc, bias, y, tokens, outputs);
+}

@@ -1,0 +1,139 @@
+"""CUDA C++ compiled at run time by NVRTC, the compiler that torch brings along, and launched through the driver.
+
+Nothing has to be built when the package is installed; a program takes about half a second, once a process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from collections.abc import Mapping
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from functools import cache
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
+_MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_SHARED_UNASKED = 48 * 1024
+_PARAMETERS, _SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE
+
+
+class NvrtcError(RuntimeError):
+    """The compiler or the driver cannot be bound, or refuses."""
+
+
+def compile_program(source: str, macros: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    """Machine code of ``source`` for one compute capability; needs no GPU.
+
+    Raises:
+        NvrtcError: with the compiler's log.
+    """
+    library = _nvrtc()
+    program = c_void_p()
+    _check(library.nvrtcCreateProgram(byref(program), source.encode(), b"kernel.cu", 0, None, None), "create")
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in macros.items()]
+    try:
+        given = (c_char_p * len(options))(*(option.encode() for option in options))
+        size = c_size_t()
+        if library.nvrtcCompileProgram(program, len(options), given):
+            library.nvrtcGetProgramLogSize(program, byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, log)
+            raise NvrtcError(f"NVRTC refuses the kernel with {dict(macros)}: {log.value.decode()[:2000]}")
+        _check(library.nvrtcGetCUBINSize(program, byref(size)), "nvrtcGetCUBINSize")
+        code = ctypes.create_string_buffer(size.value)
+        _check(library.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
+        return code.raw
+    finally:
+        library.nvrtcDestroyProgram(byref(program))
+
+
+class Function:
+    """One kernel of a compiled program, on the current GPU.
+
+    Args:
+        code: from :func:`compile_program`.
+        name: of an ``extern "C"`` kernel.
+        parameters: its parameters, in order.
+        threads: a block.
+        shared_bytes: dynamic shared memory a block.
+    """
+
+    def __init__(
+        self, code: bytes, name: str, parameters: type[ctypes.Structure], threads: int, shared_bytes: int = 0
+    ) -> None:
+        driver = _driver()
+        torch.cuda.current_stream().synchronize()  # from here on the GPU has a context
+        module, self._function = c_void_p(), c_void_p()
+        _check(driver.cuModuleLoadData(byref(module), code), "cuModuleLoadData")
+        _check(driver.cuModuleGetFunction(byref(self._function), module, name.encode()), "cuModuleGetFunction")
+        if shared_bytes > _SHARED_UNASKED:
+            _check(driver.cuFuncSetAttribute(self._function, _MAX_SHARED, shared_bytes), "cuFuncSetAttribute")
+        self._launch = driver.cuLaunchKernel
+        self._threads, self._shared, self._parameters = threads, shared_bytes, parameters
+        self._size = c_size_t(ctypes.sizeof(parameters))
+        self._size_at = ctypes.addressof(self._size)
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: int) -> None:
+        """Launch ``grid`` blocks on a CUDA stream of the current GPU."""
+        given = self._parameters(*arguments)
+        extra = (c_void_p * 5)(_PARAMETERS, ctypes.addressof(given), _SIZE, self._size_at, 0)
+        status = self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, None, extra)
+        if status:
+            _check(status, "cuLaunchKernel")
+
+
+def driver_version() -> str:
+    """The driver's own version where NVML tells it, the CUDA version it speaks otherwise."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        text = ctypes.create_string_buffer(96)
+        if not library.nvmlInit_v2() and not library.nvmlSystemGetDriverVersion(text, c_uint(96)):
+            return text.value.decode()
+    except (OSError, AttributeError):
+        pass
+    number = c_int()
+    _check(_driver().cuDriverGetVersion(byref(number)), "cuDriverGetVersion")
+    return f"CUDA {number.value}"
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    found = ctypes.util.find_library("nvrtc")
+    for wheel in _WHEELS:
+        try:
+            names = [file for file in files(wheel) or () if file.name.startswith("libnvrtc.so")]
+        except PackageNotFoundError:
+            continue
+        if names:
+            found = str(names[0].locate())
+            break
+    if found is None:
+        raise NvrtcError(f"no libnvrtc: it comes with {' or '.join(_WHEELS)}, which a CUDA build of torch requires")
+    try:
+        for builtins in sorted(Path(found).parent.glob("libnvrtc-builtins.so*")):
+            ctypes.CDLL(str(builtins))  # NVRTC looks for it by its bare name
+        return ctypes.CDLL(found)
+    except OSError as error:
+        raise NvrtcError(f"{found} cannot be loaded: {error}") from None
+
+
+@cache
+def _driver() -> Any:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NvrtcError(f"the CUDA driver cannot be loaded: {error}") from None
+    driver.cuLaunchKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p]
+    driver.cuFuncSetAttribute.argtypes = [c_void_p, c_int, c_int]
+    return driver
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        raise NvrtcError(f"{what} failed with status {status}")
