@@ -9,7 +9,6 @@ are gathered anew after each optimizer step, in place of the cast to 16 bits tha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -166,11 +165,16 @@ class TransposableForward:
         self._products: dict[int, Products] = {}
 
     def attach(self) -> None:
-        self.linear.forward = torch.compiler.disable(self)  # type: ignore[method-assign]
+        # This object, and no function made of it: a copy of the layer gets a copy that belongs to it.
+        self.linear.forward = self  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        self.linear.forward = MethodType(type(self.linear).forward, self.linear)  # type: ignore[method-assign]
+        vars(self.linear).pop("forward", None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pair": None, "_products": {}}
+
+    @torch.compiler.disable
     def __call__(self, input: Tensor) -> Tensor:
         linear, kind = self.linear, input.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
