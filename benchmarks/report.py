@@ -50,15 +50,18 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(folder: Path, name: str, title: str, rows: Sequence[dict[str, Any]], *, note: str = "") -> Path:
-    """Write ``<date>_<name>.md`` and ``.json`` into ``folder``, print the table, and return the Markdown's path."""
+def write_report(
+    folder: Path, name: str, title: str, rows: Sequence[dict[str, Any]], *, note: str = "", quiet: bool = False
+) -> Path:
+    """Write ``<date>_<name>.md`` and ``.json`` into ``folder``, print the table unless ``quiet``; return the first."""
     facts = machine()
     text = f"# {title}\n\n{note}\n\n{markdown_table(rows)}\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items())
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{facts['date']}_{name}.md"
     write_text(path, text + "\n")
     write_text(path.with_suffix(".json"), json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1))
-    Console().print(Markdown(text))
+    if not quiet:
+        Console().print(Markdown(text))
     return path
 
 

@@ -20,11 +20,13 @@ class Command:
         summary: what the command does.
         target: ``module:function``. The function takes the words after the command's name.
         typed: instead, the function has typed parameters, and jsonargparse makes the command line from them.
+        positional: those parameters that have no default are words without a name.
     """
 
     summary: str
     target: str
     typed: bool = False
+    positional: bool = False
 
     def run(self, name: str, words: list[str]) -> None:
         module, function = self.target.split(":")
@@ -34,7 +36,7 @@ class Command:
             return
         from jsonargparse import auto_cli
 
-        auto_cli(entry, args=words, prog=f"prox24 {name}", as_positional=False)
+        auto_cli(entry, args=words, prog=f"prox24 {name}", as_positional=self.positional)
 
 
 COMMANDS = {
@@ -53,6 +55,24 @@ COMMANDS = {
     ),
     "prune": Command(
         "prune a pretrained Hugging Face model layer by layer", "prox24_lightning.commands.prune:prune", typed=True
+    ),
+    "doctor": Command(
+        "which layers of MODEL can run sparse, why the others cannot, what it would gain",
+        "prox24_lightning.commands.doctor:doctor",
+        typed=True,
+        positional=True,
+    ),
+    "convert": Command(
+        "check MODEL and write it packed, at about half the size, into a folder",
+        "prox24_lightning.commands.convert:convert",
+        typed=True,
+        positional=True,
+    ),
+    "bench": Command(
+        "time MODEL dense against converted on this machine's GPU",
+        "prox24_lightning.commands.bench:bench",
+        typed=True,
+        positional=True,
     ),
 }
 

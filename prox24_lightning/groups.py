@@ -207,11 +207,11 @@ def select_weights(
             seen.add(id(parameter))
             name = f"{module_name}.{parameter_name}" if module_name else parameter_name
             aliases = {name, module_name, *(cls.__name__ for cls in type(module).__mro__)}
-            hits = _matches(aliases, targets or ())
-            skips = _matches(aliases, skip or ())
+            hits = matching(aliases, targets or ())
+            skips = matching(aliases, skip or ())
             matched.update(hits, skips)
             by_name = any(pattern in (name, module_name) for pattern in hits)
-            reason, dim = _fit(module, parameter_name, parameter, geometry)
+            reason, dim = fit_groups(module, parameter_name, parameter, geometry)
             if reason and by_name:
                 raise ValueError(f"target {name!r} of shape {tuple(parameter.shape)} cannot be 2:4: {reason}")
             if not reason:
@@ -265,11 +265,11 @@ def _heads(model: nn.Module) -> set[int]:
     return heads
 
 
-def _matches(aliases: set[str], patterns: Sequence[str]) -> list[str]:
+def matching(aliases: set[str], patterns: Sequence[str]) -> list[str]:
     return [pattern for pattern in patterns if any(fnmatchcase(alias, pattern) for alias in aliases if alias)]
 
 
-def _fit(module: nn.Module, parameter_name: str, parameter: Tensor, geometry: Geometry) -> tuple[str | None, Dim]:
+def fit_groups(module: nn.Module, parameter_name: str, parameter: Tensor, geometry: Geometry) -> tuple[str | None, Dim]:
     """Why ``parameter`` cannot be cut into groups of four (None if it can), and where the groups lie."""
     if is_parametrized(module, parameter_name):
         return "parametrized: the stored tensor is not the weight that is used", 0

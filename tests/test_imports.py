@@ -8,17 +8,18 @@ import sys
 
 import pytest
 
-BASE = {"groups", "weight_blocks", "files", "ranks", "sharding"}
+BASE = {"groups", "weight_blocks", "files", "tensor_files", "ranks", "sharding"}
 BELOW = {
     "groups": set(),
     "schedules": set(),
     "files": set(),
+    "tensor_files": set(),
     "ranks": set(),
     "copying": set(),
     "sharding": {"groups"},
     "weight_blocks": {"groups"},
-    "mask": {"groups", "weight_blocks", "files"},
-    "prox": {"groups", "weight_blocks", "mask", "files"},
+    "mask": {"groups", "weight_blocks", "files", "tensor_files"},
+    "prox": {"groups", "weight_blocks", "mask", "files", "tensor_files"},
     "moments": {"groups", "ranks", "sharding"},
     "finetune": {*BASE, "mask", "copying"},
     "layerwise": {*BASE, "schedules", "prox", "mask", "moments"},

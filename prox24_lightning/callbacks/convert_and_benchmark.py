@@ -16,10 +16,10 @@ from typing_extensions import override
 
 from prox24_lightning.callbacks.prox24 import Prox24
 from prox24_lightning.convert.benchmark import empty_report, run_benchmark
-from prox24_lightning.convert.example_inputs import InputCatcher
+from prox24_lightning.convert.example_inputs import InputCatcher, own_example
 from prox24_lightning.convert.report import Report, RunMode
 from prox24_lightning.convert.semi_structured import convert_model, expand_model
-from prox24_lightning.convert.settings import ExampleInputs, Settings
+from prox24_lightning.convert.settings import Settings
 from prox24_lightning.convert.tables import print_report, to_markdown, write_report
 from prox24_lightning.convert.timing import describe, release_memory
 from prox24_lightning.groups import clean_name, is_transposed_linear
@@ -158,7 +158,7 @@ class ConvertAndBenchmark(Callback):
                 "one process and call prox24_lightning.convert.convert_model."
             )
         inputs = self._catcher.inputs if self._catcher is not None else None
-        inputs = inputs or _example_input_array(pl_module)
+        inputs = inputs or own_example(pl_module)
         device = trainer.strategy.root_device
         # What a LightningModule may hold besides its weights, and what its copy is not to drag along.
         shared = [trainer, *trainer.loggers, *trainer.optimizers]
@@ -212,15 +212,6 @@ class ConvertAndBenchmark(Callback):
                     logger.experiment.add_text("convert/report", to_markdown(report), step)  # type: ignore[attr-defined]
             except Exception as error:
                 _warn(f"ConvertAndBenchmark could not write to {type(logger).__name__}: {describe(error)}")
-
-
-def _example_input_array(pl_module: LightningModule) -> ExampleInputs | None:
-    example: Any = pl_module.example_input_array
-    if example is None:
-        return None
-    if isinstance(example, dict):
-        return ExampleInputs("", (), example)
-    return ExampleInputs("", example if isinstance(example, tuple) else (example,), {})
 
 
 def _linear_layers(trainer: Trainer, pl_module: LightningModule) -> list[str]:

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from prox24_lightning.commands.packed_folder import is_packed_folder, load_folder
+
 Head = Literal["causal_lm", "masked_lm", "base"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _AUTO = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM", "base": "AutoModel"}
 
@@ -19,7 +22,7 @@ class Pretrained:
     """Which model, and how to load it.
 
     Attributes:
-        name: hub name, folder, or (with ``package``) the import name of an installed package.
+        name: hub name, folder (a packed one too), or (with ``package``) the import name of an installed package.
         package: the model lies inside that package.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: which auto class of transformers loads it.
@@ -30,7 +33,7 @@ class Pretrained:
     package: bool = False
     file: str | None = None
     head: Head = "causal_lm"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
     def describe(self) -> str:
         """One line for a model card."""
@@ -43,12 +46,23 @@ class Pretrained:
         Raises:
             ValueError: if a package is named that is not installed.
         """
+        return self.model(), [self.tokenizer()]
+
+    def model(self) -> Any:
+        """The model alone, in eval mode on CPU.
+
+        Raises:
+            ValueError: if a package is named that is not installed.
+        """
         import transformers
 
         source, extra = self._source()
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
-        model = getattr(transformers, _AUTO[self.head]).from_pretrained(source, dtype=dtype, **extra)
-        return model.eval(), [self.tokenizer()]
+        auto = getattr(transformers, _AUTO[self.head])
+        if is_packed_folder(source):
+            model = load_folder(source, auto)
+            return model if dtype == "auto" else model.to(dtype)
+        return auto.from_pretrained(source, dtype=dtype, **extra).eval()
 
     def tokenizer(self) -> Any:
         """The model's tokenizer alone.

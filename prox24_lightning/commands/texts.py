@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
+from platform import python_version
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torchmetrics.text import Perplexity
+from typing_extensions import override
 
 Split = Literal["calibration", "evaluation"]
 
@@ -24,6 +27,45 @@ class TextSource(ABC):
     @abstractmethod
     def describe(self) -> str:
         """One line for a model card: data, split, version."""
+
+
+class PlainText(TextSource):
+    """A UTF-8 text file, cut at empty lines into documents; all of it is for evaluation.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @override
+    def texts(self, split: Split) -> Iterable[str]:
+        documents = self.path.read_text(encoding="utf-8").split("\n\n")
+        return [document for document in documents if document.strip()] if split == "evaluation" else []
+
+    @override
+    def describe(self) -> str:
+        return self.path.name
+
+
+class PythonTopics(TextSource):
+    """The reference topics that Python's ``help()`` shows: English that is there without a download.
+
+    Some 100,000 tokens; every fifth topic, in order of the alphabet, is for evaluation.
+    """
+
+    @override
+    def texts(self, split: Split) -> Iterable[str]:
+        from pydoc_data.topics import topics
+
+        wanted = split == "evaluation"
+        # Some texts stand under several names.
+        return [text for place, text in enumerate(sorted(set(topics.values()))) if (place % 5 == 0) == wanted]
+
+    @override
+    def describe(self) -> str:
+        return f"help topics of Python {python_version()}"
 
 
 def token_sequences(tokenizer: Any, texts: Iterable[str], count: int, length: int, *, seed: int = 0) -> Tensor:

@@ -2,6 +2,9 @@
 
 from prox24_lightning.convert.benchmark import run_benchmark
 from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_layer, check_model, find_target
+from prox24_lightning.convert.kernel_report import print_kernels
+from prox24_lightning.convert.kernel_search import kernel_tables
+from prox24_lightning.convert.kernel_table import KernelTable
 from prox24_lightning.convert.onnx_check import OnnxNode, check_onnx
 from prox24_lightning.convert.packed import PackedWeight, pack_24, unpack_24
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
@@ -18,6 +21,7 @@ from prox24_lightning.convert.settings import ExampleInputs, Settings
 __all__ = [
     "Conversion",
     "ExampleInputs",
+    "KernelTable",
     "LayerVerdict",
     "OnnxNode",
     "PackedWeight",
@@ -33,7 +37,9 @@ __all__ = [
     "expand_linear",
     "expand_model",
     "find_target",
+    "kernel_tables",
     "pack_24",
+    "print_kernels",
     "run_benchmark",
     "unpack_24",
 ]

@@ -1,8 +1,8 @@
 """Which of cuSPARSELt's algorithms is fastest, found in a process of its own: an algorithm can end the process's CUDA.
 
 (cuSPARSELt 0.8.0 has answered a search for a float16 layer of 512 x 1024 with an illegal instruction on an H200.)
-The child is started as ``python -m prox24_lightning.convert.algorithm_search``, reads jobs from its input, a JSON
-list, and writes one JSON line an answer, so that a death costs the job at hand alone.
+The child is started as ``python -m prox24_lightning.convert.algorithm_search``, reads jobs from its input, a JSON list,
+and writes a JSON line before and after each algorithm, so that a death tells the algorithm to leave out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -20,75 +20,103 @@ from prox24_lightning.convert.gpu_layout import random_buffer
 from prox24_lightning.convert.timing import capture, describe, measure
 
 SECONDS = 120.0
-"""After which a child without an answer counts as dead."""
+"""After which a child that has not ended counts as dead."""
 
 _KEEP = 2  # the fastest so many are handed back: the caller measures them again beside the other kernels
+_CHILDREN = 8
 _ROUNDS = 5
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Job:
-    """``shape`` is the padded one; ``copies`` weights in turn, so that none stays in the cache."""
+    """``shape`` is the padded one; ``copies`` weights in turn, so that none stays in the cache; ``skip`` algorithms."""
 
     dtype: str
     shape: tuple[int, int]
     tokens: int
     copies: int
     device: int
+    skip: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The fastest algorithms, best first; none if ``problem`` says why."""
+    """The fastest algorithms, best first; ``problem``: what went wrong with the others, or with all."""
 
     algorithms: tuple[int, ...]
     problem: str = ""
 
 
+@dataclass
+class _State:
+    job: Job
+    times: dict[int, float]
+    problems: list[str]
+    done: bool = False
+
+    def answer(self) -> Answer:
+        best = sorted(self.times, key=lambda algorithm: self.times[algorithm])[:_KEEP]
+        return Answer(tuple(best), "; ".join(self.problems))
+
+
 def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds: float = SECONDS) -> list[Answer]:
-    """Answer every job, in as many processes as die underway plus one.
+    """Answer every job. A child that dies costs the algorithm at hand, for every job of that shape and dtype.
 
     Args:
         jobs: may be empty.
         command: starts the child; for tests.
-        seconds: for one child, all its jobs.
+        seconds: for one child.
     """
-    answers: list[Answer] = []
-    while len(answers) < len(jobs):
-        rest = jobs[len(answers) :]
-        lines, end = _child(rest, command or (sys.executable, "-m", __name__), seconds)
-        for line in lines[: len(rest)]:
+    states = [_State(job, {}, []) for job in jobs]
+    for _ in range(_CHILDREN):
+        left = [state for state in states if not state.done]
+        if not left:
+            break
+        given = [replace(state.job, skip=(*state.job.skip, *state.times)) for state in left]
+        lines, end = _child(given, command or (sys.executable, "-m", __name__), seconds)
+        at_hand = None
+        for line in lines:
             said = json.loads(line)
-            answers.append(Answer(tuple(said["algorithms"]), said["problem"]))
-        if len(lines) < len(rest):
-            answers.append(Answer((), f"the search for algorithms {end}: cuSPARSELt is not used here"))
-    return answers
+            state = left[said["job"]]
+            if "done" in said:
+                state.done = True
+                state.problems += [said["problem"]] if said["problem"] else []
+            elif "us" in said:
+                state.times[said["algorithm"]] = said["us"]
+                at_hand = None
+            else:
+                at_hand = state, said["algorithm"]
+        if at_hand is None:
+            for state in (state for state in left if not state.done):
+                state.done = True
+                state.problems.append(f"the search for cuSPARSELt's algorithms {end}")
+            break
+        state, algorithm = at_hand
+        for other in states:
+            if (other.job.shape, other.job.dtype) == (state.job.shape, state.job.dtype):
+                other.job = replace(other.job, skip=(*other.job.skip, algorithm))
+                other.problems.append(f"cuSPARSELt's algorithm {algorithm} {end}")
+    return [state.answer() for state in states]
 
 
 def _child(jobs: Sequence[Job], command: Sequence[str], seconds: float) -> tuple[list[str], str]:
+    """The lines that the child has written, and its end in words."""
     given = json.dumps([asdict(job) for job in jobs])
     try:
         done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds, check=False)
-        output, end = done.stdout, f"ended with status {done.returncode}"
+        output, end = done.stdout, f"ended a process with status {done.returncode}"
         said = [line for line in done.stderr.splitlines() if line.strip()]
         if said:
             end = f"{end} ({said[-1].strip()})"
     except subprocess.TimeoutExpired as error:
         output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
         end = f"took more than {seconds:.0f} seconds"
-    return [line for line in output.splitlines() if line.startswith("{")], end
+    return [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")], end
 
 
-def _answers(jobs: Sequence[Job]) -> Iterator[Answer]:
-    for job in jobs:
-        try:
-            yield Answer(_fastest(job))
-        except (cusparselt.CusparseltError, torch.OutOfMemoryError) as error:
-            yield Answer((), describe(error))
-
-
-def _fastest(job: Job) -> tuple[int, ...]:
+def _measure(job: Job) -> Iterator[dict[str, float]]:
+    """What is to be told about a job: before an algorithm, and its time after it."""
     dtype = _DTYPES[job.dtype]
     torch.cuda.set_device(job.device)
     device = torch.device("cuda", job.device)
@@ -98,28 +126,34 @@ def _fastest(job: Job) -> tuple[int, ...]:
     weights = [random_buffer(job.shape, dtype, device, seed) for seed in range(job.copies)]
     inputs = torch.randn(tokens, columns, device=device, dtype=dtype)
     out = torch.empty(tokens, rows, device=device, dtype=dtype)
-    times: dict[int, float] = {}
     for algorithm in range(cusparselt.Plan(library, job.device, dtype, job.shape, tokens).algorithms):
+        if algorithm in job.skip:
+            continue
         try:
             plan = cusparselt.Plan(library, job.device, dtype, job.shape, tokens, 0, algorithm)
-            space = torch.empty(max(1, plan.workspace_bytes), dtype=torch.uint8, device=device)
-
-            def run(plan: cusparselt.Plan = plan, space: torch.Tensor = space) -> None:
-                stream = torch.cuda.current_stream().cuda_stream
-                for weight in weights:
-                    plan.run(weight.data_ptr(), inputs.data_ptr(), out.data_ptr(), space.data_ptr(), stream)
-
-            graph = capture(run)
-            times[algorithm] = measure({"": graph.replay}, rounds=_ROUNDS)[""].median_us
         except cusparselt.CusparseltError:
             continue  # not every algorithm takes every shape
-    return tuple(sorted(times, key=lambda algorithm: times[algorithm]))[:_KEEP]
+        space = torch.empty(max(1, plan.workspace_bytes), dtype=torch.uint8, device=device)
+
+        def run(plan: cusparselt.Plan = plan, space: torch.Tensor = space) -> None:
+            stream = torch.cuda.current_stream().cuda_stream
+            for weight in weights:
+                plan.run(weight.data_ptr(), inputs.data_ptr(), out.data_ptr(), space.data_ptr(), stream)
+
+        yield {"algorithm": algorithm}
+        graph = capture(run)
+        yield {"algorithm": algorithm, "us": measure({"": graph.replay}, rounds=_ROUNDS)[""].median_us}
 
 
 def main() -> None:
-    jobs = [Job(**{**entry, "shape": tuple(entry["shape"])}) for entry in json.load(sys.stdin)]
-    for answer in _answers(jobs):
-        print(json.dumps(asdict(answer)), flush=True)
+    for index, entry in enumerate(json.load(sys.stdin)):
+        problem = ""
+        try:
+            for line in _measure(Job(**{**entry, "shape": tuple(entry["shape"]), "skip": tuple(entry["skip"])})):
+                print(json.dumps({"job": index, **line}), flush=True)
+        except (cusparselt.CusparseltError, torch.OutOfMemoryError) as error:
+            problem = describe(error)
+        print(json.dumps({"job": index, "done": True, "problem": problem}), flush=True)
 
 
 if __name__ == "__main__":

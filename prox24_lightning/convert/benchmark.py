@@ -16,9 +16,11 @@ from torch import nn
 
 from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_model, find_target
 from prox24_lightning.convert.layer_benchmark import time_shapes
+from prox24_lightning.convert.limits import measure_limits
 from prox24_lightning.convert.model_benchmark import time_model
 from prox24_lightning.convert.report import LayerOutcome, Report, ShapeResult, State
 from prox24_lightning.convert.settings import ExampleInputs, Settings
+from prox24_lightning.convert.timing import describe
 
 
 def run_benchmark(
@@ -51,6 +53,10 @@ def run_benchmark(
         return replace(report, layers=_outcomes(verdicts, (), reasons or {}))
     with torch.cuda.device(device), torch.no_grad():
         here = torch.device("cuda", torch.cuda.current_device())
+        try:
+            report = replace(report, limits=measure_limits(settings.dtype, here))
+        except RuntimeError as error:  # out of memory, which says nothing about the layers
+            report = report.with_note(f"The chip's limits were not measured: {describe(error)}")
         shapes = time_shapes(model, [verdict for verdict in verdicts if verdict.runs], settings, here)
         report = replace(report, shapes=shapes)
         if inputs is not None:

@@ -16,16 +16,20 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from prox24_lightning.convert.onnx_check import sparse_problem
+from prox24_lightning.convert.packed import row_chunks
 from prox24_lightning.groups import clean_name, is_transposed_linear
 from prox24_lightning.mask import is_24, violations_24
 
 Backend = Literal["cusparselt", "cutlass"]
+Role = Literal["linear", "convolution", "other"]
 
 SHAPE_MULTIPLES: dict[Backend, tuple[int, int]] = {"cusparselt": (16, 16), "cutlass": (32, 64)}
 """(out_features, in_features) must be multiples of these in float16 and bfloat16; a test compares them with torch's."""
 
 DTYPES = (torch.float16, torch.bfloat16)
 
+PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
@@ -74,7 +78,8 @@ class LayerVerdict:
         bias: whether it has one.
         reasons: why the layer itself cannot run sparse on any GPU of this kind; empty if it can.
         machine: why this machine does not run it; None if it does.
-        note: what conversion changes beside the weight.
+        note: what conversion changes beside the weight, or what is possible elsewhere.
+        role: "linear" (its weight is multiplied with every token), "convolution", "other" (looked up, recurrent, ...).
     """
 
     name: str
@@ -84,6 +89,7 @@ class LayerVerdict:
     reasons: tuple[str, ...]
     machine: str | None
     note: str = ""
+    role: Role = "linear"
 
     @property
     def fits(self) -> bool:
@@ -102,7 +108,11 @@ class LayerVerdict:
 
 
 def check_model(
-    model: nn.Module, *, dtype: torch.dtype | None = torch.bfloat16, target: Target | None = None
+    model: nn.Module,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
+    target: Target | None = None,
+    values: bool = True,
 ) -> tuple[LayerVerdict, ...]:
     """Judge every module of ``model`` that holds a weight of two or more dimensions.
 
@@ -110,6 +120,7 @@ def check_model(
         model: any module, on any device.
         dtype: what the weights are cast to before they are packed; None: each is judged in its own dtype.
         target: from :func:`find_target`. None: no GPU; the layers are then judged by cuSPARSELt's rules.
+        values: False takes every weight for 2:4 without looking at it; weights may then be on the meta device.
     """
     owners: dict[int, list[str]] = {}
     for name, module in named_layers(model):
@@ -122,7 +133,15 @@ def check_model(
             weight = getattr(module, "weight", None)
             shared = [other for other in owners.get(id(weight), []) if other != name]
             verdicts.append(
-                check_layer(module, name=name, dtype=dtype, target=target, parent=parents.get(id(module)), tied=shared)
+                check_layer(
+                    module,
+                    name=name,
+                    dtype=dtype,
+                    target=target,
+                    parent=parents.get(id(module)),
+                    tied=shared,
+                    values=values,
+                )
             )
     return tuple(verdicts)
 
@@ -135,6 +154,7 @@ def check_layer(
     target: Target | None = None,
     parent: nn.Module | None = None,
     tied: list[str] | None = None,
+    values: bool = True,
 ) -> LayerVerdict:
     """Judge one layer; ``dtype`` None takes the weight's own. See :func:`check_model`."""
     reasons: list[str] = []
@@ -146,22 +166,27 @@ def check_layer(
         reasons.append(f"tied: shares its weight with {', '.join(tied)}")
     if not isinstance(weight, Tensor):
         first = next(module.parameters(recurse=False))
-        return LayerVerdict(name, type(module).__name__, tuple(first.shape), False, tuple(reasons), _machine(target))
+        return LayerVerdict(
+            name, type(module).__name__, tuple(first.shape), False, tuple(reasons), _machine(target), role=_role(module)
+        )
     bias = getattr(module, "bias", None) is not None
     shape = () if is_lazy(weight) else tuple(weight.shape)
     transposed = is_transposed_linear(module)
     if transposed:
         shape = shape[::-1]
     if structure is None:
-        if is_lazy(weight) or weight.is_meta:
+        if is_lazy(weight) or (weight.is_meta and values):
             reasons.append("the weight has no values yet (lazy or meta)")
         elif weight.dim() != 2 or hasattr(weight, "placements"):
             reasons.append(f"the weight is sharded over ranks ({type(weight).__name__} of {weight.dim()} dimensions)")
         else:
             reasons += _rules(shape, weight.dtype if dtype is None else dtype, target)
-            reasons += _values(weight, 0 if transposed else 1)
+            reasons += _values(weight, 0 if transposed else 1) if values else ()
     note = "stored transposed: converted as nn.Linear(weight.t())" if transposed else ""
-    return LayerVerdict(name, type(module).__name__, shape, bias, tuple(reasons), _machine(target), note)
+    if isinstance(module, PLAIN_CONVOLUTIONS) and not is_lazy(weight) and not weight.is_meta:
+        problem = sparse_problem(weight, 1)
+        note = f"not for TensorRT either: {problem}" if problem else "TensorRT may use its zeros: see check_onnx"
+    return LayerVerdict(name, type(module).__name__, shape, bias, tuple(reasons), _machine(target), note, _role(module))
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -169,6 +194,13 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not hasattr(module, "_orig_mod"):
             yield clean_name(name), module
+
+
+def _role(module: nn.Module) -> Role:
+    if isinstance(module, _CONVOLUTIONS):
+        return "convolution"
+    matrices = isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_transposed_linear(module)
+    return "linear" if matrices else "other"
 
 
 def _machine(target: Target | None) -> str | None:
@@ -213,9 +245,12 @@ def _rules(shape: tuple[int, ...], dtype: torch.dtype, target: Target | None) ->
 
 def _values(weight: Tensor, dim: int) -> Iterator[str]:
     """``dim`` is the input dimension of the weight as it is stored."""
-    if not bool(torch.isfinite(weight).all()):
+    matrix = weight.detach() if dim == 1 else weight.detach().t()
+    parts = [matrix[rows] for rows in row_chunks(*matrix.shape)]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         yield "the weight holds NaN or inf"
-    elif weight.shape[dim] % 4 == 0 and (broken := violations_24(weight, dim=dim, limit=3)):
+    elif weight.shape[dim] % 4 == 0 and not all(is_24(part) for part in parts):
+        broken = violations_24(weight, dim=dim, limit=3)
         mostly = broken.count > broken.groups // 2  # a dense weight: its values tell nothing
         shown = f"{broken.count} of {broken.groups} groups, first at {broken.first[0]}" if mostly else str(broken)
         yield f"not 2:4: {shown}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,16 @@ from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.convert.settings import ExampleInputs
 from prox24_lightning.groups import clean_name
+
+
+def own_example(module: nn.Module) -> ExampleInputs | None:
+    """The ``example_input_array`` of a LightningModule; None where there is none."""
+    example: Any = getattr(module, "example_input_array", None)
+    if example is None:
+        return None
+    if isinstance(example, Mapping):
+        return ExampleInputs("", (), example)
+    return ExampleInputs("", example if isinstance(example, tuple) else (example,), {})
 
 
 class InputCatcher:

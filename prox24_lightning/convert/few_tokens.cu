@@ -44,17 +44,16 @@ __device__ __forceinline__ uint4 load_often(const void* address) {
 
 // d += a b, where the lanes of pair SELECTOR of each four bring the positions.
 template <int SELECTOR>
-__device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, const uint4& b,
-                                         u32 positions) {
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const uint4& b, u32 positions) {
 #if BF16
 #define TYPES "f32.bf16.bf16.f32"
 #else
 #define TYPES "f32.f16.f16.f32"
 #endif
-  asm volatile("mma.sp.sync.aligned.m16n8k32.row.col." TYPES
+  asm("mma.sp.sync.aligned.m16n8k32.row.col." TYPES
                " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(positions), "n"(SELECTOR));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(positions), "n"(SELECTOR));
 }
 
 __device__ __forceinline__ float to_float(u16 v) {
@@ -124,11 +123,30 @@ struct Source {
   }
 };
 
-__device__ __forceinline__ void products(float (&acc)[MT][NT][4], const Weight& w, int i, int t, u32 positions,
-                                         const uint4& first, const uint4& second) {
-  multiply<0>(acc[i][t], w.upper[i].x, w.lower[i].x, w.upper[i].y, w.lower[i].y, first, positions);
-  multiply<1>(acc[i][t], w.upper[i].z, w.lower[i].z, w.upper[i].w, w.lower[i].w, second, positions);
-}
+// The operands of the two products of 64 inputs, each in four registers in a row. `zero` is 0, which the compiler cannot
+// know: without the exclusive or it would collect the registers anew for every tile of tokens.
+struct Operands {
+  u32 a[MT][2][4], positions[MT];
+
+  __device__ __forceinline__ Operands(const Weight& w, u32 zero) {
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+      a[i][0][0] = w.upper[i].x ^ zero, a[i][0][1] = w.lower[i].x ^ zero;
+      a[i][0][2] = w.upper[i].y ^ zero, a[i][0][3] = w.lower[i].y ^ zero;
+      a[i][1][0] = w.upper[i].z ^ zero, a[i][1][1] = w.lower[i].z ^ zero;
+      a[i][1][2] = w.upper[i].w ^ zero, a[i][1][3] = w.lower[i].w ^ zero;
+      positions[i] = w.positions(i);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_into(float (&acc)[MT][NT][4], int t, const uint4& first,
+                                                const uint4& second) const {
+#pragma unroll
+    for (int i = 0; i < MT; i++) multiply<0>(acc[i][t], a[i][0], first, positions[i]);
+#pragma unroll
+    for (int i = 0; i < MT; i++) multiply<1>(acc[i][t], a[i][1], second, positions[i]);
+  }
+};
 
 extern __shared__ __align__(128) char memory[];
 
@@ -193,6 +211,7 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
   x += (size_t)blockIdx.z * TOKENS * columns;
   y += (size_t)blockIdx.z * TOKENS * outputs;
   tokens -= blockIdx.z * TOKENS;
+  const u32 zero = (u32)columns >> 31;
   float acc[MT][NT][4] = {};
   Weight w[DEPTH];
 
@@ -249,18 +268,14 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
       const int block = chunk * SPANS + wk * SPAN + d % SPAN;
       if (block < blocks) {
         const uint4* mine = (const uint4*)(memory + buffer * BUFFER + (wk * SPAN + d % SPAN) * NT * 1024) + lane;
-        u32 places[MT];
+        const Operands operands(w[d], zero);
+        constexpr int AHEAD = DEPTH / SPAN * TURN;
+        Weight fresh = {};  // so that the registers of the old one are free
+        if (block + AHEAD < blocks) source.load(fresh, d / SPAN * TURN + d % SPAN + AHEAD);
+        w[d] = fresh;
 #pragma unroll
-        for (int i = 0; i < MT; i++) places[i] = w[d].positions(i);
-#pragma unroll
-        for (int t = 0; t < NT; t++) {
-          const uint4 first = mine[t * 64], second = mine[t * 64 + 32];
-#pragma unroll
-          for (int i = 0; i < MT; i++) products(acc, w[d], i, t, places[i], first, second);
-        }
+        for (int t = 0; t < NT; t++) operands.multiply_into(acc, t, mine[t * 64], mine[t * 64 + 32]);
       }
-      constexpr int AHEAD = DEPTH / SPAN * TURN;
-      if (block + AHEAD < blocks) source.load(w[d], d / SPAN * TURN + d % SPAN + AHEAD);
       if (d % SPAN == SPAN - 1) {
         buffer ^= 1;
         if (chunk + CS < chunks) place(buffer);
@@ -295,24 +310,23 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
     for (int d = 0; d < DEPTH; d++) {
       const int block = base + d / SPAN * TURN + d % SPAN;
       if (block < blocks) {
-        u32 places[MT];
-#pragma unroll
-        for (int i = 0; i < MT; i++) places[i] = w[d].positions(i);
+        const Operands operands(w[d], zero);
+        uint4 b[NT][2];
 #pragma unroll
         for (int t = 0; t < NT; t++) {
-          uint4 b[2];
 #pragma unroll
           for (int k = 0; k < 2; k++) {
             // This lane holds both halves of two groups of its quad; its neighbour wants one of each, and has others.
             const uint4 v = own[d][t][k];
             const u32 g0 = __shfl_xor_sync(~0u, c & 1 ? v.x : v.y, 1), g1 = __shfl_xor_sync(~0u, c & 1 ? v.z : v.w, 1);
-            b[k] = c & 1 ? make_uint4(g0, v.y, g1, v.w) : make_uint4(v.x, g0, v.z, g1);
+            b[t][k] = c & 1 ? make_uint4(g0, v.y, g1, v.w) : make_uint4(v.x, g0, v.z, g1);
           }
-#pragma unroll
-          for (int i = 0; i < MT; i++) products(acc, w[d], i, t, places[i], b[0], b[1]);
         }
+#pragma unroll
+        for (int t = 0; t < NT; t++) operands.multiply_into(acc, t, b[t][0], b[t][1]);
       }
-      if (block + TURN * (DEPTH / SPAN) < blocks) load(d, d / SPAN * TURN + d % SPAN + TURN * (DEPTH / SPAN));
+      constexpr int AHEAD = TURN * (DEPTH / SPAN);
+      if (block + AHEAD < blocks) load(d, d / SPAN * TURN + d % SPAN + AHEAD);
     }
     source.advance(TURN * (DEPTH / SPAN));
 #pragma unroll

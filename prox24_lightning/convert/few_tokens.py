@@ -22,8 +22,11 @@ from prox24_lightning.convert.nvrtc import Function, compile_program
 OLDEST_CAPABILITY = (8, 0)
 """Sparse tensor cores; clusters of blocks (``cluster`` above 1) need 9.0."""
 
-MOST_TOKENS = 128
-"""Above this, tiles of tokens no longer fit a block."""
+MOST_TOKENS = 256
+"""Above this, cuSPARSELt is faster: its kernels are made for products bound by arithmetic."""
+
+_CLUSTERS = (9, 0)
+_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,12 @@ TILINGS = tuple(
         *((0, 1, 1, 1, 8, 2, 2, 2, 3), (0, 1, 1, 1, 8, 1, 2, 4, 1), (0, 2, 1, 1, 8, 1, 2, 2, 2)),
         *((0, 1, 2, 1, 8, 1, 2, 2, 2), (0, 2, 2, 1, 8, 1, 2, 2, 2), (0, 2, 2, 1, 8, 2, 2, 2, 2)),
         *((0, 2, 2, 2, 4, 1, 2, 2, 2), (0, 2, 2, 1, 4, 1, 2, 2, 4), (0, 4, 2, 1, 8, 2, 2, 2, 1)),
-        *((0, 2, 4, 1, 8, 1, 2, 2, 1), (0, 4, 4, 1, 8, 1, 2, 2, 1), (0, 4, 4, 1, 8, 2, 2, 2, 1)),
+        *((0, 2, 4, 1, 8, 1, 2, 2, 1), (0, 2, 4, 1, 8, 2, 2, 2, 1), (1, 2, 4, 4, 2, 1, 2, 2, 2)),
+        *((1, 2, 4, 4, 2, 2, 2, 2, 2), (1, 2, 4, 2, 4, 2, 2, 2, 2), (1, 2, 4, 2, 4, 4, 2, 2, 2)),
+        *((1, 2, 8, 4, 2, 1, 2, 2, 1), (1, 2, 8, 4, 2, 2, 2, 2, 1), (1, 2, 8, 4, 2, 4, 2, 2, 1)),
+        *((1, 2, 8, 4, 2, 1, 2, 4, 1), (1, 2, 8, 8, 1, 2, 2, 2, 1), (1, 2, 8, 8, 1, 4, 2, 2, 1)),
+        *((1, 2, 8, 4, 1, 2, 2, 2, 2), (1, 1, 8, 4, 2, 2, 2, 2, 2), (1, 1, 8, 4, 4, 2, 2, 2, 1)),
+        *((1, 2, 16, 8, 1, 2, 1, 1, 1), (1, 1, 16, 8, 1, 2, 2, 2, 1), (1, 1, 16, 4, 2, 2, 2, 2, 1)),
     )
 )
 """Those worth measuring: for each number of tokens the fastest of about a hundred on one shape or another (H200)."""
@@ -118,12 +126,15 @@ def version() -> str:
 
 
 def tilings(tokens: int, capability: tuple[int, int]) -> tuple[Tiling, ...]:
-    """Tilings to try for up to ``tokens`` tokens on a GPU; none above :data:`MOST_TOKENS` or before 8.0."""
-    if capability < OLDEST_CAPABILITY:
+    """Tilings to try for ``tokens`` tokens on a GPU; none above :data:`MOST_TOKENS` or before 8.0.
+
+    The smallest that take them all at once; above 64 tokens also those that take 64 at a time.
+    """
+    if capability < OLDEST_CAPABILITY or tokens > MOST_TOKENS:
         return ()
-    enough = [t for t in TILINGS if t.tokens >= tokens and (t.cluster == 1 or capability >= (9, 0))]
-    least = min((t.tokens for t in enough), default=0)
-    return tuple(tiling for tiling in enough if tiling.tokens == least)
+    able = [tiling for tiling in TILINGS if tiling.cluster == 1 or capability >= _CLUSTERS]
+    least = min(tiling.tokens for tiling in able if tiling.tokens >= min(tokens, _AT_ONCE))
+    return tuple(tiling for tiling in able if tiling.tokens == least or tokens > least <= tiling.tokens)
 
 
 @cache

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.packed import PackedWeight, padded_width
+from prox24_lightning.convert.packed import PackedWeight, pack_24, padded_width, unpack_24
 
 MULTIPLE = 64
 """Rows and inputs are padded with zeros to a multiple of this."""
+
+ENTRIES_AT_A_TIME = 2**21
+"""Entries of a weight that are packed at a time, which bounds the scratch memory."""
 
 _EMPTY = 0x44  # positions 0 and 1, twice: what a group of zeros has
 
@@ -50,6 +53,35 @@ def to_buffer(packed: PackedWeight) -> Tensor:
     codes = torch.stack([indices & 15, indices >> 4], dim=-1)
     tiles = codes.view(rows // 64, 4, 2, 8, columns // 32, 2, 4).permute(0, 4, 1, 3, 6, 5, 2)
     buffer[rows * columns // 2 :] = (tiles[..., 0] | tiles[..., 1] << 4).contiguous().view(torch.int16).flatten()
+    return buffer.view(rows, columns // 16 * 9)
+
+
+def pack_buffer(weight: Tensor, *, name: str = "weight") -> Tensor:
+    """The buffer of a dense 2:4 weight, some rows at a time: no more memory is taken than the buffer needs.
+
+    Args:
+        weight: (out_features, in_features), float16 or bfloat16, any strides.
+        name: of the layer, for errors.
+
+    Raises:
+        ValueError: if the weight is not strictly 2:4.
+        RuntimeError: if what was packed is not the weight: every part is read back and compared.
+    """
+    shape = weight.shape[0], weight.shape[1]
+    rows, columns = padded_shape(shape)
+    buffer = weight.new_empty(rows * columns // 16 * 9, dtype=torch.int16)
+    values, positions = buffer[: rows * columns // 2], buffer[rows * columns // 2 :]
+    step = max(1, ENTRIES_AT_A_TIME // max(columns, 1) // MULTIPLE) * MULTIPLE
+    for start in range(0, shape[0], step):
+        dense = weight[start : start + step]
+        part = to_buffer(pack_24(dense, name=name))
+        if not torch.equal(unpack_24(from_buffer(part, (len(dense), columns), weight.dtype))[:, : shape[1]], dense):
+            raise RuntimeError(f"{name}: the packed weight differs from the dense one")
+        size = part.shape[0] * columns
+        at = start * columns
+        flat = part.flatten()
+        values[at // 2 : (at + size) // 2] = flat[: size // 2]
+        positions[at // 16 : (at + size) // 16] = flat[size // 2 :]
     return buffer.view(rows, columns // 16 * 9)
 
 

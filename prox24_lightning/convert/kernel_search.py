@@ -95,14 +95,17 @@ def measure_kernels(
         for at in (at for at in points if at[0] == shape):
             kernels, notes = large[at]
             kernels = [*(Kernel.few(tiling) for tiling in own[at]), *kernels]
-            results[at] = _time(shape, dtype, at[1], kernels, notes, weights, buffers)
+            copies = _copies(shape, device, at[1])
+            results[at] = _time(shape, dtype, at[1], kernels, notes, weights[:copies], buffers[:copies])
         del buffers, weights
         release_memory()
     return results
 
 
-def _copies(shape: Shape, device: int) -> int:
-    """So many weights that the first is out of the cache when the last has been read."""
+def _copies(shape: Shape, device: int, tokens: int = 1) -> int:
+    """So many weights that the first is out of the cache when the last has been read; with many tokens it is anyway."""
+    if tokens > _SHORT:
+        return 2
     return min(64, 2 + 2 * torch.cuda.get_device_properties(device).L2_cache_size // buffer_bytes(shape))
 
 
@@ -120,16 +123,18 @@ def _large(
     if way == "cusparselt":
         name = str(dtype).removeprefix("torch.")
         answers = algorithm_search.search(
-            [algorithm_search.Job(name, padded_shape(s), tokens, _copies(s, device), device) for s, tokens in wanted]
+            [
+                algorithm_search.Job(name, padded_shape(s), tokens, _copies(s, device, tokens), device)
+                for s, tokens in wanted
+            ]
         )
     for index, at in enumerate(wanted):
         kernels, notes = found[at]
         if way != "cusparselt":
             notes.append(f"no plans of cuSPARSELt: {why}")
             kernels += [Kernel("torch")] if way == "torch" else []
-        elif answers[index].problem:
-            notes.append(answers[index].problem)
         else:
+            notes += [answers[index].problem] if answers[index].problem else []
             kernels += [Kernel("cusparselt", (algorithm,)) for algorithm in answers[index].algorithms]
         if not own[at]:
             kernels.append(Kernel("expand"))

@@ -90,8 +90,8 @@ def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: 
     def by_torch(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         packed = buffer.view(dtype)
         result = torch._cslt_sparse_mm(packed, _padded(inputs, tokens).t(), transpose_result=True)
-        result = result[:tokens, :out_features]
-        return result if bias is None else result + bias.to(dtype)
+        result = result[:tokens, :out_features].contiguous()
+        return result if bias is None else result.add_(bias.to(dtype))
 
     if kernel.way == "few":
         tiling = Tiling(*kernel.numbers)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prox24_lightning.convert.eligibility import LayerVerdict, named_layers
 from prox24_lightning.convert.kernel_search import kernel_tables
 from prox24_lightning.convert.kernel_table import BUCKETS, SAME, KernelTable
+from prox24_lightning.convert.kernels import kernel_for
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.convert.report import Pair, ShapeResult, TokenResult
 from prox24_lightning.convert.semi_structured import convert_linear
@@ -115,7 +116,8 @@ def _time_tokens(
         graph = Pair.of(times["dense"], times["sparse"])
     except RuntimeError as failure:
         problem = describe(failure)
-    return TokenResult(tokens, Pair.of(eager["dense"], eager["sparse"]), graph, problem, error)
+    kernel = str(kernel_for(sparses[0].kernels, tokens))
+    return TokenResult(tokens, Pair.of(eager["dense"], eager["sparse"]), graph, problem, error, kernel)
 
 
 def _call_all(layers: Sequence[nn.Module], rows: Tensor, turns: int) -> None:

@@ -66,7 +66,7 @@ def check_onnx(model: str | Path | Any) -> list[OnnxNode]:
             attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
             weight, dim = torch.from_numpy(values.astype("float32")), _channels(node.op_type, values.ndim, attributes)
             found.append(
-                OnnxNode(node.name, node.op_type, node.input[1], tuple(weight.shape), dim, _problem(weight, dim))
+                OnnxNode(node.name, node.op_type, node.input[1], tuple(weight.shape), dim, sparse_problem(weight, dim))
             )
     return found
 
@@ -78,8 +78,9 @@ def _channels(kind: str, dimensions: int, attributes: Mapping[str, Any]) -> int:
     return max(dimensions - 2, 0)
 
 
-def _problem(weight: torch.Tensor, dim: int) -> str:
+def sparse_problem(weight: torch.Tensor, dim: int) -> str:
+    """Why TensorRT would run a weight dense whose input channels lie along ``dim``; empty if it meets the rule."""
     if weight.shape[dim] % 4:
         return f"{weight.shape[dim]} input channels do not divide by 4"
-    broken = violations_24(weight, dim=dim)
+    broken = violations_24(weight, dim=dim, limit=3)
     return str(broken) if broken else ""

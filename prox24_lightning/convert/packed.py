@@ -108,7 +108,7 @@ def pack_24(weight: Tensor, *, name: str = "weight") -> PackedWeight:
     indices = weight.new_empty(rows, width // 8, dtype=torch.uint8)
     table = torch.tensor(_PLACES, dtype=torch.uint8, device=weight.device)
     broken = torch.zeros((), dtype=torch.bool, device=weight.device)
-    for part in _chunks(rows, width):
+    for part in row_chunks(rows, width):
         chunk = bits[part] if bits.dtype != weight.dtype else weight[part].contiguous().view(_BITS[weight.itemsize])
         groups = F.pad(chunk, (0, width - columns)).unflatten(-1, (width // 4, 4))
         kept = _nonzero(groups, weight.dtype)
@@ -135,7 +135,7 @@ def unpack_24(packed: PackedWeight, *, name: str = "weight") -> Tensor:
     rows, columns = packed.shape
     width = padded_width(columns)
     dense = packed.values.new_empty(rows, columns)
-    for part in _chunks(rows, width):
+    for part in row_chunks(rows, width):
         places = _positions(packed.indices[part])
         kept = packed.values[part].contiguous().view(_BITS[dense.itemsize]).view(places.shape)
         groups = kept.new_zeros(*places.shape[:-1], 4).scatter_(-1, places.long(), kept)
@@ -161,7 +161,7 @@ def check_packed(packed: PackedWeight, *, name: str = "weight") -> None:
             f"{name}: values {tuple(values.shape)} and indices {tuple(indices.shape)} do not belong to a weight of "
             f"shape {tuple(shape)}, which takes {(rows, width // 2)} and {(rows, width // 8)}"
         )
-    for part in _chunks(rows, width):
+    for part in row_chunks(rows, width):
         places = _positions(indices[part])
         wrong = places[..., 0] >= places[..., 1]
         if wrong.any():
@@ -188,7 +188,8 @@ def packed_bytes(shape: Sequence[int], itemsize: int) -> int:
     return rows * (padded_width(columns) // 2 * itemsize + padded_width(columns) // 8)
 
 
-def _chunks(rows: int, width: int) -> list[slice]:
+def row_chunks(rows: int, width: int) -> list[slice]:
+    """Slices of rows that hold few enough entries that scratch tensors of their size are small."""
     step = max(1, _CHUNK // max(width, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.convert import few_tokens
-from prox24_lightning.convert.gpu_layout import buffer_bytes, from_buffer, to_buffer
+from prox24_lightning.convert.gpu_layout import buffer_bytes, from_buffer
 from prox24_lightning.convert.linear_op import multiply, packed_linear
 from prox24_lightning.convert.packed import PackedWeight, unpack_24
 
@@ -19,7 +19,9 @@ class SemiStructuredLinear(nn.Module):
     ``deepcopy``. A kept dense weight is not part of the ``state_dict``.
 
     Args:
-        packed: a float16 or bfloat16 weight.
+        packed: the buffer of the weight.
+        shape: (out_features, in_features).
+        dtype: float16 or bfloat16.
         bias: (out_features,) in any floating dtype, or None.
         kernels: which kernel runs at which number of tokens
             (:attr:`~prox24_lightning.convert.kernel_table.KernelTable.text`).
@@ -29,12 +31,20 @@ class SemiStructuredLinear(nn.Module):
     packed: Tensor
     dense: Tensor | None
 
-    def __init__(self, packed: PackedWeight, bias: Tensor | None, kernels: str, dense: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        kernels: str,
+        dense: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features = packed.shape
-        self.dtype = packed.dtype
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
         self.kernels = kernels
-        self.register_buffer("packed", to_buffer(packed))
+        self.register_buffer("packed", packed)
         self.register_buffer("dense", None if dense is None else dense.detach().view(torch.int16), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 

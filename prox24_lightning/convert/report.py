@@ -7,6 +7,8 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from prox24_lightning.convert.language_report import LanguageReport
+from prox24_lightning.convert.limits import Limits
 from prox24_lightning.convert.timing import Timing
 
 RunMode = Literal["eager", "graph"]
@@ -28,13 +30,19 @@ class Pair:
 
 @dataclass(frozen=True)
 class TokenResult:
-    """One layer at one number of tokens; ``output_error`` is ||sparse - dense|| / ||dense||."""
+    """One layer at one number of tokens; ``output_error`` is ||sparse - dense|| / ||dense||, ``kernel`` what ran."""
 
     tokens: int
     eager: Pair
     graph: Pair | None
     graph_problem: str | None
     output_error: float
+    kernel: str = ""
+
+    @property
+    def best(self) -> Pair:
+        """Replayed from a graph if that could be, else eager: the GPU's own time, without the host's."""
+        return self.eager if self.graph is None else self.graph
 
     def speedup(self, mode: RunMode) -> float | None:
         pair = self.eager if mode == "eager" else self.graph
@@ -53,6 +61,19 @@ class ShapeResult:
     tokens: tuple[TokenResult, ...]
     sparse: bool
     decision: str
+
+    def limit_shares(self, result: TokenResult, limits: Limits, itemsize: int) -> tuple[float, float]:
+        """How near dense and sparse come to what the chip can do at this many tokens: the least time over the time.
+
+        The least time of sparse is that of its packed bytes, and of half the operations.
+        """
+        outputs, inputs = self.shape
+        moved = itemsize * result.tokens * (inputs + outputs)
+        work = 2.0 * result.tokens * inputs * outputs
+        return (
+            limits.floor_us(moved + self.dense_bytes, work) / result.best.dense.median_us,
+            limits.floor_us(moved + self.packed_bytes, work / 2) / result.best.sparse.median_us,
+        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +118,8 @@ class Report:
     shapes: tuple[ShapeResult, ...] = ()
     model: tuple[ModelVariant, ...] = ()
     model_scope: str = ""
+    limits: Limits | None = None
+    language: LanguageReport | None = None
     notes: tuple[str, ...] = field(default=())
     error: str | None = None
 
@@ -128,10 +151,24 @@ class Report:
         for variant in self.model[1:]:
             values[f"convert/model_output_error_{variant.name}"] = variant.output_error
             values[f"convert/model_peak_memory_{variant.name}"] = variant.peak_bytes / self.model[0].peak_bytes
-        return values
+        if self.limits is not None:
+            values["convert/limit_bytes_per_second"] = self.limits.bytes_per_second
+            values["convert/limit_operations_per_second"] = self.limits.operations_per_second
+            for tokens in self.token_counts:
+                shares = [
+                    (shape.limit_shares(result, self.limits, 2), len(shape.layers))
+                    for shape in self.shapes
+                    for result in shape.tokens
+                    if result.tokens == tokens
+                ]
+                for place, name in enumerate(("dense", "sparse") if shares else ()):
+                    mean = sum(pair[place] * layers for pair, layers in shares) / sum(layers for _, layers in shares)
+                    values[f"convert/limit_share_{name}_{tokens}_tokens"] = mean
+        return values | (self.language.scalars() if self.language is not None else {})
 
     def to_json(self) -> str:
-        return json.dumps(_finite(asdict(self)), indent=2) + "\n"
+        """All of it and the scalars, strict JSON."""
+        return json.dumps(_finite({**asdict(self), "scalars": self.scalars()}), indent=2) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -21,9 +21,9 @@ from prox24_lightning.convert.eligibility import (
     find_target,
     named_layers,
 )
+from prox24_lightning.convert.gpu_layout import pack_buffer
 from prox24_lightning.convert.kernel_search import kernel_tables, stored_table
 from prox24_lightning.convert.kernel_table import BUCKETS, KernelTable
-from prox24_lightning.convert.packed import pack_24, unpack_24
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
 from prox24_lightning.groups import is_transposed_linear
 
@@ -41,7 +41,7 @@ class Conversion:
     """What :func:`convert_model` did: names of the converted layers, and the verdicts of those that stay dense.
 
     ``tables`` has the kernels of each shape if they were measured; see
-    :func:`~prox24_lightning.convert.tables.print_kernels`.
+    :func:`~prox24_lightning.convert.kernel_report.print_kernels`.
     """
 
     converted: tuple[str, ...]
@@ -70,20 +70,18 @@ def convert_linear(
         RuntimeError: if what was packed is not the dense weight.
     """
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
-    target = _target_of(weight.device) if isinstance(weight, Tensor) else None
+    target = target_of(weight.device) if isinstance(weight, Tensor) else None
     verdict = check_layer(linear, name=name, target=target)
     if not verdict.runs or target is None or target.backend is None or not isinstance(weight, Tensor):
         where = f" (the layer is on {weight.device}: move it)" if isinstance(weight, Tensor) and target is None else ""
         raise ValueError(f"{name} of shape {verdict.shape} cannot become a sparse layer: {verdict.why}{where}")
     dense = weight.detach().t() if is_transposed_linear(linear) else weight.detach()
-    dense = dense.contiguous()
     shape = dense.shape[0], dense.shape[1]
     if kernels is None:
         kernels = stored_table(shape, dense.dtype, keep_dense=keep_dense, device=dense.get_device())
-    packed = pack_24(dense, name=name)
-    layer = SemiStructuredLinear(packed, bias, kernels.text, dense if keep_dense else None).eval()
-    if not torch.equal(unpack_24(layer.packed_weight), dense):
-        raise RuntimeError(f"{name}: the packed weight differs from the dense one")
+    buffer = pack_buffer(dense, name=name)
+    kept = dense.contiguous() if keep_dense else None
+    layer = SemiStructuredLinear(buffer, shape, dense.dtype, bias, kernels.text, kept).eval()
     for hooks in _HOOKS:  # the same dictionaries, so that whoever holds a handle can still remove its hook
         setattr(layer, hooks, getattr(linear, hooks))
     return layer
@@ -110,7 +108,7 @@ def convert_model(
         ValueError: if a named layer does not exist or cannot run sparse; nothing is converted then.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    target = _target_of(device)
+    target = target_of(device)
     verdicts = {verdict.name: verdict for verdict in check_model(model, dtype=None, target=target)}
     wanted = [name for name, verdict in verdicts.items() if verdict.runs] if names is None else list(names)
     for name in wanted:
@@ -185,7 +183,20 @@ def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _target_of(device: torch.device) -> Target | None:
+def insert_layers(model: nn.Module, layers: Iterable[tuple[str, SemiStructuredLinear]]) -> None:
+    """Put converted layers in the place of the modules of these names, under every name that those have.
+
+    Args:
+        model: changed in place.
+        layers: (name, layer) pairs; one is asked for after the other, so that they can be made as they are put in.
+    """
+    slots = _slots(model)
+    for name, layer in layers:
+        _exchange(slots[name], layer)
+
+
+def target_of(device: torch.device) -> Target | None:
+    """The GPU behind a device; None for the CPU."""
     return find_target(device) if device.type == "cuda" else None
 
 

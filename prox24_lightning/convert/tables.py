@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prox24_lightning.convert.report import Pair, Report
+from prox24_lightning.convert.language_tables import Section, language_sections
+from prox24_lightning.convert.limits import Limits
+from prox24_lightning.convert.report import Pair, Report, State
 from prox24_lightning.files import write_text
 
-Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+STATES: dict[State, str] = {"sparse": "sparse", "fits": "would be sparse on a GPU", "dense": "dense"}
 
 
 def sections(report: Report) -> list[Section]:
@@ -30,24 +33,49 @@ def sections(report: Report) -> list[Section]:
             "sparse graph",
             "x",
         )
-        tables.append(("Per layer, microseconds a call", (*header, "error"), _shape_rows(report)))
+        tables.append(("Per layer, microseconds a call", (*header, "error", "kernel"), _shape_rows(report)))
     if report.model:
         columns = ("variant", "sparse layers", "eager", "x", "graph", "x", "peak MiB", "error")
         scope = f" ({report.model_scope})" if report.model_scope else ""
         tables.append((f"Whole model{scope}, microseconds a call", columns, _model_rows(report)))
+    if report.limits is not None and report.shapes:
+        limits = report.limits
+        tables.append((_limits_title(limits), ("(out, in)", "tokens", "dense", "sparse"), _share_rows(report, limits)))
+    if report.language is not None:
+        tables += language_sections(report.language, report.limits)
     return tables
+
+
+def _limits_title(limits: Limits) -> str:
+    return (
+        f"Per layer, share of what the chip can do ({limits.bytes_per_second / 1e12:.2f} TB/s, dense "
+        f"{limits.operations_per_second / 1e12:.0f} TFLOP/s, both measured)"
+    )
+
+
+def _share_rows(report: Report, limits: Limits) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for shape in report.shapes:
+        for result in shape.tokens:
+            shares = shape.limit_shares(result, limits, 2)
+            rows.append((str(shape.shape), str(result.tokens), *(f"{share:.0%}" for share in shares)))
+    return rows
 
 
 def _layer_rows(report: Report) -> list[tuple[str, ...]]:
     """Layers that differ in nothing but their name share a row."""
+    return grouped([(x.name, (x.kind, str(x.shape), STATES[x.state], x.why)) for x in report.layers])
+
+
+def grouped(rows: Sequence[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """(name, cells) -> one row for all names that share their cells: the names, then the cells."""
     groups: dict[tuple[str, ...], list[str]] = {}
-    words = {"sparse": "sparse", "fits": "would be sparse on a GPU", "dense": "dense"}
-    for layer in report.layers:
-        groups.setdefault((layer.kind, str(layer.shape), words[layer.state], layer.why), []).append(layer.name)
-    return [(_some(names), *rest) for rest, names in groups.items()]
+    for name, cells in rows:
+        groups.setdefault(cells, []).append(name)
+    return [(name_patterns(names), *cells) for cells, names in groups.items()]
 
 
-def _some(names: list[str]) -> str:
+def name_patterns(names: list[str]) -> str:
     """Repeated blocks (``layers.0.up``, ``layers.1.up``) as one name, with ``*`` for the number."""
     patterns: dict[str, int] = {}
     for name in names:
@@ -69,10 +97,11 @@ def _shape_rows(report: Report) -> list[tuple[str, ...]]:
                     *_pair(result.eager),
                     *(_pair(result.graph) if result.graph else ("-", "-", "-")),
                     f"{result.output_error:.1e}",
+                    result.kernel,
                 )
             )
         if not shape.tokens:
-            rows.append((*about, *("-",) * 8))
+            rows.append((*about, *("-",) * 9))
     return rows
 
 
@@ -106,11 +135,18 @@ def to_markdown(report: Report) -> str:
     ]
     if report.error:
         lines += [f"**Failed:** {report.error}", ""]
-    for title, header, rows in sections(report):
-        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+    lines += markdown_lines(sections(report))
     lines += [f"- {note}" for note in report.notes]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_lines(tables: Sequence[Section]) -> list[str]:
+    """Tables as Markdown, each under its title."""
+    lines: list[str] = []
+    for title, header, rows in tables:
+        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+    return lines
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -118,15 +154,20 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     if report.error:
         console.print(f"conversion and benchmark failed: {report.error}", style="red", markup=False)
-    for title, header, rows in sections(report):
+    print_tables(sections(report), report.notes, console)
+
+
+def print_tables(tables: Sequence[Section], notes: Sequence[str], console: Console) -> None:
+    """Print tables, then notes."""
+    for title, header, rows in tables:
         table = Table(title=title, title_justify="left")
         for column in header:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
-    for note in report.notes:
-        console.print(note, markup=False)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
 
 
 def write_report(report: Report, folder: Path, filename: str) -> tuple[Path, Path]:

@@ -38,13 +38,7 @@ def save_pruned(
         ``layerwise.json`` and ``README.md``.
     """
     folder = Path(folder)
-    # The weights are plain tensors by now, also where they came from a GGUF file: a model that still says "quantized"
-    # would refuse to be saved, and its config would send from_pretrained to the wrong loader.
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer = None
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    forget_quantization(model)
     weights = {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     stored = {
         name: StoredMask(mask, report.dims[name], hash_weight(weights[name])) for name, mask in report.masks.items()
@@ -58,6 +52,16 @@ def save_pruned(
         report.to_json(temporary / "layerwise.json")
         write_text(temporary / "README.md", _card(model, report, protocol or {}))
     return folder
+
+
+def forget_quantization(model: Any) -> None:
+    """Make a model whose weights are plain tensors by now say so, also where they came from a GGUF file: one that still
+    says "quantized" would refuse to be saved, and its config would send from_pretrained to the wrong loader."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
 
 
 def _card(model: Any, report: LayerwiseReport, protocol: Mapping[str, Any]) -> str:

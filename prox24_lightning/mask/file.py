@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +23,7 @@ from prox24_lightning.files import replacing
 from prox24_lightning.groups import Dim
 from prox24_lightning.mask.check import violations_24
 from prox24_lightning.mask.packing import pack_mask, unpack_mask
+from prox24_lightning.tensor_files import json_object, open_tensors, tensor_bytes
 
 FORMAT = "prox24 masks"
 VERSION = 1
@@ -52,9 +51,8 @@ class MaskFile:
 
 def hash_weight(weight: Tensor) -> str:
     """SHA-256 of dtype, shape and values, whatever the device and the memory layout."""
-    values = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)}".encode())
-    digest.update(values.flatten().view(torch.uint8).numpy().data)
+    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+    digest.update(tensor_bytes(weight))
     return digest.hexdigest()
 
 
@@ -90,28 +88,13 @@ def read_masks(path: str | Path) -> MaskFile:
         ValueError: if it is not a masks file, is damaged or cut short, was written by a later version, or says things
             that cannot be true.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no masks file {path}")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read as safetensors, it is damaged or another kind of file: {error}"
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no masks of prox24_lightning (its format is {metadata.get('format')!r})")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(
-            f"{path} is of version {metadata.get('version')!r}, this release reads {VERSION}; update prox24_lightning"
-        )
+    file, metadata = open_tensors(path, what="masks file", format=FORMAT, version=VERSION)
+    packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     said = {key: metadata.get(key, "") for key in ("version", "masks", "info")}
     if _digest(said, packed) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged: its checksum does not fit its content; fetch or write it again")
     try:
-        entries, info = _json_object(said["masks"]), _json_object(said["info"])
+        entries, info = json_object(said["masks"]), json_object(said["info"])
         if set(entries) != set(packed):
             raise ValueError(f"described are {sorted(entries)[:3]}, stored {sorted(packed)[:3]}")
         return MaskFile({name: _stored(name, entry, packed[name]) for name, entry in entries.items()}, info)
@@ -151,19 +134,9 @@ def _check_pattern(name: str, mask: Tensor, dim: Dim) -> None:
         raise ValueError(f"the mask of {name} is not 2:4 along dimension {dim}: {broken} groups keep more than two")
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("its JSON is nested without end") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"its JSON is no object: {text[:50]!r}")
-    return value
-
-
 def _digest(said: Mapping[str, str], packed: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(dict(said), sort_keys=True).encode())
     for name in sorted(packed):
         digest.update(f"{name} {packed[name].dtype} {tuple(packed[name].shape)}".encode())
-        digest.update(packed[name].contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(packed[name]))
     return digest.hexdigest()

@@ -25,12 +25,15 @@ from prox24_lightning.convert import (
     run_benchmark,
     semi_structured,
 )
+from prox24_lightning.convert.kernel_table import unmeasured
+from prox24_lightning.convert.limits import Limits
 from prox24_lightning.convert.report import ModelVariant, Pair, TokenResult
 from prox24_lightning.convert.tables import print_report, to_markdown, write_report
 from prox24_lightning.convert.timing import Timing, describe, relative_error
 from prox24_lightning.mask import mask_24
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
+LIMITS = Limits(1e9, 1e10)
 QUICK = {"token_counts": (1, 64), "rounds": 2}
 
 
@@ -132,23 +135,25 @@ def pretended_gpu(monkeypatch):
     """Packed layers multiply densely on the CPU; ``times`` says how long each kind of call takes, in microseconds."""
     times = {"dense": 10.0, "sparse": 5.0, "all_sparse": 8.0, "chosen": 7.0}
 
-    def from_dense(weight):
-        return SimpleNamespace(packed=weight.clone(), meta=None)
+    def tables(shapes, dtype, *, token_counts, keep_dense, device):
+        assert {1, 64} <= set(token_counts)
+        return {shape: unmeasured(shape, HOPPER.capability) for shape in shapes}
 
     def forward(self, rows):
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return nn.functional.linear(rows, self.packed.view(self.dtype), bias)
+        return nn.functional.linear(rows, self.weight, bias)
 
     def measure(variants, *, calls=1, rounds=20):
         for call in variants.values():
             call()
         return {name: timing(times[name]) for name in variants}
 
-    monkeypatch.setattr(torch.sparse.SparseSemiStructuredTensorCUSPARSELT, "from_dense", from_dense)
+    monkeypatch.setattr(layer_benchmark, "kernel_tables", tables)
+    monkeypatch.setattr(semi_structured, "stored_table", lambda shape, *_, **__: unmeasured(shape, HOPPER.capability))
     monkeypatch.setattr(SemiStructuredLinear, "forward", forward)
-    monkeypatch.setattr(SemiStructuredLinear, "weight", property(lambda self: self.packed.view(self.dtype)))
     monkeypatch.setattr(benchmark, "find_target", lambda device=None: HOPPER)
-    monkeypatch.setattr(semi_structured, "_target_of", lambda device: HOPPER)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda dtype, device: LIMITS)
+    monkeypatch.setattr(semi_structured, "target_of", lambda device: HOPPER)
     for module in (layer_benchmark, model_benchmark):
         monkeypatch.setattr(module, "measure", measure)
         monkeypatch.setattr(module, "release_memory", lambda: None)
@@ -189,6 +194,14 @@ def test_the_whole_way(pretended_gpu):
     assert scalars["convert/layers_sparse"] == 3
     assert scalars["convert/graph_layer_speedup_64_tokens"] == pytest.approx(2)
     assert scalars["convert/eager_model_speedup_all_sparse"] == pytest.approx(10 / 8)
+    # (64, 32) at one token: 4096 bytes of weight and 192 of rows, at a byte a nanosecond, in 10 microseconds; packed,
+    # and padded to 64 x 64, 4608 bytes in half the time.
+    first = report.shapes[0]
+    assert first.limit_shares(first.tokens[0], LIMITS, 2) == pytest.approx((0.4288, 0.96))
+    assert scalars["convert/limit_bytes_per_second"] == 1e9
+    assert scalars["convert/limit_share_dense_1_tokens"] == pytest.approx(0.4288)
+    # At 64 tokens arithmetic is the longer: 2 x 64 x 64 x 32 operations, half as many for sparse, at 10 a nanosecond.
+    assert scalars["convert/limit_share_dense_64_tokens"] == pytest.approx(26.2144 / 10)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(parameter.requires_grad for parameter in net.parameters())
 
@@ -223,10 +236,10 @@ def test_a_model_that_gets_slower_stays_dense_whole(pretended_gpu):
 def test_a_layer_that_cannot_be_measured_stays_dense_and_the_rest_goes_on(pretended_gpu, monkeypatch):
     original = layer_benchmark.convert_linear
 
-    def convert(linear, *, name):
+    def convert(linear, *, name, **options):
         if name == "body.0":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return original(linear, name=name)
+        return original(linear, name=name, **options)
 
     monkeypatch.setattr(layer_benchmark, "convert_linear", convert)
     net = Net()
@@ -295,12 +308,13 @@ def test_report_on_paper_and_screen(pretended_gpu, tmp_path):
         "## Layers",
         "## Per layer, microseconds a call",
         "## Whole model",
+        "## Per layer, share of what the chip can do",
         "- a note [with brackets]",
         "5.0 | 2.00",
     ):
         assert expected in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows if "(64, 32)" in line and "pretended" not in line}) <= 2
+    assert len({line.count("|") for line in rows if "(64, 32)" in line and "pretended" not in line}) <= 3
     assert sorted(path.name for path in page.parent.iterdir()) == ["bench.json", "bench.md"]
     console = Console(width=200, record=True, quiet=False)
     print_report(report, console)

@@ -12,12 +12,17 @@ from transformers.pytorch_utils import Conv1D
 
 from prox24_lightning.convert import (
     SemiStructuredLinear,
+    Target,
     check_model,
     convert_linear,
     convert_model,
     expand_linear,
     expand_model,
+    semi_structured,
 )
+from prox24_lightning.convert.gpu_layout import to_buffer
+from prox24_lightning.convert.kernel_table import Times, choose
+from prox24_lightning.convert.packed import pack_24
 from prox24_lightning.copying import bare_copy
 from prox24_lightning.mask import mask_24
 
@@ -58,6 +63,43 @@ def test_a_model_names_unknown_and_unfit_layers():
         convert_model(mlp(), ["2"])
 
 
+@pytest.fixture
+def pretended_gpu(monkeypatch) -> list[tuple]:
+    """Packing on the CPU as if there were a GPU; layers of 64 inputs win, those of 128 lose at 256 tokens."""
+    asked = []
+
+    def tables(shapes, dtype, **options):
+        asked.append((tuple(shapes), dtype, options["keep_dense"]))
+        us = {(128, 64): 5.0, (64, 128): 12.0}
+        return {
+            s: choose(s, [Times(256, 10.0, {"cusparselt:1": us[s]})], keep_dense=options["keep_dense"]) for s in shapes
+        }
+
+    monkeypatch.setattr(semi_structured, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
+    monkeypatch.setattr(semi_structured, "kernel_tables", tables)
+    return asked
+
+
+def test_layers_that_would_be_slower_stay_dense(pretended_gpu):
+    model = mlp().bfloat16()
+    done = convert_model(model, token_counts=(256,))
+    assert done.converted == ("0",)
+    assert model[0].kernels == "256=cusparselt:1"
+    assert isinstance(model[2], nn.Linear)
+    why = {verdict.name: verdict.why for verdict in done.dense}["2"]
+    assert why == "slower (0.83 x at 256 tokens; keep_dense=True would use cuBLAS there): stays dense"
+    assert pretended_gpu == [(((128, 64), (64, 128)), torch.bfloat16, False)]
+    assert {table.shape for table in done.tables} == {(128, 64), (64, 128)}
+
+
+def test_kept_dense_weights_make_no_layer_slower(pretended_gpu):
+    model = mlp().bfloat16()
+    done = convert_model(model, token_counts=(256,), keep_dense=True)
+    assert done.converted == ("0",), "cuBLAS alone is no reason to convert"
+    assert model[0].dense is not None
+    assert "no packed kernel is faster" in {verdict.name: verdict.why for verdict in done.dense}["2"]
+
+
 def test_without_a_gpu_nothing_is_converted():
     model = mlp()
     if torch.cuda.is_available():
@@ -73,20 +115,42 @@ def test_expanding_what_is_not_converted_is_an_error():
         expand_model(mlp(), ["0"])
 
 
+def packed_layer(bias: torch.Tensor | None = None, dense: bool = False) -> tuple[torch.Tensor, SemiStructuredLinear]:
+    weight = pruned(nn.Linear(72, 40)).weight.detach().bfloat16()
+    return weight, SemiStructuredLinear(
+        to_buffer(pack_24(weight)),
+        tuple(weight.shape),
+        weight.dtype,
+        bias,
+        "16384=cusparselt",
+        weight if dense else None,
+    )
+
+
 def test_a_converted_layer_without_its_gpu_says_so():
-    layer = SemiStructuredLinear(torch.zeros(64, 36, dtype=torch.bfloat16), None, None, (64, 64), "cusparselt")
+    _, layer = packed_layer()
     with pytest.raises(RuntimeError, match="runs on CUDA only; input is on cpu, weight on cpu"):
-        layer(torch.zeros(2, 64, dtype=torch.bfloat16))
+        layer(torch.zeros(2, 72, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="has no backward"):
-        layer(torch.zeros(2, 64, requires_grad=True))
+        layer(torch.zeros(2, 72, requires_grad=True))
 
 
 def test_a_packed_layer_keeps_its_bits_under_casts():
-    packed = torch.randn(64, 36).bfloat16()
-    layer = SemiStructuredLinear(packed, None, torch.zeros(64), (64, 64), "cusparselt").to(torch.float64)
-    assert torch.equal(copy.deepcopy(layer).packed.view(torch.bfloat16), packed)
-    assert layer.stored_bytes == 64 * 36 * 2
+    weight, layer = packed_layer(torch.zeros(40))
+    layer = copy.deepcopy(layer.to(torch.float64))
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.packed_weight.values, pack_24(weight).values)
     assert set(layer.state_dict()) == {"packed", "bias"}
+    assert layer.stored_bytes == layer.packed.nbytes == 64 * 128 * 9 // 8, "padded to multiples of 64"
+
+
+def test_a_kept_dense_weight_is_counted_and_not_stored():
+    weight, layer = packed_layer(dense=True)
+    layer.to(torch.float64)
+    assert torch.equal(layer.weight, weight)
+    assert set(layer.state_dict()) == {"packed"}
+    assert layer.stored_bytes == layer.packed.nbytes + weight.nbytes
+    assert torch.equal(expand_linear(layer).weight, weight)
 
 
 @pytest.fixture

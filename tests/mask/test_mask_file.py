@@ -60,7 +60,7 @@ def test_the_hash_sees_values_shape_and_dtype_but_not_the_memory_layout():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"format": "pt"}, r"holds no masks of prox24_lightning \(its format is 'pt'\)"),
+        ({"format": "pt"}, r"is no masks file of prox24_lightning \(its format is 'pt'\)"),
         ({"version": "2"}, "is of version '2', this release reads 1; update"),
         ({"info": "{}"}, "is damaged: its checksum does not fit"),
         ({"sha256": "0"}, "is damaged: its checksum does not fit"),

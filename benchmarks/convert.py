@@ -1,0 +1,356 @@
+"""Converted layers on this machine's GPU: a grid of LLaMA layers by numbers of tokens, and whole models.
+
+    python -m benchmarks.convert
+    python -m benchmarks.convert --part grid --dtypes bfloat16 --tokens 1 64 4096
+    python -m benchmarks.convert --part models --models 8B
+
+Grid: cuBLAS on the dense weight, torch's own ``to_sparse_semi_structured``, and this package's layers, each called in
+eager mode and replayed from a CUDA graph, over several weights in turn that no cache holds together. Models: random
+2:4 weights in LLaMA's shapes, decoding one token on a static cache and reading a long prompt, dense and converted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.report import machine, write_report
+from prox24_lightning.convert import SemiStructuredLinear, convert_model
+from prox24_lightning.convert.few_tokens import expand
+from prox24_lightning.convert.gpu_layout import random_buffer
+from prox24_lightning.convert.kernel_search import kernel_tables
+from prox24_lightning.convert.kernel_table import KernelTable
+from prox24_lightning.convert.timing import capture, describe, measure, relative_error, release_memory
+from prox24_lightning.mask import mask_24
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336))
+"""(out_features, in_features): attention, then the up and down projections of LLaMA 2 7B and of LLaMA 3 8B."""
+
+TOKENS = tuple(2**power for power in range(15))
+
+MODELS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+_KEY_VALUE_HEADS = {"tiny": 2, "1B": 8, "8B": 8}
+_VOCABULARY = {"tiny": 64, "1B": 128256, "8B": 128256}
+_CONTEXT = 256
+_LONG = 4096  # from so many tokens a call is long, and is repeated less often
+_MANY = 1024  # from so many on two weights in turn are enough: the inputs and results push them out of the cache
+
+
+def grid(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    tokens = tuple(arguments.tokens)
+    for name in arguments.dtypes:
+        dtype = getattr(torch, name)
+        packed, kept = (
+            kernel_tables(arguments.shapes, dtype, token_counts=tokens, keep_dense=keep) for keep in (False, True)
+        )
+        for shape in arguments.shapes:
+            rows += layer_rows(shape, dtype, tokens, packed[shape], kept[shape], arguments.rounds)
+            save_grid(arguments.output, rows)
+            print(name, shape, "done", flush=True)
+            release_memory()
+    return rows
+
+
+def layer_rows(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    token_counts: Sequence[int],
+    packed: KernelTable,
+    kept: KernelTable,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    device = torch.device("cuda")
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    copies = 2 + 2 * cache // (shape[0] * shape[1])
+    buffers = [random_buffer(shape, dtype, device, seed) for seed in range(copies)]
+    dense = [expand(buffer, shape, dtype).contiguous() for buffer in buffers]
+    linears = [_linear(weight) for weight in dense]
+    stock = [_linear(_stock(weight)) for weight in dense]
+    ours = [SemiStructuredLinear(buffer, shape, dtype, None, packed.text) for buffer in buffers]
+    with_dense = [
+        SemiStructuredLinear(buffer, shape, dtype, None, kept.text, full)
+        for buffer, full in zip(buffers, dense, strict=True)
+    ]
+    rows = []
+    for tokens, row, kept_row in zip(token_counts, packed.rows, kept.rows, strict=True):
+        inputs = torch.randn(tokens, shape[1], device=device, dtype=dtype)
+        layers = {"dense": linears, "stock": stock, "ours": ours, "kept": with_dense}
+        used = copies if tokens < _MANY else 2
+        calls = {name: _all(modules[:used], inputs) for name, modules in layers.items()}
+        few = rounds if tokens < _LONG else max(2, rounds // 2)
+        eager = {name: timing.median_us for name, timing in measure(calls, calls=used, rounds=few).items()}
+        graphs = {name: capture(call).replay for name, call in calls.items()}
+        graph = {name: timing.median_us for name, timing in measure(graphs, calls=used, rounds=few).items()}
+        rows.append(
+            {
+                "dtype": str(dtype).removeprefix("torch."),
+                "layer": f"{shape[0]} x {shape[1]}",
+                "tokens": tokens,
+                "dense eager us": eager["dense"],
+                "torch eager us": eager["stock"],
+                "ours eager us": eager["ours"],
+                "dense graph us": graph["dense"],
+                "torch graph us": graph["stock"],
+                "ours graph us": graph["ours"],
+                "ours with dense kept, graph us": graph["kept"],
+                "x eager": eager["dense"] / eager["ours"],
+                "x graph": graph["dense"] / graph["ours"],
+                "x graph, dense kept": graph["dense"] / graph["kept"],
+                "x against torch, eager": eager["stock"] / eager["ours"],
+                "error": relative_error(linears[0](inputs), ours[0](inputs)),
+                "kernel": str(row.kernel),
+                "kernel, dense kept": str(kept_row.kernel),
+                "memory": ours[0].stored_bytes / dense[0].nbytes,
+            }
+        )
+        del graphs, calls
+    return rows
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _stock(weight: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch announces that its subclass is a prototype
+        return torch.sparse.to_sparse_semi_structured(weight)
+
+
+def _all(modules: Sequence[nn.Module], inputs: Tensor) -> Callable[[], None]:
+    def call() -> None:
+        for module in modules:
+            module(inputs)
+
+    return call
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The figures the grid is judged by."""
+
+    def mean(key: str, few: int, many: int, dtype: str = "bfloat16") -> float:
+        found = [row[key] for row in rows if row["dtype"] == dtype and few <= row["tokens"] <= many]
+        return math.exp(sum(map(math.log, found)) / len(found)) if found else math.nan
+
+    def least(key: str, many: int = TOKENS[-1]) -> float:
+        return min((row[key] for row in rows if row["tokens"] <= many), default=math.nan)
+
+    found = []
+    for what, few, many in (("1 to 16 tokens", 1, 16), ("64 tokens", 64, 64), ("1024 tokens and more", 1024, 2**30)):
+        for dtype in ("bfloat16", "float16"):
+            for key in ("x graph", "x graph, dense kept", "x eager"):
+                found.append(
+                    {"figure": f"{key}, geometric mean, {dtype}, {what}", "value": mean(key, few, many, dtype)}
+                )
+    for key in ("x graph", "x graph, dense kept", "x eager"):
+        found.append({"figure": f"{key}, least of all", "value": least(key)})
+    found.append(
+        {"figure": "x against torch, eager, least at 1 to 64 tokens", "value": least("x against torch, eager", 64)}
+    )
+    overheads = [row["ours eager us"] - row["dense eager us"] for row in rows if row["tokens"] == 1]
+    found.append({"figure": "eager above dense at 1 token, worst, us", "value": max(overheads, default=math.nan)})
+    found.append({"figure": "memory of a packed weight, part of dense", "value": max(row["memory"] for row in rows)})
+    return found
+
+
+def save_grid(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    note = (
+        "Microseconds a call; x: dense over ours, above 1 ours is faster. torch: `to_sparse_semi_structured`. Layers: "
+        "(out_features, in_features). Kernels are chosen by measurement beforehand; `few` with its tiling is this "
+        "package's own, `cusparselt` with its algorithm NVIDIA's."
+    )
+    write_report(folder, "convert", "Converted layers against dense ones", rows, note=note, quiet=True)
+    write_report(folder, "convert_bars", "Converted layers: the figures in short", bars(rows), quiet=True)
+
+
+def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(dtypes), figsize=(6.4 * len(dtypes), 4.6), sharey=True, squeeze=False)
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        for layer in dict.fromkeys(row["layer"] for row in rows):
+            mine = [row for row in rows if row["dtype"] == dtype and row["layer"] == layer]
+            counts = [row["tokens"] for row in mine]
+            (line,) = axis.plot(counts, [row["x graph"] for row in mine], marker="o", markersize=3, label=layer)
+            torchs = [row["dense graph us"] / row["torch graph us"] for row in mine]
+            axis.plot(counts, torchs, color=line.get_color(), linestyle=":", linewidth=1)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_title(f"{dtype}: from a CUDA graph (dotted: torch's own)")
+        axis.set_xlabel("tokens")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("dense time / sparse time")
+    axes[0][0].legend(title="out x in features")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def build(name: str, device: torch.device) -> nn.Module:
+    """A LLaMA of random 2:4 weights in bfloat16; its head and embedding are dense."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY[name],
+        num_key_value_heads=_KEY_VALUE_HEADS[name],
+        max_position_embeddings=2 * _LONG,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        **MODELS[name],
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+    for layer in _decoder_layers(model).values():
+        layer.weight.mul_(mask_24(layer.weight))
+    return model
+
+
+def _decoder_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers")}
+
+
+def decode_step(model: nn.Module, batch: int, device: torch.device) -> Callable[[], Tensor]:
+    """One token each of ``batch`` sequences, half a static cache of context behind them."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=_CONTEXT)
+    half = _CONTEXT // 2
+    ids = torch.randint(model.config.vocab_size, (batch, 1), device=device)
+    mask = torch.zeros(batch, 1, 1, _CONTEXT, dtype=torch.bool, device=device)
+    mask[..., : half + 1] = True
+    position = torch.full((1,), half, device=device)
+
+    def step() -> Tensor:
+        for layer in cache.layers:  # newer versions of transformers count the tokens there, and every call adds one
+            if isinstance(counted := getattr(layer, "cumulative_length", None), Tensor):
+                counted.fill_(half)
+        given = {"past_key_values": cache, "cache_position": position, "position_ids": position[None]}
+        logits: Tensor = model(ids, attention_mask=mask, use_cache=True, **given).logits
+        return logits
+
+    return step
+
+
+def prefill(model: nn.Module, tokens: int, device: torch.device) -> Callable[[], Tensor]:
+    """A prompt of ``tokens`` tokens, the logits of its last one."""
+    ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
+
+    def read() -> Tensor:
+        logits: Tensor = model(ids, use_cache=False, logits_to_keep=1).logits
+        return logits
+
+    return read
+
+
+def model_rows(name: str, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    model = build(name, device)
+    layers = _decoder_layers(model)
+    dense_bytes = sum(layer.weight.nbytes for layer in layers.values())
+    calls = {
+        "decode, batch 1": decode_step(model, 1, device),
+        "decode, batch 8": decode_step(model, 8, device),
+        f"prefill of {arguments.prompt} tokens": prefill(model, arguments.prompt, device),
+    }
+    counts = 1, 8, arguments.prompt
+    before = {what: _timed(call, arguments.rounds) for what, call in calls.items()}
+    memory = torch.cuda.memory_allocated(device)
+    layers.clear()
+    done = convert_model(model, list(_decoder_layers(model)), token_counts=counts)
+    release_memory()
+    converted = [module for module in model.modules() if isinstance(module, SemiStructuredLinear)]
+    kept_dense = sum(layer.weight.nbytes for layer in _decoder_layers(model).values())
+    packed = sum(module.stored_bytes for module in converted)
+    after = {what: _timed(call, arguments.rounds) for what, call in calls.items()}
+    rows = []
+    for what, (eager, graph, problem, logits) in after.items():
+        dense_eager, dense_graph, dense_problem, dense_logits = before[what]
+        rows.append(
+            {
+                "model": name,
+                "what": what,
+                "dense eager ms": dense_eager,
+                "ours eager ms": eager,
+                "dense graph ms": dense_graph,
+                "ours graph ms": graph,
+                "x eager": dense_eager / eager,
+                "x graph": dense_graph / graph,
+                "error of the logits": relative_error(dense_logits, logits),
+                "converted layers": len(converted),
+                "dense layers": len(done.dense),
+                "memory of the converted layers": packed / (dense_bytes - kept_dense) if converted else math.nan,
+                "memory of the model": torch.cuda.memory_allocated(device) / memory,
+                "problem": problem or dense_problem,
+            }
+        )
+    for verdict in done.dense:
+        print(name, verdict.name, verdict.shape, verdict.why, flush=True)
+    return rows
+
+
+def _timed(call: Callable[[], Tensor], rounds: int) -> tuple[float, float, str, Tensor]:
+    logits = call().clone()
+    eager = measure({"": call}, rounds=rounds)[""].median_us / 1000
+    try:
+        graph = measure({"": capture(call).replay}, rounds=rounds)[""].median_us / 1000
+    except RuntimeError as error:
+        return eager, math.nan, describe(error), logits
+    return eager, graph, "", logits
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["all", "grid", "models"], default="all")
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16"], default=["bfloat16", "float16"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["1B", "8B"])
+    parser.add_argument("--prompt", type=int, default=4096, help="tokens of the prompt")
+    parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, help="out x in, as 4096x4096")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    stem = f"{machine()['date']}_convert"  # first: what cannot be found out is to stop the run before it takes time
+    with torch.no_grad():
+        if arguments.part != "models":
+            rows = grid(arguments)
+            plot(arguments.output / f"{stem}.png", rows)
+            write_report(arguments.output, "convert_bars", "Converted layers: the figures in short", bars(rows))
+        if arguments.part != "grid":
+            found: list[dict[str, Any]] = []
+            for name in arguments.models:
+                found += model_rows(name, arguments, torch.device("cuda"))
+                release_memory()
+                note = "Random 2:4 weights in LLaMA's shapes, bfloat16; x: dense over ours. Memory: parts of dense."
+                write_report(arguments.output, "convert_models", "Whole models, dense and converted", found, note=note)
+
+
+if __name__ == "__main__":
+    main()

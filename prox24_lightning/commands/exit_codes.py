@@ -1,0 +1,27 @@
+"""Errors of a command whose exit code means something: one line for what a user can mend, and always code 2."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ERROR = 2
+
+
+@contextmanager
+def errors_as_exit(command: str) -> Iterator[None]:
+    """Turn an exception into a message on stderr and exit code 2.
+
+    Python's own code for an exception is 1, which would say "nothing found" here. What cannot be the user's doing is
+    shown with its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, TypeError) as error:
+        print(f"prox24 {command}: {error}", file=sys.stderr)
+        raise SystemExit(ERROR) from error
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(ERROR) from error

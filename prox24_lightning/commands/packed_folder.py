@@ -1,0 +1,119 @@
+"""A packed model as a folder: ``packed.safetensors``, and what a Hugging Face model needs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prox24_lightning.convert.packed_layout import PACKED_FILE
+from prox24_lightning.convert.packed_model import EmptyOnMeta, Packable, load_packed
+from prox24_lightning.convert.packed_reader import PackedFile
+from prox24_lightning.convert.packed_writer import write_packed
+from prox24_lightning.files import filling, write_text
+from prox24_lightning.groups import clean_name
+from prox24_lightning.layerwise.output import forget_quantization
+
+PACKED_ENDING = ".safetensors"
+
+
+def is_packed_folder(folder: str | Path) -> bool:
+    """Whether a packed Hugging Face model lies there."""
+    return (Path(folder) / PACKED_FILE).is_file() and (Path(folder) / "config.json").is_file()
+
+
+def load_folder(folder: str | Path, auto: Any, *, device: torch.device | str = "cpu", sparse: bool = False) -> Any:
+    """The model of a packed folder with exactly the stored values: dense, or on a GPU with its layers sparse.
+
+    Args:
+        folder: that :func:`save_folder` wrote.
+        auto: the auto class of transformers that builds it (``AutoModelForCausalLM``).
+        device: where it goes.
+        sparse: see :func:`~prox24_lightning.convert.packed_model.load_packed`; the dense model is then never there.
+
+    Raises:
+        ValueError: if the file is damaged or does not fit the folder's config; for ``sparse`` without a suitable GPU.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    file = PackedFile(Path(folder) / PACKED_FILE)
+    config = AutoConfig.from_pretrained(str(folder))
+    dtypes = [file.dtype(name) for name in file.names if file.dtype(name).is_floating_point]
+    with EmptyOnMeta():
+        model = auto.from_config(config, dtype=max(set(dtypes), key=dtypes.count))
+    load_packed(model, file, device=device, sparse=sparse)
+    if (Path(folder) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model.eval()
+
+
+def save_folder(
+    folder: str | Path,
+    model: nn.Module,
+    packable: Packable,
+    *,
+    source: str,
+    companions: Sequence[Any] = (),
+) -> PackedFile:
+    """Write a model packed, layer by layer, with a card and, for a Hugging Face model, its configs.
+
+    Args:
+        folder: made if it does not exist; a failure leaves none of the new files in it.
+        model: its weights are left alone.
+        packable: what :func:`~prox24_lightning.convert.packed_model.find_packable` decided.
+        source: one line on where the model came from.
+        companions: tokenizer and the like; anything with ``save_pretrained``.
+
+    Returns:
+        the written file, open.
+
+    Raises:
+        ValueError: for a weight that is not 2:4, by name.
+        RuntimeError: if what was read back is not what the model holds.
+    """
+    folder = Path(folder)
+    forget_quantization(model)
+    state = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
+    with filling(folder) as temporary:
+        path = write_packed(temporary / PACKED_FILE, state, packable.dims, {"source": source, "model": _kind(model)})
+        file = PackedFile(path)
+        for name in file.packed:
+            if not torch.equal(file.read(name, state[name].device), state[name]):
+                raise RuntimeError(f"{name} read back from {path} differs from the model's")
+        for part in (getattr(model, "config", None), getattr(model, "generation_config", None), *companions):
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(str(temporary))
+        write_text(temporary / "README.md", _card(file, packable, model, source))
+    return PackedFile(folder / PACKED_FILE)
+
+
+def _kind(model: nn.Module) -> str:
+    return type(getattr(model, "_orig_mod", model)).__name__
+
+
+def _card(file: PackedFile, packable: Packable, model: nn.Module, source: str) -> str:
+    lines = [
+        "---",
+        "tags: [sparse, '2:4', packed]",
+        "---",
+        "",
+        f"# {_kind(model)}, 2:4 sparse, packed",
+        "",
+        f"From {source}. `{PACKED_FILE}` holds {len(file.packed)} weights as two values and two 2-bit positions for "
+        f"every four entries (tensors `NAME.values` and `NAME.indices`), the others as they are: "
+        f"{file.stored_bytes:,} bytes instead of {file.dense_bytes:,} ({file.stored_bytes / file.dense_bytes:.4f}).",
+        "",
+        "`prox24_lightning.commands.packed_folder.load_folder` loads a transformers model from it, exactly dense or, "
+        "on a GPU, with sparse layers (`sparse=True`); `prox24_lightning.convert.load_packed` fills any other model. "
+        "`prox24 convert THIS_FOLDER OUT --form dense` writes an ordinary model, which `from_pretrained` reads; this "
+        "one it does not.",
+        "",
+        "| stored dense | why |",
+        "| --- | --- |",
+        *(f"| {name} | {why} |" for name, why in packable.dense.items()),
+        "",
+    ]
+    return "\n".join(lines)

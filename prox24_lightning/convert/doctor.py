@@ -1,0 +1,166 @@
+"""What of a model can run on sparse tensor cores, why the rest cannot, and what it would gain; no GPU is needed.
+
+A gain is only *expected* where it was measured on this machine. The *limit* is arithmetic's, for kernels that are
+equally good on both sides: for few tokens a layer's time is that of reading its weight (a packed one has 0.5625 of the
+bytes in 16 bits), for many that of multiplying (sparse tensor cores skip half). For the whole model Amdahl's law is
+applied to the weights of all linear layers; attention, norms and the rest are not in it, so the truth is lower.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_model
+from prox24_lightning.convert.packed import packed_bytes
+from prox24_lightning.convert.report import State
+
+FEW_TOKENS = 64
+"""Up to here reading a weight takes longer than multiplying by it. A token costs one operation a byte in 16 bits; by
+their data sheets, GPUs with sparse tensor cores do 76 (RTX 3090) to 400 (L4) in the time of reading one."""
+
+Gain = Callable[[LayerVerdict, int], float | None]
+"""(layer, tokens) -> dense time over sparse time, measured on this machine; None where it was not."""
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One layer.
+
+    Attributes:
+        name, kind, shape: as in :class:`~prox24_lightning.convert.eligibility.LayerVerdict`.
+        state: "sparse" (it can run sparse here), "fits" (it could on a suitable GPU), "dense".
+        why: what stands against it; "" if nothing does.
+        share: of the weights of all linear layers; 0 for other layers.
+        expected: tokens -> measured gain, None where it was not measured; empty for a dense layer.
+        limit: tokens -> what the gain cannot exceed with equally good kernels; empty for a dense layer.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    state: State
+    why: str
+    share: float
+    expected: dict[int, float | None]
+    limit: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found; ``sparse_share`` is the share of the linear weights that can be sparse."""
+
+    machine: dict[str, str]
+    dtype: str
+    token_counts: tuple[int, ...]
+    layers: tuple[LayerDiagnosis, ...]
+    sparse_share: float
+    expected: dict[int, float | None]
+    limit: dict[int, float]
+    notes: tuple[str, ...]
+
+    @property
+    def able(self) -> tuple[LayerDiagnosis, ...]:
+        """The layers that can run sparse: here, or without a GPU here on a suitable one."""
+        return tuple(layer for layer in self.layers if layer.state != "dense")
+
+    def to_json(self) -> str:
+        """All of it, strict JSON."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+
+def diagnose(
+    model: nn.Module,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    target: Target | None = None,
+    token_counts: Sequence[int] = (1, 16, 64, 1024, 4096),
+    gain: Gain | None = None,
+    machine: Mapping[str, str] | None = None,
+) -> Diagnosis:
+    """Judge every layer of a model.
+
+    Args:
+        model: any module, on any device; unchanged.
+        dtype: what the weights would be cast to.
+        target: the GPU, from :func:`~prox24_lightning.convert.eligibility.find_target`; None: judged by cuSPARSELt's
+            rules for a GPU that has sparse tensor cores.
+        token_counts: rows of a layer's input at which gains are given.
+        gain: what was measured here; None: nothing was.
+        machine: facts for the report.
+    """
+    verdicts = check_model(model, dtype=dtype, target=target)
+    sizes = {verdict.name: math.prod(verdict.shape) for verdict in verdicts if verdict.role == "linear"}
+    whole = max(1, sum(sizes.values()))
+    layers = []
+    for verdict in verdicts:
+        # Without a GPU nothing but the missing GPU speaks against a layer that fits.
+        state: State = "dense"
+        if verdict.runs:
+            state = "sparse"
+        elif verdict.fits and target is None:
+            state = "fits"
+        counts = () if state == "dense" else token_counts
+        layers.append(
+            LayerDiagnosis(
+                verdict.name,
+                verdict.kind,
+                verdict.shape,
+                state,
+                "; ".join(part for part in (verdict.why, verdict.note) if part),
+                sizes.get(verdict.name, 0) / whole,
+                {tokens: gain(verdict, tokens) if gain else None for tokens in counts},
+                {tokens: _limit(verdict.shape, dtype, tokens) for tokens in counts},
+            )
+        )
+    able_layers = [layer for layer in layers if layer.state != "dense"]
+    expected = {}
+    for tokens in token_counts:
+        gains = {layer.name: layer.expected[tokens] for layer in able_layers}
+        known = {name: value for name, value in gains.items() if value is not None}
+        expected[tokens] = _amdahl(able_layers, known) if known and len(known) == len(gains) else None
+    limits = {t: _amdahl(able_layers, {layer.name: layer.limit[t] for layer in able_layers}) for t in token_counts}
+    return Diagnosis(
+        dict(machine or {}),
+        str(dtype).removeprefix("torch."),
+        tuple(token_counts),
+        tuple(layers),
+        sum(layer.share for layer in able_layers),
+        expected,
+        limits,
+        tuple(_notes(verdicts, target)),
+    )
+
+
+def _limit(shape: tuple[int, ...], dtype: torch.dtype, tokens: int) -> float:
+    if tokens > FEW_TOKENS:
+        return 2.0
+    return math.prod(shape) * dtype.itemsize / packed_bytes(shape, dtype.itemsize)
+
+
+def _amdahl(layers: Sequence[LayerDiagnosis], gains: Mapping[str, float]) -> float:
+    """Dense time over the new time, if each layer takes its share of the time before."""
+    return 1 / (1 - sum(layer.share * (1 - 1 / gains[layer.name]) for layer in layers))
+
+
+def _notes(verdicts: Sequence[LayerVerdict], target: Target | None) -> list[str]:
+    notes = []
+    if target is None:
+        notes.append(
+            "No CUDA GPU here: judged by the rules of cuSPARSELt, for a GPU of compute capability 8.0 or newer."
+        )
+    elif target.problem is not None:
+        notes.append(f"Nothing runs sparse on this machine: {target.problem}.")
+    if any(verdict.role == "convolution" for verdict in verdicts):
+        notes.append(
+            "Convolutions run dense in torch, zeros and all. TensorRT may use an ONNX export of the pruned model "
+            "(torch.onnx.export keeps the zeros) if the groups lie along the input channels; "
+            "prox24_lightning.convert.check_onnx says which nodes meet its rule. Whether TensorRT then takes its "
+            "sparse kernels is its own choice, by its own timing: nothing is promised here."
+        )
+    return notes

@@ -1,0 +1,115 @@
+"""``prox24 convert``: packed and back, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from prox24_lightning.commands import packed_folder
+from prox24_lightning.convert.packed_reader import PackedFile
+
+
+def same_state(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_there_and_back(prox24, sparse_folder, tmp_path):
+    packed, dense = tmp_path / "packed", tmp_path / "dense"
+    code, out, _ = prox24("convert", sparse_folder, packed)
+    assert code == 0
+    flat = " ".join(out.split())
+    assert "14 weights packed and read back equal; 1 weights stored dense. model.embed_tokens.weight: embedding" in flat
+    file = PackedFile(packed / "packed.safetensors")
+    assert f"{file.dense_bytes:,} bytes dense, {file.stored_bytes:,} bytes packed" in flat
+    assert {"config.json", "packed.safetensors", "README.md", "tokenizer.json"} <= {p.name for p in packed.iterdir()}
+    assert "14 weights as two values" in (packed / "README.md").read_text()
+    code, *_ = prox24("convert", packed, dense, "--form", "dense")
+    assert code == 0
+    models = [hf.AutoModelForCausalLM.from_pretrained(folder) for folder in (sparse_folder, dense)]
+    assert same_state(*(model.state_dict() for model in models))
+    ids = torch.arange(2, 12).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(*(model(ids).logits for model in models))
+    assert hf.AutoTokenizer.from_pretrained(dense).decode([2, 3]) == "w0 w1"
+
+
+def test_a_packed_folder_is_a_model_to_every_command(prox24, sparse_folder, tmp_path):
+    prox24("convert", sparse_folder, tmp_path / "packed")
+    found = []
+    for folder in (sparse_folder, tmp_path / "packed"):
+        code, out, _ = prox24("doctor", folder, "--json", "-")
+        assert code == 0
+        found.append(json.loads(out)["layers"])
+    assert found[0] == found[1]
+    # from_pretrained does not take it for a model of its own and fill it with random weights.
+    with pytest.raises(OSError, match="no file named"):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_weights_are_cast_when_asked(prox24, sparse_folder, tmp_path):
+    code, *_ = prox24("convert", sparse_folder, tmp_path / "packed", "--weights", "bfloat16")
+    assert code == 0
+    file = PackedFile(tmp_path / "packed" / "packed.safetensors")
+    assert {file.dtype(name) for name in file.names} == {torch.bfloat16}
+
+
+def test_targets_and_skip(prox24, sparse_folder, tmp_path):
+    code, *_ = prox24(
+        "convert", sparse_folder, tmp_path / "p", "--targets", '["*.mlp.*"]', "--skip", '["*.1.mlp.up_proj"]'
+    )
+    assert code == 0
+    packed = PackedFile(tmp_path / "p" / "packed.safetensors").packed
+    assert sorted(name.removeprefix("model.layers.") for name in packed) == [
+        f"{block}.mlp.{part}_proj.weight"
+        for block in (0, 1)
+        for part in ("down", "gate", "up")
+        if (block, part) != (1, "up")
+    ]
+
+
+def test_bare_weights_there_and_back(prox24, tmp_path):
+    weight = torch.randn(8, 16)
+    weight.view(8, 4, 4)[..., 1:3] = 0
+    state = {"up.weight": weight, "norm.weight": torch.ones(8, 1)}
+    save_file(state, tmp_path / "bare.safetensors")
+    assert prox24("convert", tmp_path / "bare.safetensors", tmp_path / "packed")[0] == 0
+    assert [p.name for p in sorted((tmp_path / "packed").iterdir())] == ["README.md", "packed.safetensors"]
+    again = prox24("convert", tmp_path / "packed" / "packed.safetensors", tmp_path / "dense", "--form", "dense")
+    assert again[0] == 0
+    assert same_state(load_file(tmp_path / "dense" / "model.safetensors"), state)
+
+
+def test_a_dense_model_is_refused_and_leaves_nothing(prox24, dense_folder, tmp_path):
+    code, out, err = prox24("convert", dense_folder, tmp_path / "packed")
+    assert code == 2
+    assert out == ""
+    assert "so nothing would be packed: model.embed_tokens.weight: embedding; model.layers.*" in err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_damaged_layer_is_refused_by_name(prox24, sparse_folder, tmp_path):
+    model = hf.AutoModelForCausalLM.from_pretrained(sparse_folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 4:7] = 0.5
+    model.save_pretrained(tmp_path / "damaged")
+    code, _, err = prox24("convert", tmp_path / "damaged", tmp_path / "packed")
+    assert code == 2
+    assert "model.layers.1.mlp.up_proj.weight is not 2:4, though most of it is: 1 of 128 groups" in err
+    assert "(at (2, 4): 0.5, 0.5, 0.5" in err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_what_does_not_read_back_is_not_kept(prox24, sparse_folder, tmp_path, monkeypatch):
+    class Wrong(PackedFile):
+        def read(self, name, device="cpu"):
+            return super().read(name, device) + 1
+
+    monkeypatch.setattr(packed_folder, "PackedFile", Wrong)
+    code, _, err = prox24("convert", sparse_folder, tmp_path / "packed")
+    assert code == 2
+    assert "differs from the model's" in err
+    assert list((tmp_path / "packed").iterdir()) == []

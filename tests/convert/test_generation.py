@@ -1,0 +1,213 @@
+"""Prefill and decode calls that can be repeated, and what is made of their times."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers as hf
+
+from prox24_lightning.convert import Settings, generation
+from prox24_lightning.convert.generation import DecodeStep, linear_work, prefill_call, time_language_model
+from prox24_lightning.convert.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
+from prox24_lightning.convert.language_tables import language_figure, language_sections
+from prox24_lightning.convert.limits import Limits
+from prox24_lightning.convert.timing import Timing
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+MODELS = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
+    "qwen2 with a window": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, **WINDOWS)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_a_decode_step_is_the_next_token_again_and_again(family):
+    torch.manual_seed(0)
+    model = MODELS[family]().eval()
+    prompt = torch.randint(64, (3, 10))
+    step = DecodeStep(model, prompt)
+    expected = model(torch.cat([prompt, prompt[:, -1:]], dim=1)).logits[:, -1:]
+    for _ in range(3):
+        torch.testing.assert_close(step(), expected)
+    prefill = prefill_call(model, prompt)()
+    assert prefill.shape == (3, 1, 64)
+    torch.testing.assert_close(prefill, model(prompt).logits[:, -1:])
+
+
+def test_the_cache_is_counted():
+    model = MODELS["llama"]().eval()
+    step = DecodeStep(model, torch.randint(64, (3, 10)))
+    assert step.cache_bytes == 2 * 2 * 3 * 10 * 16 * 4  # keys and values, layers, sequences, tokens, width, float32
+
+
+def test_a_model_without_layers_in_its_cache_is_refused():
+    model = lambda *args, **options: SimpleNamespace(past_key_values=((1, 2),))  # noqa: E731
+    model.forward = lambda ids: None
+    with pytest.raises(ValueError, match="keeps a tuple, which has no layers"):
+        DecodeStep(model, torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_work_counts_linear_layers_with_the_head():
+    model = MODELS["gpt2"]()
+    weights = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128) + 64 * 32
+    assert linear_work(model.bfloat16()) == (2 * weights, weights)
+
+
+PREFILL, DECODE = Workload("prefill", 2, 100), Workload("decode", 8, 50)
+
+
+def timing(median):
+    return Timing(median, median, median)
+
+
+def result(workload, eager, graph, moved=1000):
+    return PhaseResult(workload, timing(eager), graph and timing(graph), None, 2**20, moved, 4000)
+
+
+def report():
+    dense = LanguageVariant("dense", 0, 2000, 1000, (result(PREFILL, 10, None), result(DECODE, 20, 8)), 0.0, 5.5)
+    sparse = LanguageVariant(
+        "converted", 7, 1500, 500, (result(PREFILL, 5, None), result(DECODE, 40, 4, 500)), 1e-3, 5.5
+    )
+    return LanguageReport(3000, 500, 3_400_000, 0.1, "a text", (dense, sparse))
+
+
+def test_speedups_and_rates():
+    found = report()
+    assert found.speedups("eager") == {PREFILL: 2.0, DECODE: 0.5}
+    assert found.speedups("graph") == {DECODE: 2.0}
+    assert found.variants[0].phases[0].tokens_per_second("eager") == 200 / 10e-6
+    assert found.variants[0].phases[1].tokens_per_second("graph") == 8 / 8e-6
+    assert found.variants[0].phases[0].tokens_per_second("graph") is None
+    assert found.variants[1].phases[1].best.median_us == 4
+    assert replace(found, variants=found.variants[:1]).speedups("eager") == {}
+
+
+def test_scalars_for_loggers():
+    scalars = report().scalars()
+    assert scalars["convert/eager_decode_8x50_speedup"] == 0.5
+    assert scalars["convert/graph_decode_8x50_speedup"] == 2.0
+    assert scalars["convert/decode_8x50_tokens_per_second_converted"] == 8 / 4e-6
+    assert scalars["convert/linear_bytes_converted"] == 1500
+    assert scalars["convert/perplexity_dense"] == 5.5
+    assert scalars["convert/logits_error_converted"] == 1e-3
+
+
+def test_tables_say_time_use_memory_and_quality():
+    time, use, memory = language_sections(report(), Limits(1e9, 1e9))
+    assert [row[:6] for row in time[2]] == [
+        ("prefill", "2 x 100", "eager", "0.010", "0.005", "2.00"),
+        ("decode", "8 x 50", "eager", "0.020", "0.040", "0.50"),
+        ("decode", "8 x 50", "graph", "0.008", "0.004", "2.00"),
+    ]
+    # 1000 bytes in 8 microseconds are 125 MB/s, an eighth of the limit; 4000 operations in it are half a GFLOP/s.
+    assert use[2][1] == ("decode", "8 x 50", "dense", "0.00", "12%", "0.0", "50%")
+    assert memory[2][1] == ("converting, 0.1 s", "", "", "", "3.2", "", "")
+    assert memory[2][2][1:4] == ("7", "0.0", "0.0 (0.50 x)")
+    assert memory[2][2][-1] == "5.5000"
+    assert memory[1][-1] == "perplexity (a text)"
+    assert all(len(row) == len(header) for _, header, rows in (time, use, memory) for row in rows)
+
+
+def test_the_figure_has_a_panel_for_each_workload():
+    figure = language_figure(report(), "a title")
+    assert [axis.get_title() for axis in figure.axes] == ["prefill 2 x 100: 2.00 x", "decode 8 x 50: 2.00 x"]
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [8 / 8e-6, 8 / 4e-6]
+
+
+def test_the_floor_is_the_longer_of_moving_and_computing():
+    limits = Limits(2e12, 8e14)
+    assert limits.floor_us(2e6, 0) == pytest.approx(1)
+    assert limits.floor_us(2e6, 8e10) == pytest.approx(100)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Memory is counted by a made-up rule, calls are made once and take as long as it says, graphs are calls."""
+    state = SimpleNamespace(times=iter([10.0, 5.0] * 10), converted=[])
+
+    def measure(variants, *, rounds):
+        for call in variants.values():
+            call()
+        return {name: timing(next(state.times)) for name in variants}
+
+    memory = iter([100, 3100])
+    for name, value in {
+        "memory_allocated": lambda device=None: next(memory),
+        "max_memory_allocated": lambda device=None: 3700,
+        "reset_peak_memory_stats": lambda: None,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(generation, "measure", measure)
+    monkeypatch.setattr(generation, "release_memory", lambda: None)
+    monkeypatch.setattr(generation, "capture", lambda call: SimpleNamespace(replay=call))
+    monkeypatch.setattr(
+        generation,
+        "convert_model",
+        lambda model, names, **options: state.converted.append((model, list(names), options)),
+    )
+    return state
+
+
+NAMES = [f"model.layers.{block}.mlp.{part}_proj" for block in (0, 1) for part in ("gate", "up", "down")]
+
+
+def measured(model, **options):
+    settings = Settings(rounds=2)
+    return time_language_model(model, NAMES, [PREFILL, DECODE], settings, torch.device("cpu"), **options)
+
+
+def test_a_language_model_is_measured_dense_then_converted(pretended_gpu):
+    model = MODELS["llama"]()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scored = []
+    found = measured(model, score=lambda twin: scored.append(twin) or 7.0 + len(scored), text="a text")
+    [(twin, names, options)] = pretended_gpu.converted
+    assert options == {"keep_dense": False}
+    assert twin is not model
+    assert names == NAMES
+    assert scored == [twin, twin]
+    assert (found.dense_bytes, found.conversion_peak_bytes) == (3000, 3600)
+    assert found.largest_layer_bytes == 2 * 32 * 64
+    dense, converted = found.variants
+    assert (dense.name, dense.sparse_layers, dense.perplexity) == ("dense", 0, 8.0)
+    assert (converted.name, converted.sparse_layers, converted.perplexity) == ("converted", 6, 9.0)
+    assert dense.linear_bytes == linear_work(model.bfloat16())[0]
+    assert dense.sparse_bytes == 2 * 6 * 32 * 64
+    assert [result.workload for result in dense.phases] == [PREFILL, DECODE]
+    assert [(result.eager.median_us, result.graph.median_us) for result in dense.phases] == [(10, 5), (10, 5)]
+    prefill, decode = dense.phases
+    assert prefill.bytes_moved == dense.linear_bytes
+    assert decode.bytes_moved == dense.linear_bytes + 2 * 2 * 8 * 50 * 16 * 2
+    assert prefill.operations == 2 * 200 * linear_work(model)[1]
+    assert converted.output_error == 0.0
+    model.float()
+    assert all(torch.equal(value.bfloat16(), before[name].bfloat16()) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_captured_is_timed_eagerly(pretended_gpu, monkeypatch):
+    def capture(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(generation, "capture", capture)
+    found = measured(MODELS["llama"]())
+    assert found.variants[0].phases[0].graph is None
+    assert found.variants[0].phases[0].graph_problem.startswith("RuntimeError: operation not permitted")
+    assert found.variants[0].perplexity is None
+    assert found.text is None
