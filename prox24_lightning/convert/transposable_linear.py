@@ -182,7 +182,7 @@ class TransposableForward:
             return F.linear(input, linear.weight, linear.bias)
         if self._pair is None or self._pair.dtype != autocast:
             self._pair, self._products = PackedPair(linear.weight, self.mask, autocast), {}
-        rows = input.to(autocast).reshape(-1, linear.in_features)
+        rows = input.to(autocast).reshape(-1, linear.in_features).contiguous()
         shape = linear.out_features, linear.in_features
         if len(rows) not in self._products:
             self._products[len(rows)] = Products.of(shape, len(rows), autocast, input.device.index, self.kernels)
