@@ -9,7 +9,7 @@ models with AdamW. bf16 autocast over float32 weights; dense and sparse take tur
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from prox24_lightning.convert.kernels import Kernel
 from prox24_lightning.convert.timing import measure, relative_error
 from prox24_lightning.convert.transposable_linear import TransposableForward
 from prox24_lightning.mask import mask_24
+
+Shape = tuple[int, int]
+Found = dict[tuple[Shape, int], tuple[Kernel, Kernel]]
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (8192, 8192))
 """(out_features, in_features) of LLaMA layers."""
@@ -83,17 +86,22 @@ def main(
             output, "masked_step", "A training step with transposable masks, dense and sparse", rows, note=note
         )
 
-    for shape in shapes:
-        for count in tokens:
-            add(_layer_row(tuple(shape), count, rounds))
+    all_at_once = batch[0] * batch[1]
+    wanted = [(tuple(shape), count) for shape in shapes for count in tokens]
+    inside = [
+        (one, all_at_once) for _, width, inner in models for one in ((width, width), (inner, width), (width, inner))
+    ]
+    found = _searched([*wanted, *inside])
+    for shape, count in wanted:
+        add(_layer_row(shape, count, found, rounds))
     for model in models:
-        add(_model_row(*model, batch, rounds))
+        add(_model_row(*model, batch, found, rounds))
 
 
-def _layer_row(shape: tuple[int, int], tokens: int, rounds: int) -> dict[str, Any]:
+def _layer_row(shape: Shape, tokens: int, found: Found, rounds: int) -> dict[str, Any]:
     dense = _masked(nn.Linear(shape[1], shape[0], bias=False, device="cuda"))
     sparse = copy.deepcopy(dense)
-    TransposableForward(sparse, sparse.weight != 0, _kernels(shape, tokens)).attach()
+    TransposableForward(sparse, sparse.weight != 0, found[shape, tokens]).attach()
     x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16, requires_grad=True)
     seed = torch.randn(tokens, shape[0], device="cuda", dtype=torch.bfloat16)
     outputs = {}
@@ -114,7 +122,9 @@ def _layer_row(shape: tuple[int, int], tokens: int, rounds: int) -> dict[str, An
     return _row(f"{shape[0]} x {shape[1]}", tokens, times, relative_error(outputs[dense], outputs[sparse]))
 
 
-def _model_row(layers: int, width: int, inner: int, batch: tuple[int, int], rounds: int) -> dict[str, Any]:
+def _model_row(
+    layers: int, width: int, inner: int, batch: tuple[int, int], found: Found, rounds: int
+) -> dict[str, Any]:
     with torch.device("cuda"):
         dense = nn.Sequential(*(_Layer(width, inner) for _ in range(layers)))
     for module in dense.modules():
@@ -122,10 +132,9 @@ def _model_row(layers: int, width: int, inner: int, batch: tuple[int, int], roun
             _masked(module)
     sparse = copy.deepcopy(dense)
     tokens = batch[0] * batch[1]
-    found = {shape: _kernels(shape, tokens) for shape in ((width, width), (inner, width), (width, inner))}
     for module in sparse.modules():
         if isinstance(module, nn.Linear):
-            TransposableForward(module, module.weight != 0, found[tuple(module.weight.shape)]).attach()
+            TransposableForward(module, module.weight != 0, found[tuple(module.weight.shape), tokens]).attach()
     x = torch.randn(*batch, width, device="cuda")
     losses: dict[str, list[float]] = {"dense": [], "sparse": []}
 
@@ -153,11 +162,13 @@ def _masked(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def _kernels(shape: tuple[int, int], tokens: int) -> tuple[Kernel, Kernel]:
+def _searched(wanted: Sequence[tuple[Shape, int]]) -> Found:
+    """The fastest algorithms of cuSPARSELt, forward and backward, by shape and number of tokens."""
     device = torch.cuda.current_device()
-    jobs = [Job("bfloat16", one, tokens, 1, device) for one in (shape, (shape[1], shape[0]))]
-    forward, backward = (Kernel("cusparselt", answer.algorithms[:1]) for answer in search(jobs))
-    return forward, backward
+    both = dict.fromkeys((one, tokens) for shape, tokens in wanted for one in (shape, shape[::-1]))
+    answers = search([Job("bfloat16", shape, tokens, 1, device) for shape, tokens in both])
+    best = {key: Kernel("cusparselt", answer.algorithms[:1]) for key, answer in zip(both, answers, strict=True)}
+    return {(shape, tokens): (best[shape, tokens], best[shape[::-1], tokens]) for shape, tokens in wanted}
 
 
 def _row(what: str, tokens: int, times: dict[str, Any], error: float) -> dict[str, Any]:
