@@ -57,7 +57,7 @@ def grid(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         )
         for shape in arguments.shapes:
             rows += layer_rows(shape, dtype, tokens, packed[shape], kept[shape], arguments.rounds)
-            save_grid(arguments.output, rows)
+            save_grid(arguments.output, arguments.name, rows)
             print(name, shape, "done", flush=True)
             release_memory()
     return rows
@@ -167,14 +167,14 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def save_grid(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+def save_grid(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
     note = (
         "Microseconds a call; x: dense over ours, above 1 ours is faster. torch: `to_sparse_semi_structured`. Layers: "
         "(out_features, in_features). Kernels are chosen by measurement beforehand; `few` with its tiling is this "
         "package's own, `cusparselt` with its algorithm NVIDIA's."
     )
-    write_report(folder, "convert", "Converted layers against dense ones", rows, note=note, quiet=True)
-    write_report(folder, "convert_bars", "Converted layers: the figures in short", bars(rows), quiet=True)
+    write_report(folder, name, "Converted layers against dense ones", rows, note=note, quiet=True)
+    write_report(folder, f"{name}_bars", "Converted layers: the figures in short", bars(rows), quiet=True)
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -335,21 +335,27 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096, help="tokens of the prompt")
     parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, help="out x in, as 4096x4096")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--name", default="convert", help="of the result files")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    stem = f"{machine()['date']}_convert"  # first: what cannot be found out is to stop the run before it takes time
+    # First: what cannot be found out about the machine is to stop the run before it takes time.
+    stem = f"{machine()['date']}_{arguments.name}"
     with torch.no_grad():
         if arguments.part != "models":
             rows = grid(arguments)
             plot(arguments.output / f"{stem}.png", rows)
-            write_report(arguments.output, "convert_bars", "Converted layers: the figures in short", bars(rows))
+            write_report(
+                arguments.output, f"{arguments.name}_bars", "Converted layers: the figures in short", bars(rows)
+            )
         if arguments.part != "grid":
             found: list[dict[str, Any]] = []
             for name in arguments.models:
                 found += model_rows(name, arguments, torch.device("cuda"))
                 release_memory()
                 note = "Random 2:4 weights in LLaMA's shapes, bfloat16; x: dense over ours. Memory: parts of dense."
-                write_report(arguments.output, "convert_models", "Whole models, dense and converted", found, note=note)
+                write_report(
+                    arguments.output, f"{arguments.name}_models", "Whole models, dense and converted", found, note=note
+                )
 
 
 if __name__ == "__main__":
