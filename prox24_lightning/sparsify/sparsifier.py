@@ -23,6 +23,7 @@ from prox24_lightning.sparsify.engine import Metric, SparsityEngine
 from prox24_lightning.sparsify.phases import Phase, resolve_plan
 from prox24_lightning.sparsify.post_step import PostStepProx, Refit
 from prox24_lightning.sparsify.progressive import RECONSTRUCTION_STEPS, Progressive
+from prox24_lightning.sparsify.sparse_training import SparseTraining
 from prox24_lightning.sparsify.strategy import Strategy
 
 
@@ -54,6 +55,7 @@ class Sparsifier:
         skip: Sequence[str] | None = None,
         geometry: Geometry = "row",
         refit: Refit = "none",
+        sparse_training: bool = False,
         masks_file: str | Path | None = None,
         name: str = "prox24",
         verbose: bool = True,
@@ -71,6 +73,7 @@ class Sparsifier:
             skip,
             geometry,
             refit,
+            sparse_training,
             masks_file,
         )
         self.start = start
@@ -85,6 +88,7 @@ class Sparsifier:
         self.skip = skip
         self.geometry = geometry
         self.refit = refit
+        self.sparse_training = sparse_training
         self.masks_file = masks_file
         self.name = name
         self.verbose = verbose
@@ -92,6 +96,7 @@ class Sparsifier:
         self._engine: SparsityEngine | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._loaded: dict[str, Any] = {}
+        self._sparse = SparseTraining()
 
     # What monitors and final hooks read.
 
@@ -174,6 +179,9 @@ class Sparsifier:
         self.selection = selection
         self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=self.metric)
         self._model = weakref.ref(model)
+        if self.sparse_training:
+            engine = self._engine
+            engine.on_freeze.append(lambda: self._sparse.attach(engine.weights, engine.masks))
         return self._engine
 
     def restore(self, global_step: int) -> None:
@@ -201,10 +209,14 @@ class Sparsifier:
         check_optimizers(optimizers)
         if self._model is not None and (model := self._model()) is not None:
             reshard(model)  # a validation before the first batch may have left gathered copies
-        self._require_engine().bind(optimizers)
+        engine = self._require_engine()
+        engine.bind(optimizers)
+        if self.sparse_training:
+            self._sparse.attach(self.weights, engine.masks)
 
     def unbind(self) -> None:
         """Remove every hook; masks and counters stay."""
+        self._sparse.remove()
         if self._engine is not None:
             self._engine.unbind()
 
