@@ -1,0 +1,329 @@
+"""The fused kernel: a program walks a chunk of groups, settles what cheap tests settle, and queues the rest.
+
+A warp pays for an equation as soon as one of its groups needs it. So a program (one warp) collects the groups that need
+one, and solves them when there are enough to fill the warp: ``triton_convex.py`` the simple ones, ``triton_roots.py``
+the others. The two queues of group numbers take no memory of their own: they live in the program's own output, in
+the place of its first groups, whose weights wait in registers until the end.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from prox24_lightning.prox.triton_convex import shrink_convex
+from prox24_lightning.prox.triton_roots import ALWAYS_TWO, PRUNED, reciprocal, shrink_sorted
+
+
+
+@triton.jit
+def prox_kernel(
+    weight,
+    out,
+    strength,
+    scale,
+    groups,
+    chunk,
+    length,
+    inner,
+    strength_strides,
+    scale_strides,
+    ONE_STRENGTH: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    begin = tl.program_id(0) * chunk
+    tensors = (weight, out, strength, scale)
+    shape = (length, inner, strength_strides, scale_strides)
+    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE)
+    walk(tensors, shape, begin, tl.minimum(chunk, groups - begin), kind, TILE, ROUND)
+
+
+@triton.jit
+def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
+    """The prox of groups ``begin`` to ``begin + count``: at least ``TILE / 2`` of them are held back for the queues."""
+    HELD: tl.constexpr = TILE // 2
+    held = tl.arange(0, HELD)
+    h0, h1, h2, h3 = _load(tensors[0], shape, begin, held, held < count, KIND)
+    simple = tl.zeros((), tl.int32)
+    other = tl.zeros((), tl.int32)
+    start = tl.full((), HELD, tl.int32)
+    stop = HELD + tl.cdiv(tl.maximum(count - HELD, 0), TILE) * TILE
+    while start <= stop:  # the last time nothing comes in, and what waits goes out
+        group = start + tl.arange(0, TILE)
+        inside = group < count
+        queued, push_simple = _settle(tensors, shape, begin, group, inside, KIND)
+        flags = tl.where(queued, tl.where(push_simple, 1, 65536), 0)
+        rank, total = _ranks(flags, TILE)
+        slot = tl.where(push_simple, simple + (rank & 65535), 2 * TILE - 1 - other - (rank >> 16))
+        tl.debug_barrier()
+        tl.store(_slots(tensors[1], shape, begin, slot, KIND, HELD), _short(tensors[1], group), mask=queued)
+        simple += total & 65535
+        other += total >> 16
+        least = tl.where(start < stop, ROUND, 1)
+        tl.debug_barrier()
+        lanes = tl.arange(0, ROUND)
+        while simple >= least:
+            take = tl.minimum(simple, ROUND)
+            simple -= take
+            _solve_queued(tensors, shape, begin, simple + lanes, lanes < take, KIND, HELD, True)
+        while other >= least:
+            take = tl.minimum(other, ROUND)
+            other -= take
+            _solve_queued(tensors, shape, begin, 2 * TILE - 1 - other - lanes, lanes < take, KIND, HELD, False)
+        start += TILE
+    tl.debug_barrier()
+    _store(tensors[1], shape, begin, held, held < count, h0, h1, h2, h3, KIND)
+    tl.debug_barrier()
+    start = tl.zeros((), tl.int32)
+    while start < tl.minimum(count, HELD):
+        group = start + tl.arange(0, ROUND)
+        queued, push_simple = _settle(tensors, shape, begin, group, group < tl.minimum(count, HELD), KIND)
+        if tl.max((queued & push_simple).to(tl.int32), axis=0) > 0:
+            _solve(tensors, shape, begin, group, queued & push_simple, KIND, True)
+        if tl.max((queued & (push_simple == 0)).to(tl.int32), axis=0) > 0:
+            _solve(tensors, shape, begin, group, queued & (push_simple == 0), KIND, False)
+        start += ROUND
+
+
+@triton.jit
+def _ranks(flags, TILE: tl.constexpr):
+    """The sum of the flags before each entry, and of all. The order is that of the lanes of a warp, each with its entries
+    in a row: one scan over lanes instead of one over the tile."""
+    table = tl.reshape(flags, [TILE // 32, 32])
+    running = tl.cumsum(table, 0)
+    lane = tl.sum(table, 0)
+    before = tl.cumsum(lane, 0) - lane
+    return tl.reshape(running - table + before[None, :], [TILE]), tl.sum(lane, 0)
+
+
+@triton.jit
+def _short(out, group):
+    return group if out.dtype.element_ty.primitive_bitwidth == 32 else group.to(tl.int16)
+
+
+@triton.jit
+def _slots(out, shape, begin, slot, KIND: tl.constexpr, HELD: tl.constexpr):
+    """Where slots of the queues are: a slot is one entry of the first groups."""
+    if out.dtype.element_ty.primitive_bitwidth == 32:
+        queue = out.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        queue = out.to(tl.pointer_type(tl.int16), bitcast=True)
+    if KIND[2]:
+        return queue + begin.to(tl.int64) * 4 + slot
+    return queue + _at(shape, begin, slot % HELD, KIND) + (slot // HELD) * shape[1]
+
+
+@triton.jit
+def _solve_queued(tensors, shape, begin, slot, inside, KIND: tl.constexpr, HELD: tl.constexpr, SIMPLE: tl.constexpr):
+    group = tl.load(_slots(tensors[1], shape, begin, slot, KIND, HELD), mask=inside, other=0).to(tl.int32) & 0x7FFFFFFF
+    if tensors[1].dtype.element_ty.primitive_bitwidth != 32:
+        group = group & 65535
+    _solve(tensors, shape, begin, group, inside, KIND, SIMPLE)
+
+
+@triton.jit
+def _parts(shape, begin, group):
+    """Where a group is before, along and behind its dimension."""
+    number = begin + group
+    length, inner = shape[0], shape[1]
+    row = number // inner
+    return row // length, row % length, number % inner
+
+
+@triton.jit
+def _at(shape, begin, group, KIND: tl.constexpr):
+    number = begin + group
+    row = number // shape[1]
+    behind = number - row * shape[1]
+    if KIND[3]:
+        row = row.to(tl.int64)
+    return row * 4 * shape[1] + behind
+
+
+@triton.jit
+def _load(source, shape, begin, group, inside, KIND: tl.constexpr):
+    if KIND[2]:
+        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(values, [group.shape[0], 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+    else:
+        first = source + _at(shape, begin, group, KIND)
+        inner = shape[1]
+        x0 = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        x1 = tl.load(first + inner, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(first + 2 * inner, mask=inside, other=0.0).to(tl.float32)
+        x3 = tl.load(first + 3 * inner, mask=inside, other=0.0).to(tl.float32)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _store(target, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.constexpr):
+    kind = target.dtype.element_ty
+    if KIND[2]:
+        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        values = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [group.shape[0], 4])
+        tl.store(target + begin.to(tl.int64) * 4 + offsets, values.to(kind), mask=inside[:, None])
+    else:
+        first = target + _at(shape, begin, group, KIND)
+        inner = shape[1]
+        tl.store(first, x0.to(kind), mask=inside)
+        tl.store(first + inner, x1.to(kind), mask=inside)
+        tl.store(first + 2 * inner, x2.to(kind), mask=inside)
+        tl.store(first + 3 * inner, x3.to(kind), mask=inside)
+
+
+@triton.jit
+def _coordinates(tensors, shape, begin, group, inside, KIND: tl.constexpr):
+    """The strength and the four scales of each group; NaN where they are not allowed."""
+    if KIND[0]:
+        lam = tl.load(tensors[2]) + tl.zeros(group.shape, tl.float32)
+    else:
+        before, along, behind = _parts(shape, begin, group)
+        strides = shape[2]
+        at = before * strides[0] + along * strides[1] + behind * strides[2]
+        lam = tl.load(tensors[2] + at, mask=inside, other=0.0)
+    lam = tl.where(lam >= 0, lam, float("nan"))
+    c0, c1, c2, c3 = 1.0, 1.0, 1.0, 1.0
+    if KIND[1]:
+        before, along, behind = _parts(shape, begin, group)
+        strides = shape[3]
+        first = tensors[3] + before * strides[0] + along * 4 * strides[1] + behind * strides[2]
+        c0 = _allowed(tl.load(first, mask=inside, other=1.0))
+        c1 = _allowed(tl.load(first + strides[1], mask=inside, other=1.0))
+        c2 = _allowed(tl.load(first + 2 * strides[1], mask=inside, other=1.0))
+        c3 = _allowed(tl.load(first + 3 * strides[1], mask=inside, other=1.0))
+    return lam, c0, c1, c2, c3
+
+
+@triton.jit
+def _allowed(scale):
+    return tl.where((scale > 0) & (scale < float("inf")), scale, float("nan"))
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _settle(tensors, shape, begin, group, inside, KIND: tl.constexpr):
+    """Write the groups that keep two entries (or all, at strength 0); which others there are, and which are simple."""
+    x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
+    lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
+    y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
+    if KIND[1]:
+        y0, y1, y2, y3 = y0 * c0, y1 * c1, y2 * c2, y3 * c3
+    high0, low0, high1, low1 = _larger(y0, y2), _smaller(y0, y2), _larger(y1, y3), _smaller(y1, y3)
+    first, fourth = _larger(high0, high1), _smaller(low0, low1)
+    middle0, middle1 = _smaller(high0, high1), _larger(low0, low1)
+    second, third = _larger(middle0, middle1), _smaller(middle0, middle1)
+    v1, v2, v3, v4 = lam * first, lam * second, lam * third, lam * fourth
+    square = v1 * v1 + v2 * v2
+    two = (v1 >= ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3)
+    two = two | (third * tl.maximum(1.0, 0.5 + 0.5 * square) <= v1 * second)
+    # Two equal entries of which one goes are told apart by position, which the solvers do.
+    two = two & (lam > 0) & ((second > third) | (second <= 0))
+    unchanged = (lam == 0) & (first >= 0)
+    least = tl.where(unchanged, 0.0, second)
+    r0, r1 = tl.where(y0 >= least, x0, 0.0) + 0.0, tl.where(y1 >= least, x1, 0.0) + 0.0
+    r2, r3 = tl.where(y2 >= least, x2, 0.0) + 0.0, tl.where(y3 >= least, x3, 0.0) + 0.0
+    settled = two | unchanged
+    _store(tensors[1], shape, begin, group, inside & settled, r0, r1, r2, r3, KIND)
+
+    # Simple: the objective is convex on the box, or no dense point exists and the third entry appears continuously;
+    # and float32 can tell the entries apart in sums.
+    d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
+    alone = (square <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
+    simple = (third > fourth) & (v3 >= 3e-3 * v1) & (v1 >= 1e-12) & (lam >= 1e-37) & ((v1 + v2 + v3 <= 1) | alone)
+    return inside & (settled == 0), simple
+
+
+@triton.jit
+def _solve(tensors, shape, begin, group, inside, KIND: tl.constexpr, SIMPLE: tl.constexpr):
+    x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
+    lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
+    y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
+    if KIND[1]:
+        y0, y1, y2, y3 = y0 * c0, y1 * c1, y2 * c2, y3 * c3
+    if SIMPLE:
+        s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, lam, inside)
+    else:
+        s0, s1, s2, s3 = _shrink_other(y0, y1, y2, y3, lam)
+    if KIND[1]:
+        s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
+    r0, r1, r2, r3 = _shrunk(x0, s0, SIMPLE), _shrunk(x1, s1, SIMPLE), _shrunk(x2, s2, SIMPLE), _shrunk(x3, s3, SIMPLE)
+    _store(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+
+
+@triton.jit
+def _exchange(swap, a, b):
+    return tl.where(swap, b, a), tl.where(swap, a, b)
+
+
+@triton.jit
+def _shrink_simple(y0, y1, y2, y3, lam, inside):
+    """Sort, solve, and undo the sorting. Equal entries are treated alike, so their order does not matter."""
+    swap02, swap13 = y0 < y2, y1 < y3
+    a0, a2 = tl.maximum(y0, y2), tl.minimum(y0, y2)
+    a1, a3 = tl.maximum(y1, y3), tl.minimum(y1, y3)
+    swap01, swap23 = a0 < a1, a2 < a3
+    b0, b1 = tl.maximum(a0, a1), tl.minimum(a0, a1)
+    b2, b3 = tl.maximum(a2, a3), tl.minimum(a2, a3)
+    swap12 = b1 < b2
+    e1, e2 = tl.maximum(b1, b2), tl.minimum(b1, b2)
+    s0, s1, s2, s3 = shrink_convex(lam * b0, lam * e1, lam * e2, lam * b3, inside)
+    inverse = reciprocal(lam)
+    s0, s1, s2, s3 = s0 * inverse, s1 * inverse, s2 * inverse, s3 * inverse
+    s1, s2 = _exchange(swap12, s1, s2)
+    s0, s1 = _exchange(swap01, s0, s1)
+    s2, s3 = _exchange(swap23, s2, s3)
+    s0, s2 = _exchange(swap02, s0, s2)
+    s1, s3 = _exchange(swap13, s1, s3)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def _shrink_other(y0, y1, y2, y3, lam):
+    """Any groups: NaN for those with a NaN; among equals the earlier position is the larger."""
+    bad = (y0 != y0) | (y1 != y1) | (y2 != y2) | (y3 != y3) | (lam != lam)
+    high0, low0, high1, low1 = tl.maximum(y0, y2), tl.minimum(y0, y2), tl.maximum(y1, y3), tl.minimum(y1, y3)
+    first, fourth = tl.maximum(high0, high1), tl.minimum(low0, low1)
+    middle0, middle1 = tl.minimum(high0, high1), tl.maximum(low0, low1)
+    second, third = tl.maximum(middle0, middle1), tl.minimum(middle0, middle1)
+    s1, s2, s3, s4 = shrink_sorted(first, second, third, fourth, lam)
+    later01, later02, later03 = (y1 > y0).to(tl.int32), (y2 > y0).to(tl.int32), (y3 > y0).to(tl.int32)
+    later12, later13, later23 = (y2 > y1).to(tl.int32), (y3 > y1).to(tl.int32), (y3 > y2).to(tl.int32)
+    t0 = _by_rank(later01 + later02 + later03, s1, s2, s3, s4)
+    t1 = _by_rank(1 - later01 + later12 + later13, s1, s2, s3, s4)
+    t2 = _by_rank(2 - later02 - later12 + later23, s1, s2, s3, s4)
+    t3 = _by_rank(3 - later03 - later13 - later23, s1, s2, s3, s4)
+    return tl.where(bad, float("nan"), t0), tl.where(bad, float("nan"), t1), tl.where(bad, float("nan"), t2), tl.where(bad, float("nan"), t3)
+
+
+@triton.jit
+def _by_rank(rank, s1, s2, s3, s4):
+    return tl.where(rank == 0, s1, tl.where(rank == 1, s2, tl.where(rank == 2, s3, s4)))
+
+
+@triton.jit
+def _shrunk(x, shrink, SIMPLE: tl.constexpr):
+    """``x`` moved towards zero by ``shrink``, +0.0 if that reaches zero."""
+    if SIMPLE:
+        shift = tl.minimum(shrink, tl.abs(x)).to(tl.uint32, bitcast=True) | (x.to(tl.uint32, bitcast=True) & 0x80000000)
+        return x - shift.to(tl.float32, bitcast=True)
+    kept = tl.where(shrink >= PRUNED, 0.0, tl.maximum(tl.abs(x) - shrink, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return tl.where((x < 0) & (kept > 0), -kept, kept)
