@@ -18,6 +18,11 @@ from prox24_lightning.prox.triton_convex import shrink_convex
 from prox24_lightning.prox.triton_roots import ALWAYS_TWO, PRUNED, reciprocal, shrink_sorted
 
 
+SIMPLE = tl.constexpr(1)
+OTHER = tl.constexpr(1 << 16)
+"""Flags of the groups that wait: their sum counts both kinds at once."""
+_SMALLEST = tl.constexpr(2.0**-149)
+
 
 @triton.jit
 def prox_kernel(
@@ -58,12 +63,11 @@ def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, R
     while start <= stop:  # the last time nothing comes in, and what waits goes out
         group = start + tl.arange(0, TILE)
         inside = group < count
-        queued, push_simple = _settle(tensors, shape, begin, group, inside, KIND)
-        flags = tl.where(queued, tl.where(push_simple, 1, 65536), 0)
+        flags = _settle(tensors, shape, begin, group, inside, KIND)
         rank, total = _ranks(flags, TILE)
-        slot = tl.where(push_simple, simple + (rank & 65535), 2 * TILE - 1 - other - (rank >> 16))
+        slot = tl.where(flags == SIMPLE, simple + (rank & 65535), 2 * TILE - 1 - other - (rank >> 16))
         tl.debug_barrier()
-        tl.store(_slots(tensors[1], shape, begin, slot, KIND, HELD), _short(tensors[1], group), mask=queued)
+        tl.store(_slots(tensors[1], shape, begin, slot, KIND, HELD), _short(tensors[1], group), mask=flags > 0)
         simple += total & 65535
         other += total >> 16
         least = tl.where(start < stop, ROUND, 1)
@@ -84,11 +88,11 @@ def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, R
     start = tl.zeros((), tl.int32)
     while start < tl.minimum(count, HELD):
         group = start + tl.arange(0, ROUND)
-        queued, push_simple = _settle(tensors, shape, begin, group, group < tl.minimum(count, HELD), KIND)
-        if tl.max((queued & push_simple).to(tl.int32), axis=0) > 0:
-            _solve(tensors, shape, begin, group, queued & push_simple, KIND, True)
-        if tl.max((queued & (push_simple == 0)).to(tl.int32), axis=0) > 0:
-            _solve(tensors, shape, begin, group, queued & (push_simple == 0), KIND, False)
+        flags = _settle(tensors, shape, begin, group, group < tl.minimum(count, HELD), KIND)
+        if tl.max((flags == SIMPLE).to(tl.int32), axis=0) > 0:
+            _solve(tensors, shape, begin, group, flags == SIMPLE, KIND, True)
+        if tl.max(flags, axis=0) > SIMPLE:
+            _solve(tensors, shape, begin, group, flags > SIMPLE, KIND, False)
         start += ROUND
 
 
@@ -121,11 +125,11 @@ def _slots(out, shape, begin, slot, KIND: tl.constexpr, HELD: tl.constexpr):
 
 
 @triton.jit
-def _solve_queued(tensors, shape, begin, slot, inside, KIND: tl.constexpr, HELD: tl.constexpr, SIMPLE: tl.constexpr):
+def _solve_queued(tensors, shape, begin, slot, inside, KIND: tl.constexpr, HELD: tl.constexpr, EASY: tl.constexpr):
     group = tl.load(_slots(tensors[1], shape, begin, slot, KIND, HELD), mask=inside, other=0).to(tl.int32) & 0x7FFFFFFF
     if tensors[1].dtype.element_ty.primitive_bitwidth != 32:
         group = group & 65535
-    _solve(tensors, shape, begin, group, inside, KIND, SIMPLE)
+    _solve(tensors, shape, begin, group, inside, KIND, EASY)
 
 
 @triton.jit
@@ -151,7 +155,7 @@ def _at(shape, begin, group, KIND: tl.constexpr):
 def _load(source, shape, begin, group, inside, KIND: tl.constexpr):
     if KIND[2]:
         offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None]).to(tl.float32)
         even, odd = tl.split(tl.reshape(values, [group.shape[0], 2, 2]))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
@@ -221,7 +225,7 @@ def _smaller(a, b):
 
 @triton.jit
 def _settle(tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """Write the groups that keep two entries (or all, at strength 0); which others there are, and which are simple."""
+    """Write the groups that keep two entries (or all, at strength 0); flags of the others."""
     x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
     lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
     y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
@@ -236,36 +240,38 @@ def _settle(tensors, shape, begin, group, inside, KIND: tl.constexpr):
     two = (v1 >= ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3)
     two = two | (third * tl.maximum(1.0, 0.5 + 0.5 * square) <= v1 * second)
     # Two equal entries of which one goes are told apart by position, which the solvers do.
-    two = two & (lam > 0) & ((second > third) | (second <= 0))
-    unchanged = (lam == 0) & (first >= 0)
-    least = tl.where(unchanged, 0.0, second)
-    r0, r1 = tl.where(y0 >= least, x0, 0.0) + 0.0, tl.where(y1 >= least, x1, 0.0) + 0.0
-    r2, r3 = tl.where(y2 >= least, x2, 0.0) + 0.0, tl.where(y3 >= least, x3, 0.0) + 0.0
-    settled = two | unchanged
+    settled = two & ((second > third) | (second <= 0))
+    least = tl.maximum(second, _SMALLEST)  # a zero is not kept: it may be -0.0
+    if not KIND[0]:
+        unchanged = (lam == 0) & (first >= 0)
+        settled = settled | unchanged
+        least = tl.where(unchanged, _SMALLEST, least)
+    r0, r1 = tl.where(y0 >= least, x0, 0.0), tl.where(y1 >= least, x1, 0.0)
+    r2, r3 = tl.where(y2 >= least, x2, 0.0), tl.where(y3 >= least, x3, 0.0)
     _store(tensors[1], shape, begin, group, inside & settled, r0, r1, r2, r3, KIND)
 
     # Simple: the objective is convex on the box, or no dense point exists and the third entry appears continuously;
     # and float32 can tell the entries apart in sums.
     d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
     alone = (square <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
-    simple = (third > fourth) & (v3 >= 3e-3 * v1) & (v1 >= 1e-12) & (lam >= 1e-37) & ((v1 + v2 + v3 <= 1) | alone)
-    return inside & (settled == 0), simple
+    simple = (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & ((v1 + v2 + v3 <= 1) | alone)
+    return tl.where(inside & (settled == 0), tl.where(simple, SIMPLE, OTHER), 0)
 
 
 @triton.jit
-def _solve(tensors, shape, begin, group, inside, KIND: tl.constexpr, SIMPLE: tl.constexpr):
+def _solve(tensors, shape, begin, group, inside, KIND: tl.constexpr, EASY: tl.constexpr):
     x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
     lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
     y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     if KIND[1]:
         y0, y1, y2, y3 = y0 * c0, y1 * c1, y2 * c2, y3 * c3
-    if SIMPLE:
+    if EASY:
         s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, lam, inside)
     else:
         s0, s1, s2, s3 = _shrink_other(y0, y1, y2, y3, lam)
     if KIND[1]:
         s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
-    r0, r1, r2, r3 = _shrunk(x0, s0, SIMPLE), _shrunk(x1, s1, SIMPLE), _shrunk(x2, s2, SIMPLE), _shrunk(x3, s3, SIMPLE)
+    r0, r1, r2, r3 = _shrunk(x0, s0, EASY), _shrunk(x1, s1, EASY), _shrunk(x2, s2, EASY), _shrunk(x3, s3, EASY)
     _store(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
 
 
@@ -286,7 +292,7 @@ def _shrink_simple(y0, y1, y2, y3, lam, inside):
     swap12 = b1 < b2
     e1, e2 = tl.maximum(b1, b2), tl.minimum(b1, b2)
     s0, s1, s2, s3 = shrink_convex(lam * b0, lam * e1, lam * e2, lam * b3, inside)
-    inverse = reciprocal(lam)
+    inverse = tl.minimum(reciprocal(lam), 3e38)
     s0, s1, s2, s3 = s0 * inverse, s1 * inverse, s2 * inverse, s3 * inverse
     s1, s2 = _exchange(swap12, s1, s2)
     s0, s1 = _exchange(swap01, s0, s1)
@@ -320,9 +326,9 @@ def _by_rank(rank, s1, s2, s3, s4):
 
 
 @triton.jit
-def _shrunk(x, shrink, SIMPLE: tl.constexpr):
+def _shrunk(x, shrink, EASY: tl.constexpr):
     """``x`` moved towards zero by ``shrink``, +0.0 if that reaches zero."""
-    if SIMPLE:
+    if EASY:
         shift = tl.minimum(shrink, tl.abs(x)).to(tl.uint32, bitcast=True) | (x.to(tl.uint32, bitcast=True) & 0x80000000)
         return x - shift.to(tl.float32, bitcast=True)
     kept = tl.where(shrink >= PRUNED, 0.0, tl.maximum(tl.abs(x) - shrink, 0.0, propagate_nan=tl.PropagateNan.ALL))
