@@ -21,6 +21,8 @@ from prox24_lightning.prox.triton_roots import ALWAYS_TWO, PRUNED, reciprocal, s
 SIMPLE = tl.constexpr(1)
 OTHER = tl.constexpr(1 << 16)
 """Flags of the groups that wait: their sum counts both kinds at once."""
+DIRECT = tl.constexpr(3)
+"""From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
 _SMALLEST = tl.constexpr(2.0**-149)
 
 
@@ -60,10 +62,21 @@ def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, R
     other = tl.zeros((), tl.int32)
     start = tl.full((), HELD, tl.int32)
     stop = HELD + tl.cdiv(tl.maximum(count - HELD, 0), TILE) * TILE
+    tile = tl.arange(0, TILE)
+    x0, x1, x2, x3 = _load(tensors[0], shape, begin, start + tile, start + tile < count, KIND)
     while start <= stop:  # the last time nothing comes in, and what waits goes out
-        group = start + tl.arange(0, TILE)
+        group = start + tile
         inside = group < count
-        flags = _settle(tensors, shape, begin, group, inside, KIND)
+        after = group + TILE
+        n0, n1, n2, n3 = _load(tensors[0], shape, begin, after, after < count, KIND)
+        r0, r1, r2, r3, flags = _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
+        if tl.sum(flags & SIMPLE, axis=0) >= (DIRECT * TILE) // 4:
+            lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
+            q0, q1, q2, q3 = _simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
+            r0, r1 = tl.where(flags == SIMPLE, q0, r0), tl.where(flags == SIMPLE, q1, r1)
+            r2, r3 = tl.where(flags == SIMPLE, q2, r2), tl.where(flags == SIMPLE, q3, r3)
+            flags = tl.where(flags == SIMPLE, 0, flags)
+        _store(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
         rank, total = _ranks(flags, TILE)
         slot = tl.where(flags == SIMPLE, simple + (rank & 65535), 2 * TILE - 1 - other - (rank >> 16))
         tl.debug_barrier()
@@ -81,6 +94,7 @@ def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, R
             take = tl.minimum(other, ROUND)
             other -= take
             _solve_queued(tensors, shape, begin, 2 * TILE - 1 - other - lanes, lanes < take, KIND, HELD, False)
+        x0, x1, x2, x3 = n0, n1, n2, n3
         start += TILE
     tl.debug_barrier()
     _store(tensors[1], shape, begin, held, held < count, h0, h1, h2, h3, KIND)
@@ -88,12 +102,20 @@ def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, R
     start = tl.zeros((), tl.int32)
     while start < tl.minimum(count, HELD):
         group = start + tl.arange(0, ROUND)
-        flags = _settle(tensors, shape, begin, group, group < tl.minimum(count, HELD), KIND)
-        if tl.max((flags == SIMPLE).to(tl.int32), axis=0) > 0:
-            _solve(tensors, shape, begin, group, flags == SIMPLE, KIND, True)
-        if tl.max(flags, axis=0) > SIMPLE:
-            _solve(tensors, shape, begin, group, flags > SIMPLE, KIND, False)
+        _solve_directly(tensors, shape, begin, group, group < tl.minimum(count, HELD), KIND)
         start += ROUND
+
+
+@triton.jit
+def _solve_directly(tensors, shape, begin, group, inside, KIND: tl.constexpr):
+    """The prox of groups as they come, without a queue."""
+    x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
+    r0, r1, r2, r3, flags = _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
+    _store(tensors[1], shape, begin, group, inside & (flags == 0), r0, r1, r2, r3, KIND)
+    if tl.max(flags & SIMPLE, axis=0) > 0:
+        _solve(tensors, shape, begin, group, flags == SIMPLE, KIND, True)
+    if tl.max(flags, axis=0) > SIMPLE:
+        _solve(tensors, shape, begin, group, flags > SIMPLE, KIND, False)
 
 
 @triton.jit
@@ -224,13 +246,10 @@ def _smaller(a, b):
 
 
 @triton.jit
-def _settle(tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """Write the groups that keep two entries (or all, at strength 0); flags of the others."""
-    x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
+def _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.constexpr):
+    """Prune the groups that keep two entries (at strength 0 all), leave the others as they are, and flag those."""
     lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
-    y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
-    if KIND[1]:
-        y0, y1, y2, y3 = y0 * c0, y1 * c1, y2 * c2, y3 * c3
+    y0, y1, y2, y3 = _scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
     high0, low0, high1, low1 = _larger(y0, y2), _smaller(y0, y2), _larger(y1, y3), _smaller(y1, y3)
     first, fourth = _larger(high0, high1), _smaller(low0, low1)
     middle0, middle1 = _smaller(high0, high1), _larger(low0, low1)
@@ -241,38 +260,72 @@ def _settle(tensors, shape, begin, group, inside, KIND: tl.constexpr):
     two = two | (third * tl.maximum(1.0, 0.5 + 0.5 * square) <= v1 * second)
     # Two equal entries of which one goes are told apart by position, which the solvers do.
     settled = two & ((second > third) | (second <= 0))
-    least = tl.maximum(second, _SMALLEST)  # a zero is not kept: it may be -0.0
+    least = tl.where(settled, tl.maximum(second, _SMALLEST), 0.0)  # a zero is not kept: it may be -0.0
     if not KIND[0]:
         unchanged = (lam == 0) & (first >= 0)
         settled = settled | unchanged
         least = tl.where(unchanged, _SMALLEST, least)
-    r0, r1 = tl.where(y0 >= least, x0, 0.0), tl.where(y1 >= least, x1, 0.0)
-    r2, r3 = tl.where(y2 >= least, x2, 0.0), tl.where(y3 >= least, x3, 0.0)
-    _store(tensors[1], shape, begin, group, inside & settled, r0, r1, r2, r3, KIND)
+    # A group that waits is written too: in place nothing changes, and memory gets whole sectors.
+    r0, r1 = tl.where(y0 < least, 0.0, x0), tl.where(y1 < least, 0.0, x1)
+    r2, r3 = tl.where(y2 < least, 0.0, x2), tl.where(y3 < least, 0.0, x3)
 
     # Simple: the objective is convex on the box, or no dense point exists and the third entry appears continuously;
     # and float32 can tell the entries apart in sums.
     d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
     alone = (square <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
     simple = (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & ((v1 + v2 + v3 <= 1) | alone)
-    return tl.where(inside & (settled == 0), tl.where(simple, SIMPLE, OTHER), 0)
+    return r0, r1, r2, r3, tl.where(inside & (settled == 0), tl.where(simple, SIMPLE, OTHER), 0)
 
 
 @triton.jit
 def _solve(tensors, shape, begin, group, inside, KIND: tl.constexpr, EASY: tl.constexpr):
     x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
     lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
+    if EASY:
+        r0, r1, r2, r3 = _simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, inside, KIND)
+    else:
+        r0, r1, r2, r3 = _other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND)
+    _store(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+
+
+@triton.jit
+def _scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND: tl.constexpr):
     y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
     if KIND[1]:
         y0, y1, y2, y3 = y0 * c0, y1 * c1, y2 * c2, y3 * c3
-    if EASY:
-        s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, lam, inside)
-    else:
-        s0, s1, s2, s3 = _shrink_other(y0, y1, y2, y3, lam)
+    return y0, y1, y2, y3
+
+
+@triton.jit
+def _simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, active, KIND: tl.constexpr):
+    y0, y1, y2, y3 = _scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
+    s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, lam, active)
     if KIND[1]:
         s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
-    r0, r1, r2, r3 = _shrunk(x0, s0, EASY), _shrunk(x1, s1, EASY), _shrunk(x2, s2, EASY), _shrunk(x3, s3, EASY)
-    _store(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+    return _moved(x0, s0), _moved(x1, s1), _moved(x2, s2), _moved(x3, s3)
+
+
+@triton.jit
+def _moved(x, shrink):
+    """``x`` moved towards zero by ``shrink``, and to +0.0 at most."""
+    shift = tl.minimum(shrink, tl.abs(x)).to(tl.uint32, bitcast=True) | (x.to(tl.uint32, bitcast=True) & 0x80000000)
+    return x - shift.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND: tl.constexpr):
+    y0, y1, y2, y3 = _scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
+    s0, s1, s2, s3 = _shrink_other(y0, y1, y2, y3, lam)
+    if KIND[1]:
+        s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
+    return _shrunk(x0, s0), _shrunk(x1, s1), _shrunk(x2, s2), _shrunk(x3, s3)
+
+
+@triton.jit
+def _shrunk(x, shrink):
+    """As ``_moved``, for entries that may be infinite, NaN, or pruned from infinity."""
+    kept = tl.where(shrink >= PRUNED, 0.0, tl.maximum(tl.abs(x) - shrink, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    return tl.where((x < 0) & (kept > 0), -kept, kept)
 
 
 @triton.jit
@@ -323,13 +376,3 @@ def _shrink_other(y0, y1, y2, y3, lam):
 @triton.jit
 def _by_rank(rank, s1, s2, s3, s4):
     return tl.where(rank == 0, s1, tl.where(rank == 1, s2, tl.where(rank == 2, s3, s4)))
-
-
-@triton.jit
-def _shrunk(x, shrink, EASY: tl.constexpr):
-    """``x`` moved towards zero by ``shrink``, +0.0 if that reaches zero."""
-    if EASY:
-        shift = tl.minimum(shrink, tl.abs(x)).to(tl.uint32, bitcast=True) | (x.to(tl.uint32, bitcast=True) & 0x80000000)
-        return x - shift.to(tl.float32, bitcast=True)
-    kept = tl.where(shrink >= PRUNED, 0.0, tl.maximum(tl.abs(x) - shrink, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    return tl.where((x < 0) & (kept > 0), -kept, kept)

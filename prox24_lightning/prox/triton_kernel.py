@@ -14,14 +14,17 @@ from torch import Tensor
 from prox24_lightning.groups import group_shape, resolve_group_dim
 from prox24_lightning.prox.triton_fused import prox_kernel
 
-TILE = 128
+TILE = 64
 """Groups that a program settles at a time."""
 
 ROUND = 32
 """Groups that a program solves at a time: one a thread."""
 
-PROGRAMS = 32
-"""Programs a multiprocessor: as many as it can hold."""
+REGISTERS = 72
+"""Registers a thread at most."""
+
+PROGRAMS = 56
+"""Programs a multiprocessor."""
 
 LARGEST_CHUNK = 1 << 16
 """Groups a program at most: their numbers are kept in 16 bits."""
@@ -65,6 +68,7 @@ def prox_24_triton(
             TILE=TILE,
             ROUND=ROUND,
             num_warps=1,
+            maxnreg=REGISTERS,
         )
     return out
 

@@ -1,6 +1,6 @@
 """The equations of ``roots.py`` and the choice between them as Triton device functions, in float32.
 
-Divisions inside the iterations are approximate, which the next step corrects; the last evaluation divides properly.
+Divisions and roots are the hardware's approximate instructions, to about 1e-7.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,7 +20,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _TINY = tl.constexpr(1e-30)
 _FIRST = tl.constexpr(3)
 _MORE = tl.constexpr(2)
-_FINISHED = tl.constexpr(2e-3)
+_FINISHED = tl.constexpr(4e-3)
 
 
 @triton.jit
@@ -85,6 +85,13 @@ def _inverse_sqrt(x):
 
 
 @triton.jit
+def _sqrt(x):
+    if _INTERPRETED:
+        return tl.sqrt(x)
+    return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _halley_step(value, slope, half_curve):
     square = slope * slope
     return value * slope * reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _TINY))
@@ -94,11 +101,11 @@ def _halley_step(value, slope, half_curve):
 def _three_sparse(v1, v2, v3, active):
     b = 1 + (v1 - v3) + (v2 - v3)
     c = v3 - (v1 - v3) * (v2 - v3)
-    u = 2 * c / (b + tl.sqrt(tl.maximum(b * b + 4 * c, 0.0)))
+    u = 2 * c * reciprocal(b + _sqrt(tl.maximum(b * b + 4 * c, 0.0)))
     room = 1 - v1 * v1 - v2 * v2
-    u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) / tl.maximum(room, _TINY), 1.0))
-    ratio = tl.sqrt((v1 - v2) / tl.maximum(v1 + v2, _TINY))
-    u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) / (1 + ratio)), 0.75), 0.0)
+    u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) * reciprocal(tl.maximum(room, _TINY)), 1.0))
+    ratio = _sqrt((v1 - v2) * reciprocal(tl.maximum(v1 + v2, _TINY)))
+    u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) * reciprocal(1 + ratio)), 0.75), 0.0)
     before = u
     for _ in tl.static_range(_FIRST):
         before = u
@@ -109,7 +116,7 @@ def _three_sparse(v1, v2, v3, active):
         for _ in tl.static_range(_MORE):
             more = _three_sparse_step(more, v1, v2, v3)
         u = tl.where(going > 0, more, u)
-    inverse = 1 / (1 - u * u)
+    inverse = reciprocal(1 - u * u)
     w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
     norm = w1 * w1 + w2 * w2 - 1
     gain = u * ((u - v3) + w1 * w2 + u / 2 * norm)
@@ -158,7 +165,7 @@ def _dense_step(t, upper, k, d1, d2, d3):
 def _dense(v1, v2, v3, v4, d1, d2, d3, active):
     b = 1 + 2 * (d1 + d2 + d3)
     c = tl.maximum(v4 - (d1 * d2 + d2 * d3 + d3 * d1), 0.0)
-    upper = 2 * c / (b + tl.sqrt(b * b + 12 * c))
+    upper = 2 * c * reciprocal(b + _sqrt(b * b + 12 * c))
     k = (v1 + v2 + v3 - v4) / 2
     t = upper
     before = t
@@ -171,14 +178,14 @@ def _dense(v1, v2, v3, v4, d1, d2, d3, active):
         for _ in tl.static_range(_MORE):
             more = _dense_step(more, upper, k, d1, d2, d3)
         t = tl.where(going > 0, more, t)
-    inverse = 1 / (t + 0.5)
+    inverse = reciprocal(t + 0.5)
     x4, total = _split(t, k, inverse)
     square, size = x4 * x4, tl.abs(x4)
     i1, i2, i3 = _inverse_root(d1, square), _inverse_root(d2, square), _inverse_root(d3, square)
     base, rate = t + 2 * tl.maximum(-x4, 0.0), total * inverse * 0.5
-    w1 = base + d1 / ((d1 + square) * i1 + size + _TINY)
-    w2 = base + d2 / ((d2 + square) * i2 + size + _TINY)
-    w3 = base + d3 / ((d3 + square) * i3 + size + _TINY)
+    w1 = base + d1 * reciprocal((d1 + square) * i1 + size + _TINY)
+    w2 = base + d2 * reciprocal((d2 + square) * i2 + size + _TINY)
+    w3 = base + d3 * reciprocal((d3 + square) * i3 + size + _TINY)
     # One Newton step on the stationarity of w4 itself, away from the jumps; g is the derivative of w by w4.
     g1, g2, g3 = 1 + rate * (x4 * i1 - 1), 1 + rate * (x4 * i2 - 1), 1 + rate * (x4 * i3 - 1)
     slope = 1 + (w2 + w3) * g1 + (w1 + w3) * g2 + (w1 + w2) * g3
