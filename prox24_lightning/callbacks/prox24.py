@@ -56,6 +56,8 @@ class Prox24(Sparsifier, Callback):
             those that it had in the model as it was at ``start`` (error feedback: later blocks make good for earlier
             ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the freeze. From
             scratch, where that model is half trained, 0 is better.
+        reconstruction_steps: (``progressive``) gradient steps on a whole block, its norms and biases too, once its
+            layers have been solved, by the error of the block's output; 0 leaves them out.
         metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates
             scaled by the running rms of each input; ``"weight"`` by its magnitude.
         schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the

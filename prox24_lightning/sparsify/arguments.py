@@ -20,6 +20,7 @@ def check_arguments(
     freeze: int | float,
     strategy: StrategyName,
     dense_target: float,
+    reconstruction_steps: int,
     metric: Metric,
     schedule: str | Schedule,
     targets: Sequence[str] | None,
@@ -52,6 +53,10 @@ def check_arguments(
     if not 0 <= dense_target <= 1:
         raise ValueError(
             f"dense_target={dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
+        )
+    if isinstance(reconstruction_steps, bool) or not isinstance(reconstruction_steps, int) or reconstruction_steps < 0:
+        raise ValueError(
+            f"reconstruction_steps={reconstruction_steps!r} must be a whole number of gradient steps a block; 0 is none"
         )
     for argument, patterns in (("targets", targets), ("skip", skip)):
         if isinstance(patterns, str):

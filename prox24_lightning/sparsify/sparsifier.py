@@ -22,7 +22,7 @@ from prox24_lightning.sparsify.checks import check_optimizers, check_weights, op
 from prox24_lightning.sparsify.engine import Metric, SparsityEngine
 from prox24_lightning.sparsify.phases import Phase, resolve_plan
 from prox24_lightning.sparsify.post_step import PostStepProx, Refit
-from prox24_lightning.sparsify.progressive import Progressive
+from prox24_lightning.sparsify.progressive import RECONSTRUCTION_STEPS, Progressive
 from prox24_lightning.sparsify.strategy import Strategy
 
 
@@ -46,6 +46,7 @@ class Sparsifier:
         *,
         strategy: StrategyName = "progressive",
         dense_target: float = 0.5,
+        reconstruction_steps: int = RECONSTRUCTION_STEPS,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -59,12 +60,24 @@ class Sparsifier:
     ) -> None:
         super().__init__()
         check_arguments(
-            start, freeze, strategy, dense_target, metric, schedule, targets, skip, geometry, refit, masks_file
+            start,
+            freeze,
+            strategy,
+            dense_target,
+            reconstruction_steps,
+            metric,
+            schedule,
+            targets,
+            skip,
+            geometry,
+            refit,
+            masks_file,
         )
         self.start = start
         self.freeze = freeze
         self.strategy = strategy
         self.dense_target = dense_target
+        self.reconstruction_steps = reconstruction_steps
         self.metric = metric
         self.schedule = None if schedule == "auto" else named_schedule(schedule, STRENGTH_SCHEDULES, "schedule")
         self.fraction = named_schedule(fraction, FRACTION_CURVES, "fraction")
@@ -246,7 +259,12 @@ class Sparsifier:
 
     def _make_strategy(self, model: nn.Module) -> Strategy:
         if self.strategy == "progressive":
-            return Progressive(model, root_is_called=self.root_is_called, dense_target=self.dense_target)
+            return Progressive(
+                model,
+                root_is_called=self.root_is_called,
+                dense_target=self.dense_target,
+                reconstruction_steps=self.reconstruction_steps,
+            )
         return PostStepProx(self.schedule, self.fraction, refit=self.refit)
 
     def _require_engine(self) -> SparsityEngine:
