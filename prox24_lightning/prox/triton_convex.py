@@ -1,6 +1,6 @@
-"""Groups on which the objective is convex, or that can end in one way only, in float32: a Newton iteration on pair sums.
+"""Groups whose objective is convex, or that can end in one way only, in float32: Newton's iteration on pair sums.
 
-For a pair with sum ``A = W3 + W4`` (or ``W3`` alone) and one with ``B = W1 + W2`` the differences follow in closed form,
+Given the sums ``A = W3 + W4`` (or ``W3`` alone) and ``B = W1 + W2`` the differences follow in closed form,
 ``W1 - W2 = (v1 - v2) / (1 - A)`` and ``W3 - W4 = (v3 - v4) / (1 - B)``; DERIVATION.md has the equations.
 """
 
@@ -39,6 +39,7 @@ def shrink_convex(v1, v2, v3, v4, active):
         _, _, across, along = _differences(a, b, low, last)
         going = going & ((change > _FINISHED) | (_stays(a, b, dense, across, along, v4) != (dense > 0)))
         left -= 1
+    a = tl.maximum(a, 0.0)
     four = (dense > 0) & (along < a)
     along = tl.where(four, along, a)
     w1, w2 = 0.5 * (b + across), 0.5 * (b - across)
@@ -51,7 +52,7 @@ def shrink_convex(v1, v2, v3, v4, active):
 @triton.jit
 def _differences(a, b, low, last):
     """1 / (1 - a), 1 / (1 - b), and the differences in the upper and the lower pair."""
-    p, q = reciprocal(1 - a), reciprocal(tl.maximum(1 - b, 0.02))
+    p, q = reciprocal(tl.maximum(1 - a, 0.05)), reciprocal(tl.maximum(1 - b, 0.02))
     return p, q, low * p, last * q
 
 
@@ -75,4 +76,4 @@ def _newton(a, b, dense, high, low, last, v3, v4):
     j11, j22, j12 = rate - square * p, 1 + a - inner * q, b + both
     inverse = reciprocal(tl.maximum(j11 * j22 - j12 * j12, 1e-3))
     da, db = (j22 * f2 - j12 * f1) * inverse, (j11 * f1 - j12 * f2) * inverse
-    return tl.minimum(tl.maximum(a - da, 0.0), 0.95), b - db, dense, tl.abs(da) + tl.abs(db)
+    return a - da, b - db, dense, tl.abs(da) + tl.abs(db)

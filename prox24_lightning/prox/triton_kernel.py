@@ -1,4 +1,4 @@
-"""Launching the fused kernel of ``triton_fused.py``: the exact 2:4 proximal operator at the speed of memory.
+"""Launching the fused kernels of ``triton_fused.py``: the exact 2:4 proximal operator at the speed of memory.
 
 The same equations and the same rules as ``batched.py``, in float32 for float32, bfloat16 and float16 weights.
 """
@@ -6,13 +6,14 @@ The same equations and the same rules as ``batched.py``, in float32 for float32,
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
 from prox24_lightning.groups import group_shape, resolve_group_dim
-from prox24_lightning.prox.triton_fused import prox_kernel
+from prox24_lightning.prox.triton_fused import prox_kernel, prox_many_kernel
 
 TILE = 64
 """Groups that a program settles at a time."""
@@ -20,29 +21,38 @@ TILE = 64
 ROUND = 32
 """Groups that a program solves at a time: one a thread."""
 
-REGISTERS = 72
-"""Registers a thread at most."""
+REGISTERS = 64
+"""Registers a thread at most: 32 programs then fit on a multiprocessor."""
 
-PROGRAMS = 56
-"""Programs a multiprocessor."""
+PROGRAMS = 128
+"""Programs a multiprocessor, one after the other: a program that ends makes room, so none waits for the slowest."""
 
+SHORTEST_CHUNK = 512
 LARGEST_CHUNK = 1 << 16
-"""Groups a program at most: their numbers are kept in 16 bits."""
+"""Groups a program: fewer do not fill its queues, and their numbers are kept in 16 bits."""
+
+WIDE = 1 << 31
+"""Entries from which on addresses take 64 bits."""
 
 
 def prox_24_triton(
-    weight: Tensor, strength: float | Tensor, *, dim: int = -1, scale: Tensor | None = None, out: Tensor | None = None
+    weight: Tensor,
+    strength: float | Tensor,
+    *,
+    dim: int = -1,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    settle: bool = False,
 ) -> Tensor:
-    """As :func:`prox24_lightning.prox.prox_24`, which checks the arguments first, for contiguous CUDA tensors."""
+    """As :func:`prox24_lightning.prox.prox_24`, which checks the arguments first, for contiguous CUDA tensors; with
+    ``settle`` as :func:`prox24_lightning.prox.settle_24`."""
     weight = weight.detach()
     out = torch.empty_like(weight) if out is None else out
     groups = weight.numel() // 4
     if groups == 0:
         return out
     dim = resolve_group_dim(weight.shape, dim)
-    inner = 1
-    for size in weight.shape[dim + 1 :]:
-        inner *= size
+    inner = weight.shape[dim + 1 :].numel()
     lam, lam_strides = strided(strength, group_shape(weight.shape, dim), dim, weight.device)
     if scale is None:
         scale_values, scale_strides = lam, (0, 0, 0)
@@ -64,13 +74,66 @@ def prox_24_triton(
             ONE_STRENGTH=lam.numel() == 1,
             HAS_SCALE=scale is not None,
             ROWS=inner == 1,
-            WIDE=weight.numel() >= 2**31,  # 64-bit index divisions are slow
+            WIDE=weight.numel() >= WIDE,
+            WHOLLY=settle,
             TILE=TILE,
             ROUND=ROUND,
             num_warps=1,
             maxnreg=REGISTERS,
         )
     return out
+
+
+class ManyWeights:
+    """Where many weights are, as the kernel reads it: one launch then works on all of them, in place.
+
+    Args:
+        weights: contiguous, of one dtype on one CUDA device; all with groups along the last dimension, or none.
+        dims: the dimension of the groups of each, non-negative.
+        scales: None, or one float32 tensor of ``(in_features,)`` or the like for each weight, broadcasting to it. They
+            are read where they are when the kernel runs.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], dims: Sequence[int], scales: list[Tensor] | None) -> None:
+        self.weights, self.scales = list(weights), scales
+        device = weights[0].device
+        total = sum(weight.numel() // 4 for weight in weights)
+        rows: list[list[int]] = []
+        owners: list[int] = []
+        for number, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
+            groups = weight.numel() // 4
+            chunk = chunk_size(total, device)
+            values, strides = (
+                (weight, (0, 0, 0)) if scales is None else strided(scales[number], weight.shape, dim, device)
+            )
+            if scales is not None and values.data_ptr() != scales[number].data_ptr():
+                raise ValueError(f"scale {number} is not a float32 tensor on {device} that broadcasts without a copy")
+            inner = weight.shape[dim + 1 :].numel()
+            place = [weight.data_ptr(), values.data_ptr(), groups, chunk, weight.shape[dim] // 4, inner]
+            rows.append([*place, *strides, len(owners)])
+            owners += [number] * triton.cdiv(groups, chunk)
+        self.rows_last = all(row[5] == 1 for row in rows)
+        self.wide = any(weight.numel() >= WIDE for weight in weights)
+        self._table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+        self._owners = torch.tensor(owners, dtype=torch.int32).to(device, non_blocking=True)
+
+    def prox(self, strengths: Tensor, *, settle: bool) -> None:
+        """The prox of every weight, in place, with its own of ``strengths``, float32 ``(weights,)`` on the device."""
+        with torch.cuda.device_of(strengths):
+            prox_many_kernel[(len(self._owners),)](
+                self._table,
+                self._owners,
+                strengths,
+                self.weights[0],
+                HAS_SCALE=self.scales is not None,
+                ROWS=self.rows_last,
+                WIDE=self.wide,
+                WHOLLY=settle,
+                TILE=TILE,
+                ROUND=ROUND,
+                num_warps=1,
+                maxnreg=REGISTERS,
+            )
 
 
 def strided(
@@ -94,10 +157,9 @@ def strided(
 
 
 def chunk_size(groups: int, device: torch.device) -> int:
-    """Groups a program: all programs run at once where that gives each enough to fill its queues."""
-    programs = PROGRAMS * multiprocessors(device)
-    held = TILE // 2
-    return min(held + triton.cdiv(max(triton.cdiv(groups, programs) - held, 4 * TILE), TILE) * TILE, LARGEST_CHUNK)
+    """Groups a program, of ``groups`` in one launch."""
+    share = max(triton.cdiv(groups, PROGRAMS * multiprocessors(device)), SHORTEST_CHUNK)
+    return min(TILE // 2 + triton.cdiv(share, TILE) * TILE, LARGEST_CHUNK)
 
 
 @functools.cache
