@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from prox24_lightning.prox.triton_convex import shrink_convex
+from prox24_lightning.prox.triton_memory import coordinates, load_groups, queue_slots, scaled, short, store_groups
 from prox24_lightning.prox.triton_roots import ALWAYS_TWO, PRUNED, reciprocal, shrink_sorted
 
 SIMPLE = tl.constexpr(1)
@@ -88,7 +89,7 @@ def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, R
     """The prox of groups ``begin`` to ``begin + count``: at least ``TILE / 2`` of them are held back for the queues."""
     back: tl.constexpr = TILE // 2
     held = tl.arange(0, back)
-    h0, h1, h2, h3 = _load(tensors[0], shape, begin, held, held < count, KIND)
+    h0, h1, h2, h3 = load_groups(tensors[0], shape, begin, held, held < count, KIND)
     simple = tl.zeros((), tl.int32)
     other = tl.zeros((), tl.int32)
     start = tl.full((), back, tl.int32)
@@ -97,20 +98,20 @@ def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, R
     while start <= stop:  # the last time nothing comes in, and what waits goes out
         group = start + tile
         inside = group < count
-        x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
+        x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
         r0, r1, r2, r3, flags = _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
         if (not KIND[4]) and tl.sum(flags & SIMPLE, axis=0) >= (DIRECT * TILE) // 4:
-            lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
+            lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
             q0, q1, q2, q3 = _simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
             r0, r1 = tl.where(flags == SIMPLE, q0, r0), tl.where(flags == SIMPLE, q1, r1)
             r2, r3 = tl.where(flags == SIMPLE, q2, r2), tl.where(flags == SIMPLE, q3, r3)
             flags = tl.where(flags == SIMPLE, 0, flags)
-        _store(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+        store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
         if tl.max(flags, axis=0) > 0:
             rank, total = _ranks(flags, TILE)
             slot = tl.where(flags == SIMPLE, simple + (rank & 65535), 2 * TILE - 1 - other - (rank >> 16))
             tl.debug_barrier()
-            tl.store(_slots(tensors[1], shape, begin, slot, KIND, back), _short(tensors[1], group), mask=flags > 0)
+            tl.store(queue_slots(tensors[1], shape, begin, slot, KIND, back), short(tensors[1], group), mask=flags > 0)
             simple += total & 65535
             other += total >> 16
         least = tl.where(start < stop, ROUND, 1)
@@ -126,7 +127,7 @@ def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, R
             _solve_queued(tensors, shape, begin, 2 * TILE - 1 - other - lanes, lanes < take, KIND, back, False)
         start += TILE
     tl.debug_barrier()
-    _store(tensors[1], shape, begin, held, held < count, h0, h1, h2, h3, KIND)
+    store_groups(tensors[1], shape, begin, held, held < count, h0, h1, h2, h3, KIND)
     tl.debug_barrier()
     start = tl.zeros((), tl.int32)
     while start < tl.minimum(count, back):
@@ -138,9 +139,9 @@ def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, R
 @triton.jit
 def _solve_directly(tensors, shape, begin, group, inside, KIND: tl.constexpr):
     """The prox of groups as they come, without a queue."""
-    x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
+    x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
     r0, r1, r2, r3, flags = _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
-    _store(tensors[1], shape, begin, group, inside & (flags == 0), r0, r1, r2, r3, KIND)
+    store_groups(tensors[1], shape, begin, group, inside & (flags == 0), r0, r1, r2, r3, KIND)
     if tl.max(flags & SIMPLE, axis=0) > 0:
         _solve(tensors, shape, begin, group, flags == SIMPLE, KIND, True)
     if tl.max(flags, axis=0) > SIMPLE:
@@ -149,7 +150,7 @@ def _solve_directly(tensors, shape, begin, group, inside, KIND: tl.constexpr):
 
 @triton.jit
 def _ranks(flags, TILE: tl.constexpr):
-    """The sum of the flags before each entry, and of all, in the order of the lanes of a warp, each with its entries in a
+    """The sum of the flags before each entry, and of all, in the order of the lanes of a warp, entries of a lane in a
     row: one scan over lanes instead of one over the tile."""
     table = tl.reshape(flags, [TILE // 32, 32])
     running = tl.cumsum(table, 0)
@@ -159,109 +160,13 @@ def _ranks(flags, TILE: tl.constexpr):
 
 
 @triton.jit
-def _short(out, group):
-    return group if out.dtype.element_ty.primitive_bitwidth == 32 else group.to(tl.int16)
-
-
-@triton.jit
-def _slots(out, shape, begin, slot, KIND: tl.constexpr, HELD: tl.constexpr):
-    """Where slots of the queues are: a slot is one entry of the first groups."""
-    if out.dtype.element_ty.primitive_bitwidth == 32:
-        queue = out.to(tl.pointer_type(tl.int32), bitcast=True)
-    else:
-        queue = out.to(tl.pointer_type(tl.int16), bitcast=True)
-    if KIND[2]:
-        return queue + begin.to(tl.int64) * 4 + slot
-    return queue + _at(shape, begin, slot % HELD, KIND) + (slot // HELD) * shape[1]
-
-
-@triton.jit
 def _solve_queued(tensors, shape, begin, slot, inside, KIND: tl.constexpr, HELD: tl.constexpr, EASY: tl.constexpr):
-    group = tl.load(_slots(tensors[1], shape, begin, slot, KIND, HELD), mask=inside, other=0).to(tl.int32) & 0x7FFFFFFF
+    group = (
+        tl.load(queue_slots(tensors[1], shape, begin, slot, KIND, HELD), mask=inside, other=0).to(tl.int32) & 0x7FFFFFFF
+    )
     if tensors[1].dtype.element_ty.primitive_bitwidth != 32:
         group = group & 65535
     _solve(tensors, shape, begin, group, inside, KIND, EASY)
-
-
-@triton.jit
-def _parts(shape, begin, group):
-    """Where a group is before, along and behind its dimension."""
-    number = begin + group
-    length, inner = shape[0], shape[1]
-    row = number // inner
-    return row // length, row % length, number % inner
-
-
-@triton.jit
-def _at(shape, begin, group, KIND: tl.constexpr):
-    number = begin + group
-    row = number // shape[1]
-    behind = number - row * shape[1]
-    if KIND[3]:
-        row = row.to(tl.int64)
-    return row * 4 * shape[1] + behind
-
-
-@triton.jit
-def _load(source, shape, begin, group, inside, KIND: tl.constexpr):
-    if KIND[2]:
-        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None]).to(tl.float32)
-        even, odd = tl.split(tl.reshape(values, [group.shape[0], 2, 2]))
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
-    else:
-        first = source + _at(shape, begin, group, KIND)
-        inner = shape[1]
-        x0 = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-        x1 = tl.load(first + inner, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(first + 2 * inner, mask=inside, other=0.0).to(tl.float32)
-        x3 = tl.load(first + 3 * inner, mask=inside, other=0.0).to(tl.float32)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def _store(target, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.constexpr):
-    kind = target.dtype.element_ty
-    if KIND[2]:
-        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        values = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [group.shape[0], 4])
-        tl.store(target + begin.to(tl.int64) * 4 + offsets, values.to(kind), mask=inside[:, None])
-    else:
-        first = target + _at(shape, begin, group, KIND)
-        inner = shape[1]
-        tl.store(first, x0.to(kind), mask=inside)
-        tl.store(first + inner, x1.to(kind), mask=inside)
-        tl.store(first + 2 * inner, x2.to(kind), mask=inside)
-        tl.store(first + 3 * inner, x3.to(kind), mask=inside)
-
-
-@triton.jit
-def _coordinates(tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """The strength and the four scales of each group; NaN where they are not allowed."""
-    if KIND[0]:
-        lam = tl.load(tensors[2]) + tl.zeros(group.shape, tl.float32)
-    else:
-        before, along, behind = _parts(shape, begin, group)
-        strides = shape[2]
-        at = before * strides[0] + along * strides[1] + behind * strides[2]
-        lam = tl.load(tensors[2] + at, mask=inside, other=0.0)
-    lam = tl.where(lam >= 0, lam, float("nan"))
-    c0, c1, c2, c3 = 1.0, 1.0, 1.0, 1.0
-    if KIND[1]:
-        before, along, behind = _parts(shape, begin, group)
-        strides = shape[3]
-        first = tensors[3] + before * strides[0] + along * 4 * strides[1] + behind * strides[2]
-        c0 = _allowed(tl.load(first, mask=inside, other=1.0))
-        c1 = _allowed(tl.load(first + strides[1], mask=inside, other=1.0))
-        c2 = _allowed(tl.load(first + 2 * strides[1], mask=inside, other=1.0))
-        c3 = _allowed(tl.load(first + 3 * strides[1], mask=inside, other=1.0))
-    return lam, c0, c1, c2, c3
-
-
-@triton.jit
-def _allowed(scale):
-    return tl.where((scale > 0) & (scale < float("inf")), scale, float("nan"))
 
 
 @triton.jit
@@ -277,8 +182,8 @@ def _smaller(a, b):
 @triton.jit
 def _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.constexpr):
     """Prune the groups that keep two entries (at strength 0 all), leave the others as they are, and flag those."""
-    lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
-    y0, y1, y2, y3 = _scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
+    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
+    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
     high0, low0, high1, low1 = _larger(y0, y2), _smaller(y0, y2), _larger(y1, y3), _smaller(y1, y3)
     first, fourth = _larger(high0, high1), _smaller(low0, low1)
     middle0, middle1 = _smaller(high0, high1), _larger(low0, low1)
@@ -314,26 +219,18 @@ def _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.const
 
 @triton.jit
 def _solve(tensors, shape, begin, group, inside, KIND: tl.constexpr, EASY: tl.constexpr):
-    x0, x1, x2, x3 = _load(tensors[0], shape, begin, group, inside, KIND)
-    lam, c0, c1, c2, c3 = _coordinates(tensors, shape, begin, group, inside, KIND)
+    x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
+    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
     if EASY:
         r0, r1, r2, r3 = _simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, inside, KIND)
     else:
         r0, r1, r2, r3 = _other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND)
-    _store(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
-
-
-@triton.jit
-def _scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND: tl.constexpr):
-    y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
-    if KIND[1]:
-        y0, y1, y2, y3 = y0 * c0, y1 * c1, y2 * c2, y3 * c3
-    return y0, y1, y2, y3
+    store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
 
 
 @triton.jit
 def _simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, active, KIND: tl.constexpr):
-    y0, y1, y2, y3 = _scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
+    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
     s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, lam, active)
     if KIND[1]:
         s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
@@ -349,7 +246,7 @@ def _moved(x, shrink):
 
 @triton.jit
 def _other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND: tl.constexpr):
-    y0, y1, y2, y3 = _scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
+    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
     s0, s1, s2, s3 = _shrink_other(y0, y1, y2, y3, lam, KIND)
     if KIND[1]:
         s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
