@@ -44,6 +44,15 @@ together(mine, strengths, dims, scales)
 assert together.launches == 3
 for got, weight, strength, dim, scale in zip(mine, weights, strengths, dims, scales):
     torch.testing.assert_close(got, prox_24(weight, strength, dim=dim, scale=scale), rtol=2e-4, atol=2e-4)
+
+from prox24_lightning.prox.triton_sums import group_sums
+from prox24_lightning.sparsify.statistics import weight_sums
+for shape, dim in (((44, 100), 1), ((44, 100), 0), ((11, 4, 10, 10), 1)):
+    for scale in (None, torch.linspace(0.3, 3, shape[-1])):
+        sums, code = group_sums(y.reshape(shape), dim=dim, scale=scale)
+        wanted, masks = weight_sums(y.reshape(shape), dim=dim, scale=scale)
+        assert torch.equal(code, masks) and torch.equal(sums[4:], wanted[4:])
+        torch.testing.assert_close(sums, wanted)
 print("all good")
 """
 
