@@ -24,7 +24,7 @@ ROUND = 32
 REGISTERS = 64
 """Registers a thread at most: 32 programs then fit on a multiprocessor."""
 
-PROGRAMS = 128
+PROGRAMS = 96
 """Programs a multiprocessor, one after the other: a program that ends makes room, so none waits for the slowest."""
 
 SHORTEST_CHUNK = 512
