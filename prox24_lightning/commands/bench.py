@@ -18,7 +18,7 @@ from prox24_lightning.commands.pretrained import Dtype, Head
 from prox24_lightning.commands.sources import Source, load_source
 from prox24_lightning.commands.texts import PlainText, PythonTopics, TextSource, perplexity, token_sequences
 from prox24_lightning.convert.benchmark import run_benchmark
-from prox24_lightning.convert.eligibility import check_model, find_target
+from prox24_lightning.convert.eligibility import find_target
 from prox24_lightning.convert.example_inputs import own_example
 from prox24_lightning.convert.generation import time_language_model
 from prox24_lightning.convert.language_report import Workload
@@ -102,13 +102,12 @@ def bench(
         if target.problem is not None:
             raise ValueError(f"nothing runs sparse on this GPU: {target.problem}")
         source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
-        verdicts = check_model(source.model, dtype=settings.dtype, target=target)
-        if not any(verdict.runs for verdict in verdicts):
-            raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor says why")
         console = Console()
         facts = {key: str(value) for key, value in machine_facts().items()}
         score, about = _score(source, text, sequences, length) if head == "causal_lm" else (None, None)
         report = run_benchmark(source.model, settings, inputs=own_example(source.model) if source.callable else None)
+        if not report.shapes:
+            raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor says why")
         report = replace(report, machine={"model": source.description, **facts, **report.machine})
         names = report.names("sparse")
         if _is_language_model(source) and names:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,18 @@ def machine_facts() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "prox24_lightning": __version__,
-        **{name: version(name) for name in _VERSIONS},
+        **_versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a command that needs none of it runs all the same
+            continue
+    return found
 
 
 def commit() -> str:

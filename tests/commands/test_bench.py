@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from prox24_lightning.commands import bench as command
-from prox24_lightning.convert import Target, check_model
+from prox24_lightning.convert import Target, benchmark, check_model
 from prox24_lightning.convert.benchmark import empty_report
 from prox24_lightning.convert.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
 from prox24_lightning.convert.limits import Limits
-from prox24_lightning.convert.report import LayerOutcome
+from prox24_lightning.convert.report import LayerOutcome, ShapeResult
 from prox24_lightning.convert.timing import Timing
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
@@ -35,7 +35,8 @@ HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 def test_what_cannot_be_measured_is_refused(
     prox24, sparse_folder, dense_folder, monkeypatch, tmp_path, target, model, words, message
 ):
-    monkeypatch.setattr(command, "find_target", lambda: target)
+    for module in (command, benchmark):
+        monkeypatch.setattr(module, "find_target", lambda device=None: target)
     folder = {"sparse": sparse_folder, "dense": dense_folder}[model]
     code, _, err = prox24("bench", folder, "--out", tmp_path / "out", *words)
     assert code == 2
@@ -60,7 +61,8 @@ def pretended(monkeypatch):
             LayerOutcome(v.name, v.kind, v.shape, "sparse" if v.runs and asked["wins"] else "dense", v.why)
             for v in verdicts
         )
-        return replace(empty_report(settings, HOPPER), layers=layers, limits=limits)
+        shapes = (ShapeResult((16, 16), False, tuple(v.name for v in verdicts if v.runs), 0, 0, (), True, ""),)
+        return replace(empty_report(settings, HOPPER), layers=layers, shapes=shapes, limits=limits)
 
     def time_language_model(model, names, workloads, settings, device, *, score, text):
         asked["names"], asked["workloads"], asked["text"] = names, workloads, text

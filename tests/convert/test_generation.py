@@ -13,8 +13,9 @@ from prox24_lightning.convert import Settings, generation
 from prox24_lightning.convert.generation import DecodeStep, linear_work, prefill_call, time_language_model
 from prox24_lightning.convert.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
 from prox24_lightning.convert.language_tables import language_figure, language_sections
-from prox24_lightning.convert.limits import Limits
-from prox24_lightning.convert.timing import Timing
+from prox24_lightning.convert.limits import Limits, measure_limits
+from prox24_lightning.convert.timing import Timing, capture
+from prox24_lightning.mask import mask_24
 
 SIZES = {
     "hidden_size": 32,
@@ -183,7 +184,9 @@ def test_a_language_model_is_measured_dense_then_converted(pretended_gpu):
     assert twin is not model
     assert names == NAMES
     assert scored == [twin, twin]
-    assert (found.dense_bytes, found.conversion_peak_bytes) == (3000, 3600)
+    tensors = (*twin.parameters(), *twin.buffers())
+    assert found.dense_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert found.conversion_peak_bytes == found.dense_bytes + 600, "what the conversion adds to what is allocated"
     assert found.largest_layer_bytes == 2 * 32 * 64
     dense, converted = found.variants
     assert (dense.name, dense.sparse_layers, dense.perplexity) == ("dense", 0, 8.0)
@@ -211,3 +214,52 @@ def test_what_cannot_be_captured_is_timed_eagerly(pretended_gpu, monkeypatch):
     assert found.variants[0].phases[0].graph_problem.startswith("RuntimeError: operation not permitted")
     assert found.variants[0].perplexity is None
     assert found.text is None
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_language_model_on_the_gpu():
+    sizes = {**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "vocab_size": 1024}
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).eval()
+    with torch.no_grad():
+        for name in NAMES:
+            weight = model.get_submodule(name).weight
+            weight.mul_(mask_24(weight))
+    workloads = [Workload("prefill", 2, 100), Workload("decode", 8, 50)]
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = time_language_model(model, NAMES, workloads, Settings(rounds=3), device, score=lambda twin: 1.0)
+    dense, converted = found.variants
+    for variant in found.variants:
+        for result in variant.phases:
+            assert result.graph is not None, result.graph_problem
+            assert 0 < result.graph.median_us <= 1.5 * result.eager.median_us
+            assert result.peak_bytes >= found.dense_bytes / 2
+    assert dense.output_error == 0.0
+    assert 0 < converted.output_error < 2e-2
+    assert converted.sparse_bytes == pytest.approx(0.5625 * dense.sparse_bytes)
+    # Packing works on parts of some MiB, which is more than layers as small as these.
+    assert found.conversion_peak_bytes <= found.dense_bytes + found.largest_layer_bytes + 16 * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@torch.no_grad()
+def test_a_replayed_decode_step_gives_the_same_logits():
+    torch.manual_seed(0)
+    model = MODELS["llama"]().eval().cuda()
+    step = DecodeStep(model, torch.randint(64, (3, 10), device="cuda"))
+    expected = step().clone()
+    held = []
+    graph = capture(lambda: held.append(step()))
+    for _ in range(3):
+        held[-1].fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(held[-1], expected)
+
+
+@pytest.mark.gpu
+def test_limits_of_the_gpu():
+    limits = measure_limits(torch.bfloat16, torch.device("cuda", torch.cuda.current_device()), rounds=3)
+    assert 1e11 < limits.bytes_per_second < 1e13
+    assert 1e13 < limits.operations_per_second < 1e16

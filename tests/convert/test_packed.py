@@ -151,3 +151,16 @@ def test_tensors_that_do_not_belong_together_are_refused(packed):
         unpack_24(replace(packed, shape=(2, 6)), name="up")
     with pytest.raises(TypeError, match=r"up: values of torch\.float32 and indices of torch\.int64"):
         unpack_24(replace(packed, indices=packed.indices.long()), name="up")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", PACKED_DTYPES)
+def test_the_gpu_packs_as_the_cpu_does(dtype):
+    generator = torch.Generator().manual_seed(0)
+    wild = torch.randint(0, 256, (333, 100 * dtype.itemsize), dtype=torch.uint8, generator=generator).view(dtype)
+    order = torch.rand(333, 25, 4, generator=generator).argsort(-1).flatten(1)
+    weight = torch.where(order < 2, bits(wild), torch.zeros((), dtype=BITS[dtype.itemsize])).view(dtype)
+    here, there = pack_24(weight), pack_24(weight.cuda())
+    assert torch.equal(there.indices.cpu(), here.indices)
+    assert torch.equal(bits(there.values.cpu()), bits(here.values))
+    assert torch.equal(bits(unpack_24(there).cpu()), bits(unpack_24(here)))
