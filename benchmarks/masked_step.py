@@ -99,9 +99,10 @@ def main(
 
 
 def _layer_row(shape: Shape, tokens: int, found: Found, rounds: int) -> dict[str, Any]:
-    dense = _masked(nn.Linear(shape[1], shape[0], bias=False, device="cuda"))
+    dense = nn.Linear(shape[1], shape[0], bias=False, device="cuda")
+    mask = _prune(dense)
     sparse = copy.deepcopy(dense)
-    TransposableForward(sparse, sparse.weight != 0, found[shape, tokens]).attach()
+    TransposableForward(sparse, mask, found[shape, tokens], smallest_work=0).attach()
     x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16, requires_grad=True)
     seed = torch.randn(tokens, shape[0], device="cuda", dtype=torch.bfloat16)
     outputs = {}
@@ -127,14 +128,12 @@ def _model_row(
 ) -> dict[str, Any]:
     with torch.device("cuda"):
         dense = nn.Sequential(*(_Layer(width, inner) for _ in range(layers)))
-    for module in dense.modules():
-        if isinstance(module, nn.Linear):
-            _masked(module)
+    masks = {name: _prune(module) for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     sparse = copy.deepcopy(dense)
     tokens = batch[0] * batch[1]
-    for module in sparse.modules():
-        if isinstance(module, nn.Linear):
-            TransposableForward(module, module.weight != 0, found[tuple(module.weight.shape), tokens]).attach()
+    for name, mask in masks.items():
+        layer = sparse.get_submodule(name)
+        TransposableForward(layer, mask, found[tuple(layer.weight.shape), tokens], smallest_work=0).attach()
     x = torch.randn(*batch, width, device="cuda")
     losses: dict[str, list[float]] = {"dense": [], "sparse": []}
 
@@ -157,9 +156,10 @@ def _model_row(
 
 
 @torch.no_grad()
-def _masked(linear: nn.Linear) -> nn.Linear:
-    linear.weight.mul_(mask_24(linear.weight, dim=(0, 1)))
-    return linear
+def _prune(linear: nn.Linear) -> Tensor:
+    mask = mask_24(linear.weight, dim=(0, 1))
+    linear.weight.mul_(mask)
+    return mask
 
 
 def _searched(wanted: Sequence[tuple[Shape, int]]) -> Found:

@@ -20,6 +20,9 @@ from prox24_lightning.convert.kernels import Kernel, prepare
 from prox24_lightning.convert.packed import PackedWeight, pack_24
 
 DTYPES = (torch.float16, torch.bfloat16)
+SMALLEST_WORK = 2**38
+"""Tokens x inputs x outputs from which sparse products made a step faster (H200, benchmarks/results/*_masked_step.md)."""
+
 Shape = tuple[int, int]
 
 
@@ -150,17 +153,27 @@ class TransposableForward:
         linear: its weight is zero outside ``mask``.
         mask: frozen and transposable.
         kernels: for the forward pass and the input gradient.
+        smallest_work: tokens x inputs x outputs below which a call is made densely, as the launches would cost more
+            than the sparse products save.
 
     Raises:
         ValueError: if the layer cannot train this way (:func:`why_not`).
     """
 
-    def __init__(self, linear: nn.Linear, mask: Tensor, kernels: tuple[Kernel, Kernel] | None = None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        mask: Tensor,
+        kernels: tuple[Kernel, Kernel] | None = None,
+        *,
+        smallest_work: int = SMALLEST_WORK,
+    ) -> None:
         if problem := why_not(linear.weight, mask):
             raise ValueError(problem)
         self.linear = linear
         self.mask = mask
         self.kernels = kernels or (Kernel("cusparselt"), Kernel("cusparselt"))
+        self.smallest_work = smallest_work
         self._pair: PackedPair | None = None
         self._products: dict[int, Products] = {}
 
@@ -178,7 +191,8 @@ class TransposableForward:
     def __call__(self, input: Tensor) -> Tensor:
         linear, kind = self.linear, input.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        if not input.is_cuda or autocast not in DTYPES:
+        work = input.numel() * linear.out_features
+        if not input.is_cuda or autocast not in DTYPES or work < self.smallest_work:
             return F.linear(input, linear.weight, linear.bias)
         if self._pair is None or self._pair.dtype != autocast:
             self._pair, self._products = PackedPair(linear.weight, self.mask, autocast), {}
