@@ -76,7 +76,7 @@ class Prox24(Sparsifier, Callback):
         refit: (``post_step``) surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts back the
             values that they had before sparsification (for a trained model that is fine-tuned for a short time).
         sparse_training: (``geometry="block"``) once a linear layer's mask is frozen, run its forward pass and input
-            gradient on sparse tensor cores, where training is on a GPU in 16 bits (autocast) and the layer and batch are
+            gradient on sparse tensor cores, where training is on a GPU in 16 bits (autocast), and layer and batch are
             large enough for it to pay; the weight gradient stays dense. Layers that do not fit train as before.
         masks_file: where the masks are written at the end of a fit that has reached the freeze: a ``.safetensors`` file
             that :func:`~prox24_lightning.load_masks` puts onto any model with these weights. None writes none;

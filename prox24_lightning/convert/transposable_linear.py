@@ -21,7 +21,7 @@ from prox24_lightning.convert.packed import PackedWeight, pack_24
 
 DTYPES = (torch.float16, torch.bfloat16)
 SMALLEST_WORK = 2**38
-"""Tokens x inputs x outputs from which sparse products made a step faster (H200, benchmarks/results/*_masked_step.md)."""
+"""Tokens x inputs x outputs from which sparse products made a step faster on an H200 (benchmarks/masked_step.py)."""
 
 Shape = tuple[int, int]
 
