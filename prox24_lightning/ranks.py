@@ -59,6 +59,14 @@ def stacked(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of the ranks' tensors of one shape, written into ``tensor``."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM)
+        tensor.div_(world_size())
+    return tensor
+
+
 def any_rank(flag: bool, device: torch.device | str) -> bool:
     """Whether ``flag`` is true on at least one rank; ``device`` is one that the process group can talk over."""
     if world_size() == 1:

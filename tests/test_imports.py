@@ -24,7 +24,7 @@ BELOW = {
     "finetune": {*BASE, "mask", "copying"},
     "layerwise": {*BASE, "schedules", "prox", "mask", "moments"},
     "study": {*BASE, "schedules", "prox", "mask", "moments", "layerwise"},
-    "sparsify": {*BASE, "schedules", "prox", "mask", "moments", "copying", "finetune", "layerwise"},
+    "sparsify": {*BASE, "schedules", "prox", "mask", "moments", "copying", "finetune", "layerwise", "convert"},
     "convert": {*BASE, "prox", "mask", "moments", "copying"},
 }
 """Room -> the rooms that it may load. The rooms above these (callbacks, cli, recipes) may load anything."""

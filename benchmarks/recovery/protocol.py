@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -97,12 +98,12 @@ def _finished(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, dict[s
     if not jobs:
         return
     if processes == 1:
-        _prepare(jobs[0].task, 1)
+        _prepare(jobs[0].task, 1, threading.Lock(), threading.Event())
         for job in jobs:
             yield (job, *_guarded(job))
         return
     context = multiprocessing.get_context("spawn")  # a process that was forked cannot use CUDA
-    arguments = (jobs[0].task, processes)
+    arguments = (jobs[0].task, processes, context.Lock(), context.Event())
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare, initargs=arguments) as pool:
         running = {pool.submit(_guarded, job): job for job in jobs}
         for future in as_completed(running):
@@ -113,12 +114,26 @@ def _finished(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, dict[s
             yield running[future], result, error
 
 
-def _prepare(task: Task, processes: int) -> None:
-    """Share the cores, and pay for loading and compiling before the first run that is timed."""
+def _prepare(task: Task, processes: int, first: Any, compiled: Any) -> None:
+    """Share the cores, and pay for loading and compiling before the first run that is timed.
+
+    One process compiles, the others wait and then find its kernels in the compiler's cache on disk.
+
+    Args:
+        first: lock that the process which compiles keeps.
+        compiled: event that says it is done.
+    """
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // processes)))
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        return
+    if not (mine := first.acquire(False)):
+        compiled.wait()
+    try:
         execute(_shortened(task), Row(), seed=0, lr=None)
         free_memory()
+    finally:
+        if mine:
+            compiled.set()
 
 
 def _shortened(task: Any) -> Any:

@@ -56,6 +56,8 @@ class Prox24(Sparsifier, Callback):
             those that it had in the model as it was at ``start`` (error feedback: later blocks make good for earlier
             ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the freeze. From
             scratch, where that model is half trained, 0 is better.
+        reconstruction_steps: (``progressive``) gradient steps on a whole block, its norms and biases too, once its
+            layers have been solved, by the error of the block's output; 0 leaves them out.
         metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates
             scaled by the running rms of each input; ``"weight"`` by its magnitude.
         schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the
@@ -73,6 +75,9 @@ class Prox24(Sparsifier, Callback):
             reason.
         refit: (``post_step``) surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts back the
             values that they had before sparsification (for a trained model that is fine-tuned for a short time).
+        sparse_training: (``geometry="block"``) once a linear layer's mask is frozen, run its forward pass and input
+            gradient on sparse tensor cores, where training is on a GPU in 16 bits (autocast), and layer and batch are
+            large enough for it to pay; the weight gradient stays dense. Layers that do not fit train as before.
         masks_file: where the masks are written at the end of a fit that has reached the freeze: a ``.safetensors`` file
             that :func:`~prox24_lightning.load_masks` puts onto any model with these weights. None writes none;
             :meth:`save_masks` does it later.

@@ -25,6 +25,7 @@ class MaskedParameters:
 
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
+        self._pruned: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._handles: dict[str, RemovableHandle] = {}
         self._followed: list[RemovableHandle] = []
@@ -43,6 +44,7 @@ class MaskedParameters:
             )
         self.release(name)
         self.masks[name] = mask.to(values.device)
+        self._pruned.pop(name, None)
         self._parameters[name] = parameter
         with torch.no_grad():
             values.masked_fill_(~self.masks[name], 0.0)
@@ -106,5 +108,8 @@ class MaskedParameters:
             mask = self.masks[name] = mask.to(values.device)
         if values.device.type == "cpu":
             values.mul_(mask)  # five times faster than masked_fill_ there
-        else:
-            values.masked_fill_(~mask, 0.0)
+            return
+        pruned = self._pruned.get(name)
+        if pruned is None or pruned.device != values.device:  # kept: inverting takes as long as filling
+            pruned = self._pruned[name] = ~mask
+        values.masked_fill_(pruned, 0.0)

@@ -1,7 +1,8 @@
 """The 2:4 proximal operator, its penalty, and the strength at which a group becomes 2:4.
 
 ``prox_24`` runs one fused Triton kernel where it can (contiguous float32, bfloat16 and float16 weights on a CUDA GPU
-of compute capability 8.0 or newer) and batched torch operations elsewhere; :func:`prox_path` says which path runs.
+of compute capability 8.0 or newer) and batched torch operations elsewhere; :func:`prox_path` says which path runs,
+:func:`why_batched` why. :class:`ProxTogether` takes all the weights of a model in one launch.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from prox24_lightning.groups import Dim, group_shape, resolve_group_dim
 from prox24_lightning.prox.batched import CHUNK, prox_24_batched
 from prox24_lightning.prox.block import BlockMethod, BlockTrace, check_method, prox_blocks, trace_blocks
 from prox24_lightning.prox.critical import critical_strength_24
-from prox24_lightning.prox.paths import prox_path
+from prox24_lightning.prox.paths import prox_path, why_batched
 from prox24_lightning.prox.penalty import penalty_24
 from prox24_lightning.prox.reference import prox_24_reference
+from prox24_lightning.prox.together import ProxTogether
 from prox24_lightning.weight_blocks import BLOCK_DIMS, block_shape
 
 __all__ = [
     "BlockMethod",
     "BlockTrace",
+    "ProxTogether",
     "block_convergence",
     "critical_strength_24",
     "penalty_24",
@@ -31,6 +34,8 @@ __all__ = [
     "prox_24_reference",
     "prox_block",
     "prox_path",
+    "settle_24",
+    "why_batched",
 ]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -75,6 +80,9 @@ def prox_24(
     if not isinstance(dim, int):
         return prox_block(weight, strength, dims=dim, scale=scale, out=out)
     _check_dtype(weight)
+    if torch.compiler.is_compiling():
+        result = _compiled_prox_24(weight.detach(), _as_tensor(strength, weight), dim, scale)
+        return result if out is None else out.copy_(result)
     _check(weight, group_shape(weight.shape, resolve_group_dim(weight.shape, dim)), strength, scale, out)
     with torch.no_grad():
         if prox_path(weight) == "triton" and (out is None or out.is_contiguous()):
@@ -82,6 +90,55 @@ def prox_24(
 
             return prox_24_triton(weight, strength, dim=dim, scale=scale, out=out)
         return prox_24_batched(weight, strength, dim=dim, scale=scale, out=out)
+
+
+@torch.library.custom_op(
+    "prox24_lightning::prox_24",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor strength, int dim, Tensor? scale) -> Tensor",
+)
+def _compiled_prox_24(weight: Tensor, strength: Tensor, dim: int, scale: Tensor | None) -> Tensor:
+    """``prox_24`` as torch.compile sees it: one operation, whose checks and choice of a path happen when it runs."""
+    return prox_24(weight, strength, dim=dim, scale=scale, out=torch.empty_like(weight).contiguous())
+
+
+@_compiled_prox_24.register_fake
+def _(weight: Tensor, strength: Tensor, dim: int, scale: Tensor | None) -> Tensor:
+    return torch.empty_like(weight).contiguous()
+
+
+def settle_24(
+    weight: Tensor,
+    strength: float | Tensor,
+    *,
+    dim: int = -1,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Keep the two largest entries of every group that :func:`prox_24` makes 2:4 at ``strength``; leave the others.
+
+    That is ``prox_24`` with ``strength`` where the :func:`critical_strength_24` of a group is at most that, and 0
+    elsewhere, but in one pass.
+
+    Args:
+        weight, strength, dim, scale, out: as for :func:`prox_24`; ``dim`` is one dimension.
+
+    Returns:
+        ``out``, or a new tensor like ``weight``; every entry is that of ``weight`` or +0.0.
+
+    Raises:
+        ValueError: as :func:`prox_24`.
+    """
+    _check_dtype(weight)
+    _check(weight, group_shape(weight.shape, resolve_group_dim(weight.shape, dim)), strength, scale, out)
+    with torch.no_grad():
+        if prox_path(weight) == "triton" and (out is None or out.is_contiguous()):
+            from prox24_lightning.prox.triton_kernel import prox_24_triton
+
+            return prox_24_triton(weight, strength, dim=dim, scale=scale, out=out, settle=True)
+        lam = _as_tensor(strength, weight)
+        critical = critical_strength_24(weight, dim=dim, scale=scale)
+        return prox_24_batched(weight, torch.where(critical > lam, 0.0, lam), dim=dim, scale=scale, out=out)
 
 
 def prox_block(

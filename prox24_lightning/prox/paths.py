@@ -1,4 +1,4 @@
-"""Which implementation runs for a weight."""
+"""Which implementation runs for a weight, and why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
+LARGEST = 1 << 33
+"""Entries of a weight from which on the kernel cannot number its groups."""
+
 
 def prox_path(weight: Tensor) -> str:
     """Which implementation :func:`~prox24_lightning.prox.prox_24` runs for ``weight``: ``"triton"`` or ``"batched"``.
@@ -15,15 +18,30 @@ def prox_path(weight: Tensor) -> str:
     The fused Triton kernels take contiguous float32, bfloat16 and float16 weights on a CUDA GPU of compute capability
     8.0 or newer. An ``out`` that is not contiguous also takes the batched path.
     """
-    if weight.is_cuda and weight.dtype != torch.float64 and weight.is_contiguous() and _has_triton(weight.device):
-        return "triton"
-    return "batched"
+    return "batched" if why_batched(weight) else "triton"
+
+
+def why_batched(weight: Tensor) -> str | None:
+    """Why the fused kernels do not take ``weight``, in words; None if they do."""
+    if not weight.is_cuda:
+        return f"the weight is on {weight.device}, and the fused kernel runs on CUDA GPUs"
+    if weight.dtype == torch.float64:
+        return "the fused kernel computes in float32, and the weight is float64"
+    if not weight.is_contiguous():
+        return f"the weight is not contiguous: shape {tuple(weight.shape)}, strides {weight.stride()}"
+    if weight.numel() >= LARGEST:
+        return f"the weight has {weight.numel()} entries, and the fused kernel takes less than {LARGEST}"
+    return _why_no_triton(weight.device)
 
 
 @functools.cache
-def _has_triton(device: torch.device) -> bool:
-    return (
-        torch.version.hip is None
-        and importlib.util.find_spec("triton") is not None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+def _why_no_triton(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, and the fused kernel was only tried on CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, and the fused kernel needs 8.0"
+    return None

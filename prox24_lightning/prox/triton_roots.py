@@ -1,22 +1,26 @@
 """The equations of ``roots.py`` and the choice between them as Triton device functions, in float32.
 
-Divisions inside the iterations are approximate, which the next step corrects; the last evaluation divides properly.
+Divisions and roots are the hardware's approximate instructions, to about 1e-7.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
-_ALWAYS_TWO = tl.constexpr((1 + 2**0.5) / 2)
+ALWAYS_TWO = tl.constexpr((1 + 2**0.5) / 2)
+PRUNED = tl.constexpr(3e38)
+"""How much an entry "shrinks" that goes."""
 _CAP = tl.constexpr(4.0)
-_PRUNED = tl.constexpr(3e38)
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _TINY = tl.constexpr(1e-30)
 _FIRST = tl.constexpr(3)
 _MORE = tl.constexpr(2)
-_FINISHED = tl.constexpr(2e-3)
+_FINISHED = tl.constexpr(4e-3)
 
 
 @triton.jit
@@ -27,13 +31,13 @@ def _capped(y, lam):
 
 @triton.jit
 def shrink_sorted(y1, y2, y3, y4, lam):
-    """How much each sorted entry shrinks, _PRUNED for those that go."""
+    """How much each sorted entry shrinks, PRUNED for those that go."""
     v1, v2, v3, v4 = _capped(y1, lam), _capped(y2, lam), _capped(y3, lam), _capped(y4, lam)
     square = v1 * v1 + v2 * v2
-    two = (v1 >= _ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3) | (y3 * tl.maximum(1.0, (1 + square) / 2) <= v1 * y2)
+    two = (v1 >= ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3) | (y3 * tl.maximum(1.0, (1 + square) / 2) <= v1 * y2)
     two = two & (lam != 0)
     s1, s2 = tl.zeros_like(y1), tl.zeros_like(y1)
-    s3, s4 = s1 + _PRUNED, s1 + _PRUNED
+    s3, s4 = s1 + PRUNED, s1 + PRUNED
     unsettled = tl.where(two, 0, 1)
     if tl.max(unsettled, axis=0) > 0:
         u, w1, w2, gain3 = _three_sparse(v1, v2, v3, unsettled)
@@ -66,35 +70,53 @@ def _over(e2, inverse):
 
 
 @triton.jit
-def _reciprocal(x):
-    """1 / x for x > 0, to 3e-7: one special-function instruction, where a division takes ten."""
-    root = tl.rsqrt(x)
-    return root * root
+def reciprocal(x):
+    """1 / x in one instruction, to 1e-7; 0 for x beyond 1e38."""
+    if _INTERPRETED:
+        return 1 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _inverse_sqrt(x):
+    if _INTERPRETED:
+        return tl.rsqrt(x)
+    return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _sqrt(x):
+    if _INTERPRETED:
+        return tl.sqrt(x)
+    return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def _halley_step(value, slope, half_curve):
     square = slope * slope
-    return value * slope * _reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _TINY))
+    return value * slope * reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _TINY))
 
 
 @triton.jit
 def _three_sparse(v1, v2, v3, active):
     b = 1 + (v1 - v3) + (v2 - v3)
     c = v3 - (v1 - v3) * (v2 - v3)
-    u = 2 * c / (b + tl.sqrt(tl.maximum(b * b + 4 * c, 0.0)))
+    u = 2 * c * reciprocal(b + _sqrt(tl.maximum(b * b + 4 * c, 0.0)))
     room = 1 - v1 * v1 - v2 * v2
-    u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) / tl.maximum(room, _TINY), 1.0))
-    ratio = tl.sqrt((v1 - v2) / tl.maximum(v1 + v2, _TINY))
-    u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) / (1 + ratio)), 0.75), 0.0)
+    u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) * reciprocal(tl.maximum(room, _TINY)), 1.0))
+    ratio = _sqrt((v1 - v2) * reciprocal(tl.maximum(v1 + v2, _TINY)))
+    u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) * reciprocal(1 + ratio)), 0.75), 0.0)
     before = u
     for _ in tl.static_range(_FIRST):
         before = u
         u = _three_sparse_step(u, v1, v2, v3)
-    if tl.max(tl.where(active > 0, tl.abs(u - before), 0.0), axis=0) > _FINISHED:
+    going = tl.where(tl.abs(u - before) > _FINISHED, active, 0)
+    if tl.max(going, axis=0) > 0:
+        more = u
         for _ in tl.static_range(_MORE):
-            u = _three_sparse_step(u, v1, v2, v3)
-    inverse = 1 / (1 - u * u)
+            more = _three_sparse_step(more, v1, v2, v3)
+        u = tl.where(going > 0, more, u)
+    inverse = reciprocal(1 - u * u)
     w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
     norm = w1 * w1 + w2 * w2 - 1
     gain = u * ((u - v3) + w1 * w2 + u / 2 * norm)
@@ -103,7 +125,7 @@ def _three_sparse(v1, v2, v3, active):
 
 @triton.jit
 def _three_sparse_step(u, v1, v2, v3):
-    inverse = _reciprocal(1 - u * u)
+    inverse = reciprocal(1 - u * u)
     w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
     across1, across2 = w1 - u * w2, w2 - u * w1
     value = (u - v3) + w1 * w2
@@ -120,17 +142,17 @@ def _split(t, k, inverse):
 
 @triton.jit
 def _inverse_root(d, square):
-    return tl.rsqrt(tl.maximum(d + square, 1e-15))
+    return _inverse_sqrt(tl.maximum(d + square, 1e-15))
 
 
 @triton.jit
 def _dense_step(t, upper, k, d1, d2, d3):
-    inverse = _reciprocal(t + 0.5)
+    inverse = reciprocal(t + 0.5)
     x4, total = _split(t, k, inverse)
     square, size = x4 * x4, tl.abs(x4)
     i1, i2, i3 = _inverse_root(d1, square), _inverse_root(d2, square), _inverse_root(d3, square)
-    value = d1 * _reciprocal((d1 + square) * i1 + size + _TINY) + d2 * _reciprocal((d2 + square) * i2 + size + _TINY)
-    value += d3 * _reciprocal((d3 + square) * i3 + size + _TINY) + 6 * tl.maximum(-x4, 0.0) + 4 * t - total
+    value = d1 * reciprocal((d1 + square) * i1 + size + _TINY) + d2 * reciprocal((d2 + square) * i2 + size + _TINY)
+    value += d3 * reciprocal((d3 + square) * i3 + size + _TINY) + 6 * tl.maximum(-x4, 0.0) + 4 * t - total
     spread = 1 + x4 * (i1 + i2 + i3)
     rate = total * inverse * 0.5
     slope = 2 * x4 * inverse + rate * spread
@@ -143,29 +165,32 @@ def _dense_step(t, upper, k, d1, d2, d3):
 def _dense(v1, v2, v3, v4, d1, d2, d3, active):
     b = 1 + 2 * (d1 + d2 + d3)
     c = tl.maximum(v4 - (d1 * d2 + d2 * d3 + d3 * d1), 0.0)
-    upper = 2 * c / (b + tl.sqrt(b * b + 12 * c))
+    upper = 2 * c * reciprocal(b + _sqrt(b * b + 12 * c))
     k = (v1 + v2 + v3 - v4) / 2
     t = upper
     before = t
     for _ in tl.static_range(_FIRST):
         before = t
         t = _dense_step(t, upper, k, d1, d2, d3)
-    if tl.max(tl.where(active > 0, tl.abs(t - before), 0.0), axis=0) > _FINISHED:
+    going = tl.where(tl.abs(t - before) > _FINISHED, active, 0)
+    if tl.max(going, axis=0) > 0:
+        more = t
         for _ in tl.static_range(_MORE):
-            t = _dense_step(t, upper, k, d1, d2, d3)
-    inverse = 1 / (t + 0.5)
+            more = _dense_step(more, upper, k, d1, d2, d3)
+        t = tl.where(going > 0, more, t)
+    inverse = reciprocal(t + 0.5)
     x4, total = _split(t, k, inverse)
     square, size = x4 * x4, tl.abs(x4)
     i1, i2, i3 = _inverse_root(d1, square), _inverse_root(d2, square), _inverse_root(d3, square)
     base, rate = t + 2 * tl.maximum(-x4, 0.0), total * inverse * 0.5
-    w1 = base + d1 / ((d1 + square) * i1 + size + _TINY)
-    w2 = base + d2 / ((d2 + square) * i2 + size + _TINY)
-    w3 = base + d3 / ((d3 + square) * i3 + size + _TINY)
+    w1 = base + d1 * reciprocal((d1 + square) * i1 + size + _TINY)
+    w2 = base + d2 * reciprocal((d2 + square) * i2 + size + _TINY)
+    w3 = base + d3 * reciprocal((d3 + square) * i3 + size + _TINY)
     # One Newton step on the stationarity of w4 itself, away from the jumps; g is the derivative of w by w4.
     g1, g2, g3 = 1 + rate * (x4 * i1 - 1), 1 + rate * (x4 * i2 - 1), 1 + rate * (x4 * i3 - 1)
     slope = 1 + (w2 + w3) * g1 + (w1 + w3) * g2 + (w1 + w2) * g3
     residual = (t - v4) + w1 * w2 + (w1 + w2) * w3
-    after = tl.maximum(t - residual * _reciprocal(tl.maximum(slope, 0.05)), t * 1e-3)
+    after = tl.maximum(t - residual * reciprocal(tl.maximum(slope, 0.05)), t * 1e-3)
     change = tl.where(v1 + v2 + v3 <= 0.9, after - t, 0.0)
     w1, w2, w3, t = w1 + g1 * change, w2 + g2 * change, w3 + g3 * change, t + change
     gain = ((w1 - v1) * (w1 - v1) + (w2 - v2) * (w2 - v2) + w3 * w3 + t * t) / 2

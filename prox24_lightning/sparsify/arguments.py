@@ -20,12 +20,14 @@ def check_arguments(
     freeze: int | float,
     strategy: StrategyName,
     dense_target: float,
+    reconstruction_steps: int,
     metric: Metric,
     schedule: str | Schedule,
     targets: Sequence[str] | None,
     skip: Sequence[str] | None,
     geometry: Geometry,
     refit: Refit,
+    sparse_training: bool,
     masks_file: str | Path | None,
 ) -> None:
     """The arguments are those of :class:`~prox24_lightning.Prox24`.
@@ -52,6 +54,15 @@ def check_arguments(
     if not 0 <= dense_target <= 1:
         raise ValueError(
             f"dense_target={dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
+        )
+    if isinstance(reconstruction_steps, bool) or not isinstance(reconstruction_steps, int) or reconstruction_steps < 0:
+        raise ValueError(
+            f"reconstruction_steps={reconstruction_steps!r} must be a whole number of gradient steps a block; 0 is none"
+        )
+    if sparse_training and geometry != "block":
+        raise ValueError(
+            f"sparse_training=True needs geometry='block', not {geometry!r}: only a mask that is 2:4 both ways "
+            "lets the forward pass and the input gradient run on sparse tensor cores"
         )
     for argument, patterns in (("targets", targets), ("skip", skip)):
         if isinstance(patterns, str):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.groups import GroupedWeight
-from prox24_lightning.prox import prox_24
+from prox24_lightning.prox import ProxTogether, prox_24
+from prox24_lightning.prox.together import can_go_together
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sharding import is_sharded, local_part, part_of, whole
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
-from prox24_lightning.sparsify.strength import strength_for_fraction
+from prox24_lightning.sparsify.strength import strength_for_fraction, strengths_for_fraction
 
 Refit = Literal["none", "restore"]
 
@@ -40,6 +41,7 @@ class PostStepProx(Strategy):
         self._weights: dict[str, GroupedWeight] = {}
         self._rms: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
+        self._together: dict[torch.device, ProxTogether] = {}
 
     def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:
         self._weights = {weight.name: weight for weight in weights}
@@ -57,9 +59,35 @@ class PostStepProx(Strategy):
     @torch.no_grad()
     def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
         progress = self._plan.progress(step)
+        together: dict[torch.device, list[GroupedWeight]] = {}
         for weight in weights:
-            self.apply(weight, progress, scale_of(weight.name))
+            values = local_part(weight.parameter)
+            if self._goes_together(weight, values):
+                together.setdefault(values.device, []).append(weight)
+            else:
+                self.apply(weight, progress, scale_of(weight.name))
+        for device, members in together.items():
+            self._apply_together(device, members, progress, scale_of)
         return {}
+
+    def _goes_together(self, weight: GroupedWeight, values: Tensor) -> bool:
+        """Whether one launch takes the weight along with others; not where a quantile over all ranks is needed."""
+        whole_fraction = self.strength is not None or not is_sharded(weight.parameter)
+        return isinstance(weight.dim, int) and whole_fraction and can_go_together(values)
+
+    def _apply_together(
+        self, device: torch.device, weights: Sequence[GroupedWeight], progress: float, scale_of: ScaleOf
+    ) -> None:
+        values = [local_part(weight.parameter) for weight in weights]
+        dims = [weight.dim for weight in weights if isinstance(weight.dim, int)]
+        scales = [scale_of(weight.name) for weight in weights]
+        if self.strength is None:
+            strengths = strengths_for_fraction(values, self.fraction(progress), dims=dims, scales=scales)
+        else:
+            strengths = self.strength(progress) / torch.stack([self._rms[weight.name] for weight in weights])
+        launcher = self._together.setdefault(device, ProxTogether())
+        launcher(values, strengths, dims, scales, settle=self.strength is None)
+        self.strengths.update(zip((weight.name for weight in weights), strengths.unbind(), strict=True))
 
     def apply(self, weight: GroupedWeight, progress: float, scale: Tensor | None) -> None:
         """One prox on ``weight``, in place."""

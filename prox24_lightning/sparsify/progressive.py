@@ -10,11 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.layerwise.block import Run, solve_stage, stage_moments
+from prox24_lightning.layerwise.blocks import hidden_of
 from prox24_lightning.layerwise.layers import from_matrix, why_not_solvable
+from prox24_lightning.layerwise.reconstruct import reconstruct_block
 from prox24_lightning.layerwise.stages import order_of_calls
 from prox24_lightning.ranks import gathered_objects, gathered_on_first
 from prox24_lightning.sharding import is_sharded, local_part, part_of, runnable
@@ -27,6 +29,8 @@ from prox24_lightning.sparsify.units import Unit, check_orders, cut_into_units, 
 
 CALIBRATION_BATCHES = 8
 """Batches on which a block is solved: the last ones of the training itself."""
+RECONSTRUCTION_STEPS = 32
+"""Gradient steps on a block whose layers have been solved."""
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +57,9 @@ class Progressive(Strategy):
         batches: how many of the last batches a block is solved on.
         dense_target: what a layer's outputs shall come close to: 0 its own outputs on what it sees now, 1 those that it
             had in the dense copy (so that later blocks make good for earlier ones), values between mix the two.
+        reconstruction_steps: gradient steps on the whole block once its layers are solved, by the error of the block's
+            output (:func:`~prox24_lightning.layerwise.reconstruct.reconstruct_block`); 0 leaves them out, as for
+            layers outside of blocks and for sharded models.
         prox_steps: proximal steps a layer; None is the solver's own default.
     """
 
@@ -63,6 +70,7 @@ class Progressive(Strategy):
         root_is_called: bool = True,
         batches: int = CALIBRATION_BATCHES,
         dense_target: float = 0.5,
+        reconstruction_steps: int = RECONSTRUCTION_STEPS,
         prox_steps: int | None = None,
     ) -> None:
         super().__init__()
@@ -70,10 +78,13 @@ class Progressive(Strategy):
             raise ValueError(f"batches={batches} must be at least 1")
         if not 0 <= dense_target <= 1:
             raise ValueError(f"dense_target={dense_target} must lie in [0, 1]")
+        if reconstruction_steps < 0:
+            raise ValueError(f"reconstruction_steps={reconstruction_steps} must be 0 or more")
         if prox_steps is not None and prox_steps < 1:
             raise ValueError(f"prox_steps={prox_steps} must be at least 1")
         self.batches = batches
         self.dense_target = dense_target
+        self.reconstruction_steps = reconstruction_steps
         self.prox_steps = prox_steps
         self._model = model
         self._root_is_called = root_is_called
@@ -182,6 +193,7 @@ class Progressive(Strategy):
                 return frozen
             runs = [partial(self._run, call, unit.module) for call in calls]
             dense_runs, twins = self._dense_runs(unit)
+            targets = self._block_targets(unit, runs, dense_runs) if self._reconstructs(unit) else []
             for stage in order_of_calls(list(owners), runs[0]):
                 moments = stage_moments(stage, runs, dense_runs, twins)
                 members = [owners[layer] for layer in stage.layers]
@@ -193,7 +205,33 @@ class Progressive(Strategy):
                 for weight, solution in solved:
                     mask = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
                     frozen[weight.name] = mask, local_part(weight.parameter)
+            if targets and frozen:
+                self._reconstruct(unit, runs, targets, frozen)
         return frozen
+
+    def _reconstructs(self, unit: Unit) -> bool:
+        outside = any(weight.module is unit.module for weight in unit.weights)
+        return self.reconstruction_steps > 0 and not outside and not self._sharded
+
+    def _block_targets(self, unit: Unit, runs: Sequence[Run], dense_runs: Sequence[Run] | None) -> list[Tensor]:
+        """What the block shall hand on for each batch: its output as it is now, mixed with the dense copy's."""
+        targets = [hidden_of(run(), unit.name).detach() for run in runs]
+        if dense_runs is None:
+            return targets
+        return [
+            target.lerp(hidden_of(dense(), unit.name).to(target), self.dense_target)
+            for target, dense in zip(targets, dense_runs, strict=True)
+        ]
+
+    def _reconstruct(self, unit: Unit, runs: Sequence[Run], targets: Sequence[Tensor], frozen: Frozen) -> None:
+        parameters = {name: parameter for name, parameter in unit.module.named_parameters() if parameter.requires_grad}
+        names = {parameter: name for name, parameter in parameters.items()}
+        masks = {
+            names[w.parameter]: frozen[w.name][0] for w in unit.weights if w.name in frozen and w.parameter in names
+        }
+        forwards = [lambda run=run: hidden_of(run(), unit.name) for run in runs]
+        before, after = reconstruct_block(parameters, masks, forwards, targets, steps=self.reconstruction_steps)
+        log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)
 
     def _run(self, call: Call, module: nn.Module) -> Any:
         with runnable(self._model, module):

@@ -22,7 +22,8 @@ from prox24_lightning.sparsify.checks import check_optimizers, check_weights, op
 from prox24_lightning.sparsify.engine import Metric, SparsityEngine
 from prox24_lightning.sparsify.phases import Phase, resolve_plan
 from prox24_lightning.sparsify.post_step import PostStepProx, Refit
-from prox24_lightning.sparsify.progressive import Progressive
+from prox24_lightning.sparsify.progressive import RECONSTRUCTION_STEPS, Progressive
+from prox24_lightning.sparsify.sparse_training import SparseTraining
 from prox24_lightning.sparsify.strategy import Strategy
 
 
@@ -46,6 +47,7 @@ class Sparsifier:
         *,
         strategy: StrategyName = "progressive",
         dense_target: float = 0.5,
+        reconstruction_steps: int = RECONSTRUCTION_STEPS,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -53,18 +55,32 @@ class Sparsifier:
         skip: Sequence[str] | None = None,
         geometry: Geometry = "row",
         refit: Refit = "none",
+        sparse_training: bool = False,
         masks_file: str | Path | None = None,
         name: str = "prox24",
         verbose: bool = True,
     ) -> None:
         super().__init__()
         check_arguments(
-            start, freeze, strategy, dense_target, metric, schedule, targets, skip, geometry, refit, masks_file
+            start,
+            freeze,
+            strategy,
+            dense_target,
+            reconstruction_steps,
+            metric,
+            schedule,
+            targets,
+            skip,
+            geometry,
+            refit,
+            sparse_training,
+            masks_file,
         )
         self.start = start
         self.freeze = freeze
         self.strategy = strategy
         self.dense_target = dense_target
+        self.reconstruction_steps = reconstruction_steps
         self.metric = metric
         self.schedule = None if schedule == "auto" else named_schedule(schedule, STRENGTH_SCHEDULES, "schedule")
         self.fraction = named_schedule(fraction, FRACTION_CURVES, "fraction")
@@ -72,6 +88,7 @@ class Sparsifier:
         self.skip = skip
         self.geometry = geometry
         self.refit = refit
+        self.sparse_training = sparse_training
         self.masks_file = masks_file
         self.name = name
         self.verbose = verbose
@@ -79,6 +96,7 @@ class Sparsifier:
         self._engine: SparsityEngine | None = None
         self._model: weakref.ref[nn.Module] | None = None
         self._loaded: dict[str, Any] = {}
+        self._sparse = SparseTraining()
 
     # What monitors and final hooks read.
 
@@ -161,6 +179,9 @@ class Sparsifier:
         self.selection = selection
         self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=self.metric)
         self._model = weakref.ref(model)
+        if self.sparse_training:
+            engine = self._engine
+            engine.on_freeze.append(lambda: self._sparse.attach(engine.weights, engine.masks))
         return self._engine
 
     def restore(self, global_step: int) -> None:
@@ -188,10 +209,14 @@ class Sparsifier:
         check_optimizers(optimizers)
         if self._model is not None and (model := self._model()) is not None:
             reshard(model)  # a validation before the first batch may have left gathered copies
-        self._require_engine().bind(optimizers)
+        engine = self._require_engine()
+        engine.bind(optimizers)
+        if self.sparse_training:
+            self._sparse.attach(self.weights, engine.masks)
 
     def unbind(self) -> None:
         """Remove every hook; masks and counters stay."""
+        self._sparse.remove()
         if self._engine is not None:
             self._engine.unbind()
 
@@ -246,7 +271,12 @@ class Sparsifier:
 
     def _make_strategy(self, model: nn.Module) -> Strategy:
         if self.strategy == "progressive":
-            return Progressive(model, root_is_called=self.root_is_called, dense_target=self.dense_target)
+            return Progressive(
+                model,
+                root_is_called=self.root_is_called,
+                dense_target=self.dense_target,
+                reconstruction_steps=self.reconstruction_steps,
+            )
         return PostStepProx(self.schedule, self.fraction, refit=self.refit)
 
     def _require_engine(self) -> SparsityEngine:

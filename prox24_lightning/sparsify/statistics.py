@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prox24_lightning.groups import Dim, GroupedWeight, group_dims, to_groups
 from prox24_lightning.mask.transposable import best_patterns, relative_squares
-from prox24_lightning.prox import penalty_24
+from prox24_lightning.prox import penalty_24, prox_path
 from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify.mask_codes import flipped_entries, top_two_code
 from prox24_lightning.weight_blocks import to_blocks
@@ -132,6 +132,10 @@ def weight_sums(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -
         mask as :func:`~prox24_lightning.sparsify.mask_codes.top_two_code` gives it.
     """
     weight = weight.detach()
+    if isinstance(dim, int) and prox_path(weight) == "triton":
+        from prox24_lightning.prox.triton_sums import group_sums
+
+        return group_sums(weight, dim=dim, scale=scale)
     # One pass lays the first, second, third and fourth entries of all groups in rows; all that follows is contiguous.
     dims = group_dims(weight.shape, dim)
     entries = torch.cat([_in_rows(weight, one) for one in dims], 1).float()

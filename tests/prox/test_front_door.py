@@ -7,7 +7,15 @@ import pytest
 import torch
 from brute import hard_groups
 
-from prox24_lightning.prox import penalty_24, prox_24, prox_24_reference, prox_path
+from prox24_lightning.prox import (
+    critical_strength_24,
+    penalty_24,
+    prox_24,
+    prox_24_reference,
+    prox_path,
+    settle_24,
+    why_batched,
+)
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -191,3 +199,27 @@ def test_the_prox_alone_imports_only_torch():
     code = f"import sys; import prox24_lightning.prox; print([name for name in {others} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_settling_is_the_prox_where_it_ends_with_two_entries(dim):
+    w, scale = weight(16, 40), torch.linspace(0.3, 3, 40)
+    critical = critical_strength_24(w, dim=dim, scale=scale)
+    strength = critical.median()
+    want = prox_24(w, torch.where(critical <= strength, strength, 0.0), dim=dim, scale=scale)
+    got = settle_24(w, strength, dim=dim, scale=scale)
+    assert torch.equal(got, want)
+    assert torch.equal(settle_24(w, 0.0, dim=dim), w)
+    assert 0.3 < (got == 0).float().mean() * 2 < 0.7
+    with pytest.raises(ValueError, match="strength=-1 must be >= 0"):
+        settle_24(w, -1, dim=dim)
+
+
+def test_compiled_is_the_same_and_one_operation():
+    w = weight(16, 40)
+    compiled = torch.compile(lambda w, s: prox_24(w, s, dim=0) * 2, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(w, torch.tensor(0.5)), prox_24(w, 0.5, dim=0) * 2)
+
+
+def test_why_the_batched_path_runs():
+    assert why_batched(weight(8, 8)) == "the weight is on cpu, and the fused kernel runs on CUDA GPUs"

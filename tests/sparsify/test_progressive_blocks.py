@@ -102,7 +102,7 @@ def test_without_training_it_is_the_one_shot_walk(plan, dense_target):
     report = prune_layerwise(
         pruned, seen, dense_target=dense_target, skip=["embed", "out"], steps=STEPS, progress=False
     )
-    engine = engine_for(model, plan, dense_target=dense_target)
+    engine = engine_for(model, plan, dense_target=dense_target, reconstruction_steps=0)
     train(model, engine, data)
     assert set(engine.masks) == set(report.masks)
     for name, mask in report.masks.items():
@@ -110,6 +110,23 @@ def test_without_training_it_is_the_one_shot_walk(plan, dense_target):
     for (name, value), expected in zip(model.named_parameters(), pruned.parameters(), strict=True):
         assert torch.allclose(value, expected, atol=1e-4), name
     assert all(module.training for module in model.modules()), "the mode of every module comes back"
+
+
+@pytest.mark.parametrize("dense_target", [0.0, 0.5])
+def test_reconstruction_brings_the_pruned_model_closer_to_the_dense_one(dense_target):
+    dense, data = Blocks().eval(), batches(4)
+    errors = {}
+    for steps in (0, 40):
+        model = copy.deepcopy(dense).train()
+        engine = engine_for(model, PhasePlan(4, 4), dense_target=dense_target, reconstruction_steps=steps)
+        train(model, engine, data)
+        for weight in engine.weights:
+            assert not weight.parameter[~engine.masks[weight.name]].any(), weight.name
+        assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in model.parameters())
+        model.eval()
+        with torch.no_grad():
+            errors[steps] = sum(float((model(x) - dense(x)).square().mean()) for x in data)
+    assert errors[40] < 0.9 * errors[0], errors
 
 
 def test_a_block_goes_as_a_whole_and_loose_layers_in_their_place():
@@ -183,6 +200,7 @@ def test_a_forward_set_on_an_instance_does_not_lead_the_dense_copy_astray():
     [
         ({"batches": 0}, "batches=0 must be at least 1"),
         ({"dense_target": 1.5}, r"dense_target=1.5 must lie in \[0, 1\]"),
+        ({"reconstruction_steps": -1}, "reconstruction_steps=-1 must be 0 or more"),
     ],
 )
 def test_bad_arguments(options, message):

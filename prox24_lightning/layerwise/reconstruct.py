@@ -1,0 +1,101 @@
+"""Block reconstruction: the weights of one pruned block refined together, by the error of the block's own output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.ranks import mean_over_ranks
+
+Forward = Callable[[], Tensor]
+"""Calls the block once, on one recorded batch; its output, (..., features)."""
+
+LEARNING_RATE = 3e-3
+"""Largest step, relative to the rms of each tensor."""
+_SMALLEST_RMS = 1e-2
+"""Taken for tensors below it: a bias may begin at zero, and shall move."""
+_BETAS = (0.9, 0.99)
+_EPSILON = 1e-12
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error of each token relative to the token's own energy, averaged over tokens.
+
+    What reads a block's output normalises each token first, so that the few tokens of huge norm which language models
+    have (arXiv 2402.17762) shall not count for more than the others.
+
+    Args:
+        output, target: (..., features).
+    """
+    output, target = output.float(), target.float()
+    energy = target.square().sum(-1)
+    floor = 1e-3 * energy.median()
+    return ((output - target).square().sum(-1) / energy.clamp_min(floor + _EPSILON)).mean()
+
+
+def reconstruct_block(
+    parameters: Mapping[str, nn.Parameter],
+    masks: Mapping[str, Tensor],
+    forwards: Sequence[Forward],
+    targets: Sequence[Tensor],
+    *,
+    steps: int,
+    learning_rate: float = LEARNING_RATE,
+) -> tuple[float, float]:
+    """Lower the error of a block's output by Adam on all its parameters, the pruned weights held at zero.
+
+    The layer-wise solver answers each layer for its own output alone. Here the layers of a block answer together, its
+    norms and biases too, for what the block hands on (block reconstruction: arXiv 2102.05426; of pruned language
+    models: arXiv 2402.12419). Each step takes one batch; the step size falls as a cosine.
+
+    In a distributed run every rank has its own batches, as many as the others, and gradients are averaged.
+
+    Args:
+        parameters: of the block, by name; changed in place.
+        masks: bool, by the names of the pruned ones.
+        forwards: one a batch.
+        targets: what each of them shall give.
+        steps: how many.
+        learning_rate: relative to the rms of each parameter.
+
+    Returns:
+        the mean relative error before and after. Where it did not fall, the parameters are as they were.
+    """
+    names = list(parameters)
+    before = [parameters[name].detach().clone() for name in names]
+    # Of 16-bit parameters the steps would be lost in rounding.
+    masters = [value.to(torch.float32, copy=True) for value in before]
+    rates = [max(float(value.square().mean().sqrt()), _SMALLEST_RMS) * learning_rate for value in masters]
+    groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    first = _mean_error(forwards, targets)
+    for step in range(steps):
+        with torch.enable_grad():
+            error = relative_error(forwards[step % len(forwards)](), targets[step % len(forwards)])
+            gradients = torch.autograd.grad(error, list(parameters.values()), materialize_grads=True)
+        fall = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for name, master, group, rate, gradient in zip(
+            names, masters, optimizer.param_groups, rates, gradients, strict=True
+        ):
+            group["lr"] = rate * fall
+            master.grad = mean_over_ranks(gradient.float())
+            if name in masks:
+                master.grad.mul_(masks[name])
+        optimizer.step()
+        for name, master in zip(names, masters, strict=True):
+            parameters[name].data.copy_(master)
+    last = _mean_error(forwards, targets)
+    if not last < first:
+        for name, value in zip(names, before, strict=True):
+            parameters[name].data.copy_(value)
+        return first, first
+    return first, last
+
+
+@torch.no_grad()
+def _mean_error(forwards: Sequence[Forward], targets: Sequence[Tensor]) -> float:
+    errors = [relative_error(run(), target) for run, target in zip(forwards, targets, strict=True)]
+    return float(mean_over_ranks(torch.stack(errors).mean()))

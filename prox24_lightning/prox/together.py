@@ -1,0 +1,105 @@
+"""The prox of all the weights of a model in place, in as few launches as there are kinds of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.groups import resolve_group_dim
+from prox24_lightning.prox.paths import prox_path
+
+if TYPE_CHECKING:
+    from prox24_lightning.prox.triton_kernel import ManyWeights
+
+ALIGNMENT = 16
+"""Bytes: the kernel of many weights reads as many at a time."""
+
+
+def can_go_together(weight: Tensor) -> bool:
+    """Whether :class:`ProxTogether` takes ``weight``: if the fused kernel does, and its memory is aligned."""
+    return prox_path(weight) == "triton" and weight.data_ptr() % ALIGNMENT == 0 and weight.numel() > 0
+
+
+class ProxTogether:
+    """``prox_24`` (or ``settle_24``) of many weights in place: one launch for each dtype and direction of groups.
+
+    Where the weights are is written to the device once, and anew when a weight has moved or others come. Once that is
+    done a call neither waits for the device nor copies from the host, so that it can be captured in a CUDA graph.
+
+    Attributes:
+        launches: how many the last call took.
+    """
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self._key: Hashable = None
+        self._kinds: list[tuple[Tensor | None, list[int], ManyWeights]] = []
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        weights: Sequence[Tensor],
+        strengths: Tensor,
+        dims: Sequence[int],
+        scales: Sequence[Tensor | None],
+        *,
+        settle: bool = False,
+    ) -> None:
+        """Change ``weights`` in place.
+
+        Args:
+            weights: such as :func:`can_go_together` takes, all on the device of ``strengths``.
+            strengths: float32 ``(weights,)``: one each, units as for :func:`~prox24_lightning.prox.prox_24`. Values are
+                not looked at; a weight with a negative or NaN one becomes NaN.
+            dims: dimension of the groups of each.
+            scales: scale of each, or None; float32, broadcasting to the weight.
+            settle: as :func:`~prox24_lightning.prox.settle_24`, not as ``prox_24``.
+
+        Raises:
+            ValueError: if a weight cannot go with the others, with its number.
+        """
+        key = tuple(
+            (weight.data_ptr(), weight.dtype, weight.shape, dim, None if scale is None else scale.shape)
+            for weight, dim, scale in zip(weights, dims, scales, strict=True)
+        )
+        if key != self._key:
+            self._kinds = self._sort(weights, dims, scales, strengths.device)
+            self._key = key
+        for index, numbers, many in self._kinds:
+            if many.scales is not None:
+                new = [scale for number in numbers if (scale := scales[number]) is not None]
+                torch._foreach_copy_(
+                    many.scales, [scale.expand_as(own) for scale, own in zip(new, many.scales, strict=True)]
+                )
+            many.prox(strengths if index is None else strengths[index], settle=settle)
+        self.launches = len(self._kinds)
+
+    def _sort(
+        self, weights: Sequence[Tensor], dims: Sequence[int], scales: Sequence[Tensor | None], device: torch.device
+    ) -> list[tuple[Tensor | None, list[int], ManyWeights]]:
+        from prox24_lightning.prox.triton_kernel import ManyWeights
+
+        kinds: dict[Hashable, list[int]] = {}
+        places = [resolve_group_dim(weight.shape, dim) for weight, dim in zip(weights, dims, strict=True)]
+        for number, (weight, place, scale) in enumerate(zip(weights, places, scales, strict=True)):
+            if weight.device != device or not can_go_together(weight):
+                raise ValueError(f"weight {number} cannot go with the others on {device}; use prox_24 for it")
+            kind = (weight.dtype, weight.shape[place + 1 :].numel() == 1, scale is not None)
+            kinds.setdefault(kind, []).append(number)
+        result = []
+        for numbers in kinds.values():
+            index = None if len(kinds) == 1 else torch.tensor(numbers).to(device, non_blocking=True)
+            own = [_own_scale(scale, weights[i]) for i in numbers if (scale := scales[i]) is not None]
+            chosen = [weights[number] for number in numbers]
+            result.append((index, numbers, ManyWeights(chosen, [places[i] for i in numbers], own or None)))
+        return result
+
+
+def _own_scale(scale: Tensor, weight: Tensor) -> Tensor:
+    """Memory for the scale that stays where it is; in full for a weight of more than two dimensions, whose strides the
+    kernel cannot follow otherwise."""
+    shape = scale.shape if weight.dim() <= 2 else weight.shape
+    return torch.empty(shape, dtype=torch.float32, device=weight.device)

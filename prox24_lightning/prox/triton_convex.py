@@ -1,0 +1,79 @@
+"""Groups whose objective is convex, or that can end in one way only, in float32: Newton's iteration on pair sums.
+
+Given the sums ``A = W3 + W4`` (or ``W3`` alone) and ``B = W1 + W2`` the differences follow in closed form,
+``W1 - W2 = (v1 - v2) / (1 - A)`` and ``W3 - W4 = (v3 - v4) / (1 - B)``; DERIVATION.md has the equations.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from prox24_lightning.prox.triton_roots import PRUNED, reciprocal
+
+_STEPS = tl.constexpr(3)
+"""Steps beyond the second at most."""
+_FINISHED = tl.constexpr(0.012)
+
+
+@triton.jit
+def shrink_convex(v1, v2, v3, v4, active):
+    """How much each sorted entry shrinks, in lambda units; PRUNED for a fourth entry that goes."""
+    high, low, last = v1 + v2, v1 - v2, v3 - v4
+    gap1, gap2 = v1 - v3, v2 - v3
+    wide, c = 1 + gap1 + gap2, v3 - gap1 * gap2
+    a = c * wide * reciprocal(wide * wide + c)
+    b = high - high * (a * (1 - a))
+    dense = tl.zeros_like(v1)
+    a, b, dense, change = _newton(a, b, dense, high, low, last, v3, v4)
+    a, b, dense, change = _newton(a, b, dense, high, low, last, v3, v4)
+    _, _, across, along = _differences(a, b, low, last)
+    going = active & ((change > _FINISHED) | (_stays(a, b, dense, across, along, v4) != (dense > 0)))
+    left = tl.full((), _STEPS, tl.int32)
+    while (tl.max(going.to(tl.int32), axis=0) > 0) & (left > 0):
+        a_, b_, dense_, change = _newton(a, b, dense, high, low, last, v3, v4)
+        # A group ends with the same answer whatever its neighbours in the warp need.
+        a, b, dense = tl.where(going, a_, a), tl.where(going, b_, b), tl.where(going, dense_, dense)
+        _, _, across, along = _differences(a, b, low, last)
+        going = going & ((change > _FINISHED) | (_stays(a, b, dense, across, along, v4) != (dense > 0)))
+        left -= 1
+    a = tl.maximum(a, 0.0)
+    four = (dense > 0) & (along < a)
+    along = tl.where(four, along, a)
+    w1, w2 = 0.5 * (b + across), 0.5 * (b - across)
+    w3, w4 = 0.5 * (a + along), 0.5 * (a - along)
+    product, tail = w1 * w2, w3 * w4
+    s4 = tl.where(four, product + b * w3, PRUNED)
+    return w2 * a + tail, w1 * a + tail, product + b * w4, s4
+
+
+@triton.jit
+def _differences(a, b, low, last):
+    """1 / (1 - a), 1 / (1 - b), and the differences in the upper and the lower pair."""
+    p, q = reciprocal(tl.maximum(1 - a, 0.05)), reciprocal(tl.maximum(1 - b, 0.02))
+    return p, q, low * p, last * q
+
+
+@triton.jit
+def _stays(a, b, dense, across, along, v4):
+    """Whether the fourth entry is positive: of a dense iterate itself, of a sparse one by its stationarity."""
+    return tl.where(dense > 0, a - along, v4 - 0.25 * (b * b - across * across) - a * b) > 0
+
+
+@triton.jit
+def _newton(a, b, dense, high, low, last, v3, v4):
+    """One step for both sums; ``dense`` is 1.0 where there are four entries, decided anew."""
+    p, q, across, along = _differences(a, b, low, last)
+    dense = tl.where(_stays(a, b, dense, across, along, v4), 1.0, 0.0)
+    square = across * across
+    inner = dense * (along * along)
+    both = dense * a
+    f1 = b + (a * b - high) + 0.5 * (both * a - inner)
+    rate = 2 + dense * (b - 1)
+    f2 = rate * a - (2 * v3 - dense * last) + 0.5 * (b * b - square)
+    j11, j22, j12 = rate - square * p, 1 + a - inner * q, b + both
+    inverse = reciprocal(tl.maximum(j11 * j22 - j12 * j12, 1e-3))
+    da, db = (j22 * f2 - j12 * f1) * inverse, (j11 * f1 - j12 * f2) * inverse
+    return a - da, b - db, dense, tl.abs(da) + tl.abs(db)

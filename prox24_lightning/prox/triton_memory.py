@@ -1,0 +1,120 @@
+"""How the kernels reach a group of four in memory, its strength and its scales.
+
+``shape`` is (groups along the dimension, entries behind it, strides of the strength, strides of the scale), the strides
+each before, along and behind the dimension. ``KIND`` is (one strength, has scale, groups along the last dimension,
+64-bit addresses, settle only).
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def short(out, group):
+    return group if out.dtype.element_ty.primitive_bitwidth == 32 else group.to(tl.int16)
+
+
+@triton.jit
+def queue_slots(out, shape, begin, slot, KIND: tl.constexpr, HELD: tl.constexpr):
+    """Where slots of the queues are: a slot is one entry of the first groups."""
+    if out.dtype.element_ty.primitive_bitwidth == 32:
+        queue = out.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        queue = out.to(tl.pointer_type(tl.int16), bitcast=True)
+    if KIND[2]:
+        return queue + begin.to(tl.int64) * 4 + slot
+    return queue + _at(shape, begin, slot % HELD, KIND) + (slot // HELD) * shape[1]
+
+
+@triton.jit
+def _parts(shape, begin, group):
+    """Where a group is before, along and behind its dimension."""
+    number = begin + group
+    length, inner = shape[0], shape[1]
+    row = number // inner
+    return row // length, row % length, number % inner
+
+
+@triton.jit
+def _at(shape, begin, group, KIND: tl.constexpr):
+    number = begin + group
+    row = number // shape[1]
+    behind = number - row * shape[1]
+    if KIND[3]:
+        row = row.to(tl.int64)
+    return row * 4 * shape[1] + behind
+
+
+@triton.jit
+def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
+    if KIND[2]:
+        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None]).to(tl.float32)
+        even, odd = tl.split(tl.reshape(values, [group.shape[0], 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+    else:
+        first = source + _at(shape, begin, group, KIND)
+        inner = shape[1]
+        x0 = tl.load(first, mask=inside, other=0.0).to(tl.float32)
+        x1 = tl.load(first + inner, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(first + 2 * inner, mask=inside, other=0.0).to(tl.float32)
+        x3 = tl.load(first + 3 * inner, mask=inside, other=0.0).to(tl.float32)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def store_groups(target, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.constexpr):
+    kind = target.dtype.element_ty
+    if KIND[2]:
+        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        values = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [group.shape[0], 4])
+        tl.store(target + begin.to(tl.int64) * 4 + offsets, values.to(kind), mask=inside[:, None])
+    else:
+        first = target + _at(shape, begin, group, KIND)
+        inner = shape[1]
+        tl.store(first, x0.to(kind), mask=inside)
+        tl.store(first + inner, x1.to(kind), mask=inside)
+        tl.store(first + 2 * inner, x2.to(kind), mask=inside)
+        tl.store(first + 3 * inner, x3.to(kind), mask=inside)
+
+
+@triton.jit
+def coordinates(tensors, shape, begin, group, inside, KIND: tl.constexpr):
+    """The strength and the four scales of each group; NaN where they are not allowed."""
+    if KIND[0]:
+        lam = tl.load(tensors[2]) + tl.zeros(group.shape, tl.float32)
+    else:
+        before, along, behind = _parts(shape, begin, group)
+        strides = shape[2]
+        at = before * strides[0] + along * strides[1] + behind * strides[2]
+        lam = tl.load(tensors[2] + at, mask=inside, other=0.0)
+    lam = tl.where(lam >= 0, lam, float("nan"))
+    c0, c1, c2, c3 = 1.0, 1.0, 1.0, 1.0
+    if KIND[1]:
+        before, along, behind = _parts(shape, begin, group)
+        strides = shape[3]
+        first = tensors[3] + before * strides[0] + along * 4 * strides[1] + behind * strides[2]
+        c0 = _allowed(tl.load(first, mask=inside, other=1.0))
+        c1 = _allowed(tl.load(first + strides[1], mask=inside, other=1.0))
+        c2 = _allowed(tl.load(first + 2 * strides[1], mask=inside, other=1.0))
+        c3 = _allowed(tl.load(first + 3 * strides[1], mask=inside, other=1.0))
+    return lam, c0, c1, c2, c3
+
+
+@triton.jit
+def _allowed(scale):
+    return tl.where((scale > 0) & (scale < float("inf")), scale, float("nan"))
+
+
+@triton.jit
+def scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND: tl.constexpr):
+    y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
+    if KIND[1]:
+        y0, y1, y2, y3 = y0 * c0, y1 * c1, y2 * c2, y3 * c3
+    return y0, y1, y2, y3

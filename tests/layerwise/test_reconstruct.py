@@ -1,0 +1,73 @@
+"""Block reconstruction: lower error of the block's output, masks held, nothing made worse."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from prox24_lightning.layerwise.reconstruct import reconstruct_block, relative_error
+from prox24_lightning.mask import mask_24
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def pruned_block(dtype=torch.float32):
+    """A block pruned by magnitude: parameters, masks, forwards and targets of the dense one."""
+    torch.manual_seed(0)
+    dense = Block()
+    block = copy.deepcopy(dense).to(dtype)
+    masks = {}
+    for name in ("up.weight", "down.weight"):
+        weight = block.get_parameter(name)
+        masks[name] = mask_24(weight)
+        weight.data.mul_(masks[name])
+    inputs = [torch.randn(4, 32, 16) for _ in range(3)]
+    targets = [dense(x).detach() for x in inputs]
+    return dict(block.named_parameters()), masks, [partial(block, x.to(dtype)) for x in inputs], targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_error_falls_and_the_masks_hold(dtype):
+    parameters, masks, forwards, targets = pruned_block(dtype)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    before, after = reconstruct_block(parameters, masks, forwards, targets, steps=100)
+    assert after < 0.8 * before
+    errors = [float(relative_error(run().detach(), target)) for run, target in zip(forwards, targets, strict=True)]
+    assert sum(errors) / len(errors) == pytest.approx(after, rel=1e-5)
+    for name, parameter in parameters.items():
+        assert parameter.dtype is dtype
+        assert parameter.grad is None, "what the training gathered is not touched"
+        if name in masks:
+            assert not parameter[~masks[name]].any(), name
+        changed = not torch.equal(parameter, start[name])
+        assert changed is not name.startswith("unused"), name
+
+
+def test_what_would_be_worse_is_undone():
+    parameters, masks, forwards, targets = pruned_block()
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    before, after = reconstruct_block(parameters, masks, forwards, targets, steps=1, learning_rate=30.0)
+    assert after == before
+    assert all(torch.equal(parameter, start[name]) for name, parameter in parameters.items())
+
+
+def test_a_token_of_huge_norm_counts_like_any_other():
+    target = torch.ones(1, 8, 4)
+    target[0, 0] *= 1000
+    output = target * 1.1
+    assert float(relative_error(output, target)) == pytest.approx(0.01, rel=1e-3)
+    one_wrong = target.clone()
+    one_wrong[0, 3] = 0
+    assert float(relative_error(one_wrong, target)) == pytest.approx(1 / 8)
