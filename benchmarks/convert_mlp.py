@@ -12,7 +12,6 @@ rebuilds the model, which is timed as a whole on ``--ids`` or its ``example_inpu
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
 from importlib import import_module
@@ -20,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.report import machine
 from prox24_lightning.convert import ExampleInputs, Report, Settings, run_benchmark
+from prox24_lightning.convert.example_inputs import own_example
+from prox24_lightning.convert.state_layers import layers_of
 from prox24_lightning.convert.tables import print_report, write_report
 from prox24_lightning.mask import mask_24
 
@@ -40,21 +41,6 @@ def wide_mlp(width: int, hidden: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def layers_of(state: Mapping[str, Tensor]) -> nn.ModuleDict:
-    """Every matrix of a state dict as a linear layer under its own name (with "/" for ".")."""
-    layers = nn.ModuleDict()
-    for name, weight in state.items():
-        if name.endswith(".weight") and weight.dim() == 2 and weight.is_floating_point():
-            stem = name.removesuffix(".weight")
-            bias = state.get(f"{stem}.bias")
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-            layer.weight = nn.Parameter(weight)
-            if bias is not None:
-                layer.bias = nn.Parameter(bias)
-            layers[stem.replace(".", "/")] = layer
-    return layers
-
-
 def load(checkpoint: Path, module: str | None, ids: list[int] | None) -> tuple[nn.Module, ExampleInputs | None]:
     """The model of a Lightning checkpoint (or of a file that holds a state dict) and its example inputs."""
     if module is None:
@@ -62,15 +48,10 @@ def load(checkpoint: Path, module: str | None, ids: list[int] | None) -> tuple[n
         return layers_of(state.get("state_dict", state)), None
     package, _, name = module.partition(":")
     model = getattr(import_module(package), name).load_from_checkpoint(checkpoint, map_location="cpu")
-    example = getattr(model, "example_input_array", None)
-    if ids is not None:
-        batch, length, vocabulary = ids
-        example = torch.randint(vocabulary, (batch, length))
-    if example is None:
-        return model, None
-    if isinstance(example, dict):
-        return model, ExampleInputs("", (), example)
-    return model, ExampleInputs("", example if isinstance(example, tuple) else (example,), {})
+    if ids is None:
+        return model, own_example(model)
+    batch, length, vocabulary = ids
+    return model, ExampleInputs("", (torch.randint(vocabulary, (batch, length)),), {})
 
 
 def run(arguments: argparse.Namespace) -> Report:

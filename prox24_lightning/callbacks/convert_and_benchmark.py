@@ -55,6 +55,7 @@ class ConvertAndBenchmark(Callback):
         only_if_faster: a layer that is slower at one of the ``token_counts`` stays dense, and so does a whole model
             that is slower. False converts all that can be converted.
         run_mode: the times that decide: ``"eager"`` calls, or calls replayed as a CUDA ``"graph"``.
+        keep_dense: hold the dense weights too, for the numbers of tokens at which cuBLAS is faster.
         rounds: repetitions of each measurement.
         verbose: print the tables.
 
@@ -72,6 +73,7 @@ class ConvertAndBenchmark(Callback):
         filename: str = "benchmark",
         only_if_faster: bool = True,
         run_mode: RunMode = "eager",
+        keep_dense: bool = False,
         rounds: int = 20,
         verbose: bool = True,
     ) -> None:
@@ -85,6 +87,7 @@ class ConvertAndBenchmark(Callback):
             dtype=getattr(torch, dtype),
             only_if_faster=only_if_faster,
             run_mode=run_mode,
+            keep_dense=keep_dense,
             rounds=rounds,
         )
         self.in_place = in_place
@@ -180,7 +183,7 @@ class ConvertAndBenchmark(Callback):
         if self.in_place and names:
             pl_module.to(device=device, dtype=self.settings.dtype)
             try:
-                convert_model(pl_module, names)
+                convert_model(pl_module, names, keep_dense=self.settings.keep_dense)
             except Exception:
                 expand_model(pl_module)
                 raise

@@ -29,6 +29,8 @@ from prox24_lightning.convert.tables import print_report, write_report
 from prox24_lightning.convert.timing import describe
 from prox24_lightning.files import replacing
 
+TOKEN_COUNTS = (1, 16, 64, 1024, 4096)
+
 
 def bench(
     model: str,
@@ -70,7 +72,8 @@ def bench(
         weights: dtype in which it is loaded; auto is its own.
         run_config: config of the run that a checkpoint comes from; null looks beside it.
         dtype: what dense and sparse run in.
-        token_counts: rows of input at which layers are timed; null: 1, 16, 64, 1024, 4096.
+        token_counts: rows of input at which layers are timed, and at none of which a converted one may be slower; null:
+            those of the workloads (batches and prefill), without a language model 1, 16, 64, 1024, 4096.
         prefill: tokens of the prompt.
         context: tokens in the cache while decoding.
         batches: sequences decoded at a time; null: 1 and 8.
@@ -84,7 +87,7 @@ def bench(
     """
     with errors_as_exit("bench"):
         settings = Settings(
-            token_counts=tuple(token_counts or (1, 16, 64, 1024, 4096)),
+            token_counts=tuple(token_counts or TOKEN_COUNTS),
             dtype=getattr(torch, dtype),
             only_if_faster=not convert_all,
             run_mode=run_mode,
@@ -102,6 +105,8 @@ def bench(
         if target.problem is not None:
             raise ValueError(f"nothing runs sparse on this GPU: {target.problem}")
         source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
+        if token_counts is None and _is_language_model(source):
+            settings = replace(settings, token_counts=tuple(sorted({workload.tokens for workload in workloads})))
         console = Console()
         facts = {key: str(value) for key, value in machine_facts().items()}
         score, about = _score(source, text, sequences, length) if head == "causal_lm" else (None, None)
@@ -113,7 +118,10 @@ def bench(
         if _is_language_model(source) and names:
             report = _with_language(report, source.model, names, workloads, settings, score, about)
         elif _is_language_model(source):
-            report = report.with_note("No layer is faster sparse, so the model stays as it is: nothing to compare.")
+            report = report.with_note(
+                "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is. If it is "
+                "used at some of them only, name those (--token_counts); --keep_dense true lets cuBLAS take the others."
+            )
         print_report(report, console)
         for path in _write(report, out):
             console.print(str(path), markup=False, highlight=False)

@@ -1,6 +1,7 @@
 """From dense with zeros to layers on sparse tensor cores: who can, the conversion itself, and whether it pays."""
 
 from prox24_lightning.convert.benchmark import run_benchmark
+from prox24_lightning.convert.doctor import Diagnosis, diagnose
 from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_layer, check_model, find_target
 from prox24_lightning.convert.kernel_report import print_kernels
 from prox24_lightning.convert.kernel_search import kernel_tables
@@ -8,6 +9,9 @@ from prox24_lightning.convert.kernel_table import KernelTable
 from prox24_lightning.convert.onnx_check import OnnxNode, check_onnx
 from prox24_lightning.convert.packed import PackedWeight, pack_24, unpack_24
 from prox24_lightning.convert.packed_linear import SemiStructuredLinear
+from prox24_lightning.convert.packed_model import EmptyOnMeta, find_packable, load_packed
+from prox24_lightning.convert.packed_reader import PackedFile
+from prox24_lightning.convert.packed_writer import write_packed
 from prox24_lightning.convert.report import Report
 from prox24_lightning.convert.semi_structured import (
     Conversion,
@@ -20,10 +24,13 @@ from prox24_lightning.convert.settings import ExampleInputs, Settings
 
 __all__ = [
     "Conversion",
+    "Diagnosis",
+    "EmptyOnMeta",
     "ExampleInputs",
     "KernelTable",
     "LayerVerdict",
     "OnnxNode",
+    "PackedFile",
     "PackedWeight",
     "Report",
     "SemiStructuredLinear",
@@ -34,12 +41,16 @@ __all__ = [
     "check_onnx",
     "convert_linear",
     "convert_model",
+    "diagnose",
     "expand_linear",
     "expand_model",
+    "find_packable",
     "find_target",
     "kernel_tables",
+    "load_packed",
     "pack_24",
     "print_kernels",
     "run_benchmark",
     "unpack_24",
+    "write_packed",
 ]

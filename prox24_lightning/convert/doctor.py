@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_model
+from prox24_lightning.convert.kernel_table import SAME
 from prox24_lightning.convert.packed import packed_bytes
 from prox24_lightning.convert.report import State
 
@@ -133,7 +134,7 @@ def diagnose(
         sum(layer.share for layer in able_layers),
         expected,
         limits,
-        tuple(_notes(verdicts, target)),
+        (*_notes(verdicts, target), *_slow_notes(able_layers)),
     )
 
 
@@ -164,3 +165,13 @@ def _notes(verdicts: Sequence[LayerVerdict], target: Target | None) -> list[str]
             "sparse kernels is its own choice, by its own timing: nothing is promised here."
         )
     return notes
+
+
+def _slow_notes(layers: Sequence[LayerDiagnosis]) -> list[str]:
+    slow = sum(any(value is not None and value < SAME for value in layer.expected.values()) for layer in layers)
+    if not slow:
+        return []
+    return [
+        f"{slow} layers would be slower at some of these numbers of tokens: conversion leaves them dense if it is told "
+        "that these count (token_counts), unless the dense weights are kept as well (keep_dense)."
+    ]

@@ -376,3 +376,8 @@ def test_out_of_memory_on_a_gpu_is_an_entry(gpu, tmp_path):
     why = states(final.report)[HIDDEN][1]
     assert why.startswith("could not be measured: ")
     assert final.report.error is None
+
+
+def test_the_dense_weights_are_kept_on_demand():
+    assert ConvertAndBenchmark(keep_dense=True).settings.keep_dense
+    assert not ConvertAndBenchmark().settings.keep_dense

@@ -133,13 +133,17 @@ def test_where_nothing_wins_it_says_so(prox24, pretended, sparse_folder, tmp_pat
     pretended["wins"] = False
     code, told, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", *QUICK)
     assert code == 0
-    assert "No layer is faster sparse, so the model stays as it is" in " ".join(told.split())
+    assert "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is" in " ".join(
+        told.split()
+    )
     assert "names" not in pretended
+    assert pretended["settings"].token_counts == (1, 8, 1024), "those of the workloads"
 
 
 def test_bare_weights_are_timed_layer_by_layer(prox24, pretended, sparse_folder, tmp_path):
     code, *_ = prox24("bench", f"{sparse_folder}/model.safetensors", "--out", tmp_path / "out", "--convert_all", "true")
     assert code == 0
     assert pretended["inputs"] is None
+    assert pretended["settings"].token_counts == command.TOKEN_COUNTS
     assert not pretended["settings"].only_if_faster
     assert "names" not in pretended

@@ -69,6 +69,12 @@ def test_measured_gains_are_expected_ones():
     assert found.expected[64] is None, "one layer of the two was not measured"
 
 
+@pytest.mark.parametrize("gain, notes", [(0.97, 1), (0.99, 0), (2.0, 0)])
+def test_it_says_when_a_layer_would_be_slower(gain, notes):
+    found = diagnose(net(), target=HOPPER, gain=lambda verdict, tokens: gain if tokens == 16 else 1.5)
+    assert sum("2 layers would be slower at some" in note for note in found.notes) == notes
+
+
 def test_float32_is_judged_as_what_it_would_be_cast_to():
     assert diagnose(net(), dtype=torch.float16).layers[0].state == "fits"
     assert "float32: the sparse kernels take" in diagnose(net(), dtype=torch.float32).layers[0].why
