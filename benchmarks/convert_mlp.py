@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.report import machine
 from prox24_lightning.convert import ExampleInputs, Report, Settings, run_benchmark
-from prox24_lightning.convert.tables import print_report, write_report
+from prox24_lightning.convert.measure.tables import print_report, write_report
 from prox24_lightning.mask import mask_24
 
 
