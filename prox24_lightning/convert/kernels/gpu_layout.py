@@ -2,9 +2,9 @@
 
 cuSPARSELt keeps the values row by row, as the portable form does (:mod:`prox24_lightning.convert.packed.weight`), and
 after them the positions of the kept entries, four bits a group, in tiles of 64 rows by 32 inputs. Within a tile, from
-the slowest to the fastest: 16 rows, then the row within its eight, the group within its four, the upper or lower four groups, the
-upper or lower eight rows. (Found by packing known patterns with cuSPARSELt 0.8.0 on an H200; a GPU test compares.)
-One buffer in this order serves cuSPARSELt and the package's own kernels.
+the slowest to the fastest: 16 rows, then the row within its eight, the group within its four, the upper or lower four
+groups, the upper or lower eight rows. (Found by packing known patterns with cuSPARSELt 0.8.0 on an H200; a GPU test
+compares.) One buffer in this order serves cuSPARSELt and the package's own kernels.
 """
 
 from __future__ import annotations
