@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from benchmarks.report import machine, write_report
 from prox24_lightning.convert import SemiStructuredLinear, convert_model
-from prox24_lightning.convert.few_tokens import expand
-from prox24_lightning.convert.gpu_layout import random_buffer
-from prox24_lightning.convert.kernel_search import kernel_tables
-from prox24_lightning.convert.kernel_table import KernelTable
-from prox24_lightning.convert.timing import capture, describe, measure, relative_error, release_memory
+from prox24_lightning.convert.kernels.few_tokens import expand
+from prox24_lightning.convert.kernels.gpu_layout import random_buffer
+from prox24_lightning.convert.kernels.search import kernel_tables
+from prox24_lightning.convert.kernels.table import KernelTable
+from prox24_lightning.convert.measure.timing import capture, describe, measure, relative_error, release_memory
 from prox24_lightning.mask import mask_24
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336))

@@ -15,13 +15,13 @@ from torch import nn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.prox24 import Prox24
-from prox24_lightning.convert.benchmark import empty_report, run_benchmark
-from prox24_lightning.convert.example_inputs import InputCatcher, own_example
-from prox24_lightning.convert.report import Report, RunMode
+from prox24_lightning.convert.measure.benchmark import empty_report, run_benchmark
+from prox24_lightning.convert.measure.example_inputs import InputCatcher, own_example
+from prox24_lightning.convert.measure.report import Report, RunMode
+from prox24_lightning.convert.measure.settings import Settings
+from prox24_lightning.convert.measure.tables import print_report, to_markdown, write_report
+from prox24_lightning.convert.measure.timing import describe, release_memory
 from prox24_lightning.convert.semi_structured import convert_model, expand_model
-from prox24_lightning.convert.settings import Settings
-from prox24_lightning.convert.tables import print_report, to_markdown, write_report
-from prox24_lightning.convert.timing import describe, release_memory
 from prox24_lightning.groups import clean_name, is_transposed_linear
 from prox24_lightning.sharding import is_sharded
 

@@ -17,16 +17,16 @@ from prox24_lightning.commands.machine import machine_facts
 from prox24_lightning.commands.pretrained import Dtype, Head
 from prox24_lightning.commands.sources import Source, load_source
 from prox24_lightning.commands.texts import PlainText, PythonTopics, TextSource, perplexity, token_sequences
-from prox24_lightning.convert.benchmark import run_benchmark
 from prox24_lightning.convert.eligibility import find_target
-from prox24_lightning.convert.example_inputs import own_example
-from prox24_lightning.convert.generation import time_language_model
-from prox24_lightning.convert.language_report import Workload
-from prox24_lightning.convert.language_tables import language_figure
-from prox24_lightning.convert.report import Report, RunMode
-from prox24_lightning.convert.settings import Settings
-from prox24_lightning.convert.tables import print_report, write_report
-from prox24_lightning.convert.timing import describe
+from prox24_lightning.convert.measure.benchmark import run_benchmark
+from prox24_lightning.convert.measure.example_inputs import own_example
+from prox24_lightning.convert.measure.generation import time_language_model
+from prox24_lightning.convert.measure.language_report import Workload
+from prox24_lightning.convert.measure.language_tables import language_figure
+from prox24_lightning.convert.measure.report import Report, RunMode
+from prox24_lightning.convert.measure.settings import Settings
+from prox24_lightning.convert.measure.tables import print_report, write_report
+from prox24_lightning.convert.measure.timing import describe
 from prox24_lightning.files import replacing
 
 TOKEN_COUNTS = (1, 16, 64, 1024, 4096)

@@ -12,9 +12,9 @@ from prox24_lightning.commands.exit_codes import errors_as_exit
 from prox24_lightning.commands.packed_folder import save_folder
 from prox24_lightning.commands.pretrained import Dtype, Head
 from prox24_lightning.commands.sources import Source, load_source
-from prox24_lightning.convert.packed_layout import PACKED_FILE
-from prox24_lightning.convert.packed_model import find_packable
-from prox24_lightning.convert.tables import name_patterns
+from prox24_lightning.convert.measure.tables import name_patterns
+from prox24_lightning.convert.packed.layout import PACKED_FILE
+from prox24_lightning.convert.packed.model import find_packable
 from prox24_lightning.files import filling
 
 

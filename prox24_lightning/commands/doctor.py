@@ -15,9 +15,9 @@ from prox24_lightning.commands.pretrained import Dtype, Head
 from prox24_lightning.commands.sources import load_source
 from prox24_lightning.convert.doctor import Diagnosis, Gain, diagnose
 from prox24_lightning.convert.eligibility import Target, find_target
-from prox24_lightning.convert.kernel_cache import Place
-from prox24_lightning.convert.measured_gain import measured_gain
-from prox24_lightning.convert.tables import STATES, Section, grouped, print_tables
+from prox24_lightning.convert.kernels.cache import Place
+from prox24_lightning.convert.measure.gain import measured_gain
+from prox24_lightning.convert.measure.tables import STATES, Section, grouped, print_tables
 from prox24_lightning.files import write_text
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prox24_lightning.convert.packed_layout import PACKED_FILE
-from prox24_lightning.convert.packed_model import EmptyOnMeta, Packable, load_packed
-from prox24_lightning.convert.packed_reader import PackedFile
-from prox24_lightning.convert.packed_writer import write_packed
+from prox24_lightning.convert.packed.layout import PACKED_FILE
+from prox24_lightning.convert.packed.model import EmptyOnMeta, Packable, load_packed
+from prox24_lightning.convert.packed.reader import PackedFile
+from prox24_lightning.convert.packed.writer import write_packed
 from prox24_lightning.files import filling, write_text
 from prox24_lightning.groups import clean_name
 from prox24_lightning.layerwise.output import forget_quantization
@@ -32,7 +32,7 @@ def load_folder(folder: str | Path, auto: Any, *, device: torch.device | str = "
         folder: that :func:`save_folder` wrote.
         auto: the auto class of transformers that builds it (``AutoModelForCausalLM``).
         device: where it goes.
-        sparse: see :func:`~prox24_lightning.convert.packed_model.load_packed`; the dense model is then never there.
+        sparse: see :func:`~prox24_lightning.convert.packed.model.load_packed`; the dense model is then never there.
 
     Raises:
         ValueError: if the file is damaged or does not fit the folder's config; for ``sparse`` without a suitable GPU.
@@ -63,7 +63,7 @@ def save_folder(
     Args:
         folder: made if it does not exist; a failure leaves none of the new files in it.
         model: its weights are left alone.
-        packable: what :func:`~prox24_lightning.convert.packed_model.find_packable` decided.
+        packable: what :func:`~prox24_lightning.convert.packed.model.find_packable` decided.
         source: one line on where the model came from.
         companions: tokenizer and the like; anything with ``save_pretrained``.
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from prox24_lightning.commands.packed_folder import PACKED_ENDING
 from prox24_lightning.commands.pretrained import Dtype, Head, Pretrained
-from prox24_lightning.convert.packed_layout import FORMAT
-from prox24_lightning.convert.packed_reader import PackedFile
-from prox24_lightning.convert.state_layers import layers_of
+from prox24_lightning.convert.packed.layout import FORMAT
+from prox24_lightning.convert.packed.reader import PackedFile
+from prox24_lightning.convert.packed.state_layers import layers_of
 
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _CONFIGS = (".yaml", ".yml")

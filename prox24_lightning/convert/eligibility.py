@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from prox24_lightning.convert.onnx_check import sparse_problem
-from prox24_lightning.convert.packed import row_chunks
+from prox24_lightning.convert.packed.weight import row_chunks
 from prox24_lightning.groups import clean_name, is_transposed_linear
 from prox24_lightning.mask import is_24, violations_24
 

@@ -2,7 +2,7 @@
 
 Everything else in the package uses four functions: :func:`convert_linear`, :func:`convert_model`,
 :func:`expand_linear` and :func:`expand_model`. What a converted layer does inside (which kernel, which plan) is
-known to :class:`~prox24_lightning.convert.packed_linear.SemiStructuredLinear` alone.
+known to :class:`~prox24_lightning.convert.kernels.packed_linear.SemiStructuredLinear` alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from prox24_lightning.convert.eligibility import (
     find_target,
     named_layers,
 )
-from prox24_lightning.convert.gpu_layout import pack_buffer
-from prox24_lightning.convert.kernel_search import kernel_tables, stored_table
-from prox24_lightning.convert.kernel_table import BUCKETS, KernelTable
-from prox24_lightning.convert.packed_linear import SemiStructuredLinear
+from prox24_lightning.convert.kernels.gpu_layout import pack_buffer
+from prox24_lightning.convert.kernels.packed_linear import SemiStructuredLinear
+from prox24_lightning.convert.kernels.search import kernel_tables, stored_table
+from prox24_lightning.convert.kernels.table import BUCKETS, KernelTable
 from prox24_lightning.groups import is_transposed_linear
 
 _HOOKS = (
@@ -41,7 +41,7 @@ class Conversion:
     """What :func:`convert_model` did: names of the converted layers, and the verdicts of those that stay dense.
 
     ``tables`` has the kernels of each shape if they were measured; see
-    :func:`~prox24_lightning.convert.kernel_report.print_kernels`.
+    :func:`~prox24_lightning.convert.kernels.report.print_kernels`.
     """
 
     converted: tuple[str, ...]

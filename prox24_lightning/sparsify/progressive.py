@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +20,8 @@ from prox24_lightning.layerwise.stages import order_of_calls
 from prox24_lightning.ranks import gathered_objects, gathered_on_first
 from prox24_lightning.sharding import is_sharded, local_part, part_of, runnable
 from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts, share_of
-from prox24_lightning.sparsify.calls import Call, reach
-from prox24_lightning.sparsify.dense_weights import DenseWeights
 from prox24_lightning.sparsify.phases import PhasePlan
+from prox24_lightning.sparsify.replays import dense_runs_of, outputs_wanted, runs_of
 from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
 from prox24_lightning.sparsify.units import Unit, check_orders, cut_into_units, order_of_units
 
@@ -188,12 +186,11 @@ class Progressive(Strategy):
         site = unit.site
         frozen: Frozen = {}
         with site.replaying():
-            calls = self._reach(site.module, unit.module, site.calls) if owners else []
-            if not all(gathered_objects(bool(calls))):
+            runs = runs_of(self._model, unit) if owners else []
+            if not all(gathered_objects(bool(runs))):
                 return frozen
-            runs = [partial(self._run, call, unit.module) for call in calls]
-            dense_runs, twins = self._dense_runs(unit)
-            targets = self._block_targets(unit, runs, dense_runs) if self._reconstructs(unit) else []
+            dense_runs, twins = dense_runs_of(self._model, unit)
+            targets = outputs_wanted(unit, runs, dense_runs, self.dense_target) if self._reconstructs(unit) else []
             for stage in order_of_calls(list(owners), runs[0]):
                 moments = stage_moments(stage, runs, dense_runs, twins)
                 members = [owners[layer] for layer in stage.layers]
@@ -213,16 +210,6 @@ class Progressive(Strategy):
         outside = any(weight.module is unit.module for weight in unit.weights)
         return self.reconstruction_steps > 0 and not outside and not self._sharded
 
-    def _block_targets(self, unit: Unit, runs: Sequence[Run], dense_runs: Sequence[Run] | None) -> list[Tensor]:
-        """What the block shall hand on for each batch: its output as it is now, mixed with the dense copy's."""
-        targets = [hidden_of(run(), unit.name).detach() for run in runs]
-        if dense_runs is None:
-            return targets
-        return [
-            target.lerp(hidden_of(dense(), unit.name).to(target), self.dense_target)
-            for target, dense in zip(targets, dense_runs, strict=True)
-        ]
-
     def _reconstruct(self, unit: Unit, runs: Sequence[Run], targets: Sequence[Tensor], frozen: Frozen) -> None:
         parameters = {name: parameter for name, parameter in unit.module.named_parameters() if parameter.requires_grad}
         names = {parameter: name for name, parameter in parameters.items()}
@@ -232,31 +219,6 @@ class Progressive(Strategy):
         forwards = [lambda run=run: hidden_of(run(), unit.name) for run in runs]
         before, after = reconstruct_block(parameters, masks, forwards, targets, steps=self.reconstruction_steps)
         log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)
-
-    def _run(self, call: Call, module: nn.Module) -> Any:
-        with runnable(self._model, module):
-            return call(module)
-
-    def _reach(self, site: nn.Module, inner: nn.Module, calls: Sequence[Call]) -> list[Call]:
-        with runnable(self._model, site):
-            return reach(site, inner, calls)
-
-    def _dense_runs(self, unit: Unit) -> tuple[list[Run] | None, dict[nn.Module, nn.Module] | None]:
-        """Runs of the unit as it was when the phase began, and its modules' counterparts there; None without a copy."""
-        site = unit.site
-        if site.dense is None:
-            return None, None
-        twins = site.twins()
-        if isinstance(dense := site.dense, DenseWeights):
-            with dense.in_place(site.module):
-                calls = self._reach(site.module, unit.module, site.calls)
-            return [partial(self._run_dense, dense, call, unit.module) for call in calls], twins
-        twin = twins[unit.module]
-        return [partial(call, twin) for call in reach(dense, twin, site.calls)], twins
-
-    def _run_dense(self, dense: DenseWeights, call: Call, module: nn.Module) -> Any:
-        with dense.in_place(module):
-            return self._run(call, module)
 
     @property
     def _sharded(self) -> bool:

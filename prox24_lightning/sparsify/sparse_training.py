@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from prox24_lightning.convert.transposable_linear import TransposableForward, why_not
+from prox24_lightning.convert.kernels.transposable_linear import TransposableForward, why_not
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.sharding import is_sharded, local_part
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from prox24_lightning.commands import bench as command
-from prox24_lightning.convert import Target, benchmark, check_model
-from prox24_lightning.convert.benchmark import empty_report
-from prox24_lightning.convert.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
-from prox24_lightning.convert.limits import Limits
-from prox24_lightning.convert.report import LayerOutcome, ShapeResult
-from prox24_lightning.convert.timing import Timing
+from prox24_lightning.convert import Target, check_model
+from prox24_lightning.convert.measure import benchmark
+from prox24_lightning.convert.measure.benchmark import empty_report
+from prox24_lightning.convert.measure.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
+from prox24_lightning.convert.measure.limits import Limits
+from prox24_lightning.convert.measure.report import LayerOutcome, ShapeResult
+from prox24_lightning.convert.measure.timing import Timing
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 

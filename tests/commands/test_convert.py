@@ -10,7 +10,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from prox24_lightning.commands import packed_folder
-from prox24_lightning.convert.packed_reader import PackedFile
+from prox24_lightning.convert.packed.reader import PackedFile
 
 
 def same_state(left, right):

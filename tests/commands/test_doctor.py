@@ -10,8 +10,9 @@ import yaml
 from safetensors.torch import save_file
 
 from prox24_lightning.commands import doctor as command
-from prox24_lightning.convert import Target, kernel_cache
-from prox24_lightning.convert.kernel_table import Times
+from prox24_lightning.convert import Target
+from prox24_lightning.convert.kernels import cache as kernel_cache
+from prox24_lightning.convert.kernels.table import Times
 
 
 def test_a_sparse_model(prox24, sparse_folder, tmp_path):

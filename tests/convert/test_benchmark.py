@@ -18,18 +18,18 @@ from prox24_lightning.convert import (
     SemiStructuredLinear,
     Settings,
     Target,
-    benchmark,
     check_model,
-    layer_benchmark,
-    model_benchmark,
     run_benchmark,
     semi_structured,
 )
-from prox24_lightning.convert.kernel_table import unmeasured
-from prox24_lightning.convert.limits import Limits
-from prox24_lightning.convert.report import ModelVariant, Pair, TokenResult
-from prox24_lightning.convert.tables import print_report, to_markdown, write_report
-from prox24_lightning.convert.timing import Timing, describe, relative_error
+from prox24_lightning.convert.kernels.table import unmeasured
+from prox24_lightning.convert.measure import benchmark
+from prox24_lightning.convert.measure import layers as layer_benchmark
+from prox24_lightning.convert.measure import model as model_benchmark
+from prox24_lightning.convert.measure.limits import Limits
+from prox24_lightning.convert.measure.report import ModelVariant, Pair, TokenResult
+from prox24_lightning.convert.measure.tables import print_report, to_markdown, write_report
+from prox24_lightning.convert.measure.timing import Timing, describe, relative_error
 from prox24_lightning.mask import mask_24
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")

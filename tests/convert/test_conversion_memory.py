@@ -7,9 +7,11 @@ import torch
 from live_bytes import LiveBytes
 from torch import nn
 
-from prox24_lightning.convert import Target, convert_model, gpu_layout, packed, semi_structured
-from prox24_lightning.convert.kernel_table import KernelTable, Row
-from prox24_lightning.convert.kernels import Kernel
+from prox24_lightning.convert import Target, convert_model, semi_structured
+from prox24_lightning.convert.kernels import gpu_layout
+from prox24_lightning.convert.kernels.kernel import Kernel
+from prox24_lightning.convert.kernels.table import KernelTable, Row
+from prox24_lightning.convert.packed import weight as packed
 from prox24_lightning.mask import mask_24
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")

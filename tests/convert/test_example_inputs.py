@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.convert.example_inputs import InputCatcher
+from prox24_lightning.convert.measure.example_inputs import InputCatcher
 
 
 class Net(nn.Module):

@@ -9,12 +9,13 @@ import pytest
 import torch
 import transformers as hf
 
-from prox24_lightning.convert import Settings, generation
-from prox24_lightning.convert.generation import DecodeStep, linear_work, prefill_call, time_language_model
-from prox24_lightning.convert.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
-from prox24_lightning.convert.language_tables import language_figure, language_sections
-from prox24_lightning.convert.limits import Limits, measure_limits
-from prox24_lightning.convert.timing import Timing, capture
+from prox24_lightning.convert import Settings
+from prox24_lightning.convert.measure import generation
+from prox24_lightning.convert.measure.generation import DecodeStep, linear_work, prefill_call, time_language_model
+from prox24_lightning.convert.measure.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
+from prox24_lightning.convert.measure.language_tables import language_figure, language_sections
+from prox24_lightning.convert.measure.limits import Limits, measure_limits
+from prox24_lightning.convert.measure.timing import Timing, capture
 from prox24_lightning.mask import mask_24
 
 SIZES = {

@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prox24_lightning.convert.gpu_layout import buffer_bytes, from_buffer, padded_shape, random_buffer, to_buffer
-from prox24_lightning.convert.packed import pack_24, unpack_24
+from prox24_lightning.convert.kernels.gpu_layout import (
+    buffer_bytes,
+    from_buffer,
+    padded_shape,
+    random_buffer,
+    to_buffer,
+)
+from prox24_lightning.convert.packed.weight import pack_24, unpack_24
 from prox24_lightning.mask import is_24, mask_24
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from prox24_lightning.convert import algorithm_search, cusparselt, few_tokens, kernel_cache
-from prox24_lightning.convert.algorithm_search import Job
-from prox24_lightning.convert.few_tokens import TILINGS, Tiling
-from prox24_lightning.convert.kernel_cache import Place
-from prox24_lightning.convert.kernel_report import in_words, print_kernels
-from prox24_lightning.convert.kernel_table import (
+from prox24_lightning.convert.kernels import algorithm_search, cusparselt, few_tokens
+from prox24_lightning.convert.kernels import cache as kernel_cache
+from prox24_lightning.convert.kernels.algorithm_search import Job
+from prox24_lightning.convert.kernels.cache import Place
+from prox24_lightning.convert.kernels.few_tokens import TILINGS, Tiling
+from prox24_lightning.convert.kernels.kernel import Kernel, kernel_for, parse_table
+from prox24_lightning.convert.kernels.report import in_words, print_kernels
+from prox24_lightning.convert.kernels.table import (
     BUCKETS,
     DENSE,
     KernelTable,
@@ -26,7 +28,6 @@ from prox24_lightning.convert.kernel_table import (
     completed,
     unmeasured,
 )
-from prox24_lightning.convert.kernels import Kernel, kernel_for, parse_table
 
 SHAPE = (4096, 1024)
 PLACE = Place("some GPU", "580.1", "2.11", "800", "abc")

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.convert import convert_linear, convert_model, cusparselt, few_tokens
-from prox24_lightning.convert.gpu_layout import from_buffer, padded_shape, random_buffer, to_buffer
-from prox24_lightning.convert.kernel_search import kernel_tables, stored_table
-from prox24_lightning.convert.kernels import Kernel
-from prox24_lightning.convert.packed import pack_24, unpack_24
-from prox24_lightning.convert.timing import capture
+from prox24_lightning.convert import convert_linear, convert_model
+from prox24_lightning.convert.kernels import cusparselt, few_tokens
+from prox24_lightning.convert.kernels.gpu_layout import from_buffer, padded_shape, random_buffer, to_buffer
+from prox24_lightning.convert.kernels.kernel import Kernel
+from prox24_lightning.convert.kernels.search import kernel_tables, stored_table
+from prox24_lightning.convert.measure.timing import capture
+from prox24_lightning.convert.packed.weight import pack_24, unpack_24
 from prox24_lightning.mask import mask_24
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prox24_lightning.convert.packed import (
+from prox24_lightning.convert.packed.weight import (
     PACKED_DTYPES,
     check_packed,
     pack_24,

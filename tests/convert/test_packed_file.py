@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prox24_lightning.convert.packed import pack_24
-from prox24_lightning.convert.packed_layout import header_digest
-from prox24_lightning.convert.packed_reader import PackedFile
-from prox24_lightning.convert.packed_writer import write_packed
+from prox24_lightning.convert.packed.layout import header_digest
+from prox24_lightning.convert.packed.reader import PackedFile
+from prox24_lightning.convert.packed.weight import pack_24
+from prox24_lightning.convert.packed.writer import write_packed
 from prox24_lightning.mask import mask_24
 from prox24_lightning.tensor_files import DTYPE_NAMES, TensorWriter
 

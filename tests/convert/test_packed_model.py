@@ -8,12 +8,13 @@ import transformers as hf
 from live_bytes import LiveBytes
 from torch import nn
 
-from prox24_lightning.convert import SemiStructuredLinear, Target, packed_model
-from prox24_lightning.convert.kernel_table import KernelTable, Row
-from prox24_lightning.convert.kernels import Kernel
-from prox24_lightning.convert.packed_model import EmptyOnMeta, find_packable, load_packed
-from prox24_lightning.convert.packed_reader import PackedFile
-from prox24_lightning.convert.packed_writer import write_packed
+from prox24_lightning.convert import SemiStructuredLinear, Target
+from prox24_lightning.convert.kernels.kernel import Kernel
+from prox24_lightning.convert.kernels.table import KernelTable, Row
+from prox24_lightning.convert.packed import model as packed_model
+from prox24_lightning.convert.packed.model import EmptyOnMeta, find_packable, load_packed
+from prox24_lightning.convert.packed.reader import PackedFile
+from prox24_lightning.convert.packed.writer import write_packed
 from prox24_lightning.groups import fit_groups
 from prox24_lightning.mask import is_24, mask_24
 

@@ -20,9 +20,9 @@ from prox24_lightning.convert import (
     expand_model,
     semi_structured,
 )
-from prox24_lightning.convert.gpu_layout import buffer_bytes, to_buffer
-from prox24_lightning.convert.kernel_table import Times, choose
-from prox24_lightning.convert.packed import pack_24
+from prox24_lightning.convert.kernels.gpu_layout import buffer_bytes, to_buffer
+from prox24_lightning.convert.kernels.table import Times, choose
+from prox24_lightning.convert.packed.weight import pack_24
 from prox24_lightning.copying import bare_copy
 from prox24_lightning.mask import mask_24
 

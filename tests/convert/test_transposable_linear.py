@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prox24_lightning.convert.gpu_layout import from_buffer, to_buffer
-from prox24_lightning.convert.packed import pack_24, unpack_24
-from prox24_lightning.convert.transposable_linear import (
+from prox24_lightning.convert.kernels.gpu_layout import from_buffer, to_buffer
+from prox24_lightning.convert.kernels.transposable_linear import (
     PackedPair,
     Products,
     TransposableForward,
@@ -17,6 +16,7 @@ from prox24_lightning.convert.transposable_linear import (
     gather_values,
     why_not,
 )
+from prox24_lightning.convert.packed.weight import pack_24, unpack_24
 from prox24_lightning.mask import mask_24
 
 

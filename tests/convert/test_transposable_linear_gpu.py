@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.convert.gpu_layout import to_buffer
-from prox24_lightning.convert.packed import pack_24
-from prox24_lightning.convert.timing import relative_error
-from prox24_lightning.convert.transposable_linear import TransposableForward, gather_values
+from prox24_lightning.convert.kernels.gpu_layout import to_buffer
+from prox24_lightning.convert.kernels.transposable_linear import TransposableForward, gather_values
+from prox24_lightning.convert.measure.timing import relative_error
+from prox24_lightning.convert.packed.weight import pack_24
 from prox24_lightning.mask import mask_24
 
 pytestmark = pytest.mark.gpu

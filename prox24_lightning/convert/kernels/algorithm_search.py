@@ -1,0 +1,160 @@
+"""Which of cuSPARSELt's algorithms is fastest, found in a process of its own: an algorithm can end the process's CUDA.
+
+(cuSPARSELt 0.8.0 has answered a search for a float16 layer of 512 x 1024 with an illegal instruction on an H200.)
+The child is this module started by ``python -m``; it reads jobs from its input, a JSON list, and writes a JSON line
+before and after each algorithm, so that a death tells the algorithm to leave out.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from prox24_lightning.convert.kernels import cusparselt
+from prox24_lightning.convert.kernels.gpu_layout import random_buffer
+from prox24_lightning.convert.measure.timing import capture, describe, measure
+
+SECONDS = 120.0
+"""After which a child that has not ended counts as dead."""
+
+_KEEP = 2  # the fastest so many are handed back: the caller measures them again beside the other kernels
+_CHILDREN = 8
+_ROUNDS = 5
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """``shape`` is the padded one; ``copies`` weights in turn, so that none stays in the cache; ``skip`` algorithms."""
+
+    dtype: str
+    shape: tuple[int, int]
+    tokens: int
+    copies: int
+    device: int
+    skip: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The fastest algorithms, best first; ``problem``: what went wrong with the others, or with all."""
+
+    algorithms: tuple[int, ...]
+    problem: str = ""
+
+
+@dataclass
+class _State:
+    job: Job
+    times: dict[int, float]
+    problems: list[str]
+    done: bool = False
+
+    def answer(self) -> Answer:
+        best = sorted(self.times, key=lambda algorithm: self.times[algorithm])[:_KEEP]
+        return Answer(tuple(best), "; ".join(self.problems))
+
+
+def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds: float = SECONDS) -> list[Answer]:
+    """Answer every job. A child that dies costs the algorithm at hand, for every job of that shape and dtype.
+
+    Args:
+        jobs: may be empty.
+        command: starts the child; for tests.
+        seconds: for one child.
+    """
+    states = [_State(job, {}, []) for job in jobs]
+    for _ in range(_CHILDREN):
+        left = [state for state in states if not state.done]
+        if not left:
+            break
+        given = [replace(state.job, skip=(*state.job.skip, *state.times)) for state in left]
+        lines, end = _child(given, command or (sys.executable, "-m", __name__), seconds)
+        at_hand = None
+        for line in lines:
+            said = json.loads(line)
+            state = left[said["job"]]
+            if "done" in said:
+                state.done = True
+                state.problems += [said["problem"]] if said["problem"] else []
+            elif "us" in said:
+                state.times[said["algorithm"]] = said["us"]
+                at_hand = None
+            else:
+                at_hand = state, said["algorithm"]
+        if at_hand is None:
+            for state in (state for state in left if not state.done):
+                state.done = True
+                state.problems.append(f"the search for cuSPARSELt's algorithms {end}")
+            break
+        state, algorithm = at_hand
+        for other in states:
+            if (other.job.shape, other.job.dtype) == (state.job.shape, state.job.dtype):
+                other.job = replace(other.job, skip=(*other.job.skip, algorithm))
+                other.problems.append(f"cuSPARSELt's algorithm {algorithm} {end}")
+    return [state.answer() for state in states]
+
+
+def _child(jobs: Sequence[Job], command: Sequence[str], seconds: float) -> tuple[list[str], str]:
+    """The lines that the child has written, and its end in words."""
+    given = json.dumps([asdict(job) for job in jobs])
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds, check=False)
+        output, end = done.stdout, f"ended a process with status {done.returncode}"
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        if said:
+            end = f"{end} ({said[-1].strip()})"
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        end = f"took more than {seconds:.0f} seconds"
+    return [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")], end
+
+
+def _measure(job: Job) -> Iterator[dict[str, float]]:
+    """What is to be told about a job: before an algorithm, and its time after it."""
+    dtype = _DTYPES[job.dtype]
+    torch.cuda.set_device(job.device)
+    device = torch.device("cuda", job.device)
+    library = cusparselt.load()
+    rows, columns = job.shape
+    tokens = -(-job.tokens // cusparselt.TOKEN_MULTIPLE) * cusparselt.TOKEN_MULTIPLE
+    weights = [random_buffer(job.shape, dtype, device, seed) for seed in range(job.copies)]
+    inputs = torch.randn(tokens, columns, device=device, dtype=dtype)
+    out = torch.empty(tokens, rows, device=device, dtype=dtype)
+    for algorithm in range(cusparselt.Plan(library, job.device, dtype, job.shape, tokens).algorithms):
+        if algorithm in job.skip:
+            continue
+        try:
+            plan = cusparselt.Plan(library, job.device, dtype, job.shape, tokens, 0, algorithm)
+        except cusparselt.CusparseltError:
+            continue  # not every algorithm takes every shape
+        space = torch.empty(max(1, plan.workspace_bytes), dtype=torch.uint8, device=device)
+
+        def run(plan: cusparselt.Plan = plan, space: torch.Tensor = space) -> None:
+            stream = torch.cuda.current_stream().cuda_stream
+            for weight in weights:
+                plan.run(weight.data_ptr(), inputs.data_ptr(), out.data_ptr(), space.data_ptr(), stream)
+
+        yield {"algorithm": algorithm}
+        graph = capture(run)
+        yield {"algorithm": algorithm, "us": measure({"": graph.replay}, rounds=_ROUNDS)[""].median_us}
+
+
+def main() -> None:
+    for index, entry in enumerate(json.load(sys.stdin)):
+        problem = ""
+        try:
+            for line in _measure(Job(**{**entry, "shape": tuple(entry["shape"]), "skip": tuple(entry["skip"])})):
+                print(json.dumps({"job": index, **line}), flush=True)
+        except (cusparselt.CusparseltError, torch.OutOfMemoryError) as error:
+            problem = describe(error)
+        print(json.dumps({"job": index, "done": True, "problem": problem}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A linear layer that holds a packed 2:4 weight and multiplies on sparse tensor cores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.convert.kernels import few_tokens
+from prox24_lightning.convert.kernels.gpu_layout import buffer_bytes, from_buffer
+from prox24_lightning.convert.kernels.linear_op import multiply, packed_linear
+from prox24_lightning.convert.packed.weight import PackedWeight, unpack_24
+
+
+class SemiStructuredLinear(nn.Module):
+    """A linear layer whose 2:4 weight is stored as half its values plus two bits an entry kept. Forward only.
+
+    :func:`~prox24_lightning.convert.semi_structured.convert_linear` makes them. ``packed`` is an int16 buffer
+    (:mod:`~prox24_lightning.convert.kernels.gpu_layout`), so it stays what it is under ``.to(dtype)``, ``state_dict()``
+    and ``deepcopy``. A kept dense weight is not part of the ``state_dict``.
+
+    Args:
+        packed: the buffer of the weight.
+        shape: (out_features, in_features).
+        dtype: float16 or bfloat16.
+        bias: (out_features,) in any floating dtype, or None.
+        kernels: which kernel runs at which number of tokens
+            (:attr:`~prox24_lightning.convert.kernels.table.KernelTable.text`).
+        dense: the same weight (out_features, in_features), kept for the numbers of tokens at which cuBLAS wins.
+    """
+
+    packed: Tensor
+    dense: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        kernels: str,
+        dense: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
+        self.kernels = kernels
+        self.register_buffer("packed", packed)
+        self.register_buffer("dense", None if dense is None else dense.detach().view(torch.int16), persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The weight in the portable packed form, in tensors of its own."""
+        return from_buffer(self.packed, (self.out_features, self.in_features), self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense (out_features, in_features) weight, exactly; made anew at every access unless it is kept."""
+        if self.dense is not None:
+            return self.dense.view(self.dtype)
+        if self.packed.is_cuda:
+            return few_tokens.expand(self.packed, (self.out_features, self.in_features), self.dtype).contiguous()
+        return unpack_24(self.packed_weight)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the packed weight, and of the dense one if it is kept; bias not counted."""
+        kept = 0 if self.dense is None else self.dense.nbytes
+        return buffer_bytes((self.out_features, self.in_features)) + kept
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``.
+
+        Raises:
+            RuntimeError: on the CPU, for a dtype other than the weight's (outside autocast), for another number of
+                features, and when a gradient would be needed.
+        """
+        if input.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a converted 2:4 layer has no backward: run it under torch.no_grad() or torch.inference_mode(), or "
+                "train the dense model (prox24_lightning.convert.expand_model brings it back)"
+            )
+        if not (input.is_cuda and self.packed.is_cuda):
+            raise RuntimeError(
+                f"a converted 2:4 layer runs on CUDA only; input is on {input.device}, weight on {self.packed.device}"
+            )
+        if input.dtype != self.dtype:
+            if not torch.is_autocast_enabled(input.device.type):
+                raise RuntimeError(f"input is {input.dtype}, the packed weight {self.dtype}: cast the input")
+            input = input.to(self.dtype)
+        if input.shape[-1] != self.in_features:
+            raise RuntimeError(f"input of shape {tuple(input.shape)} does not end in in_features={self.in_features}")
+        call = multiply if type(input) is Tensor and not torch.compiler.is_compiling() else packed_linear
+        sizes = self.out_features, self.in_features
+        return call(input, self.packed, self.dense, self.bias, self.dtype, *sizes, self.kernels)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"dtype={self.dtype}, kernels={self.kernels!r}"
+        )

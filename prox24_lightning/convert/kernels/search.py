@@ -1,0 +1,190 @@
+"""Measure the kernels that could run a layer, on the user's GPU, and keep the times on disk.
+
+Times depend on the shape and not on the values, so random 2:4 weights stand in for the layer's; several of them in
+turn, together larger than the cache, as in a model other layers have run in between. Kernels are replayed from a CUDA
+graph: the time of the host is about the same for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prox24_lightning.convert.kernels import algorithm_search, cusparselt, few_tokens
+from prox24_lightning.convert.kernels import cache as kernel_cache
+from prox24_lightning.convert.kernels.gpu_layout import buffer_bytes, padded_shape, random_buffer
+from prox24_lightning.convert.kernels.kernel import Kernel, Run, prepare
+from prox24_lightning.convert.kernels.nvrtc import NvrtcError
+from prox24_lightning.convert.kernels.table import BUCKETS, KernelTable, Times, choose, completed, unmeasured
+from prox24_lightning.convert.measure.timing import capture, describe, measure, release_memory
+
+_FEWEST_FOR_CUSPARSELT = 64  # below, it has never come near the package's own kernel
+_SHORT = 512  # up to so many tokens a call is short, and is repeated within a measurement
+_CALLS = 8
+_ROUNDS = 10
+
+Shape = tuple[int, int]
+
+
+def kernel_tables(
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    *,
+    token_counts: Sequence[int] = BUCKETS,
+    keep_dense: bool = False,
+    device: torch.device | None = None,
+    cache: Path | None = None,
+) -> dict[Shape, KernelTable]:
+    """The fastest kernels of each shape on a GPU: from the cache where they are there, measured and added where not.
+
+    Args:
+        shapes: (out_features, in_features) of each.
+        dtype: float16 or bfloat16.
+        token_counts: those that matter; a call goes by the next one above its own number of tokens.
+        keep_dense: whether cuBLAS on a kept dense weight is among the kernels.
+        device: None takes the current GPU.
+        cache: the file; None takes :func:`~prox24_lightning.convert.kernels.cache.default_path`.
+
+    Raises:
+        ValueError: if nothing packed runs at one of the token counts.
+    """
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
+    counts = sorted(set(token_counts))
+    path = cache or kernel_cache.default_path()
+    place = kernel_cache.Place.here(index)
+    known = {shape: kernel_cache.find(path, place, dtype, shape, counts) for shape in dict.fromkeys(shapes)}
+    missing = [(shape, tokens) for shape, found in known.items() for tokens in counts if tokens not in found]
+    if missing:
+        with torch.cuda.device(index), torch.no_grad():
+            measured = measure_kernels(missing, dtype, index)
+        for (shape, tokens), times in measured.items():
+            known[shape][tokens] = times
+        kernel_cache.add(path, {kernel_cache.key(place, dtype, *at): times for at, times in measured.items()})
+    return {shape: choose(shape, list(found.values()), keep_dense=keep_dense) for shape, found in known.items()}
+
+
+def stored_table(
+    shape: Shape, dtype: torch.dtype, *, keep_dense: bool = False, device: int, cache: Path | None = None
+) -> KernelTable:
+    """What the cache holds of a shape, completed by rule: nothing is measured."""
+    place = kernel_cache.Place.here(device)
+    known = kernel_cache.find(cache or kernel_cache.default_path(), place, dtype, shape, BUCKETS)
+    by_rule = unmeasured(shape, torch.cuda.get_device_capability(device), cusparselt.way(device)[0])
+    measured = choose(shape, list(known.values()), keep_dense=keep_dense).rows
+    return KernelTable(shape, completed(measured, by_rule.rows))
+
+
+def measure_kernels(
+    points: Sequence[tuple[Shape, int]], dtype: torch.dtype, device: int
+) -> dict[tuple[Shape, int], Times]:
+    """Time cuBLAS and every packed kernel at each (shape, number of tokens)."""
+    capability = torch.cuda.get_device_capability(device)
+    own = {at: few_tokens.tilings(at[1], capability) for at in points}
+    _compile({tiling for found in own.values() for tiling in found}, dtype, capability)
+    large = _large(points, dtype, device, own)
+    results = {}
+    for shape in dict.fromkeys(shape for shape, _ in points):
+        on = torch.device("cuda", device)
+        buffers = [random_buffer(shape, dtype, on, seed) for seed in range(_copies(shape, device))]
+        weights = [few_tokens.expand(buffer, shape, dtype).contiguous() for buffer in buffers]
+        for at in (at for at in points if at[0] == shape):
+            kernels, notes = large[at]
+            kernels = [*(Kernel.few(tiling) for tiling in own[at]), *kernels]
+            copies = _copies(shape, device, at[1])
+            results[at] = _time(shape, dtype, at[1], kernels, notes, weights[:copies], buffers[:copies])
+        del buffers, weights
+        release_memory()
+    return results
+
+
+def _copies(shape: Shape, device: int, tokens: int = 1) -> int:
+    """So many weights that the first is out of the cache when the last has been read; with many tokens it is anyway."""
+    if tokens > _SHORT:
+        return 2
+    return min(64, 2 + 2 * torch.cuda.get_device_properties(device).L2_cache_size // buffer_bytes(shape))
+
+
+def _large(
+    points: Sequence[tuple[Shape, int]],
+    dtype: torch.dtype,
+    device: int,
+    own: Mapping[tuple[Shape, int], tuple[few_tokens.Tiling, ...]],
+) -> dict[tuple[Shape, int], tuple[list[Kernel], list[str]]]:
+    """Kernels for many tokens that are worth measuring at each point, and why others are not there."""
+    found: dict[tuple[Shape, int], tuple[list[Kernel], list[str]]] = {at: ([], []) for at in points}
+    wanted = [at for at in points if at[1] >= _FEWEST_FOR_CUSPARSELT or not own[at]]
+    way, why = cusparselt.way(device)
+    answers: list[algorithm_search.Answer] = []
+    if way == "cusparselt":
+        name = str(dtype).removeprefix("torch.")
+        answers = algorithm_search.search(
+            [
+                algorithm_search.Job(name, padded_shape(s), tokens, _copies(s, device, tokens), device)
+                for s, tokens in wanted
+            ]
+        )
+    for index, at in enumerate(wanted):
+        kernels, notes = found[at]
+        if way != "cusparselt":
+            notes.append(f"no plans of cuSPARSELt: {why}")
+            kernels += [Kernel("torch")] if way == "torch" else []
+        else:
+            notes += [answers[index].problem] if answers[index].problem else []
+            kernels += [Kernel("cusparselt", (algorithm,)) for algorithm in answers[index].algorithms]
+        if not own[at]:
+            kernels.append(Kernel("expand"))
+    return found
+
+
+def _time(
+    shape: Shape,
+    dtype: torch.dtype,
+    tokens: int,
+    kernels: Sequence[Kernel],
+    notes: Sequence[str],
+    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+) -> Times:
+    device = buffers[0].device
+    inputs = torch.randn(tokens, shape[1], device=device, dtype=dtype)
+    padded = F.pad(inputs, (0, padded_shape(shape)[1] - shape[1]))
+    turns = -(-_CALLS // len(buffers)) if tokens <= _SHORT else 1
+
+    def dense() -> None:
+        for _ in range(turns):
+            for weight in weights:
+                F.linear(inputs, weight)
+
+    def packed(run: Run) -> Callable[[], None]:
+        def call() -> None:
+            for _ in range(turns):
+                for buffer in buffers:
+                    run(padded, buffer, None, None)
+
+        return call
+
+    calls = {"dense": dense}
+    problems = list(notes)
+    for kernel in kernels:
+        try:
+            run = prepare(kernel, dtype, shape, tokens, device.index)
+            run(padded, buffers[0], None, None)
+            calls[str(kernel)] = packed(run)
+        except (cusparselt.CusparseltError, NvrtcError, torch.OutOfMemoryError) as error:
+            problems.append(f"{kernel}: {describe(error)}")
+    graphs = {name: capture(call).replay for name, call in calls.items()}
+    timings = measure(graphs, calls=turns * len(buffers), rounds=_ROUNDS)
+    found = {name: timing.median_us for name, timing in timings.items()}
+    return Times(tokens, found.pop("dense"), found, tuple(problems))
+
+
+def _compile(tilings: set[few_tokens.Tiling], dtype: torch.dtype, capability: tuple[int, int]) -> None:
+    """All at once: NVRTC runs outside Python's lock."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(lambda tiling: few_tokens.program(tiling, dtype, capability), tilings))
