@@ -79,7 +79,14 @@ def test_targets_and_skip(prox24, sparse_folder, tmp_path):
 def test_bare_weights_there_and_back(prox24, tmp_path):
     weight = torch.randn(8, 16)
     weight.view(8, 4, 4)[..., 1:3] = 0
-    state = {"up.weight": weight, "norm.weight": torch.ones(8, 1)}
+    state = {
+        "up.weight": weight,
+        "up.bias": torch.ones(8),
+        "up.adapter.weight": torch.randn(4, 8),
+        "norm.weight": torch.ones(16),
+        "norm.count": torch.tensor(3),
+        "places": torch.randn(5, 8),
+    }
     save_file(state, tmp_path / "bare.safetensors")
     assert prox24("convert", tmp_path / "bare.safetensors", tmp_path / "packed")[0] == 0
     assert [p.name for p in sorted((tmp_path / "packed").iterdir())] == ["README.md", "packed.safetensors"]
