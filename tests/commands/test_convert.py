@@ -95,6 +95,17 @@ def test_bare_weights_there_and_back(prox24, tmp_path):
     assert same_state(load_file(tmp_path / "dense" / "model.safetensors"), state)
 
 
+def test_bare_weights_that_are_tied_are_one_tensor(prox24, tmp_path):
+    weight = torch.ones(8, 16)
+    weight.view(8, 4, 4)[..., 1:3] = 0
+    torch.save({"one.weight": weight, "other.weight": weight.detach()}, tmp_path / "bare.pt")
+    assert prox24("convert", tmp_path / "bare.pt", tmp_path / "packed")[0] == 0
+    file = PackedFile(tmp_path / "packed" / "packed.safetensors")
+    assert file.names == ("one.weight", "other.weight")
+    assert list(file.packed) == ["one.weight"]
+    assert torch.equal(file.read("other.weight"), weight)
+
+
 @pytest.mark.parametrize(("name", "content"), [("a.pt", b""), ("a.ckpt", b"hello"), ("a.safetensors", b"hello")])
 def test_a_file_that_is_no_model_is_refused_in_one_line(prox24, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

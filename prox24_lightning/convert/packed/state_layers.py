@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,18 +16,22 @@ def layers_of(state: Mapping[str, Tensor]) -> nn.Module:
     A matrix is taken for a linear layer, more dimensions for a convolution (of one group, for what the shape tells);
     an embedding cannot be told from a linear layer, except by a name that holds ``emb``. The tree can be judged and its
     layers timed one by one, but it cannot be called. Every other tensor is a buffer in it: its state dict is the whole
-    state. Tensors are shared with ``state``.
+    state. Tensors are shared with ``state``, and layers share one weight where the state does.
 
     Raises:
         ValueError: if there is no such weight, or a name cannot stand in a module.
     """
     root = nn.Module()
     placed: set[str] = set()
+    weights: dict[Hashable, nn.Parameter] = {}
     for name, weight in state.items():
         stem, _, last = name.rpartition(".")
         if last != "weight" or not stem or not weight.is_floating_point() or not 2 <= weight.dim() <= 5:
             continue
-        layer = _layer(stem, weight, state.get(f"{stem}.bias"))
+        place = weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+        layer = _layer(
+            stem, weights.setdefault(place, nn.Parameter(weight, requires_grad=False)), state.get(f"{stem}.bias")
+        )
         placed |= {f"{stem}.{own}" for own, _ in layer.named_parameters()}
         *path, leaf = stem.split(".")
         parent = _reach(root, path)
@@ -54,7 +58,7 @@ def _reach(root: nn.Module, path: Sequence[str]) -> nn.Module:
     return root
 
 
-def _layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _layer(name: str, weight: nn.Parameter, bias: Tensor | None) -> nn.Module:
     layer: nn.Module
     if weight.dim() > 2:
         kind = _CONVOLUTIONS[weight.dim()]
@@ -63,7 +67,7 @@ def _layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         layer = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
     else:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = weight
     if bias is not None and not isinstance(layer, nn.Embedding):
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
