@@ -49,7 +49,7 @@ _MANY = 1024  # from so many on two weights in turn are enough: the inputs and r
 
 def grid(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    tokens = tuple(arguments.tokens)
+    tokens = tuple(sorted(set(arguments.tokens)))  # as the rows of a table lie
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
         packed, kept = (

@@ -131,6 +131,7 @@ class Prox24(Sparsifier, Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.end_sparse_training()  # what other callbacks convert or export in on_fit_end are plain layers
         self.check_end()
         if self.verbose and (pauses := self.pauses()):
             rank_zero_info(pauses)

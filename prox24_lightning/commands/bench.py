@@ -143,7 +143,7 @@ def _with_language(
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         found = time_language_model(model, names, workloads, settings, device, score=score, text=about)
-    except (torch.cuda.OutOfMemoryError, ValueError) as error:  # the layers' table is worth keeping
+    except (RuntimeError, ValueError, IndexError) as error:  # the layers' table is worth keeping
         return report.with_note(f"Language model not timed: {describe(error)}")
     return replace(report, language=found)
 

@@ -107,9 +107,9 @@ def _card(file: PackedFile, packable: Packable, model: nn.Module, source: str) -
         f"{file.stored_bytes:,} bytes instead of {file.dense_bytes:,} ({file.stored_bytes / file.dense_bytes:.4f}).",
         "",
         "`prox24_lightning.commands.packed_folder.load_folder` loads a transformers model from it, exactly dense or, "
-        "on a GPU, with sparse layers (`sparse=True`); `prox24_lightning.convert.load_packed` fills any other model. "
-        "`prox24 convert THIS_FOLDER OUT --form dense` writes an ordinary model, which `from_pretrained` reads; this "
-        "one it does not.",
+        "on a GPU, with sparse layers (`sparse=True`); `prox24_lightning.convert.packed.model.load_packed` fills any "
+        "other. `prox24 convert THIS_FOLDER OUT --form dense` writes an ordinary model, which `from_pretrained` "
+        "reads; this one it does not.",
         "",
         "| stored dense | why |",
         "| --- | --- |",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.commands.packed_folder import PACKED_ENDING
 from prox24_lightning.commands.pretrained import Dtype, Head, Pretrained
+from prox24_lightning.convert.measure.timing import describe
 from prox24_lightning.convert.packed.layout import FORMAT
 from prox24_lightning.convert.packed.reader import PackedFile
 from prox24_lightning.convert.packed.state_layers import layers_of
@@ -98,13 +99,15 @@ def _state_of(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix == PACKED_ENDING:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
 
-        with safe_open(str(path), framework="pt") as file:
-            if (file.metadata() or {}).get("format") == FORMAT:
-                return PackedFile(path).state_dict()
-        return load_file(path)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                packed = (file.metadata() or {}).get("format") == FORMAT
+            return PackedFile(path).state_dict() if packed else load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
@@ -112,6 +115,8 @@ def _state_of(path: Path) -> Mapping[str, Tensor]:
             f"{path} holds more than plain data, and loading that could run code: save its state_dict() alone. "
             f"torch says: {str(error).splitlines()[0]}"
         ) from error
+    except (EOFError, KeyError, RuntimeError) as error:  # what torch says of files that it did not write, or cut short
+        raise ValueError(f"{path} is damaged or no checkpoint: {describe(error)}") from error
     state = found.get("state_dict", found) if isinstance(found, Mapping) else None
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict")

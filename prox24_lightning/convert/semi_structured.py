@@ -60,7 +60,7 @@ def convert_linear(
     Args:
         linear: the layer.
         name: for errors.
-        kernels: from :func:`~prox24_lightning.convert.kernel_search.kernel_table`. None: what has been measured of
+        kernels: from :func:`~prox24_lightning.convert.kernels.search.kernel_tables`. None: what has been measured of
             this shape on this machine before, the rest by rule.
         keep_dense: hold the dense weight too, for the numbers of tokens at which ``kernels`` names cuBLAS.
 
@@ -105,8 +105,11 @@ def convert_model(
         keep_dense: hold the dense weights as well, and let cuBLAS take the numbers of tokens at which it is faster.
 
     Raises:
-        ValueError: if a named layer does not exist or cannot run sparse; nothing is converted then.
+        ValueError: if a named layer does not exist or cannot run sparse, or token_counts are not whole numbers from 1
+            up; nothing is converted then.
     """
+    if token_counts is not None and (not token_counts or min(token_counts) < 1):
+        raise ValueError(f"token_counts={token_counts!r} must be one or more whole numbers from 1 up, or None")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     target = target_of(device)
     verdicts = {verdict.name: verdict for verdict in check_model(model, dtype=None, target=target)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -89,7 +90,10 @@ def read_masks(path: str | Path) -> MaskFile:
             that cannot be true.
     """
     file, metadata = open_tensors(path, what="masks file", format=FORMAT, version=VERSION)
-    packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    try:
+        packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or forged: {error}") from error
     said = {key: metadata.get(key, "") for key in ("version", "masks", "info")}
     if _digest(said, packed) != metadata.get("sha256"):
         raise ValueError(f"{path} is damaged: its checksum does not fit its content; fetch or write it again")

@@ -216,6 +216,8 @@ class Progressive(Strategy):
         masks = {
             names[w.parameter]: frozen[w.name][0] for w in unit.weights if w.name in frozen and w.parameter in names
         }
+        # A matrix that was not solved here keeps its zeros: another Prox24 may have frozen it.
+        masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
         forwards = [lambda run=run: hidden_of(run(), unit.name) for run in runs]
         before, after = reconstruct_block(parameters, masks, forwards, targets, steps=self.reconstruction_steps)
         log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)

@@ -214,9 +214,13 @@ class Sparsifier:
         if self.sparse_training:
             self._sparse.attach(self.weights, engine.masks)
 
+    def end_sparse_training(self) -> None:
+        """Give the layers that train on sparse tensor cores their own forward back."""
+        self._sparse.remove()
+
     def unbind(self) -> None:
         """Remove every hook; masks and counters stay."""
-        self._sparse.remove()
+        self.end_sparse_training()
         if self._engine is not None:
             self._engine.unbind()
 

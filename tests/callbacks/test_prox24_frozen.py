@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from tiny_runs import TinyModule, quiet_trainer, tiny_loader
+from torch import nn
 
 from prox24_lightning import Prox24
-from prox24_lightning.mask import is_24
+from prox24_lightning.mask import is_24, violations_24
 
 TARGETS = ["model.0", "model.2"]
 
@@ -142,3 +143,41 @@ def test_a_write_into_frozen_weights_is_reported():
 
     with pytest.warns(UserWarning, match=r"model.2.weight is frozen, yet .*: 64 of 64 groups"):
         quiet_trainer(max_steps=4, callbacks=[Vandal(), callback]).fit(TinyModule(), tiny_loader())
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class TwoBlocks(TinyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Sequential(Block(), Block()), nn.Linear(8, 4))
+
+
+class Broken(Callback):
+    """Where a weight that was 2:4 at the end of a batch no longer is."""
+
+    def __init__(self) -> None:
+        self.frozen: set[str] = set()
+        self.found: list[tuple[int, str]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        now = {n for n, p in pl_module.named_parameters() if "up.weight" in n and not violations_24(p.detach())}
+        self.found += [(trainer.global_step, name) for name in self.frozen - now]
+        self.frozen |= now
+
+
+def test_the_reconstruction_of_a_block_leaves_what_another_prox24_froze():
+    torch.manual_seed(0)
+    first = Prox24(1, 3, targets=["*up*"], name="first", verbose=False)
+    second = Prox24(4, 8, targets=["*down*"], name="second", verbose=False)
+    look = Broken()
+    quiet_trainer(max_steps=10, callbacks=[first, second, look]).fit(TwoBlocks(), tiny_loader(batches=10))
+    assert len(look.frozen) == 2
+    assert look.found == []

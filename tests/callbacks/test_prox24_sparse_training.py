@@ -20,6 +20,7 @@ class Look(Callback):
     def __init__(self) -> None:
         self.layers: list[set[str]] = []
         self.copy_is_its_own = False
+        self.left_at_the_end: list[str] = []
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         found = {name: vars(module).get("forward") for name, module in pl_module.named_modules()}
@@ -30,6 +31,9 @@ class Look(Callback):
             self.copy_is_its_own = all(
                 vars(layer)["forward"].linear is layer for layer in twin if "forward" in vars(layer)
             )
+
+    def on_fit_end(self, trainer, pl_module):
+        self.left_at_the_end = [name for name, module in pl_module.named_modules() if "forward" in vars(module)]
 
 
 def run(**arguments):
@@ -47,6 +51,7 @@ def test_layers_are_set_up_once_frozen_and_given_back_at_the_end(strategy):
     assert look.layers[0] == set()
     assert look.layers[-1] == {"model.2"}
     assert look.copy_is_its_own
+    assert look.left_at_the_end == [], "what is converted or exported in on_fit_end is a plain layer"
     assert all("forward" not in vars(layer) for layer in module.modules())
     plain, _ = run(strategy=strategy)
     for one, other in zip(module.parameters(), plain.parameters(), strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -26,7 +28,10 @@ def test_there_and_back(prox24, sparse_folder, tmp_path):
     file = PackedFile(packed / "packed.safetensors")
     assert f"{file.dense_bytes:,} bytes dense, {file.stored_bytes:,} bytes packed" in flat
     assert {"config.json", "packed.safetensors", "README.md", "tokenizer.json"} <= {p.name for p in packed.iterdir()}
-    assert "14 weights as two values" in (packed / "README.md").read_text()
+    card = (packed / "README.md").read_text()
+    assert "14 weights as two values" in card
+    for module, name in re.findall(r"`(prox24_lightning[\w.]*)\.(\w+)`", card):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name} of the card is not there"
     code, *_ = prox24("convert", packed, dense, "--form", "dense")
     assert code == 0
     models = [hf.AutoModelForCausalLM.from_pretrained(folder) for folder in (sparse_folder, dense)]
@@ -74,13 +79,40 @@ def test_targets_and_skip(prox24, sparse_folder, tmp_path):
 def test_bare_weights_there_and_back(prox24, tmp_path):
     weight = torch.randn(8, 16)
     weight.view(8, 4, 4)[..., 1:3] = 0
-    state = {"up.weight": weight, "norm.weight": torch.ones(8, 1)}
+    state = {
+        "up.weight": weight,
+        "up.bias": torch.ones(8),
+        "up.adapter.weight": torch.randn(4, 8),
+        "norm.weight": torch.ones(16),
+        "norm.count": torch.tensor(3),
+        "places": torch.randn(5, 8),
+    }
     save_file(state, tmp_path / "bare.safetensors")
     assert prox24("convert", tmp_path / "bare.safetensors", tmp_path / "packed")[0] == 0
     assert [p.name for p in sorted((tmp_path / "packed").iterdir())] == ["README.md", "packed.safetensors"]
     again = prox24("convert", tmp_path / "packed" / "packed.safetensors", tmp_path / "dense", "--form", "dense")
     assert again[0] == 0
     assert same_state(load_file(tmp_path / "dense" / "model.safetensors"), state)
+
+
+def test_bare_weights_that_are_tied_are_one_tensor(prox24, tmp_path):
+    weight = torch.ones(8, 16)
+    weight.view(8, 4, 4)[..., 1:3] = 0
+    torch.save({"one.weight": weight, "other.weight": weight.detach()}, tmp_path / "bare.pt")
+    assert prox24("convert", tmp_path / "bare.pt", tmp_path / "packed")[0] == 0
+    file = PackedFile(tmp_path / "packed" / "packed.safetensors")
+    assert file.names == ("one.weight", "other.weight")
+    assert list(file.packed) == ["one.weight"]
+    assert torch.equal(file.read("other.weight"), weight)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.pt", b""), ("a.ckpt", b"hello"), ("a.safetensors", b"hello")])
+def test_a_file_that_is_no_model_is_refused_in_one_line(prox24, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    code, _, err = prox24("convert", tmp_path / name, tmp_path / "packed")
+    assert code == 2
+    assert err.startswith(f"prox24 convert: {tmp_path / name} is damaged or no ")
+    assert "Traceback" not in err
 
 
 def test_a_dense_model_is_refused_and_leaves_nothing(prox24, dense_folder, tmp_path):

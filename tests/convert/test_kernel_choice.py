@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from prox24_lightning.convert.kernels import algorithm_search, cusparselt, few_tokens
+from prox24_lightning.convert.kernels import algorithm_search, cusparselt, few_tokens, linear_op
 from prox24_lightning.convert.kernels import cache as kernel_cache
+from prox24_lightning.convert.kernels import search as kernel_search
 from prox24_lightning.convert.kernels.algorithm_search import Job
 from prox24_lightning.convert.kernels.cache import Place
 from prox24_lightning.convert.kernels.few_tokens import TILINGS, Tiling
@@ -48,6 +50,15 @@ def test_a_call_goes_by_the_next_count_above_its_own():
     assert parse_table(table)[0] == (8, 64, 1024)
     found = [str(kernel_for(table, tokens)) for tokens in (1, 8, 9, 64, 65, 1024, 5000)]
     assert found == [FEW, FEW, "cusparselt:3", "cusparselt:3", *["cusparselt"] * 3]
+
+
+def test_only_so_many_numbers_of_tokens_stay_prepared(monkeypatch):
+    monkeypatch.setattr(linear_op, "prepare", lambda *arguments: arguments)
+    for tokens in range(1, 5001):
+        linear_op._prepared("8=dense", torch.float16, 64, 64, tokens, 0)
+    kept = linear_op._prepared.cache_info().currsize
+    linear_op._prepared.cache_clear()
+    assert kept == linear_op._PREPARED < 5000
 
 
 def test_the_fastest_packed_kernel_is_chosen():
@@ -152,6 +163,30 @@ def test_times_of_another_machine_are_not_used(tmp_path, field):
     assert kernel_cache.find(path, replace(PLACE, **{field: "other"}), torch.float16, SHAPE, (8,)) == {}
     assert kernel_cache.find(path, PLACE, torch.bfloat16, SHAPE, (8,)) == {}
     assert kernel_cache.find(path, PLACE, torch.float16, SHAPE[::-1], (8,)) == {}
+
+
+def test_an_entry_without_kernels_is_measured_again(tmp_path):
+    path = tmp_path / "kernels.json"
+    kernel_cache.add(path, {kernel_cache.key(PLACE, torch.float16, SHAPE, 8): Times(8, 10.0, {}, ("out of memory",))})
+    assert kernel_cache.find(path, PLACE, torch.float16, SHAPE, (8,)) == {}
+
+
+def test_times_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(kernel_search.kernel_cache.Place, "here", lambda device: PLACE)
+    monkeypatch.setattr(kernel_search.torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(
+        kernel_search, "measure_kernels", lambda points, dtype, device: {at: times(at[1], 10, few=5) for at in points}
+    )
+    tables = kernel_search.kernel_tables(
+        [SHAPE],
+        torch.float16,
+        token_counts=(8,),
+        device=torch.device("cuda", 0),
+        cache=tmp_path / "file" / "cache.json",
+    )
+    assert tables[SHAPE].text == f"8={FEW}"
+    assert "not kept for the next run" in caplog.text
 
 
 OTHER_VERSION = json.dumps(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from prox24_lightning.convert.packed.weight import (
     PACKED_DTYPES,
+    PackedWeight,
     check_packed,
     pack_24,
     packed_bytes,
@@ -151,6 +152,12 @@ def test_tensors_that_do_not_belong_together_are_refused(packed):
         unpack_24(replace(packed, shape=(2, 6)), name="up")
     with pytest.raises(TypeError, match=r"up: values of torch\.float32 and indices of torch\.int64"):
         unpack_24(replace(packed, indices=packed.indices.long()), name="up")
+
+
+def test_rows_without_entries_cost_nothing():
+    shape = (2**50, 0)
+    nothing = PackedWeight(torch.empty(shape), torch.empty(shape, dtype=torch.uint8), shape)
+    assert unpack_24(nothing).shape == shape
 
 
 @pytest.mark.gpu

@@ -100,6 +100,12 @@ def test_kept_dense_weights_make_no_layer_slower(pretended_gpu):
     assert "no packed kernel is faster" in {verdict.name: verdict.why for verdict in done.dense}["2"]
 
 
+@pytest.mark.parametrize("counts", [(), (0, 8)])
+def test_bad_token_counts_are_refused(counts):
+    with pytest.raises(ValueError, match="must be one or more whole numbers from 1 up"):
+        convert_model(nn.Sequential(nn.Linear(64, 64)), token_counts=counts)
+
+
 def test_without_a_gpu_nothing_is_converted():
     model = mlp()
     if torch.cuda.is_available():

@@ -61,6 +61,26 @@ def test_the_packed_pair_follows_the_weight():
         pair.refresh(weight)
 
 
+def test_the_packed_pair_notices_another_tensor_of_the_same_version():
+    weight, mask = masked_weight()
+    pair = PackedPair(weight, mask, torch.bfloat16)
+    other = weight * 2
+    assert other._version == weight._version
+    pair.refresh(other)
+    assert torch.equal(unpack_24(from_buffer(pair.buffer, (64, 128), torch.bfloat16)), other.bfloat16())
+
+
+def test_a_second_derivative_is_refused():
+    weight, mask = masked_weight()
+    rows = torch.randn(8, 128, dtype=torch.bfloat16, requires_grad=True)
+    made = Products(stand_in((64, 128)), stand_in((128, 64)))
+    pair = PackedPair(weight, mask, torch.bfloat16)
+    out = _Product.apply(rows, weight, None, pair, made)
+    (gradient,) = torch.autograd.grad(out.square().sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_are_those_of_the_dense_layer(bias):
     weight, mask = masked_weight()

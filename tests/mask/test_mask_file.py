@@ -143,6 +143,15 @@ def read_or_refuse(content, path):
         return None
 
 
+def test_a_type_that_torch_lacks_is_refused(tmp_path):
+    tensor = {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}
+    header = json.dumps({"__metadata__": {"format": "prox24 masks", "version": "1"}, "w": tensor}).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(ValueError, match=r"m\.safetensors"):
+        read_masks(path)
+
+
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_flipped_bits_are_refused_or_change_nothing(whole_file, data):

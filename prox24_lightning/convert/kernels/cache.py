@@ -88,10 +88,10 @@ def add(path: Path, entries: dict[str, Times]) -> None:
 def find(
     path: Path, place: Place, dtype: torch.dtype, shape: tuple[int, int], token_counts: Sequence[int]
 ) -> dict[int, Times]:
-    """The entries there are for these numbers of tokens."""
+    """The entries there are for these numbers of tokens; one without a kernel (the memory was full) counts for none."""
     entries = read(path)
     wanted = {tokens: key(place, dtype, shape, tokens) for tokens in token_counts}
-    return {tokens: entries[name] for tokens, name in wanted.items() if name in entries}
+    return {tokens: entries[name] for tokens, name in wanted.items() if name in entries and entries[name].kernels}
 
 
 def _times(entry: dict[str, Any]) -> Times:

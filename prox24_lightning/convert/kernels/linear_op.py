@@ -5,7 +5,7 @@ In eager mode the layer calls :func:`multiply` itself: going through torch's dis
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from prox24_lightning.convert.kernels.gpu_layout import padded_shape
 from prox24_lightning.convert.kernels.kernel import Run, kernel_for, prepare
 
 _BYTES_16 = 16
+_PREPARED = 4096  # kept at most: one for each shape and number of tokens, with a plan of about 100 KB on the host
 
 _library = torch.library.Library("prox24", "FRAGMENT")
 _library.define(
@@ -62,7 +63,7 @@ def multiply(
     return out if len(leading) == 1 else out.view(*leading, out_features)
 
 
-@cache
+@lru_cache(maxsize=_PREPARED)
 def _prepared(
     kernels: str, dtype: torch.dtype, out_features: int, in_features: int, tokens: int, device: int
 ) -> tuple[Run, int]:

@@ -72,8 +72,8 @@ class SemiStructuredLinear(nn.Module):
         """``(..., in_features)`` to ``(..., out_features)``.
 
         Raises:
-            RuntimeError: on the CPU, for a dtype other than the weight's (outside autocast), for another number of
-                features, and when a gradient would be needed.
+            RuntimeError: on the CPU or another GPU than the weight's, for a dtype other than the weight's (outside
+                autocast), for another number of features, and when a gradient would be needed.
         """
         if input.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
@@ -83,6 +83,10 @@ class SemiStructuredLinear(nn.Module):
         if not (input.is_cuda and self.packed.is_cuda):
             raise RuntimeError(
                 f"a converted 2:4 layer runs on CUDA only; input is on {input.device}, weight on {self.packed.device}"
+            )
+        if input.device != self.packed.device:
+            raise RuntimeError(
+                f"input is on {input.device}, the packed weight on {self.packed.device}: move one of them"
             )
         if input.dtype != self.dtype:
             if not torch.is_autocast_enabled(input.device.type):

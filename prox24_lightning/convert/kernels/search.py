@@ -7,6 +7,7 @@ graph: the time of the host is about the same for all of them.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ _CALLS = 8
 _ROUNDS = 10
 
 Shape = tuple[int, int]
+
+log = logging.getLogger(__name__)
 
 
 def kernel_tables(
@@ -65,7 +68,10 @@ def kernel_tables(
             measured = measure_kernels(missing, dtype, index)
         for (shape, tokens), times in measured.items():
             known[shape][tokens] = times
-        kernel_cache.add(path, {kernel_cache.key(place, dtype, *at): times for at, times in measured.items()})
+        try:
+            kernel_cache.add(path, {kernel_cache.key(place, dtype, *at): times for at, times in measured.items()})
+        except OSError as error:
+            log.warning("measured times are not kept for the next run: %s; set $%s", error, kernel_cache.PATH_VARIABLE)
     return {shape: choose(shape, list(found.values()), keep_dense=keep_dense) for shape, found in known.items()}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from prox24_lightning.convert.kernels.gpu_layout import MULTIPLE, to_buffer
 from prox24_lightning.convert.kernels.kernel import Kernel, prepare
@@ -22,6 +23,8 @@ from prox24_lightning.convert.packed.weight import PackedWeight, pack_24
 DTYPES = (torch.float16, torch.bfloat16)
 SMALLEST_WORK = 2**38
 """Tokens x inputs x outputs from which sparse products made a step faster on an H200 (benchmarks/masked_step.py)."""
+
+_MOST_PRODUCTS = 64  # numbers of tokens a layer is prepared for: each holds plans of about 100 KB on the host
 
 Shape = tuple[int, int]
 
@@ -42,7 +45,7 @@ class PackedPair:
         if problem := why_not(weight, mask):
             raise ValueError(problem)
         self.dtype = dtype
-        self._version = -1
+        self._seen = (-1, 0)
         # Packed from the mask, not from the weight: a kept weight may be zero now.
         self.forward = _positions(mask, dtype)
         self.backward = _positions(mask.t(), dtype)
@@ -51,11 +54,12 @@ class PackedPair:
 
     def refresh(self, weight: Tensor) -> None:
         """Gather the values of ``weight``, unless it is as it was at the last call."""
-        if weight._version == self._version:
+        seen = weight._version, weight.data_ptr()
+        if seen == self._seen:
             return
         gather_values(weight.detach(), self.forward.indices, self._rows.view(self.dtype), transposed=False)
         gather_values(weight.detach(), self.backward.indices, self._columns.view(self.dtype), transposed=True)
-        self._version = weight._version
+        self._seen = seen
 
     @property
     def buffer(self) -> Tensor:
@@ -131,6 +135,7 @@ class _Product(torch.autograd.Function):
         return made.forward(rows, pair.buffer, None, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0].contiguous()
         (rows,) = ctx.saved_tensors
@@ -200,6 +205,8 @@ class TransposableForward:
         rows = input.to(autocast).reshape(-1, linear.in_features).contiguous()
         shape = linear.out_features, linear.in_features
         if len(rows) not in self._products:
+            if len(self._products) >= _MOST_PRODUCTS:
+                self._products.clear()
             self._products[len(rows)] = Products.of(shape, len(rows), autocast, input.device.index, self.kernels)
         with torch.autocast(kind, enabled=False):
             out = _Product.apply(rows, linear.weight, linear.bias, self._pair, self._products[len(rows)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,30 +15,50 @@ def layers_of(state: Mapping[str, Tensor]) -> nn.Module:
 
     A matrix is taken for a linear layer, more dimensions for a convolution (of one group, for what the shape tells);
     an embedding cannot be told from a linear layer, except by a name that holds ``emb``. The tree can be judged and its
-    layers timed one by one, but it cannot be called. Tensors are shared with ``state``.
+    layers timed one by one, but it cannot be called. Every other tensor is a buffer in it: its state dict is the whole
+    state. Tensors are shared with ``state``, and layers share one weight where the state does.
 
     Raises:
-        ValueError: if there is no such weight.
+        ValueError: if there is no such weight, or a name cannot stand in a module.
     """
     root = nn.Module()
+    placed: set[str] = set()
+    weights: dict[Hashable, nn.Parameter] = {}
     for name, weight in state.items():
         stem, _, last = name.rpartition(".")
         if last != "weight" or not stem or not weight.is_floating_point() or not 2 <= weight.dim() <= 5:
             continue
-        layer = _layer(stem, weight, state.get(f"{stem}.bias"))
-        parent = root
+        place = weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+        layer = _layer(
+            stem, weights.setdefault(place, nn.Parameter(weight, requires_grad=False)), state.get(f"{stem}.bias")
+        )
+        placed |= {f"{stem}.{own}" for own, _ in layer.named_parameters()}
         *path, leaf = stem.split(".")
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
+        parent = _reach(root, path)
+        before = parent._modules.get(leaf)
         parent.add_module(leaf, layer)
-    if not any(True for _ in root.children()):
+        for child, module in before.named_children() if before is not None else ():
+            layer.add_module(child, module)
+    if not placed:
         raise ValueError("the file holds no weight of two or more dimensions whose name ends in '.weight'")
+    for name in (name for name in state if name not in placed):
+        *path, leaf = name.split(".")
+        try:
+            _reach(root, path).register_buffer(leaf, state[name])
+        except (KeyError, AttributeError) as error:
+            raise ValueError(f"{name} cannot stand in a module: {error}") from error
     return root
 
 
-def _layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _reach(root: nn.Module, path: Sequence[str]) -> nn.Module:
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    return root
+
+
+def _layer(name: str, weight: nn.Parameter, bias: Tensor | None) -> nn.Module:
     layer: nn.Module
     if weight.dim() > 2:
         kind = _CONVOLUTIONS[weight.dim()]
@@ -47,7 +67,7 @@ def _layer(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
         layer = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
     else:
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = weight
     if bias is not None and not isinstance(layer, nn.Embedding):
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer

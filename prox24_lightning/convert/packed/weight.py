@@ -190,7 +190,9 @@ def packed_bytes(shape: Sequence[int], itemsize: int) -> int:
 
 def row_chunks(rows: int, width: int) -> list[slice]:
     """Slices of rows that hold few enough entries that scratch tensors of their size are small."""
-    step = max(1, _CHUNK // max(width, 1))
+    if not width:
+        return []
+    step = max(1, _CHUNK // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
