@@ -70,7 +70,7 @@ def bench(
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: which auto class of transformers loads a Hugging Face model.
         weights: dtype in which it is loaded; auto is its own.
-        run_config: config of the run that a checkpoint comes from; null looks beside it.
+        run_config: config of the run that a checkpoint comes from, whose classes are made; null reads weights alone.
         dtype: what dense and sparse run in.
         token_counts: rows of input at which layers are timed, and at none of which a converted one may be slower; null:
             those of the workloads (batches and prefill), without a language model 1, 16, 64, 1024, 4096.

@@ -44,7 +44,7 @@ def convert(
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: which auto class of transformers loads a Hugging Face model.
         weights: dtype in which it is stored; auto is its own.
-        run_config: config of the run that a checkpoint comes from; null looks beside it.
+        run_config: config of the run that a checkpoint comes from, whose classes are made; null reads weights alone.
         targets: patterns of weights or modules that must be packed; null packs all that can be.
         skip: patterns of weights or modules that are stored dense.
     """

@@ -44,7 +44,7 @@ def doctor(
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: which auto class of transformers loads a Hugging Face model.
         weights: dtype in which it is loaded; auto is its own.
-        run_config: config of the run that a checkpoint comes from; null looks beside it.
+        run_config: config of the run that a checkpoint comes from, whose classes are made; null reads weights alone.
         dtype: what the layers would run in.
         token_counts: rows of a layer's input at which gains are given; null: 1, 16, 64, 1024, 4096.
         json: file for the diagnosis as JSON; - prints it, and the table to stderr.

@@ -52,9 +52,9 @@ def load_source(
 ) -> Source:
     """Load a model by what its name is.
 
-    - ``x.ckpt`` (or .pt, .pth, .bin, .safetensors): a Lightning checkpoint or a state dict. With the config of its run
-      (``config``, or the ``config.yaml`` that LightningCLI saved beside its ``checkpoints`` folder) the module itself;
-      without, its weights as a list of layers.
+    - ``x.ckpt`` (or .pt, .pth, .bin, .safetensors): a Lightning checkpoint or a state dict. With ``config``, the
+      config of its run (LightningCLI saves it beside the ``checkpoints`` folder), the module itself; without, its
+      weights as a list of layers.
     - ``x.yaml``: the module that a config describes, as it is before training.
     - anything else: :class:`~prox24_lightning.commands.pretrained.Pretrained`, a packed folder included.
 
@@ -68,9 +68,8 @@ def load_source(
         return Source(_cast(module, dtype).eval(), (), f"{name}, untrained")
     if path.suffix in _CHECKPOINTS and not package:
         state = _state_of(path)
-        config = config or _config_beside(path)
         if config is None:
-            return Source(_cast(layers_of(state), dtype).eval(), (), f"weights of {name}", callable=False)
+            return Source(_cast(layers_of(state), dtype).eval(), (), f"weights of {name}{_hint(path)}", callable=False)
         module = _from_config(config)
         try:
             module.load_state_dict(state)
@@ -90,9 +89,11 @@ def _cast(model: nn.Module, dtype: Dtype) -> nn.Module:
     return model if dtype == "auto" else model.to(getattr(torch, dtype))
 
 
-def _config_beside(checkpoint: Path) -> Path | None:
+def _hint(checkpoint: Path) -> str:
+    """A config beside a checkpoint names classes to run, so it is used only when the user asks for it."""
     places = (checkpoint.parent / "config.yaml", checkpoint.parent.parent / "config.yaml")
-    return next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if place.is_file()), None)
+    return "" if found is None else f" (for the model itself: --run_config {found})"
 
 
 def _state_of(path: Path) -> Mapping[str, Tensor]:

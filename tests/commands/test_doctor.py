@@ -138,9 +138,16 @@ def shown(prox24, *words):
     return code, found["machine"]["model"], {layer["name"]: layer["why"] for layer in found["layers"]}
 
 
-def test_a_checkpoint_with_the_config_beside_it(prox24, run_folder):
-    found = shown(prox24, "run/checkpoints/last.ckpt")
+def test_a_checkpoint_with_the_config_of_its_run(prox24, run_folder):
+    found = shown(prox24, "run/checkpoints/last.ckpt", "--run_config", "run/config.yaml")
     assert found == (0, "run/checkpoints/last.ckpt with run/config.yaml", {"body": "no CUDA GPU in use"})
+
+
+def test_no_class_is_made_that_only_lies_beside_a_checkpoint(prox24, run_folder):
+    (run_folder / "doctored_net.py").write_text("raise SystemExit('a stranger was run')")
+    code, about, layers = shown(prox24, "run/checkpoints/last.ckpt")
+    assert (code, layers) == (0, {"body": "no CUDA GPU in use"})
+    assert about.endswith("(for the model itself: --run_config run/config.yaml)")
 
 
 def test_a_config_alone_is_the_untrained_model(prox24, run_folder):

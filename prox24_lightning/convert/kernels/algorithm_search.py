@@ -19,8 +19,8 @@ from prox24_lightning.convert.kernels import cusparselt
 from prox24_lightning.convert.kernels.gpu_layout import random_buffer
 from prox24_lightning.convert.measure.timing import capture, describe, measure
 
-SECONDS = 120.0
-"""After which a child that has not ended counts as dead."""
+SECONDS, SECONDS_A_JOB = 90.0, 30.0
+"""A child that has not ended after the first, and the second for each of its jobs, counts as dead."""
 
 _KEEP = 2  # the fastest so many are handed back: the caller measures them again beside the other kernels
 _CHILDREN = 8
@@ -60,21 +60,22 @@ class _State:
         return Answer(tuple(best), "; ".join(self.problems))
 
 
-def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds: float = SECONDS) -> list[Answer]:
+def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds: float | None = None) -> list[Answer]:
     """Answer every job. A child that dies costs the algorithm at hand, for every job of that shape and dtype.
 
     Args:
         jobs: may be empty.
         command: starts the child; for tests.
-        seconds: for one child.
+        seconds: for one child; None goes by the number of jobs.
     """
     states = [_State(job, {}, []) for job in jobs]
     for _ in range(_CHILDREN):
         left = [state for state in states if not state.done]
         if not left:
             break
+        limit = SECONDS + SECONDS_A_JOB * len(left) if seconds is None else seconds
         given = [replace(state.job, skip=(*state.job.skip, *state.times)) for state in left]
-        lines, end = _child(given, command or (sys.executable, "-m", __name__), seconds)
+        lines, end = _child(given, command or (sys.executable, "-m", __name__), limit)
         at_hand = None
         for line in lines:
             said = json.loads(line)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from contextlib import suppress
 from ctypes import byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
@@ -269,4 +270,5 @@ class Plan:
 
     def __del__(self) -> None:
         if hasattr(self, "_addresses"):
-            self._library.call("cusparseLtMatmulPlanDestroy", self._plan)
+            with suppress(Exception):  # at the end of the process the library may be gone already
+                self._library.call("cusparseLtMatmulPlanDestroy", self._plan)

@@ -76,6 +76,8 @@ def why_not(weight: Tensor, mask: Tensor) -> str | None:
     """Why a layer cannot train this way; None if it can."""
     if weight.dim() != 2 or any(size % MULTIPLE for size in weight.shape):
         return f"its shape {tuple(weight.shape)} is not (out, in) in multiples of {MULTIPLE}"
+    if not weight.is_contiguous():
+        return "its weight does not lie row by row in memory"
     for one, along in ((mask, "inputs"), (mask.t(), "outputs")):
         if not bool((one.reshape(-1, 4).sum(-1) == 2).all()):
             return f"its mask does not keep two of every four along the {along}: use geometry='block'"
@@ -123,6 +125,13 @@ class Products:
         )
 
 
+def _together(rows: Tensor) -> Tensor:
+    """The same, contiguous and on a boundary of 16 bytes, as the kernels read it."""
+    if rows.is_contiguous() and rows.data_ptr() % 16 == 0:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,7 +146,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0].contiguous()
+        gradient = _together(gradients[0])
         (rows,) = ctx.saved_tensors
         of_rows = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
@@ -202,7 +211,7 @@ class TransposableForward:
             return F.linear(input, linear.weight, linear.bias)
         if self._pair is None or self._pair.dtype != autocast:
             self._pair, self._products = PackedPair(linear.weight, self.mask, autocast), {}
-        rows = input.to(autocast).reshape(-1, linear.in_features).contiguous()
+        rows = _together(input.to(autocast).reshape(-1, linear.in_features))
         shape = linear.out_features, linear.in_features
         if len(rows) not in self._products:
             if len(self._products) >= _MOST_PRODUCTS:
