@@ -85,14 +85,18 @@ def reconstruct_block(
             if name in masks:
                 master.grad.mul_(masks[name])
         optimizer.step()
-        for name, master in zip(names, masters, strict=True):
-            parameters[name].data.copy_(master)
+        _write(parameters, masters)
     last = _mean_error(forwards, targets)
     if not last < first:
-        for name, value in zip(names, before, strict=True):
-            parameters[name].data.copy_(value)
+        _write(parameters, before)
         return first, first
     return first, last
+
+
+@torch.no_grad()
+def _write(parameters: Mapping[str, nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters.values(), values, strict=True):
+        parameter.copy_(value)
 
 
 @torch.no_grad()

@@ -97,6 +97,8 @@ def test_by_rule_few_tokens_are_ours_and_many_the_librarys():
     table = unmeasured(SHAPE, (9, 0))
     ways = [kernel_for(table.text, tokens).way for tokens in (1, 8, 32, 200, 100_000)]
     assert ways == ["few", "few", "few", "cusparselt", "cusparselt"]
+    without_compiler = unmeasured(SHAPE, (9, 0), "torch", few=False)
+    assert [row.kernel.way for row in without_compiler.rows] == ["torch"]
     old = unmeasured(SHAPE, (7, 5), "expand")
     assert old.text == f"{BUCKETS[-1]}=expand"
 

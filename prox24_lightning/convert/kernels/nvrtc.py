@@ -102,6 +102,15 @@ def driver_version() -> str:
     return f"CUDA {number.value}"
 
 
+def is_available() -> bool:
+    """Whether programs can be compiled here."""
+    try:
+        _nvrtc()
+    except NvrtcError:
+        return False
+    return True
+
+
 @cache
 def _nvrtc() -> ctypes.CDLL:
     found = ctypes.util.find_library("nvrtc")

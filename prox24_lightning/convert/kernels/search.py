@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.kernels import algorithm_search, cusparselt, few_tokens
+from prox24_lightning.convert.kernels import algorithm_search, cusparselt, few_tokens, nvrtc
 from prox24_lightning.convert.kernels import cache as kernel_cache
 from prox24_lightning.convert.kernels.gpu_layout import buffer_bytes, padded_shape, random_buffer
 from prox24_lightning.convert.kernels.kernel import Kernel, Run, prepare
@@ -81,7 +81,8 @@ def stored_table(
     """What the cache holds of a shape, completed by rule: nothing is measured."""
     place = kernel_cache.Place.here(device)
     known = kernel_cache.find(cache or kernel_cache.default_path(), place, dtype, shape, BUCKETS)
-    by_rule = unmeasured(shape, torch.cuda.get_device_capability(device), cusparselt.way(device)[0])
+    capability, large = torch.cuda.get_device_capability(device), cusparselt.way(device)[0]
+    by_rule = unmeasured(shape, capability, large, few=nvrtc.is_available())
     measured = choose(shape, list(known.values()), keep_dense=keep_dense).rows
     return KernelTable(shape, completed(measured, by_rule.rows))
 

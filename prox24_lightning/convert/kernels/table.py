@@ -99,17 +99,20 @@ def choose(shape: tuple[int, int], times: Sequence[Times], *, keep_dense: bool =
     return KernelTable(shape, tuple(rows))
 
 
-def unmeasured(shape: tuple[int, int], capability: tuple[int, int], large: Way = "cusparselt") -> KernelTable:
+def unmeasured(
+    shape: tuple[int, int], capability: tuple[int, int], large: Way = "cusparselt", *, few: bool = True
+) -> KernelTable:
     """A table by rule: the package's kernel for few tokens, ``large`` above.
 
     Args:
         shape: (out_features, in_features).
         capability: the GPU's compute capability.
         large: see :func:`~prox24_lightning.convert.kernels.cusparselt.way`.
+        few: whether the package's kernel can be compiled here; else ``large`` takes every number of tokens.
     """
     rows = [Row(BUCKETS[-1], Kernel(large))]
     for tokens in reversed(BUCKETS):
-        if tokens <= _FEW_TOKENS and (found := tilings(tokens, capability)):
+        if few and tokens <= _FEW_TOKENS and (found := tilings(tokens, capability)):
             rows.insert(0, Row(tokens, Kernel.few(found[0])))
     return KernelTable(shape, tuple(rows))
 
