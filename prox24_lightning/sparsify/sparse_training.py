@@ -20,11 +20,6 @@ class SparseTraining:
     def __init__(self) -> None:
         self._layers: dict[str, TransposableForward] = {}
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the weights of these layers."""
-        return tuple(self._layers)
-
     def attach(self, weights: Sequence[GroupedWeight], masks: Mapping[str, Tensor]) -> None:
         """Set up every layer of ``weights`` that has a frozen mask, fits, and is not set up yet; others are logged."""
         for weight in weights:
