@@ -8,6 +8,7 @@ finished is a line in the runs file, and the same command goes on with what is m
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def main(
     compile: bool = False,
     precision: str | None = None,
     jobs: int = 1,
+    minutes: float | None = None,
     model: Pretrained = SMOLLM2,
     training: TextSource = PythonSources(),  # noqa: B008
     evaluation: dict[str, TextSource] | None = None,
@@ -74,6 +76,7 @@ def main(
         compile: compile blocks and loss; pays on a GPU.
         precision: of the Trainer; null is bf16-mixed with a GPU, else 32-true.
         jobs: runs that share the GPU at a time, each in a process of its own.
+        minutes: after so many no further run begins; the same command goes on another time. null: no limit.
         model: which causal language model.
         training: text to train on.
         evaluation: held-out texts by name; null is docs (docstrings and reference) and libraries (source files).
@@ -96,10 +99,11 @@ def main(
         precision=precision or default_precision(),
         cache=cache,
     )
+    until = None if minutes is None else time.time() + 60 * minutes
     name = f"{name}_long" if long else name
     results = Results(runs or output / f"{name}.runs.jsonl")
     task.data(0).prepare_data()  # once, before several processes ask for it
-    found, rates, failed = compare(task, chosen, seeds, lr, lrs, search_seed, jobs, results)
+    found, rates, failed = compare(task, chosen, seeds, lr, lrs, search_seed, jobs, results, until)
     note = f"{settings_line(task)}; AdamW, cosine; {jobs} at a time. "
     if lrs:
         note += (

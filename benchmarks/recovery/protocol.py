@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -74,16 +75,22 @@ class Results:
             os.fsync(file.fileno())
 
 
-def run_all(jobs: Sequence[Job], results: Results, processes: int) -> int:
+def run_all(jobs: Sequence[Job], results: Results, processes: int, until: float | None = None) -> int:
     """Do the runs that are missing from ``results``, ``processes`` at a time; how many failed is returned.
 
     Each process does several runs; a failed one is reported and the others go on.
+
+    Args:
+        until: time of the clock (``time.time()``) after which no further run begins; None waits for all.
     """
     console = Console()
     missing = results.missing(jobs)
     failed = 0
-    for number, (job, result, error) in enumerate(_finished(missing, processes), start=1):
+    for number, (job, result, error) in enumerate(_finished(missing, processes, until), start=1):
         title = f"run {number} of {len(missing)}: {job.name}, seed {job.seed}, lr {job.lr}"
+        if result is None and not error:
+            console.print(f"{title}: left for later, the time is up", markup=False)
+            continue
         if result is None:
             failed += 1
             console.print(f"{title} failed:\n{error}", markup=False)
@@ -94,18 +101,20 @@ def run_all(jobs: Sequence[Job], results: Results, processes: int) -> int:
     return failed
 
 
-def _finished(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, dict[str, Any] | None, str]]:
+def _finished(
+    jobs: Sequence[Job], processes: int, until: float | None
+) -> Iterator[tuple[Job, dict[str, Any] | None, str]]:
     if not jobs:
         return
     if processes == 1:
         _prepare(jobs[0].task, 1, threading.Lock(), threading.Event())
         for job in jobs:
-            yield (job, *_guarded(job))
+            yield (job, *_guarded(job, until))
         return
     context = multiprocessing.get_context("spawn")  # a process that was forked cannot use CUDA
     arguments = (jobs[0].task, processes, context.Lock(), context.Event())
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare, initargs=arguments) as pool:
-        running = {pool.submit(_guarded, job): job for job in jobs}
+        running = {pool.submit(_guarded, job, until): job for job in jobs}
         for future in as_completed(running):
             try:
                 result, error = future.result()
@@ -140,7 +149,10 @@ def _shortened(task: Any) -> Any:
     return replace(task, steps=min(task.steps, WARM_UP_STEPS))
 
 
-def _guarded(job: Job) -> tuple[dict[str, Any] | None, str]:
+def _guarded(job: Job, until: float | None) -> tuple[dict[str, Any] | None, str]:
+    """The result, or what went wrong; neither, if the time was up before it began."""
+    if until is not None and time.time() > until:
+        return None, ""
     try:
         return execute(job.task, job.row, job.seed, job.lr), ""
     except Exception:
@@ -168,8 +180,9 @@ def compare(
     search_seed: int,
     processes: int,
     results: Results,
+    until: float | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, float], int]:
-    """Search learning rates if asked to, then run every row with every seed.
+    """Search learning rates if asked to, then run every row with every seed; ``until`` as in :func:`run_all`.
 
     Returns:
         the finished runs to report, the learning rates found by the search, and how many runs failed.
@@ -183,10 +196,10 @@ def compare(
         if search_seed in seeds:
             raise ValueError(f"search_seed={search_seed} is among the reported seeds {list(seeds)}; take another")
         search = [Job(task, name, row, search_seed, rate, "search") for name, row in rows.items() for rate in lrs]
-        failed += run_all(search, results, processes)
+        failed += run_all(search, results, processes, until)
         rates = best_rates(results.of(search), task)
     jobs = [Job(task, name, row, seed, rates.get(name, lr)) for seed in seeds for name, row in rows.items()]
-    failed += run_all(jobs, results, processes)
+    failed += run_all(jobs, results, processes, until)
     return results.of(jobs), rates, failed
 
 

@@ -21,7 +21,7 @@ _BETAS = (0.9, 0.99)
 _EPSILON = 1e-12
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
+def relative_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared error of each token relative to the token's own energy, averaged over tokens.
 
     What reads a block's output normalises each token first, so that the few tokens of huge norm which language models
@@ -29,11 +29,17 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
 
     Args:
         output, target: (..., features).
+        weights: :func:`token_weights` of ``target``, where they are known already.
     """
-    output, target = output.float(), target.float()
-    energy = target.square().sum(-1)
+    weights = token_weights(target) if weights is None else weights
+    return ((output.float() - target.float()).square().sum(-1) * weights).sum()
+
+
+def token_weights(target: Tensor) -> Tensor:
+    """What a unit of squared error in each token counts: (...) of (..., features)."""
+    energy = target.float().square().sum(-1)
     floor = 1e-3 * energy.median()
-    return ((output - target).square().sum(-1) / energy.clamp_min(floor + _EPSILON)).mean()
+    return 1 / (energy.clamp_min(floor + _EPSILON) * energy.numel())
 
 
 def reconstruct_block(
@@ -70,11 +76,13 @@ def reconstruct_block(
     masters = [value.to(torch.float32, copy=True) for value in before]
     rates = [max(float(value.square().mean().sqrt()), _SMALLEST_RMS) * learning_rate for value in masters]
     groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=_BETAS)
-    first = _mean_error(forwards, targets)
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=masters[0].is_cuda)
+    weights = [token_weights(target) for target in targets]
+    first = _mean_error(forwards, targets, weights)
     for step in range(steps):
         with torch.enable_grad():
-            error = relative_error(forwards[step % len(forwards)](), targets[step % len(forwards)])
+            number = step % len(forwards)
+            error = relative_error(forwards[number](), targets[number], weights[number])
             gradients = torch.autograd.grad(error, list(parameters.values()), materialize_grads=True)
         fall = 0.5 * (1 + math.cos(math.pi * step / steps))
         for name, master, group, rate, gradient in zip(
@@ -86,7 +94,7 @@ def reconstruct_block(
                 master.grad.mul_(masks[name])
         optimizer.step()
         _write(parameters, masters)
-    last = _mean_error(forwards, targets)
+    last = _mean_error(forwards, targets, weights)
     if not last < first:
         _write(parameters, before)
         return first, first
@@ -100,6 +108,6 @@ def _write(parameters: Mapping[str, nn.Parameter], values: Sequence[Tensor]) -> 
 
 
 @torch.no_grad()
-def _mean_error(forwards: Sequence[Forward], targets: Sequence[Tensor]) -> float:
-    errors = [relative_error(run(), target) for run, target in zip(forwards, targets, strict=True)]
+def _mean_error(forwards: Sequence[Forward], targets: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
+    errors = [relative_error(run(), *rest) for run, *rest in zip(forwards, targets, weights, strict=True)]
     return float(mean_over_ranks(torch.stack(errors).mean()))
