@@ -17,6 +17,9 @@ LEARNING_RATE = 3e-3
 """Largest step, relative to the rms of each tensor."""
 _SMALLEST_RMS = 1e-2
 """Taken for tensors below it: a bias may begin at zero, and shall move."""
+_ATTEMPTS = 3
+_SHRINKAGE = 0.25
+"""Of the step size from one attempt to the next, while the error does not fall."""
 _BETAS = (0.9, 0.99)
 _EPSILON = 1e-12
 
@@ -65,25 +68,43 @@ def reconstruct_block(
         forwards: one a batch.
         targets: what each of them shall give.
         steps: how many.
-        learning_rate: relative to the rms of each parameter.
+        learning_rate: relative to the rms of each parameter; where the error does not fall, smaller ones are tried.
 
     Returns:
         the mean relative error before and after. Where it did not fall, the parameters are as they were.
     """
-    names = list(parameters)
-    before = [parameters[name].detach().clone() for name in names]
+    before = [parameter.detach().clone() for parameter in parameters.values()]
+    weights = [token_weights(target) for target in targets]
+    first = _mean_error(forwards, targets, weights)
+    for attempt in range(_ATTEMPTS):
+        _descend(parameters, masks, forwards, targets, weights, steps, learning_rate * _SHRINKAGE**attempt)
+        last = _mean_error(forwards, targets, weights)
+        if last < first:
+            return first, last
+        _write(parameters, before)
+    return first, first
+
+
+def _descend(
+    parameters: Mapping[str, nn.Parameter],
+    masks: Mapping[str, Tensor],
+    forwards: Sequence[Forward],
+    targets: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    names, values = list(parameters), list(parameters.values())
     # Of 16-bit parameters the steps would be lost in rounding.
-    masters = [value.to(torch.float32, copy=True) for value in before]
+    masters = [value.detach().to(torch.float32, copy=True) for value in values]
     rates = [max(float(value.square().mean().sqrt()), _SMALLEST_RMS) * learning_rate for value in masters]
     groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=masters[0].is_cuda)
-    weights = [token_weights(target) for target in targets]
-    first = _mean_error(forwards, targets, weights)
     for step in range(steps):
+        number = step % len(forwards)
         with torch.enable_grad():
-            number = step % len(forwards)
             error = relative_error(forwards[number](), targets[number], weights[number])
-            gradients = torch.autograd.grad(error, list(parameters.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(error, values, materialize_grads=True)
         fall = 0.5 * (1 + math.cos(math.pi * step / steps))
         for name, master, group, rate, gradient in zip(
             names, masters, optimizer.param_groups, rates, gradients, strict=True
@@ -94,11 +115,6 @@ def reconstruct_block(
                 master.grad.mul_(masks[name])
         optimizer.step()
         _write(parameters, masters)
-    last = _mean_error(forwards, targets, weights)
-    if not last < first:
-        _write(parameters, before)
-        return first, first
-    return first, last
 
 
 @torch.no_grad()

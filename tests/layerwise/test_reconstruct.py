@@ -63,6 +63,13 @@ def test_what_would_be_worse_is_undone():
     assert all(torch.equal(parameter, start[name]) for name, parameter in parameters.items())
 
 
+def test_steps_that_are_too_large_are_tried_again_smaller():
+    parameters, masks, forwards, targets = pruned_block()
+    before, after = reconstruct_block(parameters, masks, forwards, targets, steps=12, learning_rate=1.0)
+    assert after < 0.5 * before
+    assert all(not parameters[name][~mask].any() for name, mask in masks.items())
+
+
 def test_a_token_of_huge_norm_counts_like_any_other():
     target = torch.ones(1, 8, 4)
     target[0, 0] *= 1000
