@@ -39,6 +39,7 @@ def main(
     eval_sequences: int = 64,
     calibration_sequences: int = 128,
     lr: float = 1e-4,
+    rates: dict[str, float] | None = None,
     lrs: list[float] | None = None,
     search_seed: int = 1000,
     warmup_steps: int = 20,
@@ -68,6 +69,7 @@ def main(
         eval_sequences: sequences scored of each held-out text.
         calibration_sequences: sequences for pruning before the first step; the first that are trained on.
         lr: peak learning rate where no search says otherwise.
+        rates: learning rates of single rows: name -> peak.
         lrs: learning rates to try for every row, on ``search_seed``; chosen by the loss on the sequences of the last
             held-out text that follow the reported ones.
         search_seed: order of the training text in the search; not one of ``seeds``.
@@ -103,7 +105,17 @@ def main(
     name = f"{name}_long" if long else name
     results = Results(runs or output / f"{name}.runs.jsonl")
     task.data(0).prepare_data()  # once, before several processes ask for it
-    found, rates, failed = compare(task, chosen, seeds, lr, lrs, search_seed, jobs, results, until)
+    found, rates, failed = compare(
+        task,
+        chosen,
+        seeds,
+        {name: (rates or {}).get(name, lr) for name in chosen},
+        lrs,
+        search_seed,
+        jobs,
+        results,
+        until,
+    )
     note = f"{settings_line(task)}; AdamW, cosine; {jobs} at a time. "
     if lrs:
         note += (

@@ -175,7 +175,7 @@ def compare(
     task: Task,
     rows: dict[str, Row],
     seeds: Sequence[int],
-    lr: float | None,
+    lr: float | dict[str, float] | None,
     lrs: Sequence[float] | None,
     search_seed: int,
     processes: int,
@@ -184,6 +184,9 @@ def compare(
 ) -> tuple[list[dict[str, Any]], dict[str, float], int]:
     """Search learning rates if asked to, then run every row with every seed; ``until`` as in :func:`run_all`.
 
+    Args:
+        lr: of all rows, or by row; None is the task's own. What a search finds goes before it.
+
     Returns:
         the finished runs to report, the learning rates found by the search, and how many runs failed.
 
@@ -191,14 +194,14 @@ def compare(
         ValueError: if the search would use a seed that is reported.
     """
     failed = 0
-    rates: dict[str, float] = {}
+    rates: dict[str, Any] = dict(lr) if isinstance(lr, dict) else dict.fromkeys(rows, lr)
     if lrs:
         if search_seed in seeds:
             raise ValueError(f"search_seed={search_seed} is among the reported seeds {list(seeds)}; take another")
         search = [Job(task, name, row, search_seed, rate, "search") for name, row in rows.items() for rate in lrs]
         failed += run_all(search, results, processes, until)
-        rates = best_rates(results.of(search), task)
-    jobs = [Job(task, name, row, seed, rates.get(name, lr)) for seed in seeds for name, row in rows.items()]
+        rates |= best_rates(results.of(search), task)
+    jobs = [Job(task, name, row, seed, rates[name]) for seed in seeds for name, row in rows.items()]
     failed += run_all(jobs, results, processes, until)
     return results.of(jobs), rates, failed
 

@@ -46,7 +46,8 @@ class Prox24(Sparsifier, Callback):
     while its optimizer trains the old one stops the run by name.
 
     Args:
-        start: last dense step: int, or float fraction of the run.
+        start: last dense step: int, or float fraction of the run. The default suits a trained model that is fine-tuned:
+            the earlier, the longer it recovers. From scratch later is better: 0.6 and 0.8.
         freeze: step after which the masks are fixed: int, or float fraction of the run. Equal to ``start`` it
             prunes in one shot there.
         strategy: ``"progressive"`` takes block after block along the phase, by the paper's layer-wise prox and masked
@@ -58,6 +59,8 @@ class Prox24(Sparsifier, Callback):
             scratch, where that model is half trained, 0 is better.
         reconstruction_steps: (``progressive``) gradient steps on a whole block, its norms and biases too, once its
             layers have been solved, by the error of the block's output; 0 leaves them out.
+        gradient_weighting: (``progressive``) in these steps the features of a block's output count by the squared
+            gradients that the last training batches sent through them; False counts all the same.
         metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates
             scaled by the running rms of each input; ``"weight"`` by its magnitude.
         schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the

@@ -52,6 +52,7 @@ def reconstruct_block(
     targets: Sequence[Tensor],
     *,
     steps: int,
+    feature_weights: Tensor | None = None,
     learning_rate: float = LEARNING_RATE,
 ) -> tuple[float, float]:
     """Lower the error of a block's output by Adam on all its parameters, the pruned weights held at zero.
@@ -68,11 +69,16 @@ def reconstruct_block(
         forwards: one a batch.
         targets: what each of them shall give.
         steps: how many.
+        feature_weights: (features,), what a unit of squared error in each feature counts; None is 1 for all.
         learning_rate: relative to the rms of each parameter; where the error does not fall, smaller ones are tried.
 
     Returns:
         the mean relative error before and after. Where it did not fall, the parameters are as they were.
     """
+    if feature_weights is not None:
+        roots = feature_weights.sqrt()
+        forwards = [lambda run=run: run().float() * roots for run in forwards]  # type: ignore[misc]
+        targets = [target.float() * roots for target in targets]
     before = [parameter.detach().clone() for parameter in parameters.values()]
     weights = [token_weights(target) for target in targets]
     first = _mean_error(forwards, targets, weights)

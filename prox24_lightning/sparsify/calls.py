@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +39,22 @@ class Call:
     def __call__(self, module: nn.Module) -> Any:
         """Make the call again."""
         kind = device_of(module).type
-        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+        # Lightning trains without the cache as well; under other settings compiled code would be made anew.
+        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             return module(*self.args, **self.kwargs)
+
+    def place_of(self, tensor: Tensor | None) -> int | str | None:
+        """Where ``tensor`` itself stands among the arguments: position or name; None if it does not."""
+        if tensor is None:
+            return None
+        entries = [*enumerate(self.args), *self.kwargs.items()]
+        return next((place for place, value in entries if value is tensor), None)
+
+    def with_value(self, place: int | str, value: Tensor | None) -> Call:
+        """The same call with another argument at ``place``."""
+        if isinstance(place, int):
+            return replace(self, args=(*self.args[:place], value, *self.args[place + 1 :]))
+        return replace(self, kwargs={**self.kwargs, place: value})
 
     @property
     def plain(self) -> bool:
@@ -61,28 +75,65 @@ class Call:
         return cls(args, kwargs, getattr(torch, state["autocast"], None))
 
 
-def reach(site: nn.Module, inner: nn.Module, calls: Sequence[Call]) -> list[Call]:
-    """The calls of ``inner`` that ``calls`` of ``site`` lead to, with the arguments as they are now."""
-    if site is inner:
-        return list(calls)
-    found: list[Call] = []
+@dataclass(frozen=True)
+class Passage:
+    """What one inner module is called with.
+
+    Attributes:
+        calls: one for each call of the site, if it is called once in each.
+        place: where in each call the hidden state stands that the module before it in the list has handed on; it is
+            left out of ``calls``. None: the calls are whole.
+    """
+
+    calls: list[Call]
+    place: int | str | None = None
+
+
+def reach(site: nn.Module, inners: Sequence[nn.Module], calls: Sequence[Call]) -> dict[nn.Module, Passage]:
+    """The calls of ``inners`` that ``calls`` of ``site`` lead to, with the arguments as they are now, in one pass each.
+
+    Args:
+        inners: modules inside of ``site``, or ``site`` itself alone, in the order in which they run.
+    """
+    if list(inners) == [site]:
+        return {site: Passage(list(calls))}
+    found: dict[nn.Module, list[Call]] = {inner: [] for inner in inners}
+    places: dict[nn.Module, set[int | str | None]] = {inner: set() for inner in inners}
+    before = dict(zip(inners[1:], inners, strict=False))
+    last: tuple[nn.Module | None, Tensor | None] = None, None
+    order: list[nn.Module] = []
     once = False
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.append(Call.record(module, args, kwargs))
-        if once:
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        call = Call.record(module, args, kwargs)
+        place = call.place_of(last[1]) if last[0] is before.get(module) else None
+        found[module].append(call if place is None else call.with_value(place, None))
+        places[module].add(place)
+        order.append(module)
+        if once and module is inners[-1]:
             raise _Reached
 
-    handle = inner.register_forward_pre_hook(note, with_kwargs=True)
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal last
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
+        last = module, first if isinstance(first, Tensor) else None
+
+    handles = [inner.register_forward_pre_hook(enter, with_kwargs=True) for inner in inners]
+    handles += [inner.register_forward_hook(leave) for inner in inners[:-1]]
     try:
         for number, call in enumerate(calls):
+            last = None, None
             with suppress(_Reached):
                 call(site)
             # The first pass runs to its end and shows whether later ones may stop early.
-            once = once or (number == 0 and len(found) == 1)
+            once = once or (number == 0 and order == list(inners))
     finally:
-        handle.remove()
-    return found
+        for handle in handles:
+            handle.remove()
+    if len(inners) > 1 and not (once and all(len(places[inner]) == 1 for inner in inners)):
+        # Not a chain: each by itself, and nothing is left out.
+        return {inner: reach(site, [inner], calls)[inner] for inner in inners}
+    return {inner: Passage(found[inner], next(iter(places[inner]), None)) for inner in inners}
 
 
 def order_of_first_calls(call: Call, site: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:

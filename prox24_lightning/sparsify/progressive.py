@@ -17,18 +17,21 @@ from prox24_lightning.layerwise.blocks import hidden_of
 from prox24_lightning.layerwise.layers import from_matrix, why_not_solvable
 from prox24_lightning.layerwise.reconstruct import reconstruct_block
 from prox24_lightning.layerwise.stages import order_of_calls
-from prox24_lightning.ranks import gathered_objects, gathered_on_first
+from prox24_lightning.ranks import gathered_objects, gathered_on_first, rank
 from prox24_lightning.sharding import is_sharded, local_part, part_of, runnable
 from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts, share_of
+from prox24_lightning.sparsify.output_gradients import OutputGradients
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.replays import dense_runs_of, outputs_wanted, runs_of
+from prox24_lightning.sparsify.replays import Replays, mixed, outputs_of, trained
 from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
 from prox24_lightning.sparsify.units import Unit, check_orders, cut_into_units, order_of_units
 
 CALIBRATION_BATCHES = 8
 """Batches on which a block is solved: the last ones of the training itself."""
-RECONSTRUCTION_STEPS = 32
+RECONSTRUCTION_STEPS = 96
 """Gradient steps on a block whose layers have been solved."""
+_SHARED = 4
+"""So many units at most share one pass of the recorded batches: what it finds for each is kept meanwhile."""
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,8 @@ log = logging.getLogger(__name__)
 class Progressive(Strategy):
     """One block after the other, in the order in which the model runs them, spread evenly over the sparsify phase.
 
-    When its turn comes, the last training batches run once more through the model as it is now, up to that block. Its
+    Turns are at least ``batches`` steps apart, where the phase is short several blocks have theirs together. When its
+    turn comes, the last training batches run once more through the model as it is now, up to that block. Its
     layers are solved one after the other on what they see then, by the paper's layer-wise prox and masked gradient
     (arXiv 2501.18015, section 3), and frozen; everything that comes after trains on against the sparse block. A model
     without a list of like blocks goes layer after layer. A layer that the solver cannot take (a packed attention
@@ -58,6 +62,9 @@ class Progressive(Strategy):
         reconstruction_steps: gradient steps on the whole block once its layers are solved, by the error of the block's
             output (:func:`~prox24_lightning.layerwise.reconstruct.reconstruct_block`); 0 leaves them out, as for
             layers outside of blocks and for sharded models.
+        gradient_weighting: in reconstruction, features of the block's output count by the squared gradients that the
+            last training batches sent through them
+            (:class:`~prox24_lightning.sparsify.output_gradients.OutputGradients`).
         prox_steps: proximal steps a layer; None is the solver's own default.
     """
 
@@ -69,6 +76,7 @@ class Progressive(Strategy):
         batches: int = CALIBRATION_BATCHES,
         dense_target: float = 0.5,
         reconstruction_steps: int = RECONSTRUCTION_STEPS,
+        gradient_weighting: bool = True,
         prox_steps: int | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +91,7 @@ class Progressive(Strategy):
         self.batches = batches
         self.dense_target = dense_target
         self.reconstruction_steps = reconstruction_steps
+        self.gradient_weighting = gradient_weighting
         self.prox_steps = prox_steps
         self._model = model
         self._root_is_called = root_is_called
@@ -92,6 +101,7 @@ class Progressive(Strategy):
         self._units: list[Unit] = []
         self._order: list[str] = []
         self._done: set[str] = set()
+        self._gradients: dict[str, OutputGradients] = {}
         self._begun = False
         self._batches_seen = 0
         self._loaded: dict[str, Any] = {}
@@ -117,24 +127,32 @@ class Progressive(Strategy):
         for index, site in enumerate(self._sites if state else ()):
             site.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
             site.load_dense(state["dense"][index], sharded=self._sharded)
+        totals = {name: found.total for name, found in self._gradients.items()}
+        if state:
+            totals = state["gradients"][rank() % len(state["gradients"])]
+        self._gradients = {
+            u.name: OutputGradients(u.name, u.module, totals[u.name]) for u in self._units if u.name in totals
+        }
         self._arrange(state.get("order", self._order))
         for site in self._sites:
             site.attach()
 
     def detach(self) -> None:
-        for site in self._sites:
-            site.detach()
+        for listener in (*self._sites, *self._gradients.values()):
+            listener.detach()
 
     def before_batch(self, step: int) -> None:
         if not all(site.called for site in self._sites) and self._batches_seen:
             self._descend()
         self._batches_seen += 1
+        soon = [
+            unit for unit, turn in self._turns() if unit.name not in self._done and turn - self.batches < step <= turn
+        ]
+        for unit in soon if self.gradient_weighting else ():
+            if unit.name not in self._gradients and self._reconstructs(unit):
+                self._gradients[unit.name] = OutputGradients(unit.name, unit.module)
         # The step after `start` is recorded everywhere: it shows in which order the model runs.
-        wanted = {
-            unit.site
-            for unit, turn in self._turns()
-            if unit.name not in self._done and (turn - self.batches < step <= turn or step == self._plan.start + 1)
-        }
+        wanted = {unit.site for unit in (self._units if step == self._plan.start + 1 else soon)}
         for site in self._sites:
             site.next_batch(site in wanted)
 
@@ -169,9 +187,16 @@ class Progressive(Strategy):
             return {}
         begin = time.perf_counter()
         frozen: Frozen = {}
+        for together in self._groups(units):
+            site = together[0].site
+            with site.replaying():
+                replays = Replays(self._model, together)
+                for unit in together:
+                    frozen |= self._solve(unit, replays)
         for unit in units:
             self._done.add(unit.name)
-            frozen |= self._solve(unit)
+            if (gradients := self._gradients.pop(unit.name, None)) is not None:
+                gradients.detach()
             for weight in unit.weights:
                 if weight.name not in frozen:
                     frozen[weight.name] = projected(weight, scale_of(weight.name))
@@ -180,30 +205,46 @@ class Progressive(Strategy):
         self.longest_pause = max(self.longest_pause, pause)
         return frozen
 
-    def _solve(self, unit: Unit) -> Frozen:
+    def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
+        """Neighbours of one site, which share a pass of the recorded batches; of sharded models each for itself."""
+        groups: list[list[Unit]] = []
+        for unit in units:
+            last = groups[-1] if groups else []
+            if last and last[-1].site is unit.site and len(last) < _SHARED and not self._sharded:
+                last.append(unit)
+            else:
+                groups.append([unit])
+        return groups
+
+    def _solve(self, unit: Unit, replays: Replays) -> Frozen:
         """Masks and values of the layers of ``unit`` that the solver can take."""
         owners = {w.module: w for w in unit.weights if why_not_solvable(w.module, w.parameter_name) is None}
-        site = unit.site
         frozen: Frozen = {}
-        with site.replaying():
-            runs = runs_of(self._model, unit) if owners else []
-            if not all(gathered_objects(bool(runs))):
-                return frozen
-            dense_runs, twins = dense_runs_of(self._model, unit)
-            targets = outputs_wanted(unit, runs, dense_runs, self.dense_target) if self._reconstructs(unit) else []
-            for stage in order_of_calls(list(owners), runs[0]):
-                moments = stage_moments(stage, runs, dense_runs, twins)
-                members = [owners[layer] for layer in stage.layers]
-                try:
-                    solved = solve_stage(members, moments, dense_target=self.dense_target, steps=self.prox_steps)
-                except ValueError as error:
-                    log.warning("%s; its largest weights are kept instead", error)
-                    continue
-                for weight, solution in solved:
-                    mask = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
-                    frozen[weight.name] = mask, local_part(weight.parameter)
-            if targets and frozen:
-                self._reconstruct(unit, runs, targets, frozen)
+        runs = replays.runs_of(unit)
+        if not all(gathered_objects(bool(runs))):
+            return frozen
+        dense_runs, twins = replays.dense_runs_of(unit)
+        targets, dense_outputs = None, None
+        if owners and self._reconstructs(unit):
+            try:
+                dense_outputs = None if dense_runs is None else outputs_of(unit, dense_runs)
+                targets = mixed(outputs_of(unit, runs), dense_outputs, self.dense_target)
+            except ValueError as error:  # its output is no tensor
+                log.warning("%s is not reconstructed: %s", unit.name, error)
+        for stage in order_of_calls(list(owners), runs[0]):
+            moments = stage_moments(stage, runs, dense_runs, twins)
+            members = [owners[layer] for layer in stage.layers]
+            try:
+                solved = solve_stage(members, moments, dense_target=self.dense_target, steps=self.prox_steps)
+            except ValueError as error:
+                log.warning("%s; its largest weights are kept instead", error)
+                continue
+            for weight, solution in solved:
+                mask = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
+                frozen[weight.name] = mask, local_part(weight.parameter)
+        if targets is not None and frozen:
+            self._reconstruct(unit, runs, targets, frozen)
+        replays.hand_on(unit, runs, dense_runs, dense_outputs)
         return frozen
 
     def _reconstructs(self, unit: Unit) -> bool:
@@ -218,8 +259,15 @@ class Progressive(Strategy):
         }
         # A matrix that was not solved here keeps its zeros: another Prox24 may have frozen it.
         masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
-        forwards = [lambda run=run: hidden_of(run(), unit.name) for run in runs]
-        before, after = reconstruct_block(parameters, masks, forwards, targets, steps=self.reconstruction_steps)
+        forwards = [lambda run=run: hidden_of(run(), unit.name) for run in trained(runs)]
+        weights = None
+        if (gradients := self._gradients.get(unit.name)) is not None:
+            weights = gradients.weights(targets[0].shape[-1], targets[0].device)
+        # What training compiled serves here as well: nothing inside the block is listened to.
+        with torch.compiler.set_stance("default"):
+            before, after = reconstruct_block(
+                parameters, masks, forwards, targets, steps=self.reconstruction_steps, feature_weights=weights
+            )
         log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)
 
     @property
@@ -229,7 +277,12 @@ class Progressive(Strategy):
     def _turns(self) -> list[tuple[Unit, int]]:
         """Every unit and the step after which it is solved; the last one has its turn at the freeze."""
         span, count = self._plan.freeze - self._plan.start, len(self._units)
-        return [(unit, self._plan.start - (-span * (i + 1) // count)) for i, unit in enumerate(self._units)]
+        turns = max(1, min(count, span // self.batches))
+        numbers = [i * turns // count + 1 for i in range(count)]
+        return [
+            (unit, self._plan.start - (-span * number // turns))
+            for unit, number in zip(self._units, numbers, strict=True)
+        ]
 
     def _descend(self) -> None:
         """A batch has passed without a call of some site: look at the modules inside it instead."""
@@ -262,6 +315,7 @@ class Progressive(Strategy):
             "sites": [names[site.module] for site in self._sites],
             "calls": gathered_on_first([site.state_dict() for site in self._sites]),
             "dense": [site.dense_state() for site in self._sites],
+            "gradients": gathered_on_first({name: found.total for name, found in self._gradients.items()}),
         }
 
     def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:

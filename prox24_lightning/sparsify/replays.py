@@ -1,57 +1,129 @@
-"""The recorded batches once more through one unit: as the model is now, and as its dense copy was."""
+"""The recorded batches once more through units that share a turn: as the model is now, and as its dense copy was."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from prox24_lightning.layerwise.block import Run
-from prox24_lightning.layerwise.blocks import hidden_of
+from prox24_lightning.layerwise.blocks import hidden_of, split_call
 from prox24_lightning.sharding import runnable
 from prox24_lightning.sparsify.calls import Call, reach
 from prox24_lightning.sparsify.dense_weights import DenseWeights
 from prox24_lightning.sparsify.units import Unit
 
 
-def runs_of(model: nn.Module, unit: Unit) -> list[Run]:
-    """Calls of the unit, one a recorded call of its site, on what reaches it in the model as it is now."""
-    calls = _reach(model, unit.site.module, unit.module, unit.site.calls)
-    return [partial(_run, model, call, unit.module) for call in calls]
+class Replays:
+    """Calls of the units of one site, one a recorded call of the site, on what reaches them when their turn comes.
+
+    One pass through the site finds what all of them are called with. A unit that takes the hidden state from the unit
+    before it is then called on the outputs that this one has once it is solved, without another pass.
+
+    Args:
+        model: what holds the site.
+        units: of one site, in the order in which they run; they are to be asked for in this order.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[Unit]) -> None:
+        self._model = model
+        self._site = units[0].site
+        self._now = _Walk(self._site.module, units, self._site.calls, partial(runnable, model))
+        self._copy: _Walk | None = None
+        if isinstance(self._site.dense, nn.Module):
+            self._twins = self._site.twins()
+            self._copy = _Walk(self._site.dense, units, self._site.calls, lambda _: nullcontext(), self._twins)
+
+    def runs_of(self, unit: Unit) -> list[Run]:
+        """Calls of the unit in the model as it is now."""
+        return [partial(_run, self._model, call, unit.module) for call in self._now.calls_of(unit)]
+
+    def dense_runs_of(self, unit: Unit) -> tuple[list[Run] | None, dict[nn.Module, nn.Module] | None]:
+        """The same of the unit as it was when the phase began, and its modules' twins there; None without a copy."""
+        if self._copy is not None:
+            return [partial(call, self._twins[unit.module]) for call in self._copy.calls_of(unit)], self._twins
+        dense = self._site.dense
+        if not isinstance(dense, DenseWeights):
+            return None, None
+        with dense.in_place(self._site.module), runnable(self._model, self._site.module):
+            calls = reach(self._site.module, [unit.module], self._site.calls)[unit.module].calls
+        return [partial(_run_dense, self._model, dense, call, unit.module) for call in calls], self._site.twins()
+
+    def hand_on(
+        self,
+        unit: Unit,
+        runs: Sequence[Run],
+        dense_runs: Sequence[Run] | None,
+        dense_outputs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """The unit is solved: what it hands on reaches the next. ``dense_outputs`` where they are known already."""
+        if self._now.wants(unit):
+            self._now.outputs = outputs_of(unit, runs)
+        if self._copy is not None and dense_runs is not None and self._copy.wants(unit):
+            self._copy.outputs = list(dense_outputs or outputs_of(unit, dense_runs))
 
 
-def dense_runs_of(model: nn.Module, unit: Unit) -> tuple[list[Run] | None, dict[nn.Module, nn.Module] | None]:
-    """The same of the unit as it was when the phase began, and its modules' counterparts there; None without a copy."""
-    site = unit.site
-    if site.dense is None:
-        return None, None
-    twins = site.twins()
-    if isinstance(dense := site.dense, DenseWeights):
-        with dense.in_place(site.module):
-            calls = _reach(model, site.module, unit.module, site.calls)
-        return [partial(_run_dense, model, dense, call, unit.module) for call in calls], twins
-    twin = twins[unit.module]
-    return [partial(call, twin) for call in reach(dense, twin, site.calls)], twins
+def outputs_of(unit: Unit, runs: Sequence[Run]) -> list[Tensor]:
+    """What the unit hands on in each of ``runs``."""
+    return [hidden_of(run(), unit.name).detach() for run in runs]
 
 
-def outputs_wanted(
-    unit: Unit, runs: Sequence[Run], dense_runs: Sequence[Run] | None, dense_target: float
-) -> list[Tensor]:
-    """What the unit shall hand on for each batch: its output as it is now, mixed with the dense copy's."""
-    targets = [hidden_of(run(), unit.name).detach() for run in runs]
-    if dense_runs is None:
-        return targets
-    return [
-        target.lerp(hidden_of(dense(), unit.name).to(target), dense_target)
-        for target, dense in zip(targets, dense_runs, strict=True)
-    ]
+def mixed(outputs: Sequence[Tensor], dense_outputs: Sequence[Tensor] | None, dense_target: float) -> list[Tensor]:
+    """What a unit shall hand on for each batch: its output as it is now, mixed with the dense copy's."""
+    if dense_outputs is None:
+        return list(outputs)
+    return [now.lerp(dense.to(now), dense_target) for now, dense in zip(outputs, dense_outputs, strict=True)]
 
 
-def _reach(model: nn.Module, site: nn.Module, inner: nn.Module, calls: Sequence[Call]) -> list[Call]:
-    with runnable(model, site):
-        return reach(site, inner, calls)
+def trained(runs: Sequence[Run]) -> list[Run]:
+    """``runs`` with a hidden state that asks for its gradient, as in training: compiled code then serves both."""
+    found = []
+    for run in runs:
+        assert isinstance(run, partial)
+        model, call, module = run.args
+        with suppress(ValueError):  # without a floating tensor there is nothing to ask for
+            rest, hidden = split_call(call.args, call.kwargs, "")
+            call = call.with_value(rest.place, hidden.detach().requires_grad_())
+        found.append(partial(_run, model, call, module))
+    return found
+
+
+class _Walk:
+    """One way of recorded calls from unit to unit."""
+
+    def __init__(
+        self,
+        site: nn.Module,
+        units: Sequence[Unit],
+        calls: Sequence[Call],
+        running: Callable[[nn.Module], AbstractContextManager[Any]],
+        twins: dict[nn.Module, nn.Module] | None = None,
+    ) -> None:
+        self.outputs: list[Tensor] | None = None
+        self._site, self._calls, self._running = site, calls, running
+        self._modules = {unit.name: twins[unit.module] if twins else unit.module for unit in units}
+        self._next = dict(zip(list(self._modules), list(self._modules)[1:], strict=False))
+        with running(site):
+            self._passages = reach(site, list(self._modules.values()), calls)
+
+    def wants(self, unit: Unit) -> bool:
+        """Whether the next unit takes what this one hands on."""
+        following = self._next.get(unit.name)
+        return following is not None and self._passages[self._modules[following]].place is not None
+
+    def calls_of(self, unit: Unit) -> list[Call]:
+        module = self._modules[unit.name]
+        passage = self._passages[module]
+        if passage.place is not None and self.outputs is not None:
+            pairs = zip(passage.calls, self.outputs, strict=True)
+            return [call.with_value(passage.place, output) for call, output in pairs]
+        if unit.name == next(iter(self._modules)):
+            return passage.calls
+        with self._running(self._site):
+            return reach(self._site, [module], self._calls)[module].calls
 
 
 def _run(model: nn.Module, call: Call, module: nn.Module) -> Any:

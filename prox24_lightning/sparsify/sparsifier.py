@@ -42,12 +42,13 @@ class Sparsifier:
 
     def __init__(
         self,
-        start: int | float = 0.5,
-        freeze: int | float = 0.8,
+        start: int | float = 0.02,
+        freeze: int | float = 0.3,
         *,
         strategy: StrategyName = "progressive",
         dense_target: float = 0.5,
         reconstruction_steps: int = RECONSTRUCTION_STEPS,
+        gradient_weighting: bool = True,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -81,6 +82,7 @@ class Sparsifier:
         self.strategy = strategy
         self.dense_target = dense_target
         self.reconstruction_steps = reconstruction_steps
+        self.gradient_weighting = gradient_weighting
         self.metric = metric
         self.schedule = None if schedule == "auto" else named_schedule(schedule, STRENGTH_SCHEDULES, "schedule")
         self.fraction = named_schedule(fraction, FRACTION_CURVES, "fraction")
@@ -280,6 +282,7 @@ class Sparsifier:
                 root_is_called=self.root_is_called,
                 dense_target=self.dense_target,
                 reconstruction_steps=self.reconstruction_steps,
+                gradient_weighting=self.gradient_weighting,
             )
         return PostStepProx(self.schedule, self.fraction, refit=self.refit)
 

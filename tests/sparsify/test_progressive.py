@@ -40,7 +40,7 @@ def train(model, engine, steps, seen=None):
 def test_layers_are_frozen_one_by_one_in_the_order_in_which_they_run():
     torch.manual_seed(0)
     model, seen = Backwards(), []
-    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(2, 11), Progressive(model))
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(2, 11), Progressive(model, batches=2))
     train(model, engine, 13, seen)
     sizes = [len(names) for names in seen]
     assert sizes == [0] * 4 + [1] * 3 + [2] * 3 + [3] * 3, "turns after steps 5, 8 and 11"
@@ -97,7 +97,7 @@ def test_a_layer_that_never_runs_is_projected_at_the_freeze():
 
 def test_hooks_are_removed():
     model = Backwards()
-    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(2, 11), Progressive(model))
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(2, 11), Progressive(model, batches=2))
     train(model, engine, 4)
     assert not any(module._forward_pre_hooks for module in model.modules())
 

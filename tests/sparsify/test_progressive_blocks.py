@@ -131,7 +131,7 @@ def test_reconstruction_brings_the_pruned_model_closer_to_the_dense_one(dense_ta
 
 def test_a_block_goes_as_a_whole_and_loose_layers_in_their_place():
     model = Blocks()
-    engine = engine_for(model, PhasePlan(2, 12), skip=())
+    engine = engine_for(model, PhasePlan(2, 12), skip=(), batches=2)
     seen = train(model, engine, batches(13), lr=0.1)
     inside = {i: {f"blocks.{i}.{layer}.weight" for layer in ("gate", "up", "down")} for i in range(3)}
     turns = [seen[step - 1] - seen[step - 2] for step in (4, 6, 8, 10, 12)]
@@ -141,7 +141,9 @@ def test_a_block_goes_as_a_whole_and_loose_layers_in_their_place():
 def test_parts_that_are_called_one_by_one():
     model = Parts()
     engine = SparsityEngine(
-        select_weights(model).chosen, PhasePlan(1, 11), Progressive(model, root_is_called=False, prox_steps=STEPS)
+        select_weights(model).chosen,
+        PhasePlan(1, 11),
+        Progressive(model, root_is_called=False, prox_steps=STEPS, batches=2),
     )
     seen = train(model, engine, batches(12), call=model.training_step, lr=0.1)
     assert seen[-2] - seen[-3] == {"second.weight"}
@@ -153,7 +155,7 @@ def test_a_part_that_is_never_called_is_looked_into():
     engine = SparsityEngine(
         select_weights(model, skip=["*.embed", "*.out"]).chosen,
         PhasePlan(3, 6),
-        Progressive(model, root_is_called=False, prox_steps=STEPS),
+        Progressive(model, root_is_called=False, prox_steps=STEPS, batches=1),
     )
     train(model, engine, batches(5), call=model.training_step, lr=0.1)
     state = engine.strategy.state_dict()
@@ -191,6 +193,7 @@ def test_a_forward_set_on_an_instance_does_not_lead_the_dense_copy_astray():
     for block in model.blocks:
         block.forward = torch.compile(block.forward, backend="eager")
     for one in (model, plain):
+        torch.manual_seed(0)  # dropout decides which gradients the outputs' features get
         train(one, engine_for(one, PhasePlan(1, 4)), batches(4))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
