@@ -104,6 +104,9 @@ def run_all(jobs: Sequence[Job], results: Results, processes: int, until: float 
 def _finished(
     jobs: Sequence[Job], processes: int, until: float | None
 ) -> Iterator[tuple[Job, dict[str, Any] | None, str]]:
+    if until is not None and time.time() > until:
+        yield from ((job, None, "") for job in jobs)
+        return
     if not jobs:
         return
     if processes == 1:
