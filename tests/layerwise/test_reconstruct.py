@@ -78,3 +78,15 @@ def test_a_token_of_huge_norm_counts_like_any_other():
     one_wrong = target.clone()
     one_wrong[0, 3] = 0
     assert float(relative_error(one_wrong, target)) == pytest.approx(1 / 8)
+
+
+def test_features_that_count_more_come_closer():
+    errors = []
+    for weights in (None, torch.tensor([100.0] * 2 + [1.0] * 14)):
+        parameters, masks, forwards, targets = pruned_block()
+        reconstruct_block(parameters, masks, forwards, targets, steps=100, feature_weights=weights, learning_rate=0.03)
+        gaps = [
+            (run().detach() - target).square()[..., :2].mean() for run, target in zip(forwards, targets, strict=True)
+        ]
+        errors.append(sum(gaps))
+    assert errors[1] < 0.7 * errors[0]

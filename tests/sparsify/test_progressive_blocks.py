@@ -138,6 +138,33 @@ def test_a_block_goes_as_a_whole_and_loose_layers_in_their_place():
     assert turns == [{"embed.weight"}, inside[0], inside[1], inside[2], {"out.weight"}]
 
 
+def test_blocks_that_share_a_turn_share_the_passes_of_the_batches():
+    passes = []
+    for plan in (PhasePlan(3, 3), PhasePlan(0, 24)):
+        model = Blocks()
+        engine = engine_for(model, plan, dense_target=0.0, reconstruction_steps=0)
+        calls = []
+        model.embed.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        train(model, engine, batches(plan.freeze + 1))
+        passes.append(calls.count(False))
+    # One pass for the order; then three batches in one turn, or in each of three turns the last eight.
+    assert passes == [1 + 3, 1 + 3 * 8]
+
+
+def test_gradient_weighting_can_be_turned_off_and_changes_the_values_alone():
+    found = []
+    for options in ({}, {"gradient_weighting": False}, {"reconstruction_steps": 0}):
+        torch.manual_seed(0)
+        model = Blocks()
+        engine = engine_for(model, PhasePlan(1, 4), **options)
+        train(model, engine, batches(5))
+        found.append(engine.masks | {"value": model.blocks[2].down.weight.detach()})
+    assert not torch.equal(found[0]["value"], found[1]["value"])
+    first = "blocks.0.gate.weight"
+    assert torch.equal(found[0][first], found[1][first])
+    assert torch.equal(found[0][first], found[2][first])
+
+
 def test_parts_that_are_called_one_by_one():
     model = Parts()
     engine = SparsityEngine(
