@@ -47,7 +47,7 @@ class Call:
         """Where ``tensor`` itself stands among the arguments: position or name; None if it does not."""
         if tensor is None:
             return None
-        entries = [*enumerate(self.args), *self.kwargs.items()]
+        entries: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         return next((place for place, value in entries if value is tensor), None)
 
     def with_value(self, place: int | str, value: Tensor | None) -> Call:

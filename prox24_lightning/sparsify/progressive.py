@@ -138,8 +138,10 @@ class Progressive(Strategy):
             site.attach()
 
     def detach(self) -> None:
-        for listener in (*self._sites, *self._gradients.values()):
-            listener.detach()
+        for site in self._sites:
+            site.detach()
+        for gradients in self._gradients.values():
+            gradients.detach()
 
     def before_batch(self, step: int) -> None:
         if not all(site.called for site in self._sites) and self._batches_seen:

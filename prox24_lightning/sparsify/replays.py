@@ -80,7 +80,7 @@ def mixed(outputs: Sequence[Tensor], dense_outputs: Sequence[Tensor] | None, den
 
 def trained(runs: Sequence[Run]) -> list[Run]:
     """``runs`` with a hidden state that asks for its gradient, as in training: compiled code then serves both."""
-    found = []
+    found: list[Run] = []
     for run in runs:
         assert isinstance(run, partial)
         model, call, module = run.args
