@@ -122,7 +122,7 @@ def main(
             f"Learning rate of each row: the best of {lrs} on seed {search_seed} by the loss on the text `search` "
             f"(the sequences of the last held-out text after the reported ones): {rates}. "
         )
-    finish(found, list(chosen), task, output, name, "Recovery: ways to a 2:4 language model at equal steps", note)
+    finish(found, list(chosen), task.plain, output, name, "Recovery: ways to a 2:4 language model at equal steps", note)
     if failed:
         raise SystemExit(f"{failed} runs failed; the same command tries them again")
 

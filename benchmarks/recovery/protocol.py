@@ -22,6 +22,7 @@ from rich.console import Console
 from benchmarks.recovery.rows import Row
 from benchmarks.recovery.run import execute, free_memory
 from benchmarks.recovery.task import Task
+from benchmarks.report import machine
 
 WARM_UP_STEPS = 3
 
@@ -63,8 +64,13 @@ class Results:
         """The finished ones of ``jobs``, in their order."""
         return [self._found[key] for job in jobs if (key := job.key()) in self._found]
 
+    def all(self) -> list[dict[str, Any]]:
+        """Every finished run of the file, whatever it was for."""
+        return list(self._found.values())
+
     def add(self, job: Job, result: dict[str, Any]) -> None:
         facts = {"key": job.key(), "row": job.name, "seed": job.seed, "lr": job.lr, "purpose": job.purpose}
+        facts["machine"] = ", ".join(f"{name} {value}" for name, value in machine().items() if name != "command")
         entry = {**facts, **result}
         self._found[entry["key"]] = entry
         self.path.parent.mkdir(parents=True, exist_ok=True)

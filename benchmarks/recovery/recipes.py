@@ -43,7 +43,7 @@ def main(
     results = Results(runs or output / f"{name}.runs.jsonl")
     found, _, failed = compare(task, chosen, seeds, None, None, 0, jobs, results)
     title = f"Recovery: {recipe.stem} from scratch"
-    finish(found, list(chosen), task, output, name, title, f"{settings_line(task)}; {jobs} at a time. ")
+    finish(found, list(chosen), task.plain, output, name, title, f"{settings_line(task)}; {jobs} at a time. ")
     if failed:
         raise SystemExit(f"{failed} runs failed; the same command tries them again")
 

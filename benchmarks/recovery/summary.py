@@ -10,7 +10,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.recovery.task import Task
 from benchmarks.report import write_report
 
 DENSE = "dense"
@@ -28,10 +27,14 @@ def excesses(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
     return found
 
 
-def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], task: Task) -> list[dict[str, Any]]:
-    """One row a way, mean and spread (sample standard deviation) over its seeds; rows without a run are left out."""
+def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: str) -> list[dict[str, Any]]:
+    """One row a way, mean and spread (sample standard deviation) over its seeds; rows without a run are left out.
+
+    Args:
+        plain: the row whose fit is the unit of wall time.
+    """
     excess = excesses(runs)
-    plain = [run["seconds"] for run in runs if run["row"] == task.plain]
+    units = [run["seconds"] for run in runs if run["row"] == plain]
     lines = []
     for name in rows:
         mine = [run for run in runs if run["row"] == name]
@@ -44,7 +47,7 @@ def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], task: Task) -> li
             line[f"ppl {text}"] = f"{math.exp(statistics.fmean(losses)):.4g}"
         line["excess, nats"] = _spread(list(excess.get(name, {}).values()))
         whole = statistics.median(run["seconds"] + run["pruning_seconds"] for run in mine)
-        line["wall time"] = f"{whole / statistics.median(plain):.2f}" if plain else ""
+        line["wall time"] = f"{whole / statistics.median(units):.2f}" if units else ""
         line["seconds"] = f"{whole:.1f}"
         line["of it pruning"] = f"{statistics.median(run['pruning_seconds'] for run in mine):.1f}"
         for column, key in (("step ms", "step_ms"), ("longest step ms", "longest_step_ms"), ("peak GiB", "peak_gib")):
@@ -97,16 +100,16 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def finish(
-    runs: Sequence[dict[str, Any]], rows: Sequence[str], task: Task, output: Path, name: str, title: str, note: str
+    runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: str, output: Path, name: str, title: str, note: str
 ) -> None:
     """Write the table and the plot of what is there, and say what is unfair about it."""
     if not runs:
         return
     note += (
         "Excess: loss above dense training of the same seed, mean over the texts; spread over seeds. Wall time: whole "
-        f"run with pruning, in units of the fit of {task.plain!r}. "
+        f"run with pruning, in units of the fit of {plain!r}. "
     )
     found = warnings(runs)
     note += " ".join(f"Warning: {warning}." for warning in found)
-    path = write_report(output, name, title, table(runs, rows, task), note=note)
+    path = write_report(output, name, title, table(runs, rows, plain), note=note)
     plot(runs, rows, title, path.with_suffix(".png"))

@@ -18,6 +18,7 @@ from benchmarks.recovery.recipes import main as recipes
 from benchmarks.recovery.rows import FINETUNING, SCRATCH, chosen_rows, further_rows
 from benchmarks.recovery.scratch import Recipe
 from benchmarks.recovery.summary import excesses, table, warnings
+from benchmarks.recovery.table import main as again
 from prox24_lightning.commands.pretrained import Pretrained
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -124,6 +125,26 @@ def test_the_command_writes_table_plot_and_runs_and_does_nothing_twice(settings,
     assert len(ran) == 3
 
 
+def test_the_table_is_made_again_from_the_runs_alone(settings, tmp_path):
+    main(output=tmp_path, **given(settings, rates={"dense": 1e-3}))
+    (page,) = tmp_path.glob("*_recovery.md")
+    page.unlink()
+    again(tmp_path / "recovery.runs.jsonl", tmp_path, lr=1e-2, rates={"dense": 1e-3}, note="Told by hand.")
+    text = page.read_text()
+    assert "| magnitude |" in text
+    assert "| dense |" in text
+    assert "Told by hand." in text
+    assert "'dense': 0.001" in text
+    with pytest.raises(ValueError, match="holds no run of the rows"):
+        again(tmp_path / "recovery.runs.jsonl", tmp_path, lr=1e-2, rows=["dense"])
+
+
+def test_nothing_begins_once_the_time_is_up(settings, tmp_path, capsys):
+    main(output=tmp_path, **given(settings, minutes=0.0))
+    assert not (tmp_path / "recovery.runs.jsonl").exists()
+    assert "left for later" in capsys.readouterr().out
+
+
 def test_long_is_four_times_the_steps_in_files_of_its_own(settings, tmp_path):
     main(output=tmp_path, **given(settings, steps=2, long=True, rows=["dense"]))
     (line,) = (tmp_path / "recovery_long.runs.jsonl").read_text().splitlines()
@@ -194,7 +215,7 @@ def test_excess_is_above_dense_of_the_same_seed_and_time_in_units_of_plain_fine_
     runs = [run("dense", 0, 1.0, 2.0), run("dense", 1, 1.5, 2.5), run("magnitude", 0, 1.2, 2.4)]
     runs += [run("magnitude", 1, 1.6, 2.8), run("prox24", 0, 1.1, 2.1, seconds=14.0, pruning=2.0)]
     assert excesses(runs)["magnitude"] == pytest.approx({0: 0.3, 1: 0.2})
-    dense, magnitude, prox24 = table(runs, ["dense", "magnitude", "wanda", "prox24"], task)
+    dense, magnitude, prox24 = table(runs, ["dense", "magnitude", "wanda", "prox24"], task.plain)
     assert dense["excess, nats"] == "0.0000 ± 0.0000"
     assert magnitude["excess, nats"] == "0.2500 ± 0.0707"
     assert prox24["wall time"] == "1.60"
