@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prox24_lightning.groups import GroupedWeight
-from prox24_lightning.layerwise.block import Run, solve_stage, stage_moments
-from prox24_lightning.layerwise.blocks import hidden_of
-from prox24_lightning.layerwise.layers import from_matrix, why_not_solvable
-from prox24_lightning.layerwise.reconstruct import reconstruct_block
-from prox24_lightning.layerwise.stages import order_of_calls
-from prox24_lightning.ranks import gathered_objects, gathered_on_first, rank
-from prox24_lightning.sharding import is_sharded, local_part, part_of, runnable
+from prox24_lightning.layerwise.layers import why_not_solvable
+from prox24_lightning.ranks import gathered_on_first, rank
+from prox24_lightning.sharding import is_sharded, runnable
 from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts, share_of
 from prox24_lightning.sparsify.output_gradients import OutputGradients
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.replays import Replays, mixed, outputs_of, trained
+from prox24_lightning.sparsify.replays import Replays
+from prox24_lightning.sparsify.solve_unit import solve_unit
 from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
 from prox24_lightning.sparsify.units import Unit, check_orders, cut_into_units, order_of_units
 
@@ -32,8 +28,6 @@ RECONSTRUCTION_STEPS = 96
 """Gradient steps on a block whose layers have been solved."""
 _SHARED = 4
 """So many units at most share one pass of the recorded batches: what it finds for each is kept meanwhile."""
-
-log = logging.getLogger(__name__)
 
 
 class Progressive(Strategy):
@@ -194,7 +188,9 @@ class Progressive(Strategy):
             with site.replaying():
                 replays = Replays(self._model, together)
                 for unit in together:
-                    frozen |= self._solve(unit, replays)
+                    steps = self.reconstruction_steps if self._reconstructs(unit) else 0
+                    gradients = self._gradients.get(unit.name)
+                    frozen |= solve_unit(unit, replays, self.dense_target, self.prox_steps, steps, gradients)
         for unit in units:
             self._done.add(unit.name)
             if (gradients := self._gradients.pop(unit.name, None)) is not None:
@@ -218,59 +214,9 @@ class Progressive(Strategy):
                 groups.append([unit])
         return groups
 
-    def _solve(self, unit: Unit, replays: Replays) -> Frozen:
-        """Masks and values of the layers of ``unit`` that the solver can take."""
-        owners = {w.module: w for w in unit.weights if why_not_solvable(w.module, w.parameter_name) is None}
-        frozen: Frozen = {}
-        runs = replays.runs_of(unit)
-        if not all(gathered_objects(bool(runs))):
-            return frozen
-        dense_runs, twins = replays.dense_runs_of(unit)
-        targets, dense_outputs = None, None
-        if owners and self._reconstructs(unit):
-            try:
-                dense_outputs = None if dense_runs is None else outputs_of(unit, dense_runs)
-                targets = mixed(outputs_of(unit, runs), dense_outputs, self.dense_target)
-            except ValueError as error:  # its output is no tensor
-                log.warning("%s is not reconstructed: %s", unit.name, error)
-        for stage in order_of_calls(list(owners), runs[0]):
-            moments = stage_moments(stage, runs, dense_runs, twins)
-            members = [owners[layer] for layer in stage.layers]
-            try:
-                solved = solve_stage(members, moments, dense_target=self.dense_target, steps=self.prox_steps)
-            except ValueError as error:
-                log.warning("%s; its largest weights are kept instead", error)
-                continue
-            for weight, solution in solved:
-                mask = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
-                frozen[weight.name] = mask, local_part(weight.parameter)
-        if targets is not None and frozen:
-            self._reconstruct(unit, runs, targets, frozen)
-        replays.hand_on(unit, runs, dense_runs, dense_outputs)
-        return frozen
-
     def _reconstructs(self, unit: Unit) -> bool:
         outside = any(weight.module is unit.module for weight in unit.weights)
         return self.reconstruction_steps > 0 and not outside and not self._sharded
-
-    def _reconstruct(self, unit: Unit, runs: Sequence[Run], targets: Sequence[Tensor], frozen: Frozen) -> None:
-        parameters = {name: parameter for name, parameter in unit.module.named_parameters() if parameter.requires_grad}
-        names = {parameter: name for name, parameter in parameters.items()}
-        masks = {
-            names[w.parameter]: frozen[w.name][0] for w in unit.weights if w.name in frozen and w.parameter in names
-        }
-        # A matrix that was not solved here keeps its zeros: another Prox24 may have frozen it.
-        masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
-        forwards = [lambda run=run: hidden_of(run(), unit.name) for run in trained(runs)]
-        weights = None
-        if (gradients := self._gradients.get(unit.name)) is not None:
-            weights = gradients.weights(targets[0].shape[-1], targets[0].device)
-        # What training compiled serves here as well: nothing inside the block is listened to.
-        with torch.compiler.set_stance("default"):
-            before, after = reconstruct_block(
-                parameters, masks, forwards, targets, steps=self.reconstruction_steps, feature_weights=weights
-            )
-        log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)
 
     @property
     def _sharded(self) -> bool:
@@ -296,6 +242,7 @@ class Progressive(Strategy):
         if found == [site.module for site in self._sites]:
             return
         self.detach()
+        self._gradients.clear()
         kept = {site.module: site for site in self._sites}
         self._sites = [kept.get(module) or CallSite(module, self.batches) for module in found]
         self._units = cut_into_units(self._model, self._weights, self._sites)

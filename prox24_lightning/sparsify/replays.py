@@ -117,8 +117,9 @@ class _Walk:
     def calls_of(self, unit: Unit) -> list[Call]:
         module = self._modules[unit.name]
         passage = self._passages[module]
-        if passage.place is not None and self.outputs is not None:
-            pairs = zip(passage.calls, self.outputs, strict=True)
+        outputs, self.outputs = self.outputs, None
+        if passage.place is not None and outputs is not None:
+            pairs = zip(passage.calls, outputs, strict=True)
             return [call.with_value(passage.place, output) for call, output in pairs]
         if unit.name == next(iter(self._modules)):
             return passage.calls

@@ -14,7 +14,7 @@ from torch import nn
 from prox24_lightning import Prox24
 from prox24_lightning.layerwise.block import solve_stage
 from prox24_lightning.mask import is_24
-from prox24_lightning.sparsify import PostStepProx, progressive
+from prox24_lightning.sparsify import PostStepProx, solve_unit
 
 TARGET = "model.2.weight"
 
@@ -160,7 +160,7 @@ def test_the_progressive_strategy_solves_layers_inside_a_compiled_model(monkeypa
         solved.extend((weight.name, moments.tokens) for weight in weights)
         return solve_stage(weights, moments, **options)
 
-    monkeypatch.setattr(progressive, "solve_stage", spy)
+    monkeypatch.setattr(solve_unit, "solve_stage", spy)
     module = TinyModule()
     module.model = torch.compile(module.model, backend="eager")
     callback = Prox24(2, 18, targets=["model.0", "model.2"], verbose=False)
