@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prox24_lightning.convert.kernels import few_tokens
-from prox24_lightning.convert.kernels.nvrtc import driver_version
+from prox24_lightning.convert.kernels.nvrtc import driver_version, source
 from prox24_lightning.convert.kernels.table import Times
 from prox24_lightning.files import write_text
 
@@ -25,6 +26,9 @@ VERSION = 1
 
 PATH_VARIABLE = "PROX24_KERNEL_CACHE"
 """Names another file than the default one."""
+
+
+_SOURCES = ("few_tokens.cu", "warpgroup.cu", "warpgroup.py", "expand.cu")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Place:
             driver_version(),
             str(torch.__version__),
             str(torch.backends.cusparselt.version()),
-            few_tokens.version(),
+            _kernels(),
         )
 
 
@@ -92,6 +96,12 @@ def find(
     entries = read(path)
     wanted = {tokens: key(place, dtype, shape, tokens) for tokens in token_counts}
     return {tokens: entries[name] for tokens, name in wanted.items() if name in entries and entries[name].kernels}
+
+
+@cache
+def _kernels() -> str:
+    """Changes with the package's kernels: what was measured with others is of no use."""
+    return sha256("".join(map(source, _SOURCES)).encode()).hexdigest()[:12]
 
 
 def _times(entry: dict[str, Any]) -> Times:

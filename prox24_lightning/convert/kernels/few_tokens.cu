@@ -21,6 +21,7 @@ constexpr int ROWS = WR * MT * 16;  // of a block
 constexpr int TOKENS = NT * 8;
 constexpr int WARPS = WR * WK;
 constexpr int STRIDE = TOKENS + 1;  // of a row of partial sums in shared memory
+constexpr int PREFETCH = 2048;      // bytes
 
 __device__ __forceinline__ uint4 load_once(const void* address) {
   uint4 v;
@@ -148,6 +149,22 @@ struct Operands {
   }
 };
 
+#if __CUDA_ARCH__ >= 900
+// This kernel may start while the one before it ends: it has the weight brought to the second-level cache, which needs
+// no order, and waits before anything else.
+__device__ __forceinline__ void start_early(const u16* packed, int row, int rows, int columns) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  const int height = min(ROWS, rows - row), part = height * columns / CS, places = part / 8;
+  const char* values = (const char*)packed + (size_t)row * columns + (size_t)blockIdx.y * part;
+  const char* positions = (const char*)packed + (size_t)rows * columns + (size_t)row * columns / 8 + blockIdx.y * places;
+  for (int at = threadIdx.x * PREFETCH; at < part; at += WARPS * 32 * PREFETCH)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(values + at), "r"(min(PREFETCH, part - at)));
+  for (int at = threadIdx.x * PREFETCH; at < places; at += WARPS * 32 * PREFETCH)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(positions + at), "r"(min(PREFETCH, places - at)));
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+#endif
+
 extern __shared__ __align__(128) char memory[];
 
 // Add the warps' sums, then the blocks' of a cluster, and store.
@@ -208,6 +225,9 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
   const int wr = warp % WR, wk = warp / WR;
   const int row = min((int)blockIdx.x * ROWS + wr * MT * 16, rows - MT * 16);  // rows too many are not stored
   const int blocks = columns / 64;
+#if __CUDA_ARCH__ >= 900
+  start_early(packed, blockIdx.x * ROWS, rows, columns);
+#endif
   x += (size_t)blockIdx.z * TOKENS * columns;
   y += (size_t)blockIdx.z * TOKENS * outputs;
   tokens -= blockIdx.z * TOKENS;

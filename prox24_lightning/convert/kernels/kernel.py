@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.kernels import cusparselt, few_tokens
+from prox24_lightning.convert.kernels import cusparselt, few_tokens, warpgroup
 from prox24_lightning.convert.kernels.few_tokens import Tiling
 from prox24_lightning.convert.kernels.gpu_layout import padded_shape
+from prox24_lightning.convert.kernels.warpgroup import Blocking
 
-Way = Literal["dense", "few", "cusparselt", "torch", "expand"]
+Way = Literal["dense", "few", "warpgroup", "cusparselt", "torch", "expand"]
 
 Run = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 """(tokens, padded in_features) rows, the buffer, the dense weight if it is kept, the bias -> (tokens, out_features)."""
@@ -33,11 +34,12 @@ class Kernel:
     """One way to multiply.
 
     Attributes:
-        way: "dense" (cuBLAS on the kept dense weight), "few" (the package's kernel for few tokens), "cusparselt"
-            (with a plan of our own), "torch" (its operator, which makes a plan at every call), "expand" (the dense
-            weight made anew at every call, then cuBLAS).
-        numbers: of "few" the fields of a :class:`~prox24_lightning.convert.kernels.few_tokens.Tiling`; of "cusparselt"
-            the algorithm, or nothing for the library's default.
+        way: "dense" (cuBLAS on the kept dense weight), "few" (the package's kernel for few tokens), "warpgroup" (its
+            kernel for some more), "cusparselt" (with a plan of our own), "torch" (its operator, which makes a plan at
+            every call), "expand" (the dense weight made anew at every call, then cuBLAS).
+        numbers: of "few" the fields of a :class:`~prox24_lightning.convert.kernels.few_tokens.Tiling`, of "warpgroup"
+            those of a :class:`~prox24_lightning.convert.kernels.warpgroup.Blocking`; of "cusparselt" the algorithm, or
+            nothing for the library's default.
     """
 
     way: Way
@@ -46,6 +48,10 @@ class Kernel:
     @classmethod
     def few(cls, tiling: Tiling) -> Kernel:
         return cls("few", astuple(tiling))
+
+    @classmethod
+    def warpgroup(cls, blocking: Blocking) -> Kernel:
+        return cls("warpgroup", astuple(blocking))
 
     @classmethod
     def parse(cls, text: str) -> Kernel:
@@ -112,6 +118,18 @@ def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: 
             return out
 
         return few
+    if kernel.way == "warpgroup":
+        start = warpgroup.prepare(Blocking(*kernel.numbers), dtype, shape, tokens, device)
+        here = torch.device("cuda", device)
+
+        def by_warpgroups(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            out = torch.empty((tokens, out_features), dtype=dtype, device=here)
+            bias = _cast(bias, dtype)
+            at = 0 if bias is None else bias.data_ptr()
+            start(inputs.data_ptr(), buffer.data_ptr(), at, out.data_ptr(), raw_stream(device))
+            return out
+
+        return by_warpgroups
     if kernel.way == "cusparselt":
         padded = -(-tokens // cusparselt.TOKEN_MULTIPLE) * cusparselt.TOKEN_MULTIPLE
         algorithm = kernel.numbers[0] if kernel.numbers else None
