@@ -90,12 +90,22 @@ def add(path: Path, entries: dict[str, Times]) -> None:
 
 
 def find(
-    path: Path, place: Place, dtype: torch.dtype, shape: tuple[int, int], token_counts: Sequence[int]
+    path: Path,
+    place: Place,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    token_counts: Sequence[int] | None = None,
 ) -> dict[int, Times]:
-    """The entries there are for these numbers of tokens; one without a kernel (the memory was full) counts for none."""
-    entries = read(path)
-    wanted = {tokens: key(place, dtype, shape, tokens) for tokens in token_counts}
-    return {tokens: entries[name] for tokens, name in wanted.items() if name in entries and entries[name].kernels}
+    """The entries there are, ascending in tokens; one without a kernel (the memory was full) counts for none.
+
+    Args:
+        token_counts: those of interest; None takes whatever has been measured.
+    """
+    entries = {name: entry for name, entry in read(path).items() if entry.kernels}
+    if token_counts is None:
+        token_counts = sorted({entry.tokens for entry in entries.values()})
+    names = {tokens: key(place, dtype, shape, tokens) for tokens in token_counts}
+    return {tokens: entries[name] for tokens, name in names.items() if name in entries}
 
 
 @cache

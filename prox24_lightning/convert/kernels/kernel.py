@@ -62,6 +62,20 @@ class Kernel:
         return f"{self.way}:{','.join(map(str, self.numbers))}" if self.numbers else self.way
 
 
+def own_kernels(tokens: int, capability: tuple[int, int]) -> tuple[Kernel, ...]:
+    """The package's kernels worth measuring at a number of tokens on a GPU of this compute capability."""
+    few = map(Kernel.few, few_tokens.tilings(tokens, capability))
+    return (*few, *map(Kernel.warpgroup, warpgroup.blockings(tokens, capability)))
+
+
+def compile_kernel(kernel: Kernel, dtype: torch.dtype, capability: tuple[int, int]) -> None:
+    """Have the program of one of the package's kernels ready; threads may compile several at once."""
+    if kernel.way == "few":
+        few_tokens.program(Tiling(*kernel.numbers), dtype, capability)
+    elif kernel.way == "warpgroup":
+        warpgroup.program(Blocking(*kernel.numbers), dtype)
+
+
 @cache
 def parse_table(table: str) -> tuple[tuple[int, ...], tuple[Kernel, ...]]:
     """Token counts in ascending order, and the kernel up to each; the last one serves larger counts too."""

@@ -1,8 +1,9 @@
 """The package's kernel for tens to hundreds of tokens on Hopper: products bound by the weight and by shared memory.
 
 There cuBLAS still waits for the weight, while cuSPARSELt has no good kernel. This one reads the packed weight with the
-copy engine and multiplies it as it is on the sparse tensor cores of a warpgroup (``wgmma``); see ``warpgroup.cu``. Which
-:class:`Blocking` is best depends on the shape and is measured (:mod:`~prox24_lightning.convert.kernels.search`).
+copy engine and multiplies it as it is on the sparse tensor cores of a warpgroup (``wgmma``); see ``warpgroup.cu``.
+Which :class:`Blocking` is best depends on the shape and is measured
+(:mod:`~prox24_lightning.convert.kernels.search`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ FEWEST_TOKENS, MOST_TOKENS = 9, 512
 """Below, few_tokens is faster; above, cuSPARSELt."""
 
 _SHARED = 227 * 1024  # bytes a block can have
+_MULTIPROCESSORS = 132
 _INPUTS_KEPT = 64  # maps of inputs: an allocator hands out the same addresses again and again
 _WEIGHTS_KEPT = 4096
 
@@ -65,6 +67,12 @@ class Blocking:
     def shared_bytes(self) -> int:
         """Shared memory a block: the stages with two barriers each, and in the end the partial sums."""
         return max(self.stages * (self.stage_bytes + 16), self.tokens * (self.rows + 4) * 4)
+
+    def cost(self, shape: tuple[int, int], tokens: int) -> float:
+        """Bytes that a multiprocessor brings to its shared memory; a guide where nothing has been measured."""
+        rows, columns = padded_shape(shape)
+        blocks = -(-rows // (self.rows * self.across)) * self.across * self.cluster * -(-tokens // self.tokens)
+        return -(-blocks // _MULTIPROCESSORS) * -(-columns // (128 * self.cluster)) * self.stage_bytes
 
     @property
     def macros(self) -> dict[str, int]:
