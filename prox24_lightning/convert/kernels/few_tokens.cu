@@ -21,7 +21,6 @@ constexpr int ROWS = WR * MT * 16;  // of a block
 constexpr int TOKENS = NT * 8;
 constexpr int WARPS = WR * WK;
 constexpr int STRIDE = TOKENS + 1;  // of a row of partial sums in shared memory
-constexpr int PREFETCH = 2048;      // bytes
 
 __device__ __forceinline__ uint4 load_once(const void* address) {
   uint4 v;
@@ -152,15 +151,20 @@ struct Operands {
 #if __CUDA_ARCH__ >= 900
 // This kernel may start while the one before it ends: it has the weight brought to the second-level cache, which needs
 // no order, and waits before anything else.
+__device__ __forceinline__ void bring_near(const char* from, int bytes) {
+  const int step = (bytes / 16 + WARPS - 1) / WARPS * 16, at = threadIdx.x / 32 * step;  // a warp's share
+  if (at < bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from + at), "r"(min(step, bytes - at)));
+}
+
 __device__ __forceinline__ void start_early(const u16* packed, int row, int rows, int columns) {
   asm volatile("griddepcontrol.launch_dependents;");
-  const int height = min(ROWS, rows - row), part = height * columns / CS, places = part / 8;
-  const char* values = (const char*)packed + (size_t)row * columns + (size_t)blockIdx.y * part;
-  const char* positions = (const char*)packed + (size_t)rows * columns + (size_t)row * columns / 8 + blockIdx.y * places;
-  for (int at = threadIdx.x * PREFETCH; at < part; at += WARPS * 32 * PREFETCH)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(values + at), "r"(min(PREFETCH, part - at)));
-  for (int at = threadIdx.x * PREFETCH; at < places; at += WARPS * 32 * PREFETCH)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(positions + at), "r"(min(PREFETCH, places - at)));
+  if (threadIdx.x % 32 == 0) {
+    const int part = min(ROWS, rows - row) * columns / CS;  // of the values; of the positions an eighth
+    const char* values = (const char*)packed + (size_t)row * columns + (size_t)blockIdx.y * part;
+    const char* positions = (const char*)packed + ((size_t)rows * 8 + row) * columns / 8 + blockIdx.y * (part / 8);
+    bring_near(values, part);
+    bring_near(positions, part / 8);
+  }
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 #endif

@@ -11,8 +11,8 @@
 // positions is what four warps need for one product: warp w has the 64 bytes from 64 w on, and of these the eight bytes
 // of row r hold group c in byte 2c and group 4 + c in byte 2c + 1, row r in the lower four bits and row r + 8 in the upper.
 
-// The kernel may start while the one before it ends: it has the weight brought to the second-level cache, which needs no
-// order, and waits before anything else is read or written.
+// The kernel may start while the one before it ends: it has the weight for its first stages brought to the
+// second-level cache, which needs no order, and waits before anything else is read or written.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -68,6 +68,10 @@ __device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap*
 __device__ __forceinline__ void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void bring_box_near(const TensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" :: "l"(map), "r"(column), "r"(row));
 }
 
 __device__ __forceinline__ void bring_near(const char* from, int bytes) {
@@ -170,16 +174,13 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
   float acc[TOKENS / 2] = {};
   asm volatile("griddepcontrol.launch_dependents;");
   if (group == GROUPS) {
-    const char* tiles = positions + ((size_t)blockIdx.x * GROUPS * (columns / 32) + first * 4) * 256;
-    const int inputs_here = min(count * 128, columns - first * 128);  // a byte of values each
-    if (inputs_here > 0) {
-      const char* rows_here = positions - (size_t)rows * columns + (size_t)blockIdx.x * ROWS * columns + first * 128;
-      for (int row = lane; row < groups * 64; row += 32) bring_near(rows_here + (size_t)row * columns, inputs_here);
-      if (lane < groups) bring_near(tiles + (size_t)lane * (columns / 32) * 256, inputs_here * 8);
-    }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     if (lane == 0) {
       const int across = blockIdx.x % CR;
+      const char* tiles = positions + ((size_t)blockIdx.x * GROUPS * (columns / 32) + first * 4) * 256;
+      const int filled = min(count, STAGES), here = min(filled * 128, columns - first * 128);  // inputs
+      for (int i = 0; i < filled; i++) bring_box_near(&values, (first + i) * 64, blockIdx.x * ROWS);
+      for (int g = 0; g < groups && here > 0; g++) bring_near(tiles + (size_t)g * (columns / 32) * 256, here * 8);
+      asm volatile("griddepcontrol.wait;" ::: "memory");
       for (int i = 0; i < count; i++) {
         const int s = i % STAGES, piece = first + i, bytes = min(1024, (columns - piece * 128) * 8);
         if (i >= STAGES) wait(empty + s * 8, (i / STAGES - 1) & 1);
