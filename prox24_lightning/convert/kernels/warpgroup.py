@@ -81,7 +81,7 @@ class Blocking:
 
 def _blocking(tokens: int, groups: int, across: int, cluster: int, resident: int = 1) -> Blocking:
     stage = Blocking(tokens, groups, across, cluster, 1).stage_bytes
-    return Blocking(tokens, groups, across, cluster, min(8, (_SHARED // resident - 1024) // (stage + 16)))
+    return Blocking(tokens, groups, across, cluster, min(12, (_SHARED // resident - 1024) // (stage + 16)))
 
 
 BLOCKINGS = tuple(
