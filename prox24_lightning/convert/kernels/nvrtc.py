@@ -19,7 +19,6 @@ import torch
 _WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_UNASKED = 48 * 1024
-_PARAMETERS, _SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE
 
 
 _PROGRAMMATIC_SERIALIZATION = 6  # CUlaunchAttributeID
@@ -118,15 +117,16 @@ class Function:
         self._threads, self._shared, self._parameters = threads, shared_bytes, parameters
         self._early = _Attribute(_PROGRAMMATIC_SERIALIZATION, 1)
         self._attributes = (ctypes.addressof(self._early), 1) if early else (None, 0)
-        self._size = c_size_t(ctypes.sizeof(parameters))
-        self._size_at = ctypes.addressof(self._size)
+        self._offsets = [getattr(parameters, name).offset for name, *_ in parameters._fields_]
+        self._pointers = c_void_p * len(self._offsets)
 
     def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
         """Launch ``grid`` blocks on a CUDA stream of the current GPU."""
         given = self._parameters(*arguments)
-        extra = (c_void_p * 5)(_PARAMETERS, ctypes.addressof(given), _SIZE, self._size_at, 0)
+        start = ctypes.addressof(given)
+        pointers = self._pointers(*[start + offset for offset in self._offsets])
         how = _Launch(*grid, self._threads, 1, 1, self._shared, stream, *self._attributes)
-        status = self._launch(byref(how), self._function, None, extra)
+        status = self._launch(byref(how), self._function, pointers, None)
         if status:
             check(status, "cuLaunchKernelEx")
 
