@@ -148,27 +148,6 @@ struct Operands {
   }
 };
 
-#if __CUDA_ARCH__ >= 900
-// This kernel may start while the one before it ends: it has the weight brought to the second-level cache, which needs
-// no order, and waits before anything else.
-__device__ __forceinline__ void bring_near(const char* from, int bytes) {
-  const int step = (bytes / 16 + WARPS - 1) / WARPS * 16, at = threadIdx.x / 32 * step;  // a warp's share
-  if (at < bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from + at), "r"(min(step, bytes - at)));
-}
-
-__device__ __forceinline__ void start_early(const u16* packed, int row, int rows, int columns) {
-  asm volatile("griddepcontrol.launch_dependents;");
-  if (threadIdx.x % 32 == 0) {
-    const int part = min(ROWS, rows - row) * columns / CS;  // of the values; of the positions an eighth
-    const char* values = (const char*)packed + (size_t)row * columns + (size_t)blockIdx.y * part;
-    const char* positions = (const char*)packed + ((size_t)rows * 8 + row) * columns / 8 + blockIdx.y * (part / 8);
-    bring_near(values, part);
-    bring_near(positions, part / 8);
-  }
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-#endif
-
 extern __shared__ __align__(128) char memory[];
 
 // Add the warps' sums, then the blocks' of a cluster, and store.
@@ -229,9 +208,6 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
   const int wr = warp % WR, wk = warp / WR;
   const int row = min((int)blockIdx.x * ROWS + wr * MT * 16, rows - MT * 16);  // rows too many are not stored
   const int blocks = columns / 64;
-#if __CUDA_ARCH__ >= 900
-  start_early(packed, blockIdx.x * ROWS, rows, columns);
-#endif
   x += (size_t)blockIdx.z * TOKENS * columns;
   y += (size_t)blockIdx.z * TOKENS * outputs;
   tokens -= blockIdx.z * TOKENS;

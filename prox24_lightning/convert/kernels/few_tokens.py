@@ -134,8 +134,7 @@ def product(tiling: Tiling, dtype: torch.dtype, device: int) -> Function:
     """The kernel ``y = x W^T + bias``: call it with a grid, a stream and :class:`_Product`'s fields."""
     code = program(tiling, dtype, torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
-        early = torch.cuda.get_device_capability(device) >= _CLUSTERS
-        return Function(code, "few_tokens", _Product, tiling.threads, tiling.shared_bytes, early=early)
+        return Function(code, "few_tokens", _Product, tiling.threads, tiling.shared_bytes)
 
 
 def expand(buffer: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

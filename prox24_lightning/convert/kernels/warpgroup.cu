@@ -11,8 +11,7 @@
 // positions is what four warps need for one product: warp w has the 64 bytes from 64 w on, and of these the eight bytes
 // of row r hold group c in byte 2c and group 4 + c in byte 2c + 1, row r in the lower four bits and row r + 8 in the upper.
 
-// The kernel may start while the one before it ends: it has the weight for its first stages brought to the
-// second-level cache, which needs no order, and waits before anything else is read or written.
+// The kernel may start while the one before it ends, and waits before it reads or writes memory.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -24,6 +23,8 @@ constexpr int VALUES = ROWS * 128, INPUTS = TOKENS * 256, POSITIONS = GROUPS * 1
 constexpr int STAGE = VALUES + INPUTS + POSITIONS;
 constexpr int SHARE = TOKENS / CR;
 constexpr int STRIDE = ROWS + 4;  // of a token of partial sums in shared memory
+constexpr int SUMS = TOKENS * STRIDE * 4;
+constexpr int BARRIERS = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;  // where they lie: other blocks reach them late
 constexpr u32 ANY = 0x44444444;   // positions 0 and 1 in every group
 
 struct __align__(64) TensorMap {
@@ -42,8 +43,14 @@ __device__ __forceinline__ u32 in_block(u32 address, int block) {
   return there;
 }
 
+// What was written before it is seen by all blocks of the cluster after it.
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Nothing was written that others are to see: this one does not wait for memory.
+__device__ __forceinline__ void cluster_meeting() {
+  asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 __device__ __forceinline__ void wait(u32 barrier, int parity) {
@@ -68,14 +75,6 @@ __device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap*
 __device__ __forceinline__ void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void bring_box_near(const TensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" :: "l"(map), "r"(column), "r"(row));
-}
-
-__device__ __forceinline__ void bring_near(const char* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(bytes));
 }
 
 // Rows of 128 bytes that the copy engine has swizzled.
@@ -158,7 +157,7 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
   const int pieces = (columns + 127) / 128;
   const int first = pieces * blockIdx.y / CS, count = pieces * (blockIdx.y + 1) / CS - first;
   const int groups = min(GROUPS, rows / 64 - (int)blockIdx.x * GROUPS);  // with rows at all
-  const u32 stages = shared_address(memory), full = stages + STAGES * STAGE, empty = full + STAGES * 8;
+  const u32 stages = shared_address(memory), full = stages + BARRIERS, empty = full + STAGES * 8;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8) : "memory");
@@ -167,7 +166,7 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 #if CR > 1
-  cluster_barrier();
+  cluster_meeting();
 #else
   __syncthreads();
 #endif
@@ -177,9 +176,6 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
     if (lane == 0) {
       const int across = blockIdx.x % CR;
       const char* tiles = positions + ((size_t)blockIdx.x * GROUPS * (columns / 32) + first * 4) * 256;
-      const int filled = min(count, STAGES), here = min(filled * 128, columns - first * 128);  // inputs
-      for (int i = 0; i < filled; i++) bring_box_near(&values, (first + i) * 64, blockIdx.x * ROWS);
-      for (int g = 0; g < groups && here > 0; g++) bring_near(tiles + (size_t)g * (columns / 32) * 256, here * 8);
       asm volatile("griddepcontrol.wait;" ::: "memory");
       for (int i = 0; i < count; i++) {
         const int s = i % STAGES, piece = first + i, bytes = min(1024, (columns - piece * 128) * 8);
@@ -226,32 +222,33 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
         wait(full + (i + 1) % STAGES * 8, (i + 1) / STAGES & 1);
         read_positions(i + 1, where_next);
       }
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      // The products read their positions while they run: the registers must not be those of the next ones.
+      asm volatile("wgmma.wait_group.sync.aligned 0;" : "+r"(where[0]), "+r"(where[1]) :: "memory");
       if (lane == 0) {
 #pragma unroll
         for (int k = 0; k < CR; k++)
-          asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
+          asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];"
                        :: "r"(in_block(empty + i % STAGES * 8, blockIdx.y * CR + k)) : "memory");
       }
       where[0] = where_next[0], where[1] = where_next[1];
     }
   }
-#if CR > 1
-  cluster_barrier();  // nobody brings inputs here any more
-#else
   __syncthreads();
-#endif
   if (group < GROUPS) {
     float* partial = (float*)memory + warp * 16 + lane / 4;  // [TOKENS][STRIDE]
 #pragma unroll
     for (int k = 0; k < TOKENS / 2; k++)
       partial[(k / 4 * 8 + lane % 4 * 2 + k % 2) * STRIDE + k / 2 % 2 * 8] = acc[k];
   }
+#if CS > 1
   cluster_barrier();
+#else
+  __syncthreads();
+#endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
   const int token = blockIdx.z * TOKENS;
   finish(bias, y + (size_t)token * outputs, min(TOKENS, tokens - token), outputs);
 #if CR * CS > 1
-  cluster_barrier();  // a block's sums are there until all have read them
+  cluster_meeting();  // a block's memory is there until all have read it and have written to it
 #endif
 }

@@ -65,8 +65,8 @@ class Blocking:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory a block: the stages with two barriers each, and in the end the partial sums."""
-        return max(self.stages * (self.stage_bytes + 16), self.tokens * (self.rows + 4) * 4)
+        """Shared memory a block: the stages, in the end the partial sums; behind them two barriers a stage."""
+        return max(self.stages * self.stage_bytes, self.tokens * (self.rows + 4) * 4) + 16 * self.stages
 
     def cost(self, shape: tuple[int, int], tokens: int) -> float:
         """Bytes that a multiprocessor brings to its shared memory; a guide where nothing has been measured."""
