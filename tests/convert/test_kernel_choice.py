@@ -18,7 +18,7 @@ from prox24_lightning.convert.kernels import search as kernel_search
 from prox24_lightning.convert.kernels.algorithm_search import Job
 from prox24_lightning.convert.kernels.cache import Place
 from prox24_lightning.convert.kernels.few_tokens import TILINGS, Tiling
-from prox24_lightning.convert.kernels.kernel import Kernel, kernel_for, parse_table
+from prox24_lightning.convert.kernels.kernel import Kernel, kernel_for, own_kernels, parse_table
 from prox24_lightning.convert.kernels.report import in_words, print_kernels
 from prox24_lightning.convert.kernels.table import (
     BUCKETS,
@@ -99,7 +99,7 @@ def test_by_rule_few_tokens_are_ours_and_many_the_librarys():
         table = unmeasured(SHAPE, capability)
         return [kernel_for(table.text, tokens).way for tokens in (1, 8, 32, 200, 100_000)]
 
-    assert ways((9, 0)) == ["few", "few", "warpgroup", "warpgroup", "cusparselt"]
+    assert ways((9, 0)) == [*["warpgroup"] * 4, "cusparselt"]
     assert ways((8, 0)) == ["few", "few", "few", "cusparselt", "cusparselt"]
     without_compiler = unmeasured(SHAPE, (9, 0), "torch", own=False)
     assert [row.kernel.way for row in without_compiler.rows] == ["torch"]
@@ -112,7 +112,7 @@ def test_rules_fill_what_was_not_measured():
     table = KernelTable(SHAPE, completed(measured, unmeasured(SHAPE, (9, 0)).rows))
     assert [row.tokens for row in table.rows] == sorted({row.tokens for row in table.rows})
     assert kernel_for(table.text, 64) == DENSE
-    assert kernel_for(table.text, 1).way == "few"
+    assert kernel_for(table.text, 1).way == "warpgroup"
 
 
 def test_the_table_for_people():
@@ -153,13 +153,14 @@ def test_a_tiling_says_its_macros():
 
 
 def test_blockings_fit_the_gpu():
-    for tokens in (16, 17, 64, 100, 256, 512):
+    for tokens in (1, 16, 17, 64, 100, 256, 512):
         found = warpgroup.blockings(tokens, (9, 0))
         assert found
         assert max(blocking.tokens for blocking in found) >= min(tokens, 256)
+        assert {blocking.tokens for blocking in found} <= {8, 16, 32, 64, 128, 256}
     for capability in ((8, 0), (8, 9), (10, 0)):
         assert warpgroup.blockings(64, capability) == (), "the instructions are Hopper's alone"
-    assert warpgroup.blockings(1, (9, 0)) == warpgroup.blockings(4096, (9, 0)) == ()
+    assert warpgroup.blockings(4096, (9, 0)) == ()
     for blocking in warpgroup.BLOCKINGS:
         assert blocking.shared_bytes <= 227 * 1024
         assert blocking.threads <= 1024
@@ -167,6 +168,12 @@ def test_blockings_fit_the_gpu():
         assert blocking.across * blocking.cluster <= 8, "the largest cluster that every GPU of the kind takes"
         assert blocking.tokens // blocking.across % 8 == 0, "the copy engine swizzles eight rows at a time"
         assert blocking.stage_bytes % 1024 == 0
+
+
+def test_on_hopper_the_older_kernel_is_measured_for_few_tokens_only():
+    ways = {tokens: {kernel.way for kernel in own_kernels(tokens, (9, 0))} for tokens in (8, 64, 1024)}
+    assert ways == {8: {"few", "warpgroup"}, 64: {"warpgroup"}, 1024: set()}
+    assert {kernel.way for kernel in own_kernels(64, (8, 0))} == {"few"}
 
 
 def test_a_blocking_says_its_macros_and_its_instruction():

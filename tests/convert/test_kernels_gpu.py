@@ -13,6 +13,7 @@ from prox24_lightning.convert.kernels import cusparselt, few_tokens, warpgroup
 from prox24_lightning.convert.kernels.gpu_layout import from_buffer, padded_shape, random_buffer, to_buffer
 from prox24_lightning.convert.kernels.kernel import Kernel, own_kernels, prepare
 from prox24_lightning.convert.kernels.search import kernel_tables, stored_table
+from prox24_lightning.convert.kernels.table import DENSE, SAME
 from prox24_lightning.convert.measure.timing import capture
 from prox24_lightning.convert.packed.weight import pack_24, unpack_24
 from prox24_lightning.mask import mask_24
@@ -238,7 +239,7 @@ def test_measured_tables_are_kept_and_used(tmp_path):
     table = kernel_tables([shape], torch.bfloat16, token_counts=counts, device=torch.device("cuda"))[shape]
     measured = time.perf_counter() - start
     assert [row.tokens for row in table.rows] == list(counts)
-    assert table.rows[0].kernel.way == "few"
+    assert table.rows[0].kernel.way in ("few", "warpgroup")
     assert table.rows[2].kernel.way == "cusparselt"
     start = time.perf_counter()
     assert kernel_tables([shape], torch.bfloat16, token_counts=counts) == {shape: table}
@@ -246,7 +247,7 @@ def test_measured_tables_are_kept_and_used(tmp_path):
     stored = stored_table(shape, torch.bfloat16, device=0)
     assert set(table.rows) <= set(stored.rows)
     with_dense = kernel_tables([shape], torch.bfloat16, token_counts=counts, keep_dense=True)[shape]
-    assert all(row.us <= row.dense_us for row in with_dense.rows)
+    assert all(row.kernel == DENSE or row.us < SAME * row.dense_us for row in with_dense.rows)
     print(f"measured in {measured:.1f} s:", table.text)
 
 

@@ -26,6 +26,7 @@ Way = Literal["dense", "few", "warpgroup", "cusparselt", "torch", "expand"]
 Run = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 """(tokens, padded in_features) rows, the buffer, the dense weight if it is kept, the bias -> (tokens, out_features)."""
 
+_FEW_BESIDE_WARPGROUP = 16  # up to so many tokens it wins on one shape or another
 _PLANS = 4096  # kept at most: one for each layer with a bias (or shape without) and padded number of tokens
 
 
@@ -35,7 +36,7 @@ class Kernel:
 
     Attributes:
         way: "dense" (cuBLAS on the kept dense weight), "few" (the package's kernel for few tokens), "warpgroup" (its
-            kernel for some more), "cusparselt" (with a plan of our own), "torch" (its operator, which makes a plan at
+            kernel for Hopper), "cusparselt" (with a plan of our own), "torch" (its operator, which makes a plan at
             every call), "expand" (the dense weight made anew at every call, then cuBLAS).
         numbers: of "few" the fields of a :class:`~prox24_lightning.convert.kernels.few_tokens.Tiling`, of "warpgroup"
             those of a :class:`~prox24_lightning.convert.kernels.warpgroup.Blocking`; of "cusparselt" the algorithm, or
@@ -64,8 +65,10 @@ class Kernel:
 
 def own_kernels(tokens: int, capability: tuple[int, int]) -> tuple[Kernel, ...]:
     """The package's kernels worth measuring at a number of tokens on a GPU of this compute capability."""
-    few = map(Kernel.few, few_tokens.tilings(tokens, capability))
-    return (*few, *map(Kernel.warpgroup, warpgroup.blockings(tokens, capability)))
+    found = tuple(map(Kernel.warpgroup, warpgroup.blockings(tokens, capability)))
+    if found and tokens > _FEW_BESIDE_WARPGROUP:
+        return found
+    return (*map(Kernel.few, few_tokens.tilings(tokens, capability)), *found)
 
 
 def compile_kernel(kernel: Kernel, dtype: torch.dtype, capability: tuple[int, int]) -> None:

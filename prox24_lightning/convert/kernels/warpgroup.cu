@@ -1,4 +1,4 @@
-// y = x W^T + bias for some tens to hundreds of tokens and a packed 2:4 weight, on Hopper's sparse tensor cores.
+// y = x W^T + bias for one to some hundreds of tokens and a packed 2:4 weight, on Hopper's sparse tensor cores.
 //
 // Compiled at run time with these macros: TOKENS (of a block), GROUPS (warpgroups of a block that multiply, 64 rows of
 // the weight each), CR and CS (blocks of a cluster along the rows and along the sum), STAGES (pieces of 128 inputs in

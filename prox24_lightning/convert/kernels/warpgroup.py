@@ -1,7 +1,7 @@
-"""The package's kernel for tens to hundreds of tokens on Hopper: products bound by the weight and by shared memory.
+"""The package's kernel for one to some hundreds of tokens on Hopper: products bound by the reading of the weight.
 
-There cuBLAS still waits for the weight, while cuSPARSELt has no good kernel. This one reads the packed weight with the
-copy engine and multiplies it as it is on the sparse tensor cores of a warpgroup (``wgmma``); see ``warpgroup.cu``.
+There cuBLAS waits for the weight too, and cuSPARSELt has no good kernel. This one reads the packed weight with the copy
+engine and multiplies it as it is on the sparse tensor cores of a warpgroup (``wgmma``); see ``warpgroup.cu``.
 Which :class:`Blocking` is best depends on the shape and is measured
 (:mod:`~prox24_lightning.convert.kernels.search`).
 """
@@ -23,11 +23,14 @@ from prox24_lightning.convert.kernels.tensor_map import TensorMap, tensor_map
 CAPABILITY = (9, 0)
 """The only one: later GPUs have other instructions."""
 
-FEWEST_TOKENS, MOST_TOKENS = 9, 512
-"""Below, few_tokens is faster; above, cuSPARSELt."""
+MOST_TOKENS = 512
+"""Above, cuSPARSELt is faster."""
 
+_AT_ONCE = 128  # up to so many tokens they are best taken all at once
 _SHARED = 227 * 1024  # bytes a block can have
 _MULTIPROCESSORS = 132
+_MOST_STAGES = 12
+_START, _MEETING = 2**16, 2**15  # bytes that could be brought while a block starts, and adds another one's sums
 _INPUTS_KEPT = 64  # maps of inputs: an allocator hands out the same addresses again and again
 _WEIGHTS_KEPT = 4096
 
@@ -68,11 +71,12 @@ class Blocking:
         """Shared memory a block: the stages, in the end the partial sums; behind them two barriers a stage."""
         return max(self.stages * self.stage_bytes, self.tokens * (self.rows + 4) * 4) + 16 * self.stages
 
-    def cost(self, shape: tuple[int, int], tokens: int) -> float:
-        """Bytes that a multiprocessor brings to its shared memory; a guide where nothing has been measured."""
+    def cost(self, shape: tuple[int, int], tokens: int) -> int:
+        """What a multiprocessor has to do, in bytes brought to it; a guide where nothing has been measured."""
         rows, columns = padded_shape(shape)
         blocks = -(-rows // (self.rows * self.across)) * self.across * self.cluster * -(-tokens // self.tokens)
-        return -(-blocks // _MULTIPROCESSORS) * -(-columns // (128 * self.cluster)) * self.stage_bytes
+        block = -(-columns // (128 * self.cluster)) * self.stage_bytes + _START + _MEETING * (self.cluster - 1)
+        return -(-blocks // _MULTIPROCESSORS) * block
 
     @property
     def macros(self) -> dict[str, int]:
@@ -80,16 +84,24 @@ class Blocking:
 
 
 def _blocking(tokens: int, groups: int, across: int, cluster: int, resident: int = 1) -> Blocking:
+    """As many stages as fit when a multiprocessor is to hold ``resident`` blocks."""
     stage = Blocking(tokens, groups, across, cluster, 1).stage_bytes
-    return Blocking(tokens, groups, across, cluster, min(12, (_SHARED // resident - 1024) // (stage + 16)))
+    return Blocking(tokens, groups, across, cluster, min(_MOST_STAGES, (_SHARED // resident - 1024) // (stage + 16)))
 
 
 BLOCKINGS = tuple(
     _blocking(tokens, *numbers)
-    for tokens in (16, 32, 64, 128, 256)
-    for numbers in ((2, 1, 1), (2, 1, 2), (2, 1, 4), (2, 2, 2), (2, 2, 4))
+    for tokens, cuts in (
+        (8, ((1, 1, 2), (2, 1, 1, 2), (2, 1, 4, 2), (1, 1, 1), (1, 1, 4), (1, 1, 8))),
+        (16, ((1, 1, 2), (2, 2, 1, 2), (2, 1, 4, 2), (1, 1, 4), (1, 1, 8))),
+        (32, ((1, 1, 2), (1, 4, 1, 2), (2, 1, 1), (2, 1, 3), (1, 1, 4), (1, 1, 8))),
+        (64, ((1, 1, 2), (2, 1, 1), (2, 4, 1), (2, 2, 3), (3, 1, 2), (1, 1, 4), (1, 1, 8))),
+        (128, ((1, 1, 2), (2, 2, 1), (2, 1, 2), (2, 1, 3), (3, 1, 2), (3, 1, 1), (4, 1, 1), (1, 1, 4), (1, 1, 8))),
+        (256, ((1, 1, 2), (2, 1, 1), (2, 1, 2))),
+    )
+    for numbers in cuts
 )
-"""Those worth measuring."""
+"""Those worth measuring: for each number of tokens the fastest of some fifty on one shape or another (H200)."""
 
 
 class _Product(Structure):
@@ -101,12 +113,15 @@ class _Product(Structure):
 
 
 def blockings(tokens: int, capability: tuple[int, int]) -> tuple[Blocking, ...]:
-    """Those to try for ``tokens`` tokens on a GPU: the smallest that take all of them, and those of half as many."""
-    if capability != CAPABILITY or not FEWEST_TOKENS <= tokens <= MOST_TOKENS:
+    """Those to try for ``tokens`` tokens on a GPU; none above :data:`MOST_TOKENS` or for another one than Hopper.
+
+    The smallest that take them all at once; above 128 tokens also those that take 128 at a time.
+    """
+    if capability != CAPABILITY or tokens > MOST_TOKENS:
         return ()
-    sizes = sorted({blocking.tokens for blocking in BLOCKINGS})
-    least = min((size for size in sizes if size >= tokens), default=sizes[-1])
-    return tuple(blocking for blocking in BLOCKINGS if blocking.tokens in (least, least // 2))
+    sizes = {blocking.tokens for blocking in BLOCKINGS}
+    least = min((size for size in sizes if size >= tokens), default=max(sizes))
+    return tuple(blocking for blocking in BLOCKINGS if blocking.tokens in (least, min(least, _AT_ONCE)))
 
 
 def _instruction(tokens: int, dtype: torch.dtype) -> str:
