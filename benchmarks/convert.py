@@ -21,28 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.convert_models import MODELS, model_rows, save_models
 from benchmarks.report import machine, write_report
-from prox24_lightning.convert import SemiStructuredLinear, convert_model
+from prox24_lightning.convert import SemiStructuredLinear
 from prox24_lightning.convert.kernels.few_tokens import expand
 from prox24_lightning.convert.kernels.gpu_layout import random_buffer
 from prox24_lightning.convert.kernels.search import kernel_tables
 from prox24_lightning.convert.kernels.table import KernelTable
-from prox24_lightning.convert.measure.timing import capture, describe, measure, relative_error, release_memory
-from prox24_lightning.mask import mask_24
+from prox24_lightning.convert.measure.timing import capture, measure, relative_error, release_memory
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336))
 """(out_features, in_features): attention, then the up and down projections of LLaMA 2 7B and of LLaMA 3 8B."""
 
 TOKENS = tuple(2**power for power in range(15))
 
-MODELS: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-}
-_KEY_VALUE_HEADS = {"tiny": 2, "1B": 8, "8B": 8}
-_VOCABULARY = {"tiny": 64, "1B": 128256, "8B": 128256}
-_CONTEXT = 256
 _LONG = 4096  # from so many tokens a call is long, and is repeated less often
 _MANY = 1024  # from so many on two weights in turn are enough: the inputs and results push them out of the cache
 
@@ -139,31 +131,36 @@ def _all(modules: Sequence[nn.Module], inputs: Tensor) -> Callable[[], None]:
     return call
 
 
+_MEANS = (("1 to 16 tokens", 1, 16, 1.35), ("64 tokens", 64, 64, 1.25), ("1024 tokens and more", 1024, 2**30, 1.35))
+_RATIOS = ("x graph", "x graph, dense kept", "x eager")
+
+
 def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures the grid is judged by."""
+    """The figures the grid is judged by, each beside its bar; bars are for bfloat16 replayed from a graph."""
 
-    def mean(key: str, few: int, many: int, dtype: str = "bfloat16") -> float:
-        found = [row[key] for row in rows if row["dtype"] == dtype and few <= row["tokens"] <= many]
-        return math.exp(sum(map(math.log, found)) / len(found)) if found else math.nan
-
-    def least(key: str, many: int = TOKENS[-1]) -> float:
-        return min((row[key] for row in rows if row["tokens"] <= many), default=math.nan)
+    def figure(what: str, value: float, bar: str = "") -> dict[str, Any]:
+        return {"figure": what, "value": value, "bar": bar}
 
     found = []
-    for what, few, many in (("1 to 16 tokens", 1, 16), ("64 tokens", 64, 64), ("1024 tokens and more", 1024, 2**30)):
-        for dtype in ("bfloat16", "float16"):
-            for key in ("x graph", "x graph, dense kept", "x eager"):
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        of_dtype = [row for row in rows if row["dtype"] == dtype]
+        for what, few, many, bar in _MEANS:
+            there = [row for row in of_dtype if few <= row["tokens"] <= many]
+            for key in _RATIOS if there else ():
+                mean = math.exp(sum(math.log(row[key]) for row in there) / len(there))
+                judged = dtype == "bfloat16" and key != "x eager"
                 found.append(
-                    {"figure": f"{key}, geometric mean, {dtype}, {what}", "value": mean(key, few, many, dtype)}
+                    figure(f"{key}, geometric mean, {dtype}, {what}", mean, f"at least {bar}" if judged else "")
                 )
-    for key in ("x graph", "x graph, dense kept", "x eager"):
-        found.append({"figure": f"{key}, least of all", "value": least(key)})
-    found.append(
-        {"figure": "x against torch, eager, least at 1 to 64 tokens", "value": least("x against torch, eager", 64)}
-    )
+        for key in _RATIOS:
+            least = min(of_dtype, key=lambda row: row[key])
+            what = f"{key}, least of all, {dtype} ({least['layer']} at {least['tokens']})"
+            found.append(figure(what, least[key], "" if key == "x eager" else "at least 0.98"))
+        stock = min((row["x against torch, eager"] for row in of_dtype if row["tokens"] <= 64), default=math.nan)
+        found.append(figure(f"x against torch, eager, least at 1 to 64 tokens, {dtype}", stock, "at least 10"))
     overheads = [row["ours eager us"] - row["dense eager us"] for row in rows if row["tokens"] == 1]
-    found.append({"figure": "eager above dense at 1 token, worst, us", "value": max(overheads, default=math.nan)})
-    found.append({"figure": "memory of a packed weight, part of dense", "value": max(row["memory"] for row in rows)})
+    found.append(figure("eager above dense at 1 token, worst, us", max(overheads, default=math.nan), "at most 30"))
+    found.append(figure("memory of a packed weight, part of dense", max(row["memory"] for row in rows), "at most 0.6"))
     return found
 
 
@@ -204,123 +201,6 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     pyplot.close(figure)
 
 
-def build(name: str, device: torch.device) -> nn.Module:
-    """A LLaMA of random 2:4 weights in bfloat16; its head and embedding are dense."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=_VOCABULARY[name],
-        num_key_value_heads=_KEY_VALUE_HEADS[name],
-        max_position_embeddings=2 * _LONG,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        **MODELS[name],
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-    for layer in _decoder_layers(model).values():
-        layer.weight.mul_(mask_24(layer.weight))
-    return model
-
-
-def _decoder_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers")}
-
-
-def decode_step(model: nn.Module, batch: int, device: torch.device) -> Callable[[], Tensor]:
-    """One token each of ``batch`` sequences, half a static cache of context behind them."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=_CONTEXT)
-    half = _CONTEXT // 2
-    ids = torch.randint(model.config.vocab_size, (batch, 1), device=device)
-    mask = torch.zeros(batch, 1, 1, _CONTEXT, dtype=torch.bool, device=device)
-    mask[..., : half + 1] = True
-    position = torch.full((1,), half, device=device)
-
-    def step() -> Tensor:
-        for layer in cache.layers:  # newer versions of transformers count the tokens there, and every call adds one
-            if isinstance(counted := getattr(layer, "cumulative_length", None), Tensor):
-                counted.fill_(half)
-        given = {"past_key_values": cache, "cache_position": position, "position_ids": position[None]}
-        logits: Tensor = model(ids, attention_mask=mask, use_cache=True, **given).logits
-        return logits
-
-    return step
-
-
-def prefill(model: nn.Module, tokens: int, device: torch.device) -> Callable[[], Tensor]:
-    """A prompt of ``tokens`` tokens, the logits of its last one."""
-    ids = torch.randint(model.config.vocab_size, (1, tokens), device=device)
-
-    def read() -> Tensor:
-        logits: Tensor = model(ids, use_cache=False, logits_to_keep=1).logits
-        return logits
-
-    return read
-
-
-def model_rows(name: str, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    model = build(name, device)
-    layers = _decoder_layers(model)
-    dense_bytes = sum(layer.weight.nbytes for layer in layers.values())
-    calls = {
-        "decode, batch 1": decode_step(model, 1, device),
-        "decode, batch 8": decode_step(model, 8, device),
-        f"prefill of {arguments.prompt} tokens": prefill(model, arguments.prompt, device),
-    }
-    counts = 1, 8, arguments.prompt
-    before = {what: _timed(call, arguments.rounds) for what, call in calls.items()}
-    memory = torch.cuda.memory_allocated(device)
-    layers.clear()
-    done = convert_model(model, list(_decoder_layers(model)), token_counts=counts)
-    release_memory()
-    converted = [module for module in model.modules() if isinstance(module, SemiStructuredLinear)]
-    kept_dense = sum(layer.weight.nbytes for layer in _decoder_layers(model).values())
-    packed = sum(module.stored_bytes for module in converted)
-    after = {what: _timed(call, arguments.rounds) for what, call in calls.items()}
-    rows = []
-    for what, (eager, graph, problem, logits) in after.items():
-        dense_eager, dense_graph, dense_problem, dense_logits = before[what]
-        rows.append(
-            {
-                "model": name,
-                "what": what,
-                "dense eager ms": dense_eager,
-                "ours eager ms": eager,
-                "dense graph ms": dense_graph,
-                "ours graph ms": graph,
-                "x eager": dense_eager / eager,
-                "x graph": dense_graph / graph,
-                "error of the logits": relative_error(dense_logits, logits),
-                "converted layers": len(converted),
-                "dense layers": len(done.dense),
-                "memory of the converted layers": packed / (dense_bytes - kept_dense) if converted else math.nan,
-                "memory of the model": torch.cuda.memory_allocated(device) / memory,
-                "problem": problem or dense_problem,
-            }
-        )
-    for verdict in done.dense:
-        print(name, verdict.name, verdict.shape, verdict.why, flush=True)
-    return rows
-
-
-def _timed(call: Callable[[], Tensor], rounds: int) -> tuple[float, float, str, Tensor]:
-    logits = call().clone()
-    eager = measure({"": call}, rounds=rounds)[""].median_us / 1000
-    try:
-        graph = measure({"": capture(call).replay}, rounds=rounds)[""].median_us / 1000
-    except RuntimeError as error:
-        return eager, math.nan, describe(error), logits
-    return eager, graph, "", logits
-
-
 def _shape(text: str) -> tuple[int, int]:
     rows, columns = text.split("x")
     return int(rows), int(columns)
@@ -350,12 +230,9 @@ def main() -> None:
         if arguments.part != "grid":
             found: list[dict[str, Any]] = []
             for name in arguments.models:
-                found += model_rows(name, arguments, torch.device("cuda"))
+                found += model_rows(name, arguments.prompt, arguments.rounds, torch.device("cuda"))
                 release_memory()
-                note = "Random 2:4 weights in LLaMA's shapes, bfloat16; x: dense over ours. Memory: parts of dense."
-                write_report(
-                    arguments.output, f"{arguments.name}_models", "Whole models, dense and converted", found, note=note
-                )
+                save_models(arguments.output, arguments.name, found)
 
 
 if __name__ == "__main__":

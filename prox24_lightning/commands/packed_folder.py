@@ -35,13 +35,22 @@ def load_folder(folder: str | Path, auto: Any, *, device: torch.device | str = "
         sparse: see :func:`~prox24_lightning.convert.packed.model.load_packed`; the dense model is then never there.
 
     Raises:
-        ValueError: if the file is damaged or does not fit the folder's config; for ``sparse`` without a suitable GPU.
+        FileNotFoundError: if the folder holds no packed file.
+        ValueError: if the file is damaged or does not fit the folder's config, or there is no config to build a model
+            by; for ``sparse`` without a suitable GPU.
     """
     from transformers import AutoConfig, GenerationConfig
 
     file = PackedFile(Path(folder) / PACKED_FILE)
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds {PACKED_FILE} but no config.json, so which model to build is not known: build it and fill "
+            "it with prox24_lightning.convert.packed.model.load_packed"
+        )
     config = AutoConfig.from_pretrained(str(folder))
     dtypes = [file.dtype(name) for name in file.names if file.dtype(name).is_floating_point]
+    if not dtypes:
+        raise ValueError(f"{file.path} holds no floating-point tensor, so it is not the model of {folder}/config.json")
     with EmptyOnMeta():
         model = auto.from_config(config, dtype=max(set(dtypes), key=dtypes.count))
     load_packed(model, file, device=device, sparse=sparse)

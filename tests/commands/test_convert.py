@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from prox24_lightning.commands import packed_folder
 from prox24_lightning.convert.packed.reader import PackedFile
+from prox24_lightning.convert.packed.writer import write_packed
 
 
 def same_state(left, right):
@@ -53,6 +54,21 @@ def test_a_packed_folder_is_a_model_to_every_command(prox24, sparse_folder, tmp_
     # from_pretrained does not take it for a model of its own and fill it with random weights.
     with pytest.raises(OSError, match="no file named"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_a_folder_that_lacks_a_part_says_which(prox24, sparse_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="packed.safetensors"):
+        packed_folder.load_folder(sparse_folder, hf.AutoModelForCausalLM)
+    folder = tmp_path / "packed"
+    prox24("convert", sparse_folder, folder)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="but no config.json"):
+        packed_folder.load_folder(folder, hf.AutoModelForCausalLM)
+    (folder / "config.json").write_text(config)
+    write_packed(folder / "packed.safetensors", {"steps": torch.tensor(1)}, {})
+    with pytest.raises(ValueError, match="holds no floating-point tensor"):
+        packed_folder.load_folder(folder, hf.AutoModelForCausalLM)
 
 
 def test_weights_are_cast_when_asked(prox24, sparse_folder, tmp_path):

@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from prox24_lightning.convert.kernels import algorithm_search, cusparselt, few_tokens, linear_op
+from prox24_lightning.convert.kernels import algorithm_search, cusparselt, few_tokens, linear_op, nvrtc, warpgroup
 from prox24_lightning.convert.kernels import cache as kernel_cache
 from prox24_lightning.convert.kernels import search as kernel_search
 from prox24_lightning.convert.kernels.algorithm_search import Job
 from prox24_lightning.convert.kernels.cache import Place
 from prox24_lightning.convert.kernels.few_tokens import TILINGS, Tiling
-from prox24_lightning.convert.kernels.kernel import Kernel, kernel_for, parse_table
+from prox24_lightning.convert.kernels.kernel import Kernel, kernel_for, own_kernels, parse_table
 from prox24_lightning.convert.kernels.report import in_words, print_kernels
 from prox24_lightning.convert.kernels.table import (
     BUCKETS,
@@ -30,6 +30,7 @@ from prox24_lightning.convert.kernels.table import (
     completed,
     unmeasured,
 )
+from prox24_lightning.convert.kernels.warpgroup import Blocking
 
 SHAPE = (4096, 1024)
 PLACE = Place("some GPU", "580.1", "2.11", "800", "abc")
@@ -40,7 +41,7 @@ def times(tokens: int, dense: float, **kernels: float) -> Times:
     return Times(tokens, dense, {{"few": FEW, "plan": "cusparselt:7"}[name]: us for name, us in kernels.items()})
 
 
-@pytest.mark.parametrize("text", ["dense", "expand", "cusparselt", "cusparselt:17", FEW])
+@pytest.mark.parametrize("text", ["dense", "expand", "cusparselt", "cusparselt:17", FEW, "warpgroup:64,2,1,4,6"])
 def test_a_kernel_is_its_text(text):
     assert str(Kernel.parse(text)) == text
 
@@ -94,10 +95,13 @@ def test_nothing_measured_is_an_error_with_its_reason():
 
 
 def test_by_rule_few_tokens_are_ours_and_many_the_librarys():
-    table = unmeasured(SHAPE, (9, 0))
-    ways = [kernel_for(table.text, tokens).way for tokens in (1, 8, 32, 200, 100_000)]
-    assert ways == ["few", "few", "few", "cusparselt", "cusparselt"]
-    without_compiler = unmeasured(SHAPE, (9, 0), "torch", few=False)
+    def ways(capability):
+        table = unmeasured(SHAPE, capability)
+        return [kernel_for(table.text, tokens).way for tokens in (1, 8, 32, 200, 100_000)]
+
+    assert ways((9, 0)) == [*["warpgroup"] * 4, "cusparselt"]
+    assert ways((8, 0)) == ["few", "few", "few", "cusparselt", "cusparselt"]
+    without_compiler = unmeasured(SHAPE, (9, 0), "torch", own=False)
     assert [row.kernel.way for row in without_compiler.rows] == ["torch"]
     old = unmeasured(SHAPE, (7, 5), "expand")
     assert old.text == f"{BUCKETS[-1]}=expand"
@@ -108,7 +112,7 @@ def test_rules_fill_what_was_not_measured():
     table = KernelTable(SHAPE, completed(measured, unmeasured(SHAPE, (9, 0)).rows))
     assert [row.tokens for row in table.rows] == sorted({row.tokens for row in table.rows})
     assert kernel_for(table.text, 64) == DENSE
-    assert kernel_for(table.text, 1).way == "few"
+    assert kernel_for(table.text, 1).way == "warpgroup"
 
 
 def test_the_table_for_people():
@@ -144,8 +148,43 @@ def test_a_tiling_says_its_macros():
     tiling = Tiling(1, 2, 8, 4, 2, 1, 2, 4, 1)
     names = ["STAGED", "MT", "NT", "WR", "WK", "CS", "SPAN", "DEPTH", "RESIDENT"]
     assert tiling.macros == dict(zip(names, (1, 2, 8, 4, 2, 1, 2, 4, 1), strict=True))
-    assert all(f"{name}" in few_tokens.source("few_tokens.cu") for name in names)
+    assert all(f"{name}" in nvrtc.source("few_tokens.cu") for name in names)
     assert (tiling.tokens, tiling.rows, tiling.threads) == (64, 128, 256)
+
+
+def test_blockings_fit_the_gpu():
+    for tokens in (1, 16, 17, 64, 100, 256, 512):
+        found = warpgroup.blockings(tokens, (9, 0))
+        assert found
+        assert max(blocking.tokens for blocking in found) >= min(tokens, 256)
+        assert {blocking.tokens for blocking in found} <= {8, 16, 32, 64, 128, 256}
+    for capability in ((8, 0), (8, 9), (10, 0)):
+        assert warpgroup.blockings(64, capability) == (), "the instructions are Hopper's alone"
+    assert warpgroup.blockings(4096, (9, 0)) == ()
+    for blocking in warpgroup.BLOCKINGS:
+        assert blocking.shared_bytes <= 227 * 1024
+        assert blocking.threads <= 1024
+        assert blocking.stages >= 2
+        assert blocking.across * blocking.cluster <= 8, "the largest cluster that every GPU of the kind takes"
+        assert blocking.tokens // blocking.across % 8 == 0, "the copy engine swizzles eight rows at a time"
+        assert blocking.stage_bytes % 1024 == 0
+
+
+def test_on_hopper_the_older_kernel_is_measured_for_few_tokens_only():
+    ways = {tokens: {kernel.way for kernel in own_kernels(tokens, (9, 0))} for tokens in (8, 64, 1024)}
+    assert ways == {8: {"few", "warpgroup"}, 64: {"warpgroup"}, 1024: set()}
+    assert {kernel.way for kernel in own_kernels(64, (8, 0))} == {"few"}
+
+
+def test_a_blocking_says_its_macros_and_its_instruction():
+    blocking = Blocking(64, 2, 2, 4, 3)
+    assert blocking.macros == {"TOKENS": 64, "GROUPS": 2, "CR": 2, "CS": 4, "STAGES": 3}
+    assert all(name in nvrtc.source("warpgroup.cu") for name in blocking.macros)
+    assert (blocking.rows, blocking.threads, blocking.stage_bytes) == (128, 288, 128 * 128 + 64 * 256 + 2048)
+    text = warpgroup._instruction(64, torch.bfloat16)
+    assert "m64n64k32.f32.bf16.bf16" in text
+    assert "float (&d)[32]" in text
+    assert text.count("+f") == 32
 
 
 def test_measured_times_come_back_from_disk(tmp_path):
@@ -156,6 +195,21 @@ def test_measured_times_come_back_from_disk(tmp_path):
     kernel_cache.add(path, {kernel_cache.key(PLACE, torch.float16, SHAPE, 64): replace(entry, tokens=64)})
     assert kernel_cache.find(path, PLACE, torch.float16, SHAPE, (1, 8, 64)) == {8: entry, 64: replace(entry, tokens=64)}
     assert [file.name for file in path.parent.iterdir()] == ["kernels.json"]
+
+
+def test_whatever_number_of_tokens_was_measured_is_found(tmp_path, monkeypatch):
+    path = tmp_path / "kernels.json"
+    measured = {tokens: times(tokens, 10, few=5) for tokens in (100, 3)}
+    kernel_cache.add(path, {kernel_cache.key(PLACE, torch.float16, SHAPE, at): entry for at, entry in measured.items()})
+    kernel_cache.add(path, {kernel_cache.key(PLACE, torch.float16, SHAPE[::-1], 7): times(7, 10, few=5)})
+    assert kernel_cache.find(path, PLACE, torch.float16, SHAPE) == measured
+    monkeypatch.setattr(kernel_search.kernel_cache.Place, "here", lambda device: PLACE)
+    monkeypatch.setattr(kernel_search.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernel_search.cusparselt, "way", lambda device: ("cusparselt", ""))
+    monkeypatch.setattr(kernel_search.nvrtc, "is_available", lambda: True)
+    table = kernel_search.stored_table(SHAPE, torch.float16, device=0, cache=path)
+    assert {1, 3, 100, BUCKETS[-1]} <= {row.tokens for row in table.rows}
+    assert [row.kernel for row in table.rows if row.us is not None] == [Kernel.parse(FEW)] * 2
 
 
 @pytest.mark.parametrize("field", ["gpu", "driver", "torch", "cusparselt", "kernels"])

@@ -48,6 +48,13 @@ def same(found, expected):
     )
 
 
+def test_extra_state_is_refused_by_its_name(tmp_path):
+    state = {"0.weight": torch.zeros(2, 2), "1._extra_state": {"scale": 2}}
+    with pytest.raises(ValueError, match="1._extra_state is a dict and no tensor"):
+        write_packed(tmp_path / "packed.safetensors", state, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_state_dict_comes_back_as_it_was(tmp_path):
     tensors, dims = some_tensors()
     file = PackedFile(write_packed(tmp_path / "packed.safetensors", tensors, dims, {"model": "a", "n": [1, None]}))

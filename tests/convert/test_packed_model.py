@@ -164,6 +164,23 @@ def test_another_model_is_refused_and_not_touched(tmp_path):
     assert torch.equal(twin.head.weight, before)
 
 
+def test_integers_for_a_trainable_parameter_are_refused_before_anything_is_changed(tmp_path):
+    file = PackedFile(
+        write_packed(
+            tmp_path / "p.safetensors",
+            {"0.weight": torch.zeros(4, 8, dtype=torch.int8), "1.weight": torch.zeros(4, 4)},
+            {"0.weight": 1},
+        )
+    )
+    model = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 4, bias=False))
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"0.weight is trainable in the model and stored as torch.int8"):
+        load_packed(model, file)
+    assert all(map(torch.equal, model.parameters(), before))
+    load_packed(model.requires_grad_(False), file)
+    assert model[0].weight.dtype == torch.int8
+
+
 def test_a_buffer_that_no_file_can_give_is_refused(tmp_path):
     file = packed(tmp_path, net())
     twin = Net()

@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prox24_lightning.convert.kernels import few_tokens
-from prox24_lightning.convert.kernels.nvrtc import driver_version
+from prox24_lightning.convert.kernels.nvrtc import driver_version, source
 from prox24_lightning.convert.kernels.table import Times
 from prox24_lightning.files import write_text
 
@@ -25,6 +26,9 @@ VERSION = 1
 
 PATH_VARIABLE = "PROX24_KERNEL_CACHE"
 """Names another file than the default one."""
+
+
+_SOURCES = ("few_tokens.cu", "warpgroup.cu", "warpgroup.py", "expand.cu")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Place:
             driver_version(),
             str(torch.__version__),
             str(torch.backends.cusparselt.version()),
-            few_tokens.version(),
+            _kernels(),
         )
 
 
@@ -86,12 +90,28 @@ def add(path: Path, entries: dict[str, Times]) -> None:
 
 
 def find(
-    path: Path, place: Place, dtype: torch.dtype, shape: tuple[int, int], token_counts: Sequence[int]
+    path: Path,
+    place: Place,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    token_counts: Sequence[int] | None = None,
 ) -> dict[int, Times]:
-    """The entries there are for these numbers of tokens; one without a kernel (the memory was full) counts for none."""
-    entries = read(path)
-    wanted = {tokens: key(place, dtype, shape, tokens) for tokens in token_counts}
-    return {tokens: entries[name] for tokens, name in wanted.items() if name in entries and entries[name].kernels}
+    """The entries there are, ascending in tokens; one without a kernel (the memory was full) counts for none.
+
+    Args:
+        token_counts: those of interest; None takes whatever has been measured.
+    """
+    entries = {name: entry for name, entry in read(path).items() if entry.kernels}
+    if token_counts is None:
+        token_counts = sorted({entry.tokens for entry in entries.values()})
+    names = {tokens: key(place, dtype, shape, tokens) for tokens in token_counts}
+    return {tokens: entries[name] for tokens, name in names.items() if name in entries}
+
+
+@cache
+def _kernels() -> str:
+    """Changes with the package's kernels: what was measured with others is of no use."""
+    return sha256("".join(map(source, _SOURCES)).encode()).hexdigest()[:12]
 
 
 def _times(entry: dict[str, Any]) -> Times:

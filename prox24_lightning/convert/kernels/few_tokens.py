@@ -10,14 +10,12 @@ from __future__ import annotations
 from ctypes import Structure, c_int, c_void_p
 from dataclasses import dataclass, fields
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from prox24_lightning.convert.kernels.gpu_layout import padded_shape
-from prox24_lightning.convert.kernels.nvrtc import Function, compile_program
+from prox24_lightning.convert.kernels.nvrtc import Function, compile_program, source
 
 OLDEST_CAPABILITY = (8, 0)
 """Sparse tensor cores; clusters of blocks (``cluster`` above 1) need 9.0."""
@@ -111,18 +109,6 @@ class _Product(Structure):
 
 class _Expansion(Structure):
     _fields_ = (("packed", c_void_p), ("dense", c_void_p), ("rows", c_int), ("columns", c_int))
-
-
-@cache
-def source(name: str) -> str:
-    """The text of a kernel file of this folder."""
-    return Path(__file__).with_name(name).read_text()
-
-
-@cache
-def version() -> str:
-    """Changes with the kernels: what was measured with others is of no use."""
-    return sha256((source("few_tokens.cu") + source("expand.cu")).encode()).hexdigest()[:12]
 
 
 def tilings(tokens: int, capability: tuple[int, int]) -> tuple[Tiling, ...]:

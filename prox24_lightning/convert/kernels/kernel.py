@@ -16,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.kernels import cusparselt, few_tokens
+from prox24_lightning.convert.kernels import cusparselt, few_tokens, warpgroup
 from prox24_lightning.convert.kernels.few_tokens import Tiling
 from prox24_lightning.convert.kernels.gpu_layout import padded_shape
+from prox24_lightning.convert.kernels.warpgroup import Blocking
 
-Way = Literal["dense", "few", "cusparselt", "torch", "expand"]
+Way = Literal["dense", "few", "warpgroup", "cusparselt", "torch", "expand"]
 
 Run = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 """(tokens, padded in_features) rows, the buffer, the dense weight if it is kept, the bias -> (tokens, out_features)."""
 
+_FEW_BESIDE_WARPGROUP = 16  # up to so many tokens it wins on one shape or another
 _PLANS = 4096  # kept at most: one for each layer with a bias (or shape without) and padded number of tokens
 
 
@@ -33,11 +35,12 @@ class Kernel:
     """One way to multiply.
 
     Attributes:
-        way: "dense" (cuBLAS on the kept dense weight), "few" (the package's kernel for few tokens), "cusparselt"
-            (with a plan of our own), "torch" (its operator, which makes a plan at every call), "expand" (the dense
-            weight made anew at every call, then cuBLAS).
-        numbers: of "few" the fields of a :class:`~prox24_lightning.convert.kernels.few_tokens.Tiling`; of "cusparselt"
-            the algorithm, or nothing for the library's default.
+        way: "dense" (cuBLAS on the kept dense weight), "few" (the package's kernel for few tokens), "warpgroup" (its
+            kernel for Hopper), "cusparselt" (with a plan of our own), "torch" (its operator, which makes a plan at
+            every call), "expand" (the dense weight made anew at every call, then cuBLAS).
+        numbers: of "few" the fields of a :class:`~prox24_lightning.convert.kernels.few_tokens.Tiling`, of "warpgroup"
+            those of a :class:`~prox24_lightning.convert.kernels.warpgroup.Blocking`; of "cusparselt" the algorithm, or
+            nothing for the library's default.
     """
 
     way: Way
@@ -48,12 +51,32 @@ class Kernel:
         return cls("few", astuple(tiling))
 
     @classmethod
+    def warpgroup(cls, blocking: Blocking) -> Kernel:
+        return cls("warpgroup", astuple(blocking))
+
+    @classmethod
     def parse(cls, text: str) -> Kernel:
         way, _, numbers = text.partition(":")
         return cls(way, tuple(int(number) for number in numbers.split(",") if number))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         return f"{self.way}:{','.join(map(str, self.numbers))}" if self.numbers else self.way
+
+
+def own_kernels(tokens: int, capability: tuple[int, int]) -> tuple[Kernel, ...]:
+    """The package's kernels worth measuring at a number of tokens on a GPU of this compute capability."""
+    found = tuple(map(Kernel.warpgroup, warpgroup.blockings(tokens, capability)))
+    if found and tokens > _FEW_BESIDE_WARPGROUP:
+        return found
+    return (*map(Kernel.few, few_tokens.tilings(tokens, capability)), *found)
+
+
+def compile_kernel(kernel: Kernel, dtype: torch.dtype, capability: tuple[int, int]) -> None:
+    """Have the program of one of the package's kernels ready; threads may compile several at once."""
+    if kernel.way == "few":
+        few_tokens.program(Tiling(*kernel.numbers), dtype, capability)
+    elif kernel.way == "warpgroup":
+        warpgroup.program(Blocking(*kernel.numbers), dtype)
 
 
 @cache
@@ -112,6 +135,18 @@ def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: 
             return out
 
         return few
+    if kernel.way == "warpgroup":
+        start = warpgroup.prepare(Blocking(*kernel.numbers), dtype, shape, tokens, device)
+        here = torch.device("cuda", device)
+
+        def by_warpgroups(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            out = torch.empty((tokens, out_features), dtype=dtype, device=here)
+            bias = _cast(bias, dtype)
+            at = 0 if bias is None else bias.data_ptr()
+            start(inputs.data_ptr(), buffer.data_ptr(), at, out.data_ptr(), raw_stream(device))
+            return out
+
+        return by_warpgroups
     if kernel.way == "cusparselt":
         padded = -(-tokens // cusparselt.TOKEN_MULTIPLE) * cusparselt.TOKEN_MULTIPLE
         algorithm = kernel.numbers[0] if kernel.numbers else None

@@ -19,23 +19,53 @@ import torch
 _WHEELS = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu13", "nvidia-cuda-nvrtc-cu12")
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_UNASKED = 48 * 1024
-_PARAMETERS, _SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE
+
+
+_PROGRAMMATIC_SERIALIZATION = 6  # CUlaunchAttributeID
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", c_int), ("_pad", c_int), ("value", c_int), ("_rest", c_int * 15))
+
+    def __init__(self, number: int, value: int) -> None:
+        super().__init__(number, 0, value)
+
+
+class _Launch(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        *((name, c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")),
+        *(("stream", c_void_p), ("attributes", c_void_p), ("count", c_uint)),
+    )
 
 
 class NvrtcError(RuntimeError):
     """The compiler or the driver cannot be bound, or refuses."""
 
 
-def compile_program(source: str, macros: Mapping[str, int], capability: tuple[int, int]) -> bytes:
-    """Machine code of ``source`` for one compute capability; needs no GPU.
+@cache
+def source(name: str) -> str:
+    """The text of a kernel file of this folder."""
+    return Path(__file__).with_name(name).read_text()
+
+
+def compile_program(
+    text: str, macros: Mapping[str, int], capability: tuple[int, int], *, all_features: bool = False
+) -> bytes:
+    """Machine code of a CUDA C++ text for one compute capability; needs no GPU.
+
+    Args:
+        text: of the program.
+        macros: defined for it.
+        capability: of the GPU.
+        all_features: also those instructions that no other GPU will have ("sm_90a").
 
     Raises:
         NvrtcError: with the compiler's log.
     """
     library = _nvrtc()
     program = c_void_p()
-    _check(library.nvrtcCreateProgram(byref(program), source.encode(), b"kernel.cu", 0, None, None), "create")
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17"]
+    check(library.nvrtcCreateProgram(byref(program), text.encode(), b"kernel.cu", 0, None, None), "create")
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}{'a' * all_features}", "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in macros.items()]
     try:
         given = (c_char_p * len(options))(*(option.encode() for option in options))
@@ -45,9 +75,9 @@ def compile_program(source: str, macros: Mapping[str, int], capability: tuple[in
             log = ctypes.create_string_buffer(size.value)
             library.nvrtcGetProgramLog(program, log)
             raise NvrtcError(f"NVRTC refuses the kernel with {dict(macros)}: {log.value.decode()[:2000]}")
-        _check(library.nvrtcGetCUBINSize(program, byref(size)), "nvrtcGetCUBINSize")
+        check(library.nvrtcGetCUBINSize(program, byref(size)), "nvrtcGetCUBINSize")
         code = ctypes.create_string_buffer(size.value)
-        _check(library.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
+        check(library.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
         return code.raw
     finally:
         library.nvrtcDestroyProgram(byref(program))
@@ -62,30 +92,43 @@ class Function:
         parameters: its parameters, in order.
         threads: a block.
         shared_bytes: dynamic shared memory a block.
+        early: the kernel may start before the one in front of it in the stream has ended, and waits for that itself
+            (``griddepcontrol.wait``); GPUs from compute capability 9.0.
     """
 
     def __init__(
-        self, code: bytes, name: str, parameters: type[ctypes.Structure], threads: int, shared_bytes: int = 0
+        self,
+        code: bytes,
+        name: str,
+        parameters: type[ctypes.Structure],
+        threads: int,
+        shared_bytes: int = 0,
+        *,
+        early: bool = False,
     ) -> None:
-        driver = _driver()
+        library = driver()
         torch.cuda.current_stream().synchronize()  # from here on the GPU has a context
         module, self._function = c_void_p(), c_void_p()
-        _check(driver.cuModuleLoadData(byref(module), code), "cuModuleLoadData")
-        _check(driver.cuModuleGetFunction(byref(self._function), module, name.encode()), "cuModuleGetFunction")
+        check(library.cuModuleLoadData(byref(module), code), "cuModuleLoadData")
+        check(library.cuModuleGetFunction(byref(self._function), module, name.encode()), "cuModuleGetFunction")
         if shared_bytes > _SHARED_UNASKED:
-            _check(driver.cuFuncSetAttribute(self._function, _MAX_SHARED, shared_bytes), "cuFuncSetAttribute")
-        self._launch = driver.cuLaunchKernel
+            check(library.cuFuncSetAttribute(self._function, _MAX_SHARED, shared_bytes), "cuFuncSetAttribute")
+        self._launch = library.cuLaunchKernelEx
         self._threads, self._shared, self._parameters = threads, shared_bytes, parameters
-        self._size = c_size_t(ctypes.sizeof(parameters))
-        self._size_at = ctypes.addressof(self._size)
+        self._early = _Attribute(_PROGRAMMATIC_SERIALIZATION, 1)
+        self._attributes = (ctypes.addressof(self._early), 1) if early else (None, 0)
+        self._offsets = [getattr(parameters, name).offset for name, *_ in parameters._fields_]
+        self._pointers = c_void_p * len(self._offsets)
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: int) -> None:
+    def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: Any) -> None:
         """Launch ``grid`` blocks on a CUDA stream of the current GPU."""
         given = self._parameters(*arguments)
-        extra = (c_void_p * 5)(_PARAMETERS, ctypes.addressof(given), _SIZE, self._size_at, 0)
-        status = self._launch(self._function, *grid, self._threads, 1, 1, self._shared, stream, None, extra)
+        start = ctypes.addressof(given)
+        pointers = self._pointers(*[start + offset for offset in self._offsets])
+        how = _Launch(*grid, self._threads, 1, 1, self._shared, stream, *self._attributes)
+        status = self._launch(byref(how), self._function, pointers, None)
         if status:
-            _check(status, "cuLaunchKernel")
+            check(status, "cuLaunchKernelEx")
 
 
 def driver_version() -> str:
@@ -98,7 +141,7 @@ def driver_version() -> str:
     except (OSError, AttributeError):
         pass
     number = c_int()
-    _check(_driver().cuDriverGetVersion(byref(number)), "cuDriverGetVersion")
+    check(driver().cuDriverGetVersion(byref(number)), "cuDriverGetVersion")
     return f"CUDA {number.value}"
 
 
@@ -133,16 +176,22 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @cache
-def _driver() -> Any:
+def driver() -> Any:
+    """The CUDA driver's library.
+
+    Raises:
+        NvrtcError: if there is none.
+    """
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise NvrtcError(f"the CUDA driver cannot be loaded: {error}") from None
-    driver.cuLaunchKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p]
-    driver.cuFuncSetAttribute.argtypes = [c_void_p, c_int, c_int]
-    return driver
+    library.cuLaunchKernelEx.argtypes = [c_void_p] * 4
+    library.cuFuncSetAttribute.argtypes = [c_void_p, c_int, c_int]
+    return library
 
 
-def _check(status: int, what: str) -> None:
+def check(status: int, what: str) -> None:
+    """Raise :class:`NvrtcError` unless a call has succeeded."""
     if status:
         raise NvrtcError(f"{what} failed with status {status}")

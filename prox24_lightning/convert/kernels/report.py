@@ -14,6 +14,7 @@ from prox24_lightning.convert.measure.tables import print_tables
 _WORDS = {
     "dense": "cuBLAS, dense weight kept",
     "few": "own kernel, tiling {}",
+    "warpgroup": "own kernel for warpgroups, blocking {}",
     "cusparselt": "cuSPARSELt, algorithm {}",
     "torch": "torch's operator",
     "expand": "expanded, then cuBLAS",

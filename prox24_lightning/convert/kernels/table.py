@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prox24_lightning.convert.kernels.few_tokens import tilings
+from prox24_lightning.convert.kernels import few_tokens, warpgroup
 from prox24_lightning.convert.kernels.kernel import Kernel, Way
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -16,7 +16,7 @@ DENSE = Kernel("dense")
 SAME = 0.98
 """A speed-up above this counts as no slower: two measurements of one kernel differ by as much."""
 
-_FEW_TOKENS = 64  # without measurements, the package's kernel up to here
+_FEW_TOKENS = 64  # without measurements, the kernel for few tokens up to here
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,15 @@ class KernelTable:
 def choose(shape: tuple[int, int], times: Sequence[Times], *, keep_dense: bool = False) -> KernelTable:
     """The fastest kernel at each number of tokens; the dense one only if its weight is kept, and where nothing wins.
 
+    Where both are there, a packed kernel must be faster by more than two measurements of one kernel differ.
+
     Raises:
         ValueError: if no packed kernel could be measured at one of them, with the reasons.
     """
     rows = []
     for entry in sorted(times, key=lambda entry: entry.tokens):
         ranked = sorted(entry.kernels.items(), key=lambda item: item[1])
-        if ranked and not (keep_dense and entry.dense_us <= ranked[0][1]):
+        if ranked and not (keep_dense and entry.dense_us * SAME <= ranked[0][1]):
             text, us = ranked[0]
             rows.append(Row(entry.tokens, Kernel.parse(text), us, entry.dense_us, entry.notes))
         elif keep_dense:
@@ -100,21 +102,28 @@ def choose(shape: tuple[int, int], times: Sequence[Times], *, keep_dense: bool =
 
 
 def unmeasured(
-    shape: tuple[int, int], capability: tuple[int, int], large: Way = "cusparselt", *, few: bool = True
+    shape: tuple[int, int], capability: tuple[int, int], large: Way = "cusparselt", *, own: bool = True
 ) -> KernelTable:
-    """A table by rule: the package's kernel for few tokens, ``large`` above.
+    """A table by rule: the package's kernels up to some hundreds of tokens, ``large`` above.
 
     Args:
         shape: (out_features, in_features).
         capability: the GPU's compute capability.
         large: see :func:`~prox24_lightning.convert.kernels.cusparselt.way`.
-        few: whether the package's kernel can be compiled here; else ``large`` takes every number of tokens.
+        own: whether the package's kernels can be compiled here; else ``large`` takes every number of tokens.
     """
     rows = [Row(BUCKETS[-1], Kernel(large))]
     for tokens in reversed(BUCKETS):
-        if few and tokens <= _FEW_TOKENS and (found := tilings(tokens, capability)):
-            rows.insert(0, Row(tokens, Kernel.few(found[0])))
+        if own and (kernel := _by_rule(shape, tokens, capability)) is not None:
+            rows.insert(0, Row(tokens, kernel))
     return KernelTable(shape, tuple(rows))
+
+
+def _by_rule(shape: tuple[int, int], tokens: int, capability: tuple[int, int]) -> Kernel | None:
+    if blockings := warpgroup.blockings(tokens, capability):
+        return Kernel.warpgroup(min(blockings, key=lambda blocking: blocking.cost(shape, tokens)))
+    tilings = few_tokens.tilings(tokens, capability) if tokens <= _FEW_TOKENS else ()
+    return Kernel.few(tilings[0]) if tilings else None
 
 
 def completed(measured: Sequence[Row], by_rule: Sequence[Row]) -> tuple[Row, ...]:

@@ -125,8 +125,8 @@ def load_packed(
         names of the layers that are sparse now.
 
     Raises:
-        ValueError: if names or shapes differ, before anything is changed; if the file is damaged; for ``sparse``
-            without a GPU that can run it.
+        ValueError: if names or shapes differ, or a trainable parameter is stored as integers, before anything is
+            changed; if the file is damaged; for ``sparse`` without a GPU that can run it.
     """
     places = {name: (held, attribute) for name, held, attribute in _places(model)}
     missing, unknown = sorted(set(places) - set(file.names)), sorted(set(file.names) - set(places))
@@ -135,6 +135,11 @@ def load_packed(
     for name, (held, attribute) in places.items():
         if file.shape(name) != tuple(held[attribute].shape):
             raise ValueError(f"{name} has shape {tuple(held[attribute].shape)}, and {file.shape(name)} in {file.path}")
+        if held[attribute].requires_grad and not file.dtype(name).is_floating_point:
+            raise ValueError(
+                f"{name} is trainable in the model and stored as {file.dtype(name)} in {file.path}, which has no "
+                "gradient: call requires_grad_(False) on it first"
+            )
     layers = _sparse_layers(model, file, torch.device(device or "cpu")) if sparse else {}
     done: dict[str, Tensor] = {}
     packed = {file.owner(weight) for weight in layers.values()}

@@ -32,9 +32,16 @@ def write_packed(
 
     Raises:
         ValueError: for a weight that is not 2:4 along its dimension, with its first violations; for a tensor without
-            values or of a type that safetensors does not know; for names that collide.
+            values or of a type that safetensors does not know; for an entry that is no tensor (a module's extra state);
+            for names that collide.
         TypeError: for a weight whose dtype cannot be packed, or ``info`` that is not JSON.
     """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__} and no tensor (extra state of a module): a packed file holds "
+                "tensors only, so take it out of the state dict and keep it elsewhere"
+            )
     aliases, owners = _split_aliases(tensors)
     entries = {name: _entry(name, owners, dim) for name, dim in dims.items()}
     layout: Layout = {}

@@ -1,0 +1,254 @@
+// y = x W^T + bias for one to some hundreds of tokens and a packed 2:4 weight, on Hopper's sparse tensor cores.
+//
+// Compiled at run time with these macros: TOKENS (of a block), GROUPS (warpgroups of a block that multiply, 64 rows of
+// the weight each), CR and CS (blocks of a cluster along the rows and along the sum), STAGES (pieces of 128 inputs in
+// shared memory). After the constants stands `multiply`, the instruction wgmma.mma_async.sp.m64nTOKENSk32 with all its
+// registers by name, which warpgroup.py writes.
+//
+// The packed weight is read where cuSPARSELt left it: the values row by row, then the positions in tiles of 64 rows by
+// 32 inputs (see gpu_layout.py). One warp has the copy engine fill the stages: the values of 64 GROUPS rows, the inputs
+// of all tokens (each block of a cluster row brings its share and hands it to all of them), and the positions. A tile of
+// positions is what four warps need for one product: warp w has the 64 bytes from 64 w on, and of these the eight bytes
+// of row r hold group c in byte 2c and group 4 + c in byte 2c + 1, row r in the lower four bits and row r + 8 in the upper.
+
+// The kernel may start while the one before it ends, and waits before it reads or writes memory.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int ROWS = GROUPS * 64;
+constexpr int THREADS = GROUPS * 128 + 32;
+constexpr int VALUES = ROWS * 128, INPUTS = TOKENS * 256, POSITIONS = GROUPS * 1024;  // bytes of a stage
+constexpr int STAGE = VALUES + INPUTS + POSITIONS;
+constexpr int SHARE = TOKENS / CR;
+constexpr int STRIDE = ROWS + 4;  // of a token of partial sums in shared memory
+constexpr int SUMS = TOKENS * STRIDE * 4;
+constexpr int BARRIERS = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;  // where they lie: other blocks reach them late
+constexpr u32 ANY = 0x44444444;   // positions 0 and 1 in every group
+
+struct __align__(64) TensorMap {
+  char bytes[128];
+};
+
+// MULTIPLY
+
+extern __shared__ __align__(1024) char memory[];
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+__device__ __forceinline__ u32 in_block(u32 address, int block) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+
+// What was written before it is seen by all blocks of the cluster after it.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Nothing was written that others are to see: this one does not wait for memory.
+__device__ __forceinline__ void cluster_meeting() {
+  asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, int parity) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  } while (!done);
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+               " [%0], [%1, {%2, %3}], [%4], %5;"
+               :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
+}
+
+__device__ __forceinline__ void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// Rows of 128 bytes that the copy engine has swizzled.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+  return (u64)(address >> 4 & 0x3fff) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+// What a lane brings to the two products of 64 inputs: lanes 0 and 1 of four the first, lanes 2 and 3 the second.
+__device__ __forceinline__ u32 lane_positions(const char* tiles, int lane) {
+  const uint2 row = *(const uint2*)(tiles + (lane & 2) * 128 + lane / 4 * 8);
+  u32 w = __byte_perm(row.x, row.y, lane & 1 ? 0x7531 : 0x6420);
+  u32 t = (w ^ (w >> 4)) & 0x00f000f0u;  // even fours of bits to the lower half, odd ones to the upper
+  w ^= t ^ (t << 4);
+  t = (w ^ (w >> 8)) & 0x0000ff00u;
+  return w ^ t ^ (t << 8);
+}
+
+__device__ __forceinline__ float to_float(u16 v) {
+  float f;
+#if BF16
+  f = __uint_as_float((u32)v << 16);
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+#endif
+  return f;
+}
+
+__device__ __forceinline__ u32 to_halves(float low, float high) {
+  u32 v;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+  return v;
+}
+
+// Add the sums of the blocks of a cluster in their order, and store.
+__device__ __forceinline__ void finish(const u16* bias, u16* y, int tokens, int outputs) {
+  const int across = blockIdx.x % CR;
+  const u32 partial = shared_address(memory);
+  for (int at = threadIdx.x + blockIdx.y * THREADS; at < ROWS / 4 * tokens; at += CS * THREADS) {
+    const int row = at % (ROWS / 4) * 4, token = at / (ROWS / 4);
+    const int out = blockIdx.x * ROWS + row;
+    if (out >= outputs) continue;
+    float sum[4] = {};
+    float4 part[CS];
+#pragma unroll
+    for (int k = 0; k < CS; k++) {
+      const u32 there = in_block(partial + (token * STRIDE + row) * 4, across + k * CR);
+      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(part[k].x), "=f"(part[k].y), "=f"(part[k].z), "=f"(part[k].w) : "r"(there));
+    }
+#pragma unroll
+    for (int k = 0; k < CS; k++) {
+      sum[0] += part[k].x, sum[1] += part[k].y, sum[2] += part[k].z, sum[3] += part[k].w;
+    }
+    if (bias)
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        if (out + k < outputs) sum[k] += to_float(bias[out + k]);
+    const uint2 halves = make_uint2(to_halves(sum[0], sum[1]), to_halves(sum[2], sum[3]));
+    u16* to = y + (size_t)token * outputs + out;
+    if (outputs % 4 == 0) {
+      *(uint2*)to = halves;
+    } else {
+      to[0] = (u16)halves.x;
+      if (out + 1 < outputs) to[1] = (u16)(halves.x >> 16);
+      if (out + 2 < outputs) to[2] = (u16)halves.y;
+      if (out + 3 < outputs) to[3] = (u16)(halves.y >> 16);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, CS, 1)
+warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap inputs,
+          const char* __restrict__ positions, const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows,
+          int columns, int outputs) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
+  const int pieces = (columns + 127) / 128;
+  const int first = pieces * blockIdx.y / CS, count = pieces * (blockIdx.y + 1) / CS - first;
+  const int groups = min(GROUPS, rows / 64 - (int)blockIdx.x * GROUPS);  // with rows at all
+  const u32 stages = shared_address(memory), full = stages + BARRIERS, empty = full + STAGES * 8;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty + s * 8), "r"(GROUPS * 4 * CR) : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+#if CR > 1
+  cluster_meeting();
+#else
+  __syncthreads();
+#endif
+  float acc[TOKENS / 2] = {};
+  asm volatile("griddepcontrol.launch_dependents;");
+  if (group == GROUPS) {
+    if (lane == 0) {
+      const int across = blockIdx.x % CR;
+      const char* tiles = positions + ((size_t)blockIdx.x * GROUPS * (columns / 32) + first * 4) * 256;
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      for (int i = 0; i < count; i++) {
+        const int s = i % STAGES, piece = first + i, bytes = min(1024, (columns - piece * 128) * 8);
+        if (i >= STAGES) wait(empty + s * 8, (i / STAGES - 1) & 1);
+        const u32 to = stages + s * STAGE, barrier = full + s * 8;
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                     :: "r"(barrier), "r"(VALUES + INPUTS + max(groups, 0) * bytes) : "memory");
+        copy_box(to, &values, piece * 64, blockIdx.x * ROWS, barrier);
+        for (int g = 0; g < groups; g++)
+          copy_bytes(to + VALUES + INPUTS + g * 1024, tiles + ((size_t)g * (columns / 32) + i * 4) * 256, bytes, barrier);
+        for (int half = 0; half < 2; half++) {
+          const u32 there = to + VALUES + half * (TOKENS * 128) + across * (SHARE * 128);
+          const int column = piece * 128 + half * 64, token = blockIdx.z * TOKENS + across * SHARE;
+#if CR > 1
+          copy_box_to(((1 << CR) - 1) << (blockIdx.y * CR), there, &inputs, column, token, barrier);
+#else
+          copy_box(there, &inputs, column, token, barrier);
+#endif
+        }
+      }
+    }
+    __syncwarp();
+  } else if (count > 0) {
+    const char* mine = memory + VALUES + INPUTS + group * 1024 + warp % 4 * 64;
+    u32 where[2], where_next[2];
+    auto read_positions = [&](int i, u32 (&into)[2]) {
+      const char* tiles = mine + i % STAGES * STAGE;
+      into[0] = group < groups ? lane_positions(tiles, lane) : ANY;
+      into[1] = group < groups && (first + i) * 128 + 64 < columns ? lane_positions(tiles + 512, lane) : ANY;
+    };
+    wait(full, 0);
+    read_positions(0, where);
+    for (int i = 0; i < count; i++) {
+      const u32 stage = stages + i % STAGES * STAGE;
+      const u64 a = descriptor(stage + group * 8192), b = descriptor(stage + VALUES);
+      constexpr int HALF = TOKENS * 128 / 16;
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      multiply<0>(acc, a, b, where[0]);
+      multiply<1>(acc, a + 2, b + 4, where[0]);
+      multiply<0>(acc, a + 4, b + HALF, where[1]);
+      multiply<1>(acc, a + 6, b + HALF + 4, where[1]);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      if (i + 1 < count) {
+        wait(full + (i + 1) % STAGES * 8, (i + 1) / STAGES & 1);
+        read_positions(i + 1, where_next);
+      }
+      // The products read their positions while they run: the registers must not be those of the next ones.
+      asm volatile("wgmma.wait_group.sync.aligned 0;" : "+r"(where[0]), "+r"(where[1]) :: "memory");
+      if (lane == 0) {
+#pragma unroll
+        for (int k = 0; k < CR; k++)
+          asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];"
+                       :: "r"(in_block(empty + i % STAGES * 8, blockIdx.y * CR + k)) : "memory");
+      }
+      where[0] = where_next[0], where[1] = where_next[1];
+    }
+  }
+  __syncthreads();
+  if (group < GROUPS) {
+    float* partial = (float*)memory + warp * 16 + lane / 4;  // [TOKENS][STRIDE]
+#pragma unroll
+    for (int k = 0; k < TOKENS / 2; k++)
+      partial[(k / 4 * 8 + lane % 4 * 2 + k % 2) * STRIDE + k / 2 % 2 * 8] = acc[k];
+  }
+#if CS > 1
+  cluster_barrier();
+#else
+  __syncthreads();
+#endif
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int token = blockIdx.z * TOKENS;
+  finish(bias, y + (size_t)token * outputs, min(TOKENS, tokens - token), outputs);
+#if CR * CS > 1
+  cluster_meeting();  // a block's memory is there until all have read it and have written to it
+#endif
+}
