@@ -7,6 +7,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from prox24_lightning.convert.kernels.table import (
     unmeasured,
 )
 from prox24_lightning.convert.kernels.warpgroup import Blocking
+from prox24_lightning.convert.measure.timing import Timing
 
 SHAPE = (4096, 1024)
 PLACE = Place("some GPU", "580.1", "2.11", "800", "abc")
@@ -333,3 +335,23 @@ def test_a_library_that_is_none_is_refused(tmp_path):
         cusparselt.Library(str(tmp_path / "libcusparseLt.so.0"))
     with pytest.raises(cusparselt.CusparseltError, match="lacks an entry"):
         cusparselt.Library("libc.so.6")
+
+
+@pytest.mark.parametrize("offset", [1.0, float("nan")])
+def test_a_kernel_whose_products_are_wrong_is_not_timed(monkeypatch, offset):
+    weight = torch.randn(8, 128)
+    few, wrong = Kernel.few(TILINGS[0]), Kernel.few(TILINGS[1])
+
+    def prepared(kernel, *_):
+        return lambda inputs, *_: inputs @ weight.t() + (offset if kernel == wrong else 0)
+
+    def measured(variants, **_):
+        return {name: Timing(1.0, 1.0, 1.0) for name in variants}
+
+    monkeypatch.setattr(kernel_search, "prepare", prepared)
+    monkeypatch.setattr(kernel_search, "capture", lambda call: SimpleNamespace(replay=call))
+    monkeypatch.setattr(kernel_search, "measure", measured)
+    found = kernel_search._time((8, 128), torch.float32, 3, [few, wrong], ["told"], [weight], [weight])
+    assert list(found.kernels) == [str(few)]
+    assert found.notes[0] == "told"
+    assert f"{wrong}: wrong products on this machine" in found.notes[1]

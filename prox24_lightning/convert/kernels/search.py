@@ -23,13 +23,14 @@ from prox24_lightning.convert.kernels.gpu_layout import buffer_bytes, padded_sha
 from prox24_lightning.convert.kernels.kernel import Kernel, Run, compile_kernel, own_kernels, prepare
 from prox24_lightning.convert.kernels.nvrtc import NvrtcError
 from prox24_lightning.convert.kernels.table import BUCKETS, KernelTable, Times, choose, completed, unmeasured
-from prox24_lightning.convert.measure.timing import capture, describe, measure, release_memory
+from prox24_lightning.convert.measure.timing import capture, describe, measure, relative_error, release_memory
 
 _FEWEST_FOR_CUSPARSELT = 64  # below, it has never come near the package's own kernel
 _SHORT = 512  # up to so many tokens a call is short, and is repeated within a measurement
 _CALLS = 8
 _ROUNDS = 10
 _FINALISTS = 3
+_LARGEST_ERROR = 2e-2  # of a product in 16 bits; rounding makes less than a hundredth
 
 Shape = tuple[int, int]
 
@@ -179,13 +180,17 @@ def _time(
 
     calls = {"dense": dense}
     problems = list(notes)
+    expected = F.linear(inputs, weights[0])
     for kernel in kernels:
         try:
             run = prepare(kernel, dtype, shape, tokens, device.index)
-            run(padded, buffers[0], None, None)
+            error = relative_error(expected, run(padded, buffers[0], None, None))
+            if not error < _LARGEST_ERROR:
+                problems.append(f"{kernel}: wrong products on this machine, relative error {error:.1e}")
+                continue
             calls[str(kernel)] = packed(run)
-        except (cusparselt.CusparseltError, NvrtcError, torch.OutOfMemoryError) as error:
-            problems.append(f"{kernel}: {describe(error)}")
+        except (cusparselt.CusparseltError, NvrtcError, torch.OutOfMemoryError) as failure:
+            problems.append(f"{kernel}: {describe(failure)}")
     graphs = {name: capture(call).replay for name, call in calls.items()}
     weighed = turns * len(buffers)
     found = {name: timing.median_us for name, timing in measure(graphs, calls=weighed, rounds=_ROUNDS).items()}
