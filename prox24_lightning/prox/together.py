@@ -37,6 +37,7 @@ class ProxTogether:
         self.launches = 0
         self._key: Hashable = None
         self._kinds: list[tuple[Tensor | None, list[int], ManyWeights]] = []
+        self._seen: list[tuple[Tensor, int]] = []
 
     @torch.no_grad()
     def __call__(
@@ -61,21 +62,63 @@ class ProxTogether:
         Raises:
             ValueError: if a weight cannot go with the others, with its number.
         """
+        self._prepare(weights, dims, scales, strengths.device)
+        for index, _, many in self._kinds:
+            many.prox(strengths if index is None else strengths[index], settle=settle)
+        self.launches = len(self._kinds)
+
+    @torch.no_grad()
+    def critical(
+        self, weights: Sequence[Tensor], dims: Sequence[int], scales: Sequence[Tensor | None], samples: int
+    ) -> Tensor:
+        """The :func:`~prox24_lightning.prox.critical_strength_24` of ``samples`` groups spread over each weight.
+
+        Where there are fewer groups they are taken in turn. Arguments and errors as in a call.
+
+        Returns:
+            float32 ``(weights, samples)``, units 1 / (weight * scale).
+        """
+        device = weights[0].device
+        self._prepare(weights, dims, scales, device)
+        found = torch.empty((len(weights), samples), dtype=torch.float32, device=device)
+        for index, _, many in self._kinds:
+            if index is None:
+                many.critical(found)
+            else:
+                found[index] = many.critical(found.new_empty((len(index), samples)))
+        self.launches = len(self._kinds)
+        return found
+
+    def _prepare(
+        self,
+        weights: Sequence[Tensor],
+        dims: Sequence[int],
+        scales: Sequence[Tensor | None],
+        device: torch.device,
+    ) -> None:
+        """Bring the tables on the device up to date, and the scales where they have changed."""
         key = tuple(
             (weight.data_ptr(), weight.dtype, weight.shape, dim, None if scale is None else scale.shape)
             for weight, dim, scale in zip(weights, dims, scales, strict=True)
         )
         if key != self._key:
-            self._kinds = self._sort(weights, dims, scales, strengths.device)
+            self._kinds = self._sort(weights, dims, scales, device)
             self._key = key
-        for index, numbers, many in self._kinds:
+            self._seen = []
+        seen = [(scale, scale._version) for scale in scales if scale is not None]
+        unchanged = len(seen) == len(self._seen) and all(
+            scale is last and version == before
+            for (scale, version), (last, before) in zip(seen, self._seen, strict=False)
+        )
+        if unchanged and not torch.cuda.is_current_stream_capturing():  # a graph copies what the scales are by then
+            return
+        self._seen = seen
+        for _, numbers, many in self._kinds:
             if many.scales is not None:
                 new = [scale for number in numbers if (scale := scales[number]) is not None]
                 torch._foreach_copy_(
                     many.scales, [scale.expand_as(own) for scale, own in zip(new, many.scales, strict=True)]
                 )
-            many.prox(strengths if index is None else strengths[index], settle=settle)
-        self.launches = len(self._kinds)
 
     def _sort(
         self, weights: Sequence[Tensor], dims: Sequence[int], scales: Sequence[Tensor | None], device: torch.device

@@ -15,7 +15,17 @@ import triton
 import triton.language as tl
 
 from prox24_lightning.prox.triton_convex import shrink_convex
-from prox24_lightning.prox.triton_memory import coordinates, load_groups, queue_slots, scaled, short, store_groups
+from prox24_lightning.prox.triton_memory import (
+    coordinates,
+    larger,
+    load_groups,
+    queue_slots,
+    read_row,
+    scaled,
+    short,
+    smaller,
+    store_groups,
+)
 from prox24_lightning.prox.triton_roots import ALWAYS_TWO, PRUNED, reciprocal, shrink_sorted
 
 SIMPLE = tl.constexpr(1)
@@ -70,15 +80,9 @@ def prox_many_kernel(
     """Many weights in place, a row of ``table`` and a strength each; ``owners`` says whose part a program works on, and
     ``like`` of which dtype they all are."""
     number = tl.load(owners + tl.program_id(0))
-    row = table + number * 10
-    weight = tl.multiple_of(tl.load(row).to(like.dtype, bitcast=True), 16)
-    scale = tl.load(row + 1).to(tl.pointer_type(tl.float32), bitcast=True)
-    groups, chunk = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
-    length, inner = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
-    strides = (tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32))
-    begin = (tl.program_id(0) - tl.load(row + 9).to(tl.int32)) * chunk
+    weight, scale, groups, chunk, shape = read_row(table, number, like)
+    begin = (tl.program_id(0) - tl.load(table + number * 10 + 9).to(tl.int32)) * chunk
     kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY)
-    shape = (length, inner, strides, strides)
     walk(
         (weight, weight, strengths + number, scale), shape, begin, tl.minimum(chunk, groups - begin), kind, TILE, ROUND
     )
@@ -170,24 +174,14 @@ def _solve_queued(tensors, shape, begin, slot, inside, KIND: tl.constexpr, HELD:
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.constexpr):
     """Prune the groups that keep two entries (at strength 0 all), leave the others as they are, and flag those."""
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
     y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    high0, low0, high1, low1 = _larger(y0, y2), _smaller(y0, y2), _larger(y1, y3), _smaller(y1, y3)
-    first, fourth = _larger(high0, high1), _smaller(low0, low1)
-    middle0, middle1 = _smaller(high0, high1), _larger(low0, low1)
-    second, third = _larger(middle0, middle1), _smaller(middle0, middle1)
+    high0, low0, high1, low1 = larger(y0, y2), smaller(y0, y2), larger(y1, y3), smaller(y1, y3)
+    first, fourth = larger(high0, high1), smaller(low0, low1)
+    middle0, middle1 = smaller(high0, high1), larger(low0, low1)
+    second, third = larger(middle0, middle1), smaller(middle0, middle1)
     v1, v2, v3, v4 = lam * first, lam * second, lam * third, lam * fourth
     square = v1 * v1 + v2 * v2
     two = (v1 >= ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3)
@@ -268,10 +262,10 @@ def _exchange(swap, a, b):
 @triton.jit
 def _shrink_simple(y0, y1, y2, y3, lam, inside):
     """Sort, solve, and undo the sorting. Equal entries are treated alike, so their order does not matter."""
-    a0, a2, a1, a3 = _larger(y0, y2), _smaller(y0, y2), _larger(y1, y3), _smaller(y1, y3)
-    b0, b3 = _larger(a0, a1), _smaller(a2, a3)
-    b1, b2 = _smaller(a0, a1), _larger(a2, a3)
-    e1, e2 = _larger(b1, b2), _smaller(b1, b2)
+    a0, a2, a1, a3 = larger(y0, y2), smaller(y0, y2), larger(y1, y3), smaller(y1, y3)
+    b0, b3 = larger(a0, a1), smaller(a2, a3)
+    b1, b2 = smaller(a0, a1), larger(a2, a3)
+    e1, e2 = larger(b1, b2), smaller(b1, b2)
     swap02, swap13, swap01, swap23, swap12 = y0 < y2, y1 < y3, a0 < a1, a2 < a3, b1 < b2
     s0, s1, s2, s3 = shrink_convex(lam * b0, lam * e1, lam * e2, lam * b3, inside)
     inverse = tl.minimum(reciprocal(lam), 3e38)

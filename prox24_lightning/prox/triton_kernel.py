@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from prox24_lightning.groups import group_shape, resolve_group_dim
+from prox24_lightning.prox.triton_critical import critical_kernel, critical_many_kernel
 from prox24_lightning.prox.triton_fused import prox_kernel, prox_many_kernel
 
 TILE = 64
@@ -30,6 +31,9 @@ PROGRAMS = 96
 SHORTEST_CHUNK = 512
 LARGEST_CHUNK = 1 << 16
 """Groups a program: fewer do not fill its queues, and their numbers are kept in 16 bits."""
+
+CRITICAL_BLOCK = 256
+"""Groups a program of the critical strength."""
 
 WIDE = 1 << 31
 """Entries from which on addresses take 64 bits."""
@@ -84,6 +88,32 @@ def prox_24_triton(
     return out
 
 
+def critical_24_triton(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> Tensor:
+    """As :func:`prox24_lightning.prox.critical_strength_24`, for contiguous CUDA tensors."""
+    weight = weight.detach()
+    dim = resolve_group_dim(weight.shape, dim)
+    result = torch.empty(group_shape(weight.shape, dim), dtype=torch.float32, device=weight.device)
+    values, strides = (result, (0, 0, 0)) if scale is None else strided(scale, weight.shape, dim, weight.device)
+    groups, inner = result.numel(), weight.shape[dim + 1 :].numel()
+    if groups:
+        with torch.cuda.device_of(weight):
+            critical_kernel[(triton.cdiv(groups, CRITICAL_BLOCK),)](
+                weight,
+                values,
+                result,
+                groups,
+                weight.shape[dim] // 4,
+                inner,
+                strides,
+                HAS_SCALE=scale is not None,
+                ROWS=inner == 1,
+                WIDE=weight.numel() >= WIDE,
+                BLOCK=CRITICAL_BLOCK,
+                num_warps=4,
+            )
+    return result
+
+
 class ManyWeights:
     """Where many weights are, as the kernel reads it: one launch then works on all of them, in place.
 
@@ -116,6 +146,23 @@ class ManyWeights:
         self.wide = any(weight.numel() >= WIDE for weight in weights)
         self._table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
         self._owners = torch.tensor(owners, dtype=torch.int32).to(device, non_blocking=True)
+
+    def critical(self, result: Tensor) -> Tensor:
+        """Fill ``result``, float32 ``(weights, samples)``, with the critical strengths of groups spread over each."""
+        weights, samples = result.shape
+        with torch.cuda.device_of(result):
+            critical_many_kernel[(weights, triton.cdiv(samples, CRITICAL_BLOCK))](
+                self._table,
+                self.weights[0],
+                result,
+                samples,
+                HAS_SCALE=self.scales is not None,
+                ROWS=self.rows_last,
+                WIDE=self.wide,
+                BLOCK=CRITICAL_BLOCK,
+                num_warps=4,
+            )
+        return result
 
     def prox(self, strengths: Tensor, *, settle: bool) -> None:
         """The prox of every weight, in place, with its own of ``strengths``, float32 ``(weights,)`` on the device."""

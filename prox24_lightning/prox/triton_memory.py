@@ -32,6 +32,18 @@ def queue_slots(out, shape, begin, slot, KIND: tl.constexpr, HELD: tl.constexpr)
 
 
 @triton.jit
+def read_row(table, number, like):
+    """Weight, scale, groups, groups a program, and shape of one of many weights of the dtype of ``like``."""
+    row = table + number * 10
+    weight = tl.multiple_of(tl.load(row).to(like.dtype, bitcast=True), 16)
+    scale = tl.load(row + 1).to(tl.pointer_type(tl.float32), bitcast=True)
+    groups, chunk = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    length, inner = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
+    strides = (tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32))
+    return weight, scale, groups, chunk, (length, inner, strides, strides)
+
+
+@triton.jit
 def _parts(shape, begin, group):
     """Where a group is before, along and behind its dimension."""
     number = begin + group
@@ -110,6 +122,16 @@ def coordinates(tensors, shape, begin, group, inside, KIND: tl.constexpr):
 @triton.jit
 def _allowed(scale):
     return tl.where((scale > 0) & (scale < float("inf")), scale, float("nan"))
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

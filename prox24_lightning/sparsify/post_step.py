@@ -81,11 +81,12 @@ class PostStepProx(Strategy):
         values = [local_part(weight.parameter) for weight in weights]
         dims = [weight.dim for weight in weights if isinstance(weight.dim, int)]
         scales = [scale_of(weight.name) for weight in weights]
+        launcher = self._together.setdefault(device, ProxTogether())
         if self.strength is None:
-            strengths = strengths_for_fraction(values, self.fraction(progress), dims=dims, scales=scales)
+            fraction = self.fraction(progress)
+            strengths = strengths_for_fraction(values, fraction, dims=dims, scales=scales, together=launcher)
         else:
             strengths = self.strength(progress) / torch.stack([self._rms[weight.name] for weight in weights])
-        launcher = self._together.setdefault(device, ProxTogether())
         launcher(values, strengths, dims, scales, settle=self.strength is None)
         self.strengths.update(zip((weight.name for weight in weights), strengths.unbind(), strict=True))
 
