@@ -10,7 +10,6 @@ import triton.language as tl
 
 from prox24_lightning.prox.triton_memory import coordinates, larger, load_groups, read_row, scaled, smaller
 
-_SMALLEST = tl.constexpr(2.0**-149)
 _TINY = tl.constexpr(2.0**-126)
 _STEPS = tl.constexpr(3)
 
@@ -35,7 +34,7 @@ def critical_kernel(
     inside = group < groups - begin
     tensors = (weight, weight, scale, scale)
     shape = (length, inner, scale_strides, scale_strides)
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False)
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
     tl.store(result + begin.to(tl.int64) + group, _critical(tensors, shape, begin, group, inside, kind), mask=inside)
 
 
@@ -56,7 +55,7 @@ def critical_many_kernel(
     weight, scale, groups, _, shape = read_row(table, number, like)
     sample = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     group = (sample * (tl.maximum(groups // samples, 1) | 1) % groups).to(tl.int64)
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False)
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
     begin = tl.zeros((), tl.int32)
     found = _critical((weight, weight, scale, scale), shape, begin, group, sample < samples, kind)
     tl.store(result + number * samples + sample, found, mask=sample < samples)
@@ -85,8 +84,8 @@ def _critical(tensors, shape, begin, group, inside, KIND: tl.constexpr):
         slope = x * (3 * sigma * x - 6 + 2 * pull) - ratio * ((sigma * x - 2) * rest) / tl.sqrt(norm)
         x = tl.minimum(tl.maximum(x - value / _away(slope * square), 0.0), 1.0)
     rest, norm = _norms(x, square, sigma)
-    strength = tl.where(jumps, rest * tl.rsqrt(norm), ratio) / tl.maximum(first, _SMALLEST)
-    return tl.where(first == first, strength, float("nan"))
+    strength = tl.where(jumps, rest * tl.rsqrt(norm), ratio) / first
+    return tl.where(first == 0, 0.0, tl.where(first == first, strength, float("nan")))
 
 
 @triton.jit

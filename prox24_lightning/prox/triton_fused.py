@@ -26,14 +26,13 @@ from prox24_lightning.prox.triton_memory import (
     smaller,
     store_groups,
 )
-from prox24_lightning.prox.triton_roots import ALWAYS_TWO, PRUNED, reciprocal, shrink_sorted
+from prox24_lightning.prox.triton_roots import PRUNED, reciprocal, shrink_sorted
 
 SIMPLE = tl.constexpr(1)
 OTHER = tl.constexpr(1 << 16)
 """Flags of the groups that wait: their sum counts both kinds at once."""
 DIRECT = tl.constexpr(3)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
-_SMALLEST = tl.constexpr(2.0**-149)
 
 
 @triton.jit
@@ -53,6 +52,7 @@ def prox_kernel(
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     WHOLLY: tl.constexpr,
+    PAIRED: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
@@ -60,7 +60,7 @@ def prox_kernel(
     begin = tl.program_id(0) * chunk
     tensors = (weight, out, strength, scale)
     shape = (length, inner, strength_strides, scale_strides)
-    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY)
+    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED)
     walk(tensors, shape, begin, tl.minimum(chunk, groups - begin), kind, TILE, ROUND)
 
 
@@ -74,6 +74,7 @@ def prox_many_kernel(
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     WHOLLY: tl.constexpr,
+    PAIRED: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
@@ -82,7 +83,7 @@ def prox_many_kernel(
     number = tl.load(owners + tl.program_id(0))
     weight, scale, groups, chunk, shape = read_row(table, number, like)
     begin = (tl.program_id(0) - tl.load(table + number * 10 + 9).to(tl.int32)) * chunk
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY)
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED)
     walk(
         (weight, weight, strengths + number, scale), shape, begin, tl.minimum(chunk, groups - begin), kind, TILE, ROUND
     )
@@ -184,18 +185,18 @@ def _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.const
     second, third = larger(middle0, middle1), smaller(middle0, middle1)
     v1, v2, v3, v4 = lam * first, lam * second, lam * third, lam * fourth
     square = v1 * v1 + v2 * v2
-    two = (v1 >= ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3)
-    two = two | (third * tl.maximum(1.0, 0.5 + 0.5 * square) <= v1 * second)
+    two = (square >= 1 + 4 / 3 * v3 * v3) | (third * tl.maximum(1.0, 0.5 + 0.5 * square) <= v1 * second)
     # Two equal entries of which one goes are told apart by position, which the solvers do.
     settled = two & ((second > third) | (second <= 0))
-    least = tl.where(settled, tl.maximum(second, _SMALLEST), 0.0)  # a zero is not kept: it may be -0.0
+    least = tl.where(settled, second, 0.0)
     if not KIND[0]:
         unchanged = (lam == 0) & (first >= 0)
         settled = settled | unchanged
-        least = tl.where(unchanged, _SMALLEST, least)
-    # A group that waits is written too: in place nothing changes, and memory gets whole sectors.
-    r0, r1 = tl.where(y0 < least, 0.0, x0), tl.where(y1 < least, 0.0, x1)
-    r2, r3 = tl.where(y2 < least, 0.0, x2), tl.where(y3 < least, 0.0, x3)
+        least = tl.where(unchanged, 0.0, least)
+    # A group that waits is written too: in place nothing changes, and memory gets whole sectors. The sum leaves all but
+    # -0.0 as it is.
+    r0, r1 = tl.where(y0 < least, 0.0, x0) + 0.0, tl.where(y1 < least, 0.0, x1) + 0.0
+    r2, r3 = tl.where(y2 < least, 0.0, x2) + 0.0, tl.where(y3 < least, 0.0, x3) + 0.0
 
     waits = inside & (settled == 0)
     if KIND[4]:

@@ -2,7 +2,7 @@
 
 ``shape`` is (groups along the dimension, entries behind it, strides of the strength, strides of the scale), the strides
 each before, along and behind the dimension. ``KIND`` is (one strength, has scale, groups along the last dimension,
-64-bit addresses, settle only).
+64-bit addresses, settle only, bfloat16 that may be read as pairs in 32 bits).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -64,7 +64,13 @@ def _at(shape, begin, group, KIND: tl.constexpr):
 
 @triton.jit
 def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
-    if KIND[2]:
+    if KIND[2] and KIND[5]:
+        pairs = source.to(tl.pointer_type(tl.int32), bitcast=True) + begin.to(tl.int64) * 2
+        offsets = group[:, None] * 2 + tl.arange(0, 2)[None, :]
+        first, second = tl.split(tl.load(pairs + offsets, mask=inside[:, None]))
+        x0, x1 = _two_of(first)
+        x2, x3 = _two_of(second)
+    elif KIND[2]:
         offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
         values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None]).to(tl.float32)
         even, odd = tl.split(tl.reshape(values, [group.shape[0], 2, 2]))
@@ -73,11 +79,27 @@ def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
     else:
         first = source + _at(shape, begin, group, KIND)
         inner = shape[1]
-        x0 = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-        x1 = tl.load(first + inner, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(first + 2 * inner, mask=inside, other=0.0).to(tl.float32)
-        x3 = tl.load(first + 3 * inner, mask=inside, other=0.0).to(tl.float32)
+        x0 = _load_entry(first, inside)
+        x1 = _load_entry(first + inner, inside)
+        x2 = _load_entry(first + 2 * inner, inside)
+        x3 = _load_entry(first + 3 * inner, inside)
     return x0, x1, x2, x3
+
+
+@triton.jit
+def _two_of(pair):
+    """Both bfloat16 in 32 bits; their bits are the upper ones of a float32."""
+    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_entry(pointer, inside):
+    if pointer.dtype.element_ty == tl.bfloat16:
+        bits = tl.load(pointer.to(tl.pointer_type(tl.int16), bitcast=True), mask=inside, other=0)
+        entry = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        entry = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+    return entry
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def _sums_kernel(
     count = tl.minimum(chunk, groups - begin)
     tensors = (weight, weight, scale, scale)
     shape = (length, inner, scale_strides, scale_strides)
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False)
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
     squares = tl.zeros([BLOCK], tl.float32)
     metric, lost, penalty = squares, squares, squares
     z0, z1, z2, z3, z4 = squares, squares, squares, squares, squares
