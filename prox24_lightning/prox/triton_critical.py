@@ -32,7 +32,7 @@ def critical_kernel(
     begin = tl.program_id(0) * BLOCK
     group = tl.arange(0, BLOCK)
     inside = group < groups - begin
-    tensors = (weight, weight, scale, scale)
+    tensors = (weight, weight, 0.0, scale)
     shape = (length, inner, scale_strides, scale_strides)
     kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
     tl.store(result + begin.to(tl.int64) + group, _critical(tensors, shape, begin, group, inside, kind), mask=inside)
@@ -57,7 +57,7 @@ def critical_many_kernel(
     group = (sample * (tl.maximum(groups // samples, 1) | 1) % groups).to(tl.int64)
     kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
     begin = tl.zeros((), tl.int32)
-    found = _critical((weight, weight, scale, scale), shape, begin, group, sample < samples, kind)
+    found = _critical((weight, weight, 0.0, scale), shape, begin, group, sample < samples, kind)
     tl.store(result + number * samples + sample, found, mask=sample < samples)
 
 

@@ -1,9 +1,8 @@
 """The fused kernel: a program walks a chunk of groups, settles what cheap tests settle, and queues the rest.
 
 A warp pays for an equation as soon as one of its groups needs it. So a program (one warp) collects the groups that need
-one, and solves them when there are enough to fill the warp: ``triton_convex.py`` the simple ones, ``triton_roots.py``
-the others. The two queues of group numbers take no memory of their own: they live in the program's own output, in
-the place of its first groups, whose weights wait in registers until the end.
+one in shared memory, and solves them when there are enough to fill the warp. There are three kinds: simple ones;
+others, whose 3-sparse point is found and compared; and those of them for which that leaves a dense point possible.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,24 +13,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prox24_lightning.prox.triton_convex import shrink_convex
-from prox24_lightning.prox.triton_memory import (
-    coordinates,
-    larger,
-    load_groups,
-    queue_slots,
-    read_row,
-    scaled,
-    short,
-    smaller,
-    store_groups,
-)
-from prox24_lightning.prox.triton_roots import PRUNED, reciprocal, shrink_sorted
+from prox24_lightning.prox.triton_memory import coordinates, load_groups, read_row, store_groups
+from prox24_lightning.prox.triton_queue import open_queue, put, take
+from prox24_lightning.prox.triton_roots import INTERPRETED
+from prox24_lightning.prox.triton_settle import SIMPLE, other, settle, simple
 
-SIMPLE = tl.constexpr(1)
-OTHER = tl.constexpr(1 << 16)
-"""Flags of the groups that wait: their sum counts both kinds at once."""
-DIRECT = tl.constexpr(3)
+DIRECT = tl.constexpr(2)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
 
 
@@ -58,6 +45,8 @@ def prox_kernel(
 ):
     """One weight. With ``WHOLLY`` a group that would not end with two entries stays as it is."""
     begin = tl.program_id(0) * chunk
+    if ONE_STRENGTH:
+        strength = tl.load(strength)
     tensors = (weight, out, strength, scale)
     shape = (length, inner, strength_strides, scale_strides)
     kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED)
@@ -85,72 +74,122 @@ def prox_many_kernel(
     begin = (tl.program_id(0) - tl.load(table + number * 10 + 9).to(tl.int32)) * chunk
     kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED)
     walk(
-        (weight, weight, strengths + number, scale), shape, begin, tl.minimum(chunk, groups - begin), kind, TILE, ROUND
+        (weight, weight, tl.load(strengths + number), scale),
+        shape,
+        begin,
+        tl.minimum(chunk, groups - begin),
+        kind,
+        TILE,
+        ROUND,
     )
 
 
 @triton.jit
 def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
-    """The prox of groups ``begin`` to ``begin + count``: at least ``TILE / 2`` of them are held back for the queues."""
-    back: tl.constexpr = TILE // 2
-    held = tl.arange(0, back)
-    h0, h1, h2, h3 = load_groups(tensors[0], shape, begin, held, held < count, KIND)
-    simple = tl.zeros((), tl.int32)
-    other = tl.zeros((), tl.int32)
-    start = tl.full((), back, tl.int32)
-    stop = back + tl.cdiv(tl.maximum(count - back, 0), TILE) * TILE
-    tile = tl.arange(0, TILE)
-    while start <= stop:  # the last time nothing comes in, and what waits goes out
-        group = start + tile
+    """The prox of groups ``begin`` to ``begin + count``."""
+    if INTERPRETED:
+        _walk_plainly(tensors, shape, begin, count, KIND, TILE)
+    else:
+        _walk(tensors, shape, begin, count, KIND, TILE, ROUND)
+
+
+@triton.jit
+def _walk_plainly(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr):
+    """As :func:`_walk`, without the queue, for Triton's interpreter."""
+    start = tl.zeros((), tl.int32)
+    while start < count:
+        group = start + tl.arange(0, TILE)
         inside = group < count
         x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-        r0, r1, r2, r3, flags = _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
+        r0, r1, r2, r3, flags = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
+        lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
+        q0, q1, q2, q3 = simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
+        p0, p1, p2, p3, left = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, False)
+        if not KIND[4]:
+            d0, d1, d2, d3, _ = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, True)
+            p0, p1, p2, p3 = _chosen(left, d0, d1, d2, d3, p0, p1, p2, p3)
+        q0, q1, q2, q3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, p0, p1, p2, p3)
+        r0, r1, r2, r3 = _chosen(flags == 0, r0, r1, r2, r3, q0, q1, q2, q3)
+        store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+        start += TILE
+
+
+@triton.jit
+def _chosen(which, a0, a1, a2, a3, b0, b1, b2, b3):
+    return tl.where(which, a0, b0), tl.where(which, a1, b1), tl.where(which, a2, b2), tl.where(which, a3, b3)
+
+
+@triton.jit
+def _walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
+    """The queue has the simple groups at its bottom, the dense ones at its top, and below those, downwards, the
+    others."""
+    queue = open_queue()
+    above: tl.constexpr = TILE + 2 * ROUND
+    simples = tl.zeros((), tl.int32)
+    others = tl.zeros((), tl.int32)
+    denses = tl.zeros((), tl.int32)
+    lanes = tl.arange(0, ROUND)
+    start = tl.zeros((), tl.int32)
+    stop = tl.cdiv(count, TILE) * TILE
+    while start <= stop:  # the last time nothing comes in, and what waits goes out
+        group = start + tl.arange(0, TILE)
+        inside = group < count
+        x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
+        r0, r1, r2, r3, flags = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
         if (not KIND[4]) and tl.sum(flags & SIMPLE, axis=0) >= (DIRECT * TILE) // 4:
             lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-            q0, q1, q2, q3 = _simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
-            r0, r1 = tl.where(flags == SIMPLE, q0, r0), tl.where(flags == SIMPLE, q1, r1)
-            r2, r3 = tl.where(flags == SIMPLE, q2, r2), tl.where(flags == SIMPLE, q3, r3)
+            q0, q1, q2, q3 = simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
+            r0, r1, r2, r3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, r0, r1, r2, r3)
             flags = tl.where(flags == SIMPLE, 0, flags)
         store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
         if tl.max(flags, axis=0) > 0:
             rank, total = _ranks(flags, TILE)
-            slot = tl.where(flags == SIMPLE, simple + (rank & 65535), 2 * TILE - 1 - other - (rank >> 16))
-            tl.debug_barrier()
-            tl.store(queue_slots(tensors[1], shape, begin, slot, KIND, back), short(tensors[1], group), mask=flags > 0)
-            simple += total & 65535
-            other += total >> 16
+            slot = tl.where(flags == SIMPLE, simples + (rank & 65535), above - 1 - others - (rank >> 16))
+            put(queue, slot, r0, r1, r2, r3, group, flags > 0)
+            simples += total & 65535
+            others += total >> 16
         least = tl.where(start < stop, ROUND, 1)
-        tl.debug_barrier()
-        lanes = tl.arange(0, ROUND)
-        while simple >= least:
-            take = tl.minimum(simple, ROUND)
-            simple -= take
-            _solve_queued(tensors, shape, begin, simple + lanes, lanes < take, KIND, back, True)
-        while other >= least:
-            take = tl.minimum(other, ROUND)
-            other -= take
-            _solve_queued(tensors, shape, begin, 2 * TILE - 1 - other - lanes, lanes < take, KIND, back, False)
+        if not KIND[4]:
+            while simples >= least:
+                taken = tl.minimum(simples, ROUND)
+                simples -= taken
+                _solve_simple(tensors, shape, begin, queue, simples + lanes, lanes < taken, KIND)
+        while others + tl.where(start < stop, 0, denses) >= least:
+            taken = tl.minimum(others, ROUND)
+            others -= taken
+            slot, mine = above - 1 - others - lanes, lanes < taken
+            if KIND[4]:
+                _solve_other(tensors, shape, begin, queue, slot, mine, slot, KIND, False)
+            else:
+                denses += _solve_other(tensors, shape, begin, queue, slot, mine, above + denses, KIND, False)
+                if (denses >= ROUND) | ((others == 0) & (start >= stop)):
+                    taken = tl.minimum(denses, ROUND)
+                    denses -= taken
+                    slot = above + denses + lanes
+                    _solve_other(tensors, shape, begin, queue, slot, lanes < taken, slot, KIND, True)
         start += TILE
-    tl.debug_barrier()
-    store_groups(tensors[1], shape, begin, held, held < count, h0, h1, h2, h3, KIND)
-    tl.debug_barrier()
-    start = tl.zeros((), tl.int32)
-    while start < tl.minimum(count, back):
-        group = start + tl.arange(0, ROUND)
-        _solve_directly(tensors, shape, begin, group, group < tl.minimum(count, back), KIND)
-        start += ROUND
 
 
 @triton.jit
-def _solve_directly(tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """The prox of groups as they come, without a queue."""
-    x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-    r0, r1, r2, r3, flags = _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
-    store_groups(tensors[1], shape, begin, group, inside & (flags == 0), r0, r1, r2, r3, KIND)
-    if tl.max(flags & SIMPLE, axis=0) > 0:
-        _solve(tensors, shape, begin, group, flags == SIMPLE, KIND, True)
-    if tl.max(flags, axis=0) > SIMPLE:
-        _solve(tensors, shape, begin, group, flags > SIMPLE, KIND, False)
+def _solve_simple(tensors, shape, begin, queue, slot, inside, KIND: tl.constexpr):
+    x0, x1, x2, x3, group = take(queue, slot)
+    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
+    r0, r1, r2, r3 = simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, inside, KIND)
+    store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+
+
+@triton.jit
+def _solve_other(tensors, shape, begin, queue, slot, inside, free, KIND: tl.constexpr, DENSE: tl.constexpr):
+    """Solve other groups; those for which a dense point is possible go into the slots from ``free`` on. How many."""
+    x0, x1, x2, x3, group = take(queue, slot)
+    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
+    r0, r1, r2, r3, left = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, DENSE)
+    waits = tl.zeros_like(group)
+    if not (KIND[4] or DENSE):
+        waits = (inside & left).to(tl.int32)
+        put(queue, free + tl.cumsum(waits, 0) - waits, x0, x1, x2, x3, group, waits)
+    store_groups(tensors[1], shape, begin, group, inside & (waits == 0), r0, r1, r2, r3, KIND)
+    return tl.sum(waits, axis=0)
 
 
 @triton.jit
@@ -162,150 +201,3 @@ def _ranks(flags, TILE: tl.constexpr):
     lane = tl.sum(table, 0)
     before = tl.cumsum(lane, 0) - lane
     return tl.reshape(running - table + before[None, :], [TILE]), tl.sum(lane, 0)
-
-
-@triton.jit
-def _solve_queued(tensors, shape, begin, slot, inside, KIND: tl.constexpr, HELD: tl.constexpr, EASY: tl.constexpr):
-    group = (
-        tl.load(queue_slots(tensors[1], shape, begin, slot, KIND, HELD), mask=inside, other=0).to(tl.int32) & 0x7FFFFFFF
-    )
-    if tensors[1].dtype.element_ty.primitive_bitwidth != 32:
-        group = group & 65535
-    _solve(tensors, shape, begin, group, inside, KIND, EASY)
-
-
-@triton.jit
-def _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """Prune the groups that keep two entries (at strength 0 all), leave the others as they are, and flag those."""
-    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    high0, low0, high1, low1 = larger(y0, y2), smaller(y0, y2), larger(y1, y3), smaller(y1, y3)
-    first, fourth = larger(high0, high1), smaller(low0, low1)
-    middle0, middle1 = smaller(high0, high1), larger(low0, low1)
-    second, third = larger(middle0, middle1), smaller(middle0, middle1)
-    v1, v2, v3, v4 = lam * first, lam * second, lam * third, lam * fourth
-    square = v1 * v1 + v2 * v2
-    two = (square >= 1 + 4 / 3 * v3 * v3) | (third * tl.maximum(1.0, 0.5 + 0.5 * square) <= v1 * second)
-    # Two equal entries of which one goes are told apart by position, which the solvers do.
-    settled = two & ((second > third) | (second <= 0))
-    least = tl.where(settled, second, 0.0)
-    if not KIND[0]:
-        unchanged = (lam == 0) & (first >= 0)
-        settled = settled | unchanged
-        least = tl.where(unchanged, 0.0, least)
-    # A group that waits is written too: in place nothing changes, and memory gets whole sectors. The sum leaves all but
-    # -0.0 as it is.
-    r0, r1 = tl.where(y0 < least, 0.0, x0) + 0.0, tl.where(y1 < least, 0.0, x1) + 0.0
-    r2, r3 = tl.where(y2 < least, 0.0, x2) + 0.0, tl.where(y3 < least, 0.0, x3) + 0.0
-
-    waits = inside & (settled == 0)
-    if KIND[4]:
-        # Where v1^2 + v2^2 <= 1 the test above is also necessary.
-        flags = tl.where(waits & (((square <= 1) == 0) | two), OTHER, 0)
-    else:
-        # Simple: the objective is convex on the box, or no dense point exists and the third entry appears continuously;
-        # and float32 can tell the entries apart in sums.
-        d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
-        alone = (square <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
-        simple = (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & ((v1 + v2 + v3 <= 1) | alone)
-        flags = tl.where(waits, tl.where(simple, SIMPLE, OTHER), 0)
-    return r0, r1, r2, r3, flags
-
-
-@triton.jit
-def _solve(tensors, shape, begin, group, inside, KIND: tl.constexpr, EASY: tl.constexpr):
-    x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    if EASY:
-        r0, r1, r2, r3 = _simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, inside, KIND)
-    else:
-        r0, r1, r2, r3 = _other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND)
-    store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
-
-
-@triton.jit
-def _simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, active, KIND: tl.constexpr):
-    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, lam, active)
-    if KIND[1]:
-        s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
-    return _moved(x0, s0), _moved(x1, s1), _moved(x2, s2), _moved(x3, s3)
-
-
-@triton.jit
-def _moved(x, shrink):
-    """``x`` moved towards zero by ``shrink``, and to +0.0 at most."""
-    shift = tl.minimum(shrink, tl.abs(x)).to(tl.uint32, bitcast=True) | (x.to(tl.uint32, bitcast=True) & 0x80000000)
-    return x - shift.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND: tl.constexpr):
-    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    s0, s1, s2, s3 = _shrink_other(y0, y1, y2, y3, lam, KIND)
-    if KIND[1]:
-        s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
-    return _shrunk(x0, s0), _shrunk(x1, s1), _shrunk(x2, s2), _shrunk(x3, s3)
-
-
-@triton.jit
-def _shrunk(x, shrink):
-    """As ``_moved``, for entries that may be infinite, NaN, or pruned from infinity."""
-    kept = tl.where(shrink >= PRUNED, 0.0, tl.maximum(tl.abs(x) - shrink, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    return tl.where((x < 0) & (kept > 0), -kept, kept)
-
-
-@triton.jit
-def _exchange(swap, a, b):
-    return tl.where(swap, b, a), tl.where(swap, a, b)
-
-
-@triton.jit
-def _shrink_simple(y0, y1, y2, y3, lam, inside):
-    """Sort, solve, and undo the sorting. Equal entries are treated alike, so their order does not matter."""
-    a0, a2, a1, a3 = larger(y0, y2), smaller(y0, y2), larger(y1, y3), smaller(y1, y3)
-    b0, b3 = larger(a0, a1), smaller(a2, a3)
-    b1, b2 = smaller(a0, a1), larger(a2, a3)
-    e1, e2 = larger(b1, b2), smaller(b1, b2)
-    swap02, swap13, swap01, swap23, swap12 = y0 < y2, y1 < y3, a0 < a1, a2 < a3, b1 < b2
-    s0, s1, s2, s3 = shrink_convex(lam * b0, lam * e1, lam * e2, lam * b3, inside)
-    inverse = tl.minimum(reciprocal(lam), 3e38)
-    s0, s1, s2, s3 = s0 * inverse, s1 * inverse, s2 * inverse, s3 * inverse
-    s1, s2 = _exchange(swap12, s1, s2)
-    s0, s1 = _exchange(swap01, s0, s1)
-    s2, s3 = _exchange(swap23, s2, s3)
-    s0, s2 = _exchange(swap02, s0, s2)
-    s1, s3 = _exchange(swap13, s1, s3)
-    return s0, s1, s2, s3
-
-
-@triton.jit
-def _shrink_other(y0, y1, y2, y3, lam, KIND: tl.constexpr):
-    """Any groups: NaN for those with a NaN; among equals the earlier position is the larger."""
-    bad = (y0 != y0) | (y1 != y1) | (y2 != y2) | (y3 != y3) | (lam != lam)
-    high0, low0, high1, low1 = tl.maximum(y0, y2), tl.minimum(y0, y2), tl.maximum(y1, y3), tl.minimum(y1, y3)
-    first, fourth = tl.maximum(high0, high1), tl.minimum(low0, low1)
-    middle0, middle1 = tl.minimum(high0, high1), tl.maximum(low0, low1)
-    second, third = tl.maximum(middle0, middle1), tl.minimum(middle0, middle1)
-    s1, s2, s3, s4 = shrink_sorted(first, second, third, fourth, lam)
-    if KIND[4]:
-        s1, s2 = tl.where(s3 < PRUNED, 0.0, s1), tl.where(s3 < PRUNED, 0.0, s2)
-        s4 = tl.where(s3 < PRUNED, 0.0, s4)
-        s3 = tl.where(s3 < PRUNED, 0.0, s3)
-    later01, later02, later03 = (y1 > y0).to(tl.int32), (y2 > y0).to(tl.int32), (y3 > y0).to(tl.int32)
-    later12, later13, later23 = (y2 > y1).to(tl.int32), (y3 > y1).to(tl.int32), (y3 > y2).to(tl.int32)
-    t0 = _by_rank(later01 + later02 + later03, s1, s2, s3, s4)
-    t1 = _by_rank(1 - later01 + later12 + later13, s1, s2, s3, s4)
-    t2 = _by_rank(2 - later02 - later12 + later23, s1, s2, s3, s4)
-    t3 = _by_rank(3 - later03 - later13 - later23, s1, s2, s3, s4)
-    return (
-        tl.where(bad, float("nan"), t0),
-        tl.where(bad, float("nan"), t1),
-        tl.where(bad, float("nan"), t2),
-        tl.where(bad, float("nan"), t3),
-    )
-
-
-@triton.jit
-def _by_rank(rank, s1, s2, s3, s4):
-    return tl.where(rank == 0, s1, tl.where(rank == 1, s2, tl.where(rank == 2, s3, s4)))

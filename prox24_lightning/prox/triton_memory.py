@@ -15,23 +15,6 @@ import triton.language as tl
 
 
 @triton.jit
-def short(out, group):
-    return group if out.dtype.element_ty.primitive_bitwidth == 32 else group.to(tl.int16)
-
-
-@triton.jit
-def queue_slots(out, shape, begin, slot, KIND: tl.constexpr, HELD: tl.constexpr):
-    """Where slots of the queues are: a slot is one entry of the first groups."""
-    if out.dtype.element_ty.primitive_bitwidth == 32:
-        queue = out.to(tl.pointer_type(tl.int32), bitcast=True)
-    else:
-        queue = out.to(tl.pointer_type(tl.int16), bitcast=True)
-    if KIND[2]:
-        return queue + begin.to(tl.int64) * 4 + slot
-    return queue + _at(shape, begin, slot % HELD, KIND) + (slot // HELD) * shape[1]
-
-
-@triton.jit
 def read_row(table, number, like):
     """Weight, scale, groups, groups a program, and shape of one of many weights of the dtype of ``like``."""
     row = table + number * 10
@@ -120,9 +103,10 @@ def store_groups(target, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.c
 
 @triton.jit
 def coordinates(tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """The strength and the four scales of each group; NaN where they are not allowed."""
+    """The strength and the four scales of each group; NaN where they are not allowed. Where there is one strength,
+    ``tensors`` holds it rather than its place: nothing then has to be loaded again after a store."""
     if KIND[0]:
-        lam = tl.load(tensors[2]) + tl.zeros(group.shape, tl.float32)
+        lam = tensors[2] + tl.zeros(group.shape, tl.float32)
     else:
         before, along, behind = _parts(shape, begin, group)
         strides = shape[2]

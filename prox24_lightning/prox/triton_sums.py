@@ -79,7 +79,7 @@ def _sums_kernel(
 ):
     begin = tl.program_id(0) * chunk
     count = tl.minimum(chunk, groups - begin)
-    tensors = (weight, weight, scale, scale)
+    tensors = (weight, weight, 0.0, scale)
     shape = (length, inner, scale_strides, scale_strides)
     kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
     squares = tl.zeros([BLOCK], tl.float32)
