@@ -219,8 +219,8 @@ def main(
         note = (
             f"bf16 autocast, fused AdamW, float32 weights, random tokens; metric activation. Rounds of {ROUND} steps "
             f"in turns; 'more' is the median over {rounds} rounds of what is added to the step without Prox24 in the "
-            "same round. The schedules run from beginning to end over the rounds. The progressive phase stands still for "
-            "every block that is solved, which is not part of its step."
+            "same round. The schedules run from beginning to end over the rounds. The progressive phase stands still "
+            "for every block that is solved, which is not part of its step."
         )
         write_report(output, "train_step", "What Prox24 adds to a training step (GPU)", rows, note=note)
         del bench, turns

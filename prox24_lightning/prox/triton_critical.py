@@ -8,13 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prox24_lightning.prox.triton_memory import coordinates, larger, load_groups, read_row, scaled, smaller
+from prox24_lightning.prox.triton_memory import SIZES, coordinates, larger, load_groups, read_row, scaled, smaller
 
 _TINY = tl.constexpr(2.0**-126)
 _STEPS = tl.constexpr(3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def critical_kernel(
     weight,
     scale,
@@ -22,7 +22,9 @@ def critical_kernel(
     groups,
     length,
     inner,
-    scale_strides,
+    before,
+    along,
+    behind,
     HAS_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -33,12 +35,12 @@ def critical_kernel(
     group = tl.arange(0, BLOCK)
     inside = group < groups - begin
     tensors = (weight, weight, 0.0, scale)
-    shape = (length, inner, scale_strides, scale_strides)
+    shape = (length, inner, (before, along, behind), (before, along, behind))
     kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
     tl.store(result + begin.to(tl.int64) + group, _critical(tensors, shape, begin, group, inside, kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def critical_many_kernel(
     table,
     like,

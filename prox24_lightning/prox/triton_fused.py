@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prox24_lightning.prox.triton_memory import coordinates, load_groups, read_row, store_groups
+from prox24_lightning.prox.triton_memory import SIZES, coordinates, load_groups, read_row, store_groups
 from prox24_lightning.prox.triton_queue import open_queue, put, take
 from prox24_lightning.prox.triton_roots import INTERPRETED
 from prox24_lightning.prox.triton_settle import SIMPLE, other, settle, simple
@@ -22,7 +22,7 @@ DIRECT = tl.constexpr(2)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prox_kernel(
     weight,
     out,
@@ -32,8 +32,12 @@ def prox_kernel(
     chunk,
     length,
     inner,
-    strength_strides,
-    scale_strides,
+    strength_before,
+    strength_along,
+    strength_behind,
+    scale_before,
+    scale_along,
+    scale_behind,
     ONE_STRENGTH: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -48,7 +52,8 @@ def prox_kernel(
     if ONE_STRENGTH:
         strength = tl.load(strength)
     tensors = (weight, out, strength, scale)
-    shape = (length, inner, strength_strides, scale_strides)
+    strength_strides = (strength_before, strength_along, strength_behind)
+    shape = (length, inner, strength_strides, (scale_before, scale_along, scale_behind))
     kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED)
     walk(tensors, shape, begin, tl.minimum(chunk, groups - begin), kind, TILE, ROUND)
 

@@ -13,6 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIZES = ["groups", "chunk", "length", "samples", "before", "along", "behind"]
+SIZES += [f"{tensor}_{where}" for tensor in ("strength", "scale") for where in ("before", "along", "behind")]
+"""Arguments of kernels that are not worth a variant of their own where they are 1 or divide by 16."""
+
 
 @triton.jit
 def read_row(table, number, like):

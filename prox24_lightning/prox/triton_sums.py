@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prox24_lightning.groups import group_shape, resolve_group_dim
 from prox24_lightning.prox.triton_kernel import WIDE, multiprocessors, strided
-from prox24_lightning.prox.triton_memory import coordinates, load_groups, scaled
+from prox24_lightning.prox.triton_memory import SIZES, coordinates, load_groups, scaled
 
 SUMS = 9
 """Squares, squares in the metric, those of the two smallest of each group, penalty in the metric, groups with 0 to 4
@@ -51,7 +51,7 @@ def group_sums(weight: Tensor, *, dim: int, scale: Tensor | None) -> tuple[Tenso
                 triton.cdiv(triton.cdiv(groups, programs), BLOCK) * BLOCK,
                 weight.shape[dim] // 4,
                 inner,
-                strides,
+                *strides,
                 HAS_SCALE=scale is not None,
                 ROWS=inner == 1,
                 WIDE=weight.numel() >= WIDE,
@@ -61,7 +61,7 @@ def group_sums(weight: Tensor, *, dim: int, scale: Tensor | None) -> tuple[Tenso
     return sums.sum(0, dtype=torch.float64).float(), code.movedim(dim, -1).flatten()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sums_kernel(
     weight,
     scale,
@@ -71,16 +71,19 @@ def _sums_kernel(
     chunk,
     length,
     inner,
-    scale_strides,
+    before,
+    along,
+    behind,
     HAS_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    begin = tl.program_id(0) * chunk
-    count = tl.minimum(chunk, groups - begin)
+    begin = tl.program_id(0).to(tl.int64) * chunk  # of the last programs beyond all groups, and beyond 32 bits
+    count = tl.minimum(chunk, groups - begin).to(tl.int32)
+    begin = begin.to(tl.int32)
     tensors = (weight, weight, 0.0, scale)
-    shape = (length, inner, scale_strides, scale_strides)
+    shape = (length, inner, (before, along, behind), (before, along, behind))
     kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
     squares = tl.zeros([BLOCK], tl.float32)
     metric, lost, penalty = squares, squares, squares
