@@ -102,7 +102,7 @@ def _inverse_sqrt(x):
 
 
 @triton.jit
-def _sqrt(x):
+def square_root(x):
     if INTERPRETED:
         return tl.sqrt(x)
     return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
@@ -118,10 +118,10 @@ def _halley_step(value, slope, half_curve):
 def _three_sparse(v1, v2, v3, active):
     b = 1 + (v1 - v3) + (v2 - v3)
     c = v3 - (v1 - v3) * (v2 - v3)
-    u = 2 * c * reciprocal(b + _sqrt(tl.maximum(b * b + 4 * c, 0.0)))
+    u = 2 * c * reciprocal(b + square_root(tl.maximum(b * b + 4 * c, 0.0)))
     room = 1 - v1 * v1 - v2 * v2
     u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) * reciprocal(tl.maximum(room, _TINY)), 1.0))
-    ratio = _sqrt((v1 - v2) * reciprocal(tl.maximum(v1 + v2, _TINY)))
+    ratio = square_root((v1 - v2) * reciprocal(tl.maximum(v1 + v2, _TINY)))
     u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) * reciprocal(1 + ratio)), 0.75), 0.0)
     before = u
     for _ in tl.static_range(_FIRST):
@@ -182,7 +182,7 @@ def _dense_step(t, upper, k, d1, d2, d3):
 def _dense(v1, v2, v3, v4, d1, d2, d3, active):
     b = 1 + 2 * (d1 + d2 + d3)
     c = tl.maximum(v4 - (d1 * d2 + d2 * d3 + d3 * d1), 0.0)
-    upper = 2 * c * reciprocal(b + _sqrt(b * b + 12 * c))
+    upper = 2 * c * reciprocal(b + square_root(b * b + 12 * c))
     k = (v1 + v2 + v3 - v4) / 2
     t = upper
     before = t
