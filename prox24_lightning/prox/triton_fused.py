@@ -13,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prox24_lightning.prox.triton_memory import SIZES, coordinates, load_groups, read_row, store_groups
+from prox24_lightning.prox.triton_memory import (
+    SIZES,
+    coordinates,
+    load_groups,
+    load_rows,
+    read_row,
+    store_groups,
+    unpacked,
+)
 from prox24_lightning.prox.triton_queue import open_queue, put, take
 from prox24_lightning.prox.triton_roots import INTERPRETED
 from prox24_lightning.prox.triton_settle import SIMPLE, other, settle, simple
@@ -136,10 +144,16 @@ def _walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, 
     lanes = tl.arange(0, ROUND)
     start = tl.zeros((), tl.int32)
     stop = tl.cdiv(count, TILE) * TILE
+    if KIND[2]:
+        ahead = load_rows(tensors[0], begin, tl.arange(0, TILE), tl.arange(0, TILE) < count, KIND)
     while start <= stop:  # the last time nothing comes in, and what waits goes out
         group = start + tl.arange(0, TILE)
         inside = group < count
-        x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
+        if KIND[2]:  # the next tile is on its way while this one is worked on
+            x0, x1, x2, x3 = unpacked(ahead, KIND)
+            ahead = load_rows(tensors[0], begin, group + TILE, group + TILE < count, KIND)
+        else:
+            x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
         r0, r1, r2, r3, flags = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
         if (not KIND[4]) and tl.sum(flags & SIMPLE, axis=0) >= (DIRECT * TILE) // 4:
             lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)

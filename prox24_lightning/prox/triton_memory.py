@@ -51,18 +51,8 @@ def _at(shape, begin, group, KIND: tl.constexpr):
 
 @triton.jit
 def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
-    if KIND[2] and KIND[5]:
-        pairs = source.to(tl.pointer_type(tl.int32), bitcast=True) + begin.to(tl.int64) * 2
-        offsets = group[:, None] * 2 + tl.arange(0, 2)[None, :]
-        first, second = tl.split(tl.load(pairs + offsets, mask=inside[:, None]))
-        x0, x1 = _two_of(first)
-        x2, x3 = _two_of(second)
-    elif KIND[2]:
-        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None]).to(tl.float32)
-        even, odd = tl.split(tl.reshape(values, [group.shape[0], 2, 2]))
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
+    if KIND[2]:
+        x0, x1, x2, x3 = unpacked(load_rows(source, begin, group, inside, KIND), KIND)
     else:
         first = source + _at(shape, begin, group, KIND)
         inner = shape[1]
@@ -70,6 +60,32 @@ def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
         x1 = _load_entry(first + inner, inside)
         x2 = _load_entry(first + 2 * inner, inside)
         x3 = _load_entry(first + 3 * inner, inside)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def load_rows(source, begin, group, inside, KIND: tl.constexpr):
+    """Groups along the last dimension as they are in memory, for :func:`unpacked`."""
+    if KIND[5]:
+        pairs = source.to(tl.pointer_type(tl.int32), bitcast=True) + begin.to(tl.int64) * 2
+        values = tl.load(pairs + (group[:, None] * 2 + tl.arange(0, 2)[None, :]), mask=inside[:, None])
+    else:
+        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None])
+    return values
+
+
+@triton.jit
+def unpacked(values, KIND: tl.constexpr):
+    """The four entries of each group, in float32."""
+    if KIND[5]:
+        first, second = tl.split(values)
+        x0, x1 = _two_of(first)
+        x2, x3 = _two_of(second)
+    else:
+        even, odd = tl.split(tl.reshape(values.to(tl.float32), [values.shape[0], 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
     return x0, x1, x2, x3
 
 
