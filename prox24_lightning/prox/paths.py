@@ -8,7 +8,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-LARGEST = 1 << 33
+LARGEST = (1 << 33) - (1 << 24)
 """Entries of a weight from which on the kernel cannot number its groups."""
 
 

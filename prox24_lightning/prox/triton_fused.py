@@ -1,4 +1,6 @@
-"""The fused kernel: a program walks a chunk of groups, settles what cheap tests settle, and queues the rest.
+"""The fused kernel: a program walks through its tiles, settles what cheap tests settle, and queues the rest.
+
+The programs of a weight take its tiles in turn, so that those that run at the same time are neighbours in memory.
 
 A warp pays for an equation as soon as one of its groups needs it. So a program (one warp) collects the groups that need
 one in shared memory, and solves them when there are enough to fill the warp. There are three kinds: simple ones;
@@ -26,7 +28,7 @@ from prox24_lightning.prox.triton_queue import open_queue, put, take
 from prox24_lightning.prox.triton_roots import INTERPRETED
 from prox24_lightning.prox.triton_settle import SIMPLE, other, settle, simple
 
-DIRECT = tl.constexpr(2)
+DIRECT = tl.constexpr(3)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
 
 
@@ -37,7 +39,7 @@ def prox_kernel(
     strength,
     scale,
     groups,
-    chunk,
+    programs,
     length,
     inner,
     strength_before,
@@ -56,14 +58,13 @@ def prox_kernel(
     ROUND: tl.constexpr,
 ):
     """One weight. With ``WHOLLY`` a group that would not end with two entries stays as it is."""
-    begin = tl.program_id(0) * chunk
     if ONE_STRENGTH:
         strength = tl.load(strength)
     tensors = (weight, out, strength, scale)
     strength_strides = (strength_before, strength_along, strength_behind)
     shape = (length, inner, strength_strides, (scale_before, scale_along, scale_behind))
     kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED)
-    walk(tensors, shape, begin, tl.minimum(chunk, groups - begin), kind, TILE, ROUND)
+    walk(tensors, shape, groups, tl.program_id(0), programs, kind, TILE, ROUND)
 
 
 @triton.jit
@@ -83,36 +84,28 @@ def prox_many_kernel(
     """Many weights in place, a row of ``table`` and a strength each; ``owners`` says whose part a program works on, and
     ``like`` of which dtype they all are."""
     number = tl.load(owners + tl.program_id(0))
-    weight, scale, groups, chunk, shape = read_row(table, number, like)
-    begin = (tl.program_id(0) - tl.load(table + number * 10 + 9).to(tl.int32)) * chunk
+    weight, scale, groups, programs, shape = read_row(table, number, like)
+    program = tl.program_id(0) - tl.load(table + number * 10 + 9).to(tl.int32)
     kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED)
-    walk(
-        (weight, weight, tl.load(strengths + number), scale),
-        shape,
-        begin,
-        tl.minimum(chunk, groups - begin),
-        kind,
-        TILE,
-        ROUND,
-    )
+    tensors = (weight, weight, tl.load(strengths + number), scale)
+    walk(tensors, shape, groups, program, programs, kind, TILE, ROUND)
 
 
 @triton.jit
-def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
-    """The prox of groups ``begin`` to ``begin + count``."""
+def walk(tensors, shape, groups, program, programs, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
+    """The prox of the tiles that fall to one of the programs."""
     if INTERPRETED:
-        _walk_plainly(tensors, shape, begin, count, KIND, TILE)
+        _walk_plainly(tensors, shape, groups, program * TILE, programs * TILE, KIND, TILE)
     else:
-        _walk(tensors, shape, begin, count, KIND, TILE, ROUND)
+        _walk(tensors, shape, groups, program * TILE, programs * TILE, KIND, TILE, ROUND)
 
 
 @triton.jit
-def _walk_plainly(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr):
+def _walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.constexpr):
     """As :func:`_walk`, without the queue, for Triton's interpreter."""
-    start = tl.zeros((), tl.int32)
-    while start < count:
-        group = start + tl.arange(0, TILE)
-        inside = group < count
+    group = tl.arange(0, TILE)
+    while begin < groups:
+        inside = group < groups - begin
         x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
         r0, r1, r2, r3, flags = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
         lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
@@ -124,7 +117,7 @@ def _walk_plainly(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.con
         q0, q1, q2, q3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, p0, p1, p2, p3)
         r0, r1, r2, r3 = _chosen(flags == 0, r0, r1, r2, r3, q0, q1, q2, q3)
         store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
-        start += TILE
+        begin += step
 
 
 @triton.jit
@@ -133,7 +126,7 @@ def _chosen(which, a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def _walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
+def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
     """The queue has the simple groups at its bottom, the dense ones at its top, and below those, downwards, the
     others."""
     queue = open_queue()
@@ -142,16 +135,15 @@ def _walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, 
     others = tl.zeros((), tl.int32)
     denses = tl.zeros((), tl.int32)
     lanes = tl.arange(0, ROUND)
-    start = tl.zeros((), tl.int32)
-    stop = tl.cdiv(count, TILE) * TILE
+    group = tl.arange(0, TILE)
     if KIND[2]:
-        ahead = load_rows(tensors[0], begin, tl.arange(0, TILE), tl.arange(0, TILE) < count, KIND)
-    while start <= stop:  # the last time nothing comes in, and what waits goes out
-        group = start + tl.arange(0, TILE)
-        inside = group < count
+        ahead = load_rows(tensors[0], begin, group, group < groups - begin, KIND)
+    while begin - step < groups:  # the last time nothing comes in, and what waits goes out
+        inside = group < groups - begin
+        ends = begin >= groups
         if KIND[2]:  # the next tile is on its way while this one is worked on
             x0, x1, x2, x3 = unpacked(ahead, KIND)
-            ahead = load_rows(tensors[0], begin, group + TILE, group + TILE < count, KIND)
+            ahead = load_rows(tensors[0], begin + step, group, group < groups - begin - step, KIND)
         else:
             x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
         r0, r1, r2, r3, flags = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
@@ -164,43 +156,45 @@ def _walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, 
         if tl.max(flags, axis=0) > 0:
             rank, total = _ranks(flags, TILE)
             slot = tl.where(flags == SIMPLE, simples + (rank & 65535), above - 1 - others - (rank >> 16))
-            put(queue, slot, r0, r1, r2, r3, group, flags > 0)
+            put(queue, slot, r0, r1, r2, r3, begin + group, flags > 0)
             simples += total & 65535
             others += total >> 16
-        least = tl.where(start < stop, ROUND, 1)
+        least = tl.where(ends, 1, ROUND)
         if not KIND[4]:
             while simples >= least:
                 taken = tl.minimum(simples, ROUND)
                 simples -= taken
-                _solve_simple(tensors, shape, begin, queue, simples + lanes, lanes < taken, KIND)
-        while others + tl.where(start < stop, 0, denses) >= least:
+                _solve_simple(tensors, shape, queue, simples + lanes, lanes < taken, KIND)
+        while others + tl.where(ends, denses, 0) >= least:
             taken = tl.minimum(others, ROUND)
             others -= taken
             slot, mine = above - 1 - others - lanes, lanes < taken
             if KIND[4]:
-                _solve_other(tensors, shape, begin, queue, slot, mine, slot, KIND, False)
+                _solve_other(tensors, shape, queue, slot, mine, slot, KIND, False)
             else:
-                denses += _solve_other(tensors, shape, begin, queue, slot, mine, above + denses, KIND, False)
-                if (denses >= ROUND) | ((others == 0) & (start >= stop)):
+                denses += _solve_other(tensors, shape, queue, slot, mine, above + denses, KIND, False)
+                if (denses >= ROUND) | ((others == 0) & ends):
                     taken = tl.minimum(denses, ROUND)
                     denses -= taken
                     slot = above + denses + lanes
-                    _solve_other(tensors, shape, begin, queue, slot, lanes < taken, slot, KIND, True)
-        start += TILE
+                    _solve_other(tensors, shape, queue, slot, lanes < taken, slot, KIND, True)
+        begin += step
 
 
 @triton.jit
-def _solve_simple(tensors, shape, begin, queue, slot, inside, KIND: tl.constexpr):
+def _solve_simple(tensors, shape, queue, slot, inside, KIND: tl.constexpr):
     x0, x1, x2, x3, group = take(queue, slot)
+    begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
     r0, r1, r2, r3 = simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, inside, KIND)
     store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
 
 
 @triton.jit
-def _solve_other(tensors, shape, begin, queue, slot, inside, free, KIND: tl.constexpr, DENSE: tl.constexpr):
+def _solve_other(tensors, shape, queue, slot, inside, free, KIND: tl.constexpr, DENSE: tl.constexpr):
     """Solve other groups; those for which a dense point is possible go into the slots from ``free`` on. How many."""
     x0, x1, x2, x3, group = take(queue, slot)
+    begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
     r0, r1, r2, r3, left = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, DENSE)
     waits = tl.zeros_like(group)

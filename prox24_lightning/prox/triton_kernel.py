@@ -28,9 +28,8 @@ REGISTERS = 64
 PROGRAMS = 96
 """Programs a multiprocessor, one after the other: a program that ends makes room, so none waits for the slowest."""
 
-SHORTEST_CHUNK = 512
-LARGEST_CHUNK = 1 << 16
-"""Groups a program: fewer do not fill its queues, and their numbers are kept in 16 bits."""
+SHORTEST = 512
+"""Groups a program at least: fewer do not fill its queues."""
 
 CRITICAL_BLOCK = 256
 """Groups a program of the critical strength."""
@@ -63,14 +62,14 @@ def prox_24_triton(
     else:
         scale_values, scale_strides = strided(scale, weight.shape, dim, weight.device)
     with torch.cuda.device_of(weight):
-        chunk = chunk_size(groups, weight.device)
-        prox_kernel[(triton.cdiv(groups, chunk),)](
+        programs = programs_for(groups, groups, weight.device)
+        prox_kernel[(programs,)](
             weight,
             out.detach(),
             lam,
             scale_values,
             groups,
-            chunk,
+            programs,
             weight.shape[dim] // 4,
             inner,
             *lam_strides,
@@ -133,16 +132,16 @@ class ManyWeights:
         owners: list[int] = []
         for number, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
             groups = weight.numel() // 4
-            chunk = chunk_size(total, device)
+            programs = programs_for(groups, total, device)
             values, strides = (
                 (weight, (0, 0, 0)) if scales is None else strided(scales[number], weight.shape, dim, device)
             )
             if scales is not None and values.data_ptr() != scales[number].data_ptr():
                 raise ValueError(f"scale {number} is not a float32 tensor on {device} that broadcasts without a copy")
             inner = weight.shape[dim + 1 :].numel()
-            place = [weight.data_ptr(), values.data_ptr(), groups, chunk, weight.shape[dim] // 4, inner]
+            place = [weight.data_ptr(), values.data_ptr(), groups, programs, weight.shape[dim] // 4, inner]
             rows.append([*place, *strides, len(owners)])
-            owners += [number] * triton.cdiv(groups, chunk)
+            owners += [number] * programs
         self.rows_last = all(row[5] == 1 for row in rows)
         self.wide = any(weight.numel() >= WIDE for weight in weights)
         self._table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
@@ -205,10 +204,10 @@ def strided(
     return tensor, ((first, second, 0) if dim == 1 else (0, first, second))
 
 
-def chunk_size(groups: int, device: torch.device) -> int:
-    """Groups a program, of ``groups`` in one launch."""
-    share = max(triton.cdiv(groups, PROGRAMS * multiprocessors(device)), SHORTEST_CHUNK)
-    return min(TILE // 2 + triton.cdiv(share, TILE) * TILE, LARGEST_CHUNK)
+def programs_for(groups: int, total: int, device: torch.device) -> int:
+    """Programs that share ``groups`` of the ``total`` in a launch."""
+    share = max(triton.cdiv(total, PROGRAMS * multiprocessors(device)), SHORTEST)
+    return triton.cdiv(groups, share)
 
 
 @functools.cache

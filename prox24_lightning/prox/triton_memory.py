@@ -13,21 +13,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SIZES = ["groups", "chunk", "length", "samples", "before", "along", "behind"]
+SIZES = ["groups", "chunk", "programs", "length", "samples", "before", "along", "behind"]
 SIZES += [f"{tensor}_{where}" for tensor in ("strength", "scale") for where in ("before", "along", "behind")]
 """Arguments of kernels that are not worth a variant of their own where they are 1 or divide by 16."""
 
 
 @triton.jit
 def read_row(table, number, like):
-    """Weight, scale, groups, groups a program, and shape of one of many weights of the dtype of ``like``."""
+    """Weight, scale, groups, programs, and shape of one of many weights of the dtype of ``like``."""
     row = table + number * 10
     weight = tl.multiple_of(tl.load(row).to(like.dtype, bitcast=True), 16)
     scale = tl.load(row + 1).to(tl.pointer_type(tl.float32), bitcast=True)
-    groups, chunk = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    groups, programs = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
     length, inner = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
     strides = (tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32))
-    return weight, scale, groups, chunk, (length, inner, strides, strides)
+    return weight, scale, groups, programs, (length, inner, strides, strides)
 
 
 @triton.jit
@@ -109,6 +109,8 @@ def _load_entry(pointer, inside):
 def store_groups(target, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.constexpr):
     kind = target.dtype.element_ty
     if KIND[2]:
+        if KIND[3]:
+            group = group.to(tl.int64)
         offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
         values = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [group.shape[0], 4])
         tl.store(target + begin.to(tl.int64) * 4 + offsets, values.to(kind), mask=inside[:, None])
