@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.groups import resolve_group_dim
+from prox24_lightning.prox.look import NUMBERS, Look, empty_look
 from prox24_lightning.prox.paths import prox_path
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class ProxTogether:
         scales: Sequence[Tensor | None],
         *,
         settle: bool = False,
-    ) -> None:
+        befores: Sequence[Tensor | None] | None = None,
+    ) -> list[Look]:
         """Change ``weights`` in place.
 
         Args:
@@ -58,14 +60,31 @@ class ProxTogether:
             dims: dimension of the groups of each.
             scales: scale of each, or None; float32, broadcasting to the weight.
             settle: as :func:`~prox24_lightning.prox.settle_24`, not as ``prox_24``.
+            befores: asks for a look at the results from the same pass: the code of the last look at each weight, from
+                which the flips of the mask are counted, or None.
+
+        Returns:
+            the looks, one for each weight; none if ``befores`` is None.
 
         Raises:
             ValueError: if a weight cannot go with the others, with its number.
         """
         self._prepare(weights, dims, scales, strengths.device)
-        for index, _, many in self._kinds:
-            many.prox(strengths if index is None else strengths[index], settle=settle)
+        looks: list[Look | None] = [None] * len(weights)
+        for index, numbers, many in self._kinds:
+            mine = None
+            if befores is not None:
+                sums = torch.zeros((len(numbers), NUMBERS), dtype=torch.float32, device=strengths.device)
+                places = [resolve_group_dim(weights[number].shape, dims[number]) for number in numbers]
+                mine = [
+                    empty_look(weights[number], place, row, befores[number])
+                    for number, place, row in zip(numbers, places, sums, strict=True)
+                ]
+                for number, look in zip(numbers, mine, strict=True):
+                    looks[number] = look
+            many.prox(strengths if index is None else strengths[index], settle=settle, looks=mine)
         self.launches = len(self._kinds)
+        return [look for look in looks if look is not None]
 
     @torch.no_grad()
     def critical(
@@ -110,7 +129,8 @@ class ProxTogether:
             scale is last and version == before
             for (scale, version), (last, before) in zip(seen, self._seen, strict=False)
         )
-        if unchanged and not torch.cuda.is_current_stream_capturing():  # a graph copies what the scales are by then
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if unchanged and not capturing:  # a graph copies what the scales are when it is replayed
             return
         self._seen = seen
         for _, numbers, many in self._kinds:

@@ -22,9 +22,9 @@ def critical_kernel(
     groups,
     length,
     inner,
-    before,
-    along,
-    behind,
+    scale_before,
+    scale_along,
+    scale_behind,
     HAS_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -35,8 +35,8 @@ def critical_kernel(
     group = tl.arange(0, BLOCK)
     inside = group < groups - begin
     tensors = (weight, weight, 0.0, scale)
-    shape = (length, inner, (before, along, behind), (before, along, behind))
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
+    shape = (length, inner, (scale_before, scale_along, scale_behind), (scale_before, scale_along, scale_behind))
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False, False)
     tl.store(result + begin.to(tl.int64) + group, _critical(tensors, shape, begin, group, inside, kind), mask=inside)
 
 
@@ -57,7 +57,7 @@ def critical_many_kernel(
     weight, scale, groups, _, shape = read_row(table, number, like)
     sample = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     group = (sample * (tl.maximum(groups // samples, 1) | 1) % groups).to(tl.int64)
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False)
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False, False)
     begin = tl.zeros((), tl.int32)
     found = _critical((weight, weight, 0.0, scale), shape, begin, group, sample < samples, kind)
     tl.store(result + number * samples + sample, found, mask=sample < samples)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prox24_lightning.prox.triton_look import add_sums, look_at_results, no_sums
 from prox24_lightning.prox.triton_memory import (
     SIZES,
     coordinates,
@@ -38,6 +39,9 @@ def prox_kernel(
     out,
     strength,
     scale,
+    sums,
+    code,
+    before,
     groups,
     programs,
     length,
@@ -54,16 +58,17 @@ def prox_kernel(
     WIDE: tl.constexpr,
     WHOLLY: tl.constexpr,
     PAIRED: tl.constexpr,
+    LOOK: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
     """One weight. With ``WHOLLY`` a group that would not end with two entries stays as it is."""
     if ONE_STRENGTH:
         strength = tl.load(strength)
-    tensors = (weight, out, strength, scale)
+    tensors = (weight, out, strength, scale, sums, code, before)
     strength_strides = (strength_before, strength_along, strength_behind)
     shape = (length, inner, strength_strides, (scale_before, scale_along, scale_behind))
-    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED)
+    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED, LOOK)
     walk(tensors, shape, groups, tl.program_id(0), programs, kind, TILE, ROUND)
 
 
@@ -72,12 +77,16 @@ def prox_many_kernel(
     table,
     owners,
     strengths,
+    sums,
+    codes,
+    befores,
     like,
     HAS_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     WHOLLY: tl.constexpr,
     PAIRED: tl.constexpr,
+    LOOK: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
@@ -86,8 +95,10 @@ def prox_many_kernel(
     number = tl.load(owners + tl.program_id(0))
     weight, scale, groups, programs, shape = read_row(table, number, like)
     program = tl.program_id(0) - tl.load(table + number * 10 + 9).to(tl.int32)
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED)
-    tensors = (weight, weight, tl.load(strengths + number), scale)
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED, LOOK)
+    code = tl.load(codes + number).to(tl.pointer_type(tl.uint8), bitcast=True)
+    before = tl.load(befores + number).to(tl.pointer_type(tl.uint8), bitcast=True)
+    tensors = (weight, weight, tl.load(strengths + number), scale, sums + number * 10, code, before)
     walk(tensors, shape, groups, program, programs, kind, TILE, ROUND)
 
 
@@ -104,6 +115,7 @@ def walk(tensors, shape, groups, program, programs, KIND: tl.constexpr, TILE: tl
 def _walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.constexpr):
     """As :func:`_walk`, without the queue, for Triton's interpreter."""
     group = tl.arange(0, TILE)
+    sums = no_sums(TILE)
     while begin < groups:
         inside = group < groups - begin
         x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
@@ -117,7 +129,11 @@ def _walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE:
         q0, q1, q2, q3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, p0, p1, p2, p3)
         r0, r1, r2, r3 = _chosen(flags == 0, r0, r1, r2, r3, q0, q1, q2, q3)
         store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+        if KIND[6]:
+            sums = look_at_results(sums, tensors, shape, begin, group, inside, r0, r1, r2, r3, KIND)
         begin += step
+    if KIND[6]:
+        add_sums(tensors[4], sums)
 
 
 @triton.jit
@@ -136,6 +152,7 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
     denses = tl.zeros((), tl.int32)
     lanes = tl.arange(0, ROUND)
     group = tl.arange(0, TILE)
+    tile_sums, round_sums = no_sums(TILE), no_sums(ROUND)
     if KIND[2]:
         ahead = load_rows(tensors[0], begin, group, group < groups - begin, KIND)
     while begin - step < groups:  # the last time nothing comes in, and what waits goes out
@@ -153,6 +170,9 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
             r0, r1, r2, r3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, r0, r1, r2, r3)
             flags = tl.where(flags == SIMPLE, 0, flags)
         store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+        if KIND[6]:
+            settled = inside & (flags == 0)
+            tile_sums = look_at_results(tile_sums, tensors, shape, begin, group, settled, r0, r1, r2, r3, KIND)
         if tl.max(flags, axis=0) > 0:
             rank, total = _ranks(flags, TILE)
             slot = tl.where(flags == SIMPLE, simples + (rank & 65535), above - 1 - others - (rank >> 16))
@@ -164,35 +184,46 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
             while simples >= least:
                 taken = tl.minimum(simples, ROUND)
                 simples -= taken
-                _solve_simple(tensors, shape, queue, simples + lanes, lanes < taken, KIND)
+                mine = lanes < taken
+                round_sums = _solve_simple(tensors, shape, queue, simples + lanes, mine, round_sums, KIND)
         while others + tl.where(ends, denses, 0) >= least:
             taken = tl.minimum(others, ROUND)
             others -= taken
             slot, mine = above - 1 - others - lanes, lanes < taken
             if KIND[4]:
-                _solve_other(tensors, shape, queue, slot, mine, slot, KIND, False)
+                _, round_sums = _solve_other(tensors, shape, queue, slot, mine, slot, round_sums, KIND, False)
             else:
-                denses += _solve_other(tensors, shape, queue, slot, mine, above + denses, KIND, False)
+                free = above + denses
+                added, round_sums = _solve_other(tensors, shape, queue, slot, mine, free, round_sums, KIND, False)
+                denses += added
                 if (denses >= ROUND) | ((others == 0) & ends):
                     taken = tl.minimum(denses, ROUND)
                     denses -= taken
                     slot = above + denses + lanes
-                    _solve_other(tensors, shape, queue, slot, lanes < taken, slot, KIND, True)
+                    mine = lanes < taken
+                    _, round_sums = _solve_other(tensors, shape, queue, slot, mine, slot, round_sums, KIND, True)
         begin += step
+    if KIND[6]:
+        add_sums(tensors[4], tile_sums)
+        add_sums(tensors[4], round_sums)
 
 
 @triton.jit
-def _solve_simple(tensors, shape, queue, slot, inside, KIND: tl.constexpr):
+def _solve_simple(tensors, shape, queue, slot, inside, sums, KIND: tl.constexpr):
     x0, x1, x2, x3, group = take(queue, slot)
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
     r0, r1, r2, r3 = simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, inside, KIND)
     store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+    if KIND[6]:
+        sums = look_at_results(sums, tensors, shape, begin, group, inside, r0, r1, r2, r3, KIND)
+    return sums
 
 
 @triton.jit
-def _solve_other(tensors, shape, queue, slot, inside, free, KIND: tl.constexpr, DENSE: tl.constexpr):
-    """Solve other groups; those for which a dense point is possible go into the slots from ``free`` on. How many."""
+def _solve_other(tensors, shape, queue, slot, inside, free, sums, KIND: tl.constexpr, DENSE: tl.constexpr):
+    """Solve other groups; those for which a dense point is possible go into the slots from ``free`` on. How many those
+    are, and the sums."""
     x0, x1, x2, x3, group = take(queue, slot)
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
@@ -201,8 +232,11 @@ def _solve_other(tensors, shape, queue, slot, inside, free, KIND: tl.constexpr, 
     if not (KIND[4] or DENSE):
         waits = (inside & left).to(tl.int32)
         put(queue, free + tl.cumsum(waits, 0) - waits, x0, x1, x2, x3, group, waits)
-    store_groups(tensors[1], shape, begin, group, inside & (waits == 0), r0, r1, r2, r3, KIND)
-    return tl.sum(waits, axis=0)
+    solved = inside & (waits == 0)
+    store_groups(tensors[1], shape, begin, group, solved, r0, r1, r2, r3, KIND)
+    if KIND[6]:
+        sums = look_at_results(sums, tensors, shape, begin, group, solved, r0, r1, r2, r3, KIND)
+    return tl.sum(waits, axis=0), sums
 
 
 @triton.jit

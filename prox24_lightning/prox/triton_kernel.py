@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from prox24_lightning.groups import group_shape, resolve_group_dim
+from prox24_lightning.prox.look import Look
 from prox24_lightning.prox.triton_critical import critical_kernel, critical_many_kernel
 from prox24_lightning.prox.triton_fused import prox_kernel, prox_many_kernel
 
@@ -24,6 +25,9 @@ ROUND = 32
 
 REGISTERS = 64
 """Registers a thread at most: 32 programs then fit on a multiprocessor."""
+
+LOOK_REGISTERS = 96
+"""The same where sums are kept too."""
 
 PROGRAMS = 96
 """Programs a multiprocessor, one after the other: a program that ends makes room, so none waits for the slowest."""
@@ -46,9 +50,10 @@ def prox_24_triton(
     scale: Tensor | None = None,
     out: Tensor | None = None,
     settle: bool = False,
+    look: Look | None = None,
 ) -> Tensor:
     """As :func:`prox24_lightning.prox.prox_24`, which checks the arguments first, for contiguous CUDA tensors; with
-    ``settle`` as :func:`prox24_lightning.prox.settle_24`."""
+    ``settle`` as :func:`prox24_lightning.prox.settle_24`; with ``look`` that is filled from the same pass."""
     weight = weight.detach()
     out = torch.empty_like(weight) if out is None else out
     groups = weight.numel() // 4
@@ -68,6 +73,7 @@ def prox_24_triton(
             out.detach(),
             lam,
             scale_values,
+            *((weight, weight, weight) if look is None else (look.sums, look.code, look.before)),
             groups,
             programs,
             weight.shape[dim] // 4,
@@ -79,11 +85,12 @@ def prox_24_triton(
             ROWS=inner == 1,
             WIDE=weight.numel() >= WIDE,
             WHOLLY=settle,
+            LOOK=look is not None,
             PAIRED=weight.dtype == torch.bfloat16 and weight.data_ptr() % 4 == 0,
             TILE=TILE,
             ROUND=ROUND,
             num_warps=1,
-            maxnreg=REGISTERS,
+            maxnreg=REGISTERS if look is None else LOOK_REGISTERS,
         )
     return out
 
@@ -112,6 +119,14 @@ def critical_24_triton(weight: Tensor, *, dim: int = -1, scale: Tensor | None = 
                 num_warps=4,
             )
     return result
+
+
+def _addresses(looks: Sequence[Look]) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums, and where the codes are, of this look and of the one before."""
+    device = looks[0].sums.device
+    places = [[look.code.data_ptr() for look in looks], [look.before.data_ptr() for look in looks]]
+    codes, befores = torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
+    return looks[0].sums, codes, befores
 
 
 class ManyWeights:
@@ -164,23 +179,28 @@ class ManyWeights:
             )
         return result
 
-    def prox(self, strengths: Tensor, *, settle: bool) -> None:
-        """The prox of every weight, in place, with its own of ``strengths``, float32 ``(weights,)`` on the device."""
+    def prox(self, strengths: Tensor, *, settle: bool, looks: Sequence[Look] | None = None) -> None:
+        """The prox of every weight, in place, with its own of ``strengths``, float32 ``(weights,)`` on the device.
+
+        ``looks``, one for each weight, are filled from the same pass; their sums are rows of one tensor.
+        """
         with torch.cuda.device_of(strengths):
             prox_many_kernel[(len(self._owners),)](
                 self._table,
                 self._owners,
                 strengths,
+                *((strengths, self._table, self._table) if looks is None else _addresses(looks)),
                 self.weights[0],
                 HAS_SCALE=self.scales is not None,
                 ROWS=self.rows_last,
                 WIDE=self.wide,
                 WHOLLY=settle,
+                LOOK=looks is not None,
                 PAIRED=self.weights[0].dtype == torch.bfloat16,
                 TILE=TILE,
                 ROUND=ROUND,
                 num_warps=1,
-                maxnreg=REGISTERS,
+                maxnreg=REGISTERS if looks is None else LOOK_REGISTERS,
             )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SIZES = ["groups", "chunk", "programs", "length", "samples", "before", "along", "behind"]
+SIZES = ["groups", "chunk", "programs", "length", "samples"]
 SIZES += [f"{tensor}_{where}" for tensor in ("strength", "scale") for where in ("before", "along", "behind")]
 """Arguments of kernels that are not worth a variant of their own where they are 1 or divide by 16."""
 
