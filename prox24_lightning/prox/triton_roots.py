@@ -208,7 +208,7 @@ def _dense(v1, v2, v3, v4, d1, d2, d3, active):
     slope = 1 + (w2 + w3) * g1 + (w1 + w3) * g2 + (w1 + w2) * g3
     residual = (t - v4) + w1 * w2 + (w1 + w2) * w3
     after = tl.maximum(t - residual * reciprocal(tl.maximum(slope, 0.05)), t * 1e-3)
-    change = tl.where(v1 + v2 + v3 <= 0.9, after - t, 0.0)
+    change = tl.where((v1 + v2 + v3 <= 0.9) | (slope >= 0.5), after - t, 0.0)
     w1, w2, w3, t = w1 + g1 * change, w2 + g2 * change, w3 + g3 * change, t + change
     gain = ((w1 - v1) * (w1 - v1) + (w2 - v2) * (w2 - v2) + w3 * w3 + t * t) / 2
     gain += (w3 + t) * w1 * w2 + w3 * t * (w1 + w2) - v3 * w3 - v4 * t
