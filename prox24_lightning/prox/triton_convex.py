@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prox24_lightning.prox.triton_roots import PRUNED, reciprocal, square_root
+from prox24_lightning.prox.triton_roots import PRUNED, reciprocal, saturated, square_root
 
 _STEPS = tl.constexpr(5)
 """Steps beyond the first at most."""
@@ -62,14 +62,16 @@ def _start(v1, v2, v3, v4, high, last):
 @triton.jit
 def _differences(a, b, low, last):
     """1 / (1 - a), 1 / (1 - b), and the differences in the upper and the lower pair."""
-    p, q = reciprocal(tl.maximum(1 - a, 0.05)), reciprocal(tl.maximum(1 - b, 0.02))
+    # 1 - a not below 0.05 and 1 - b not below 0.02, without comparisons, which are slower than sums.
+    p, q = reciprocal(saturated(0.95, -a) + 0.05), reciprocal(saturated(0.98, -b) + 0.02)
     return p, q, low * p, last * q
 
 
 @triton.jit
 def _stays(a, b, dense, across, along, v4):
     """Whether the fourth entry is positive: of a dense iterate itself, of a sparse one by its stationarity."""
-    return tl.where(dense > 0, a - along, v4 - 0.25 * (b * b - across * across) - a * b) > 0
+    wanted = v4 - 0.25 * (b * b - across * across) - a * b
+    return wanted + dense * ((a - along) - wanted) > 0
 
 
 @triton.jit

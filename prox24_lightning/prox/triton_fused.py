@@ -27,7 +27,7 @@ from prox24_lightning.prox.triton_memory import (
 )
 from prox24_lightning.prox.triton_queue import open_queue, put, take
 from prox24_lightning.prox.triton_roots import INTERPRETED
-from prox24_lightning.prox.triton_settle import SIMPLE, other, settle, simple
+from prox24_lightning.prox.triton_settle import SIMPLE, flags_of, other, settle, simple
 
 DIRECT = tl.constexpr(3)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
@@ -119,9 +119,10 @@ def _walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE:
     while begin < groups:
         inside = group < groups - begin
         x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-        r0, r1, r2, r3, flags = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
+        r0, r1, r2, r3, waits, sizes = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
+        flags = flags_of(sizes, waits, KIND)
         lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-        q0, q1, q2, q3 = simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
+        q0, q1, q2, q3 = simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
         p0, p1, p2, p3, left = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, False)
         if not KIND[4]:
             d0, d1, d2, d3, _ = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, True)
@@ -163,22 +164,27 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
             ahead = load_rows(tensors[0], begin + step, group, group < groups - begin - step, KIND)
         else:
             x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-        r0, r1, r2, r3, flags = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
-        if (not KIND[4]) and tl.sum(flags & SIMPLE, axis=0) >= (DIRECT * TILE) // 4:
-            lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-            q0, q1, q2, q3 = simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
-            r0, r1, r2, r3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, r0, r1, r2, r3)
-            flags = tl.where(flags == SIMPLE, 0, flags)
+        r0, r1, r2, r3, waits, sizes = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
+        flags = tl.zeros_like(group)
+        if tl.max(waits.to(tl.int32), axis=0) > 0:
+            flags = flags_of(sizes, waits, KIND)
+            many = tl.sum(flags, axis=0)
+            if (not KIND[4]) and (many & 65535) >= (DIRECT * TILE) // 4:
+                lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
+                q0, q1, q2, q3 = simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
+                r0, r1, r2, r3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, r0, r1, r2, r3)
+                flags = tl.where(flags == SIMPLE, 0, flags)
+                many -= many & 65535
+            if many > 0:
+                rank = _ranks(flags, TILE)
+                slot = tl.where(flags == SIMPLE, simples + (rank & 65535), above - 1 - others - (rank >> 16))
+                put(queue, slot, r0, r1, r2, r3, begin + group, flags > 0)
+                simples += many & 65535
+                others += many >> 16
         store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
         if KIND[6]:
             settled = inside & (flags == 0)
             tile_sums = look_at_results(tile_sums, tensors, shape, begin, group, settled, r0, r1, r2, r3, KIND)
-        if tl.max(flags, axis=0) > 0:
-            rank, total = _ranks(flags, TILE)
-            slot = tl.where(flags == SIMPLE, simples + (rank & 65535), above - 1 - others - (rank >> 16))
-            put(queue, slot, r0, r1, r2, r3, begin + group, flags > 0)
-            simples += total & 65535
-            others += total >> 16
         least = tl.where(ends, 1, ROUND)
         if not KIND[4]:
             while simples >= least:
@@ -241,10 +247,10 @@ def _solve_other(tensors, shape, queue, slot, inside, free, sums, KIND: tl.const
 
 @triton.jit
 def _ranks(flags, TILE: tl.constexpr):
-    """The sum of the flags before each entry, and of all, in the order of the lanes of a warp, entries of a lane in a
-    row: one scan over lanes instead of one over the tile."""
+    """The sum of the flags before each entry, in the order of the lanes of a warp, entries of a lane in a row: one scan
+    over lanes instead of one over the tile."""
     table = tl.reshape(flags, [TILE // 32, 32])
     running = tl.cumsum(table, 0)
     lane = tl.sum(table, 0)
     before = tl.cumsum(lane, 0) - lane
-    return tl.reshape(running - table + before[None, :], [TILE]), tl.sum(lane, 0)
+    return tl.reshape(running - table + before[None, :], [TILE])

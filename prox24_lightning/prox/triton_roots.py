@@ -109,6 +109,20 @@ def square_root(x):
 
 
 @triton.jit
+def saturated(x, y):
+    """``x + y`` between 0 and 1, in one instruction; 0 for NaN."""
+    if INTERPRETED:
+        return tl.minimum(tl.maximum(x + y, 0.0), 1.0)
+    return tl.inline_asm_elementwise("add.sat.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def half_beyond_one(x):
+    """``(x - 1) / 2`` between 0 and 1."""
+    return saturated(0.5 * x, -0.5)
+
+
+@triton.jit
 def _halley_step(value, slope, half_curve):
     square = slope * slope
     return value * slope * reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _TINY))

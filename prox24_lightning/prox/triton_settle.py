@@ -13,7 +13,7 @@ import triton.language as tl
 
 from prox24_lightning.prox.triton_convex import shrink_convex
 from prox24_lightning.prox.triton_memory import coordinates, larger, scaled, smaller
-from prox24_lightning.prox.triton_roots import PRUNED, reciprocal, shrink_sorted
+from prox24_lightning.prox.triton_roots import PRUNED, half_beyond_one, reciprocal, shrink_sorted
 
 SIMPLE = tl.constexpr(1)
 OTHER = tl.constexpr(1 << 16)
@@ -22,18 +22,17 @@ OTHER = tl.constexpr(1 << 16)
 
 @triton.jit
 def settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """Prune the groups that keep two entries (at strength 0 all), leave the others as they are, and flag those."""
+    """Prune the groups that keep two entries (at strength 0 all), leave the others as they are; which wait, and what
+    :func:`flags_of` takes."""
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
     y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
     high0, low0, high1, low1 = larger(y0, y2), smaller(y0, y2), larger(y1, y3), smaller(y1, y3)
     first, fourth = larger(high0, high1), smaller(low0, low1)
     middle0, middle1 = smaller(high0, high1), larger(low0, low1)
     second, third = larger(middle0, middle1), smaller(middle0, middle1)
-    v1, v2, v3, v4 = lam * first, lam * second, lam * third, lam * fourth
-    square = v1 * v1 + v2 * v2
-    two = (square >= 1 + 4 / 3 * v3 * v3) | (third * tl.maximum(1.0, 0.5 + 0.5 * square) <= v1 * second)
-    # Two equal entries of which one goes are told apart by position, which the solvers do.
-    settled = two & ((second > third) | (second <= 0))
+    # Two equal entries of which one goes are told apart by position, which the solvers do; zeros need not be.
+    tiniest = tl.full((), 1, tl.int32).to(tl.float32, bitcast=True)
+    settled = _ends_with_two(first, second, third, lam) & (second + tiniest > third)
     least = tl.where(settled, second, 0.0)
     if not KIND[0]:
         unchanged = (lam == 0) & (first >= 0)
@@ -43,19 +42,35 @@ def settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.conste
     # -0.0 as it is.
     r0, r1 = tl.where(y0 < least, 0.0, x0) + 0.0, tl.where(y1 < least, 0.0, x1) + 0.0
     r2, r3 = tl.where(y2 < least, 0.0, x2) + 0.0, tl.where(y3 < least, 0.0, x3) + 0.0
+    return r0, r1, r2, r3, inside & (settled == 0), (first, second, third, fourth, lam)
 
-    waits = inside & (settled == 0)
+
+@triton.jit
+def _ends_with_two(first, second, third, lam):
+    """Sufficient, and where ``v1^2 + v2^2 <= 1`` necessary as well; false for NaN."""
+    v1, v2, v3 = lam * first, lam * second, lam * third
+    square = v1 * v1 + v2 * v2
+    # The factor is max(1, (1 + square) / 2); from square = 3 on, where it stays at 2, the first test holds anyway.
+    return (square >= 1 + 4 / 3 * v3 * v3) | (third + third * half_beyond_one(square) <= v1 * second)
+
+
+@triton.jit
+def flags_of(sorted_group, waits, KIND: tl.constexpr):
+    """By which kind of equations the groups that wait are solved; 0 for the others."""
+    first, second, third, fourth, lam = sorted_group
+    v1, v2, v3, v4 = lam * first, lam * second, lam * third, lam * fourth
+    square = v1 * v1 + v2 * v2
     if KIND[4]:
-        # Where v1^2 + v2^2 <= 1 the test above is also necessary.
-        flags = tl.where(waits & (((square <= 1) == 0) | two), OTHER, 0)
+        # Only a tie waits here with square <= 1 and two entries.
+        flags = tl.where(waits & (((square <= 1) == 0) | _ends_with_two(first, second, third, lam)), OTHER, 0)
     else:
         # Simple: the objective is convex on the box, or no dense point exists and the third entry appears continuously;
         # and float32 can tell the entries apart in sums.
         d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
         alone = (square <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
-        simple = (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & ((v1 + v2 + v3 <= 1) | alone)
-        flags = tl.where(waits, tl.where(simple, SIMPLE, OTHER), 0)
-    return r0, r1, r2, r3, flags
+        easy = (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & ((v1 + v2 + v3 <= 1) | alone)
+        flags = tl.where(waits, tl.where(easy, SIMPLE, OTHER), 0)
+    return flags
 
 
 @triton.jit
