@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.mask import pack_mask
-from prox24_lightning.prox import why_batched
+from prox24_lightning.mask.gpu import why_no_triton
 from prox24_lightning.sharding import local_part
 
 
@@ -115,7 +115,7 @@ class MaskedParameters:
         if values.device.type == "cpu":
             values.mul_(mask)  # five times faster than masked_fill_ there
             return
-        if why_batched(values) is None:
+        if values.is_cuda and values.is_contiguous() and why_no_triton(values.device) is None:
             from prox24_lightning.mask.triton_kernel import zero_pruned_triton
 
             packed = self._packed.get(name)

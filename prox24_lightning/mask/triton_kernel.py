@@ -14,14 +14,14 @@ BLOCK = 2048
 """Entries a program."""
 WARPS = 4
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def zero_pruned_triton(values: Tensor, packed: Tensor, *, mostly_zero: bool) -> None:
     """Write +0.0 where the mask is False.
 
     Args:
-        values: contiguous, on a CUDA device, entries of 2, 4 or 8 bytes.
+        values: contiguous, on a CUDA device, entries of 1, 2, 4 or 8 bytes.
         packed: the mask as :func:`~prox24_lightning.mask.pack_mask` gives it, on the same device.
         mostly_zero: whether the pruned entries are expected to be zero: then only those that are not are written, and
             memory is read but not written.
