@@ -39,9 +39,6 @@ def prox_kernel(
     out,
     strength,
     scale,
-    sums,
-    code,
-    before,
     groups,
     programs,
     length,
@@ -58,17 +55,16 @@ def prox_kernel(
     WIDE: tl.constexpr,
     WHOLLY: tl.constexpr,
     PAIRED: tl.constexpr,
-    LOOK: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
     """One weight. With ``WHOLLY`` a group that would not end with two entries stays as it is."""
     if ONE_STRENGTH:
         strength = tl.load(strength)
-    tensors = (weight, out, strength, scale, sums, code, before)
+    tensors = (weight, out, strength, scale)
     strength_strides = (strength_before, strength_along, strength_behind)
     shape = (length, inner, strength_strides, (scale_before, scale_along, scale_behind))
-    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED, LOOK)
+    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED, False)
     walk(tensors, shape, groups, tl.program_id(0), programs, kind, TILE, ROUND)
 
 

@@ -50,10 +50,9 @@ def prox_24_triton(
     scale: Tensor | None = None,
     out: Tensor | None = None,
     settle: bool = False,
-    look: Look | None = None,
 ) -> Tensor:
     """As :func:`prox24_lightning.prox.prox_24`, which checks the arguments first, for contiguous CUDA tensors; with
-    ``settle`` as :func:`prox24_lightning.prox.settle_24`; with ``look`` that is filled from the same pass."""
+    ``settle`` as :func:`prox24_lightning.prox.settle_24`."""
     weight = weight.detach()
     out = torch.empty_like(weight) if out is None else out
     groups = weight.numel() // 4
@@ -73,7 +72,6 @@ def prox_24_triton(
             out.detach(),
             lam,
             scale_values,
-            *((weight, weight, weight) if look is None else (look.sums, look.code, look.before)),
             groups,
             programs,
             weight.shape[dim] // 4,
@@ -85,12 +83,11 @@ def prox_24_triton(
             ROWS=inner == 1,
             WIDE=weight.numel() >= WIDE,
             WHOLLY=settle,
-            LOOK=look is not None,
             PAIRED=weight.dtype == torch.bfloat16 and weight.data_ptr() % 4 == 0,
             TILE=TILE,
             ROUND=ROUND,
             num_warps=1,
-            maxnreg=REGISTERS if look is None else LOOK_REGISTERS,
+            maxnreg=REGISTERS,
         )
     return out
 

@@ -2,7 +2,7 @@
 
 ``shape`` is (groups along the dimension, entries behind it, strides of the strength, strides of the scale), the strides
 each before, along and behind the dimension. ``KIND`` is (one strength, has scale, groups along the last dimension,
-64-bit addresses, settle only, bfloat16 that may be read as pairs in 32 bits).
+64-bit addresses, settle only, bfloat16 that may be read as pairs in 32 bits, look at the results).
 """
 
 # mypy: disable-error-code="no-untyped-def"
