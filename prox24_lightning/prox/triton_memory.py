@@ -31,12 +31,15 @@ def read_row(table, number, like):
 
 
 @triton.jit
-def _parts(shape, begin, group):
+def _parts(shape, begin, group, KIND: tl.constexpr):
     """Where a group is before, along and behind its dimension."""
-    number = begin + group
-    length, inner = shape[0], shape[1]
-    row = number // inner
-    return row // length, row % length, number % inner
+    row, behind = begin + group, tl.zeros_like(begin + group)
+    if not KIND[2]:
+        number, inner = row, shape[1]
+        row = number // inner
+        behind = number - row * inner
+    before = row // shape[0]
+    return before, row - before * shape[0], behind
 
 
 @triton.jit
@@ -130,14 +133,14 @@ def coordinates(tensors, shape, begin, group, inside, KIND: tl.constexpr):
     if KIND[0]:
         lam = tensors[2] + tl.zeros(group.shape, tl.float32)
     else:
-        before, along, behind = _parts(shape, begin, group)
+        before, along, behind = _parts(shape, begin, group, KIND)
         strides = shape[2]
         at = before * strides[0] + along * strides[1] + behind * strides[2]
         lam = tl.load(tensors[2] + at, mask=inside, other=0.0)
     lam = tl.where(lam >= 0, lam, float("nan"))
     c0, c1, c2, c3 = 1.0, 1.0, 1.0, 1.0
     if KIND[1]:
-        before, along, behind = _parts(shape, begin, group)
+        before, along, behind = _parts(shape, begin, group, KIND)
         strides = shape[3]
         first = tensors[3] + before * strides[0] + along * 4 * strides[1] + behind * strides[2]
         c0 = _allowed(tl.load(first, mask=inside, other=1.0))
