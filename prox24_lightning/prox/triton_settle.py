@@ -68,7 +68,8 @@ def flags_of(sorted_group, waits, KIND: tl.constexpr):
         # and float32 can tell the entries apart in sums.
         d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
         alone = (square <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
-        easy = (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & ((v1 + v2 + v3 <= 1) | alone)
+        convex = (v1 + v2 + v3 <= 1) & (v1 + v2 <= 0.96)
+        easy = (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & (convex | alone)
         flags = tl.where(waits, tl.where(easy, SIMPLE, OTHER), 0)
     return flags
 

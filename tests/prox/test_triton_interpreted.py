@@ -24,6 +24,9 @@ with np.load(GOLDEN) as file:
 w = prox_24_triton(y, lam[:, None], out=torch.full_like(y, torch.nan))
 assert relative_gap(w, prox_24_reference(y, lam.double()[:, None]), y, lam.double()).max() < GAP[torch.float32]
 
+y = torch.tensor([[0.9547580480575562, 0.00016303927986882627, 0.00016303927986882627, 0.00016303927986882627]])
+assert relative_gap(prox_24_triton(y, 1.0), prox_24(y.double(), 1.0), y, 1.0).max() < GAP[torch.float32]
+
 y = hard_groups(1100, seed=21).float()
 for strength in (0.125, 0.75):
     want = prox_24_triton(y, strength)

@@ -36,6 +36,16 @@ def test_hard_regimes(strength):
     assert relative_gap(w, best, y, float(torch.tensor(strength))).max() < GAP[torch.float32]
 
 
+def test_small_equal_entries_beside_a_large_one():
+    """As in SmolLM2: sums that hold the large entry lose what decides about the small ones, and the Hessian is nearly
+    singular."""
+    large = torch.linspace(0.5, 1.2, 4000)
+    small = torch.logspace(-6, -1, 4000)[torch.randperm(4000, generator=torch.Generator().manual_seed(0))]
+    y = torch.stack([large, small, small, small * torch.linspace(0.99, 1, 4000)], 1)
+    best = prox_24(y.double(), 1.0)
+    assert relative_gap(prox_24(y.cuda(), 1.0).cpu(), best, y, 1.0).max() < 3 * GAP[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_float32_rounded_once(dtype):
     y = hard_groups(4000, seed=22).clamp(-100, 100).to(dtype).cuda()
