@@ -1,10 +1,10 @@
 """What Prox24 adds to a training step on a GPU, phase by phase, for GPT models with random weights.
 
-    python -m benchmarks.train_step --models 125M 1B
+    python -m benchmarks.train_step --models '[125M, 1B]'
 
-bf16 autocast, fused AdamW on float32 weights. A phase begins with steps that are not timed; then the median over rounds
-of a few steps. The steps without Prox24 are taken before and after all phases, and the mean of the two medians is
-what the phases are compared with.
+bf16 autocast, fused AdamW on float32 weights. The phases, and the step without Prox24, take turns in rounds of a few
+steps, each phase with weights and a schedule of its own that runs from its beginning to its end over all rounds.
+Reported of a phase is the median over the rounds of its time over that without Prox24 in the same round.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ NEVER = 10**9
 VOCABULARY = 50304
 ROUND = 4
 """Steps that are timed together, as the device is not waited for between steps; of four, one looks at layer inputs."""
+WARM_UP = 2
+"""Steps before them, in every round."""
+FIRST = 4
+"""More of them in the first round: in its first steps a phase looks at the inputs every time."""
+SOLVED = 2
+"""Blocks that the progressive phase solves during all rounds."""
 
 
 @dataclass(frozen=True)
@@ -107,97 +113,119 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def phase(self, sparsifier: Sparsifier | None, rounds: int) -> list[float]:
-        """Milliseconds a step, of ``rounds`` rounds of :data:`ROUND` steps after one round of warm-up."""
-        if sparsifier is not None:
-            sparsifier.prepare(self.model, [self.optimizer], NEVER, {})
-            sparsifier.bind([self.optimizer])
-        times = []
-        for _ in range(rounds + 1):
-            self._synchronize()
-            begin = time.perf_counter()
-            for _ in range(ROUND):
-                self.step(sparsifier)
-            self._synchronize()
-            times.append(1e3 * (time.perf_counter() - begin) / ROUND)
-        if sparsifier is not None:
-            sparsifier.unbind()
-        return times[1:]
+    def round(self, phase: Phase, warm_up: int) -> float:
+        """Milliseconds a step of one round of ``phase``, without the pauses in which blocks are solved."""
+        self._exchange(phase)
+        if phase.sparsifier is not None:
+            phase.sparsifier.bind([self.optimizer])
+        for _ in range(warm_up):
+            self.step(phase.sparsifier)
+        self._synchronize()
+        begin, paused = time.perf_counter(), phase.paused()
+        for _ in range(ROUND):
+            self.step(phase.sparsifier)
+        self._synchronize()
+        taken = time.perf_counter() - begin - (phase.paused() - paused)
+        if phase.sparsifier is not None:
+            phase.sparsifier.unbind()
+        self._exchange(phase)
+        return 1e3 * taken / ROUND
+
+    @torch.no_grad()
+    def _exchange(self, phase: Phase) -> None:
+        """Give the model the weights of the phase, and the phase those of the model."""
+        for parameter, own in zip(self.model.parameters(), phase.weights, strict=True):
+            held = parameter.clone()
+            parameter.copy_(own)
+            own.copy_(held)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def phases(rounds: int) -> Iterator[tuple[str, Sparsifier]]:
-    """Name of each phase, and what is in it for all of the timed steps. The frozen one is last: it prunes."""
-    length = ROUND * (rounds + 1)
+class Phase:
+    """A phase that is measured: what runs in it, its weights and its times."""
+
+    def __init__(self, name: str, bench: Bench, sparsifier: Sparsifier | None) -> None:
+        self.name = name
+        self.sparsifier = sparsifier
+        self.weights = [parameter.detach().clone() for parameter in bench.model.parameters()]
+        self.times: list[float] = []
+        self.engine = None if sparsifier is None else sparsifier.prepare(bench.model, [bench.optimizer], NEVER, {})
+
+    def paused(self) -> float:
+        """Seconds in which blocks were solved."""
+        return 0.0 if self.engine is None else self.engine.strategy.seconds
+
+    def row(self, base: Sequence[float]) -> dict[str, Any]:
+        """What was measured, against the times without Prox24 in the same rounds."""
+        weights = () if self.sparsifier is None else self.sparsifier.weights
+        more = [time / other - 1 for time, other in zip(self.times, base, strict=True)]
+        low, middle, high = statistics.quantiles(more, n=4)
+        solving = self.paused()
+        return {
+            "phase": self.name,
+            "in 2:4 layers": sum(weight.parameter.numel() for weight in weights) or None,
+            "prox": prox_path(weights[0].parameter) if weights else None,
+            "step ms": statistics.median(self.times),
+            "more": f"{middle:.1%}",
+            "middle half of the rounds": f"{low:.1%} to {high:.1%}",
+            "pause for a block, s": solving / SOLVED if solving else None,
+        }
+
+
+def phases(bench: Bench, depth: int, rounds: int) -> list[Phase]:
+    """All phases, the step without Prox24 first."""
+    steps = FIRST + rounds * (WARM_UP + ROUND)
     growing = STRENGTH_SCHEDULES["exponential"]
-    yield "dense", Sparsifier(NEVER - 2, NEVER - 1, strategy="post_step", verbose=False)
-    yield "sparsify, post_step, by fraction", Sparsifier(0, 2 * length, strategy="post_step", verbose=False)
-    yield (
-        "sparsify, post_step, by strength",
-        Sparsifier(0, 2 * length, strategy="post_step", schedule=growing, verbose=False),
-    )
-    yield "frozen", Sparsifier(0, 1, strategy="post_step", verbose=False)
+    sparsifiers = {
+        "without": None,
+        "dense": Sparsifier(NEVER - 2, NEVER - 1, strategy="post_step", verbose=False),
+        "sparsify, by fraction": Sparsifier(0, steps + 1, strategy="post_step", verbose=False),
+        "sparsify, by strength": Sparsifier(0, steps + 1, strategy="post_step", schedule=growing, verbose=False),
+        "sparsify, progressive": Sparsifier(0, depth * steps // SOLVED, verbose=False),
+        "frozen": Sparsifier(0, 0, strategy="post_step", verbose=False),
+    }
+    return [Phase(name, bench, sparsifier) for name, sparsifier in sparsifiers.items()]
 
 
 def main(
     models: Sequence[str] = ("125M", "1B"),
     output: Path = Path("benchmarks/results"),
-    rounds: int = 4,
+    rounds: int = 8,
     device: str = "cuda",
 ) -> None:
-    """Measure and write the table after every phase.
+    """Measure and write the table after every model.
 
     Args:
         models: names of SIZES.
         output: folder for the Markdown and JSON result.
-        rounds: how often a few steps of a phase are timed.
+        rounds: how often a few steps of every phase are timed, two at least.
         device: where.
     """
     rows: list[dict[str, Any]] = []
     for name in models:
-        bench = Bench(SIZES[name], torch.device(device))
-        before = statistics.median(bench.phase(None, rounds))
-        mine: list[dict[str, Any]] = []
-        for phase, sparsifier in phases(rounds):
-            times = bench.phase(sparsifier, rounds)
-            mine.append(_row(name, phase, times, before, bench, sparsifier))
-            _write(output, [*rows, *mine])
-        after = statistics.median(bench.phase(None, rounds))
-        base = (before + after) / 2
-        for row in mine:
-            row["more"] = f"{row['step ms'] / base - 1:.1%}"
-        rows += [_row(name, "without, before", [before], base, bench, None), *mine]
-        rows.append(_row(name, "without, after", [after], base, bench, None))
-        _write(output, rows)
-        del bench
+        size = SIZES[name]
+        bench = Bench(size, torch.device(device))
+        turns = phases(bench, size.depth, rounds)
+        for number in range(rounds):
+            for place in range(len(turns)):  # each round begins with another one
+                phase = turns[(place + number) % len(turns)]
+                phase.times.append(bench.round(phase, WARM_UP + (FIRST if number == 0 else 0)))
+        facts = {"model": name, "parameters": sum(parameter.numel() for parameter in bench.model.parameters())}
+        facts["tokens a step"] = size.batch * size.context
+        rows += [{**facts, **phase.row(turns[0].times)} for phase in turns]
+        note = (
+            f"bf16 autocast, fused AdamW, float32 weights, random tokens; metric activation. Rounds of {ROUND} steps "
+            f"in turns; 'more' is the median over {rounds} rounds of what is added to the step without Prox24 in the "
+            "same round. The schedules run from beginning to end over the rounds. The progressive phase stands still "
+            "for every block that is solved, which is not part of its step."
+        )
+        write_report(output, "train_step", "What Prox24 adds to a training step (GPU)", rows, note=note)
+        del bench, turns
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _row(
-    name: str, phase: str, times: Sequence[float], base: float, bench: Bench, sparsifier: Sparsifier | None
-) -> dict[str, Any]:
-    median = statistics.median(times)
-    weights = () if sparsifier is None else sparsifier.weights
-    return {
-        "model": name,
-        "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
-        "in 2:4 layers": sum(weight.parameter.numel() for weight in weights) or None,
-        "tokens a step": bench.tokens.shape[0] * (bench.tokens.shape[1] - 1),
-        "phase": phase,
-        "prox": prox_path(weights[0].parameter) if weights else None,
-        "step ms": median,
-        "spread ms": max(times) - min(times),
-        "more": f"{median / base - 1:.1%}",
-    }
-
-
-def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
-    note = "bf16 autocast, fused AdamW, float32 weights, random tokens; metric activation. 'more' is over no Prox24."
-    write_report(output, "train_step", "What Prox24 adds to a training step (GPU)", rows, note=note)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class InputMoments:
         self.decay = decay
         self.collecting = False
         self._mean: dict[str, Tensor] = {}
+        self._scale: dict[str, Tensor] = {}
         self._sum: dict[str, Tensor] = {}
         self._count: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -48,6 +49,7 @@ class InputMoments:
         """Register the hooks; a second call changes nothing."""
         if self._handles:
             return
+        self._scale.clear()
         for name, weight in self.weights.items():
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
@@ -69,45 +71,46 @@ class InputMoments:
         inputs = _layer_input(module, args, kwargs)
         if inputs is None:
             return
-        flat = gathered(inputs).float()
+        flat = gathered(inputs)
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             spatial = len(module.kernel_size)
             flat = flat.movedim(-spatial - 1, -1)
         flat = flat.reshape(-1, flat.shape[-1])
-        squares = torch.linalg.vector_norm(flat, dim=0).square()
-        if name not in self._sum:
-            self._sum[name] = torch.zeros_like(squares)
-            self._count[name] = torch.zeros((), device=squares.device)
-        self._sum[name] += squares
-        self._count[name] += flat.shape[0]
+        squares = torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
+        if name in self._sum:
+            self._sum[name] += squares
+            self._count[name] += flat.shape[0]
+        else:
+            self._sum[name] = squares
+            self._count[name] = torch.full((), float(flat.shape[0]), device=squares.device)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Mix what was summed since the last fold into the running mean, the same on every rank."""
-        names = list(self.weights)
         if world_size() > 1:
-            self._reduce(names)
-        for name in names:
-            if name not in self._sum:
-                continue
-            mean = self._sum[name] / self._count[name].clamp_min(1.0)
-            old = self._mean.get(name)
-            self._mean[name] = mean if old is None else torch.lerp(mean, old.to(mean.device), self.decay)
+            means = self._means_over_ranks()
+        else:
+            means = {name: total / self._count[name].clamp_min(1.0) for name, total in self._sum.items()}
+        known = [name for name in means if name in self._mean]
+        if known:  # all layers in one launch
+            olds = [self._mean[name].to(means[name].device) for name in known]
+            torch._foreach_lerp_([means[name] for name in known], olds, self.decay)
+        self._mean.update(means)
         self._sum.clear()
         self._count.clear()
+        self._scale.clear()
 
-    def _reduce(self, names: list[str]) -> None:
-        """Add up sums and counts over all ranks in one call; a rank that saw no input of a layer adds zeros."""
+    def _means_over_ranks(self) -> dict[str, Tensor]:
+        """Mean squares over all ranks, from one call; a rank that saw no input of a layer adds zeros."""
         parts: list[Tensor] = []
-        for name in names:
-            weight = self.weights[name]
+        for name, weight in self.weights.items():
             device = local_part(weight.parameter).device
-            zeros = torch.zeros(_input_size(weight), device=device)
-            parts += [self._sum.get(name, zeros), self._count.get(name, torch.zeros((), device=device)).reshape(1)]
+            total = self._sum.get(name, torch.zeros(_input_size(weight), device=device))
+            parts += [total, self._count.get(name, torch.zeros((), device=device)).reshape(1)]
         flat = torch.cat(parts)
         dist.all_reduce(flat)
-        for name, (total, count) in zip(names, _pairs(flat.split([part.numel() for part in parts])), strict=True):
-            self._sum[name], self._count[name] = total, count.reshape(())
+        totals = _pairs(flat.split([part.numel() for part in parts]))
+        return {name: total / count.clamp_min(1.0) for name, (total, count) in zip(self.weights, totals, strict=True)}
 
     def scale(self, name: str) -> Tensor | None:
         """Root mean square of each input, relative to the layer's own, shaped to broadcast against the weight.
@@ -116,11 +119,11 @@ class InputMoments:
             float32 tensor, positive, mean square one; of a sharded weight what belongs to this rank's part. None when
             no usable input of that layer has been seen.
         """
-        mean = self._mean.get(name)
-        if mean is None:
-            return None
-        relative = (mean / mean.mean().clamp_min(torch.finfo(mean.dtype).tiny)).sqrt().clamp_min(SCALE_FLOOR)
-        return part_of(_broadcast(self.weights[name], relative), self.weights[name].parameter)
+        if name not in self._scale and (mean := self._mean.get(name)) is not None:
+            relative = (mean / mean.mean().clamp_min(torch.finfo(mean.dtype).tiny)).sqrt().clamp_min(SCALE_FLOOR)
+            parameter = self.weights[name].parameter
+            self._scale[name] = part_of(_broadcast(self.weights[name], relative), parameter)
+        return self._scale.get(name)
 
     def missing(self) -> list[str]:
         """Names of the weights whose layer's inputs have never been seen."""
@@ -135,6 +138,7 @@ class InputMoments:
             for name, mean in state["mean"].items()
             if name in self.weights
         }
+        self._scale.clear()
 
 
 def _layer_input(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:

@@ -45,7 +45,10 @@ class Track:
         is_first = self.history.steps[-1:] != [steps]
         # A frozen weight has no strength: what is still stored there was used last, before the freeze.
         strengths = None if self.prox is None or self.prox.phase == "frozen" else self.prox.strengths
-        self.whole, self.layers = look(self.weights, scale_of=self._scale, strengths=strengths, seen=self.seen)
+        looks = None if self.prox is None else self.prox.looks
+        self.whole, self.layers = look(
+            self.weights, scale_of=self._scale, strengths=strengths, seen=self.seen, looks=looks
+        )
         self.history.add(steps, self.whole, self.layers)
         return is_first
 

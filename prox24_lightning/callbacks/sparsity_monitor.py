@@ -132,9 +132,12 @@ class SparsityMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Only now has every other callback restored its state, wherever it stands in the list of callbacks.
+        steps = self._finished_steps(trainer)
+        for track in self._tracks:
+            if track.prox is not None:
+                track.prox.look_at_next_step(self._begun and self._due("look", self.every_n_steps, steps + 1))
         if self._tracks and not self._begun:
             self._begun = True
-            steps = self._finished_steps(trainer)
             self._last = {"look": steps, "histograms": steps, "figures": steps}
             self._phase_begins(trainer, steps)
             self._look(trainer, steps)

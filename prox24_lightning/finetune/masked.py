@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from prox24_lightning.mask import pack_mask
+from prox24_lightning.mask.gpu import why_no_triton
 from prox24_lightning.sharding import local_part
 
 
@@ -18,7 +20,8 @@ class MaskedParameters:
     Masking gradients alone leaks: momentum gathered before the freeze brings pruned weights back. So three
     places are masked. The optimizer's state once, when the mask is set; every gradient as it is accumulated, before
     anything (clipping, a logged norm, a non-elementwise optimizer) reads it; and the weights after each step, a
-    cheap net under optimizers and callbacks that write weights by other ways.
+    cheap net under optimizers and callbacks that write weights by other ways: on a GPU it reads them, and writes only
+    where a pruned entry is not zero.
 
     Of a sharded parameter each rank masks its own part, with the mask of that part.
     """
@@ -26,6 +29,7 @@ class MaskedParameters:
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
         self._pruned: dict[str, Tensor] = {}
+        self._packed: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._handles: dict[str, RemovableHandle] = {}
         self._followed: list[RemovableHandle] = []
@@ -45,6 +49,7 @@ class MaskedParameters:
         self.release(name)
         self.masks[name] = mask.to(values.device)
         self._pruned.pop(name, None)
+        self._packed.pop(name, None)
         self._parameters[name] = parameter
         with torch.no_grad():
             values.masked_fill_(~self.masks[name], 0.0)
@@ -81,7 +86,7 @@ class MaskedParameters:
         """Zero the pruned entries of the weights (of ``names``, or of all)."""
         for name in self._parameters if names is None else names:
             if name in self._parameters:
-                self._keep_only(self._parameters[name], name)
+                self._keep_only(self._parameters[name], name, mostly_zero=True)
 
     @torch.no_grad()
     def mask_optimizer_state(self, optimizers: Iterable[Optimizer]) -> None:
@@ -98,8 +103,9 @@ class MaskedParameters:
                         part.masked_fill_(~self.masks[name].to(part.device), 0.0)
 
     @torch.no_grad()
-    def _keep_only(self, tensor: Tensor | None, name: str) -> None:
-        """Zero ``tensor``, or this rank's part of it, in place where the mask of ``name`` is False."""
+    def _keep_only(self, tensor: Tensor | None, name: str, *, mostly_zero: bool = False) -> None:
+        """Zero ``tensor``, or this rank's part of it, in place where the mask of ``name`` is False; ``mostly_zero`` if
+        it is expected to be so already."""
         if tensor is None:
             return
         values = local_part(tensor)
@@ -108,6 +114,14 @@ class MaskedParameters:
             mask = self.masks[name] = mask.to(values.device)
         if values.device.type == "cpu":
             values.mul_(mask)  # five times faster than masked_fill_ there
+            return
+        if values.is_cuda and values.is_contiguous() and why_no_triton(values.device) is None:
+            from prox24_lightning.mask.triton_kernel import zero_pruned_triton
+
+            packed = self._packed.get(name)
+            if packed is None or packed.device != values.device:
+                packed = self._packed[name] = pack_mask(mask)
+            zero_pruned_triton(values, packed, mostly_zero=mostly_zero)
             return
         pruned = self._pruned.get(name)
         if pruned is None or pruned.device != values.device:  # kept: inverting takes as long as filling

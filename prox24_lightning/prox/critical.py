@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prox24_lightning.groups import group_shape, resolve_group_dim
 from prox24_lightning.prox.batched import chunk_size, chunks, keep_freed_memory, quarters, sort_four
+from prox24_lightning.prox.paths import prox_path
 from prox24_lightning.prox.roots import indicator
 
 NEWTON = {torch.float32: 3, torch.float64: 5}
@@ -35,6 +36,10 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
     """
     if not weight.is_floating_point():
         raise ValueError(f"critical_strength_24 needs a real floating-point weight, got {weight.dtype}")
+    if prox_path(weight) == "triton":
+        from prox24_lightning.prox.triton_kernel import critical_24_triton
+
+        return critical_24_triton(weight, dim=dim, scale=scale)
     if weight.device.type == "cpu":
         keep_freed_memory()
     weight = weight.detach()

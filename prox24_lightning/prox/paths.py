@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
-LARGEST = 1 << 33
+from prox24_lightning.mask.gpu import why_no_triton
+
+LARGEST = (1 << 33) - (1 << 24)
 """Entries of a weight from which on the kernel cannot number its groups."""
 
 
@@ -31,17 +30,4 @@ def why_batched(weight: Tensor) -> str | None:
         return f"the weight is not contiguous: shape {tuple(weight.shape)}, strides {weight.stride()}"
     if weight.numel() >= LARGEST:
         return f"the weight has {weight.numel()} entries, and the fused kernel takes less than {LARGEST}"
-    return _why_no_triton(weight.device)
-
-
-@functools.cache
-def _why_no_triton(device: torch.device) -> str | None:
-    if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm, and the fused kernel was only tried on CUDA"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {capability[0]}.{capability[1]}, and the fused kernel needs 8.0"
-    return None
+    return why_no_triton(weight.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.groups import resolve_group_dim
+from prox24_lightning.prox.look import NUMBERS, Look, empty_look
 from prox24_lightning.prox.paths import prox_path
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class ProxTogether:
         self.launches = 0
         self._key: Hashable = None
         self._kinds: list[tuple[Tensor | None, list[int], ManyWeights]] = []
+        self._seen: list[tuple[Tensor, int]] = []
 
     @torch.no_grad()
     def __call__(
@@ -47,7 +49,8 @@ class ProxTogether:
         scales: Sequence[Tensor | None],
         *,
         settle: bool = False,
-    ) -> None:
+        befores: Sequence[Tensor | None] | None = None,
+    ) -> list[Look]:
         """Change ``weights`` in place.
 
         Args:
@@ -57,25 +60,85 @@ class ProxTogether:
             dims: dimension of the groups of each.
             scales: scale of each, or None; float32, broadcasting to the weight.
             settle: as :func:`~prox24_lightning.prox.settle_24`, not as ``prox_24``.
+            befores: asks for a look at the results from the same pass: the code of the last look at each weight, from
+                which the flips of the mask are counted, or None.
+
+        Returns:
+            the looks, one for each weight; none if ``befores`` is None.
 
         Raises:
             ValueError: if a weight cannot go with the others, with its number.
         """
+        self._prepare(weights, dims, scales, strengths.device)
+        looks: list[Look | None] = [None] * len(weights)
+        for index, numbers, many in self._kinds:
+            mine = None
+            if befores is not None:
+                sums = torch.zeros((len(numbers), NUMBERS), dtype=torch.float32, device=strengths.device)
+                places = [resolve_group_dim(weights[number].shape, dims[number]) for number in numbers]
+                mine = [
+                    empty_look(weights[number], place, row, befores[number])
+                    for number, place, row in zip(numbers, places, sums, strict=True)
+                ]
+                for number, look in zip(numbers, mine, strict=True):
+                    looks[number] = look
+            many.prox(strengths if index is None else strengths[index], settle=settle, looks=mine)
+        self.launches = len(self._kinds)
+        return [look for look in looks if look is not None]
+
+    @torch.no_grad()
+    def critical(
+        self, weights: Sequence[Tensor], dims: Sequence[int], scales: Sequence[Tensor | None], samples: int
+    ) -> Tensor:
+        """The :func:`~prox24_lightning.prox.critical_strength_24` of ``samples`` groups spread over each weight.
+
+        Where there are fewer groups they are taken in turn. Arguments and errors as in a call.
+
+        Returns:
+            float32 ``(weights, samples)``, units 1 / (weight * scale).
+        """
+        device = weights[0].device
+        self._prepare(weights, dims, scales, device)
+        found = torch.empty((len(weights), samples), dtype=torch.float32, device=device)
+        for index, _, many in self._kinds:
+            if index is None:
+                many.critical(found)
+            else:
+                found[index] = many.critical(found.new_empty((len(index), samples)))
+        self.launches = len(self._kinds)
+        return found
+
+    def _prepare(
+        self,
+        weights: Sequence[Tensor],
+        dims: Sequence[int],
+        scales: Sequence[Tensor | None],
+        device: torch.device,
+    ) -> None:
+        """Bring the tables on the device up to date, and the scales where they have changed."""
         key = tuple(
             (weight.data_ptr(), weight.dtype, weight.shape, dim, None if scale is None else scale.shape)
             for weight, dim, scale in zip(weights, dims, scales, strict=True)
         )
         if key != self._key:
-            self._kinds = self._sort(weights, dims, scales, strengths.device)
+            self._kinds = self._sort(weights, dims, scales, device)
             self._key = key
-        for index, numbers, many in self._kinds:
+            self._seen = []
+        seen = [(scale, scale._version) for scale in scales if scale is not None]
+        unchanged = len(seen) == len(self._seen) and all(
+            scale is last and version == before
+            for (scale, version), (last, before) in zip(seen, self._seen, strict=False)
+        )
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if unchanged and not capturing:  # a graph copies what the scales are when it is replayed
+            return
+        self._seen = seen
+        for _, numbers, many in self._kinds:
             if many.scales is not None:
                 new = [scale for number in numbers if (scale := scales[number]) is not None]
                 torch._foreach_copy_(
                     many.scales, [scale.expand_as(own) for scale, own in zip(new, many.scales, strict=True)]
                 )
-            many.prox(strengths if index is None else strengths[index], settle=settle)
-        self.launches = len(self._kinds)
 
     def _sort(
         self, weights: Sequence[Tensor], dims: Sequence[int], scales: Sequence[Tensor | None], device: torch.device

@@ -11,23 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prox24_lightning.prox.triton_roots import PRUNED, reciprocal
+from prox24_lightning.prox.triton_roots import PRUNED, reciprocal, saturated, square_root
 
-_STEPS = tl.constexpr(3)
-"""Steps beyond the second at most."""
-_FINISHED = tl.constexpr(0.012)
+_STEPS = tl.constexpr(5)
+"""Steps beyond the first at most."""
+_FINISHED = tl.constexpr(0.01)
+_CURVE = tl.constexpr(8.4)
 
 
 @triton.jit
 def shrink_convex(v1, v2, v3, v4, active):
     """How much each sorted entry shrinks, in lambda units; PRUNED for a fourth entry that goes."""
     high, low, last = v1 + v2, v1 - v2, v3 - v4
-    gap1, gap2 = v1 - v3, v2 - v3
-    wide, c = 1 + gap1 + gap2, v3 - gap1 * gap2
-    a = c * wide * reciprocal(wide * wide + c)
-    b = high - high * (a * (1 - a))
-    dense = tl.zeros_like(v1)
-    a, b, dense, change = _newton(a, b, dense, high, low, last, v3, v4)
+    a, b, dense = _start(v1, v2, v3, v4, high, last)
     a, b, dense, change = _newton(a, b, dense, high, low, last, v3, v4)
     _, _, across, along = _differences(a, b, low, last)
     going = active & ((change > _FINISHED) | (_stays(a, b, dense, across, along, v4) != (dense > 0)))
@@ -50,16 +46,32 @@ def shrink_convex(v1, v2, v3, v4, active):
 
 
 @triton.jit
+def _start(v1, v2, v3, v4, high, last):
+    """Both sums to about 0.01, and 1.0 for a dense point; DERIVATION.md says how."""
+    product = v1 * v2
+    excess = v3 - product
+    room = 1 - v1 * v1 - v2 * v2
+    u = 2 * excess * reciprocal(room + square_root(tl.maximum(room * room + _CURVE * product * excess, 0.0)))
+    dense = (u - last) * (1 + u) > u * high
+    both = (2 * u - last) * (1 + u) * reciprocal(1 + u + high)
+    tails = tl.where(dense, both * both - last * last, 0.0)
+    a = tl.where(dense, both + 0.41 * tails, u)
+    return a, high * reciprocal(1 + a) - 0.43 * tails, tl.where(dense, 1.0, 0.0)
+
+
+@triton.jit
 def _differences(a, b, low, last):
     """1 / (1 - a), 1 / (1 - b), and the differences in the upper and the lower pair."""
-    p, q = reciprocal(tl.maximum(1 - a, 0.05)), reciprocal(tl.maximum(1 - b, 0.02))
+    # 1 - a not below 0.05 and 1 - b not below 0.02, without comparisons, which are slower than sums.
+    p, q = reciprocal(saturated(0.95, -a) + 0.05), reciprocal(saturated(0.98, -b) + 0.02)
     return p, q, low * p, last * q
 
 
 @triton.jit
 def _stays(a, b, dense, across, along, v4):
     """Whether the fourth entry is positive: of a dense iterate itself, of a sparse one by its stationarity."""
-    return tl.where(dense > 0, a - along, v4 - 0.25 * (b * b - across * across) - a * b) > 0
+    wanted = v4 - 0.25 * (b * b - across * across) - a * b
+    return wanted + dense * ((a - along) - wanted) > 0
 
 
 @triton.jit

@@ -1,9 +1,10 @@
-"""The fused kernel: a program walks a chunk of groups, settles what cheap tests settle, and queues the rest.
+"""The fused kernel: a program walks through its tiles, settles what cheap tests settle, and queues the rest.
+
+The programs of a weight take its tiles in turn, so that those that run at the same time are neighbours in memory.
 
 A warp pays for an equation as soon as one of its groups needs it. So a program (one warp) collects the groups that need
-one, and solves them when there are enough to fill the warp: ``triton_convex.py`` the simple ones, ``triton_roots.py``
-the others. The two queues of group numbers take no memory of their own: they live in the program's own output, in
-the place of its first groups, whose weights wait in registers until the end.
+one in shared memory, and solves them when there are enough to fill the warp. There are three kinds: simple ones;
+others, whose 3-sparse point is found and compared; and those of them for which that leaves a dense point possible.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,44 +15,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prox24_lightning.prox.triton_convex import shrink_convex
-from prox24_lightning.prox.triton_memory import coordinates, load_groups, queue_slots, scaled, short, store_groups
-from prox24_lightning.prox.triton_roots import ALWAYS_TWO, PRUNED, reciprocal, shrink_sorted
+from prox24_lightning.prox.triton_look import add_sums, look_at_results, no_sums
+from prox24_lightning.prox.triton_memory import (
+    SIZES,
+    coordinates,
+    load_groups,
+    load_rows,
+    read_row,
+    store_groups,
+    unpacked,
+)
+from prox24_lightning.prox.triton_queue import open_queue, put, take
+from prox24_lightning.prox.triton_roots import INTERPRETED
+from prox24_lightning.prox.triton_settle import SIMPLE, flags_of, other, settle, simple
 
-SIMPLE = tl.constexpr(1)
-OTHER = tl.constexpr(1 << 16)
-"""Flags of the groups that wait: their sum counts both kinds at once."""
 DIRECT = tl.constexpr(3)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
-_SMALLEST = tl.constexpr(2.0**-149)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prox_kernel(
     weight,
     out,
     strength,
     scale,
     groups,
-    chunk,
+    programs,
     length,
     inner,
-    strength_strides,
-    scale_strides,
+    strength_before,
+    strength_along,
+    strength_behind,
+    scale_before,
+    scale_along,
+    scale_behind,
     ONE_STRENGTH: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     WHOLLY: tl.constexpr,
+    PAIRED: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
     """One weight. With ``WHOLLY`` a group that would not end with two entries stays as it is."""
-    begin = tl.program_id(0) * chunk
+    if ONE_STRENGTH:
+        strength = tl.load(strength)
     tensors = (weight, out, strength, scale)
-    shape = (length, inner, strength_strides, scale_strides)
-    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY)
-    walk(tensors, shape, begin, tl.minimum(chunk, groups - begin), kind, TILE, ROUND)
+    strength_strides = (strength_before, strength_along, strength_behind)
+    shape = (length, inner, strength_strides, (scale_before, scale_along, scale_behind))
+    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED, False)
+    walk(tensors, shape, groups, tl.program_id(0), programs, kind, TILE, ROUND)
 
 
 @triton.jit
@@ -59,258 +73,180 @@ def prox_many_kernel(
     table,
     owners,
     strengths,
+    sums,
+    codes,
+    befores,
     like,
     HAS_SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     WHOLLY: tl.constexpr,
+    PAIRED: tl.constexpr,
+    LOOK: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
     """Many weights in place, a row of ``table`` and a strength each; ``owners`` says whose part a program works on, and
     ``like`` of which dtype they all are."""
     number = tl.load(owners + tl.program_id(0))
-    row = table + number * 10
-    weight = tl.multiple_of(tl.load(row).to(like.dtype, bitcast=True), 16)
-    scale = tl.load(row + 1).to(tl.pointer_type(tl.float32), bitcast=True)
-    groups, chunk = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
-    length, inner = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
-    strides = (tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32))
-    begin = (tl.program_id(0) - tl.load(row + 9).to(tl.int32)) * chunk
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY)
-    shape = (length, inner, strides, strides)
-    walk(
-        (weight, weight, strengths + number, scale), shape, begin, tl.minimum(chunk, groups - begin), kind, TILE, ROUND
-    )
+    weight, scale, groups, programs, shape = read_row(table, number, like)
+    program = tl.program_id(0) - tl.load(table + number * 10 + 9).to(tl.int32)
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED, LOOK)
+    code = tl.load(codes + number).to(tl.pointer_type(tl.uint8), bitcast=True)
+    before = tl.load(befores + number).to(tl.pointer_type(tl.uint8), bitcast=True)
+    tensors = (weight, weight, tl.load(strengths + number), scale, sums + number * 10, code, before)
+    walk(tensors, shape, groups, program, programs, kind, TILE, ROUND)
 
 
 @triton.jit
-def walk(tensors, shape, begin, count, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
-    """The prox of groups ``begin`` to ``begin + count``: at least ``TILE / 2`` of them are held back for the queues."""
-    back: tl.constexpr = TILE // 2
-    held = tl.arange(0, back)
-    h0, h1, h2, h3 = load_groups(tensors[0], shape, begin, held, held < count, KIND)
-    simple = tl.zeros((), tl.int32)
-    other = tl.zeros((), tl.int32)
-    start = tl.full((), back, tl.int32)
-    stop = back + tl.cdiv(tl.maximum(count - back, 0), TILE) * TILE
-    tile = tl.arange(0, TILE)
-    while start <= stop:  # the last time nothing comes in, and what waits goes out
-        group = start + tile
-        inside = group < count
+def walk(tensors, shape, groups, program, programs, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
+    """The prox of the tiles that fall to one of the programs."""
+    if INTERPRETED:
+        _walk_plainly(tensors, shape, groups, program * TILE, programs * TILE, KIND, TILE)
+    else:
+        _walk(tensors, shape, groups, program * TILE, programs * TILE, KIND, TILE, ROUND)
+
+
+@triton.jit
+def _walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.constexpr):
+    """As :func:`_walk`, without the queue, for Triton's interpreter."""
+    group = tl.arange(0, TILE)
+    sums = no_sums(TILE)
+    while begin < groups:
+        inside = group < groups - begin
         x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-        r0, r1, r2, r3, flags = _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
-        if (not KIND[4]) and tl.sum(flags & SIMPLE, axis=0) >= (DIRECT * TILE) // 4:
-            lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-            q0, q1, q2, q3 = _simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
-            r0, r1 = tl.where(flags == SIMPLE, q0, r0), tl.where(flags == SIMPLE, q1, r1)
-            r2, r3 = tl.where(flags == SIMPLE, q2, r2), tl.where(flags == SIMPLE, q3, r3)
-            flags = tl.where(flags == SIMPLE, 0, flags)
+        r0, r1, r2, r3, waits, sizes = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
+        flags = flags_of(sizes, waits, KIND)
+        lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
+        q0, q1, q2, q3 = simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
+        p0, p1, p2, p3, left = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, False)
+        if not KIND[4]:
+            d0, d1, d2, d3, _ = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, True)
+            p0, p1, p2, p3 = _chosen(left, d0, d1, d2, d3, p0, p1, p2, p3)
+        q0, q1, q2, q3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, p0, p1, p2, p3)
+        r0, r1, r2, r3 = _chosen(flags == 0, r0, r1, r2, r3, q0, q1, q2, q3)
         store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
-        if tl.max(flags, axis=0) > 0:
-            rank, total = _ranks(flags, TILE)
-            slot = tl.where(flags == SIMPLE, simple + (rank & 65535), 2 * TILE - 1 - other - (rank >> 16))
-            tl.debug_barrier()
-            tl.store(queue_slots(tensors[1], shape, begin, slot, KIND, back), short(tensors[1], group), mask=flags > 0)
-            simple += total & 65535
-            other += total >> 16
-        least = tl.where(start < stop, ROUND, 1)
-        tl.debug_barrier()
-        lanes = tl.arange(0, ROUND)
-        while simple >= least:
-            take = tl.minimum(simple, ROUND)
-            simple -= take
-            _solve_queued(tensors, shape, begin, simple + lanes, lanes < take, KIND, back, True)
-        while other >= least:
-            take = tl.minimum(other, ROUND)
-            other -= take
-            _solve_queued(tensors, shape, begin, 2 * TILE - 1 - other - lanes, lanes < take, KIND, back, False)
-        start += TILE
-    tl.debug_barrier()
-    store_groups(tensors[1], shape, begin, held, held < count, h0, h1, h2, h3, KIND)
-    tl.debug_barrier()
-    start = tl.zeros((), tl.int32)
-    while start < tl.minimum(count, back):
-        group = start + tl.arange(0, ROUND)
-        _solve_directly(tensors, shape, begin, group, group < tl.minimum(count, back), KIND)
-        start += ROUND
+        if KIND[6]:
+            sums = look_at_results(sums, tensors, shape, begin, group, inside, r0, r1, r2, r3, KIND)
+        begin += step
+    if KIND[6]:
+        add_sums(tensors[4], sums)
 
 
 @triton.jit
-def _solve_directly(tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """The prox of groups as they come, without a queue."""
-    x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-    r0, r1, r2, r3, flags = _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
-    store_groups(tensors[1], shape, begin, group, inside & (flags == 0), r0, r1, r2, r3, KIND)
-    if tl.max(flags & SIMPLE, axis=0) > 0:
-        _solve(tensors, shape, begin, group, flags == SIMPLE, KIND, True)
-    if tl.max(flags, axis=0) > SIMPLE:
-        _solve(tensors, shape, begin, group, flags > SIMPLE, KIND, False)
+def _chosen(which, a0, a1, a2, a3, b0, b1, b2, b3):
+    return tl.where(which, a0, b0), tl.where(which, a1, b1), tl.where(which, a2, b2), tl.where(which, a3, b3)
+
+
+@triton.jit
+def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
+    """The queue has the simple groups at its bottom, the dense ones at its top, and below those, downwards, the
+    others."""
+    queue = open_queue()
+    above: tl.constexpr = TILE + 2 * ROUND
+    simples = tl.zeros((), tl.int32)
+    others = tl.zeros((), tl.int32)
+    denses = tl.zeros((), tl.int32)
+    lanes = tl.arange(0, ROUND)
+    group = tl.arange(0, TILE)
+    tile_sums, round_sums = no_sums(TILE), no_sums(ROUND)
+    if KIND[2]:
+        ahead = load_rows(tensors[0], begin, group, group < groups - begin, KIND)
+    while begin - step < groups:  # the last time nothing comes in, and what waits goes out
+        inside = group < groups - begin
+        ends = begin >= groups
+        if KIND[2]:  # the next tile is on its way while this one is worked on
+            x0, x1, x2, x3 = unpacked(ahead, KIND)
+            ahead = load_rows(tensors[0], begin + step, group, group < groups - begin - step, KIND)
+        else:
+            x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
+        r0, r1, r2, r3, waits, sizes = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
+        flags = tl.zeros_like(group)
+        if tl.max(waits.to(tl.int32), axis=0) > 0:
+            flags = flags_of(sizes, waits, KIND)
+            many = tl.sum(flags, axis=0)
+            if (not KIND[4]) and (many & 65535) >= (DIRECT * TILE) // 4:
+                lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
+                q0, q1, q2, q3 = simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
+                r0, r1, r2, r3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, r0, r1, r2, r3)
+                flags = tl.where(flags == SIMPLE, 0, flags)
+                many -= many & 65535
+            if many > 0:
+                rank = _ranks(flags, TILE)
+                slot = tl.where(flags == SIMPLE, simples + (rank & 65535), above - 1 - others - (rank >> 16))
+                put(queue, slot, r0, r1, r2, r3, begin + group, flags > 0)
+                simples += many & 65535
+                others += many >> 16
+        store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+        if KIND[6]:
+            settled = inside & (flags == 0)
+            tile_sums = look_at_results(tile_sums, tensors, shape, begin, group, settled, r0, r1, r2, r3, KIND)
+        least = tl.where(ends, 1, ROUND)
+        if not KIND[4]:
+            while simples >= least:
+                taken = tl.minimum(simples, ROUND)
+                simples -= taken
+                mine = lanes < taken
+                round_sums = _solve_simple(tensors, shape, queue, simples + lanes, mine, round_sums, KIND)
+        while others + tl.where(ends, denses, 0) >= least:
+            taken = tl.minimum(others, ROUND)
+            others -= taken
+            slot, mine = above - 1 - others - lanes, lanes < taken
+            if KIND[4]:
+                _, round_sums = _solve_other(tensors, shape, queue, slot, mine, slot, round_sums, KIND, False)
+            else:
+                free = above + denses
+                added, round_sums = _solve_other(tensors, shape, queue, slot, mine, free, round_sums, KIND, False)
+                denses += added
+                if (denses >= ROUND) | ((others == 0) & ends):
+                    taken = tl.minimum(denses, ROUND)
+                    denses -= taken
+                    slot = above + denses + lanes
+                    mine = lanes < taken
+                    _, round_sums = _solve_other(tensors, shape, queue, slot, mine, slot, round_sums, KIND, True)
+        begin += step
+    if KIND[6]:
+        add_sums(tensors[4], tile_sums)
+        add_sums(tensors[4], round_sums)
+
+
+@triton.jit
+def _solve_simple(tensors, shape, queue, slot, inside, sums, KIND: tl.constexpr):
+    x0, x1, x2, x3, group = take(queue, slot)
+    begin = tl.zeros((), tl.int32)
+    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
+    r0, r1, r2, r3 = simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, inside, KIND)
+    store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+    if KIND[6]:
+        sums = look_at_results(sums, tensors, shape, begin, group, inside, r0, r1, r2, r3, KIND)
+    return sums
+
+
+@triton.jit
+def _solve_other(tensors, shape, queue, slot, inside, free, sums, KIND: tl.constexpr, DENSE: tl.constexpr):
+    """Solve other groups; those for which a dense point is possible go into the slots from ``free`` on. How many those
+    are, and the sums."""
+    x0, x1, x2, x3, group = take(queue, slot)
+    begin = tl.zeros((), tl.int32)
+    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
+    r0, r1, r2, r3, left = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, DENSE)
+    waits = tl.zeros_like(group)
+    if not (KIND[4] or DENSE):
+        waits = (inside & left).to(tl.int32)
+        put(queue, free + tl.cumsum(waits, 0) - waits, x0, x1, x2, x3, group, waits)
+    solved = inside & (waits == 0)
+    store_groups(tensors[1], shape, begin, group, solved, r0, r1, r2, r3, KIND)
+    if KIND[6]:
+        sums = look_at_results(sums, tensors, shape, begin, group, solved, r0, r1, r2, r3, KIND)
+    return tl.sum(waits, axis=0), sums
 
 
 @triton.jit
 def _ranks(flags, TILE: tl.constexpr):
-    """The sum of the flags before each entry, and of all, in the order of the lanes of a warp, entries of a lane in a
-    row: one scan over lanes instead of one over the tile."""
+    """The sum of the flags before each entry, in the order of the lanes of a warp, entries of a lane in a row: one scan
+    over lanes instead of one over the tile."""
     table = tl.reshape(flags, [TILE // 32, 32])
     running = tl.cumsum(table, 0)
     lane = tl.sum(table, 0)
     before = tl.cumsum(lane, 0) - lane
-    return tl.reshape(running - table + before[None, :], [TILE]), tl.sum(lane, 0)
-
-
-@triton.jit
-def _solve_queued(tensors, shape, begin, slot, inside, KIND: tl.constexpr, HELD: tl.constexpr, EASY: tl.constexpr):
-    group = (
-        tl.load(queue_slots(tensors[1], shape, begin, slot, KIND, HELD), mask=inside, other=0).to(tl.int32) & 0x7FFFFFFF
-    )
-    if tensors[1].dtype.element_ty.primitive_bitwidth != 32:
-        group = group & 65535
-    _solve(tensors, shape, begin, group, inside, KIND, EASY)
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """Prune the groups that keep two entries (at strength 0 all), leave the others as they are, and flag those."""
-    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    high0, low0, high1, low1 = _larger(y0, y2), _smaller(y0, y2), _larger(y1, y3), _smaller(y1, y3)
-    first, fourth = _larger(high0, high1), _smaller(low0, low1)
-    middle0, middle1 = _smaller(high0, high1), _larger(low0, low1)
-    second, third = _larger(middle0, middle1), _smaller(middle0, middle1)
-    v1, v2, v3, v4 = lam * first, lam * second, lam * third, lam * fourth
-    square = v1 * v1 + v2 * v2
-    two = (v1 >= ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3)
-    two = two | (third * tl.maximum(1.0, 0.5 + 0.5 * square) <= v1 * second)
-    # Two equal entries of which one goes are told apart by position, which the solvers do.
-    settled = two & ((second > third) | (second <= 0))
-    least = tl.where(settled, tl.maximum(second, _SMALLEST), 0.0)  # a zero is not kept: it may be -0.0
-    if not KIND[0]:
-        unchanged = (lam == 0) & (first >= 0)
-        settled = settled | unchanged
-        least = tl.where(unchanged, _SMALLEST, least)
-    # A group that waits is written too: in place nothing changes, and memory gets whole sectors.
-    r0, r1 = tl.where(y0 < least, 0.0, x0), tl.where(y1 < least, 0.0, x1)
-    r2, r3 = tl.where(y2 < least, 0.0, x2), tl.where(y3 < least, 0.0, x3)
-
-    waits = inside & (settled == 0)
-    if KIND[4]:
-        # Where v1^2 + v2^2 <= 1 the test above is also necessary.
-        flags = tl.where(waits & (((square <= 1) == 0) | two), OTHER, 0)
-    else:
-        # Simple: the objective is convex on the box, or no dense point exists and the third entry appears continuously;
-        # and float32 can tell the entries apart in sums.
-        d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
-        alone = (square <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
-        simple = (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & ((v1 + v2 + v3 <= 1) | alone)
-        flags = tl.where(waits, tl.where(simple, SIMPLE, OTHER), 0)
-    return r0, r1, r2, r3, flags
-
-
-@triton.jit
-def _solve(tensors, shape, begin, group, inside, KIND: tl.constexpr, EASY: tl.constexpr):
-    x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-    lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    if EASY:
-        r0, r1, r2, r3 = _simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, inside, KIND)
-    else:
-        r0, r1, r2, r3 = _other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND)
-    store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
-
-
-@triton.jit
-def _simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, active, KIND: tl.constexpr):
-    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, lam, active)
-    if KIND[1]:
-        s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
-    return _moved(x0, s0), _moved(x1, s1), _moved(x2, s2), _moved(x3, s3)
-
-
-@triton.jit
-def _moved(x, shrink):
-    """``x`` moved towards zero by ``shrink``, and to +0.0 at most."""
-    shift = tl.minimum(shrink, tl.abs(x)).to(tl.uint32, bitcast=True) | (x.to(tl.uint32, bitcast=True) & 0x80000000)
-    return x - shift.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND: tl.constexpr):
-    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    s0, s1, s2, s3 = _shrink_other(y0, y1, y2, y3, lam, KIND)
-    if KIND[1]:
-        s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
-    return _shrunk(x0, s0), _shrunk(x1, s1), _shrunk(x2, s2), _shrunk(x3, s3)
-
-
-@triton.jit
-def _shrunk(x, shrink):
-    """As ``_moved``, for entries that may be infinite, NaN, or pruned from infinity."""
-    kept = tl.where(shrink >= PRUNED, 0.0, tl.maximum(tl.abs(x) - shrink, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    return tl.where((x < 0) & (kept > 0), -kept, kept)
-
-
-@triton.jit
-def _exchange(swap, a, b):
-    return tl.where(swap, b, a), tl.where(swap, a, b)
-
-
-@triton.jit
-def _shrink_simple(y0, y1, y2, y3, lam, inside):
-    """Sort, solve, and undo the sorting. Equal entries are treated alike, so their order does not matter."""
-    a0, a2, a1, a3 = _larger(y0, y2), _smaller(y0, y2), _larger(y1, y3), _smaller(y1, y3)
-    b0, b3 = _larger(a0, a1), _smaller(a2, a3)
-    b1, b2 = _smaller(a0, a1), _larger(a2, a3)
-    e1, e2 = _larger(b1, b2), _smaller(b1, b2)
-    swap02, swap13, swap01, swap23, swap12 = y0 < y2, y1 < y3, a0 < a1, a2 < a3, b1 < b2
-    s0, s1, s2, s3 = shrink_convex(lam * b0, lam * e1, lam * e2, lam * b3, inside)
-    inverse = tl.minimum(reciprocal(lam), 3e38)
-    s0, s1, s2, s3 = s0 * inverse, s1 * inverse, s2 * inverse, s3 * inverse
-    s1, s2 = _exchange(swap12, s1, s2)
-    s0, s1 = _exchange(swap01, s0, s1)
-    s2, s3 = _exchange(swap23, s2, s3)
-    s0, s2 = _exchange(swap02, s0, s2)
-    s1, s3 = _exchange(swap13, s1, s3)
-    return s0, s1, s2, s3
-
-
-@triton.jit
-def _shrink_other(y0, y1, y2, y3, lam, KIND: tl.constexpr):
-    """Any groups: NaN for those with a NaN; among equals the earlier position is the larger."""
-    bad = (y0 != y0) | (y1 != y1) | (y2 != y2) | (y3 != y3) | (lam != lam)
-    high0, low0, high1, low1 = tl.maximum(y0, y2), tl.minimum(y0, y2), tl.maximum(y1, y3), tl.minimum(y1, y3)
-    first, fourth = tl.maximum(high0, high1), tl.minimum(low0, low1)
-    middle0, middle1 = tl.minimum(high0, high1), tl.maximum(low0, low1)
-    second, third = tl.maximum(middle0, middle1), tl.minimum(middle0, middle1)
-    s1, s2, s3, s4 = shrink_sorted(first, second, third, fourth, lam)
-    if KIND[4]:
-        s1, s2 = tl.where(s3 < PRUNED, 0.0, s1), tl.where(s3 < PRUNED, 0.0, s2)
-        s4 = tl.where(s3 < PRUNED, 0.0, s4)
-        s3 = tl.where(s3 < PRUNED, 0.0, s3)
-    later01, later02, later03 = (y1 > y0).to(tl.int32), (y2 > y0).to(tl.int32), (y3 > y0).to(tl.int32)
-    later12, later13, later23 = (y2 > y1).to(tl.int32), (y3 > y1).to(tl.int32), (y3 > y2).to(tl.int32)
-    t0 = _by_rank(later01 + later02 + later03, s1, s2, s3, s4)
-    t1 = _by_rank(1 - later01 + later12 + later13, s1, s2, s3, s4)
-    t2 = _by_rank(2 - later02 - later12 + later23, s1, s2, s3, s4)
-    t3 = _by_rank(3 - later03 - later13 - later23, s1, s2, s3, s4)
-    return (
-        tl.where(bad, float("nan"), t0),
-        tl.where(bad, float("nan"), t1),
-        tl.where(bad, float("nan"), t2),
-        tl.where(bad, float("nan"), t3),
-    )
-
-
-@triton.jit
-def _by_rank(rank, s1, s2, s3, s4):
-    return tl.where(rank == 0, s1, tl.where(rank == 1, s2, tl.where(rank == 2, s3, s4)))
+    return tl.reshape(running - table + before[None, :], [TILE])

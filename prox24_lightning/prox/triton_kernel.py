@@ -13,6 +13,8 @@ import triton
 from torch import Tensor
 
 from prox24_lightning.groups import group_shape, resolve_group_dim
+from prox24_lightning.prox.look import Look
+from prox24_lightning.prox.triton_critical import critical_kernel, critical_many_kernel
 from prox24_lightning.prox.triton_fused import prox_kernel, prox_many_kernel
 
 TILE = 64
@@ -24,12 +26,17 @@ ROUND = 32
 REGISTERS = 64
 """Registers a thread at most: 32 programs then fit on a multiprocessor."""
 
+LOOK_REGISTERS = 96
+"""The same where sums are kept too."""
+
 PROGRAMS = 96
 """Programs a multiprocessor, one after the other: a program that ends makes room, so none waits for the slowest."""
 
-SHORTEST_CHUNK = 512
-LARGEST_CHUNK = 1 << 16
-"""Groups a program: fewer do not fill its queues, and their numbers are kept in 16 bits."""
+SHORTEST = 512
+"""Groups a program at least: fewer do not fill its queues."""
+
+CRITICAL_BLOCK = 256
+"""Groups a program of the critical strength."""
 
 WIDE = 1 << 31
 """Entries from which on addresses take 64 bits."""
@@ -59,29 +66,64 @@ def prox_24_triton(
     else:
         scale_values, scale_strides = strided(scale, weight.shape, dim, weight.device)
     with torch.cuda.device_of(weight):
-        chunk = chunk_size(groups, weight.device)
-        prox_kernel[(triton.cdiv(groups, chunk),)](
+        programs = programs_for(groups, groups, weight.device)
+        prox_kernel[(programs,)](
             weight,
             out.detach(),
             lam,
             scale_values,
             groups,
-            chunk,
+            programs,
             weight.shape[dim] // 4,
             inner,
-            lam_strides,
-            scale_strides,
+            *lam_strides,
+            *scale_strides,
             ONE_STRENGTH=lam.numel() == 1,
             HAS_SCALE=scale is not None,
             ROWS=inner == 1,
             WIDE=weight.numel() >= WIDE,
             WHOLLY=settle,
+            PAIRED=weight.dtype == torch.bfloat16 and weight.data_ptr() % 4 == 0,
             TILE=TILE,
             ROUND=ROUND,
             num_warps=1,
             maxnreg=REGISTERS,
         )
     return out
+
+
+def critical_24_triton(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> Tensor:
+    """As :func:`prox24_lightning.prox.critical_strength_24`, for contiguous CUDA tensors."""
+    weight = weight.detach()
+    dim = resolve_group_dim(weight.shape, dim)
+    result = torch.empty(group_shape(weight.shape, dim), dtype=torch.float32, device=weight.device)
+    values, strides = (result, (0, 0, 0)) if scale is None else strided(scale, weight.shape, dim, weight.device)
+    groups, inner = result.numel(), weight.shape[dim + 1 :].numel()
+    if groups:
+        with torch.cuda.device_of(weight):
+            critical_kernel[(triton.cdiv(groups, CRITICAL_BLOCK),)](
+                weight,
+                values,
+                result,
+                groups,
+                weight.shape[dim] // 4,
+                inner,
+                *strides,
+                HAS_SCALE=scale is not None,
+                ROWS=inner == 1,
+                WIDE=weight.numel() >= WIDE,
+                BLOCK=CRITICAL_BLOCK,
+                num_warps=4,
+            )
+    return result
+
+
+def _addresses(looks: Sequence[Look]) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums, and where the codes are, of this look and of the one before."""
+    device = looks[0].sums.device
+    places = [[look.code.data_ptr() for look in looks], [look.before.data_ptr() for look in looks]]
+    codes, befores = torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
+    return looks[0].sums, codes, befores
 
 
 class ManyWeights:
@@ -102,37 +144,60 @@ class ManyWeights:
         owners: list[int] = []
         for number, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
             groups = weight.numel() // 4
-            chunk = chunk_size(total, device)
+            programs = programs_for(groups, total, device)
             values, strides = (
                 (weight, (0, 0, 0)) if scales is None else strided(scales[number], weight.shape, dim, device)
             )
             if scales is not None and values.data_ptr() != scales[number].data_ptr():
                 raise ValueError(f"scale {number} is not a float32 tensor on {device} that broadcasts without a copy")
             inner = weight.shape[dim + 1 :].numel()
-            place = [weight.data_ptr(), values.data_ptr(), groups, chunk, weight.shape[dim] // 4, inner]
+            place = [weight.data_ptr(), values.data_ptr(), groups, programs, weight.shape[dim] // 4, inner]
             rows.append([*place, *strides, len(owners)])
-            owners += [number] * triton.cdiv(groups, chunk)
+            owners += [number] * programs
         self.rows_last = all(row[5] == 1 for row in rows)
         self.wide = any(weight.numel() >= WIDE for weight in weights)
         self._table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
         self._owners = torch.tensor(owners, dtype=torch.int32).to(device, non_blocking=True)
 
-    def prox(self, strengths: Tensor, *, settle: bool) -> None:
-        """The prox of every weight, in place, with its own of ``strengths``, float32 ``(weights,)`` on the device."""
+    def critical(self, result: Tensor) -> Tensor:
+        """Fill ``result``, float32 ``(weights, samples)``, with the critical strengths of groups spread over each."""
+        weights, samples = result.shape
+        with torch.cuda.device_of(result):
+            critical_many_kernel[(weights, triton.cdiv(samples, CRITICAL_BLOCK))](
+                self._table,
+                self.weights[0],
+                result,
+                samples,
+                HAS_SCALE=self.scales is not None,
+                ROWS=self.rows_last,
+                WIDE=self.wide,
+                BLOCK=CRITICAL_BLOCK,
+                num_warps=4,
+            )
+        return result
+
+    def prox(self, strengths: Tensor, *, settle: bool, looks: Sequence[Look] | None = None) -> None:
+        """The prox of every weight, in place, with its own of ``strengths``, float32 ``(weights,)`` on the device.
+
+        ``looks``, one for each weight, are filled from the same pass; their sums are rows of one tensor.
+        """
         with torch.cuda.device_of(strengths):
             prox_many_kernel[(len(self._owners),)](
                 self._table,
                 self._owners,
                 strengths,
+                *((strengths, self._table, self._table) if looks is None else _addresses(looks)),
                 self.weights[0],
                 HAS_SCALE=self.scales is not None,
                 ROWS=self.rows_last,
                 WIDE=self.wide,
                 WHOLLY=settle,
+                LOOK=looks is not None,
+                PAIRED=self.weights[0].dtype == torch.bfloat16,
                 TILE=TILE,
                 ROUND=ROUND,
                 num_warps=1,
-                maxnreg=REGISTERS,
+                maxnreg=REGISTERS if looks is None else LOOK_REGISTERS,
             )
 
 
@@ -156,10 +221,10 @@ def strided(
     return tensor, ((first, second, 0) if dim == 1 else (0, first, second))
 
 
-def chunk_size(groups: int, device: torch.device) -> int:
-    """Groups a program, of ``groups`` in one launch."""
-    share = max(triton.cdiv(groups, PROGRAMS * multiprocessors(device)), SHORTEST_CHUNK)
-    return min(TILE // 2 + triton.cdiv(share, TILE) * TILE, LARGEST_CHUNK)
+def programs_for(groups: int, total: int, device: torch.device) -> int:
+    """Programs that share ``groups`` of the ``total`` in a launch."""
+    share = max(triton.cdiv(total, PROGRAMS * multiprocessors(device)), SHORTEST)
+    return triton.cdiv(groups, share)
 
 
 @functools.cache

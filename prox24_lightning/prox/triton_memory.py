@@ -2,7 +2,7 @@
 
 ``shape`` is (groups along the dimension, entries behind it, strides of the strength, strides of the scale), the strides
 each before, along and behind the dimension. ``KIND`` is (one strength, has scale, groups along the last dimension,
-64-bit addresses, settle only).
+64-bit addresses, settle only, bfloat16 that may be read as pairs in 32 bits, look at the results).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -13,31 +13,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def short(out, group):
-    return group if out.dtype.element_ty.primitive_bitwidth == 32 else group.to(tl.int16)
-
-
-@triton.jit
-def queue_slots(out, shape, begin, slot, KIND: tl.constexpr, HELD: tl.constexpr):
-    """Where slots of the queues are: a slot is one entry of the first groups."""
-    if out.dtype.element_ty.primitive_bitwidth == 32:
-        queue = out.to(tl.pointer_type(tl.int32), bitcast=True)
-    else:
-        queue = out.to(tl.pointer_type(tl.int16), bitcast=True)
-    if KIND[2]:
-        return queue + begin.to(tl.int64) * 4 + slot
-    return queue + _at(shape, begin, slot % HELD, KIND) + (slot // HELD) * shape[1]
+SIZES = ["groups", "chunk", "programs", "length", "samples"]
+SIZES += [f"{tensor}_{where}" for tensor in ("strength", "scale") for where in ("before", "along", "behind")]
+"""Arguments of kernels that are not worth a variant of their own where they are 1 or divide by 16."""
 
 
 @triton.jit
-def _parts(shape, begin, group):
+def read_row(table, number, like):
+    """Weight, scale, groups, programs, and shape of one of many weights of the dtype of ``like``."""
+    row = table + number * 10
+    weight = tl.multiple_of(tl.load(row).to(like.dtype, bitcast=True), 16)
+    scale = tl.load(row + 1).to(tl.pointer_type(tl.float32), bitcast=True)
+    groups, programs = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
+    length, inner = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
+    strides = (tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32))
+    return weight, scale, groups, programs, (length, inner, strides, strides)
+
+
+@triton.jit
+def _parts(shape, begin, group, KIND: tl.constexpr):
     """Where a group is before, along and behind its dimension."""
-    number = begin + group
-    length, inner = shape[0], shape[1]
-    row = number // inner
-    return row // length, row % length, number % inner
+    row, behind = begin + group, tl.zeros_like(begin + group)
+    if not KIND[2]:
+        number, inner = row, shape[1]
+        row = number // inner
+        behind = number - row * inner
+    before = row // shape[0]
+    return before, row - before * shape[0], behind
 
 
 @triton.jit
@@ -53,25 +55,65 @@ def _at(shape, begin, group, KIND: tl.constexpr):
 @triton.jit
 def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
     if KIND[2]:
-        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None]).to(tl.float32)
-        even, odd = tl.split(tl.reshape(values, [group.shape[0], 2, 2]))
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
+        x0, x1, x2, x3 = unpacked(load_rows(source, begin, group, inside, KIND), KIND)
     else:
         first = source + _at(shape, begin, group, KIND)
         inner = shape[1]
-        x0 = tl.load(first, mask=inside, other=0.0).to(tl.float32)
-        x1 = tl.load(first + inner, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(first + 2 * inner, mask=inside, other=0.0).to(tl.float32)
-        x3 = tl.load(first + 3 * inner, mask=inside, other=0.0).to(tl.float32)
+        x0 = _load_entry(first, inside)
+        x1 = _load_entry(first + inner, inside)
+        x2 = _load_entry(first + 2 * inner, inside)
+        x3 = _load_entry(first + 3 * inner, inside)
     return x0, x1, x2, x3
+
+
+@triton.jit
+def load_rows(source, begin, group, inside, KIND: tl.constexpr):
+    """Groups along the last dimension as they are in memory, for :func:`unpacked`."""
+    if KIND[5]:
+        pairs = source.to(tl.pointer_type(tl.int32), bitcast=True) + begin.to(tl.int64) * 2
+        values = tl.load(pairs + (group[:, None] * 2 + tl.arange(0, 2)[None, :]), mask=inside[:, None])
+    else:
+        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None])
+    return values
+
+
+@triton.jit
+def unpacked(values, KIND: tl.constexpr):
+    """The four entries of each group, in float32."""
+    if KIND[5]:
+        first, second = tl.split(values)
+        x0, x1 = _two_of(first)
+        x2, x3 = _two_of(second)
+    else:
+        even, odd = tl.split(tl.reshape(values.to(tl.float32), [values.shape[0], 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _two_of(pair):
+    """Both bfloat16 in 32 bits; their bits are the upper ones of a float32."""
+    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_entry(pointer, inside):
+    if pointer.dtype.element_ty == tl.bfloat16:
+        bits = tl.load(pointer.to(tl.pointer_type(tl.int16), bitcast=True), mask=inside, other=0)
+        entry = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        entry = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+    return entry
 
 
 @triton.jit
 def store_groups(target, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.constexpr):
     kind = target.dtype.element_ty
     if KIND[2]:
+        if KIND[3]:
+            group = group.to(tl.int64)
         offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
         values = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [group.shape[0], 4])
         tl.store(target + begin.to(tl.int64) * 4 + offsets, values.to(kind), mask=inside[:, None])
@@ -86,18 +128,19 @@ def store_groups(target, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.c
 
 @triton.jit
 def coordinates(tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """The strength and the four scales of each group; NaN where they are not allowed."""
+    """The strength and the four scales of each group; NaN where they are not allowed. Where there is one strength,
+    ``tensors`` holds it rather than its place: nothing then has to be loaded again after a store."""
     if KIND[0]:
-        lam = tl.load(tensors[2]) + tl.zeros(group.shape, tl.float32)
+        lam = tensors[2] + tl.zeros(group.shape, tl.float32)
     else:
-        before, along, behind = _parts(shape, begin, group)
+        before, along, behind = _parts(shape, begin, group, KIND)
         strides = shape[2]
         at = before * strides[0] + along * strides[1] + behind * strides[2]
         lam = tl.load(tensors[2] + at, mask=inside, other=0.0)
     lam = tl.where(lam >= 0, lam, float("nan"))
     c0, c1, c2, c3 = 1.0, 1.0, 1.0, 1.0
     if KIND[1]:
-        before, along, behind = _parts(shape, begin, group)
+        before, along, behind = _parts(shape, begin, group, KIND)
         strides = shape[3]
         first = tensors[3] + before * strides[0] + along * 4 * strides[1] + behind * strides[2]
         c0 = _allowed(tl.load(first, mask=inside, other=1.0))
@@ -110,6 +153,16 @@ def coordinates(tensors, shape, begin, group, inside, KIND: tl.constexpr):
 @triton.jit
 def _allowed(scale):
     return tl.where((scale > 0) & (scale < float("inf")), scale, float("nan"))
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

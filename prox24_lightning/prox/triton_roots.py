@@ -4,6 +4,7 @@ Divisions and roots are the hardware's approximate instructions, to about 1e-7.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ ALWAYS_TWO = tl.constexpr((1 + 2**0.5) / 2)
 PRUNED = tl.constexpr(3e38)
 """How much an entry "shrinks" that goes."""
 _CAP = tl.constexpr(4.0)
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _TINY = tl.constexpr(1e-30)
 _FIRST = tl.constexpr(3)
 _MORE = tl.constexpr(2)
@@ -30,8 +31,9 @@ def _capped(y, lam):
 
 
 @triton.jit
-def shrink_sorted(y1, y2, y3, y4, lam):
-    """How much each sorted entry shrinks, PRUNED for those that go."""
+def shrink_sorted(y1, y2, y3, y4, lam, DENSE: tl.constexpr):
+    """How much each sorted entry shrinks, PRUNED for those that go; and where a dense point was left out that may be
+    better: nowhere, with ``DENSE``."""
     v1, v2, v3, v4 = _capped(y1, lam), _capped(y2, lam), _capped(y3, lam), _capped(y4, lam)
     square = v1 * v1 + v2 * v2
     two = (v1 >= ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3) | (y3 * tl.maximum(1.0, (1 + square) / 2) <= v1 * y2)
@@ -39,17 +41,22 @@ def shrink_sorted(y1, y2, y3, y4, lam):
     s1, s2 = tl.zeros_like(y1), tl.zeros_like(y1)
     s3, s4 = s1 + PRUNED, s1 + PRUNED
     unsettled = tl.where(two, 0, 1)
+    left = tl.zeros_like(unsettled)
     if tl.max(unsettled, axis=0) > 0:
         u, w1, w2, gain3 = _three_sparse(v1, v2, v3, unsettled)
         three = ((gain3 < 0) | (square <= 1)) & (unsettled > 0)
         sure = ((y4 >= v1 * y2 + v2 * y3 + v3 * y1) & (y4 > 0)) | (lam == 0)
         convex = v1 + v2 + v3 <= 1
         d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
-        possible = tl.where(convex, v4 > w1 * w2 + (w1 + w2) * u, v4 > d1 * d2 + d2 * d3 + d3 * d1)
+        l1, l2, l3 = _least(d1, d2, d3, d1, d2, d3)
+        l1, l2, l3 = _least(d1, d2, d3, l1, l2, l3)
+        possible = tl.where(convex, v4 > w1 * w2 + (w1 + w2) * u, v4 > l1 * l2 + l2 * l3 + l3 * l1)
         candidate = (sure | (possible & three)) & (unsettled > 0)
         w3, w4 = u, tl.zeros_like(u)
         four = candidate & (w4 > 0)
-        if tl.max(tl.where(candidate, 1, 0), axis=0) > 0:
+        if not DENSE:
+            left = tl.where(candidate, 1, 0)
+        elif tl.max(tl.where(candidate, 1, 0), axis=0) > 0:
             p1, p2, p3, p4, gain4 = _dense(v1, v2, v3, v4, d1, d2, d3, tl.where(candidate, 1, 0))
             four = candidate & (sure | convex | ((p4 > 0) & (gain4 < gain3)))
             w1, w2 = tl.where(four, p1, w1), tl.where(four, p2, w2)
@@ -61,7 +68,17 @@ def shrink_sorted(y1, y2, y3, y4, lam):
         s2 = tl.where(three, _over(w1 * pair + product, inverse), s2)
         s3 = tl.where(three, _over(w1 * w2 + (w1 + w2) * w4, inverse), s3)
         s4 = tl.where(four, _over(w1 * w2 + (w1 + w2) * w3, inverse), s4)
-    return s1, s2, s3, s4
+    return s1, s2, s3, s4, left
+
+
+@triton.jit
+def _least(d1, d2, d3, l1, l2, l3):
+    """Better lower bounds on what the three largest entries of a dense point are above the fourth, from such bounds."""
+    return (
+        d1 * reciprocal(tl.maximum(1 - l2 - l3, 1e-3)),
+        d2 * reciprocal(tl.maximum(1 - l1 - l3, 1e-3)),
+        d3 * reciprocal(tl.maximum(1 - l1 - l2, 1e-3)),
+    )
 
 
 @triton.jit
@@ -72,23 +89,37 @@ def _over(e2, inverse):
 @triton.jit
 def reciprocal(x):
     """1 / x in one instruction, to 1e-7; 0 for x beyond 1e38."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return 1 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def _inverse_sqrt(x):
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.rsqrt(x)
     return tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _sqrt(x):
-    if _INTERPRETED:
+def square_root(x):
+    if INTERPRETED:
         return tl.sqrt(x)
     return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def saturated(x, y):
+    """``x + y`` between 0 and 1, in one instruction; 0 for NaN."""
+    if INTERPRETED:
+        return tl.minimum(tl.maximum(x + y, 0.0), 1.0)
+    return tl.inline_asm_elementwise("add.sat.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def half_beyond_one(x):
+    """``(x - 1) / 2`` between 0 and 1."""
+    return saturated(0.5 * x, -0.5)
 
 
 @triton.jit
@@ -101,10 +132,10 @@ def _halley_step(value, slope, half_curve):
 def _three_sparse(v1, v2, v3, active):
     b = 1 + (v1 - v3) + (v2 - v3)
     c = v3 - (v1 - v3) * (v2 - v3)
-    u = 2 * c * reciprocal(b + _sqrt(tl.maximum(b * b + 4 * c, 0.0)))
+    u = 2 * c * reciprocal(b + square_root(tl.maximum(b * b + 4 * c, 0.0)))
     room = 1 - v1 * v1 - v2 * v2
     u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) * reciprocal(tl.maximum(room, _TINY)), 1.0))
-    ratio = _sqrt((v1 - v2) * reciprocal(tl.maximum(v1 + v2, _TINY)))
+    ratio = square_root((v1 - v2) * reciprocal(tl.maximum(v1 + v2, _TINY)))
     u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) * reciprocal(1 + ratio)), 0.75), 0.0)
     before = u
     for _ in tl.static_range(_FIRST):
@@ -165,7 +196,7 @@ def _dense_step(t, upper, k, d1, d2, d3):
 def _dense(v1, v2, v3, v4, d1, d2, d3, active):
     b = 1 + 2 * (d1 + d2 + d3)
     c = tl.maximum(v4 - (d1 * d2 + d2 * d3 + d3 * d1), 0.0)
-    upper = 2 * c * reciprocal(b + _sqrt(b * b + 12 * c))
+    upper = 2 * c * reciprocal(b + square_root(b * b + 12 * c))
     k = (v1 + v2 + v3 - v4) / 2
     t = upper
     before = t
@@ -191,7 +222,7 @@ def _dense(v1, v2, v3, v4, d1, d2, d3, active):
     slope = 1 + (w2 + w3) * g1 + (w1 + w3) * g2 + (w1 + w2) * g3
     residual = (t - v4) + w1 * w2 + (w1 + w2) * w3
     after = tl.maximum(t - residual * reciprocal(tl.maximum(slope, 0.05)), t * 1e-3)
-    change = tl.where(v1 + v2 + v3 <= 0.9, after - t, 0.0)
+    change = tl.where((v1 + v2 + v3 <= 0.9) | (slope >= 0.5), after - t, 0.0)
     w1, w2, w3, t = w1 + g1 * change, w2 + g2 * change, w3 + g3 * change, t + change
     gain = ((w1 - v1) * (w1 - v1) + (w2 - v2) * (w2 - v2) + w3 * w3 + t * t) / 2
     gain += (w3 + t) * w1 * w2 + w3 * t * (w1 + w2) - v3 * w3 - v4 * t

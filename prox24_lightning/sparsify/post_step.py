@@ -15,7 +15,7 @@ from prox24_lightning.prox.together import can_go_together
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sharding import is_sharded, local_part, part_of, whole
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
+from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, StepLook, Strategy, projected
 from prox24_lightning.sparsify.strength import strength_for_fraction, strengths_for_fraction
 
 Refit = Literal["none", "restore"]
@@ -42,6 +42,7 @@ class PostStepProx(Strategy):
         self._rms: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
         self._together: dict[torch.device, ProxTogether] = {}
+        self._codes: dict[tuple[str, bool], Tensor] = {}
 
     def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:
         self._weights = {weight.name: weight for weight in weights}
@@ -59,6 +60,7 @@ class PostStepProx(Strategy):
     @torch.no_grad()
     def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
         progress = self._plan.progress(step)
+        self.looks.clear()
         together: dict[torch.device, list[GroupedWeight]] = {}
         for weight in weights:
             values = local_part(weight.parameter)
@@ -81,13 +83,21 @@ class PostStepProx(Strategy):
         values = [local_part(weight.parameter) for weight in weights]
         dims = [weight.dim for weight in weights if isinstance(weight.dim, int)]
         scales = [scale_of(weight.name) for weight in weights]
+        launcher = self._together.setdefault(device, ProxTogether())
         if self.strength is None:
-            strengths = strengths_for_fraction(values, self.fraction(progress), dims=dims, scales=scales)
+            fraction = self.fraction(progress)
+            strengths = strengths_for_fraction(values, fraction, dims=dims, scales=scales, together=launcher)
         else:
             strengths = self.strength(progress) / torch.stack([self._rms[weight.name] for weight in weights])
-        launcher = self._together.setdefault(device, ProxTogether())
-        launcher(values, strengths, dims, scales, settle=self.strength is None)
-        self.strengths.update(zip((weight.name for weight in weights), strengths.unbind(), strict=True))
+        names = [weight.name for weight in weights]
+        befores = None
+        if self.looking:
+            befores = [self._codes.get((name, scale is None)) for name, scale in zip(names, scales, strict=True)]
+        looks = launcher(values, strengths, dims, scales, settle=self.strength is None, befores=befores)
+        for name, value, look, scale in zip(names, values, looks, scales, strict=False):  # no looks, or one for each
+            self.looks[name] = StepLook(look, scale, value._version)
+            self._codes[name, scale is None] = look.code
+        self.strengths.update(zip(names, strengths.unbind(), strict=True))
 
     def apply(self, weight: GroupedWeight, progress: float, scale: Tensor | None) -> None:
         """One prox on ``weight``, in place."""
@@ -104,6 +114,8 @@ class PostStepProx(Strategy):
         prox_24(values, applied, dim=weight.dim, scale=scale, out=values)
 
     def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        self.looks.clear()
+        self._codes.clear()
         frozen: Frozen = {}
         for weight in weights:
             mask, values = projected(weight, scale_of(weight.name))

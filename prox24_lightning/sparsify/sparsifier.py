@@ -24,7 +24,7 @@ from prox24_lightning.sparsify.phases import Phase, resolve_plan
 from prox24_lightning.sparsify.post_step import PostStepProx, Refit
 from prox24_lightning.sparsify.progressive import RECONSTRUCTION_STEPS, Progressive
 from prox24_lightning.sparsify.sparse_training import SparseTraining
-from prox24_lightning.sparsify.strategy import Strategy
+from prox24_lightning.sparsify.strategy import StepLook, Strategy
 
 
 class Sparsifier:
@@ -139,6 +139,16 @@ class Sparsifier:
     def freeze_step(self) -> int:
         """``freeze`` as a step of the present run."""
         return self._require_engine().plan.freeze
+
+    @property
+    def looks(self) -> dict[str, StepLook]:
+        """What the passes that changed the weights have seen of them, by weight name; of few weights, or of none."""
+        return {} if self._engine is None else self._engine.strategy.looks
+
+    def look_at_next_step(self, wanted: bool) -> None:
+        """Have the weights looked at, or not, in the pass that changes them after the next optimizer step."""
+        if self._engine is not None:
+            self._engine.strategy.looking = wanted
 
     def metric_scale(self, name: str) -> Tensor | None:
         """Scale of the metric now in use for a weight; broadcasts to it; None for the weight's own coordinates."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.mask import mask_24
+from prox24_lightning.prox.look import Look
 from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify.phases import PhasePlan
 
@@ -18,6 +20,19 @@ ScaleOf = Callable[[str], Tensor | None]
 
 Frozen = dict[str, tuple[Tensor, Tensor]]
 """Weight name -> (mask, values), for the weights that shall be frozen now."""
+
+
+@dataclass(frozen=True)
+class StepLook:
+    """A look at a weight from the pass that changed it; out of date once something else has written to the weight."""
+
+    look: Look
+    scale: Tensor | None
+    version: int
+
+    def is_of(self, values: Tensor, scale: Tensor | None) -> bool:
+        """Whether it still says what ``values`` are, in the metric of ``scale``."""
+        return self.version == values._version and self.scale is scale
 
 
 def projected(weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -44,12 +59,16 @@ class Strategy(ABC):
         longest_pause: seconds of the longest pause that solving made between two steps of this process; 0 where nothing
             is solved.
         seconds: of all such pauses together.
+        looking: whether the next :meth:`after_step` shall look at the weights in the pass that changes them.
+        looks: what it has seen, by name; of weights that it changes in another way it says nothing.
     """
 
     def __init__(self) -> None:
         self.strengths: dict[str, Tensor] = {}
         self.longest_pause = 0.0
         self.seconds = 0.0
+        self.looking = False
+        self.looks: dict[str, StepLook] = {}
 
     def scaled_weights(self, weights: Sequence[GroupedWeight]) -> Sequence[GroupedWeight]:
         """Those of ``weights`` for which the strategy asks for the scale of the activation metric."""

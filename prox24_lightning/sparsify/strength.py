@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.groups import Dim, group_dims, resolve_group_dim
-from prox24_lightning.prox import critical_strength_24
+from prox24_lightning.prox import ProxTogether, critical_strength_24
 
 SAMPLED_GROUPS = 65536
 """Groups among which a quantile is looked up; its error, 1/sqrt(4n), is then 0.2 % of the groups."""
@@ -71,7 +71,12 @@ def strength_for_fraction(
 
 
 def strengths_for_fraction(
-    weights: Sequence[Tensor], fraction: float, *, dims: Sequence[int], scales: Sequence[Tensor | None]
+    weights: Sequence[Tensor],
+    fraction: float,
+    *,
+    dims: Sequence[int],
+    scales: Sequence[Tensor | None],
+    together: ProxTogether | None = None,
 ) -> Tensor:
     """As :func:`strength_for_fraction`, for many weights in a few operations, from a sample of the groups of each.
 
@@ -82,6 +87,7 @@ def strengths_for_fraction(
         fraction: share of the groups of each in [0, 1].
         dims: dimension of the groups of each.
         scales: the metric of each, or None.
+        together: takes the sample of all weights in one launch, where it can take the weights at all.
 
     Returns:
         float32 ``(weights,)``, units 1 / (weight * scale). No host synchronisation.
@@ -94,14 +100,22 @@ def strengths_for_fraction(
     rank = math.ceil(fraction * SAMPLED_TOGETHER)
     if rank == 0:
         return torch.zeros(len(weights), device=weights[0].device)
+    if together is None:
+        critical = _sampled_critical(weights, dims, scales)
+    else:
+        critical = together.critical(weights, dims, scales, SAMPLED_TOGETHER)
+    return critical.kthvalue(rank, dim=1).values * (1 + 1e-5)
+
+
+def _sampled_critical(weights: Sequence[Tensor], dims: Sequence[int], scales: Sequence[Tensor | None]) -> Tensor:
+    """Critical strengths of a sample of the groups of each weight: ``(weights, SAMPLED_TOGETHER)``."""
     sample = weights[0].new_empty((len(weights), SAMPLED_TOGETHER, 4), dtype=torch.float32)
     for place, weight, dim, scale in zip(sample, weights, dims, scales, strict=True):
         where = _sampled_entries(weight.shape, dim, weight.device)
         place.copy_(weight.detach()[where])
         if scale is not None:
             place.mul_(scale.detach().expand(weight.shape)[where])
-    critical = critical_strength_24(sample).squeeze(-1)
-    return critical.kthvalue(rank, dim=1).values * (1 + 1e-5)
+    return critical_strength_24(sample).squeeze(-1)
 
 
 @functools.lru_cache(maxsize=64)

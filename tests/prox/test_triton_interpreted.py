@@ -24,6 +24,9 @@ with np.load(GOLDEN) as file:
 w = prox_24_triton(y, lam[:, None], out=torch.full_like(y, torch.nan))
 assert relative_gap(w, prox_24_reference(y, lam.double()[:, None]), y, lam.double()).max() < GAP[torch.float32]
 
+y = torch.tensor([[0.9547580480575562, 0.00016303927986882627, 0.00016303927986882627, 0.00016303927986882627]])
+assert relative_gap(prox_24_triton(y, 1.0), prox_24(y.double(), 1.0), y, 1.0).max() < GAP[torch.float32]
+
 y = hard_groups(1100, seed=21).float()
 for strength in (0.125, 0.75):
     want = prox_24_triton(y, strength)
@@ -46,6 +49,33 @@ for got, weight, strength, dim, scale in zip(mine, weights, strengths, dims, sca
     torch.testing.assert_close(got, prox_24(weight, strength, dim=dim, scale=scale), rtol=2e-4, atol=2e-4)
 
 from prox24_lightning.prox.triton_sums import group_sums
+from prox24_lightning.sparsify.mask_codes import flipped_entries
+codes = [None, None, None]
+for strengths in (torch.tensor([0.3, 0.7, 1.1]), torch.tensor([0.5, 0.9, 1.2])):
+    looks = together(mine, strengths, dims, scales, befores=codes)
+    for look, weight, dim, scale, before in zip(looks, mine, dims, scales, codes):
+        sums, code = group_sums(weight, dim=dim, scale=scale)
+        assert torch.equal(look.code.movedim(dim, -1).flatten(), code) and torch.equal(look.sums[4:9], sums[4:])
+        torch.testing.assert_close(look.sums[:9], sums, rtol=1e-4, atol=1e-4)
+        assert before is None or look.sums[9] == flipped_entries(before, look.code)
+    codes = [look.code for look in looks]
+
+from prox24_lightning.prox.triton_kernel import critical_24_triton
+from prox24_lightning.prox import critical_strength_24
+torch.testing.assert_close(critical_24_triton(y), critical_strength_24(y), rtol=3e-6, atol=0.0)
+sampled = together.critical(weights, dims, scales, 64)
+for row, weight, dim, scale in zip(sampled, weights, dims, scales):
+    assert torch.isin(row, critical_24_triton(weight, dim=dim, scale=scale)).all()
+
+from prox24_lightning.mask import pack_mask
+from prox24_lightning.mask.triton_kernel import zero_pruned_triton
+for mostly_zero in (False, True):
+    for values in (y[:501].clone(), y[:7, :3].bfloat16().contiguous()):
+        mask = torch.rand(values.shape) < 0.5
+        want = torch.where(mask, values, 0.0)
+        zero_pruned_triton(values, pack_mask(mask), mostly_zero=mostly_zero)
+        assert torch.equal(values, want) and not torch.signbit(values[~mask]).any()
+
 from prox24_lightning.sparsify.statistics import weight_sums
 for shape, dim in (((44, 100), 1), ((44, 100), 0), ((11, 4, 10, 10), 1)):
     for scale in (None, torch.linspace(0.3, 3, shape[-1])):

@@ -12,6 +12,7 @@ from prox24_lightning.mask import mask_24, zeros_per_group
 from prox24_lightning.prox import settle_24
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx
+from prox24_lightning.sparsify.statistics import look
 from prox24_lightning.sparsify.strength import strengths_for_fraction
 
 
@@ -65,6 +66,38 @@ def test_together_is_what_one_by_one_gives(by_strength):
         else:
             assert ((got != 0) != (want != 0)).double().mean() < 0.01  # the sample differs
         assert set(strategy.strengths) == {weight.name for weight in weights}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_strength", [True, False])
+def test_a_look_in_the_step_is_that_of_a_look_after_it(by_strength):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 128)).cuda()
+    weights = select_weights(model).chosen
+    scales = {weights[0].name: torch.rand(256, device="cuda") + 0.5}
+    strategy = PostStepProx(STRENGTH_SCHEDULES["constant"] if by_strength else None, FRACTION_CURVES["linear"])
+    strategy.attach(weights, PhasePlan(0, 10))
+    strategy.begin(weights, scales.get)
+    seen, seen_alone = {}, {}
+    for step in (3, 6):
+        strategy.looking = True
+        strategy.after_step(step, weights, scales.get)
+        assert set(strategy.looks) == {weight.name for weight in weights}
+        got, layers = look(weights, scale_of=scales.get, seen=seen, looks=strategy.looks)
+        want, layers_alone = look(weights, scale_of=scales.get, seen=seen_alone)
+        for one, other in [(got, want), *zip(layers.values(), layers_alone.values(), strict=True)]:
+            assert one.zeros == pytest.approx(other.zeros)
+            assert one.penalty == pytest.approx(other.penalty, rel=1e-4)
+            assert (one.energy_kept, one.rms) == pytest.approx((other.energy_kept, other.rms), rel=1e-4)
+            assert one.mask_flips == (other.mask_flips if step == 6 else None)
+    with torch.no_grad():
+        weights[0].parameter.mul_(2.0)
+    assert not strategy.looks[weights[0].name].is_of(weights[0].parameter, scales[weights[0].name])
+    strategy.looking = False
+    strategy.after_step(7, weights, scales.get)
+    assert not strategy.looks
 
 
 @pytest.mark.gpu
