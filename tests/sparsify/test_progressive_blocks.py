@@ -165,6 +165,38 @@ def test_gradient_weighting_can_be_turned_off_and_changes_the_values_alone():
     assert torch.equal(found[0][first], found[2][first])
 
 
+def test_a_run_resumed_between_recorded_batches_ends_like_the_unbroken_one(tmp_path):
+    data, plan = batches(14), PhasePlan(1, 12)
+
+    def run(model, engine, optimizer, part):
+        engine.bind([optimizer])
+        for x in part:
+            engine.before_batch()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        engine.unbind()
+
+    def parts():
+        model = Blocks().eval()  # no dropout, so that nothing but the state decides
+        return model, engine_for(model, plan, batches=4), torch.optim.SGD(model.parameters(), lr=0.05)
+
+    whole = parts()
+    run(*whole, data)
+    first = parts()
+    run(*first, data[:10])
+    assert first[1].strategy.state_dict()["gradients"][0], "in the middle of what a turn gathers"
+    torch.save([first[0].state_dict(), first[1].state_dict()], tmp_path / "state.pt")
+    model, engine, optimizer = parts()
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    model.load_state_dict(weights)
+    engine.load_state_dict(state)
+    run(model, engine, optimizer, data[10:])
+    assert engine.phase == "frozen"
+    for name, value in whole[0].state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
 def test_parts_that_are_called_one_by_one():
     model = Parts()
     engine = SparsityEngine(
