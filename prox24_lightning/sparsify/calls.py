@@ -94,6 +94,9 @@ def reach(site: nn.Module, inners: Sequence[nn.Module], calls: Sequence[Call]) -
 
     Args:
         inners: modules inside of ``site``, or ``site`` itself alone, in the order in which they run.
+
+    Returns:
+        by module: the first one, and those that take the hidden state from the one before them.
     """
     if list(inners) == [site]:
         return {site: Passage(list(calls))}
@@ -130,10 +133,9 @@ def reach(site: nn.Module, inners: Sequence[nn.Module], calls: Sequence[Call]) -
     finally:
         for handle in handles:
             handle.remove()
-    if len(inners) > 1 and not (once and all(len(places[inner]) == 1 for inner in inners)):
-        # Not a chain: each by itself, and nothing is left out.
-        return {inner: reach(site, [inner], calls)[inner] for inner in inners}
-    return {inner: Passage(found[inner], next(iter(places[inner]), None)) for inner in inners}
+    linked = [inner for inner in inners[1:] if once and len(places[inner]) == 1 and None not in places[inner]]
+    chain = {inner: Passage(found[inner], next(iter(places[inner]))) for inner in linked}
+    return {inners[0]: Passage(found[inners[0]]), **chain}
 
 
 def order_of_first_calls(call: Call, site: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prox24_lightning.groups import GroupedWeight
+from prox24_lightning.layerwise.blocks import map_tensors
 from prox24_lightning.layerwise.layers import why_not_solvable
 from prox24_lightning.ranks import gathered_on_first, rank
 from prox24_lightning.sharding import is_sharded, runnable
@@ -264,7 +265,9 @@ class Progressive(Strategy):
             "sites": [names[site.module] for site in self._sites],
             "calls": gathered_on_first([site.state_dict() for site in self._sites]),
             "dense": [site.dense_state() for site in self._sites],
-            "gradients": gathered_on_first({name: found.total for name, found in self._gradients.items()}),
+            "gradients": gathered_on_first(
+                map_tensors(lambda total: total.cpu(), {name: found.total for name, found in self._gradients.items()})
+            ),
         }
 
     def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,26 @@ from prox24_lightning.sharding import runnable
 from prox24_lightning.sparsify.calls import Call, reach
 from prox24_lightning.sparsify.dense_weights import DenseWeights
 from prox24_lightning.sparsify.units import Unit
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One call of a module of ``model``, as it is when it is made."""
+
+    model: nn.Module
+    call: Call
+    module: nn.Module
+
+    def __call__(self) -> Any:
+        with runnable(self.model, self.module):
+            return self.call(self.module)
+
+    def trained(self) -> Replay:
+        """With a hidden state that asks for its gradient, as in training: compiled code then serves both."""
+        with suppress(ValueError):  # without a floating tensor there is nothing to ask for
+            rest, hidden = split_call(self.call.args, self.call.kwargs, "")
+            return replace(self, call=self.call.with_value(rest.place, hidden.detach().requires_grad_()))
+        return self
 
 
 class Replays:
@@ -37,9 +58,9 @@ class Replays:
             self._twins = self._site.twins()
             self._copy = _Walk(self._site.dense, units, self._site.calls, lambda _: nullcontext(), self._twins)
 
-    def runs_of(self, unit: Unit) -> list[Run]:
+    def runs_of(self, unit: Unit) -> list[Replay]:
         """Calls of the unit in the model as it is now."""
-        return [partial(_run, self._model, call, unit.module) for call in self._now.calls_of(unit)]
+        return [Replay(self._model, call, unit.module) for call in self._now.calls_of(unit)]
 
     def dense_runs_of(self, unit: Unit) -> tuple[list[Run] | None, dict[nn.Module, nn.Module] | None]:
         """The same of the unit as it was when the phase began, and its modules' twins there; None without a copy."""
@@ -78,19 +99,6 @@ def mixed(outputs: Sequence[Tensor], dense_outputs: Sequence[Tensor] | None, den
     return [now.lerp(dense.to(now), dense_target) for now, dense in zip(outputs, dense_outputs, strict=True)]
 
 
-def trained(runs: Sequence[Run]) -> list[Run]:
-    """``runs`` with a hidden state that asks for its gradient, as in training: compiled code then serves both."""
-    found: list[Run] = []
-    for run in runs:
-        assert isinstance(run, partial)
-        model, call, module = run.args
-        with suppress(ValueError):  # without a floating tensor there is nothing to ask for
-            rest, hidden = split_call(call.args, call.kwargs, "")
-            call = call.with_value(rest.place, hidden.detach().requires_grad_())
-        found.append(partial(_run, model, call, module))
-    return found
-
-
 class _Walk:
     """One way of recorded calls from unit to unit."""
 
@@ -112,26 +120,20 @@ class _Walk:
     def wants(self, unit: Unit) -> bool:
         """Whether the next unit takes what this one hands on."""
         following = self._next.get(unit.name)
-        return following is not None and self._passages[self._modules[following]].place is not None
+        return following is not None and self._modules[following] in self._passages
 
     def calls_of(self, unit: Unit) -> list[Call]:
         module = self._modules[unit.name]
-        passage = self._passages[module]
-        outputs, self.outputs = self.outputs, None
-        if passage.place is not None and outputs is not None:
+        passage, outputs, self.outputs = self._passages.get(module), self.outputs, None
+        if passage is not None and passage.place is None:
+            return passage.calls
+        if passage is not None and passage.place is not None and outputs is not None:
             pairs = zip(passage.calls, outputs, strict=True)
             return [call.with_value(passage.place, output) for call, output in pairs]
-        if unit.name == next(iter(self._modules)):
-            return passage.calls
         with self._running(self._site):
             return reach(self._site, [module], self._calls)[module].calls
 
 
-def _run(model: nn.Module, call: Call, module: nn.Module) -> Any:
-    with runnable(model, module):
-        return call(module)
-
-
 def _run_dense(model: nn.Module, dense: DenseWeights, call: Call, module: nn.Module) -> Any:
     with dense.in_place(module):
-        return _run(model, call, module)
+        return Replay(model, call, module)()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prox24_lightning.layerwise.block import Run, solve_stage, stage_moments
+from prox24_lightning.layerwise.block import solve_stage, stage_moments
 from prox24_lightning.layerwise.blocks import hidden_of
 from prox24_lightning.layerwise.layers import from_matrix, why_not_solvable
 from prox24_lightning.layerwise.reconstruct import reconstruct_block
@@ -16,7 +16,7 @@ from prox24_lightning.layerwise.stages import order_of_calls
 from prox24_lightning.ranks import gathered_objects
 from prox24_lightning.sharding import local_part, part_of
 from prox24_lightning.sparsify.output_gradients import OutputGradients
-from prox24_lightning.sparsify.replays import Replays, mixed, outputs_of, trained
+from prox24_lightning.sparsify.replays import Replay, Replays, mixed, outputs_of
 from prox24_lightning.sparsify.strategy import Frozen
 from prox24_lightning.sparsify.units import Unit
 
@@ -73,7 +73,7 @@ def solve_unit(
 
 def _reconstruct(
     unit: Unit,
-    runs: Sequence[Run],
+    runs: Sequence[Replay],
     targets: Sequence[Tensor],
     found: Mapping[str, Tensor],
     steps: int,
@@ -84,7 +84,7 @@ def _reconstruct(
     masks = {names[w.parameter]: found[w.name] for w in unit.weights if w.name in found and w.parameter in names}
     # A matrix that was not solved here keeps its zeros: another Prox24 may have frozen it.
     masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
-    forwards = [lambda run=run: hidden_of(run(), unit.name) for run in trained(runs)]
+    forwards = [lambda run=run: hidden_of(run(), unit.name) for run in (replay.trained() for replay in runs)]
     weights = None if gradients is None else gradients.weights(targets[0].shape[-1], targets[0].device)
     # What training compiled serves here as well: nothing inside the block is listened to.
     with torch.compiler.set_stance("default"):
