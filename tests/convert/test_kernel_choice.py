@@ -295,6 +295,21 @@ def test_an_algorithm_that_kills_is_left_out():
     assert answers[1].problem == "cuSPARSELt's algorithm 2 ended a process with status 134 (illegal)"
 
 
+def test_what_kills_at_one_shape_is_left_out_at_all():
+    """Each death costs a process: an algorithm that dies at the first of many shapes must not use them all up."""
+    jobs = [Job("float16", (512, 1024 * columns), 128, 4, 0) for columns in range(1, 41)]
+    answers = algorithm_search.search(jobs, command=child("os._exit(134)"))
+    assert [answer.algorithms for answer in answers] == [(3, 1)] * 40
+
+
+def test_a_search_in_which_everything_kills_is_given_up():
+    *python, text = child("os._exit(134)")
+    deadly = [*python, text.replace("range(4)", "range(99)").replace("algorithm == 2", "True")]
+    answers = algorithm_search.search(JOBS[1:2], command=deadly)
+    assert answers[0].algorithms == ()
+    assert answers[0].problem.endswith("the search for cuSPARSELt's algorithms was given up after 32 processes")
+
+
 def test_a_child_that_hangs_is_ended():
     answers = algorithm_search.search(JOBS[1:2], command=child("time.sleep(60)"), seconds=2)
     assert answers[0].algorithms == (3, 1)

@@ -107,7 +107,7 @@ def test_masks_hold_on_a_gpu_after_they_were_changed():
     parameter = nn.Parameter(torch.randn(16, 32, device="cuda"))
     held = MaskedParameters()
     for sign in (1, -1):
-        mask = mask_24(parameter.detach() * torch.arange(1, 33, device="cuda") ** sign)
+        mask = mask_24(parameter.detach() * torch.arange(1.0, 33.0, device="cuda") ** sign)
         held.hold("w", parameter, mask)
         with torch.no_grad():
             parameter.add_(1.0)
