@@ -71,6 +71,14 @@ def input_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     return inputs.reshape(-1, inputs.shape[-1])
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left^T right`` in float32. Tensor cores multiply 16-bit entries exactly, and add up in float32."""
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
+        total.add_(torch.mm(left.T, right, out_dtype=torch.float32))
+    else:
+        total.addmm_(left.float().T, right.float())
+
+
 class SecondMoments:
     """Running ``H = X^T X / tokens`` of a layer's inputs, and optionally ``C = X_dense^T X / tokens``, in float32.
 
@@ -85,15 +93,14 @@ class SecondMoments:
     @torch.no_grad()
     def add(self, rows: Tensor, dense_rows: Tensor | None = None) -> None:
         """Count a batch: both (tokens, in_features), any floating dtype."""
-        rows = rows.float()
         if self._sum is None:
-            self._sum = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self._sum.addmm_(rows.T, rows)
+            self._sum = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        _add_product(self._sum, rows, rows)
         self.tokens += rows.shape[0]
         if dense_rows is not None:
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
-            self._cross.addmm_(dense_rows.float().T, rows)
+            _add_product(self._cross, dense_rows, rows)
 
     @property
     def moments(self) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.ranks import mean_over_ranks
+from prox24_lightning.layerwise.replay import Replayed
+from prox24_lightning.ranks import mean_over_ranks, world_size
 
 Forward = Callable[[], Tensor]
 """Calls the block once, on one recorded batch; its output, (..., features)."""
@@ -100,27 +102,44 @@ def _descend(
     steps: int,
     learning_rate: float,
 ) -> None:
-    names, values = list(parameters), list(parameters.values())
+    values = list(parameters.values())
     # Of 16-bit parameters the steps would be lost in rounding.
     masters = [value.detach().to(torch.float32, copy=True) for value in values]
-    rates = [max(float(value.square().mean().sqrt()), _SMALLEST_RMS) * learning_rate for value in masters]
-    groups = [{"params": [master], "lr": rate} for master, rate in zip(masters, rates, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=masters[0].is_cuda)
-    for step in range(steps):
-        number = step % len(forwards)
+    rates = [value.square().mean().sqrt().clamp_min(_SMALLEST_RMS) * learning_rate for value in masters]
+    groups = [{"params": [master], "lr": rate.clone()} for master, rate in zip(masters, rates, strict=True)]
+    cuda = masters[0].is_cuda
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=cuda, capturable=cuda)
+    fall = masters[0].new_ones(())
+
+    def step(number: int) -> None:
         with torch.enable_grad():
             error = relative_error(forwards[number](), targets[number], weights[number])
             gradients = torch.autograd.grad(error, values, materialize_grads=True)
-        fall = 0.5 * (1 + math.cos(math.pi * step / steps))
-        for name, master, group, rate, gradient in zip(
-            names, masters, optimizer.param_groups, rates, gradients, strict=True
-        ):
-            group["lr"] = rate * fall
+        for name, master, gradient in zip(parameters, masters, gradients, strict=True):
             master.grad = mean_over_ranks(gradient.float())
             if name in masks:
                 master.grad.mul_(masks[name])
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            torch.mul(rate, fall, out=group["lr"])
         optimizer.step()
         _write(parameters, masters)
+
+    runs = _replayed(step, targets, masters[0].device)
+    for number in range(steps):
+        fall.fill_(0.5 * (1 + math.cos(math.pi * number / steps)))
+        runs[number % len(runs)]()
+
+
+def _replayed(step: Callable[[int], None], targets: Sequence[Tensor], device: torch.device) -> list[Callable[[], None]]:
+    """The step on each batch. Alone on a GPU its hundreds of small kernels are recorded once a batch, in one memory."""
+    if device.type != "cuda" or world_size() > 1:
+        return [partial(step, number) for number in range(len(targets))]
+    pool = torch.cuda.graph_pool_handle()
+    seen = [target.shape for target in targets]
+    return [
+        Replayed(partial(step, number), device, pool=pool, warm=shape in seen[:number])
+        for number, shape in enumerate(seen)
+    ]
 
 
 @torch.no_grad()
@@ -129,7 +148,7 @@ def _write(parameters: Mapping[str, nn.Parameter], values: Sequence[Tensor]) -> 
         parameter.copy_(value)
 
 
-@torch.no_grad()
 def _mean_error(forwards: Sequence[Forward], targets: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
-    errors = [relative_error(run(), *rest) for run, *rest in zip(forwards, targets, weights, strict=True)]
+    with torch.enable_grad():  # as in the steps: what is compiled for them serves here too
+        errors = [relative_error(run(), *rest).detach() for run, *rest in zip(forwards, targets, weights, strict=True)]
     return float(mean_over_ranks(torch.stack(errors).mean()))

@@ -87,3 +87,14 @@ def test_moments_without_inputs_are_refused():
 )
 def test_what_cannot_be_solved_says_why(module, name, reason):
     assert reason in why_not_solvable(module, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_of_16_bit_inputs_are_those_of_float32(dtype):
+    x, dense = torch.randn(2, 3000, 64, device="cuda").to(dtype)
+    moments, exact = SecondMoments(), SecondMoments()
+    moments.add(x, dense)
+    exact.add(x.double().cpu(), dense.double().cpu())
+    torch.testing.assert_close(moments.moments.cpu(), exact.moments, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moments.cross.cpu(), exact.cross, rtol=1e-4, atol=1e-4)

@@ -90,3 +90,29 @@ def test_features_that_count_more_come_closer():
         ]
         errors.append(sum(gaps))
     assert errors[1] < 0.7 * errors[0]
+
+
+class Waits(Block):
+    """Looks at a value on the device, so that its steps cannot be recorded."""
+
+    def forward(self, x):
+        return super().forward(x) * (1.0 if float(x.sum()) == float(x.sum()) else 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Block, Waits])
+def test_the_gpu_ends_at_the_error_of_the_cpu(kind):
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        dense = kind()
+        block = copy.deepcopy(dense).to(device)
+        masks = {name: mask_24(block.get_parameter(name)) for name in ("up.weight", "down.weight")}
+        for name, mask in masks.items():
+            block.get_parameter(name).data.mul_(mask)
+        inputs = [torch.randn(tokens, 32, 16) for tokens in (4, 4, 2)]
+        targets = [dense(x).detach().to(device) for x in inputs]
+        forwards = [partial(block, x.to(device)) for x in inputs]
+        found.append(reconstruct_block(dict(block.named_parameters()), masks, forwards, targets, steps=100))
+        assert all(not block.get_parameter(name)[~mask].any() for name, mask in masks.items())
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
