@@ -19,6 +19,7 @@ from prox24_lightning.sparsify.calls import Call, device_of
 from prox24_lightning.sparsify.dense_weights import DenseWeights
 
 _numbers = itertools.count()
+_RANDOM = ("drop", "jitter", "noise")
 
 
 class CallSite:
@@ -38,6 +39,7 @@ class CallSite:
         self.dense: nn.Module | DenseWeights | None = None
         self.called = False
         self._batches: deque[list[Call]] = deque(maxlen=batches)
+        self._trained: set[nn.Module] = set()
         self._handle: RemovableHandle | None = None
 
     @property
@@ -82,8 +84,26 @@ class CallSite:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Evaluation mode, no caches, no gradients, and nothing compiled, so that inner modules can be listened to."""
+        self._trained = {module for module in self.module.modules() if module.training}
         with torch.no_grad(), caches_off(self.module), torch.compiler.set_stance("force_eager"):
             yield
+
+    @contextmanager
+    def as_trained(self, module: nn.Module) -> Iterator[None]:
+        """Inside of :meth:`replaying`, what training compiled of ``module``, inside of which nothing is listened to.
+
+        It serves only in training mode, which is taken where it makes no difference; else evaluation mode stays, and
+        the compiler works anew.
+        """
+        inner = [] if any(map(_trains_otherwise, module.modules())) else self._trained.intersection(module.modules())
+        for one in inner:
+            one.training = True
+        try:
+            with torch.compiler.set_stance("default"):
+                yield
+        finally:
+            for one in inner:
+                one.training = False
 
     def _record(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
@@ -113,6 +133,19 @@ class CallSite:
         for batch in state["batches"]:
             self._batches.append([Call.from_state_dict(call, device) for call in batch])
         self.called = state["called"]
+
+
+def _trains_otherwise(module: nn.Module) -> bool:
+    """Whether the module may work in another way in training mode: at random, say. Told by what it says of itself."""
+    if isinstance(module, nn.modules.batchnorm._NormBase) or getattr(module, "gradient_checkpointing", False):
+        return True
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    settings = {**getattr(getattr(module, "config", None), "__dict__", {}), **vars(module)}
+    return any(
+        isinstance(value, (int, float)) and value > 0 and any(word in name for word in _RANDOM)
+        for name, value in settings.items()
+    )
 
 
 def share_of(saved: Sequence[dict[str, Any]]) -> dict[str, Any]:

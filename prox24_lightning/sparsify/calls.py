@@ -18,12 +18,16 @@ _PLAIN = (bool, int, float, str, type(None), Tensor)
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a module, the autocast dtype it ran under (None: no autocast), and its number."""
+    """The arguments of one call of a module, the autocast dtype it ran under (None: no autocast), and its number.
+
+    ``autocast_cache`` says whether casts were to be kept: under another setting compiled code would be made anew.
+    """
 
     args: tuple
     kwargs: dict[str, Any]
     autocast: torch.dtype | None = None
     number: int = 0
+    autocast_cache: bool = False
 
     @classmethod
     def record(cls, module: nn.Module, args: tuple, kwargs: dict[str, Any], number: int = 0) -> Call:
@@ -34,13 +38,14 @@ class Call:
             {key: no_cache(value) for key, value in kwargs.items()},
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             number,
+            torch.is_autocast_cache_enabled(),
         )
 
     def __call__(self, module: nn.Module) -> Any:
         """Make the call again."""
         kind = device_of(module).type
-        # Lightning trains without the cache as well; under other settings compiled code would be made anew.
-        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+        enabled = self.autocast is not None
+        with torch.autocast(kind, dtype=self.autocast, enabled=enabled, cache_enabled=self.autocast_cache):
             return module(*self.args, **self.kwargs)
 
     def place_of(self, tensor: Tensor | None) -> int | str | None:
@@ -64,15 +69,17 @@ class Call:
     def copied(self) -> Call:
         """The same with copies of all tensors, which later changes in place do not reach."""
         args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), (self.args, self.kwargs))
-        return Call(args, kwargs, self.autocast, self.number)
+        return replace(self, args=args, kwargs=kwargs)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"args": list(self.args), "kwargs": self.kwargs, "autocast": str(self.autocast).removeprefix("torch.")}
+        autocast = {"autocast": str(self.autocast).removeprefix("torch."), "autocast_cache": self.autocast_cache}
+        return {"args": list(self.args), "kwargs": self.kwargs, **autocast}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Call:
         args, kwargs = map_tensors(lambda tensor: tensor.to(device), (tuple(state["args"]), state["kwargs"]))
-        return cls(args, kwargs, getattr(torch, state["autocast"], None))
+        autocast = getattr(torch, state["autocast"], None)
+        return cls(args, kwargs, autocast, autocast_cache=state["autocast_cache"])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from prox24_lightning.layerwise.block import solve_stage, stage_moments
@@ -86,7 +85,6 @@ def _reconstruct(
     masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
     forwards = [lambda run=run: hidden_of(run(), unit.name) for run in (replay.trained() for replay in runs)]
     weights = None if gradients is None else gradients.weights(targets[0].shape[-1], targets[0].device)
-    # What training compiled serves here as well: nothing inside the block is listened to.
-    with torch.compiler.set_stance("default"):
+    with unit.site.as_trained(unit.module):
         before, after = reconstruct_block(parameters, masks, forwards, targets, steps=steps, feature_weights=weights)
     log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)

@@ -257,6 +257,25 @@ def test_a_forward_set_on_an_instance_does_not_lead_the_dense_copy_astray():
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dropout, graphs", [(0.0, 1), (0.5, 2)])
+def test_what_training_compiled_serves_reconstruction_where_the_mode_makes_no_difference(dropout, graphs):
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    model = Blocks()
+    for block in model.blocks:
+        block.dropout.p = dropout
+        block.forward = torch.compile(block.forward, backend=backend)
+    engine = engine_for(model, PhasePlan(1, 4), batches=1, dense_target=0.0)
+    train(model, engine, batches(5))
+    assert len(compiled) == graphs, "the blocks share their code"
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
