@@ -84,7 +84,7 @@ class Results:
 def run_all(jobs: Sequence[Job], results: Results, processes: int, until: float | None = None) -> int:
     """Do the runs that are missing from ``results``, ``processes`` at a time; how many failed is returned.
 
-    Each process does several runs; a failed one is reported and the others go on.
+    Each process does several runs, and sees one of the GPUs; a failed run is reported and the others go on.
 
     Args:
         until: time of the clock (``time.time()``) after which no further run begins; None waits for all.
@@ -121,8 +121,11 @@ def _finished(
             yield (job, *_guarded(job, until))
         return
     context = multiprocessing.get_context("spawn")  # a process that was forked cannot use CUDA
-    arguments = (jobs[0].task, processes, context.Lock(), context.Event())
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare, initargs=arguments) as pool:
+    gpus = context.SimpleQueue()
+    for number in range(processes):
+        gpus.put(_gpus()[number % len(_gpus())])
+    arguments = (gpus, jobs[0].task, processes, context.Lock(), context.Event())
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=arguments) as pool:
         running = {pool.submit(_guarded, job, until): job for job in jobs}
         for future in as_completed(running):
             try:
@@ -130,6 +133,18 @@ def _finished(
             except Exception as broken:  # the process died, for want of memory say
                 result, error = None, f"{type(broken).__name__}: {broken}"
             yield running[future], result, error
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(index) for index in range(max(1, torch.cuda.device_count()))] if visible is None else visible.split(",")
+
+
+def _begin(gpus: Any, *arguments: Any) -> None:
+    """Begin a process that sees one GPU, before anything there has looked for them."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
+    _prepare(*arguments)
 
 
 def _prepare(task: Task, processes: int, first: Any, compiled: Any) -> None:

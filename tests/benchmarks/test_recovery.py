@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
+import torch
 from tiny_language import Chains, save_tiny_llama
 
 from benchmarks.recovery import protocol
@@ -266,3 +269,19 @@ def test_the_command_line_of_the_recipes_takes_its_own_argument(tmp_path):
         check=False,
     )
     assert "rows ['none such'] are unknown" in done.stderr
+
+
+def test_processes_take_the_gpus_in_turn_and_only_those_that_are_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert protocol._gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert protocol._gpus() == ["3", "GPU-5"]
+    monkeypatch.setattr(
+        protocol, "_prepare", lambda *arguments: seen.append((*arguments, os.environ["CUDA_VISIBLE_DEVICES"]))
+    )
+    seen: list[tuple] = []
+    queue = SimpleQueue()
+    queue.put("GPU-5")
+    protocol._begin(queue, 1)
+    assert seen == [(1, "GPU-5")]
