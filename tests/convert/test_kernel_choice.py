@@ -275,7 +275,7 @@ CHILD = """
 import json, os, sys, time
 for index, job in enumerate(json.load(sys.stdin)):
     for algorithm in range(4):
-        if algorithm in job["skip"]:
+        if algorithm in job["skip"] or algorithm >= (job["end"] or 99):
             continue
         print(json.dumps({{"job": index, "algorithm": algorithm}}), flush=True)
         if job["tokens"] == 128 and algorithm == 2:
@@ -302,12 +302,23 @@ def test_what_kills_at_one_shape_is_left_out_at_all():
     assert [answer.algorithms for answer in answers] == [(3, 1)] * 40
 
 
-def test_a_search_in_which_everything_kills_is_given_up():
+def test_after_two_in_a_row_that_kill_the_rest_is_left_out():
     *python, text = child("os._exit(134)")
-    deadly = [*python, text.replace("range(4)", "range(99)").replace("algorithm == 2", "True")]
-    answers = algorithm_search.search(JOBS[1:2], command=deadly)
-    assert answers[0].algorithms == ()
-    assert answers[0].problem.endswith("the search for cuSPARSELt's algorithms was given up after 32 processes")
+    text = text.replace("range(4)", "range(50)").replace("algorithm == 2", "algorithm >= 6")
+    answers = algorithm_search.search(JOBS, command=[*python, text])
+    assert [answer.algorithms for answer in answers] == [(49, 48), (5, 4), (5, 4)]
+    assert answers[1].problem == (
+        "cuSPARSELt's algorithm 6 ended a process with status 134; "
+        "cuSPARSELt's algorithm 7 and the ones after it, left out, ended a process with status 134"
+    )
+
+
+def test_a_search_in_which_every_second_one_kills_is_given_up():
+    *python, text = child("os._exit(134)")
+    text = text.replace("range(4)", "range(50)").replace("algorithm == 2", "algorithm % 2")
+    answers = algorithm_search.search(JOBS[1:2], command=[*python, text])
+    assert answers[0].algorithms == (30, 28)
+    assert answers[0].problem.endswith("the search for cuSPARSELt's algorithms was given up after 16 processes")
 
 
 def test_a_child_that_hangs_is_ended():
