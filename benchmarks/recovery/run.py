@@ -19,6 +19,7 @@ from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import violations_24
 
 _WARM_UP = 5
+_POINTS = 50
 
 
 class StepTimes(Callback):
@@ -36,19 +37,35 @@ class StepTimes(Callback):
         self._last = now
 
 
+class LossCurve(Callback):
+    """The loss that each training step minimised."""
+
+    def __init__(self) -> None:
+        self._losses: list[torch.Tensor] = []
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        self._losses.append(outputs["loss"].detach())
+
+    def points(self, count: int = _POINTS) -> list[float]:
+        """Its means over ``count`` parts of the run, as far as there are so many steps."""
+        losses = torch.stack(self._losses).float()
+        return [round(float(part.mean()), 5) for part in losses.tensor_split(min(count, len(losses)))]
+
+
 def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]:
     """Train and score; what the run found, as plain types."""
     seed_everything(seed, workers=True, verbose=False)
     module = task.module(lr)
     data = task.data(seed)
-    record, times = TrainingRecord(), StepTimes()
+    record, times, curve = TrainingRecord(), StepTimes(), LossCurve()
     row = task.adapted(row)
     callbacks = row.callbacks(task.calibration(data) if row.prune is not None else ())
     trainer = Trainer(
         max_steps=task.steps,
         accelerator="auto",
         devices=1,
-        callbacks=[*callbacks, record, times],
+        callbacks=[*callbacks, record, times, curve],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -81,6 +98,7 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
         "peak_gib": peak,
         "share_24": _share_24(module),
         "batches": record.checksum,
+        "train_losses": curve.points(),
     }
 
 

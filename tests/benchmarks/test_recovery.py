@@ -65,6 +65,7 @@ def test_every_row_runs_through_and_ends_2_4_unless_it_is_dense(name, task, resu
     assert found["share_24"] == (0.0 if name.startswith("dense") else 1.0)
     assert found["steps"] == 8
     assert set(found["losses"]) == {"a", "b"}
+    assert len(found["train_losses"]) == 8
     assert (found["pruning_seconds"] > 0) == (FINETUNING[name].prune is not None)
 
 

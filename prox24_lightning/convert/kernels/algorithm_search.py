@@ -30,8 +30,8 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Job:
-    """``shape`` is the padded one; ``copies`` weights take turns, so that none stays in the cache; algorithms of ``skip``
-    are left out, and those from ``end`` on, if it is not None."""
+    """``shape`` is the padded one; ``copies`` weights take turns, so that none stays in the cache; the algorithms of
+    ``skip`` are left out, and those from ``end`` on, if it is not None."""
 
     dtype: str
     shape: tuple[int, int]
