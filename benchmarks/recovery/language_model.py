@@ -61,7 +61,7 @@ class LanguageModel(Task):
     compile: bool
     precision: str
     cache: Path
-    plain: str = "magnitude"
+    plain: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt+mg", "prox+mg")
     split: Literal["val", "test"] = "val"
 
     @override

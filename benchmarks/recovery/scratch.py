@@ -21,7 +21,7 @@ class Recipe(Task):
 
     config: Path
     steps: int
-    plain: str = "asp"
+    plain: tuple[str, ...] = ("asp",)
     split: Literal["val", "test"] = "test"
 
     @classmethod

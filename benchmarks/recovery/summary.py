@@ -27,17 +27,17 @@ def excesses(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
     return found
 
 
-def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: str) -> list[dict[str, Any]]:
+def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: Sequence[str]) -> list[dict[str, Any]]:
     """One row a way, mean and spread (sample standard deviation) over its seeds; rows without a run are left out.
 
     Args:
-        plain: the row whose fit is the unit of wall time.
+        plain: rows whose fits, pruning left out, are the unit of wall time: their median.
     """
     excess = excesses(runs)
-    units = [run["seconds"] for run in runs if run["row"] == plain]
+    units = [run["seconds"] for run in runs if run["row"] in plain]
     lines = []
     for name in rows:
-        mine = [run for run in runs if run["row"] == name]
+        mine = sorted((run for run in runs if run["row"] == name), key=lambda run: run["seed"])
         if not mine:
             continue
         line: dict[str, Any] = {"row": name}
@@ -100,14 +100,20 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def finish(
-    runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: str, output: Path, name: str, title: str, note: str
+    runs: Sequence[dict[str, Any]],
+    rows: Sequence[str],
+    plain: Sequence[str],
+    output: Path,
+    name: str,
+    title: str,
+    note: str,
 ) -> None:
     """Write the table and the plot of what is there, and say what is unfair about it."""
     if not runs:
         return
     note += (
         "Excess: loss above dense training of the same seed, mean over the texts; spread over seeds. Wall time: whole "
-        f"run with pruning, in units of the fit of {plain!r}. "
+        f"run with pruning, in units of plain masked fine-tuning (the fits of {', '.join(plain)}). "
     )
     found = warnings(runs)
     note += " ".join(f"Warning: {warning}." for warning in found)

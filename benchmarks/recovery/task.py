@@ -14,8 +14,8 @@ class Task(ABC):
     """One training problem; everything that all rows share."""
 
     steps: int
-    plain: str
-    """The row whose fit is the unit of wall time: plain masked fine-tuning."""
+    plain: tuple[str, ...]
+    """Rows whose fit is the unit of wall time: plain masked fine-tuning, all the same once the mask is found."""
 
     split: Literal["val", "test"]
     """Which held-out part is reported."""
