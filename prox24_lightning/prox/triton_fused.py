@@ -7,7 +7,7 @@ one in shared memory, and solves them when there are enough to fill the warp. Th
 others, whose 3-sparse point is found and compared; and those of them for which that leaves a dense point possible.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
 # ruff: noqa: N803
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from prox24_lightning.prox.triton_memory import (
     load_rows,
     read_row,
     store_groups,
-    unpacked,
+    words_of,
 )
 from prox24_lightning.prox.triton_queue import open_queue, put, take
 from prox24_lightning.prox.triton_roots import INTERPRETED
-from prox24_lightning.prox.triton_settle import SIMPLE, flags_of, other, settle, simple
+from prox24_lightning.prox.triton_settle import are_simple, may_change, other, settle, simple
 
+FEW = tl.constexpr(4)
+"""Where fewer than a 4th of a tile wait they all go to the solver of the others: kinds are not worth telling apart."""
 DIRECT = tl.constexpr(3)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
 
@@ -64,7 +66,7 @@ def prox_kernel(
     tensors = (weight, out, strength, scale)
     strength_strides = (strength_before, strength_along, strength_behind)
     shape = (length, inner, strength_strides, (scale_before, scale_along, scale_behind))
-    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED, False)
+    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED and ROWS and not INTERPRETED, False)
     walk(tensors, shape, groups, tl.program_id(0), programs, kind, TILE, ROUND)
 
 
@@ -91,7 +93,7 @@ def prox_many_kernel(
     number = tl.load(owners + tl.program_id(0))
     weight, scale, groups, programs, shape = read_row(table, number, like)
     program = tl.program_id(0) - tl.load(table + number * 10 + 9).to(tl.int32)
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED, LOOK)
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED and ROWS and not INTERPRETED, LOOK)
     code = tl.load(codes + number).to(tl.pointer_type(tl.uint8), bitcast=True)
     before = tl.load(befores + number).to(tl.pointer_type(tl.uint8), bitcast=True)
     tensors = (weight, weight, tl.load(strengths + number), scale, sums + number * 10, code, before)
@@ -114,28 +116,37 @@ def _walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE:
     sums = no_sums(TILE)
     while begin < groups:
         inside = group < groups - begin
-        x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-        r0, r1, r2, r3, waits, sizes = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
-        flags = flags_of(sizes, waits, KIND)
+        words = load_groups(tensors[0], shape, begin, group, inside, KIND)
+        kept, waits, largest = settle(words, tensors, shape, begin, group, inside, KIND)
         lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-        q0, q1, q2, q3 = simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
-        p0, p1, p2, p3, left = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, False)
-        if not KIND[4]:
-            d0, d1, d2, d3, _ = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, True)
-            p0, p1, p2, p3 = _chosen(left, d0, d1, d2, d3, p0, p1, p2, p3)
-        q0, q1, q2, q3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, p0, p1, p2, p3)
-        r0, r1, r2, r3 = _chosen(flags == 0, r0, r1, r2, r3, q0, q1, q2, q3)
-        store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+        solved, left = other(words, lam, c0, c1, c2, c3, KIND, False)
+        if KIND[4]:
+            waits = waits & may_change(largest)
+        else:
+            dense, _ = other(words, lam, c0, c1, c2, c3, KIND, True)
+            easy = are_simple(words, largest, c0, c1, c2, c3, KIND)
+            easily = simple(words, lam, c0, c1, c2, c3, waits & easy, KIND)
+            solved = _chosen(easy, easily, _chosen(left, dense, solved, KIND), KIND)
+        kept = _chosen(waits, solved, kept, KIND)
+        store_groups(tensors[1], shape, begin, group, inside, kept, KIND)
         if KIND[6]:
-            sums = look_at_results(sums, tensors, shape, begin, group, inside, r0, r1, r2, r3, KIND)
+            sums = look_at_results(sums, tensors, shape, begin, group, inside, kept, KIND)
         begin += step
     if KIND[6]:
         add_sums(tensors[4], sums)
 
 
 @triton.jit
-def _chosen(which, a0, a1, a2, a3, b0, b1, b2, b3):
-    return tl.where(which, a0, b0), tl.where(which, a1, b1), tl.where(which, a2, b2), tl.where(which, a3, b3)
+def _chosen(which, a, b, KIND: tl.constexpr):
+    chosen = (tl.where(which, a[0], b[0]), tl.where(which, a[1], b[1]))
+    if not KIND[5]:
+        chosen = (chosen[0], chosen[1], tl.where(which, a[2], b[2]), tl.where(which, a[3], b[3]))
+    return chosen
+
+
+@triton.jit
+def _count(which):
+    return tl.sum(which.to(tl.int32), axis=0)
 
 
 @triton.jit
@@ -156,31 +167,36 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
         inside = group < groups - begin
         ends = begin >= groups
         if KIND[2]:  # the next tile is on its way while this one is worked on
-            x0, x1, x2, x3 = unpacked(ahead, KIND)
+            words = words_of(ahead, KIND)
             ahead = load_rows(tensors[0], begin + step, group, group < groups - begin - step, KIND)
         else:
-            x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-        r0, r1, r2, r3, waits, sizes = settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND)
-        flags = tl.zeros_like(group)
-        if tl.max(waits.to(tl.int32), axis=0) > 0:
-            flags = flags_of(sizes, waits, KIND)
-            many = tl.sum(flags, axis=0)
-            if (not KIND[4]) and (many & 65535) >= (DIRECT * TILE) // 4:
+            words = load_groups(tensors[0], shape, begin, group, inside, KIND)
+        kept, waits, largest = settle(words, tensors, shape, begin, group, inside, KIND)
+        waiting = _count(waits)
+        if waiting > 0:
+            if KIND[4]:
+                waits = waits & may_change(largest)
+                waiting = _count(waits)
+            hard = waits
+            if (not KIND[4]) and waiting >= TILE // FEW:
                 lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-                q0, q1, q2, q3 = simple(r0, r1, r2, r3, lam, c0, c1, c2, c3, flags == SIMPLE, KIND)
-                r0, r1, r2, r3 = _chosen(flags == SIMPLE, q0, q1, q2, q3, r0, r1, r2, r3)
-                flags = tl.where(flags == SIMPLE, 0, flags)
-                many -= many & 65535
-            if many > 0:
-                rank = _ranks(flags, TILE)
-                slot = tl.where(flags == SIMPLE, simples + (rank & 65535), above - 1 - others - (rank >> 16))
-                put(queue, slot, r0, r1, r2, r3, begin + group, flags > 0)
-                simples += many & 65535
-                others += many >> 16
-        store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+                easy = waits & are_simple(kept, largest, c0, c1, c2, c3, KIND)
+                hard = waits & (easy == 0)
+                many = _count(easy)
+                waiting -= many
+                if many >= (DIRECT * TILE) // 4:
+                    kept = _chosen(easy, simple(kept, lam, c0, c1, c2, c3, easy, KIND), kept, KIND)
+                    waits = hard
+                else:
+                    put(queue, simples, 1, kept, begin + group, easy, KIND[5])
+                    simples += many
+            if waiting > 0:
+                put(queue, above - 1 - others, -1, kept, begin + group, hard, KIND[5])
+                others += waiting
+        store_groups(tensors[1], shape, begin, group, inside, kept, KIND)
         if KIND[6]:
-            settled = inside & (flags == 0)
-            tile_sums = look_at_results(tile_sums, tensors, shape, begin, group, settled, r0, r1, r2, r3, KIND)
+            settled = inside & (waits == 0)
+            tile_sums = look_at_results(tile_sums, tensors, shape, begin, group, settled, kept, KIND)
         least = tl.where(ends, 1, ROUND)
         if not KIND[4]:
             while simples >= least:
@@ -212,13 +228,13 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def _solve_simple(tensors, shape, queue, slot, inside, sums, KIND: tl.constexpr):
-    x0, x1, x2, x3, group = take(queue, slot)
+    words, group = take(queue, slot, KIND[5])
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    r0, r1, r2, r3 = simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, inside, KIND)
-    store_groups(tensors[1], shape, begin, group, inside, r0, r1, r2, r3, KIND)
+    solved = simple(words, lam, c0, c1, c2, c3, inside, KIND)
+    store_groups(tensors[1], shape, begin, group, inside, solved, KIND)
     if KIND[6]:
-        sums = look_at_results(sums, tensors, shape, begin, group, inside, r0, r1, r2, r3, KIND)
+        sums = look_at_results(sums, tensors, shape, begin, group, inside, solved, KIND)
     return sums
 
 
@@ -226,27 +242,17 @@ def _solve_simple(tensors, shape, queue, slot, inside, sums, KIND: tl.constexpr)
 def _solve_other(tensors, shape, queue, slot, inside, free, sums, KIND: tl.constexpr, DENSE: tl.constexpr):
     """Solve other groups; those for which a dense point is possible go into the slots from ``free`` on. How many those
     are, and the sums."""
-    x0, x1, x2, x3, group = take(queue, slot)
+    words, group = take(queue, slot, KIND[5])
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    r0, r1, r2, r3, left = other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND, DENSE)
-    waits = tl.zeros_like(group)
+    solved, left = other(words, lam, c0, c1, c2, c3, KIND, DENSE)
+    added = tl.zeros((), tl.int32)
     if not (KIND[4] or DENSE):
-        waits = (inside & left).to(tl.int32)
-        put(queue, free + tl.cumsum(waits, 0) - waits, x0, x1, x2, x3, group, waits)
-    solved = inside & (waits == 0)
-    store_groups(tensors[1], shape, begin, group, solved, r0, r1, r2, r3, KIND)
+        waits = inside & left
+        put(queue, free, 1, words, group, waits, KIND[5])
+        added = _count(waits)
+        inside = inside & (waits == 0)
+    store_groups(tensors[1], shape, begin, group, inside, solved, KIND)
     if KIND[6]:
-        sums = look_at_results(sums, tensors, shape, begin, group, solved, r0, r1, r2, r3, KIND)
-    return tl.sum(waits, axis=0), sums
-
-
-@triton.jit
-def _ranks(flags, TILE: tl.constexpr):
-    """The sum of the flags before each entry, in the order of the lanes of a warp, entries of a lane in a row: one scan
-    over lanes instead of one over the tile."""
-    table = tl.reshape(flags, [TILE // 32, 32])
-    running = tl.cumsum(table, 0)
-    lane = tl.sum(table, 0)
-    before = tl.cumsum(lane, 0) - lane
-    return tl.reshape(running - table + before[None, :], [TILE])
+        sums = look_at_results(sums, tensors, shape, begin, group, inside, solved, KIND)
+    return added, sums

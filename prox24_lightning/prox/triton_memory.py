@@ -2,7 +2,7 @@
 
 ``shape`` is (groups along the dimension, entries behind it, strides of the strength, strides of the scale), the strides
 each before, along and behind the dimension. ``KIND`` is (one strength, has scale, groups along the last dimension,
-64-bit addresses, settle only, bfloat16 that may be read as pairs in 32 bits, look at the results).
+64-bit addresses, settle only, words that are pairs as in ``triton_pairs.py``, look at the results).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from prox24_lightning.prox.triton_pairs import closed, opened
 
 SIZES = ["groups", "chunk", "programs", "length", "samples"]
 SIZES += [f"{tensor}_{where}" for tensor in ("strength", "scale") for where in ("before", "along", "behind")]
@@ -54,21 +56,21 @@ def _at(shape, begin, group, KIND: tl.constexpr):
 
 @triton.jit
 def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
+    """The words of each group: two pairs, or its four entries in float32."""
     if KIND[2]:
-        x0, x1, x2, x3 = unpacked(load_rows(source, begin, group, inside, KIND), KIND)
+        words = words_of(load_rows(source, begin, group, inside, KIND), KIND)
     else:
         first = source + _at(shape, begin, group, KIND)
         inner = shape[1]
-        x0 = _load_entry(first, inside)
-        x1 = _load_entry(first + inner, inside)
-        x2 = _load_entry(first + 2 * inner, inside)
-        x3 = _load_entry(first + 3 * inner, inside)
-    return x0, x1, x2, x3
+        x0, x1 = _load_entry(first, inside), _load_entry(first + inner, inside)
+        x2, x3 = _load_entry(first + 2 * inner, inside), _load_entry(first + 3 * inner, inside)
+        words = (x0, x1, x2, x3)
+    return words
 
 
 @triton.jit
 def load_rows(source, begin, group, inside, KIND: tl.constexpr):
-    """Groups along the last dimension as they are in memory, for :func:`unpacked`."""
+    """Groups along the last dimension as they are in memory, for :func:`words_of`."""
     if KIND[5]:
         pairs = source.to(tl.pointer_type(tl.int32), bitcast=True) + begin.to(tl.int64) * 2
         values = tl.load(pairs + (group[:, None] * 2 + tl.arange(0, 2)[None, :]), mask=inside[:, None])
@@ -79,23 +81,32 @@ def load_rows(source, begin, group, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def unpacked(values, KIND: tl.constexpr):
-    """The four entries of each group, in float32."""
+def words_of(values, KIND: tl.constexpr):
     if KIND[5]:
-        first, second = tl.split(values)
-        x0, x1 = _two_of(first)
-        x2, x3 = _two_of(second)
+        words = tl.split(values)
     else:
         even, odd = tl.split(tl.reshape(values.to(tl.float32), [values.shape[0], 2, 2]))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
+        words = (x0, x1, x2, x3)
+    return words
 
 
 @triton.jit
-def _two_of(pair):
-    """Both bfloat16 in 32 bits; their bits are the upper ones of a float32."""
-    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+def entries_of(words, KIND: tl.constexpr):
+    """The four entries of each group, in float32."""
+    entries = words
+    if KIND[5]:
+        entries = opened(words)
+    return entries
+
+
+@triton.jit
+def as_words(entries, KIND: tl.constexpr):
+    words = entries
+    if KIND[5]:
+        words = closed(entries)
+    return words
 
 
 @triton.jit
@@ -109,21 +120,27 @@ def _load_entry(pointer, inside):
 
 
 @triton.jit
-def store_groups(target, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.constexpr):
+def store_groups(target, shape, begin, group, inside, words, KIND: tl.constexpr):
     kind = target.dtype.element_ty
     if KIND[2]:
         if KIND[3]:
             group = group.to(tl.int64)
-        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        values = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [group.shape[0], 4])
-        tl.store(target + begin.to(tl.int64) * 4 + offsets, values.to(kind), mask=inside[:, None])
+        if KIND[5]:
+            pairs = target.to(tl.pointer_type(tl.int32), bitcast=True) + begin.to(tl.int64) * 2
+            values = tl.join(words[0], words[1])
+            tl.store(pairs + (group[:, None] * 2 + tl.arange(0, 2)[None, :]), values, mask=inside[:, None])
+        else:
+            offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+            x0, x1, x2, x3 = words
+            values = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [group.shape[0], 4])
+            tl.store(target + begin.to(tl.int64) * 4 + offsets, values.to(kind), mask=inside[:, None])
     else:
         first = target + _at(shape, begin, group, KIND)
         inner = shape[1]
-        tl.store(first, x0.to(kind), mask=inside)
-        tl.store(first + inner, x1.to(kind), mask=inside)
-        tl.store(first + 2 * inner, x2.to(kind), mask=inside)
-        tl.store(first + 3 * inner, x3.to(kind), mask=inside)
+        tl.store(first, words[0].to(kind), mask=inside)
+        tl.store(first + inner, words[1].to(kind), mask=inside)
+        tl.store(first + 2 * inner, words[2].to(kind), mask=inside)
+        tl.store(first + 3 * inner, words[3].to(kind), mask=inside)
 
 
 @triton.jit

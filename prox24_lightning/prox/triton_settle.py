@@ -12,24 +12,26 @@ import triton
 import triton.language as tl
 
 from prox24_lightning.prox.triton_convex import shrink_convex
-from prox24_lightning.prox.triton_memory import coordinates, larger, scaled, smaller
+from prox24_lightning.prox.triton_memory import as_words, coordinates, entries_of, larger, scaled, smaller
+from prox24_lightning.prox.triton_pairs import largest_three, without_smaller
 from prox24_lightning.prox.triton_roots import PRUNED, half_beyond_one, reciprocal, shrink_sorted
 
-SIMPLE = tl.constexpr(1)
-OTHER = tl.constexpr(1 << 16)
-"""Flags of the groups that wait: their sum counts both kinds at once."""
+_STEEP = tl.constexpr((4 / 3) ** 0.5)
 
 
 @triton.jit
-def settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """Prune the groups that keep two entries (at strength 0 all), leave the others as they are; which wait, and what
-    :func:`flags_of` takes."""
+def settle(words, tensors, shape, begin, group, inside, KIND: tl.constexpr):
+    """Prune the groups that keep two entries (at strength 0 all), leave the others as they are; which wait, and their
+    three largest entries and strengths."""
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    high0, low0, high1, low1 = larger(y0, y2), smaller(y0, y2), larger(y1, y3), smaller(y1, y3)
-    first, fourth = larger(high0, high1), smaller(low0, low1)
-    middle0, middle1 = smaller(high0, high1), larger(low0, low1)
-    second, third = larger(middle0, middle1), smaller(middle0, middle1)
+    if KIND[5] and not KIND[1]:
+        first, second, third = largest_three(words)
+    else:
+        x0, x1, x2, x3 = entries_of(words, KIND)
+        y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
+        high0, high1 = larger(y0, y2), larger(y1, y3)
+        middle0, middle1 = smaller(high0, high1), larger(smaller(y0, y2), smaller(y1, y3))
+        first, second, third = larger(high0, high1), larger(middle0, middle1), smaller(middle0, middle1)
     # Two equal entries of which one goes are told apart by position, which the solvers do; zeros need not be.
     tiniest = tl.full((), 1, tl.int32).to(tl.float32, bitcast=True)
     settled = _ends_with_two(first, second, third, lam) & (second + tiniest > third)
@@ -38,49 +40,58 @@ def settle(x0, x1, x2, x3, tensors, shape, begin, group, inside, KIND: tl.conste
         unchanged = (lam == 0) & (first >= 0)
         settled = settled | unchanged
         least = tl.where(unchanged, 0.0, least)
-    # A group that waits is written too: in place nothing changes, and memory gets whole sectors. The sum leaves all but
-    # -0.0 as it is.
-    r0, r1 = tl.where(y0 < least, 0.0, x0) + 0.0, tl.where(y1 < least, 0.0, x1) + 0.0
-    r2, r3 = tl.where(y2 < least, 0.0, x2) + 0.0, tl.where(y3 < least, 0.0, x3) + 0.0
-    return r0, r1, r2, r3, inside & (settled == 0), (first, second, third, fourth, lam)
+    # A group that waits is written too: in place nothing changes, and memory gets whole sectors. What goes is finite,
+    # and the sum leaves all but -0.0 as it is.
+    if KIND[5] and not KIND[1]:
+        kept = without_smaller(words, least)
+    else:
+        r0, r1 = x0 * tl.where(y0 < least, 0.0, 1.0) + 0.0, x1 * tl.where(y1 < least, 0.0, 1.0) + 0.0
+        r2, r3 = x2 * tl.where(y2 < least, 0.0, 1.0) + 0.0, x3 * tl.where(y3 < least, 0.0, 1.0) + 0.0
+        kept = as_words((r0, r1, r2, r3), KIND)
+    return kept, inside & (settled == 0), (first, second, third, lam)
 
 
 @triton.jit
 def _ends_with_two(first, second, third, lam):
     """Sufficient, and where ``v1^2 + v2^2 <= 1`` necessary as well; false for NaN."""
-    v1, v2, v3 = lam * first, lam * second, lam * third
+    v1, v2, steep = lam * first, lam * second, (lam * _STEEP) * third
     square = v1 * v1 + v2 * v2
     # The factor is max(1, (1 + square) / 2); from square = 3 on, where it stays at 2, the first test holds anyway.
-    return (square >= 1 + 4 / 3 * v3 * v3) | (third + third * half_beyond_one(square) <= v1 * second)
+    return (square >= 1 + steep * steep) | (third + third * half_beyond_one(square) <= v1 * second)
 
 
 @triton.jit
-def flags_of(sorted_group, waits, KIND: tl.constexpr):
-    """By which kind of equations the groups that wait are solved; 0 for the others."""
-    first, second, third, fourth, lam = sorted_group
+def are_simple(words, largest, c0, c1, c2, c3, KIND: tl.constexpr):
+    """Whether the objective is convex on the box, or no dense point exists and the third entry appears continuously;
+    and float32 can tell the entries apart in sums."""
+    first, second, third, lam = largest
+    x0, x1, x2, x3 = entries_of(words, KIND)
+    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
+    fourth = tl.minimum(tl.minimum(y0, y2), tl.minimum(y1, y3))
     v1, v2, v3, v4 = lam * first, lam * second, lam * third, lam * fourth
-    square = v1 * v1 + v2 * v2
-    if KIND[4]:
-        # Only a tie waits here with square <= 1 and two entries.
-        flags = tl.where(waits & (((square <= 1) == 0) | _ends_with_two(first, second, third, lam)), OTHER, 0)
-    else:
-        # Simple: the objective is convex on the box, or no dense point exists and the third entry appears continuously;
-        # and float32 can tell the entries apart in sums.
-        d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
-        alone = (square <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
-        convex = (v1 + v2 + v3 <= 1) & (v1 + v2 <= 0.96)
-        easy = (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & (convex | alone)
-        flags = tl.where(waits, tl.where(easy, SIMPLE, OTHER), 0)
-    return flags
+    d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
+    alone = (v1 * v1 + v2 * v2 <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
+    convex = (v1 + v2 + v3 <= 1) & (v1 + v2 <= 0.96)
+    return (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & (convex | alone)
 
 
 @triton.jit
-def simple(x0, x1, x2, x3, lam, c0, c1, c2, c3, active, KIND: tl.constexpr):
+def may_change(largest):
+    """Whether a group that waits may end with two entries that it does not have yet, or is a tie."""
+    first, second, third, lam = largest
+    v1, v2 = lam * first, lam * second
+    # Only a tie waits with square <= 1 and two entries.
+    return ((v1 * v1 + v2 * v2 <= 1) == 0) | _ends_with_two(first, second, third, lam)
+
+
+@triton.jit
+def simple(words, lam, c0, c1, c2, c3, active, KIND: tl.constexpr):
+    x0, x1, x2, x3 = entries_of(words, KIND)
     y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
     s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, lam, active)
     if KIND[1]:
         s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
-    return _moved(x0, s0), _moved(x1, s1), _moved(x2, s2), _moved(x3, s3)
+    return as_words((_moved(x0, s0), _moved(x1, s1), _moved(x2, s2), _moved(x3, s3)), KIND)
 
 
 @triton.jit
@@ -91,13 +102,14 @@ def _moved(x, shrink):
 
 
 @triton.jit
-def other(x0, x1, x2, x3, lam, c0, c1, c2, c3, KIND: tl.constexpr, DENSE: tl.constexpr):
+def other(words, lam, c0, c1, c2, c3, KIND: tl.constexpr, DENSE: tl.constexpr):
     """Any groups, and where a dense point is still to be compared with: nowhere, with ``DENSE``."""
+    x0, x1, x2, x3 = entries_of(words, KIND)
     y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
     s0, s1, s2, s3, left = _shrink_other(y0, y1, y2, y3, lam, KIND, DENSE)
     if KIND[1]:
         s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
-    return _shrunk(x0, s0), _shrunk(x1, s1), _shrunk(x2, s2), _shrunk(x3, s3), left
+    return as_words((_shrunk(x0, s0), _shrunk(x1, s1), _shrunk(x2, s2), _shrunk(x3, s3)), KIND), left
 
 
 @triton.jit
