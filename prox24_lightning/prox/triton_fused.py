@@ -20,9 +20,10 @@ from prox24_lightning.prox.triton_memory import (
     SIZES,
     coordinates,
     load_groups,
-    load_rows,
+    load_tile,
     read_row,
     store_groups,
+    store_tile,
     words_of,
 )
 from prox24_lightning.prox.triton_queue import open_queue, put, take
@@ -162,13 +163,20 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
     group = tl.arange(0, TILE)
     tile_sums, round_sums = no_sums(TILE), no_sums(ROUND)
     if KIND[2]:
-        ahead = load_rows(tensors[0], begin, group, group < groups - begin, KIND)
+        ahead = load_tile(tensors[0], begin, group, groups - begin, KIND)
+        beyond = ahead
+        if KIND[5]:
+            beyond = load_tile(tensors[0], begin + step, group, groups - begin - step, KIND)
     while begin - step < groups:  # the last time nothing comes in, and what waits goes out
-        inside = group < groups - begin
-        ends = begin >= groups
-        if KIND[2]:  # the next tile is on its way while this one is worked on
+        left = groups - begin
+        inside = group < left
+        if KIND[2]:  # the next tile, of pairs the next two, are on their way while this one is worked on
             words = words_of(ahead, KIND)
-            ahead = load_rows(tensors[0], begin + step, group, group < groups - begin - step, KIND)
+            if KIND[5]:
+                ahead = beyond
+                beyond = load_tile(tensors[0], begin + 2 * step, group, left - 2 * step, KIND)
+            else:
+                ahead = load_tile(tensors[0], begin + step, group, left - step, KIND)
         else:
             words = load_groups(tensors[0], shape, begin, group, inside, KIND)
         kept, waits, largest = settle(words, tensors, shape, begin, group, inside, KIND)
@@ -193,33 +201,38 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
             if waiting > 0:
                 put(queue, above - 1 - others, -1, kept, begin + group, hard, KIND[5])
                 others += waiting
-        store_groups(tensors[1], shape, begin, group, inside, kept, KIND)
+        store_tile(tensors[1], shape, begin, group, left, kept, KIND)
         if KIND[6]:
             settled = inside & (waits == 0)
             tile_sums = look_at_results(tile_sums, tensors, shape, begin, group, settled, kept, KIND)
+        ends = left <= 0
         least = tl.where(ends, 1, ROUND)
         if not KIND[4]:
             while simples >= least:
                 taken = tl.minimum(simples, ROUND)
                 simples -= taken
                 mine = lanes < taken
-                round_sums = _solve_simple(tensors, shape, queue, simples + lanes, mine, round_sums, KIND)
+                round_sums = _solve_simple(tensors, shape, groups, queue, simples + lanes, mine, round_sums, KIND)
         while others + tl.where(ends, denses, 0) >= least:
             taken = tl.minimum(others, ROUND)
             others -= taken
             slot, mine = above - 1 - others - lanes, lanes < taken
             if KIND[4]:
-                _, round_sums = _solve_other(tensors, shape, queue, slot, mine, slot, round_sums, KIND, False)
+                _, round_sums = _solve_other(tensors, shape, groups, queue, slot, mine, slot, round_sums, KIND, False)
             else:
                 free = above + denses
-                added, round_sums = _solve_other(tensors, shape, queue, slot, mine, free, round_sums, KIND, False)
+                added, round_sums = _solve_other(
+                    tensors, shape, groups, queue, slot, mine, free, round_sums, KIND, False
+                )
                 denses += added
                 if (denses >= ROUND) | ((others == 0) & ends):
                     taken = tl.minimum(denses, ROUND)
                     denses -= taken
                     slot = above + denses + lanes
                     mine = lanes < taken
-                    _, round_sums = _solve_other(tensors, shape, queue, slot, mine, slot, round_sums, KIND, True)
+                    _, round_sums = _solve_other(
+                        tensors, shape, groups, queue, slot, mine, slot, round_sums, KIND, True
+                    )
         begin += step
     if KIND[6]:
         add_sums(tensors[4], tile_sums)
@@ -227,8 +240,9 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
-def _solve_simple(tensors, shape, queue, slot, inside, sums, KIND: tl.constexpr):
+def _solve_simple(tensors, shape, groups, queue, slot, inside, sums, KIND: tl.constexpr):
     words, group = take(queue, slot, KIND[5])
+    inside = inside & (group < groups)
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
     solved = simple(words, lam, c0, c1, c2, c3, inside, KIND)
@@ -239,10 +253,11 @@ def _solve_simple(tensors, shape, queue, slot, inside, sums, KIND: tl.constexpr)
 
 
 @triton.jit
-def _solve_other(tensors, shape, queue, slot, inside, free, sums, KIND: tl.constexpr, DENSE: tl.constexpr):
+def _solve_other(tensors, shape, groups, queue, slot, inside, free, sums, KIND: tl.constexpr, DENSE: tl.constexpr):
     """Solve other groups; those for which a dense point is possible go into the slots from ``free`` on. How many those
     are, and the sums."""
     words, group = take(queue, slot, KIND[5])
+    inside = inside & (group < groups)
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
     solved, left = other(words, lam, c0, c1, c2, c3, KIND, DENSE)

@@ -58,7 +58,7 @@ def _at(shape, begin, group, KIND: tl.constexpr):
 def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
     """The words of each group: two pairs, or its four entries in float32."""
     if KIND[2]:
-        words = words_of(load_rows(source, begin, group, inside, KIND), KIND)
+        words = words_of(load_rows(source, begin, group, inside[:, None], KIND), KIND)
     else:
         first = source + _at(shape, begin, group, KIND)
         inner = shape[1]
@@ -69,15 +69,34 @@ def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
 
 
 @triton.jit
+def load_tile(source, begin, group, left, KIND: tl.constexpr):
+    """As :func:`load_rows`, all groups of a tile of which ``left`` exist, and zeros."""
+    if left >= group.shape[0]:
+        values = load_rows(source, begin, group, None, KIND)
+    else:
+        values = load_rows(source, begin, group, (group < left)[:, None], KIND)
+    return values
+
+
+@triton.jit
+def store_tile(target, shape, begin, group, left, words, KIND: tl.constexpr):
+    """As :func:`store_groups`, those of a tile that exist."""
+    if not KIND[2]:
+        store_groups(target, shape, begin, group, group < left, words, KIND)
+    elif left >= group.shape[0]:
+        _store_rows(target, begin, group, None, words, KIND)
+    else:
+        _store_rows(target, begin, group, (group < left)[:, None], words, KIND)
+
+
+@triton.jit
 def load_rows(source, begin, group, inside, KIND: tl.constexpr):
     """Groups along the last dimension as they are in memory, for :func:`words_of`."""
     if KIND[5]:
-        pairs = source.to(tl.pointer_type(tl.int32), bitcast=True) + begin.to(tl.int64) * 2
-        values = tl.load(pairs + (group[:, None] * 2 + tl.arange(0, 2)[None, :]), mask=inside[:, None])
-    else:
-        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None])
-    return values
+        source = source.to(tl.pointer_type(tl.int32), bitcast=True)
+    width: tl.constexpr = 2 if KIND[5] else 4
+    entries = source + begin.to(tl.int64) * width
+    return tl.load(entries + group[:, None] * width + tl.arange(0, width)[None, :], mask=inside)
 
 
 @triton.jit
@@ -121,26 +140,31 @@ def _load_entry(pointer, inside):
 
 @triton.jit
 def store_groups(target, shape, begin, group, inside, words, KIND: tl.constexpr):
-    kind = target.dtype.element_ty
     if KIND[2]:
-        if KIND[3]:
-            group = group.to(tl.int64)
-        if KIND[5]:
-            pairs = target.to(tl.pointer_type(tl.int32), bitcast=True) + begin.to(tl.int64) * 2
-            values = tl.join(words[0], words[1])
-            tl.store(pairs + (group[:, None] * 2 + tl.arange(0, 2)[None, :]), values, mask=inside[:, None])
-        else:
-            offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-            x0, x1, x2, x3 = words
-            values = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [group.shape[0], 4])
-            tl.store(target + begin.to(tl.int64) * 4 + offsets, values.to(kind), mask=inside[:, None])
+        _store_rows(target, begin, group, inside[:, None], words, KIND)
     else:
+        kind = target.dtype.element_ty
         first = target + _at(shape, begin, group, KIND)
         inner = shape[1]
         tl.store(first, words[0].to(kind), mask=inside)
         tl.store(first + inner, words[1].to(kind), mask=inside)
         tl.store(first + 2 * inner, words[2].to(kind), mask=inside)
         tl.store(first + 3 * inner, words[3].to(kind), mask=inside)
+
+
+@triton.jit
+def _store_rows(target, begin, group, inside, words, KIND: tl.constexpr):
+    if KIND[3]:
+        group = group.to(tl.int64)
+    if KIND[5]:
+        target = target.to(tl.pointer_type(tl.int32), bitcast=True)
+        values = tl.join(words[0], words[1])
+    else:
+        values = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))
+        values = tl.reshape(values, [group.shape[0], 4]).to(target.dtype.element_ty)
+    width: tl.constexpr = values.shape[1]
+    entries = target + begin.to(tl.int64) * width
+    tl.store(entries + group[:, None] * width + tl.arange(0, width)[None, :], values, mask=inside)
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def settle(words, tensors, shape, begin, group, inside, KIND: tl.constexpr):
         r0, r1 = x0 * tl.where(y0 < least, 0.0, 1.0) + 0.0, x1 * tl.where(y1 < least, 0.0, 1.0) + 0.0
         r2, r3 = x2 * tl.where(y2 < least, 0.0, 1.0) + 0.0, x3 * tl.where(y3 < least, 0.0, 1.0) + 0.0
         kept = as_words((r0, r1, r2, r3), KIND)
-    return kept, inside & (settled == 0), (first, second, third, lam)
+    return kept, settled == 0, (first, second, third, lam)
 
 
 @triton.jit
