@@ -120,11 +120,11 @@ def _walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE:
         words = load_groups(tensors[0], shape, begin, group, inside, KIND)
         kept, waits, largest = settle(words, tensors, shape, begin, group, inside, KIND)
         lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-        solved, left = other(words, lam, c0, c1, c2, c3, KIND, False)
+        solved, left, root = other(words, lam, c0, c1, c2, c3, lam, KIND, False)
         if KIND[4]:
             waits = waits & may_change(largest)
         else:
-            dense, _ = other(words, lam, c0, c1, c2, c3, KIND, True)
+            dense, _, _ = other(words, lam, c0, c1, c2, c3, root, KIND, True)
             easy = are_simple(words, largest, c0, c1, c2, c3, KIND)
             easily = simple(words, lam, c0, c1, c2, c3, waits & easy, KIND)
             solved = _chosen(easy, easily, _chosen(left, dense, solved, KIND), KIND)
@@ -196,10 +196,10 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
                     kept = _chosen(easy, simple(kept, lam, c0, c1, c2, c3, easy, KIND), kept, KIND)
                     waits = hard
                 else:
-                    put(queue, simples, 1, kept, begin + group, easy, KIND[5])
+                    put(queue, simples, 1, kept, begin + group, kept[0], easy, KIND[5])
                     simples += many
             if waiting > 0:
-                put(queue, above - 1 - others, -1, kept, begin + group, hard, KIND[5])
+                put(queue, above - 1 - others, -1, kept, begin + group, kept[0], hard, KIND[5])
                 others += waiting
         store_tile(tensors[1], shape, begin, group, left, kept, KIND)
         if KIND[6]:
@@ -241,7 +241,7 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def _solve_simple(tensors, shape, groups, queue, slot, inside, sums, KIND: tl.constexpr):
-    words, group = take(queue, slot, KIND[5])
+    words, group, _ = take(queue, slot, KIND[5])
     inside = inside & (group < groups)
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
@@ -256,15 +256,15 @@ def _solve_simple(tensors, shape, groups, queue, slot, inside, sums, KIND: tl.co
 def _solve_other(tensors, shape, groups, queue, slot, inside, free, sums, KIND: tl.constexpr, DENSE: tl.constexpr):
     """Solve other groups; those for which a dense point is possible go into the slots from ``free`` on. How many those
     are, and the sums."""
-    words, group = take(queue, slot, KIND[5])
+    words, group, root = take(queue, slot, KIND[5])
     inside = inside & (group < groups)
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    solved, left = other(words, lam, c0, c1, c2, c3, KIND, DENSE)
+    solved, left, root = other(words, lam, c0, c1, c2, c3, root, KIND, DENSE)
     added = tl.zeros((), tl.int32)
     if not (KIND[4] or DENSE):
         waits = inside & left
-        put(queue, free, 1, words, group, waits, KIND[5])
+        put(queue, free, 1, words, group, root, waits, KIND[5])
         added = _count(waits)
         inside = inside & (waits == 0)
     store_groups(tensors[1], shape, begin, group, inside, solved, KIND)

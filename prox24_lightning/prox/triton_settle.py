@@ -102,21 +102,27 @@ def _moved(x, shrink):
 
 
 @triton.jit
-def other(words, lam, c0, c1, c2, c3, KIND: tl.constexpr, DENSE: tl.constexpr):
-    """Any groups, and where a dense point is still to be compared with: nowhere, with ``DENSE``."""
+def other(words, lam, c0, c1, c2, c3, root, KIND: tl.constexpr, DENSE: tl.constexpr):
+    """Any groups; where a dense point is still to be compared with, and what is then needed as ``root``, with
+    ``DENSE``."""
     x0, x1, x2, x3 = entries_of(words, KIND)
     y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    s0, s1, s2, s3, left = _shrink_other(y0, y1, y2, y3, lam, KIND, DENSE)
+    s0, s1, s2, s3, left, root = _shrink_other(y0, y1, y2, y3, lam, root, KIND, DENSE)
     if KIND[1]:
         s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
-    return as_words((_shrunk(x0, s0), _shrunk(x1, s1), _shrunk(x2, s2), _shrunk(x3, s3)), KIND), left
+    # A NaN goes to the whole group.
+    total = y0 + y1 + y2 + y3 + lam
+    sound = total == total
+    zero = tl.where(sound, 0.0, float("nan"))
+    w0, w1, w2, w3 = _shrunk(x0, s0, zero), _shrunk(x1, s1, zero), _shrunk(x2, s2, zero), _shrunk(x3, s3, zero)
+    return as_words((w0, w1, w2, w3), KIND), left & sound, root
 
 
 @triton.jit
-def _shrunk(x, shrink):
-    """As ``_moved``, for entries that may be infinite, NaN, or pruned from infinity."""
-    kept = tl.where(shrink >= PRUNED, 0.0, tl.maximum(tl.abs(x) - shrink, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    return tl.where((x < 0) & (kept > 0), -kept, kept)
+def _shrunk(x, shrink, zero):
+    """As ``_moved``, for entries that may be infinite or pruned from infinity; NaN where ``zero`` is."""
+    kept = tl.maximum(tl.abs(x) - shrink, 0.0).to(tl.uint32, bitcast=True)
+    return (kept | (x.to(tl.uint32, bitcast=True) & 0x80000000)).to(tl.float32, bitcast=True) + zero
 
 
 @triton.jit
@@ -144,33 +150,34 @@ def _shrink_simple(y0, y1, y2, y3, lam, inside):
 
 
 @triton.jit
-def _shrink_other(y0, y1, y2, y3, lam, KIND: tl.constexpr, DENSE: tl.constexpr):
-    """Any groups: NaN for those with a NaN; among equals the earlier position is the larger."""
-    bad = (y0 != y0) | (y1 != y1) | (y2 != y2) | (y3 != y3) | (lam != lam)
-    high0, low0, high1, low1 = tl.maximum(y0, y2), tl.minimum(y0, y2), tl.maximum(y1, y3), tl.minimum(y1, y3)
-    first, fourth = tl.maximum(high0, high1), tl.minimum(low0, low1)
-    middle0, middle1 = tl.minimum(high0, high1), tl.maximum(low0, low1)
-    second, third = tl.maximum(middle0, middle1), tl.minimum(middle0, middle1)
-    s1, s2, s3, s4, left = shrink_sorted(first, second, third, fourth, lam, DENSE)
+def _shrink_other(y0, y1, y2, y3, lam, root, KIND: tl.constexpr, DENSE: tl.constexpr):
+    """Any groups without NaN. Neighbours change places while the later one is larger: so among equals the earlier
+    position stays the larger."""
+    first01 = y0 < y1
+    y0, y1 = _exchange(first01, y0, y1)
+    first12 = y1 < y2
+    y1, y2 = _exchange(first12, y1, y2)
+    first23 = y2 < y3
+    y2, y3 = _exchange(first23, y2, y3)
+    second01 = y0 < y1
+    y0, y1 = _exchange(second01, y0, y1)
+    second12 = y1 < y2
+    y1, y2 = _exchange(second12, y1, y2)
+    third01 = y0 < y1
+    y0, y1 = _exchange(third01, y0, y1)
+    s0, s1, s2, s3, left, root = shrink_sorted(y0, y1, y2, y3, lam, root, DENSE)
     if KIND[4]:
-        s1, s2 = tl.where(s3 < PRUNED, 0.0, s1), tl.where(s3 < PRUNED, 0.0, s2)
-        s4 = tl.where(s3 < PRUNED, 0.0, s4)
-        s3 = tl.where(s3 < PRUNED, 0.0, s3)
-    later01, later02, later03 = (y1 > y0).to(tl.int32), (y2 > y0).to(tl.int32), (y3 > y0).to(tl.int32)
-    later12, later13, later23 = (y2 > y1).to(tl.int32), (y3 > y1).to(tl.int32), (y3 > y2).to(tl.int32)
-    t0 = _by_rank(later01 + later02 + later03, s1, s2, s3, s4)
-    t1 = _by_rank(1 - later01 + later12 + later13, s1, s2, s3, s4)
-    t2 = _by_rank(2 - later02 - later12 + later23, s1, s2, s3, s4)
-    t3 = _by_rank(3 - later03 - later13 - later23, s1, s2, s3, s4)
-    return (
-        tl.where(bad, float("nan"), t0),
-        tl.where(bad, float("nan"), t1),
-        tl.where(bad, float("nan"), t2),
-        tl.where(bad, float("nan"), t3),
-        (left != 0) & (bad == 0),
-    )
-
-
-@triton.jit
-def _by_rank(rank, s1, s2, s3, s4):
-    return tl.where(rank == 0, s1, tl.where(rank == 1, s2, tl.where(rank == 2, s3, s4)))
+        whole = s2 < PRUNED
+        s0, s1, s2, s3 = (
+            tl.where(whole, 0.0, s0),
+            tl.where(whole, 0.0, s1),
+            tl.where(whole, 0.0, s2),
+            tl.where(whole, 0.0, s3),
+        )
+    s0, s1 = _exchange(third01, s0, s1)
+    s1, s2 = _exchange(second12, s1, s2)
+    s0, s1 = _exchange(second01, s0, s1)
+    s2, s3 = _exchange(first23, s2, s3)
+    s1, s2 = _exchange(first12, s1, s2)
+    s0, s1 = _exchange(first01, s0, s1)
+    return s0, s1, s2, s3, left, root
