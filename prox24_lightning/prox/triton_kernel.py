@@ -83,7 +83,7 @@ def prox_24_triton(
             ROWS=inner == 1,
             WIDE=weight.numel() >= WIDE,
             WHOLLY=settle,
-            PAIRED=paired(weight) and (weight.data_ptr() | out.data_ptr()) % 4 == 0,
+            PAIRED=paired(weight) and (weight.data_ptr() | out.data_ptr()) % 8 == 0,
             TILE=TILE,
             ROUND=ROUND,
             num_warps=1,

@@ -58,7 +58,7 @@ def _at(shape, begin, group, KIND: tl.constexpr):
 def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
     """The words of each group: two pairs, or its four entries in float32."""
     if KIND[2]:
-        words = words_of(load_rows(source, begin, group, inside[:, None], KIND), KIND)
+        words = words_of(load_rows(source, begin, group, inside, KIND), KIND)
     else:
         first = source + _at(shape, begin, group, KIND)
         inner = shape[1]
@@ -74,7 +74,7 @@ def load_tile(source, begin, group, left, KIND: tl.constexpr):
     if left >= group.shape[0]:
         values = load_rows(source, begin, group, None, KIND)
     else:
-        values = load_rows(source, begin, group, (group < left)[:, None], KIND)
+        values = load_rows(source, begin, group, group < left, KIND)
     return values
 
 
@@ -86,23 +86,25 @@ def store_tile(target, shape, begin, group, left, words, KIND: tl.constexpr):
     elif left >= group.shape[0]:
         _store_rows(target, begin, group, None, words, KIND)
     else:
-        _store_rows(target, begin, group, (group < left)[:, None], words, KIND)
+        _store_rows(target, begin, group, group < left, words, KIND)
 
 
 @triton.jit
 def load_rows(source, begin, group, inside, KIND: tl.constexpr):
     """Groups along the last dimension as they are in memory, for :func:`words_of`."""
     if KIND[5]:
-        source = source.to(tl.pointer_type(tl.int32), bitcast=True)
-    width: tl.constexpr = 2 if KIND[5] else 4
-    entries = source + begin.to(tl.int64) * width
-    return tl.load(entries + group[:, None] * width + tl.arange(0, width)[None, :], mask=inside)
+        entries, offsets = source.to(tl.pointer_type(tl.int64), bitcast=True) + begin.to(tl.int64), group
+    else:
+        entries, offsets = source + begin.to(tl.int64) * 4, group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        if inside is not None:
+            inside = inside[:, None]
+    return tl.load(entries + offsets, mask=inside)
 
 
 @triton.jit
 def words_of(values, KIND: tl.constexpr):
     if KIND[5]:
-        words = tl.split(values)
+        words = (values.to(tl.int32), (values >> 32).to(tl.int32))
     else:
         even, odd = tl.split(tl.reshape(values.to(tl.float32), [values.shape[0], 2, 2]))
         x0, x2 = tl.split(even)
@@ -141,7 +143,7 @@ def _load_entry(pointer, inside):
 @triton.jit
 def store_groups(target, shape, begin, group, inside, words, KIND: tl.constexpr):
     if KIND[2]:
-        _store_rows(target, begin, group, inside[:, None], words, KIND)
+        _store_rows(target, begin, group, inside, words, KIND)
     else:
         kind = target.dtype.element_ty
         first = target + _at(shape, begin, group, KIND)
@@ -157,14 +159,15 @@ def _store_rows(target, begin, group, inside, words, KIND: tl.constexpr):
     if KIND[3]:
         group = group.to(tl.int64)
     if KIND[5]:
-        target = target.to(tl.pointer_type(tl.int32), bitcast=True)
-        values = tl.join(words[0], words[1])
+        entries, offsets = target.to(tl.pointer_type(tl.int64), bitcast=True) + begin.to(tl.int64), group
+        values = words[0].to(tl.uint32, bitcast=True).to(tl.int64) | (words[1].to(tl.int64) << 32)
     else:
+        entries, offsets = target + begin.to(tl.int64) * 4, group[:, None] * 4 + tl.arange(0, 4)[None, :]
         values = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))
         values = tl.reshape(values, [group.shape[0], 4]).to(target.dtype.element_ty)
-    width: tl.constexpr = values.shape[1]
-    entries = target + begin.to(tl.int64) * width
-    tl.store(entries + group[:, None] * width + tl.arange(0, width)[None, :], values, mask=inside)
+        if inside is not None:
+            inside = inside[:, None]
+    tl.store(entries + offsets, values, mask=inside)
 
 
 @triton.jit
