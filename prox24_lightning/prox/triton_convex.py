@@ -63,7 +63,7 @@ def _start(v1, v2, v3, v4, high, last):
 def _differences(a, b, low, last):
     """1 / (1 - a), 1 / (1 - b), and the differences in the upper and the lower pair."""
     # 1 - a not below 0.05 and 1 - b not below 0.02, without comparisons, which are slower than sums.
-    p, q = reciprocal(saturated(0.95, -a) + 0.05), reciprocal(saturated(0.98, -b) + 0.02)
+    p, q = reciprocal(saturated(0.95, a) + 0.05), reciprocal(saturated(0.98, b) + 0.02)
     return p, q, low * p, last * q
 
 

@@ -20,9 +20,7 @@ _CAP = tl.constexpr(4.0)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _TINY = tl.constexpr(1e-30)
 _THREE_SPARSE_STEPS = tl.constexpr(2)
-_FIRST = tl.constexpr(3)
-_MORE = tl.constexpr(2)
-_FINISHED = tl.constexpr(4e-3)
+_DENSE_STEPS = tl.constexpr(3)
 
 
 @triton.jit
@@ -114,16 +112,16 @@ def square_root(x):
 
 @triton.jit
 def saturated(x, y):
-    """``x + y`` between 0 and 1, in one instruction; 0 for NaN."""
+    """``x - y`` between 0 and 1, in one instruction; 0 for NaN."""
     if INTERPRETED:
-        return tl.minimum(tl.maximum(x + y, 0.0), 1.0)
-    return tl.inline_asm_elementwise("add.sat.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
+        return tl.minimum(tl.maximum(x - y, 0.0), 1.0)
+    return tl.inline_asm_elementwise("sub.sat.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def half_beyond_one(x):
     """``(x - 1) / 2`` between 0 and 1."""
-    return saturated(0.5 * x, -0.5)
+    return saturated(0.5 * x, 0.5)
 
 
 @triton.jit
@@ -201,17 +199,9 @@ def _dense(v1, v2, v3, v4, d1, d2, d3):
     c = tl.maximum(v4 - (d1 * d2 + d2 * d3 + d3 * d1), 0.0)
     upper = 2 * c * reciprocal(b + square_root(b * b + 12 * c))
     k = (v1 + v2 + v3 - v4) / 2
-    t = upper
-    before = t
-    for _ in tl.static_range(_FIRST):
-        before = t
+    t = 0.8 * upper
+    for _ in tl.static_range(_DENSE_STEPS):
         t = _dense_step(t, upper, k, d1, d2, d3)
-    going = tl.abs(t - before) > _FINISHED
-    if tl.max(going.to(tl.int32), axis=0) > 0:
-        more = t
-        for _ in tl.static_range(_MORE):
-            more = _dense_step(more, upper, k, d1, d2, d3)
-        t = tl.where(going, more, t)
     inverse = reciprocal(t + 0.5)
     x4, total = _split(t, k, inverse)
     square, size = x4 * x4, tl.abs(x4)
