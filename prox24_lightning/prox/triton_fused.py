@@ -57,7 +57,7 @@ def prox_kernel(
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     WHOLLY: tl.constexpr,
-    PAIRED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
 ):
@@ -67,7 +67,10 @@ def prox_kernel(
     tensors = (weight, out, strength, scale)
     strength_strides = (strength_before, strength_along, strength_behind)
     shape = (length, inner, strength_strides, (scale_before, scale_along, scale_behind))
-    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED and ROWS and not INTERPRETED, False)
+    words: tl.constexpr = ALIGNED and ROWS and not INTERPRETED
+    pairs: tl.constexpr = words and weight.dtype.element_ty == tl.bfloat16
+    entries: tl.constexpr = words and weight.dtype.element_ty == tl.float32
+    kind: tl.constexpr = (ONE_STRENGTH, HAS_SCALE, ROWS, WIDE, WHOLLY, pairs, False, entries)
     walk(tensors, shape, groups, tl.program_id(0), programs, kind, TILE, ROUND)
 
 
@@ -84,7 +87,7 @@ def prox_many_kernel(
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
     WHOLLY: tl.constexpr,
-    PAIRED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     LOOK: tl.constexpr,
     TILE: tl.constexpr,
     ROUND: tl.constexpr,
@@ -94,7 +97,10 @@ def prox_many_kernel(
     number = tl.load(owners + tl.program_id(0))
     weight, scale, groups, programs, shape = read_row(table, number, like)
     program = tl.program_id(0) - tl.load(table + number * 10 + 9).to(tl.int32)
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, PAIRED and ROWS and not INTERPRETED, LOOK)
+    words: tl.constexpr = ALIGNED and ROWS and not INTERPRETED
+    pairs: tl.constexpr = words and weight.dtype.element_ty == tl.bfloat16
+    entries: tl.constexpr = words and weight.dtype.element_ty == tl.float32
+    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, WHOLLY, pairs, LOOK, entries)
     code = tl.load(codes + number).to(tl.pointer_type(tl.uint8), bitcast=True)
     before = tl.load(befores + number).to(tl.pointer_type(tl.uint8), bitcast=True)
     tensors = (weight, weight, tl.load(strengths + number), scale, sums + number * 10, code, before)

@@ -2,10 +2,11 @@
 
 ``shape`` is (groups along the dimension, entries behind it, strides of the strength, strides of the scale), the strides
 each before, along and behind the dimension. ``KIND`` is (one strength, has scale, groups along the last dimension,
-64-bit addresses, settle only, words that are pairs as in ``triton_pairs.py``, look at the results).
+64-bit addresses, settle only, words that are pairs as in ``triton_pairs.py``, look at the results, groups along the
+last dimension of float32 that are aligned).
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
 # ruff: noqa: N803
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from prox24_lightning.prox.triton_pairs import closed, opened
 SIZES = ["groups", "chunk", "programs", "length", "samples"]
 SIZES += [f"{tensor}_{where}" for tensor in ("strength", "scale") for where in ("before", "along", "behind")]
 """Arguments of kernels that are not worth a variant of their own where they are 1 or divide by 16."""
+
+_STORE = tl.constexpr(
+    "{ .reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0; }"
+)
 
 
 @triton.jit
@@ -142,7 +147,12 @@ def _load_entry(pointer, inside):
 
 @triton.jit
 def store_groups(target, shape, begin, group, inside, words, KIND: tl.constexpr):
-    if KIND[2]:
+    if KIND[7]:
+        # Not with two dimensions, for which Triton would give the group another layout, and work it out a second time.
+        place = (target + (begin + group).to(tl.int64) * 4).to(tl.int64)
+        operands = [place, words[0], words[1], words[2], words[3], inside.to(tl.int32)]
+        tl.inline_asm_elementwise(_STORE, "=r,l,f,f,f,f,r", operands, tl.int32, is_pure=False, pack=1)
+    elif KIND[2]:
         _store_rows(target, begin, group, inside, words, KIND)
     else:
         kind = target.dtype.element_ty
