@@ -146,6 +146,15 @@ def _load_entry(pointer, inside):
 
 
 @triton.jit
+def chosen(which, a, b, KIND: tl.constexpr):
+    """The words ``a`` of some groups and ``b`` of the others."""
+    words = (tl.where(which, a[0], b[0]), tl.where(which, a[1], b[1]))
+    if not KIND[5]:
+        words = (words[0], words[1], tl.where(which, a[2], b[2]), tl.where(which, a[3], b[3]))
+    return words
+
+
+@triton.jit
 def store_groups(target, shape, begin, group, inside, words, KIND: tl.constexpr):
     if KIND[7]:
         # Not with two dimensions, for which Triton would give the group another layout, and work it out a second time.

@@ -13,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_BYTES = 4608
-_NUMBERS = tl.constexpr(_BYTES // 24 * 16)
+SLOTS = tl.constexpr(192)
+_BYTES = SLOTS.value * 24
+_NUMBERS = tl.constexpr(SLOTS.value * 16)
 """Where the numbers of the groups begin that do not fit beside their entries."""
 _OPEN = tl.constexpr(f"{{ .shared .align 16 .b8 waiting[{_BYTES}]; mov.u32 $0, waiting; }}")
 _TAKE = tl.constexpr(

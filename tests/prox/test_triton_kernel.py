@@ -67,8 +67,9 @@ def test_one_strength_a_row_and_a_column():
     y = hard_groups(64 * 16, seed=24).clamp(-30, 30).float().reshape(64, 64).cuda()
     rows = torch.linspace(0.1, 2, 64, device="cuda")[:, None]
     one_by_one = torch.cat([prox_24(r[None], s) for r, s in zip(y, rows, strict=True)])
-    torch.testing.assert_close(prox_24(y, rows), one_by_one, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(prox_24(y.T.contiguous(), rows.T, dim=0), prox_24(y, rows).T, rtol=2e-5, atol=2e-5)
+    # Which solver a group goes to depends on how many others wait beside it.
+    torch.testing.assert_close(prox_24(y, rows), one_by_one, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(prox_24(y.T.contiguous(), rows.T, dim=0), prox_24(y, rows).T, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("groups", [1, 31, 32, 95, 96, 97, 4000, 50_001])
