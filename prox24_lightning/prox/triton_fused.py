@@ -189,7 +189,7 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
             hard = waits
             if (not KIND[4]) and waiting >= (FEW * TILE) // 4:
                 lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-                easy = waits & are_simple(kept, largest, c0, c1, c2, c3, KIND)
+                easy = waits & are_simple(words, largest, c0, c1, c2, c3, KIND)
                 hard = waits & (easy == 0)
                 many = _count(easy)
                 waiting -= many

@@ -38,6 +38,20 @@ and.b32 $3, b, 0xffff0000;
 shl.b32 $4, a, 16;
 and.b32 $5, a, 0xffff0000;
 }""")
+_SMALLEST = tl.constexpr("""{
+.reg .b32 a, b, c, d;
+and.b32 a, $2, 0x7fff7fff;
+and.b32 b, $4, 0x7fff7fff;
+and.b32 c, $3, 0x7fff7fff;
+and.b32 d, $5, 0x7fff7fff;
+min.NaN.bf16x2 a, a, b;
+min.NaN.bf16x2 c, c, d;
+prmt.b32 b, a, c, 0x5410;
+prmt.b32 d, a, c, 0x7632;
+min.NaN.bf16x2 a, b, d;
+shl.b32 $0, a, 16;
+and.b32 $1, a, 0xffff0000;
+}""")
 _PRUNED = tl.constexpr("""{
 .reg .b32 least, a, b, zero;
 mov.b32 zero, 0;
@@ -84,6 +98,12 @@ def largest_three(words):
         is_pure=True,
         pack=2,
     )
+
+
+@triton.jit
+def smallest(words):
+    """The smallest magnitude, as :func:`largest_three`, with which it shares most instructions."""
+    return tl.inline_asm_elementwise(_SMALLEST, "=f,=f,r,r,r,r", [words[0], words[1]], tl.float32, is_pure=True, pack=2)
 
 
 @triton.jit

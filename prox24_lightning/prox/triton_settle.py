@@ -13,7 +13,7 @@ import triton.language as tl
 
 from prox24_lightning.prox.triton_convex import shrink_convex
 from prox24_lightning.prox.triton_memory import as_words, coordinates, entries_of, larger, scaled, smaller
-from prox24_lightning.prox.triton_pairs import largest_three, without_smaller
+from prox24_lightning.prox.triton_pairs import largest_three, smallest, without_smaller
 from prox24_lightning.prox.triton_roots import PRUNED, half_beyond_one, reciprocal, shrink_sorted
 
 _STEEP = tl.constexpr((4 / 3) ** 0.5)
@@ -65,9 +65,12 @@ def are_simple(words, largest, c0, c1, c2, c3, KIND: tl.constexpr):
     """Whether the objective is convex on the box, or no dense point exists and the third entry appears continuously;
     and float32 can tell the entries apart in sums."""
     first, second, third, lam = largest
-    x0, x1, x2, x3 = entries_of(words, KIND)
-    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    fourth = tl.minimum(tl.minimum(y0, y2), tl.minimum(y1, y3))
+    if KIND[5] and not KIND[1]:
+        fourth = smallest(words)
+    else:
+        x0, x1, x2, x3 = entries_of(words, KIND)
+        y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
+        fourth = smaller(smaller(y0, y2), smaller(y1, y3))
     v1, v2, v3, v4 = lam * first, lam * second, lam * third, lam * fourth
     d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
     alone = (v1 * v1 + v2 * v2 <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
