@@ -36,6 +36,8 @@ FEW = tl.constexpr(1)
 than it saves. Both solvers end within 1e-4 of the largest entry from each other."""
 DIRECT = tl.constexpr(3)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
+AHEAD = tl.constexpr(2)
+"""Tiles of pairs, which are half as long in memory as those of float32, that are on their way at a time: 1 or 2."""
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -166,14 +168,14 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
     if KIND[2]:
         ahead = load_tile(tensors[0], begin, group, groups - begin, KIND)
         beyond = ahead
-        if KIND[5]:
+        if KIND[5] and AHEAD == 2:
             beyond = load_tile(tensors[0], begin + step, group, groups - begin - step, KIND)
     while begin - step < groups:  # the last time nothing comes in, and what waits goes out
         left = groups - begin
         inside = group < left
-        if KIND[2]:  # the next tile, of pairs the next two, are on their way while this one is worked on
+        if KIND[2]:  # the next tile or two are on their way while this one is worked on
             words = words_of(ahead, KIND)
-            if KIND[5]:
+            if KIND[5] and AHEAD == 2:
                 ahead = beyond
                 beyond = load_tile(tensors[0], begin + 2 * step, group, left - 2 * step, KIND)
             else:
