@@ -135,8 +135,8 @@ def _walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE:
             waits = waits & may_change(largest)
         else:
             dense, _, _ = other(words, lam, c0, c1, c2, c3, root, KIND, True)
-            easy = are_simple(words, largest, c0, c1, c2, c3, KIND)
-            easily = simple(words, lam, c0, c1, c2, c3, waits & easy, KIND)
+            easy, _ = are_simple(words, largest, c0, c1, c2, c3, KIND)
+            easily = simple(words, None, lam, c0, c1, c2, c3, waits & easy, KIND)
             solved = chosen(easy, easily, chosen(left, dense, solved, KIND), KIND)
         kept = chosen(waits, solved, kept, KIND)
         store_groups(tensors[1], shape, begin, group, inside, kept, KIND)
@@ -191,12 +191,14 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
             hard = waits
             if (not KIND[4]) and waiting >= (FEW * TILE) // 4:
                 lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-                easy = waits & are_simple(words, largest, c0, c1, c2, c3, KIND)
+                easy, fourth = are_simple(words, largest, c0, c1, c2, c3, KIND)
+                easy = waits & easy
                 hard = waits & (easy == 0)
                 many = _count(easy)
                 waiting -= many
                 if many >= (DIRECT * TILE) // 4:
-                    kept = chosen(easy, simple(kept, lam, c0, c1, c2, c3, easy, KIND), kept, KIND)
+                    ordered = (largest[0], largest[1], largest[2], fourth)
+                    kept = chosen(easy, simple(kept, ordered, lam, c0, c1, c2, c3, easy, KIND), kept, KIND)
                     waits = hard
                 else:
                     put(queue, simples, 1, kept, begin + group, kept[0], easy, KIND[5])
@@ -248,7 +250,7 @@ def _solve_simple(tensors, shape, groups, queue, slot, inside, sums, KIND: tl.co
     inside = inside & (group < groups)
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    solved = simple(words, lam, c0, c1, c2, c3, inside, KIND)
+    solved = simple(words, None, lam, c0, c1, c2, c3, inside, KIND)
     store_groups(tensors[1], shape, begin, group, inside, solved, KIND)
     if KIND[6]:
         sums = look_at_results(sums, tensors, shape, begin, group, inside, solved, KIND)

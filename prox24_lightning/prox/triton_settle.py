@@ -63,7 +63,7 @@ def _ends_with_two(first, second, third, lam):
 @triton.jit
 def are_simple(words, largest, c0, c1, c2, c3, KIND: tl.constexpr):
     """Whether the objective is convex on the box, or no dense point exists and the third entry appears continuously;
-    and float32 can tell the entries apart in sums."""
+    and float32 can tell the entries apart in sums. And the fourth entries."""
     first, second, third, lam = largest
     if KIND[5] and not KIND[1]:
         fourth = smallest(words)
@@ -75,7 +75,7 @@ def are_simple(words, largest, c0, c1, c2, c3, KIND: tl.constexpr):
     d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
     alone = (v1 * v1 + v2 * v2 <= 0.9) & (v4 <= d1 * d2 + (d1 + d2) * d3)
     convex = (v1 + v2 + v3 <= 1) & (v1 + v2 <= 0.96)
-    return (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & (convex | alone)
+    return (third > fourth) & (v3 >= 3e-3 * v1 + 1e-14) & (convex | alone), fourth
 
 
 @triton.jit
@@ -88,10 +88,11 @@ def may_change(largest):
 
 
 @triton.jit
-def simple(words, lam, c0, c1, c2, c3, active, KIND: tl.constexpr):
+def simple(words, ordered, lam, c0, c1, c2, c3, active, KIND: tl.constexpr):
+    """Simple groups; ``ordered`` are the magnitudes of each in descending order, or None."""
     x0, x1, x2, x3 = entries_of(words, KIND)
     y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
-    s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, lam, active)
+    s0, s1, s2, s3 = _shrink_simple(y0, y1, y2, y3, ordered, lam, active)
     if KIND[1]:
         s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
     return as_words((_moved(x0, s0), _moved(x1, s1), _moved(x2, s2), _moved(x3, s3)), KIND)
@@ -134,14 +135,15 @@ def _exchange(swap, a, b):
 
 
 @triton.jit
-def _shrink_simple(y0, y1, y2, y3, lam, inside):
+def _shrink_simple(y0, y1, y2, y3, ordered, lam, inside):
     """Sort, solve, and undo the sorting. Equal entries are treated alike, so their order does not matter."""
     a0, a2, a1, a3 = larger(y0, y2), smaller(y0, y2), larger(y1, y3), smaller(y1, y3)
-    b0, b3 = larger(a0, a1), smaller(a2, a3)
     b1, b2 = smaller(a0, a1), larger(a2, a3)
-    e1, e2 = larger(b1, b2), smaller(b1, b2)
+    if ordered is None:
+        ordered = (larger(a0, a1), larger(b1, b2), smaller(b1, b2), smaller(a2, a3))
+    first, second, third, fourth = ordered
     swap02, swap13, swap01, swap23, swap12 = y0 < y2, y1 < y3, a0 < a1, a2 < a3, b1 < b2
-    s0, s1, s2, s3 = shrink_convex(lam * b0, lam * e1, lam * e2, lam * b3, inside)
+    s0, s1, s2, s3 = shrink_convex(lam * first, lam * second, lam * third, lam * fourth, inside)
     inverse = tl.minimum(reciprocal(lam), 3e38)
     s0, s1, s2, s3 = s0 * inverse, s1 * inverse, s2 * inverse, s3 * inverse
     s1, s2 = _exchange(swap12, s1, s2)
