@@ -27,6 +27,7 @@ from prox24_lightning.prox.triton_memory import (
     store_tile,
     words_of,
 )
+from prox24_lightning.prox.triton_plain import walk_plainly
 from prox24_lightning.prox.triton_queue import SLOTS, open_queue, put, take
 from prox24_lightning.prox.triton_roots import INTERPRETED
 from prox24_lightning.prox.triton_settle import are_simple, may_change, other, settle, simple
@@ -115,36 +116,9 @@ def prox_many_kernel(
 def walk(tensors, shape, groups, program, programs, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
     """The prox of the tiles that fall to one of the programs."""
     if INTERPRETED:
-        _walk_plainly(tensors, shape, groups, program * TILE, programs * TILE, KIND, TILE)
+        walk_plainly(tensors, shape, groups, program * TILE, programs * TILE, KIND, TILE)
     else:
         _walk(tensors, shape, groups, program * TILE, programs * TILE, KIND, TILE, ROUND)
-
-
-@triton.jit
-def _walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.constexpr):
-    """As :func:`_walk`, without the queue, for Triton's interpreter."""
-    group = tl.arange(0, TILE)
-    sums = no_sums(TILE)
-    while begin < groups:
-        inside = group < groups - begin
-        words = load_groups(tensors[0], shape, begin, group, inside, KIND)
-        kept, waits, largest = settle(words, tensors, shape, begin, group, inside, KIND)
-        lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-        solved, left, root = other(words, lam, c0, c1, c2, c3, lam, KIND, False)
-        if KIND[4]:
-            waits = waits & may_change(largest)
-        else:
-            dense, _, _ = other(words, lam, c0, c1, c2, c3, root, KIND, True)
-            easy, _ = are_simple(words, largest, c0, c1, c2, c3, KIND)
-            easily = simple(words, None, lam, c0, c1, c2, c3, waits & easy, KIND)
-            solved = chosen(easy, easily, chosen(left, dense, solved, KIND), KIND)
-        kept = chosen(waits, solved, kept, KIND)
-        store_groups(tensors[1], shape, begin, group, inside, kept, KIND)
-        if KIND[6]:
-            sums = look_at_results(sums, tensors, shape, begin, group, inside, kept, KIND)
-        begin += step
-    if KIND[6]:
-        add_sums(tensors[4], sums)
 
 
 @triton.jit
