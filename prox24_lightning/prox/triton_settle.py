@@ -34,7 +34,7 @@ def settle(words, tensors, shape, begin, group, inside, KIND: tl.constexpr):
         first, second, third = larger(high0, high1), larger(middle0, middle1), smaller(middle0, middle1)
     # Two equal entries of which one goes are told apart by position, which the solvers do; zeros need not be.
     tiniest = tl.full((), 1, tl.int32).to(tl.float32, bitcast=True)
-    settled = _ends_with_two(first, second, third, lam) & (second + tiniest > third)
+    settled = _ends_with_two(first, second, third, lam) & (tl.maximum(second, tiniest) > third)
     least = tl.where(settled, second, 0.0)
     if not KIND[0]:
         unchanged = (lam == 0) & (first >= 0)

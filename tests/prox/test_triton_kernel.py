@@ -183,6 +183,8 @@ def test_special_values():
     assert torch.equal(prox_24(y, 0.0)[1:], y[1:])
     assert bool(prox_24(y, torch.tensor(-1.0, device="cuda")).isnan().all())
     assert bool(prox_24(y, 1.0, scale=torch.tensor([1.0, 1, 1, 0], device="cuda")).isnan().all())
+    tiny = torch.tensor([[10, 1e-40, -1e-40, 0], [1e-40, 1e-40, 1e-40, 1e-40]], device="cuda")
+    assert torch.equal(prox_24(tiny, torch.inf).cpu() != 0, torch.tensor([[True, True, False, False]] * 2))
     pruned = prox_24(-torch.rand(64, 64, device="cuda"), 30.0)
     assert not torch.signbit(pruned[pruned == 0]).any()
 
