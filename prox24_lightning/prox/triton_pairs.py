@@ -110,5 +110,5 @@ def smallest(words):
 def without_smaller(words, least):
     """The words with +0.0 for entries below ``least`` and for -0.0."""
     return tl.inline_asm_elementwise(
-        _PRUNED, "=r,=r,r,r,f", [words[0], words[1], least], (tl.int32, tl.int32), is_pure=True, pack=1
+        _PRUNED, "=&r,=&r,r,r,f", [words[0], words[1], least], (tl.int32, tl.int32), is_pure=True, pack=1
     )

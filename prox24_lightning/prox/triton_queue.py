@@ -44,8 +44,9 @@ def _put_code(groups: int, pairs: bool) -> str:
 
 
 def _put_operands(groups: int, pairs: bool) -> str:
+    """The ``&`` says that an output is written before all inputs are read: the two must not share a register."""
     return ",".join(
-        ["=r"] * groups + [kind for kind in ("rrrrrrrr" if pairs else "rrrrrffffrr") for _ in range(groups)]
+        ["=&r"] * groups + [kind for kind in ("rrrrrrrr" if pairs else "rrrrrffffrr") for _ in range(groups)]
     )
 
 
@@ -91,7 +92,7 @@ def take(queue, slot, PAIRS: tl.constexpr):
     else:
         x0, x1, x2, x3, group, value = tl.inline_asm_elementwise(
             _TAKE,
-            "=f,=f,=f,=f,=r,=f,r,r",
+            "=&f,=&f,=&f,=&f,=&r,=&f,r,r",
             [queue + slot * 16, queue + _NUMBERS + slot * 8],
             (tl.float32, tl.float32, tl.float32, tl.float32, tl.int32, tl.float32),
             is_pure=False,
