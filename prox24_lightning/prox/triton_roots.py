@@ -19,6 +19,8 @@ PRUNED = tl.constexpr(float("inf"))
 _CAP = tl.constexpr(4.0)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _TINY = tl.constexpr(1e-30)
+_FLAT = tl.constexpr(1e-9)
+"""Squares of slopes below this may be rounding, next to a singular Hessian: steps are as short as if they were this."""
 _THREE_SPARSE_STEPS = tl.constexpr(2)
 _DENSE_STEPS = tl.constexpr(3)
 
@@ -127,7 +129,7 @@ def half_beyond_one(x):
 @triton.jit
 def _halley_step(value, slope, half_curve):
     square = slope * slope
-    return value * slope * reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _TINY))
+    return value * slope * reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _FLAT))
 
 
 @triton.jit
