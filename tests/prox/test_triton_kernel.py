@@ -46,6 +46,17 @@ def test_small_equal_entries_beside_a_large_one():
     assert relative_gap(prox_24(y.cuda(), 1.0).cpu(), best, y, 1.0).max() < 3 * GAP[torch.float32]
 
 
+def test_next_to_a_singular_hessian():
+    """Where the third entry just appears slopes are no more than rounding, and a step along one must stay short."""
+    generator = torch.Generator().manual_seed(1)
+    angle, share, noise = torch.rand(3, 100_000, generator=generator, dtype=torch.float64)
+    first, second = (angle * torch.pi / 4).cos(), (angle * torch.pi / 4).sin()
+    third = first * second * (1 + 1e-5 * (noise - 0.5) ** 3)
+    y = torch.stack([first, second, third, third * share], 1).float()
+    best = prox_24(y.double(), 1.0)
+    assert relative_gap(prox_24(y.cuda(), 1.0).cpu(), best, y, 1.0).max() < GAP[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_float32_rounded_once(dtype):
     y = hard_groups(4000, seed=22).clamp(-100, 100).to(dtype).cuda()
