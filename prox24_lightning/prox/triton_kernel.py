@@ -83,7 +83,7 @@ def prox_24_triton(
             ROWS=inner == 1,
             WIDE=weight.numel() >= WIDE,
             WHOLLY=settle,
-            PAIRED=weight.dtype == torch.bfloat16 and weight.data_ptr() % 4 == 0,
+            ALIGNED=(weight.data_ptr() | out.data_ptr()) % 16 == 0 and has_words(weight),
             TILE=TILE,
             ROUND=ROUND,
             num_warps=1,
@@ -193,7 +193,7 @@ class ManyWeights:
                 WIDE=self.wide,
                 WHOLLY=settle,
                 LOOK=looks is not None,
-                PAIRED=self.weights[0].dtype == torch.bfloat16,
+                ALIGNED=has_words(self.weights[0]),
                 TILE=TILE,
                 ROUND=ROUND,
                 num_warps=1,
@@ -221,10 +221,22 @@ def strided(
     return tensor, ((first, second, 0) if dim == 1 else (0, first, second))
 
 
+def has_words(weight: Tensor) -> bool:
+    """Whether the kernel has a faster way to reach such weights if they are aligned: for pairs the device needs
+    instructions."""
+    return weight.dtype != torch.bfloat16 or capability(weight.device) >= (9, 0)
+
+
 def programs_for(groups: int, total: int, device: torch.device) -> int:
     """Programs that share ``groups`` of the ``total`` in a launch."""
     share = max(triton.cdiv(total, PROGRAMS * multiprocessors(device)), SHORTEST)
     return triton.cdiv(groups, share)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of the device, or of none at all in Triton's interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @functools.cache

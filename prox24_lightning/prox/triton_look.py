@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prox24_lightning.prox.triton_memory import coordinates, scaled
+from prox24_lightning.prox.triton_memory import coordinates, entries_of, scaled
 
 
 @triton.jit
@@ -48,10 +48,11 @@ def look_at(sums, x0, x1, x2, x3, c0, c1, c2, c3, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def look_at_results(sums, tensors, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.constexpr):
+def look_at_results(sums, tensors, shape, begin, group, inside, words, KIND: tl.constexpr):
     """As :func:`look_at`, of results of the prox as memory holds them; the bytes are written, and the flips counted
     against those of another look."""
     kind = tensors[1].dtype.element_ty
+    x0, x1, x2, x3 = entries_of(words, KIND)
     x0, x1 = x0.to(kind).to(tl.float32), x1.to(kind).to(tl.float32)
     x2, x3 = x2.to(kind).to(tl.float32), x3.to(kind).to(tl.float32)
     _, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)

@@ -2,10 +2,11 @@
 
 ``shape`` is (groups along the dimension, entries behind it, strides of the strength, strides of the scale), the strides
 each before, along and behind the dimension. ``KIND`` is (one strength, has scale, groups along the last dimension,
-64-bit addresses, settle only, bfloat16 that may be read as pairs in 32 bits, look at the results).
+64-bit addresses, settle only, words that are pairs as in ``triton_pairs.py``, look at the results, groups along the
+last dimension of float32 that are aligned).
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
 # ruff: noqa: N803
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prox24_lightning.prox.triton_pairs import closed, opened
+
 SIZES = ["groups", "chunk", "programs", "length", "samples"]
 SIZES += [f"{tensor}_{where}" for tensor in ("strength", "scale") for where in ("before", "along", "behind")]
 """Arguments of kernels that are not worth a variant of their own where they are 1 or divide by 16."""
+
+_STORE = tl.constexpr(
+    "{ .reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0; }"
+)
 
 
 @triton.jit
@@ -54,48 +61,78 @@ def _at(shape, begin, group, KIND: tl.constexpr):
 
 @triton.jit
 def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
+    """The words of each group: two pairs, or its four entries in float32."""
     if KIND[2]:
-        x0, x1, x2, x3 = unpacked(load_rows(source, begin, group, inside, KIND), KIND)
+        words = words_of(load_rows(source, begin, group, inside, KIND), KIND)
     else:
         first = source + _at(shape, begin, group, KIND)
         inner = shape[1]
-        x0 = _load_entry(first, inside)
-        x1 = _load_entry(first + inner, inside)
-        x2 = _load_entry(first + 2 * inner, inside)
-        x3 = _load_entry(first + 3 * inner, inside)
-    return x0, x1, x2, x3
+        x0, x1 = _load_entry(first, inside), _load_entry(first + inner, inside)
+        x2, x3 = _load_entry(first + 2 * inner, inside), _load_entry(first + 3 * inner, inside)
+        words = (x0, x1, x2, x3)
+    return words
 
 
 @triton.jit
-def load_rows(source, begin, group, inside, KIND: tl.constexpr):
-    """Groups along the last dimension as they are in memory, for :func:`unpacked`."""
-    if KIND[5]:
-        pairs = source.to(tl.pointer_type(tl.int32), bitcast=True) + begin.to(tl.int64) * 2
-        values = tl.load(pairs + (group[:, None] * 2 + tl.arange(0, 2)[None, :]), mask=inside[:, None])
+def load_tile(source, begin, group, left, KIND: tl.constexpr):
+    """As :func:`load_rows`, all groups of a tile of which ``left`` exist, and zeros."""
+    if left >= group.shape[0]:
+        values = load_rows(source, begin, group, None, KIND)
     else:
-        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        values = tl.load(source + begin.to(tl.int64) * 4 + offsets, mask=inside[:, None])
+        values = load_rows(source, begin, group, group < left, KIND)
     return values
 
 
 @triton.jit
-def unpacked(values, KIND: tl.constexpr):
-    """The four entries of each group, in float32."""
+def store_tile(target, shape, begin, group, left, words, KIND: tl.constexpr):
+    """As :func:`store_groups`, those of a tile that exist."""
+    if not KIND[2]:
+        store_groups(target, shape, begin, group, group < left, words, KIND)
+    elif left >= group.shape[0]:
+        _store_rows(target, begin, group, None, words, KIND)
+    else:
+        _store_rows(target, begin, group, group < left, words, KIND)
+
+
+@triton.jit
+def load_rows(source, begin, group, inside, KIND: tl.constexpr):
+    """Groups along the last dimension as they are in memory, for :func:`words_of`."""
     if KIND[5]:
-        first, second = tl.split(values)
-        x0, x1 = _two_of(first)
-        x2, x3 = _two_of(second)
+        entries, offsets = source.to(tl.pointer_type(tl.int64), bitcast=True) + begin.to(tl.int64), group
+    else:
+        entries, offsets = source + begin.to(tl.int64) * 4, group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        if inside is not None:
+            inside = inside[:, None]
+    return tl.load(entries + offsets, mask=inside)
+
+
+@triton.jit
+def words_of(values, KIND: tl.constexpr):
+    if KIND[5]:
+        words = (values.to(tl.int32), (values >> 32).to(tl.int32))
     else:
         even, odd = tl.split(tl.reshape(values.to(tl.float32), [values.shape[0], 2, 2]))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
+        words = (x0, x1, x2, x3)
+    return words
 
 
 @triton.jit
-def _two_of(pair):
-    """Both bfloat16 in 32 bits; their bits are the upper ones of a float32."""
-    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+def entries_of(words, KIND: tl.constexpr):
+    """The four entries of each group, in float32."""
+    entries = words
+    if KIND[5]:
+        entries = opened(words)
+    return entries
+
+
+@triton.jit
+def as_words(entries, KIND: tl.constexpr):
+    words = entries
+    if KIND[5]:
+        words = closed(entries)
+    return words
 
 
 @triton.jit
@@ -109,21 +146,47 @@ def _load_entry(pointer, inside):
 
 
 @triton.jit
-def store_groups(target, shape, begin, group, inside, x0, x1, x2, x3, KIND: tl.constexpr):
-    kind = target.dtype.element_ty
-    if KIND[2]:
-        if KIND[3]:
-            group = group.to(tl.int64)
-        offsets = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        values = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [group.shape[0], 4])
-        tl.store(target + begin.to(tl.int64) * 4 + offsets, values.to(kind), mask=inside[:, None])
+def chosen(which, a, b, KIND: tl.constexpr):
+    """The words ``a`` of some groups and ``b`` of the others."""
+    words = (tl.where(which, a[0], b[0]), tl.where(which, a[1], b[1]))
+    if not KIND[5]:
+        words = (words[0], words[1], tl.where(which, a[2], b[2]), tl.where(which, a[3], b[3]))
+    return words
+
+
+@triton.jit
+def store_groups(target, shape, begin, group, inside, words, KIND: tl.constexpr):
+    if KIND[7]:
+        # Not with two dimensions, for which Triton would give the group another layout, and work it out a second time.
+        place = (target + (begin + group).to(tl.int64) * 4).to(tl.int64)
+        operands = [place, words[0], words[1], words[2], words[3], inside.to(tl.int32)]
+        tl.inline_asm_elementwise(_STORE, "=r,l,f,f,f,f,r", operands, tl.int32, is_pure=False, pack=1)
+    elif KIND[2]:
+        _store_rows(target, begin, group, inside, words, KIND)
     else:
+        kind = target.dtype.element_ty
         first = target + _at(shape, begin, group, KIND)
         inner = shape[1]
-        tl.store(first, x0.to(kind), mask=inside)
-        tl.store(first + inner, x1.to(kind), mask=inside)
-        tl.store(first + 2 * inner, x2.to(kind), mask=inside)
-        tl.store(first + 3 * inner, x3.to(kind), mask=inside)
+        tl.store(first, words[0].to(kind), mask=inside)
+        tl.store(first + inner, words[1].to(kind), mask=inside)
+        tl.store(first + 2 * inner, words[2].to(kind), mask=inside)
+        tl.store(first + 3 * inner, words[3].to(kind), mask=inside)
+
+
+@triton.jit
+def _store_rows(target, begin, group, inside, words, KIND: tl.constexpr):
+    if KIND[3]:
+        group = group.to(tl.int64)
+    if KIND[5]:
+        entries, offsets = target.to(tl.pointer_type(tl.int64), bitcast=True) + begin.to(tl.int64), group
+        values = words[0].to(tl.uint32, bitcast=True).to(tl.int64) | (words[1].to(tl.int64) << 32)
+    else:
+        entries, offsets = target + begin.to(tl.int64) * 4, group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        values = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))
+        values = tl.reshape(values, [group.shape[0], 4]).to(target.dtype.element_ty)
+        if inside is not None:
+            inside = inside[:, None]
+    tl.store(entries + offsets, values, mask=inside)
 
 
 @triton.jit

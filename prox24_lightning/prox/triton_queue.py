@@ -1,10 +1,12 @@
 """Groups that wait in shared memory until they fill a warp: for programs of one warp.
 
-Triton has no shared memory of one's own, so the few instructions are written out. A slot holds the four entries and the
-number of a group; who uses the queue keeps count of what is in which part of it.
+Triton has no shared memory of one's own, so the few instructions are written out. A slot holds the words of a group,
+four entries or two pairs (``triton_pairs.py``), its number, and one more value; who uses the queue keeps count of what
+is in which part of it.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -12,13 +14,45 @@ import triton
 import triton.language as tl
 
 SLOTS = tl.constexpr(192)
-"""Of which a program has ``20 * SLOTS`` bytes."""
-_OPEN = tl.constexpr("{ .shared .align 16 .b8 waiting[3840]; mov.u32 $0, waiting; }")
-_PUT = tl.constexpr(
-    "{ .reg .pred p; setp.ne.s32 p, $8, 0; bar.warp.sync 0xffffffff; "
-    "@p st.shared.v4.f32 [$1], {$3, $4, $5, $6}; @p st.shared.s32 [$2], $7; mov.u32 $0, 0; }"
+_BYTES = SLOTS.value * 24
+_NUMBERS = tl.constexpr(SLOTS.value * 16)
+"""Where the numbers of the groups begin that do not fit beside their entries."""
+_OPEN = tl.constexpr(f"{{ .shared .align 16 .b8 waiting[{_BYTES}]; mov.u32 $0, waiting; }}")
+_TAKE = tl.constexpr(
+    "{ bar.warp.sync 0xffffffff; ld.shared.v4.f32 {$0, $1, $2, $3}, [$6]; ld.shared.v2.b32 {$4, $5}, [$7]; }"
 )
-_TAKE = tl.constexpr("{ bar.warp.sync 0xffffffff; ld.shared.v4.f32 {$0, $1, $2, $3}, [$5]; ld.shared.s32 $4, [$6]; }")
+_TAKE_PAIRS = tl.constexpr("{ bar.warp.sync 0xffffffff; ld.shared.v4.b32 {$0, $1, $2, $3}, [$4]; }")
+
+
+def _put_code(groups: int, pairs: bool) -> str:
+    """By which each lane writes those of its ``groups`` that wait, each as far from the first slot as there are such
+    before it: those of the lanes below, which the warp votes on, and the votes on the earlier groups of the lanes."""
+    code = "{ .reg .pred p; .reg .b32 lower, votes, rank, before, at; bar.warp.sync 0xffffffff; "
+    code += "mov.u32 lower, %lanemask_lt; mov.u32 before, 0; "
+    for number in range(groups):
+        slot, step, mask, group, value, *words = (f"${groups * (1 + i) + number}" for i in range(8 if pairs else 11))
+        code += f"setp.ne.s32 p, {mask}, 0; vote.sync.ballot.b32 votes, p, 0xffffffff; "
+        code += "and.b32 rank, votes, lower; popc.b32 rank, rank; add.s32 rank, rank, before; "
+        code += f"mad.lo.s32 rank, rank, {step}, {slot}; mad.lo.s32 at, rank, 16, {words[2 if pairs else 4]}; "
+        if pairs:
+            code += f"@p st.shared.v4.b32 [at], {{{words[0]}, {words[1]}, {group}, {value}}}; "
+        else:
+            code += f"@p st.shared.v4.f32 [at], {{{', '.join(words[:4])}}}; "
+            code += f"mad.lo.s32 at, rank, 8, {words[5]}; @p st.shared.v2.b32 [at], {{{group}, {value}}}; "
+        code += f"popc.b32 votes, votes; add.s32 before, before, votes; mov.u32 ${number}, 0; "
+    return code + "}"
+
+
+def _put_operands(groups: int, pairs: bool) -> str:
+    """The ``&`` says that an output is written before all inputs are read: the two must not share a register."""
+    return ",".join(
+        ["=&r"] * groups + [kind for kind in ("rrrrrrrr" if pairs else "rrrrrffffrr") for _ in range(groups)]
+    )
+
+
+_KINDS = [(groups, pairs) for groups in (1, 2, 4) for pairs in (False, True)]
+_PUT = tl.constexpr({kind: _put_code(*kind) for kind in _KINDS})
+_PUT_OPERANDS = tl.constexpr({kind: _put_operands(*kind) for kind in _KINDS})
 
 
 @triton.jit
@@ -29,27 +63,40 @@ def open_queue():
 
 
 @triton.jit
-def put(queue, slot, x0, x1, x2, x3, group, mask):
-    """Write groups to their slots where ``mask`` is set."""
-    entries, number = queue + slot * 16, queue + SLOTS * 16 + slot * 4
-    tl.inline_asm_elementwise(
-        _PUT,
-        "=r,r,r,f,f,f,f,r,r",
-        [entries, number, x0, x1, x2, x3, group, mask.to(tl.int32)],
-        tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def put(queue, slot, step, words, group, value, mask, PAIRS: tl.constexpr):
+    """Write the groups that ``mask`` sets, in no order, to the slots ``slot``, ``slot + step``, and so on."""
+    groups: tl.constexpr = mask.shape[0] // 32
+    code: tl.constexpr = _PUT[(groups, PAIRS)]
+    operands: tl.constexpr = _PUT_OPERANDS[(groups, PAIRS)]
+    mask, value = mask.to(tl.int32), value.to(tl.int32, bitcast=True)
+    if PAIRS:
+        values = [slot, step, mask, group, value, words[0], words[1], queue]
+    else:
+        values = [slot, step, mask, group, value, words[0], words[1], words[2], words[3], queue, queue + _NUMBERS]
+    tl.inline_asm_elementwise(code, operands, values, tl.int32, is_pure=False, pack=groups)
 
 
 @triton.jit
-def take(queue, slot):
-    """The four entries and the number of the groups in some slots."""
-    return tl.inline_asm_elementwise(
-        _TAKE,
-        "=f,=f,=f,=f,=r,r,r",
-        [queue + slot * 16, queue + SLOTS * 16 + slot * 4],
-        (tl.float32, tl.float32, tl.float32, tl.float32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
+def take(queue, slot, PAIRS: tl.constexpr):
+    """The words, the number and the value of the groups in some slots."""
+    if PAIRS:
+        first, second, group, value = tl.inline_asm_elementwise(
+            _TAKE_PAIRS,
+            "=r,=r,=r,=f,r",
+            [queue + slot * 16],
+            (tl.int32, tl.int32, tl.int32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+        words = (first, second)
+    else:
+        x0, x1, x2, x3, group, value = tl.inline_asm_elementwise(
+            _TAKE,
+            "=&f,=&f,=&f,=&f,=&r,=&f,r,r",
+            [queue + slot * 16, queue + _NUMBERS + slot * 8],
+            (tl.float32, tl.float32, tl.float32, tl.float32, tl.int32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+        words = (x0, x1, x2, x3)
+    return words, group, value

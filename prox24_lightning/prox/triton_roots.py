@@ -14,61 +14,54 @@ import triton
 import triton.language as tl
 
 ALWAYS_TWO = tl.constexpr((1 + 2**0.5) / 2)
-PRUNED = tl.constexpr(3e38)
+PRUNED = tl.constexpr(float("inf"))
 """How much an entry "shrinks" that goes."""
 _CAP = tl.constexpr(4.0)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _TINY = tl.constexpr(1e-30)
-_FIRST = tl.constexpr(3)
-_MORE = tl.constexpr(2)
-_FINISHED = tl.constexpr(4e-3)
+_FLAT = tl.constexpr(1e-9)
+"""Squares of slopes below this may be rounding, next to a singular Hessian: steps are as short as if they were this."""
+_THREE_SPARSE_STEPS = tl.constexpr(2)
+_DENSE_STEPS = tl.constexpr(3)
 
 
 @triton.jit
-def _capped(y, lam):
-    v = lam * y
-    return tl.where(v == v, tl.minimum(v, _CAP), 0.0)
-
-
-@triton.jit
-def shrink_sorted(y1, y2, y3, y4, lam, DENSE: tl.constexpr):
-    """How much each sorted entry shrinks, PRUNED for those that go; and where a dense point was left out that may be
-    better: nowhere, with ``DENSE``."""
-    v1, v2, v3, v4 = _capped(y1, lam), _capped(y2, lam), _capped(y3, lam), _capped(y4, lam)
+def shrink_sorted(y1, y2, y3, y4, lam, u, DENSE: tl.constexpr):
+    """How much each sorted entry shrinks, PRUNED for those that go; where a dense point was left out that may be
+    better; and the root of the 3-sparse equation. With ``DENSE`` that root is ``u``, and the dense point is found."""
+    part = lam * (1 / _CAP)
+    v1, v2, v3, v4 = _capped(y1, part), _capped(y2, part), _capped(y3, part), _capped(y4, part)
     square = v1 * v1 + v2 * v2
     two = (v1 >= ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3) | (y3 * tl.maximum(1.0, (1 + square) / 2) <= v1 * y2)
-    two = two & (lam != 0)
-    s1, s2 = tl.zeros_like(y1), tl.zeros_like(y1)
-    s3, s4 = s1 + PRUNED, s1 + PRUNED
-    unsettled = tl.where(two, 0, 1)
-    left = tl.zeros_like(unsettled)
-    if tl.max(unsettled, axis=0) > 0:
-        u, w1, w2, gain3 = _three_sparse(v1, v2, v3, unsettled)
-        three = ((gain3 < 0) | (square <= 1)) & (unsettled > 0)
-        sure = ((y4 >= v1 * y2 + v2 * y3 + v3 * y1) & (y4 > 0)) | (lam == 0)
-        convex = v1 + v2 + v3 <= 1
-        d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
+    unsettled = (two == 0) | (lam == 0)
+    if not DENSE:
+        u = _three_sparse(v1, v2, v3)
+    w1, w2, gain3 = _pair(u, v1, v2, v3)
+    three = ((gain3 < 0) | (square <= 1)) & unsettled
+    sure = ((y4 >= v1 * y2 + v2 * y3 + v3 * y1) & (y4 > 0)) | (lam == 0)
+    convex = v1 + v2 + v3 <= 1
+    d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
+    w3, w4 = u, tl.zeros_like(u)
+    if DENSE:
+        p1, p2, p3, p4, gain4 = _dense(v1, v2, v3, v4, d1, d2, d3)
+        four = sure | convex | ((p4 > 0) & (gain4 < gain3))
+        left = four
+        w1, w2 = tl.where(four, p1, w1), tl.where(four, p2, w2)
+        w3, w4 = tl.where(four, p3, w3), tl.where(four, p4, w4)
+        three = three | four
+    else:
         l1, l2, l3 = _least(d1, d2, d3, d1, d2, d3)
         l1, l2, l3 = _least(d1, d2, d3, l1, l2, l3)
-        possible = tl.where(convex, v4 > w1 * w2 + (w1 + w2) * u, v4 > l1 * l2 + l2 * l3 + l3 * l1)
-        candidate = (sure | (possible & three)) & (unsettled > 0)
-        w3, w4 = u, tl.zeros_like(u)
-        four = candidate & (w4 > 0)
-        if not DENSE:
-            left = tl.where(candidate, 1, 0)
-        elif tl.max(tl.where(candidate, 1, 0), axis=0) > 0:
-            p1, p2, p3, p4, gain4 = _dense(v1, v2, v3, v4, d1, d2, d3, tl.where(candidate, 1, 0))
-            four = candidate & (sure | convex | ((p4 > 0) & (gain4 < gain3)))
-            w1, w2 = tl.where(four, p1, w1), tl.where(four, p2, w2)
-            w3, w4 = tl.where(four, p3, w3), tl.where(four, p4, w4)
-        three = three | four
-        inverse = 1 / tl.where(lam > 0, lam, 1.0)
-        pair, product = w3 + w4, w3 * w4
-        s1 = tl.where(three, _over(w2 * pair + product, inverse), s1)
-        s2 = tl.where(three, _over(w1 * pair + product, inverse), s2)
-        s3 = tl.where(three, _over(w1 * w2 + (w1 + w2) * w4, inverse), s3)
-        s4 = tl.where(four, _over(w1 * w2 + (w1 + w2) * w3, inverse), s4)
-    return s1, s2, s3, s4, left
+        bound = tl.where(convex, w1 * w2 + (w1 + w2) * u, l1 * l2 + l2 * l3 + l3 * l1)
+        four = tl.zeros_like(three)
+        left = (sure | ((v4 > bound) & three)) & unsettled
+    inverse = tl.minimum(1 / tl.where(lam > 0, lam, 1.0), 3e38)
+    pair, product = w3 + w4, w3 * w4
+    s1 = tl.where(three, _over(w2 * pair + product, inverse), 0.0)
+    s2 = tl.where(three, _over(w1 * pair + product, inverse), 0.0)
+    s3 = tl.where(three, _over(w1 * w2 + (w1 + w2) * w4, inverse), PRUNED)
+    s4 = tl.where(four, _over(w1 * w2 + (w1 + w2) * w3, inverse), PRUNED)
+    return s1, s2, s3, s4, left, u
 
 
 @triton.jit
@@ -83,7 +76,18 @@ def _least(d1, d2, d3, l1, l2, l3):
 
 @triton.jit
 def _over(e2, inverse):
-    return tl.where(e2 > 0, e2 * inverse, 0.0)  # 0 * inf for a subnormal strength
+    return tl.maximum(e2, 0.0) * inverse
+
+
+@triton.jit
+def _capped(y, part):
+    """``_CAP * part * y``, at most ``_CAP``; 0 for NaN."""
+    if INTERPRETED:
+        v = part * y
+        return _CAP * tl.where(v == v, tl.minimum(v, 1.0), 0.0)
+    return _CAP * tl.inline_asm_elementwise(
+        "mul.sat.f32 $0, $1, $2;", "=f,f,f", [y, part], tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -110,48 +114,47 @@ def square_root(x):
 
 @triton.jit
 def saturated(x, y):
-    """``x + y`` between 0 and 1, in one instruction; 0 for NaN."""
+    """``x - y`` between 0 and 1, in one instruction; 0 for NaN."""
     if INTERPRETED:
-        return tl.minimum(tl.maximum(x + y, 0.0), 1.0)
-    return tl.inline_asm_elementwise("add.sat.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
+        return tl.minimum(tl.maximum(x - y, 0.0), 1.0)
+    return tl.inline_asm_elementwise("sub.sat.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def half_beyond_one(x):
     """``(x - 1) / 2`` between 0 and 1."""
-    return saturated(0.5 * x, -0.5)
+    return saturated(0.5 * x, 0.5)
 
 
 @triton.jit
 def _halley_step(value, slope, half_curve):
     square = slope * slope
-    return value * slope * reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _TINY))
+    return value * slope * reciprocal(tl.maximum(tl.maximum(square - value * half_curve, square * 0.5), _FLAT))
 
 
 @triton.jit
-def _three_sparse(v1, v2, v3, active):
-    b = 1 + (v1 - v3) + (v2 - v3)
-    c = v3 - (v1 - v3) * (v2 - v3)
-    u = 2 * c * reciprocal(b + square_root(tl.maximum(b * b + 4 * c, 0.0)))
-    room = 1 - v1 * v1 - v2 * v2
-    u = tl.minimum(u, tl.where(room > _TINY, (v3 - v1 * v2) * reciprocal(tl.maximum(room, _TINY)), 1.0))
-    ratio = square_root((v1 - v2) * reciprocal(tl.maximum(v1 + v2, _TINY)))
-    u = tl.maximum(tl.minimum(tl.minimum(u, (1 - ratio) * reciprocal(1 + ratio)), 0.75), 0.0)
-    before = u
-    for _ in tl.static_range(_FIRST):
-        before = u
+def _three_sparse(v1, v2, v3):
+    """The root of the equation of a 3-sparse point, if there is one; DERIVATION.md says where the steps start."""
+    product = v1 * v2
+    excess, room = v3 - product, 1 - v1 * v1 - v2 * v2
+    bend = product * (4.8 - 1.4 * v3)
+    root = square_root(tl.maximum(room * room + 2 * bend * excess, _TINY))
+    jumps = room < 0
+    u = tl.where(jumps, root - room, 2 * excess) * reciprocal(tl.where(jumps, bend, room + root))
+    u = tl.maximum(tl.minimum(u, 0.75), 0.0)
+    for _ in tl.static_range(_THREE_SPARSE_STEPS):
         u = _three_sparse_step(u, v1, v2, v3)
-    going = tl.where(tl.abs(u - before) > _FINISHED, active, 0)
-    if tl.max(going, axis=0) > 0:
-        more = u
-        for _ in tl.static_range(_MORE):
-            more = _three_sparse_step(more, v1, v2, v3)
-        u = tl.where(going > 0, more, u)
+    return u
+
+
+@triton.jit
+def _pair(u, v1, v2, v3):
+    """The other two entries of a 3-sparse point, and its objective less that of two entries; 0 for no gain."""
     inverse = reciprocal(1 - u * u)
     w1, w2 = (v1 - u * v2) * inverse, (v2 - u * v1) * inverse
     norm = w1 * w1 + w2 * w2 - 1
     gain = u * ((u - v3) + w1 * w2 + u / 2 * norm)
-    return u, w1, w2, tl.where((norm < 0) & (w2 > 0), gain, 0.0)
+    return w1, w2, tl.where((norm < 0) & (w2 > 0), gain, 0.0)
 
 
 @triton.jit
@@ -193,22 +196,14 @@ def _dense_step(t, upper, k, d1, d2, d3):
 
 
 @triton.jit
-def _dense(v1, v2, v3, v4, d1, d2, d3, active):
+def _dense(v1, v2, v3, v4, d1, d2, d3):
     b = 1 + 2 * (d1 + d2 + d3)
     c = tl.maximum(v4 - (d1 * d2 + d2 * d3 + d3 * d1), 0.0)
     upper = 2 * c * reciprocal(b + square_root(b * b + 12 * c))
     k = (v1 + v2 + v3 - v4) / 2
-    t = upper
-    before = t
-    for _ in tl.static_range(_FIRST):
-        before = t
+    t = 0.8 * upper
+    for _ in tl.static_range(_DENSE_STEPS):
         t = _dense_step(t, upper, k, d1, d2, d3)
-    going = tl.where(tl.abs(t - before) > _FINISHED, active, 0)
-    if tl.max(going, axis=0) > 0:
-        more = t
-        for _ in tl.static_range(_MORE):
-            more = _dense_step(more, upper, k, d1, d2, d3)
-        t = tl.where(going > 0, more, t)
     inverse = reciprocal(t + 0.5)
     x4, total = _split(t, k, inverse)
     square, size = x4 * x4, tl.abs(x4)

@@ -27,6 +27,11 @@ assert relative_gap(w, prox_24_reference(y, lam.double()[:, None]), y, lam.doubl
 y = torch.tensor([[0.9547580480575562, 0.00016303927986882627, 0.00016303927986882627, 0.00016303927986882627]])
 assert relative_gap(prox_24_triton(y, 1.0), prox_24(y.double(), 1.0), y, 1.0).max() < GAP[torch.float32]
 
+y = torch.tensor([[10, 1e-40, -1e-40, 0], [1e-40, 1e-40, 1e-40, 1e-40]])
+for settle in (False, True):
+    w = prox_24_triton(y, torch.inf, settle=settle)
+    assert torch.equal(w, torch.where(torch.tensor([True, True, False, False]), y, 0.0))
+
 y = hard_groups(1100, seed=21).float()
 for strength in (0.125, 0.75):
     want = prox_24_triton(y, strength)

@@ -46,6 +46,17 @@ def test_small_equal_entries_beside_a_large_one():
     assert relative_gap(prox_24(y.cuda(), 1.0).cpu(), best, y, 1.0).max() < 3 * GAP[torch.float32]
 
 
+def test_next_to_a_singular_hessian():
+    """Where the third entry just appears slopes are no more than rounding, and a step along one must stay short."""
+    generator = torch.Generator().manual_seed(1)
+    angle, share, noise = torch.rand(3, 100_000, generator=generator, dtype=torch.float64)
+    first, second = (angle * torch.pi / 4).cos(), (angle * torch.pi / 4).sin()
+    third = first * second * (1 + 1e-5 * (noise - 0.5) ** 3)
+    y = torch.stack([first, second, third, third * share], 1).float()
+    best = prox_24(y.double(), 1.0)
+    assert relative_gap(prox_24(y.cuda(), 1.0).cpu(), best, y, 1.0).max() < GAP[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_float32_rounded_once(dtype):
     y = hard_groups(4000, seed=22).clamp(-100, 100).to(dtype).cuda()
@@ -67,8 +78,9 @@ def test_one_strength_a_row_and_a_column():
     y = hard_groups(64 * 16, seed=24).clamp(-30, 30).float().reshape(64, 64).cuda()
     rows = torch.linspace(0.1, 2, 64, device="cuda")[:, None]
     one_by_one = torch.cat([prox_24(r[None], s) for r, s in zip(y, rows, strict=True)])
-    torch.testing.assert_close(prox_24(y, rows), one_by_one, rtol=2e-5, atol=2e-5)
-    torch.testing.assert_close(prox_24(y.T.contiguous(), rows.T, dim=0), prox_24(y, rows).T, rtol=2e-5, atol=2e-5)
+    # Which solver a group goes to depends on how many others wait beside it.
+    torch.testing.assert_close(prox_24(y, rows), one_by_one, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(prox_24(y.T.contiguous(), rows.T, dim=0), prox_24(y, rows).T, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("groups", [1, 31, 32, 95, 96, 97, 4000, 50_001])
@@ -182,6 +194,8 @@ def test_special_values():
     assert torch.equal(prox_24(y, 0.0)[1:], y[1:])
     assert bool(prox_24(y, torch.tensor(-1.0, device="cuda")).isnan().all())
     assert bool(prox_24(y, 1.0, scale=torch.tensor([1.0, 1, 1, 0], device="cuda")).isnan().all())
+    tiny = torch.tensor([[10, 1e-40, -1e-40, 0], [1e-40, 1e-40, 1e-40, 1e-40]], device="cuda")
+    assert torch.equal(prox_24(tiny, torch.inf).cpu() != 0, torch.tensor([[True, True, False, False]] * 2))
     pruned = prox_24(-torch.rand(64, 64, device="cuda"), 30.0)
     assert not torch.signbit(pruned[pruned == 0]).any()
 
