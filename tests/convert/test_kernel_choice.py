@@ -163,6 +163,8 @@ def test_blockings_fit_the_gpu():
     for capability in ((8, 0), (8, 9), (10, 0)):
         assert warpgroup.blockings(64, capability) == (), "the instructions are Hopper's alone"
     assert warpgroup.blockings(4096, (9, 0)) == ()
+    assert all(blocking.tokens == 8 or blocking.across > 1 for blocking in warpgroup.blockings(5, (9, 0)))
+    assert any(blocking.across > 1 for blocking in warpgroup.blockings(5, (9, 0))), "to share takes sixteen tokens"
     for blocking in warpgroup.BLOCKINGS:
         assert blocking.shared_bytes <= 227 * 1024
         assert blocking.threads <= 1024

@@ -115,13 +115,19 @@ class _Product(Structure):
 def blockings(tokens: int, capability: tuple[int, int]) -> tuple[Blocking, ...]:
     """Those to try for ``tokens`` tokens on a GPU; none above :data:`MOST_TOKENS` or for another one than Hopper.
 
-    The smallest that take them all at once; above 128 tokens also those that take 128 at a time.
+    The smallest that take them all at once; above 128 tokens also those that take 128 at a time, and up to 8 also those
+    for 16 whose neighbours share their inputs, which they do eight tokens each.
     """
     if capability != CAPABILITY or tokens > MOST_TOKENS:
         return ()
     sizes = {blocking.tokens for blocking in BLOCKINGS}
     least = min((size for size in sizes if size >= tokens), default=max(sizes))
-    return tuple(blocking for blocking in BLOCKINGS if blocking.tokens in (least, min(least, _AT_ONCE)))
+    shared = 2 * least if least == min(sizes) else 0
+    return tuple(
+        blocking
+        for blocking in BLOCKINGS
+        if blocking.tokens in (least, min(least, _AT_ONCE)) or (blocking.tokens == shared and blocking.across > 1)
+    )
 
 
 def _instruction(tokens: int, dtype: torch.dtype) -> str:
