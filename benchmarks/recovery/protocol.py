@@ -121,9 +121,9 @@ def _finished(
             yield (job, *_guarded(job, until))
         return
     context = multiprocessing.get_context("spawn")  # a process that was forked cannot use CUDA
-    gpus = context.SimpleQueue()
+    gpus, visible = context.SimpleQueue(), _gpus()
     for number in range(processes):
-        gpus.put(_gpus()[number % len(_gpus())])
+        gpus.put(visible[number % len(visible)])
     arguments = (gpus, jobs[0].task, processes, context.Lock(), context.Event())
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=arguments) as pool:
         running = {pool.submit(_guarded, job, until): job for job in jobs}

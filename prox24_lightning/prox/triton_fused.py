@@ -34,7 +34,7 @@ from prox24_lightning.prox.triton_settle import are_simple, may_change, other, s
 
 FEW = tl.constexpr(1)
 """Where fewer than a quarter of a tile wait they all go to the solver of the others: to tell the kinds apart costs more
-than it saves. Both solvers end within 1e-4 of the largest entry from each other."""
+than it saves. Both solvers end at the optimum, by objective; their entries may differ by some 1e-5 of the largest."""
 DIRECT = tl.constexpr(3)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
 AHEAD = tl.constexpr(2)
