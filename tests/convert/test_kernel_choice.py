@@ -329,6 +329,13 @@ def test_a_child_that_hangs_is_ended():
     assert "algorithm 2 took more than 2 seconds" in answers[0].problem
 
 
+def test_a_child_that_works_may_take_long():
+    *python, text = child("pass")
+    slow = text.replace("        print(", "        time.sleep(0.5)\n        print(", 1)
+    answers = algorithm_search.search(JOBS, command=[*python, slow], seconds=4)  # of silence; it takes six in all
+    assert [answer.algorithms for answer in answers] == [(3, 2)] * 3
+
+
 def test_a_child_that_never_starts_is_said():
     answers = algorithm_search.search(JOBS, command=[sys.executable, "-c", "raise SystemExit('no module')"])
     assert [answer.algorithms for answer in answers] == [(), (), ()]

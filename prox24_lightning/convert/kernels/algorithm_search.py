@@ -7,10 +7,15 @@ before and after each algorithm, so that a death tells the algorithm to leave ou
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import queue
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -19,12 +24,13 @@ from prox24_lightning.convert.kernels import cusparselt
 from prox24_lightning.convert.kernels.gpu_layout import random_buffer
 from prox24_lightning.convert.measure.timing import capture, describe, measure
 
-SECONDS, SECONDS_A_JOB = 90.0, 30.0
-"""A child that has not ended after the first, and the second for each of its jobs, counts as dead."""
+SECONDS = 90.0
+"""A child that says nothing for so long counts as dead: it has to load torch, and an algorithm may hang."""
 
 _KEEP = 2  # the fastest so many are handed back: the caller measures them again beside the other kernels
 _CHILDREN = 16  # one more for each algorithm that kills
 _ROUNDS = 5
+_HOPELESS = 1.5  # one whose first run takes so many times that of the fastest is not measured further
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -62,7 +68,7 @@ class _State:
         return Answer(tuple(best), "; ".join(self.problems))
 
 
-def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds: float | None = None) -> list[Answer]:
+def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds: float = SECONDS) -> list[Answer]:
     """Answer every job. A child that dies costs the algorithm at hand, for every job of that dtype: it would go on
     killing, and each death costs a process. After two in a row all further ones are left out: on an H200 cuSPARSELt
     0.8.0 has 36 algorithms for float16 that work, and behind them only such that kill.
@@ -70,16 +76,15 @@ def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds
     Args:
         jobs: may be empty.
         command: starts the child; for tests.
-        seconds: for one child; None goes by the number of jobs.
+        seconds: of silence after which a child counts as dead.
     """
     states = [_State(job, {}, []) for job in jobs]
     for _ in range(_CHILDREN):
         left = [state for state in states if not state.done]
         if not left:
             break
-        limit = SECONDS + SECONDS_A_JOB * len(left) if seconds is None else seconds
         given = [replace(state.job, skip=(*state.job.skip, *state.times)) for state in left]
-        lines, end = _child(given, command or (sys.executable, "-m", __name__), limit)
+        lines, end = _child(given, command or (sys.executable, "-m", __name__), seconds)
         at_hand = None
         for line in lines:
             said = json.loads(line)
@@ -112,17 +117,38 @@ def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds
 
 def _child(jobs: Sequence[Job], command: Sequence[str], seconds: float) -> tuple[list[str], str]:
     """The lines that the child has written, and its end in words."""
-    given = json.dumps([asdict(job) for job in jobs])
-    try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds, check=False)
-        output, end = done.stdout, f"ended a process with status {done.returncode}"
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        if said:
-            end = f"{end} ({said[-1].strip()})"
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        end = f"took more than {seconds:.0f} seconds"
-    return [line for line in output.splitlines() if line.startswith("{") and line.endswith("}")], end
+    written: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        child = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+        threading.Thread(target=_converse, args=(child, json.dumps([asdict(job) for job in jobs]), written)).start()
+        lines: list[str] = []
+        try:
+            while (line := written.get(timeout=seconds)) is not None:
+                lines.append(line)
+            end = f"ended a process with status {child.wait()}"
+        except queue.Empty:
+            end = f"took more than {seconds:.0f} seconds"
+        finally:
+            child.kill()
+            child.wait()
+        errors.seek(0)
+        said = [line for line in errors.read().splitlines() if line.strip()]
+    if said and not end.startswith("took"):
+        end = f"{end} ({said[-1].strip()})"
+    return [line for line in lines if line.startswith("{") and line.endswith("}")], end
+
+
+def _converse(child: subprocess.Popen[str], given: str, written: queue.SimpleQueue[str | None]) -> None:
+    """Hand the jobs over, and each line of the answer on; None is its end."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may end before it has read them
+        child.stdin.write(given)
+    with child.stdout:
+        for line in child.stdout:
+            written.put(line.rstrip("\n"))
+    written.put(None)
 
 
 def _measure(job: Job) -> Iterator[dict[str, float]]:
@@ -137,6 +163,7 @@ def _measure(job: Job) -> Iterator[dict[str, float]]:
     inputs = torch.randn(tokens, columns, device=device, dtype=dtype)
     out = torch.empty(tokens, rows, device=device, dtype=dtype)
     known = cusparselt.Plan(library, job.device, dtype, job.shape, tokens).algorithms
+    least = math.inf
     for algorithm in range(known if job.end is None else min(known, job.end)):
         if algorithm in job.skip:
             continue
@@ -152,8 +179,23 @@ def _measure(job: Job) -> Iterator[dict[str, float]]:
                 plan.run(weight.data_ptr(), inputs.data_ptr(), out.data_ptr(), space.data_ptr(), stream)
 
         yield {"algorithm": algorithm}
+        run()
+        once = _once_us(run)
+        if once > _HOPELESS * least:
+            yield {"algorithm": algorithm, "us": once}
+            continue
+        least = min(least, once)
         graph = capture(run)
         yield {"algorithm": algorithm, "us": measure({"": graph.replay}, rounds=_ROUNDS)[""].median_us}
+
+
+def _once_us(run: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000
 
 
 def main() -> None:
