@@ -1,7 +1,8 @@
 """Whole models, dense and converted, for :mod:`benchmarks.convert`: LLaMA's shapes, random 2:4 weights, bfloat16.
 
-Each model runs as transformers has it, and with its small operations compiled by torch (norms, rotary embedding, what
-stands between the projections): the latter is nearer to how models are served, and less of its time is not ours.
+Each model runs as transformers has it; with its small operations compiled by torch (norms, rotary embedding, what
+stands between the projections); and so with attention by torch's flash kernel, which takes grouped keys as they are
+where transformers repeats them and hands over a mask. The last is nearest to how models are served.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import write_report
 from prox24_lightning.convert import SemiStructuredLinear, convert_model
@@ -32,6 +35,7 @@ _CONTEXT = 256
 _LONGEST = 8192
 _FEW = 256  # up to so many tokens a layer waits for its weight
 _BYTES, _PRODUCTS = 0.5625, 0.5  # what sparsity leaves of them
+_GROUPED = "benchmark_grouped_keys"  # a name with "flash" in it would send transformers to the hub
 
 
 def build(name: str, device: torch.device) -> nn.Module:
@@ -115,6 +119,39 @@ def small_operations_compiled(model: nn.Module) -> Iterator[None]:
             part._compiled_call_impl = None
 
 
+@contextmanager
+def flash_attention(model: nn.Module) -> Iterator[None]:
+    """Attention by torch's flash kernel: over the tokens of the cache that are filled, or causal over a prompt."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(_GROUPED, _flash)
+    AttentionMaskInterface.register(_GROUPED, lambda *_args, **_kwargs: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_GROUPED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _flash(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """As transformers calls it: (batch, heads, tokens, features) in, (batch, tokens, heads, features) out."""
+    prompt = query.shape[2] > 1
+    seen = key.shape[2] if prompt else _CONTEXT // 2 + 1
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = F.scaled_dot_product_attention(
+            query,
+            key[:, :, :seen],
+            value[:, :, :seen],
+            is_causal=prompt,
+            scale=settings.get("scaling"),
+            enable_gqa=True,
+        )
+    return found.transpose(1, 2), None
+
+
 _Times = dict[tuple[str, str], tuple[float, float, str, Tensor]]
 
 
@@ -123,7 +160,10 @@ def _all_timed(model: nn.Module, calls: Mapping[str, Callable[[], Tensor]], roun
     found = {("as they are", what): _timed(call, rounds) for what, call in calls.items()}
     try:
         with small_operations_compiled(model):
-            return found | {("compiled", what): _timed(call, rounds) for what, call in calls.items()}
+            found |= {("compiled", what): _timed(call, rounds) for what, call in calls.items()}
+            with flash_attention(model):
+                name = "compiled, flash attention"
+                return found | {(name, what): _timed(call, rounds) for what, call in calls.items()}
     except RuntimeError as error:  # of the compiler: the other times are worth keeping
         print(f"small operations not compiled: {describe(error)}", flush=True)
         return found
@@ -206,8 +246,9 @@ def _timed(call: Callable[[], Tensor], rounds: int) -> tuple[float, float, str, 
 def save_models(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
     note = (
         "Random 2:4 weights in LLaMA's shapes, bfloat16; x: dense over ours, both with the same small operations "
-        "(norms, rotary embedding, activations): as transformers has them, or compiled by torch. Linear layers: their "
-        "times alone over the dense model's, from graphs; x at most: Amdahl's limit, were they as much faster as "
+        "(norms, rotary embedding, activations): as transformers has them, compiled by torch, or compiled and "
+        "attention by torch's flash kernel over grouped keys. Linear layers: their times alone over the dense "
+        "model's, from graphs; x at most: Amdahl's limit, were they as much faster as "
         f"there are fewer bytes ({_BYTES}, decoding) or products ({_PRODUCTS}, prefill). Memory: parts of dense."
     )
     write_report(folder, f"{name}_models", "Whole models, dense and converted", rows, note=note)
