@@ -22,7 +22,10 @@ _SMALLEST_RMS = 1e-2
 _ATTEMPTS = 3
 _SHRINKAGE = 0.25
 """Of the step size from one attempt to the next, while the error does not fall."""
-_BETAS = (0.9, 0.99)
+_WARM_UP = 8
+"""Steps of growing size at the start: Adam's first steps take every weight as far as the others, and of some blocks
+they double the error that the rest of the steps then have to make good."""
+_BETAS = (0.9, 0.95)
 _EPSILON = 1e-12
 
 
@@ -61,7 +64,7 @@ def reconstruct_block(
 
     The layer-wise solver answers each layer for its own output alone. Here the layers of a block answer together, its
     norms and biases too, for what the block hands on (block reconstruction: arXiv 2102.05426; of pruned language
-    models: arXiv 2402.12419). Each step takes one batch; the step size falls as a cosine.
+    models: arXiv 2402.12419). Each step takes one batch; the step size rises for a few steps and falls as a cosine.
 
     In a distributed run every rank has its own batches, as many as the others, and gradients are averaged.
 
@@ -109,7 +112,7 @@ def _descend(
     groups = [{"params": [master], "lr": rate.clone()} for master, rate in zip(masters, rates, strict=True)]
     cuda = masters[0].is_cuda
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=cuda, capturable=cuda)
-    fall = masters[0].new_ones(())
+    size = masters[0].new_ones(())
 
     def step(number: int) -> None:
         with torch.enable_grad():
@@ -120,26 +123,23 @@ def _descend(
             if name in masks:
                 master.grad.mul_(masks[name])
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            torch.mul(rate, fall, out=group["lr"])
+            torch.mul(rate, size, out=group["lr"])
         optimizer.step()
         _write(parameters, masters)
 
     runs = _replayed(step, targets, masters[0].device)
     for number in range(steps):
-        fall.fill_(0.5 * (1 + math.cos(math.pi * number / steps)))
+        rise = min(1.0, (number + 1) / (min(_WARM_UP, steps // 4) + 1))
+        size.fill_(rise * 0.5 * (1 + math.cos(math.pi * number / steps)))
         runs[number % len(runs)]()
 
 
 def _replayed(step: Callable[[int], None], targets: Sequence[Tensor], device: torch.device) -> list[Callable[[], None]]:
-    """The step on each batch. Alone on a GPU its hundreds of small kernels are recorded once a batch, in one memory."""
+    """The step on each batch. Alone on a GPU its hundreds of small kernels are recorded once a batch."""
     if device.type != "cuda" or world_size() > 1:
         return [partial(step, number) for number in range(len(targets))]
-    pool = torch.cuda.graph_pool_handle()
     seen = [target.shape for target in targets]
-    return [
-        Replayed(partial(step, number), device, pool=pool, warm=shape in seen[:number])
-        for number, shape in enumerate(seen)
-    ]
+    return [Replayed(partial(step, number), device, warm=shape in seen[:number]) for number, shape in enumerate(seen)]
 
 
 @torch.no_grad()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 log = logging.getLogger(__name__)
+
+_last: dict[torch.device, torch.cuda.CUDAGraph] = {}
+"""The latest recording on each device. Torch gives a recording memory of its own, which serves nothing else until the
+device is full: so the next one takes the memory of the last, which must still be there for that."""
 
 
 class Replayed:
@@ -19,22 +22,15 @@ class Replayed:
 
     Args:
         step: works in place on tensors that stay where they are, takes and returns nothing.
-        device: where these tensors are.
-        pool: memory to share with graphs of steps that take turns with this one (``torch.cuda.graph_pool_handle()``).
+        device: where these tensors are. Recordings there share their memory, so what one of them makes is no longer
+            there once another has run; :func:`release_recordings` gives it back.
         warm: another step has run the same kernels on the same shapes: record at the first call.
     """
 
-    def __init__(
-        self,
-        step: Callable[[], None],
-        device: torch.device,
-        *,
-        pool: Any = None,
-        warm: bool = False,
-    ) -> None:
+    def __init__(self, step: Callable[[], None], device: torch.device, *, warm: bool = False) -> None:
         self._step = step
+        self._device = device
         self._record = device.type == "cuda"
-        self._pool = pool
         self._warm = warm
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -49,13 +45,20 @@ class Replayed:
 
     def _recorded(self) -> torch.cuda.CUDAGraph | None:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = _last[self._device].pool() if self._device in _last else None
         try:
             # "thread_local": a data loader's pinning thread that touches CUDA meanwhile does not spoil the recording.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step()
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # torch leaves its capture stream current when a capture fails
             log.info("a step runs as written, for it cannot be recorded: %s", error)
             self._record = False
             return None
+        _last[self._device] = graph
         return graph
+
+
+def release_recordings() -> None:
+    """Leave the memory that recordings have shared to others. They come again at the price of new memory."""
+    _last.clear()

@@ -21,6 +21,7 @@ from prox24_lightning.layerwise.flow import Flow
 from prox24_lightning.layerwise.layers import SecondMoments, from_matrix, why_not_solvable
 from prox24_lightning.layerwise.parallel import check_same_stages
 from prox24_lightning.layerwise.progress import LayerProgress
+from prox24_lightning.layerwise.replay import release_recordings
 from prox24_lightning.layerwise.report import LayerRecord, LayerwiseReport
 from prox24_lightning.layerwise.solve import Method, Refine
 from prox24_lightning.layerwise.stages import order_of_calls
@@ -120,6 +121,7 @@ def prune_layerwise(
             inside = [weight for weight in chosen if found.owns(index, weight.module_name)]
             walker = _Walker(flow, twin, index, inside, settings, solver, bar)
             walker.run(report, done)
+    release_recordings()
     report.seconds += time.perf_counter() - begin
     return report
 

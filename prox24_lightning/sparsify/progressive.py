@@ -13,6 +13,7 @@ from torch import nn
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.layerwise.blocks import map_tensors
 from prox24_lightning.layerwise.layers import why_not_solvable
+from prox24_lightning.layerwise.replay import release_recordings
 from prox24_lightning.ranks import gathered_on_first, rank
 from prox24_lightning.sharding import is_sharded, runnable
 from prox24_lightning.sparsify.call_site import CallSite, outermost_modules, parts, share_of
@@ -137,6 +138,7 @@ class Progressive(Strategy):
             site.detach()
         for gradients in self._gradients.values():
             gradients.detach()
+        release_recordings()
 
     def before_batch(self, step: int) -> None:
         if not all(site.called for site in self._sites) and self._batches_seen:

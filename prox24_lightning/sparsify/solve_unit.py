@@ -84,7 +84,10 @@ def _reconstruct(
     # A matrix that was not solved here keeps its zeros: another Prox24 may have frozen it.
     masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
     forwards = [lambda run=run: hidden_of(run(), unit.name) for run in (replay.trained() for replay in runs)]
-    weights = None if gradients is None else gradients.weights(targets[0].shape[-1], targets[0].device)
+    weights = None
+    if gradients is not None:
+        gradients.detach()  # those of the steps below are none of training
+        weights = gradients.weights(targets[0].shape[-1], targets[0].device)
     with unit.site.as_trained(unit.module):
         before, after = reconstruct_block(parameters, masks, forwards, targets, steps=steps, feature_weights=weights)
     log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)

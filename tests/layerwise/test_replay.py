@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prox24_lightning.layerwise import solve_layer
-from prox24_lightning.layerwise.replay import Replayed
+from prox24_lightning.layerwise.replay import Replayed, release_recordings
 
 
 def test_off_cuda_every_call_runs_the_step():
@@ -21,6 +21,24 @@ def test_on_cuda_every_call_counts_and_reads_what_changed_in_between():
         step.fill_(number)
         run()
     assert value.item() == sum(range(6))
+
+
+@pytest.mark.gpu
+def test_recordings_share_their_memory():
+    """Of many layers, one after the other: torch would keep what each has used for nobody else."""
+    values = torch.ones(1 << 24, device="cuda")
+    reserved = []
+    for _ in range(6):
+        run = Replayed(lambda: values.mul_((values * 2 - values).mean()), values.device)
+        for _ in range(4):
+            run()
+        del run
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]
+    assert float(values.mean()) == 1.0
+    release_recordings()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < reserved[0]
 
 
 @pytest.mark.gpu
