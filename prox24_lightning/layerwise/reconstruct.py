@@ -15,14 +15,14 @@ from prox24_lightning.ranks import mean_over_ranks, world_size
 Forward = Callable[[], Tensor]
 """Calls the block once, on one recorded batch; its output, (..., features)."""
 
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1.2e-2
 """Largest step, relative to the rms of each tensor."""
 _SMALLEST_RMS = 1e-2
 """Taken for tensors below it: a bias may begin at zero, and shall move."""
 _ATTEMPTS = 3
 _SHRINKAGE = 0.25
 """Of the step size from one attempt to the next, while the error does not fall."""
-_WARM_UP = 8
+_WARM_UP = 16
 """Steps of growing size at the start: Adam's first steps take every weight as far as the others, and of some blocks
 they double the error that the rest of the steps then have to make good."""
 _BETAS = (0.9, 0.95)
