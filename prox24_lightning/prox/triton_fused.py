@@ -20,6 +20,7 @@ from prox24_lightning.prox.triton_memory import (
     SIZES,
     chosen,
     coordinates,
+    fetch_tile,
     load_groups,
     load_tile,
     read_row,
@@ -37,8 +38,10 @@ FEW = tl.constexpr(1)
 than it saves. Both solvers end at the optimum, by objective; their entries may differ by some 1e-5 of the largest."""
 DIRECT = tl.constexpr(3)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
-AHEAD = tl.constexpr(2)
-"""Tiles of pairs, which are half as long in memory as those of float32, that are on their way at a time: 1 or 2."""
+AHEAD, AHEAD_PAIRS = tl.constexpr(1), tl.constexpr(2)
+"""Tiles that are on their way at a time, 1 or 2; those of pairs are half as long in memory."""
+FETCHED, FETCHED_PAIRS = tl.constexpr(2), tl.constexpr(2)
+"""A tile is brought into the device's cache so many tiles before it is loaded."""
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -133,6 +136,8 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
     tl.static_assert(TILE + 4 * ROUND <= SLOTS)
     queue = open_queue()
     above: tl.constexpr = TILE + 2 * ROUND
+    two: tl.constexpr = (AHEAD_PAIRS if KIND[5] else AHEAD) == 2
+    fetched: tl.constexpr = FETCHED_PAIRS if KIND[5] else FETCHED
     simples = tl.zeros((), tl.int32)
     others = tl.zeros((), tl.int32)
     denses = tl.zeros((), tl.int32)
@@ -142,14 +147,17 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
     if KIND[2]:
         ahead = load_tile(tensors[0], begin, group, groups - begin, KIND)
         beyond = ahead
-        if KIND[5] and AHEAD == 2:
+        if two:
             beyond = load_tile(tensors[0], begin + step, group, groups - begin - step, KIND)
     while begin - step < groups:  # the last time nothing comes in, and what waits goes out
         left = groups - begin
         inside = group < left
         if KIND[2]:  # the next tile or two are on their way while this one is worked on
             words = words_of(ahead, KIND)
-            if KIND[5] and AHEAD == 2:
+            if fetched > 0:
+                far: tl.constexpr = fetched + (2 if two else 1)
+                fetch_tile(tensors[0], begin + far * step, left - far * step, TILE)
+            if two:
                 ahead = beyond
                 beyond = load_tile(tensors[0], begin + 2 * step, group, left - 2 * step, KIND)
             else:

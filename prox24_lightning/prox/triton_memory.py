@@ -24,6 +24,10 @@ _STORE = tl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0; }"
 )
 
+_PREFETCH = tl.constexpr("{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }")
+_LINE = tl.constexpr(128)
+"""Bytes that come from memory at a time."""
+
 
 @triton.jit
 def read_row(table, number, like):
@@ -81,6 +85,16 @@ def load_tile(source, begin, group, left, KIND: tl.constexpr):
     else:
         values = load_rows(source, begin, group, group < left, KIND)
     return values
+
+
+@triton.jit
+def fetch_tile(source, begin, left, TILE: tl.constexpr):
+    """Have a tile of groups along the last dimension brought into the cache of the device."""
+    size: tl.constexpr = source.dtype.element_ty.primitive_bitwidth // 2
+    line = tl.arange(0, 32)
+    place = (source + begin.to(tl.int64) * 4).to(tl.int64) + line * _LINE
+    needed = line * _LINE < tl.minimum(left, TILE) * size
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [place, needed.to(tl.int32)], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
