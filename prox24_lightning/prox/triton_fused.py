@@ -38,10 +38,8 @@ FEW = tl.constexpr(1)
 than it saves. Both solvers end at the optimum, by objective; their entries may differ by some 1e-5 of the largest."""
 DIRECT = tl.constexpr(3)
 """From this many quarters of simple groups on a tile is solved where it stands, without the queue."""
-AHEAD, AHEAD_PAIRS = tl.constexpr(1), tl.constexpr(2)
-"""Tiles that are on their way at a time, 1 or 2; those of pairs are half as long in memory."""
-FETCHED, FETCHED_PAIRS = tl.constexpr(2), tl.constexpr(2)
-"""A tile is brought into the device's cache so many tiles before it is loaded."""
+FETCHED, FETCHED_PAIRS = tl.constexpr(1), tl.constexpr(2)
+"""A tile is brought into the device's cache so many tiles before it is loaded; those of pairs are half as long."""
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -136,8 +134,7 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
     tl.static_assert(TILE + 4 * ROUND <= SLOTS)
     queue = open_queue()
     above: tl.constexpr = TILE + 2 * ROUND
-    two: tl.constexpr = (AHEAD_PAIRS if KIND[5] else AHEAD) == 2
-    fetched: tl.constexpr = FETCHED_PAIRS if KIND[5] else FETCHED
+    far: tl.constexpr = 1 + (FETCHED_PAIRS if KIND[5] else FETCHED)
     simples = tl.zeros((), tl.int32)
     others = tl.zeros((), tl.int32)
     denses = tl.zeros((), tl.int32)
@@ -146,22 +143,13 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
     tile_sums, round_sums = no_sums(TILE), no_sums(ROUND)
     if KIND[2]:
         ahead = load_tile(tensors[0], begin, group, groups - begin, KIND)
-        beyond = ahead
-        if two:
-            beyond = load_tile(tensors[0], begin + step, group, groups - begin - step, KIND)
     while begin - step < groups:  # the last time nothing comes in, and what waits goes out
         left = groups - begin
         inside = group < left
-        if KIND[2]:  # the next tile or two are on their way while this one is worked on
+        if KIND[2]:  # the next tile is on its way while this one is worked on
             words = words_of(ahead, KIND)
-            if fetched > 0:
-                far: tl.constexpr = fetched + (2 if two else 1)
-                fetch_tile(tensors[0], begin + far * step, left - far * step, TILE)
-            if two:
-                ahead = beyond
-                beyond = load_tile(tensors[0], begin + 2 * step, group, left - 2 * step, KIND)
-            else:
-                ahead = load_tile(tensors[0], begin + step, group, left - step, KIND)
+            fetch_tile(tensors[0], begin + far * step, left - far * step, TILE)
+            ahead = load_tile(tensors[0], begin + step, group, left - step, KIND)
         else:
             words = load_groups(tensors[0], shape, begin, group, inside, KIND)
         kept, waits, largest = settle(words, tensors, shape, begin, group, inside, KIND)

@@ -30,7 +30,6 @@ LOOK_REGISTERS = 96
 """The same where sums are kept too."""
 
 PROGRAMS = 96
-PROGRAMS_PAIRS = 96
 """Programs a multiprocessor, one after the other: a program that ends makes room, so none waits for the slowest."""
 
 SHORTEST = 512
@@ -67,7 +66,7 @@ def prox_24_triton(
     else:
         scale_values, scale_strides = strided(scale, weight.shape, dim, weight.device)
     with torch.cuda.device_of(weight):
-        programs = programs_for(groups, groups, weight)
+        programs = programs_for(groups, groups, weight.device)
         prox_kernel[(programs,)](
             weight,
             out.detach(),
@@ -145,7 +144,7 @@ class ManyWeights:
         owners: list[int] = []
         for number, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
             groups = weight.numel() // 4
-            programs = programs_for(groups, total, weight)
+            programs = programs_for(groups, total, device)
             values, strides = (
                 (weight, (0, 0, 0)) if scales is None else strided(scales[number], weight.shape, dim, device)
             )
@@ -228,10 +227,9 @@ def has_words(weight: Tensor) -> bool:
     return weight.dtype != torch.bfloat16 or capability(weight.device) >= (9, 0)
 
 
-def programs_for(groups: int, total: int, weight: Tensor) -> int:
-    """Programs that share the ``groups`` of a weight, of the ``total`` in a launch."""
-    programs = PROGRAMS_PAIRS if weight.dtype == torch.bfloat16 else PROGRAMS
-    share = max(triton.cdiv(total, programs * multiprocessors(weight.device)), SHORTEST)
+def programs_for(groups: int, total: int, device: torch.device) -> int:
+    """Programs that share ``groups`` of the ``total`` in a launch."""
+    share = max(triton.cdiv(total, PROGRAMS * multiprocessors(device)), SHORTEST)
     return triton.cdiv(groups, share)
 
 
