@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,10 @@ class Results:
         """Every finished run of the file, whatever it was for."""
         return list(self._found.values())
 
-    def add(self, job: Job, result: dict[str, Any]) -> None:
+    def add(self, job: Job, result: dict[str, Any], start: str) -> None:
+        """``start`` tells the runs that have shared a machine from others."""
         facts = {"key": job.key(), "row": job.name, "seed": job.seed, "lr": job.lr, "purpose": job.purpose}
+        facts["start"] = start
         facts["machine"] = ", ".join(f"{name} {value}" for name, value in machine().items() if name != "command")
         entry = {**facts, **result}
         self._found[entry["key"]] = entry
@@ -91,6 +94,7 @@ def run_all(jobs: Sequence[Job], results: Results, processes: int, until: float 
     """
     console = Console()
     missing = results.missing(jobs)
+    start = f"{datetime.now().isoformat(timespec='minutes')}, {processes} at a time"
     failed = 0
     for number, (job, result, error) in enumerate(_finished(missing, processes, until), start=1):
         title = f"run {number} of {len(missing)}: {job.name}, seed {job.seed}, lr {job.lr}"
@@ -101,7 +105,7 @@ def run_all(jobs: Sequence[Job], results: Results, processes: int, until: float 
             failed += 1
             console.print(f"{title} failed:\n{error}", markup=False)
             continue
-        results.add(job, result)
+        results.add(job, result, start)
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items())
         console.print(f"{title}: {losses}; {result['seconds']:.0f} s")
     return failed

@@ -31,10 +31,11 @@ def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: Sequence[s
     """One row a way, mean and spread (sample standard deviation) over its seeds; rows without a run are left out.
 
     Args:
-        plain: rows whose fits, pruning left out, are the unit of wall time: their median.
+        plain: rows whose fits, pruning left out, are the unit of wall time: their median, among runs of one start,
+            for how long a run takes depends on what shares the machine with it.
     """
     excess = excesses(runs)
-    units = [run["seconds"] for run in runs if run["row"] in plain]
+    units = _units(runs, plain)
     lines = []
     for name in rows:
         mine = sorted((run for run in runs if run["row"] == name), key=lambda run: run["seed"])
@@ -47,7 +48,8 @@ def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: Sequence[s
             line[f"ppl {text}"] = f"{math.exp(statistics.fmean(losses)):.4g}"
         line["excess, nats"] = _spread(list(excess.get(name, {}).values()))
         whole = statistics.median(run["seconds"] + run["pruning_seconds"] for run in mine)
-        line["wall time"] = f"{whole / statistics.median(units):.2f}" if units else ""
+        times = [(run["seconds"] + run["pruning_seconds"]) / units[at] for run in mine if (at := _start(run)) in units]
+        line["wall time"] = f"{statistics.median(times):.2f}" if times else ""
         line["seconds"] = f"{whole:.1f}"
         line["of it pruning"] = f"{statistics.median(run['pruning_seconds'] for run in mine):.1f}"
         for column, key in (("step ms", "step_ms"), ("longest step ms", "longest_step_ms"), ("peak GiB", "peak_gib")):
@@ -58,6 +60,18 @@ def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: Sequence[s
         line["seeds"] = ", ".join(str(run["seed"]) for run in mine)
         lines.append(line)
     return lines
+
+
+def _start(run: dict[str, Any]) -> tuple[Any, Any]:
+    return run.get("machine"), run.get("start")
+
+
+def _units(runs: Sequence[dict[str, Any]], plain: Sequence[str]) -> dict[tuple[Any, Any], float]:
+    fits: dict[tuple[Any, Any], list[float]] = {}
+    for run in runs:
+        if run["row"] in plain:
+            fits.setdefault(_start(run), []).append(run["seconds"])
+    return {start: statistics.median(seconds) for start, seconds in fits.items()}
 
 
 def warnings(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -113,7 +127,7 @@ def finish(
         return
     note += (
         "Excess: loss above dense training of the same seed, mean over the texts; spread over seeds. Wall time: whole "
-        f"run with pruning, in units of plain masked fine-tuning (the fits of {', '.join(plain)}). "
+        f"run with pruning, in units of plain masked fine-tuning of the same start (the fits of {', '.join(plain)}). "
     )
     found = warnings(runs)
     note += " ".join(f"Warning: {warning}." for warning in found)

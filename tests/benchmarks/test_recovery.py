@@ -157,12 +157,12 @@ def test_long_is_four_times_the_steps_in_files_of_its_own(settings, tmp_path):
 
 def test_a_line_that_was_cut_off_is_run_again_and_later_ones_are_whole(task, results):
     jobs = [Job(task, "dense", FINETUNING["dense"], seed, 1e-2) for seed in (0, 1)]
-    results.add(jobs[0], {"losses": {}})
+    results.add(jobs[0], {"losses": {}}, "monday")
     with results.path.open("a") as file:
         file.write('{"key": "abc", "losses": {"a": 1.')
     again = Results(results.path)
     assert again.missing(jobs) == [jobs[1]]
-    again.add(jobs[1], {"losses": {}})
+    again.add(jobs[1], {"losses": {}}, "tuesday")
     assert Results(results.path).missing(jobs) == []
 
 
@@ -224,6 +224,15 @@ def test_excess_is_above_dense_of_the_same_seed_and_time_in_units_of_plain_fine_
     assert magnitude["excess, nats"] == "0.2500 ± 0.0707"
     assert prox24["wall time"] == "1.60"
     assert prox24["ppl a"] == "3.004"
+
+
+def test_times_compare_within_one_start_only(task):
+    """What else runs on the GPU at the time decides how long a run takes."""
+    runs = [{**run("magnitude", 0, 1, 1), "start": "alone"}, {**run("prox24", 0, 1, 1, seconds=13.0), "start": "alone"}]
+    runs += [{**run("magnitude", 1, 1, 1, seconds=50.0), "start": "shared"}]
+    runs += [{**run("sr-ste", 0, 1, 1, seconds=90.0), "start": "another"}]
+    lines = {line["row"]: line["wall time"] for line in table(runs, ["magnitude", "prox24", "sr-ste"], task.plain)}
+    assert lines == {"magnitude": "1.00", "prox24": "1.30", "sr-ste": ""}
 
 
 def test_unequal_data_is_told():
