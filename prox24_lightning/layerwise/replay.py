@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -45,18 +46,27 @@ class Replayed:
 
     def _recorded(self) -> torch.cuda.CUDAGraph | None:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        pool = _last[self._device].pool() if self._device in _last else None
+        pool = _last[self._device].pool() if self._device in _last else torch.cuda.graph_pool_handle()
         try:
             # "thread_local": a data loader's pinning thread that touches CUDA meanwhile does not spoil the recording.
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step()
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # torch leaves its capture stream current when a capture fails
+            _end_capture(self._device, pool)
             log.info("a step runs as written, for it cannot be recorded: %s", error)
             self._record = False
             return None
         _last[self._device] = graph
         return graph
+
+
+def _end_capture(device: torch.device, pool: tuple[int, int]) -> None:
+    """Tell the allocator that a capture which has failed is over: torch does not, and no memory would be given back to
+    the device any more. There is no public way."""
+    with suppress(RuntimeError):  # it knows already
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 def release_recordings() -> None:

@@ -24,8 +24,9 @@ from prox24_lightning.convert.kernels import cusparselt
 from prox24_lightning.convert.kernels.gpu_layout import random_buffer
 from prox24_lightning.convert.measure.timing import capture, describe, measure
 
-SECONDS = 90.0
-"""A child that says nothing for so long counts as dead: it has to load torch, and an algorithm may hang."""
+SECONDS, SECONDS_AN_ALGORITHM = 90.0, 15.0
+"""A child that says nothing for the first at its start, when it has to load torch, or for the second from then on
+counts as dead: an algorithm may hang."""
 
 _KEEP = 2  # the fastest so many are handed back: the caller measures them again beside the other kernels
 _CHILDREN = 16  # one more for each algorithm that kills
@@ -68,7 +69,7 @@ class _State:
         return Answer(tuple(best), "; ".join(self.problems))
 
 
-def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds: float = SECONDS) -> list[Answer]:
+def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds: float | None = None) -> list[Answer]:
     """Answer every job. A child that dies costs the algorithm at hand, for every job of that dtype: it would go on
     killing, and each death costs a process. After two in a row all further ones are left out: on an H200 cuSPARSELt
     0.8.0 has 36 algorithms for float16 that work, and behind them only such that kill.
@@ -76,7 +77,8 @@ def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds
     Args:
         jobs: may be empty.
         command: starts the child; for tests.
-        seconds: of silence after which a child counts as dead.
+        seconds: of silence after which a child counts as dead; None is :data:`SECONDS` at its start and
+            :data:`SECONDS_AN_ALGORITHM` from then on.
     """
     states = [_State(job, {}, []) for job in jobs]
     for _ in range(_CHILDREN):
@@ -115,7 +117,7 @@ def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds
     return [state.answer() for state in states]
 
 
-def _child(jobs: Sequence[Job], command: Sequence[str], seconds: float) -> tuple[list[str], str]:
+def _child(jobs: Sequence[Job], command: Sequence[str], seconds: float | None) -> tuple[list[str], str]:
     """The lines that the child has written, and its end in words."""
     written: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     with tempfile.TemporaryFile("w+") as errors:
@@ -123,12 +125,14 @@ def _child(jobs: Sequence[Job], command: Sequence[str], seconds: float) -> tuple
         child = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
         threading.Thread(target=_converse, args=(child, json.dumps([asdict(job) for job in jobs]), written)).start()
         lines: list[str] = []
+        limit = SECONDS if seconds is None else seconds
         try:
-            while (line := written.get(timeout=seconds)) is not None:
+            while (line := written.get(timeout=limit)) is not None:
                 lines.append(line)
+                limit = SECONDS_AN_ALGORITHM if seconds is None else seconds
             end = f"ended a process with status {child.wait()}"
         except queue.Empty:
-            end = f"took more than {seconds:.0f} seconds"
+            end = f"took more than {limit:.0f} seconds"
         finally:
             child.kill()
             child.wait()
