@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
 from prox24_lightning.convert.kernels import algorithm_search, cusparselt, few_tokens, linear_op, nvrtc, warpgroup
 from prox24_lightning.convert.kernels import cache as kernel_cache
@@ -20,6 +21,7 @@ from prox24_lightning.convert.kernels.algorithm_search import Job
 from prox24_lightning.convert.kernels.cache import Place
 from prox24_lightning.convert.kernels.few_tokens import TILINGS, Tiling
 from prox24_lightning.convert.kernels.kernel import Kernel, kernel_for, own_kernels, parse_table
+from prox24_lightning.convert.kernels.progress import SearchProgress
 from prox24_lightning.convert.kernels.report import in_words, print_kernels
 from prox24_lightning.convert.kernels.table import (
     BUCKETS,
@@ -327,6 +329,28 @@ def test_a_child_that_hangs_is_ended():
     answers = algorithm_search.search(JOBS[1:2], command=child("time.sleep(60)"), seconds=2)
     assert answers[0].algorithms == (3, 1)
     assert "algorithm 2 took more than 2 seconds" in answers[0].problem
+
+
+def test_an_algorithm_that_hangs_costs_less_than_a_start(monkeypatch):
+    monkeypatch.setattr(algorithm_search, "SECONDS_AN_ALGORITHM", 1.0)
+    answers = algorithm_search.search(JOBS[1:2], command=child("time.sleep(60)"))
+    assert "algorithm 2 took more than 1 seconds" in answers[0].problem
+
+
+def test_jobs_that_are_done_are_told_once_whatever_dies():
+    told = []
+    algorithm_search.search(JOBS, command=child("os._exit(134)"), on_done=lambda: told.append(1))
+    assert len(told) == len(JOBS)
+
+
+def test_a_bar_shows_how_far_the_search_is_and_leaves_other_bars_alone():
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with SearchProgress(console) as bar:
+        bar.begin("kernels timed", 12)()
+    assert "kernels timed" in console.file.getvalue()
+    assert "1/12" in console.file.getvalue()
+    with Progress(console=console), SearchProgress(console) as bar:
+        bar.begin("kernels timed", 12)()
 
 
 def test_a_child_that_works_may_take_long():

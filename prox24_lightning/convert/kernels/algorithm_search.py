@@ -69,7 +69,13 @@ class _State:
         return Answer(tuple(best), "; ".join(self.problems))
 
 
-def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds: float | None = None) -> list[Answer]:
+def search(
+    jobs: Sequence[Job],
+    *,
+    command: Sequence[str] | None = None,
+    seconds: float | None = None,
+    on_done: Callable[[], None] = lambda: None,
+) -> list[Answer]:
     """Answer every job. A child that dies costs the algorithm at hand, for every job of that dtype: it would go on
     killing, and each death costs a process. After two in a row all further ones are left out: on an H200 cuSPARSELt
     0.8.0 has 36 algorithms for float16 that work, and behind them only such that kill.
@@ -79,6 +85,7 @@ def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds
         command: starts the child; for tests.
         seconds: of silence after which a child counts as dead; None is :data:`SECONDS` at its start and
             :data:`SECONDS_AN_ALGORITHM` from then on.
+        on_done: called after each job.
     """
     states = [_State(job, {}, []) for job in jobs]
     for _ in range(_CHILDREN):
@@ -86,7 +93,7 @@ def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds
         if not left:
             break
         given = [replace(state.job, skip=(*state.job.skip, *state.times)) for state in left]
-        lines, end = _child(given, command or (sys.executable, "-m", __name__), seconds)
+        lines, end = _child(given, command or (sys.executable, "-m", __name__), seconds, on_done)
         at_hand = None
         for line in lines:
             said = json.loads(line)
@@ -117,7 +124,9 @@ def search(jobs: Sequence[Job], *, command: Sequence[str] | None = None, seconds
     return [state.answer() for state in states]
 
 
-def _child(jobs: Sequence[Job], command: Sequence[str], seconds: float | None) -> tuple[list[str], str]:
+def _child(
+    jobs: Sequence[Job], command: Sequence[str], seconds: float | None, on_done: Callable[[], None]
+) -> tuple[list[str], str]:
     """The lines that the child has written, and its end in words."""
     written: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     with tempfile.TemporaryFile("w+") as errors:
@@ -128,7 +137,10 @@ def _child(jobs: Sequence[Job], command: Sequence[str], seconds: float | None) -
         limit = SECONDS if seconds is None else seconds
         try:
             while (line := written.get(timeout=limit)) is not None:
-                lines.append(line)
+                if line.startswith("{") and line.endswith("}"):
+                    lines.append(line)
+                    if "done" in json.loads(line):
+                        on_done()
                 limit = SECONDS_AN_ALGORITHM if seconds is None else seconds
             end = f"ended a process with status {child.wait()}"
         except queue.Empty:
@@ -140,7 +152,7 @@ def _child(jobs: Sequence[Job], command: Sequence[str], seconds: float | None) -
         said = [line for line in errors.read().splitlines() if line.strip()]
     if said and not end.startswith("took"):
         end = f"{end} ({said[-1].strip()})"
-    return [line for line in lines if line.startswith("{") and line.endswith("}")], end
+    return lines, end
 
 
 def _converse(child: subprocess.Popen[str], given: str, written: queue.SimpleQueue[str | None]) -> None:

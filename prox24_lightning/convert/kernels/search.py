@@ -22,6 +22,7 @@ from prox24_lightning.convert.kernels import cache as kernel_cache
 from prox24_lightning.convert.kernels.gpu_layout import buffer_bytes, padded_shape, random_buffer
 from prox24_lightning.convert.kernels.kernel import Kernel, Run, compile_kernel, own_kernels, prepare
 from prox24_lightning.convert.kernels.nvrtc import NvrtcError
+from prox24_lightning.convert.kernels.progress import SearchProgress
 from prox24_lightning.convert.kernels.table import BUCKETS, KernelTable, Times, choose, completed, unmeasured
 from prox24_lightning.convert.measure.timing import capture, describe, measure, relative_error, release_memory
 
@@ -92,12 +93,20 @@ def stored_table(
 def measure_kernels(
     points: Sequence[tuple[Shape, int]], dtype: torch.dtype, device: int
 ) -> dict[tuple[Shape, int], Times]:
-    """Time cuBLAS and every packed kernel at each (shape, number of tokens)."""
+    """Time cuBLAS and every packed kernel at each (shape, number of tokens); a bar tells how far it is."""
+    with SearchProgress() as bar:
+        return _measured(points, dtype, device, bar)
+
+
+def _measured(
+    points: Sequence[tuple[Shape, int]], dtype: torch.dtype, device: int, bar: SearchProgress
+) -> dict[tuple[Shape, int], Times]:
     capability = torch.cuda.get_device_capability(device)
     own = {at: own_kernels(at[1], capability) for at in points}
-    _compile({kernel for found in own.values() for kernel in found}, dtype, capability)
-    large = _large(points, dtype, device, own)
+    _compile({kernel for found in own.values() for kernel in found}, dtype, capability, bar)
+    large = _large(points, dtype, device, own, bar)
     results = {}
+    advance = bar.begin("kernels timed", len(points))
     for shape in dict.fromkeys(shape for shape, _ in points):
         on = torch.device("cuda", device)
         buffers = [random_buffer(shape, dtype, on, seed) for seed in range(_copies(shape, device))]
@@ -107,6 +116,7 @@ def measure_kernels(
             kernels = [*own[at], *kernels]
             copies = _copies(shape, device, at[1])
             results[at] = _time(shape, dtype, at[1], kernels, notes, weights[:copies], buffers[:copies])
+            advance()
         del buffers, weights
         release_memory()
     return results
@@ -124,6 +134,7 @@ def _large(
     dtype: torch.dtype,
     device: int,
     own: Mapping[tuple[Shape, int], tuple[Kernel, ...]],
+    bar: SearchProgress,
 ) -> dict[tuple[Shape, int], tuple[list[Kernel], list[str]]]:
     """Kernels for many tokens that are worth measuring at each point, and why others are not there."""
     found: dict[tuple[Shape, int], tuple[list[Kernel], list[str]]] = {at: ([], []) for at in points}
@@ -136,7 +147,8 @@ def _large(
             [
                 algorithm_search.Job(name, padded_shape(s), tokens, _copies(s, device, tokens), device)
                 for s, tokens in wanted
-            ]
+            ],
+            on_done=bar.begin("cuSPARSELt's algorithms", len(wanted)),
         )
     for index, at in enumerate(wanted):
         kernels, notes = found[at]
@@ -201,7 +213,9 @@ def _time(
     return Times(tokens, found.pop("dense"), found, tuple(problems))
 
 
-def _compile(kernels: set[Kernel], dtype: torch.dtype, capability: tuple[int, int]) -> None:
+def _compile(kernels: set[Kernel], dtype: torch.dtype, capability: tuple[int, int], bar: SearchProgress) -> None:
     """All at once: NVRTC runs outside Python's lock."""
+    advance = bar.begin("kernels compiled", len(kernels))
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        list(pool.map(lambda kernel: compile_kernel(kernel, dtype, capability), kernels))
+        for _ in pool.map(lambda kernel: compile_kernel(kernel, dtype, capability), kernels):
+            advance()
