@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -54,11 +55,17 @@ class Replayed:
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # torch leaves its capture stream current when a capture fails
             _end_capture(self._device, pool)
-            log.info("a step runs as written, for it cannot be recorded: %s", error)
+            _tell(str(error).splitlines()[0] if str(error) else type(error).__name__)
             self._record = False
             return None
         _last[self._device] = graph
         return graph
+
+
+@cache
+def _tell(reason: str) -> None:
+    """Once for each reason: the solver has hundreds of steps to record."""
+    log.warning("some steps are slower than they could be, for they cannot be recorded as a CUDA graph: %s", reason)
 
 
 def _end_capture(device: torch.device, pool: tuple[int, int]) -> None:
