@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prox24_lightning.layerwise import solve_layer
-from prox24_lightning.layerwise.replay import Replayed, release_recordings
+from prox24_lightning.layerwise.replay import Replayed, _tell, release_recordings
 
 
 def test_off_cuda_every_call_runs_the_step():
@@ -39,6 +39,24 @@ def test_recordings_share_their_memory():
     release_recordings()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < reserved[0]
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_runs_as_written_and_memory_still_comes_back(caplog):
+    """Torch does not end a capture that fails for its allocator, which then keeps all memory."""
+    _tell.cache_clear()
+    value = torch.ones(1 << 22, device="cuda")
+    run = Replayed(lambda: value.mul_(2 * float(value[0])), value.device)
+    for _ in range(4):
+        run()
+    assert float(value[0]) == 2.0**15
+    assert "cannot be recorded" in caplog.text
+    del run
+    spent = torch.empty(1 << 26, device="cuda")
+    del spent
+    before = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before
 
 
 @pytest.mark.gpu
