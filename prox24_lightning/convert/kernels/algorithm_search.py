@@ -159,12 +159,14 @@ def _converse(child: subprocess.Popen[str], given: str, written: queue.SimpleQue
     """Hand the jobs over, and each line of the answer on; None is its end."""
     assert child.stdin is not None
     assert child.stdout is not None
-    with contextlib.suppress(BrokenPipeError), child.stdin:  # it may end before it has read them
-        child.stdin.write(given)
-    with child.stdout:
-        for line in child.stdout:
-            written.put(line.rstrip("\n"))
-    written.put(None)
+    try:
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # it may end before it has read them
+            child.stdin.write(given)
+        with child.stdout:
+            for line in child.stdout:
+                written.put(line.rstrip("\n"))
+    finally:
+        written.put(None)
 
 
 def _measure(job: Job) -> Iterator[dict[str, float]]:
