@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from prox24_lightning.groups import Dim, group_shape, resolve_group_dim
 from prox24_lightning.prox.batched import CHUNK, prox_24_batched
@@ -92,7 +92,7 @@ def prox_24(
         return prox_24_batched(weight, strength, dim=dim, scale=scale, out=out)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "prox24_lightning::prox_24",
     mutates_args=(),
     schema="(Tensor weight, Tensor strength, int dim, Tensor? scale) -> Tensor",

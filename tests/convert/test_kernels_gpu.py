@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 from prox24_lightning.convert import convert_linear, convert_model
 from prox24_lightning.convert.kernels import cache as kernel_cache
@@ -203,7 +203,7 @@ def test_cuda_graphs_and_compile(tokens):
             compiled = torch.compile(model, fullgraph=True, mode=mode)
             for _ in range(3):
                 assert relative(compiled(rows).clone(), expected) < LARGEST
-        assert torch.library.opcheck(
+        assert library.opcheck(
             torch.ops.prox24.packed_linear.default,
             (rows, model[0].packed, None, None, torch.bfloat16, 2048, 1024, model[0].kernels),
             test_utils=("test_schema", "test_faketensor"),

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from prox24_lightning.convert.kernels.gpu_layout import padded_shape
 from prox24_lightning.convert.kernels.kernel import Run, kernel_for, prepare
@@ -17,7 +17,7 @@ from prox24_lightning.convert.kernels.kernel import Run, kernel_for, prepare
 _BYTES_16 = 16
 _PREPARED = 4096  # kept at most: one for each shape and number of tokens, with a plan of about 100 KB on the host
 
-_library = torch.library.Library("prox24", "FRAGMENT")
+_library = library.Library("prox24", "FRAGMENT")
 _library.define(
     "packed_linear(Tensor input, Tensor buffer, Tensor? dense, Tensor? bias, ScalarType dtype, SymInt out_features, "
     "SymInt in_features, str kernels) -> Tensor"
@@ -73,7 +73,7 @@ def _prepared(
     return prepare(kernel, dtype, (out_features, in_features), tokens, device), missing
 
 
-@torch.library.register_fake("prox24::packed_linear", lib=_library)
+@library.register_fake("prox24::packed_linear", lib=_library)
 def _shape_only(
     input: Tensor,
     buffer: Tensor,
