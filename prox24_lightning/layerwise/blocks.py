@@ -84,7 +84,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
     """``change`` applied to every tensor inside ``value`` (nested tuples, lists, dictionaries)."""
     if isinstance(value, Tensor):
         return change(value)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.layerwise.replay import Replayed
+from prox24_lightning.layerwise.replay import ReplayedOn
 from prox24_lightning.ranks import mean_over_ranks, world_size
 
-Forward = Callable[[], Tensor]
+Forward = Callable[[Any], Tensor]
 """Calls the block once, on one recorded batch; its output, (..., features)."""
 
 LEARNING_RATE = 1.2e-2
@@ -53,7 +53,8 @@ def token_weights(target: Tensor) -> Tensor:
 def reconstruct_block(
     parameters: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
-    forwards: Sequence[Forward],
+    forward: Forward,
+    batches: Sequence[Any],
     targets: Sequence[Tensor],
     *,
     steps: int,
@@ -71,7 +72,8 @@ def reconstruct_block(
     Args:
         parameters: of the block, by name; changed in place.
         masks: bool, by the names of the pruned ones.
-        forwards: one a batch.
+        forward: calls the block on one of ``batches``.
+        batches: tensors and other values, in tuples, lists and dictionaries as they come.
         targets: what each of them shall give.
         steps: how many.
         feature_weights: (features,), what a unit of squared error in each feature counts; None is 1 for all.
@@ -82,14 +84,18 @@ def reconstruct_block(
     """
     if feature_weights is not None:
         roots = feature_weights.sqrt()
-        forwards = [lambda run=run: run().float() * roots for run in forwards]  # type: ignore[misc]
+        unweighted, forward = forward, lambda batch: unweighted(batch).float() * roots
         targets = [target.float() * roots for target in targets]
     before = [parameter.detach().clone() for parameter in parameters.values()]
-    weights = [token_weights(target) for target in targets]
-    first = _mean_error(forwards, targets, weights)
+    parts = [(batch, target, token_weights(target)) for batch, target in zip(batches, targets, strict=True)]
+
+    def error_of(batch: Any, target: Tensor, weights: Tensor) -> Tensor:
+        return relative_error(forward(batch), target, weights)
+
+    first = _mean_error(error_of, parts)
     for attempt in range(_ATTEMPTS):
-        _descend(parameters, masks, forwards, targets, weights, steps, learning_rate * _SHRINKAGE**attempt)
-        last = _mean_error(forwards, targets, weights)
+        _descend(parameters, masks, error_of, parts, steps, learning_rate * _SHRINKAGE**attempt)
+        last = _mean_error(error_of, parts)
         if last < first:
             return first, last
         _write(parameters, before)
@@ -99,9 +105,8 @@ def reconstruct_block(
 def _descend(
     parameters: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
-    forwards: Sequence[Forward],
-    targets: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    error_of: Callable[..., Tensor],
+    parts: Sequence[tuple[Any, Tensor, Tensor]],
     steps: int,
     learning_rate: float,
 ) -> None:
@@ -114,10 +119,9 @@ def _descend(
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=cuda, capturable=cuda)
     size = masters[0].new_ones(())
 
-    def step(number: int) -> None:
+    def step(*part: Any) -> None:
         with torch.enable_grad():
-            error = relative_error(forwards[number](), targets[number], weights[number])
-            gradients = torch.autograd.grad(error, values, materialize_grads=True)
+            gradients = torch.autograd.grad(error_of(*part), values, materialize_grads=True)
         for name, master, gradient in zip(parameters, masters, gradients, strict=True):
             master.grad = mean_over_ranks(gradient.float())
             if name in masks:
@@ -127,19 +131,12 @@ def _descend(
         optimizer.step()
         _write(parameters, masters)
 
-    runs = _replayed(step, targets, masters[0].device)
+    # Alone on a GPU its hundreds of small kernels are recorded once.
+    run = ReplayedOn(step, masters[0].device) if world_size() == 1 else step
     for number in range(steps):
         rise = min(1.0, (number + 1) / (min(_WARM_UP, steps // 4) + 1))
         size.fill_(rise * 0.5 * (1 + math.cos(math.pi * number / steps)))
-        runs[number % len(runs)]()
-
-
-def _replayed(step: Callable[[int], None], targets: Sequence[Tensor], device: torch.device) -> list[Callable[[], None]]:
-    """The step on each batch. Alone on a GPU its hundreds of small kernels are recorded once a batch."""
-    if device.type != "cuda" or world_size() > 1:
-        return [partial(step, number) for number in range(len(targets))]
-    seen = [target.shape for target in targets]
-    return [Replayed(partial(step, number), device, warm=shape in seen[:number]) for number, shape in enumerate(seen)]
+        run(*parts[number % len(parts)])
 
 
 @torch.no_grad()
@@ -148,7 +145,7 @@ def _write(parameters: Mapping[str, nn.Parameter], values: Sequence[Tensor]) -> 
         parameter.copy_(value)
 
 
-def _mean_error(forwards: Sequence[Forward], targets: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
+def _mean_error(error_of: Callable[..., Tensor], parts: Sequence[tuple[Any, Tensor, Tensor]]) -> float:
     with torch.enable_grad():  # as in the steps: what is compiled for them serves here too
-        errors = [relative_error(run(), *rest).detach() for run, *rest in zip(forwards, targets, weights, strict=True)]
+        errors = [error_of(*part).detach() for part in parts]
     return float(mean_over_ranks(torch.stack(errors).mean()))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from prox24_lightning.layerwise.blocks import map_tensors
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +30,13 @@ class Replayed:
         step: works in place on tensors that stay where they are, takes and returns nothing.
         device: where these tensors are. Recordings there share their memory, so what one of them makes is no longer
             there once another has run; :func:`release_recordings` gives it back.
-        warm: another step has run the same kernels on the same shapes: record at the first call.
     """
 
-    def __init__(self, step: Callable[[], None], device: torch.device, *, warm: bool = False) -> None:
+    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
         self._step = step
         self._device = device
         self._record = device.type == "cuda"
-        self._warm = warm
+        self._warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -46,20 +49,86 @@ class Replayed:
             self._graph.replay()
 
     def _recorded(self) -> torch.cuda.CUDAGraph | None:
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         pool = _last[self._device].pool() if self._device in _last else torch.cuda.graph_pool_handle()
         try:
-            # "thread_local": a data loader's pinning thread that touches CUDA meanwhile does not spoil the recording.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._step()
+            try:
+                graph = self._captured(pool)
+            except torch.OutOfMemoryError:  # what the cache holds elsewhere cannot serve a recording
+                torch.cuda.empty_cache()
+                graph = self._captured(pool)
         except RuntimeError as error:
-            torch.cuda.set_stream(current)  # torch leaves its capture stream current when a capture fails
-            _end_capture(self._device, pool)
             _tell(str(error).splitlines()[0] if str(error) else type(error).__name__)
             self._record = False
             return None
         _last[self._device] = graph
         return graph
+
+    def _captured(self, pool: Any) -> torch.cuda.CUDAGraph:
+        """The step as a graph. Not by ``torch.cuda.graph``, which waits for the device and empties torch's cache."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(_side_stream(self._device)):
+            # "thread_local": a data loader's pinning thread that touches CUDA meanwhile does not spoil the recording.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self._step()
+                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it has ended, or ends here
+                    graph.capture_end()
+                _end_capture(self._device, pool)
+                raise
+        return graph
+
+
+class ReplayedOn:
+    """Calls ``step`` on arguments that differ from call to call; a CUDA device records it once for all of one form.
+
+    The arguments are copied to where the recording finds them. Whatever in them is no tensor is part of the form, as
+    are shape, strides and dtype of each tensor.
+
+    Args:
+        step: works in place on tensors that stay where they are; takes tensors and other values, nested in tuples,
+            lists and dictionaries, which it leaves as they are; returns nothing.
+        device: as for :class:`Replayed`.
+    """
+
+    def __init__(self, step: Callable[..., None], device: torch.device) -> None:
+        self._step = step
+        self._device = device
+        self._recordings: list[tuple[Any, list[Tensor], Replayed]] = []
+
+    @torch.no_grad()
+    def __call__(self, *arguments: Any) -> None:
+        if self._device.type != "cuda":
+            self._step(*arguments)
+            return
+        form, given = map_tensors(_form, arguments), _tensors(arguments)
+        found = next(((places, run) for known, places, run in self._recordings if known == form), None)
+        if found is None:
+            own = map_tensors(lambda one: one.detach().clone().requires_grad_(one.requires_grad), arguments)
+            found = _tensors(own), Replayed(partial(self._step, *own), self._device)
+            self._recordings.append((form, *found))
+        places, run = found
+        for place, tensor in zip(places, given, strict=True):
+            place.copy_(tensor)
+        run()
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Recording happens beside the default stream, which cannot be recorded, and on one stream each time: libraries
+    keep a workspace for every stream they have seen."""
+    return torch.cuda.Stream(device)
 
 
 @cache
@@ -68,7 +137,7 @@ def _tell(reason: str) -> None:
     log.warning("some steps are slower than they could be, for they cannot be recorded as a CUDA graph: %s", reason)
 
 
-def _end_capture(device: torch.device, pool: tuple[int, int]) -> None:
+def _end_capture(device: torch.device, pool: Any) -> None:
     """Tell the allocator that a capture which has failed is over: torch does not, and no memory would be given back to
     the device any more. There is no public way."""
     with suppress(RuntimeError):  # it knows already

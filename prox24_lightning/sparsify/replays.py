@@ -30,12 +30,19 @@ class Replay:
         with runnable(self.model, self.module):
             return self.call(self.module)
 
-    def trained(self) -> Replay:
-        """With a hidden state that asks for its gradient, as in training: compiled code then serves both."""
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of :meth:`with_arguments`; the hidden state asks for its gradient, as it does in training, so that what
+        was compiled there serves here."""
+        call = self.call
         with suppress(ValueError):  # without a floating tensor there is nothing to ask for
-            rest, hidden = split_call(self.call.args, self.call.kwargs, "")
-            return replace(self, call=self.call.with_value(rest.place, hidden.detach().requires_grad_()))
-        return self
+            rest, hidden = split_call(call.args, call.kwargs, "")
+            call = call.with_value(rest.place, hidden.detach().requires_grad_())
+        return call.args, call.kwargs, call.autocast, call.autocast_cache
+
+    def with_arguments(self, arguments: tuple[Any, ...]) -> Replay:
+        """The same call with those of another."""
+        args, kwargs, autocast, cache = arguments
+        return replace(self, call=Call(args, kwargs, autocast, autocast_cache=cache))
 
 
 class Replays:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -83,11 +84,17 @@ def _reconstruct(
     masks = {names[w.parameter]: found[w.name] for w in unit.weights if w.name in found and w.parameter in names}
     # A matrix that was not solved here keeps its zeros: another Prox24 may have frozen it.
     masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
-    forwards = [lambda run=run: hidden_of(run(), unit.name) for run in (replay.trained() for replay in runs)]
+
+    def forward(arguments: tuple[Any, ...]) -> Tensor:
+        return hidden_of(runs[0].with_arguments(arguments)(), unit.name)
+
+    batches = [run.arguments() for run in runs]
     weights = None
     if gradients is not None:
         gradients.detach()  # those of the steps below are none of training
         weights = gradients.weights(targets[0].shape[-1], targets[0].device)
     with unit.site.as_trained(unit.module):
-        before, after = reconstruct_block(parameters, masks, forwards, targets, steps=steps, feature_weights=weights)
+        before, after = reconstruct_block(
+            parameters, masks, forward, batches, targets, steps=steps, feature_weights=weights
+        )
     log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ class Block(nn.Module):
 
 
 def pruned_block(dtype=torch.float32):
-    """A block pruned by magnitude: parameters, masks, forwards and targets of the dense one."""
+    """A block pruned by magnitude: parameters, masks, the block, batches and targets of the dense one."""
     torch.manual_seed(0)
     dense = Block()
     block = copy.deepcopy(dense).to(dtype)
@@ -35,16 +34,16 @@ def pruned_block(dtype=torch.float32):
         weight.data.mul_(masks[name])
     inputs = [torch.randn(4, 32, 16) for _ in range(3)]
     targets = [dense(x).detach() for x in inputs]
-    return dict(block.named_parameters()), masks, [partial(block, x.to(dtype)) for x in inputs], targets
+    return dict(block.named_parameters()), masks, block, [x.to(dtype) for x in inputs], targets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_error_falls_and_the_masks_hold(dtype):
-    parameters, masks, forwards, targets = pruned_block(dtype)
+    parameters, masks, block, inputs, targets = pruned_block(dtype)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    before, after = reconstruct_block(parameters, masks, forwards, targets, steps=100)
+    before, after = reconstruct_block(parameters, masks, block, inputs, targets, steps=100)
     assert after < 0.8 * before
-    errors = [float(relative_error(run().detach(), target)) for run, target in zip(forwards, targets, strict=True)]
+    errors = [float(relative_error(block(x).detach(), target)) for x, target in zip(inputs, targets, strict=True)]
     assert sum(errors) / len(errors) == pytest.approx(after, rel=1e-5)
     for name, parameter in parameters.items():
         assert parameter.dtype is dtype
@@ -56,16 +55,16 @@ def test_the_error_falls_and_the_masks_hold(dtype):
 
 
 def test_what_would_be_worse_is_undone():
-    parameters, masks, forwards, targets = pruned_block()
+    parameters, masks, block, inputs, targets = pruned_block()
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    before, after = reconstruct_block(parameters, masks, forwards, targets, steps=1, learning_rate=30.0)
+    before, after = reconstruct_block(parameters, masks, block, inputs, targets, steps=1, learning_rate=30.0)
     assert after == before
     assert all(torch.equal(parameter, start[name]) for name, parameter in parameters.items())
 
 
 def test_steps_that_are_too_large_are_tried_again_smaller():
-    parameters, masks, forwards, targets = pruned_block()
-    before, after = reconstruct_block(parameters, masks, forwards, targets, steps=12, learning_rate=1.0)
+    parameters, masks, block, inputs, targets = pruned_block()
+    before, after = reconstruct_block(parameters, masks, block, inputs, targets, steps=12, learning_rate=1.0)
     assert after < 0.5 * before
     assert all(not parameters[name][~mask].any() for name, mask in masks.items())
 
@@ -83,10 +82,12 @@ def test_a_token_of_huge_norm_counts_like_any_other():
 def test_features_that_count_more_come_closer():
     errors = []
     for weights in (None, torch.tensor([100.0] * 2 + [1.0] * 14)):
-        parameters, masks, forwards, targets = pruned_block()
-        reconstruct_block(parameters, masks, forwards, targets, steps=100, feature_weights=weights, learning_rate=0.03)
+        parameters, masks, block, inputs, targets = pruned_block()
+        reconstruct_block(
+            parameters, masks, block, inputs, targets, steps=100, feature_weights=weights, learning_rate=0.03
+        )
         gaps = [
-            (run().detach() - target).square()[..., :2].mean() for run, target in zip(forwards, targets, strict=True)
+            (block(x).detach() - target).square()[..., :2].mean() for x, target in zip(inputs, targets, strict=True)
         ]
         errors.append(sum(gaps))
     assert errors[1] < 0.7 * errors[0]
@@ -112,7 +113,7 @@ def test_the_gpu_ends_at_the_error_of_the_cpu(kind):
             block.get_parameter(name).data.mul_(mask)
         inputs = [torch.randn(tokens, 32, 16) for tokens in (4, 4, 2)]
         targets = [dense(x).detach().to(device) for x in inputs]
-        forwards = [partial(block, x.to(device)) for x in inputs]
-        found.append(reconstruct_block(dict(block.named_parameters()), masks, forwards, targets, steps=100))
+        inputs = [x.to(device) for x in inputs]
+        found.append(reconstruct_block(dict(block.named_parameters()), masks, block, inputs, targets, steps=100))
         assert all(not block.get_parameter(name)[~mask].any() for name, mask in masks.items())
     assert found[1] == pytest.approx(found[0], rel=1e-2)

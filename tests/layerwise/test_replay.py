@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prox24_lightning.layerwise import solve_layer
-from prox24_lightning.layerwise.replay import Replayed, _tell, release_recordings
+from prox24_lightning.layerwise.replay import Replayed, ReplayedOn, _tell, release_recordings
 
 
 def test_off_cuda_every_call_runs_the_step():
@@ -21,6 +21,34 @@ def test_on_cuda_every_call_counts_and_reads_what_changed_in_between():
         step.fill_(number)
         run()
     assert value.item() == sum(range(6))
+
+
+@pytest.mark.gpu
+def test_one_recording_serves_all_arguments_of_a_form():
+    total = torch.zeros(3, device="cuda")
+    calls = []
+
+    def step(inputs, factor):
+        calls.append(factor)
+        total.add_(inputs["x"].sum(0) * factor)
+
+    run = ReplayedOn(step, total.device)
+    expected = torch.zeros(3)
+    for number in range(12):
+        x = torch.full((2 + number % 2, 3), float(number))
+        run({"x": x.cuda()}, 1 + number % 3)
+        expected += x.sum(0) * (1 + number % 3)
+    assert torch.equal(total.cpu(), expected)
+    assert len(calls) == 2 * 6, "each of six forms runs twice: as written, and when it is recorded"
+
+
+def test_off_cuda_arguments_are_given_as_they_are():
+    seen = []
+    run = ReplayedOn(lambda *arguments: seen.append(arguments), torch.device("cpu"))
+    given = ({"x": torch.ones(2)}, None, "text")
+    run(*given)
+    assert seen[0][0] is given[0]
+    assert seen[0][1:] == given[1:]
 
 
 @pytest.mark.gpu
