@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def token_weights(target: Tensor) -> Tensor:
 
 
 def reconstruct_block(
-    parameters: Mapping[str, nn.Parameter],
+    block: nn.Module,
     masks: Mapping[str, Tensor],
     forward: Forward,
     batches: Sequence[Any],
@@ -70,8 +71,8 @@ def reconstruct_block(
     In a distributed run every rank has its own batches, as many as the others, and gradients are averaged.
 
     Args:
-        parameters: of the block, by name; changed in place.
-        masks: bool, by the names of the pruned ones.
+        block: what is changed: the parameters that ask for gradients, in place.
+        masks: bool, by the names of those of them that are pruned.
         forward: calls the block on one of ``batches``.
         batches: tensors and other values, in tuples, lists and dictionaries as they come.
         targets: what each of them shall give.
@@ -86,20 +87,44 @@ def reconstruct_block(
         roots = feature_weights.sqrt()
         unweighted, forward = forward, lambda batch: unweighted(batch).float() * roots
         targets = [target.float() * roots for target in targets]
-    before = [parameter.detach().clone() for parameter in parameters.values()]
     parts = [(batch, target, token_weights(target)) for batch, target in zip(batches, targets, strict=True)]
 
     def error_of(batch: Any, target: Tensor, weights: Tensor) -> Tensor:
         return relative_error(forward(batch), target, weights)
 
-    first = _mean_error(error_of, parts)
-    for attempt in range(_ATTEMPTS):
-        _descend(parameters, masks, error_of, parts, steps, learning_rate * _SHRINKAGE**attempt)
-        last = _mean_error(error_of, parts)
-        if last < first:
-            return first, last
-        _write(parameters, before)
-    return first, first
+    with _stand_ins(block) as parameters:
+        before = [parameter.detach().clone() for parameter in parameters.values()]
+        first = _mean_error(error_of, parts)
+        for attempt in range(_ATTEMPTS):
+            _descend(parameters, masks, error_of, parts, steps, learning_rate * _SHRINKAGE**attempt)
+            last = _mean_error(error_of, parts)
+            if last < first:
+                return first, last
+            _write(parameters, before)
+        return first, first
+
+
+@contextmanager
+def _stand_ins(block: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters of ``block`` that ask for gradients, by name; for the time being others that share their memory.
+
+    Of a parameter that a training step has just used autograd remembers on which stream that was, and makes it wait for
+    the gradients, which no recording of them allows. Nor do hooks of the training see the stand-ins.
+    """
+    places = [
+        (owner, name, parameter)
+        for owner in block.modules()
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter.requires_grad
+    ]
+    made = {parameter: nn.Parameter(parameter.detach()) for _, _, parameter in places}
+    try:
+        for owner, name, parameter in places:
+            setattr(owner, name, made[parameter])
+        yield {name: parameter for name, parameter in block.named_parameters() if parameter.requires_grad}
+    finally:
+        for owner, name, parameter in places:
+            setattr(owner, name, parameter)
 
 
 def _descend(

@@ -49,13 +49,12 @@ class Replayed:
             self._graph.replay()
 
     def _recorded(self) -> torch.cuda.CUDAGraph | None:
-        pool = _last[self._device].pool() if self._device in _last else torch.cuda.graph_pool_handle()
         try:
             try:
-                graph = self._captured(pool)
+                graph = self._captured()
             except torch.OutOfMemoryError:  # what the cache holds elsewhere cannot serve a recording
                 torch.cuda.empty_cache()
-                graph = self._captured(pool)
+                graph = self._captured()
         except RuntimeError as error:
             _tell(str(error).splitlines()[0] if str(error) else type(error).__name__)
             self._record = False
@@ -63,19 +62,21 @@ class Replayed:
         _last[self._device] = graph
         return graph
 
-    def _captured(self, pool: Any) -> torch.cuda.CUDAGraph:
+    def _captured(self) -> torch.cuda.CUDAGraph:
         """The step as a graph. Not by ``torch.cuda.graph``, which waits for the device and empties torch's cache."""
         graph = torch.cuda.CUDAGraph()
+        pool = _last[self._device].pool() if self._device in _last else torch.cuda.graph_pool_handle()
         with torch.cuda.stream(_side_stream(self._device)):
-            # "thread_local": a data loader's pinning thread that touches CUDA meanwhile does not spoil the recording.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
+                # "thread_local": a data loader's pinning thread that touches CUDA does not spoil the recording.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 self._step()
                 graph.capture_end()
             except BaseException:
                 with suppress(RuntimeError):  # it has ended, or ends here
                     graph.capture_end()
                 _end_capture(self._device, pool)
+                _last.pop(self._device, None)  # nothing can be recorded any more into the memory of a failed one
                 raise
         return graph
 

@@ -95,6 +95,6 @@ def _reconstruct(
         weights = gradients.weights(targets[0].shape[-1], targets[0].device)
     with unit.site.as_trained(unit.module):
         before, after = reconstruct_block(
-            parameters, masks, forward, batches, targets, steps=steps, feature_weights=weights
+            unit.module, masks, forward, batches, targets, steps=steps, feature_weights=weights
         )
     log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prox24_lightning.layerwise.reconstruct import reconstruct_block, relative_error
+from prox24_lightning.layerwise.replay import _tell
 from prox24_lightning.mask import mask_24
 
 
@@ -41,7 +42,7 @@ def pruned_block(dtype=torch.float32):
 def test_the_error_falls_and_the_masks_hold(dtype):
     parameters, masks, block, inputs, targets = pruned_block(dtype)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    before, after = reconstruct_block(parameters, masks, block, inputs, targets, steps=100)
+    before, after = reconstruct_block(block, masks, block, inputs, targets, steps=100)
     assert after < 0.8 * before
     errors = [float(relative_error(block(x).detach(), target)) for x, target in zip(inputs, targets, strict=True)]
     assert sum(errors) / len(errors) == pytest.approx(after, rel=1e-5)
@@ -57,14 +58,14 @@ def test_the_error_falls_and_the_masks_hold(dtype):
 def test_what_would_be_worse_is_undone():
     parameters, masks, block, inputs, targets = pruned_block()
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    before, after = reconstruct_block(parameters, masks, block, inputs, targets, steps=1, learning_rate=30.0)
+    before, after = reconstruct_block(block, masks, block, inputs, targets, steps=1, learning_rate=30.0)
     assert after == before
     assert all(torch.equal(parameter, start[name]) for name, parameter in parameters.items())
 
 
 def test_steps_that_are_too_large_are_tried_again_smaller():
     parameters, masks, block, inputs, targets = pruned_block()
-    before, after = reconstruct_block(parameters, masks, block, inputs, targets, steps=12, learning_rate=1.0)
+    before, after = reconstruct_block(block, masks, block, inputs, targets, steps=12, learning_rate=1.0)
     assert after < 0.5 * before
     assert all(not parameters[name][~mask].any() for name, mask in masks.items())
 
@@ -82,15 +83,26 @@ def test_a_token_of_huge_norm_counts_like_any_other():
 def test_features_that_count_more_come_closer():
     errors = []
     for weights in (None, torch.tensor([100.0] * 2 + [1.0] * 14)):
-        parameters, masks, block, inputs, targets = pruned_block()
-        reconstruct_block(
-            parameters, masks, block, inputs, targets, steps=100, feature_weights=weights, learning_rate=0.03
-        )
+        _, masks, block, inputs, targets = pruned_block()
+        reconstruct_block(block, masks, block, inputs, targets, steps=100, feature_weights=weights, learning_rate=0.03)
         gaps = [
             (block(x).detach() - target).square()[..., :2].mean() for x, target in zip(inputs, targets, strict=True)
         ]
         errors.append(sum(gaps))
     assert errors[1] < 0.7 * errors[0]
+
+
+def test_training_sees_nothing_of_it():
+    parameters, masks, block, inputs, targets = pruned_block()
+    seen = []
+    for parameter in parameters.values():
+        parameter.register_hook(seen.append)
+    block.norm.bias.requires_grad_(False)
+    reconstruct_block(block, masks, block, inputs, targets, steps=4)
+    assert not seen
+    assert all(block.get_parameter(name) is parameter for name, parameter in parameters.items())
+    assert list(dict(block.named_parameters())) == list(parameters)
+    assert not block.norm.bias.any(), "what does not train stays as it is"
 
 
 class Waits(Block):
@@ -114,6 +126,22 @@ def test_the_gpu_ends_at_the_error_of_the_cpu(kind):
         inputs = [torch.randn(tokens, 32, 16) for tokens in (4, 4, 2)]
         targets = [dense(x).detach().to(device) for x in inputs]
         inputs = [x.to(device) for x in inputs]
-        found.append(reconstruct_block(dict(block.named_parameters()), masks, block, inputs, targets, steps=100))
+        found.append(reconstruct_block(block, masks, block, inputs, targets, steps=100))
         assert all(not block.get_parameter(name)[~mask].any() for name, mask in masks.items())
     assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_it_is_recorded_while_the_graph_of_a_training_step_is_alive(caplog):
+    _tell.cache_clear()
+    parameters, masks, block, inputs, targets = pruned_block()
+    block.cuda()
+    inputs, targets = [x.cuda() for x in inputs], [target.cuda() for target in targets]
+    masks = {name: mask.cuda() for name, mask in masks.items()}
+    loss = block(inputs[0]).square().mean()
+    loss.backward()
+    before, after = reconstruct_block(block, masks, block, inputs, targets, steps=100)
+    assert after < 0.8 * before
+    assert not caplog.text
+    assert loss.grad_fn is not None
+    assert set(parameters) == set(dict(block.named_parameters()))
