@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.groups import Dim
+from prox24_lightning.layerwise.inverses import shifted_inverses
 from prox24_lightning.layerwise.loss import input_scale, regularized
 from prox24_lightning.layerwise.replay import Replayed
-from prox24_lightning.layerwise.sparsegpt import cholesky
 from prox24_lightning.prox import prox_24, prox_block
 from prox24_lightning.schedules import Exponential, Schedule
 
@@ -154,11 +154,10 @@ def prox_splitting(
     run = Replayed(step, dense.device)
     pulled = dense @ moments
     last_rho = None
-    for level in range(levels):
-        rho = PENALTIES(level / max(1, levels - 1))
-        shifted = moments.clone()
-        shifted.diagonal().add_(rho)
-        inverse.copy_(torch.cholesky_inverse(cholesky(shifted, name=name)))
+    rhos = [PENALTIES(level / max(1, levels - 1)) for level in range(levels)]
+    inverses = shifted_inverses(moments, rhos, name=name)
+    for level, (rho, found) in enumerate(zip(rhos, inverses, strict=True)):
+        inverse.copy_(found)
         torch.mm(pulled, inverse, out=base)
         inverse.mul_(rho)
         if last_rho is not None:
