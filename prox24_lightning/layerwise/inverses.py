@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from prox24_lightning.layerwise.precision import allows_tf32
 from prox24_lightning.layerwise.sparsegpt import cholesky
 
 _NEWTON_RATIO = 1.4
@@ -30,8 +31,7 @@ def shifted_inverses(moments: Tensor, rhos: Sequence[float], *, name: str = "lay
     """
     ratios = [rho / last for last, rho in itertools.pairwise(rhos)]
     small = moments.is_cuda and len(moments) <= _NEWTON_SIZE and moments.dtype == torch.float32
-    exact = torch.get_float32_matmul_precision() == "highest"
-    newton = small and exact and max(ratios, default=1.0) < _NEWTON_RATIO
+    newton = small and not allows_tf32() and max(ratios, default=1.0) < _NEWTON_RATIO
     last: Tensor | None = None
     for rho, ratio in zip(rhos, [1.0, *ratios], strict=True):
         shifted = moments.clone()

@@ -11,6 +11,7 @@ from torch import Tensor
 from prox24_lightning.layerwise.block import solve_stage, stage_moments
 from prox24_lightning.layerwise.blocks import hidden_of
 from prox24_lightning.layerwise.layers import from_matrix, why_not_solvable
+from prox24_lightning.layerwise.precision import without_tf32
 from prox24_lightning.layerwise.reconstruct import reconstruct_block
 from prox24_lightning.layerwise.stages import order_of_calls
 from prox24_lightning.ranks import gathered_objects
@@ -57,7 +58,8 @@ def solve_unit(
         moments = stage_moments(stage, runs, dense_runs, twins)
         members = [owners[layer] for layer in stage.layers]
         try:
-            solved = solve_stage(members, moments, dense_target=dense_target, steps=prox_steps)
+            with without_tf32():
+                solved = solve_stage(members, moments, dense_target=dense_target, steps=prox_steps)
         except ValueError as error:
             log.warning("%s; its largest weights are kept instead", error)
             continue
