@@ -41,7 +41,6 @@ def test_all_are_inverses(device, rhos):
     moments = correlated(192)
     for rho, found in zip(rhos, shifted_inverses(moments.to(device), rhos), strict=True):
         assert distance(found, moments, rho) < 2e-5
-        assert torch.equal(found, found.T) or device == "cpu"
 
 
 @pytest.mark.gpu
