@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -203,6 +205,20 @@ def test_a_language_model_is_measured_dense_then_converted(pretended_gpu):
     assert converted.output_error == 0.0
     model.float()
     assert all(torch.equal(value.bfloat16(), before[name].bfloat16()) for name, value in model.state_dict().items())
+
+
+def test_what_is_converted_is_not_kept_beside_it(pretended_gpu, monkeypatch):
+    replaced, alive = [], []
+
+    def convert(model, names, **options):
+        for name in names:
+            layer = model.get_submodule(name)
+            replaced.append(weakref.ref(layer))
+            model.set_submodule(name, copy.deepcopy(layer))
+
+    monkeypatch.setattr(generation, "convert_model", convert)
+    measured(MODELS["llama"](), score=lambda twin: alive.append([layer() for layer in replaced]) or 1.0)
+    assert alive == [[], [None] * len(NAMES)]
 
 
 def test_what_cannot_be_captured_is_timed_eagerly(pretended_gpu, monkeypatch):

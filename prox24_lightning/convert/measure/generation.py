@@ -51,8 +51,8 @@ def time_language_model(
     """
     before = torch.cuda.memory_allocated(device)
     twin = bare_copy(model, device=device, dtype=settings.dtype)
-    layers = dict(named_layers(twin))
-    largest = max(layers[name].get_parameter("weight").nbytes for name in names)
+    chosen = set(names)
+    largest = max(layer.get_parameter("weight").nbytes for name, layer in named_layers(twin) if name in chosen)
     vocabulary = twin.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     generator = torch.Generator(device=device).manual_seed(0)
     batch, length = max(w.batch for w in workloads), max(w.length for w in workloads)
