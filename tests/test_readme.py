@@ -21,3 +21,8 @@ def test_every_file_the_readme_points_at_exists():
     text = README.read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (README.parent / target).exists(), target
+    results = README.parent / "benchmarks" / "results"
+    cited = re.findall(r"`(?:benchmarks/results/)?(\d{4}-\d\d-\d\d_[^`]+)`", text)
+    assert len(cited) > 20
+    for target in cited:
+        assert (results / target).exists(), target

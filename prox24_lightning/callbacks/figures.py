@@ -68,7 +68,7 @@ def mask_figure(pictures: Sequence[tuple[str, Any]], title: str = "corners of th
 
     Args:
         pictures: layer name and array ``(rows, columns)`` of 0, 1, 2 as
-            :func:`~prox24_lightning.sparsify.statistics.mask_picture` gives it.
+            :func:`~prox24_lightning.sparsify.mask_codes.mask_picture` gives it.
         title: above all of them.
     """
     from matplotlib.colors import ListedColormap

@@ -29,7 +29,8 @@ class Prox24(Sparsifier, Callback):
     step skipped by a gradient scaler does not count.
 
     **Going on.** Masks, phase and counters live in the trainer's checkpoints, and a run resumed from one ends like the
-    unbroken run, bit for bit, on as many ranks. What may change in between:
+    unbroken run, bit for bit, on as many ranks and where training itself repeats (deterministic kernels; in the middle
+    of an epoch, a data loader with a ``state_dict``). What may change in between:
 
     - *max_steps*, ``start``, ``freeze``: the phases are laid out anew over the new run. What is frozen stays frozen; a
       freeze that now lies in the past happens before the first batch.
@@ -41,9 +42,9 @@ class Prox24(Sparsifier, Callback):
     - *no callback any more*: Lightning warns, and nothing keeps the model 2:4; ``load_masks`` would.
     - ``targets``, ``skip``, ``geometry``, ``strategy``: before ``start``; ``strategy`` after the freeze as well.
 
-    A checkpoint whose weights are NaN or infinite is not written: the run stops with the reason, and the last good one
-    stays. An optimizer that is exchanged during the run is gone over to. A weight that is replaced or tied to another
-    while its optimizer trains the old one stops the run by name.
+    A checkpoint in which a weight chosen here is NaN or infinite is not written: the run stops with the reason, and the
+    last good one stays. An optimizer that is exchanged during the run is gone over to. A weight that is replaced or
+    tied to another while its optimizer trains the old one stops the run by name.
 
     Args:
         start: last dense step: int, or float fraction of the run. The default suits a trained model that is fine-tuned:
@@ -55,14 +56,16 @@ class Prox24(Sparsifier, Callback):
             the rest trains on. ``"post_step"`` applies the prox to all weights after every step.
         dense_target: (``progressive``) what a layer's outputs shall come close to: 0 its own, on what it sees now; 1
             those that it had in the model as it was at ``start`` (error feedback: later blocks make good for earlier
-            ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the freeze. From
+            ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the freeze, and
+            needs a model that training calls as a whole: where it calls several parts, each layer keeps its own. From
             scratch, where that model is half trained, 0 is better.
         reconstruction_steps: (``progressive``) gradient steps on a whole block, its norms and biases too, once its
             layers have been solved, by the error of the block's output; 0 leaves them out.
         gradient_weighting: (``progressive``) in these steps the features of a block's output count by the squared
             gradients that the last training batches sent through them; False counts all the same.
-        metric: (``post_step``) ``"activation"`` measures a weight by what it adds to the layer's output, in coordinates
-            scaled by the running rms of each input; ``"weight"`` by its magnitude.
+        metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` measures a weight by
+            what it adds to the layer's output, in coordinates scaled by the running rms of each input; ``"weight"`` by
+            its magnitude.
         schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the
             cheapest first, and leaves the others alone until their turn. Otherwise the strength itself:
             ``"exponential"``, ``"linear"``, ``"cubic"``, ``"constant"`` or a

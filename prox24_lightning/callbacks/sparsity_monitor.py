@@ -48,7 +48,7 @@ class SparsityMonitor(Callback):
         name: prefix of every tag and name of the figure's file; tells several monitors apart.
 
     Raises:
-        ValueError: for a rate that is not positive, or an empty name.
+        ValueError: for a rate out of its range, and a name that is empty or holds ``/``.
         MisconfigurationException: at the start of a fit without Prox24, for ``targets`` or ``skip`` that do not fit.
     """
 

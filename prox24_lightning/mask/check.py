@@ -47,7 +47,11 @@ def zeros_per_group(weight: Tensor, *, dim: int = -1) -> Tensor:
 
 def is_24(weight: Tensor, *, dim: Dim = -1) -> bool:
     """Whether every group of four along ``dim`` (a pair: along both) has at most two non-zeros. NaN counts as
-    non-zero."""
+    non-zero.
+
+    Raises:
+        ValueError: for a size along ``dim`` that does not divide by 4.
+    """
     return all(bool((zeros_per_group(weight, dim=one) >= 2).all()) for one in group_dims(weight.shape, dim))
 
 
@@ -55,6 +59,9 @@ def violations_24(weight: Tensor, *, dim: Dim = -1, limit: int = 5) -> Violation
     """Count the groups that are not 2:4 and locate the first ``limit`` of them, in row-major order of groups.
 
     With a pair of dimensions the groups along the first are counted and shown first, then those along the second.
+
+    Raises:
+        ValueError: for a size along ``dim`` that does not divide by 4.
     """
     parts = [_violations(weight, one, limit) for one in group_dims(weight.shape, dim)]
     return Violations(

@@ -155,7 +155,8 @@ def prox_block(
     """Minimise ``1/2 ||w - weight||^2 + strength * (r over rows + r over columns)`` for every 4 x 4 block, by
     splitting.
 
-    No closed form is known; ``prox/block.py`` says how it is split and why no block ends with a worse objective
+    At full strength a block keeps *at most* two entries in every row and column: seven entries may keep more than any
+    eight. No closed form is known; ``prox/block.py`` says how it is split and why no block ends with a worse objective
     than its exact projection. The row and column steps run the fused
     kernels where :func:`prox_path` says so. No wait for the device.
 

@@ -12,7 +12,7 @@ has no closed form. It is split into row and column prox steps, each of them exa
   over rows and columns never raises the objective.
 - *guard*: a block whose objective is not below that of its exact projection (onto at most two in every row and column)
   becomes the projection. So no block ends worse than projecting straight away, and from some strength on every block
-  is its projection, with survivors bit for bit those of ``Y``. The projection is onto *at most* two: for 9 % of
+  is its projection, with survivors bit for bit those of ``Y``. The projection is onto *at most* two: for 10 % of
   Gaussian blocks a mask of seven entries keeps more than each of the 90 masks of eight.
 
 Entries are worked on as magnitudes (signs come back at the end), laid out as (4, 4, blocks) so that every operation

@@ -32,7 +32,8 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
         entry, NaN for a group that holds NaN, infinity where the strength exceeds the largest number of the dtype.
 
     Raises:
-        ValueError: for a dtype that is not a real floating one, or a bad ``dim``.
+        ValueError: for a dtype that is not a real floating one, or a size along ``dim`` that does not divide by
+            4. One dimension only: 4 x 4 blocks have no such formula.
     """
     if not weight.is_floating_point():
         raise ValueError(f"critical_strength_24 needs a real floating-point weight, got {weight.dtype}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,8 @@ from prox24_lightning.sparsify.replays import Replays
 from prox24_lightning.sparsify.solve_unit import solve_unit
 from prox24_lightning.sparsify.strategy import Frozen, ScaleOf, Strategy, projected
 from prox24_lightning.sparsify.units import Unit, check_orders, cut_into_units, order_of_units
+
+log = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 8
 """Batches on which a block is solved: the last ones of the training itself."""
@@ -166,6 +169,14 @@ class Progressive(Strategy):
         # Only of a single site the inputs do not depend on what is pruned, so only there a dense model can follow.
         if self.dense_target and len(self._sites) == 1 and self._units:
             self._sites[0].keep_dense(sharded=self._sharded)
+        elif self.dense_target and self._units and rank() == 0:
+            log.warning(
+                "dense_target=%g has no effect, each layer aims at its own outputs: training calls %d parts of the model "
+                "(%s, ...) rather than one that holds all of them",
+                self.dense_target,
+                len(self._sites),
+                type(self._sites[0].module).__name__,
+            )
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
