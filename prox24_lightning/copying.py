@@ -52,6 +52,11 @@ def bare_copy(
         memo[id(parameter)] = nn.Parameter(_cast(parameter.detach(), device, dtype, copy=True), requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = _cast(buffer.detach(), device, dtype, copy=True)
+    for each in module.modules():
+        for value in vars(each).values():
+            # An activation or a loss that a forward pass has left behind.
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = _cast(value.detach(), device, dtype, copy=True)
     with _bare(module) as original:
         return copy.deepcopy(original, memo).eval()
 

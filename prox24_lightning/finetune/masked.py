@@ -55,10 +55,13 @@ class MaskedParameters:
             values.masked_fill_(~self.masks[name], 0.0)
             if parameter.grad is not None:
                 local_part(parameter.grad).masked_fill_(~self.masks[name], 0.0)
-        if parameter.requires_grad:
-            self._handles[name] = parameter.register_post_accumulate_grad_hook(
-                lambda parameter, name=name: self._keep_only(parameter.grad, name)
-            )
+        # Another optimizer's turn may have taken the gradient away for a while (Lightning's toggle_optimizer).
+        trains = parameter.requires_grad
+        parameter.requires_grad_(True)
+        self._handles[name] = parameter.register_post_accumulate_grad_hook(
+            lambda parameter, name=name: self._keep_only(parameter.grad, name)
+        )
+        parameter.requires_grad_(trains)
 
     def follow(self, optimizers: Iterable[Optimizer]) -> None:
         """Mask the state of ``optimizers`` now, and the weights after each of their steps."""

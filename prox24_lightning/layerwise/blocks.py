@@ -6,7 +6,7 @@ arguments (attention masks, position embeddings, flags) are whatever the model i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,14 +36,15 @@ class Blocks:
         return self.whole or f"{module_name}.".startswith(f"{self.names[index]}.")
 
 
-def find_blocks(model: nn.Module, name: str | None = None) -> Blocks:
-    """The repeated blocks of ``model``: its largest ``ModuleList`` whose members are all of one class.
+def find_blocks(model: nn.Module, name: str | None = None, holding: Collection[nn.Module] | None = None) -> Blocks:
+    """The repeated blocks of ``model``: its largest ``ModuleList`` whose members are all of one class that is called.
 
     A ``Sequential`` of one class counts too, if it holds nearly all parameters.
 
     Args:
         model: any module; without such a list the whole model counts as one block.
         name: take this ``ModuleList`` or ``Sequential`` instead, for instance ``"model.layers"``.
+        holding: modules of which a list must hold one (others may belong to a frozen teacher, say); None asks for none.
 
     Raises:
         ValueError: if ``name`` is not the name of a list of modules.
@@ -60,8 +61,13 @@ def find_blocks(model: nn.Module, name: str | None = None) -> Blocks:
         return _blocks(name, named)
     whole = sum(parameter.numel() for parameter in model.parameters())
     best, most = None, 0
+    wanted = set(holding or ())
     for key, module in lists.items():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len({type(child) for child in module}) != 1:
+            continue
+        # Members without a forward of their own (lists of parts) are never called as such.
+        called = all(getattr(child.forward, "__func__", None) is not nn.Module.forward for child in module)
+        if not called or (holding is not None and not wanted.intersection(module.modules())):
             continue
         size = sum(parameter.numel() for parameter in module.parameters())
         # A sequence may be one stage of several (ResNet): it counts where it is nearly all of the model.
@@ -72,7 +78,9 @@ def find_blocks(model: nn.Module, name: str | None = None) -> Blocks:
 
 
 def _blocks(name: str, modules: nn.ModuleList | nn.Sequential) -> Blocks:
-    return Blocks(tuple(f"{name}.{key}" for key, _ in modules.named_children()), tuple(modules))
+    # A block that stands in the list several times is one block.
+    named = list(modules.named_children())
+    return Blocks(tuple(f"{name}.{key}" for key, _ in named), tuple(module for _, module in named))
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -95,6 +103,13 @@ def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
     if type(value) is dict:
         return {key: map_tensors(change, item) for key, item in value.items()}
     return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors inside ``value`` (nested tuples, lists, dictionaries), in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
 
 
 def to_device(value: Any, device: torch.device | str) -> Any:

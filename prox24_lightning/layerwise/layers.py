@@ -44,6 +44,11 @@ def matrix_columns(module: nn.Module) -> int:
     return weight.numel() // weight.shape[1 if is_transposed_linear(module) else 0]
 
 
+def matrix_rows(module: nn.Module, weight: Tensor) -> int:
+    """Number of rows of :func:`as_matrix`."""
+    return weight.shape[1 if is_transposed_linear(module) else 0]
+
+
 def from_matrix(module: nn.Module, matrix: Tensor) -> Tensor:
     """Undo :func:`as_matrix` for a weight or a mask: a tensor of the shape of the layer's weight."""
     shape = module.get_parameter("weight").shape
@@ -128,7 +133,10 @@ class SecondMoments:
         if self._sum is None:
             self._sum = torch.zeros(columns, columns, device=device)
         dist.all_reduce(self._sum)
-        if any(cross for _, cross in counted):
-            if self._cross is None:
-                self._cross = torch.zeros_like(self._sum)
-            dist.all_reduce(self._cross)
+        # What one rank could not compare with the dense model none of them does.
+        if not any(cross for _, cross in counted) or not all(cross for tokens, cross in counted if tokens):
+            self._cross = None
+            return
+        if self._cross is None:
+            self._cross = torch.zeros_like(self._sum)
+        dist.all_reduce(self._cross)

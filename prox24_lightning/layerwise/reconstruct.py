@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,7 @@ def reconstruct_block(
     targets: Sequence[Tensor],
     *,
     steps: int,
+    trained: Collection[Tensor] | None = None,
     feature_weights: Tensor | None = None,
     learning_rate: float = LEARNING_RATE,
 ) -> tuple[float, float]:
@@ -71,12 +72,13 @@ def reconstruct_block(
     In a distributed run every rank has its own batches, as many as the others, and gradients are averaged.
 
     Args:
-        block: what is changed: the parameters that ask for gradients, in place.
+        block: what is changed: its ``trained`` parameters, in place.
         masks: bool, by the names of those of them that are pruned.
         forward: calls the block on one of ``batches``.
         batches: tensors and other values, in tuples, lists and dictionaries as they come.
         targets: what each of them shall give.
         steps: how many.
+        trained: parameters that may change; None: those that ask for gradients.
         feature_weights: (features,), what a unit of squared error in each feature counts; None is 1 for all.
         learning_rate: relative to the rms of each parameter; where the error does not fall, smaller ones are tried.
 
@@ -92,10 +94,10 @@ def reconstruct_block(
     def error_of(batch: Any, target: Tensor, weights: Tensor) -> Tensor:
         return relative_error(forward(batch), target, weights)
 
-    with _stand_ins(block) as parameters:
+    with _stand_ins(block, trained) as parameters:
         before = [parameter.detach().clone() for parameter in parameters.values()]
         first = _mean_error(error_of, parts)
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS if parameters else 0):
             _descend(parameters, masks, error_of, parts, steps, learning_rate * _SHRINKAGE**attempt)
             last = _mean_error(error_of, parts)
             if last < first:
@@ -105,8 +107,8 @@ def reconstruct_block(
 
 
 @contextmanager
-def _stand_ins(block: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters of ``block`` that ask for gradients, by name; for the time being others that share their memory.
+def _stand_ins(block: nn.Module, trained: Collection[Tensor] | None) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters of ``block`` that may change, by name; for the time being others that share their memory.
 
     Of a parameter that a training step has just used autograd remembers on which stream that was, and makes it wait for
     the gradients, which no recording of them allows. Nor do hooks of the training see the stand-ins.
@@ -115,13 +117,14 @@ def _stand_ins(block: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         (owner, name, parameter)
         for owner in block.modules()
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False)
-        if parameter.requires_grad
+        if (parameter.requires_grad if trained is None else parameter in trained) and parameter.is_floating_point()
     ]
     made = {parameter: nn.Parameter(parameter.detach()) for _, _, parameter in places}
     try:
         for owner, name, parameter in places:
             setattr(owner, name, made[parameter])
-        yield {name: parameter for name, parameter in block.named_parameters() if parameter.requires_grad}
+        changing = set(made.values())
+        yield {name: parameter for name, parameter in block.named_parameters() if parameter in changing}
     finally:
         for owner, name, parameter in places:
             setattr(owner, name, parameter)

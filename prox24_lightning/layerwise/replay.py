@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prox24_lightning.layerwise.blocks import map_tensors
+from prox24_lightning.layerwise.blocks import map_tensors, tensors_in
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +103,11 @@ class ReplayedOn:
         if self._device.type != "cuda":
             self._step(*arguments)
             return
-        form, given = map_tensors(_form, arguments), _tensors(arguments)
+        form, given = map_tensors(_form, arguments), tensors_in(arguments)
         found = next(((places, run) for known, places, run in self._recordings if known == form), None)
         if found is None:
             own = map_tensors(lambda one: one.detach().clone().requires_grad_(one.requires_grad), arguments)
-            found = _tensors(own), Replayed(partial(self._step, *own), self._device)
+            found = tensors_in(own), Replayed(partial(self._step, *own), self._device)
             self._recordings.append((form, *found))
         places, run = found
         for place, tensor in zip(places, given, strict=True):
@@ -117,12 +117,6 @@ class ReplayedOn:
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(found.append, value)
-    return found
 
 
 @cache

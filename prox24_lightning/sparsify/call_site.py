@@ -78,24 +78,34 @@ class CallSite:
             raise RuntimeError("no dense copy has been kept")
         if isinstance(self.dense, DenseWeights):
             return {module: module for module in self.module.modules()}
-        inner = getattr(self.module, "_orig_mod", self.module)
-        return dict(zip(inner.modules(), self.dense.modules(), strict=True))
+        # The copy has no wrappers of compiled modules.
+        plain = [module for module in self.module.modules() if not hasattr(module, "_orig_mod")]
+        twins = dict(zip(plain, self.dense.modules(), strict=True))
+        return {module: twins[getattr(module, "_orig_mod", module)] for module in self.module.modules()}
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Evaluation mode, no caches, no gradients, and nothing compiled, so that inner modules can be listened to."""
+        """Evaluation mode, no caches, no gradients, nothing compiled and no fast path of torch's encoder layers (which
+        hands on nested tensors), so that inner modules can be listened to."""
         self._trained = {module for module in self.module.modules() if module.training}
-        with torch.no_grad(), caches_off(self.module), torch.compiler.set_stance("force_eager"):
-            yield
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.no_grad(), caches_off(self.module), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
     @contextmanager
     def as_trained(self, module: nn.Module) -> Iterator[None]:
         """Inside of :meth:`replaying`, what training compiled of ``module``, inside of which nothing is listened to.
 
-        It serves only in training mode, which is taken where it makes no difference; else evaluation mode stays, and
-        the compiler works anew.
+        It serves only in training mode, which is taken where something is compiled and it makes no difference; else
+        evaluation mode stays, and the compiler works anew.
         """
-        inner = [] if any(map(_trains_otherwise, module.modules())) else self._trained.intersection(module.modules())
+        modules = list(module.modules())
+        takes = any(map(_is_compiled, modules)) and not any(map(_trains_otherwise, modules))
+        inner = self._trained.intersection(modules) if takes else ()
         for one in inner:
             one.training = True
         try:
@@ -133,6 +143,11 @@ class CallSite:
         for batch in state["batches"]:
             self._batches.append([Call.from_state_dict(call, device) for call in batch])
         self.called = state["called"]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 def _trains_otherwise(module: nn.Module) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.layerwise.blocks import map_tensors, no_cache
+from prox24_lightning.layerwise.blocks import map_tensors, no_cache, tensors_in
 from prox24_lightning.sharding import is_sharded
 
-_PLAIN = (bool, int, float, str, type(None), Tensor)
+_PLAIN = (bool, int, float, str, type(None), Tensor, nn.Parameter)
+"""Themselves, no classes made of them: a checkpoint that holds such a class cannot be read without pickle's code."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Call:
         """Make the call again."""
         kind = device_of(module).type
         enabled = self.autocast is not None
+        # Copies: the module may change what it is called with in place.
+        args, kwargs = map_tensors(torch.clone, (self.args, self.kwargs))
         with torch.autocast(kind, dtype=self.autocast, enabled=enabled, cache_enabled=self.autocast_cache):
-            return module(*self.args, **self.kwargs)
+            return module(*args, **kwargs)
 
     def place_of(self, tensor: Tensor | None) -> int | str | None:
         """Where ``tensor`` itself stands among the arguments: position or name; None if it does not."""
@@ -103,20 +106,30 @@ def reach(site: nn.Module, inners: Sequence[nn.Module], calls: Sequence[Call]) -
         inners: modules inside of ``site``, or ``site`` itself alone, in the order in which they run.
 
     Returns:
-        by module: the first one, and those that take the hidden state from the one before them.
+        by module: the first one, and those that take the hidden state from the one before them, as it was handed on,
+        and nothing else that has come into being since the first one was called.
     """
     if list(inners) == [site]:
         return {site: Passage(list(calls))}
     found: dict[nn.Module, list[Call]] = {inner: [] for inner in inners}
     places: dict[nn.Module, set[int | str | None]] = {inner: set() for inner in inners}
     before = dict(zip(inners[1:], inners, strict=False))
-    last: tuple[nn.Module | None, Tensor | None] = None, None
+    last: tuple[nn.Module | None, Tensor | None, int] = None, None, 0
+    known: dict[int, tuple[Tensor, int]] = {}
     order: list[nn.Module] = []
     once = False
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        nonlocal known
         call = Call.record(module, args, kwargs)
-        place = call.place_of(last[1]) if last[0] is before.get(module) else None
+        before_it, hidden, version = last
+        linked = before_it is before.get(module) and hidden is not None and hidden._version == version
+        place = call.place_of(hidden) if linked else None
+        given = [tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor is not hidden]
+        if module is inners[0]:
+            known = {id(tensor): (tensor, tensor._version) for tensor in given}
+        elif any(id(tensor) not in known or known[id(tensor)][1] != tensor._version for tensor in given):
+            place = None
         found[module].append(call if place is None else call.with_value(place, None))
         places[module].add(place)
         order.append(module)
@@ -126,13 +139,13 @@ def reach(site: nn.Module, inners: Sequence[nn.Module], calls: Sequence[Call]) -
     def leave(module: nn.Module, args: tuple, output: Any) -> None:
         nonlocal last
         first = output[0] if isinstance(output, (tuple, list)) and output else output
-        last = module, first if isinstance(first, Tensor) else None
+        last = (module, first, first._version) if isinstance(first, Tensor) else (module, None, 0)
 
     handles = [inner.register_forward_pre_hook(enter, with_kwargs=True) for inner in inners]
     handles += [inner.register_forward_hook(leave) for inner in inners[:-1]]
     try:
         for number, call in enumerate(calls):
-            last = None, None
+            last = None, None, 0
             with suppress(_Reached):
                 call(site)
             # The first pass runs to its end and shows whether later ones may stop early.
@@ -172,8 +185,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
     if type(value) in (tuple, list):
         return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN) and not (isinstance(value, Tensor) and is_sharded(value))
+    return type(value) in _PLAIN and not (isinstance(value, Tensor) and is_sharded(value))

@@ -96,6 +96,8 @@ class SparsityEngine:
         for optimizer in optimizers:
             held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
             self._owned[id(optimizer)] = [names[key] for key in held if key in names]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.strategy.trained = frozenset(parameter for group in groups for parameter in group["params"])
         self._listener.bind(optimizers)
         for weight in self.weights:
             if weight.name in self.masks:

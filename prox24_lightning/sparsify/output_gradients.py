@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -21,13 +22,22 @@ class OutputGradients:
     this is (arXiv 2102.05426, section 3.3); it costs no pass of its own. Each batch counts the same, whatever the scale
     of its loss. A graph that was compiled around the whole model does not see the hook: nothing is gathered then.
 
+    Args:
+        name: of the module.
+        module: listened to until :meth:`detach`.
+        feature_dim: along which dimension of an output features lie.
+        total: of an earlier run.
+
     Attributes:
-        total: (features,) float32, sum over batches; None before the first.
+        total: (features,) float32, sum over batches; None before the first, and again when their number changes.
     """
 
-    def __init__(self, name: str, module: nn.Module, total: Tensor | None = None) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, feature_dim: Callable[[Tensor], int], total: Tensor | None = None
+    ) -> None:
         self.name = name
         self.total = total
+        self._feature_dim = feature_dim
         self._handle = module.register_forward_hook(torch.compiler.disable(self._listen))
 
     def detach(self) -> None:
@@ -48,7 +58,8 @@ class OutputGradients:
                 hidden.register_hook(self._add)
 
     def _add(self, gradient: Tensor) -> None:
-        squares = gradient.detach().float().flatten(0, -2).square().mean(0)
+        squares = gradient.detach().float().movedim(self._feature_dim(gradient), -1).flatten(0, -2).square().mean(0)
         # A step that a gradient scaler will skip has gradients that are not finite.
         squares = torch.nan_to_num(squares / squares.mean().clamp_min(_SMALLEST), 0.0, 0.0, 0.0)
-        self.total = squares if self.total is None else self.total.to(squares) + squares
+        fits = self.total is not None and self.total.shape == squares.shape
+        self.total = self.total.to(squares) + squares if fits and self.total is not None else squares

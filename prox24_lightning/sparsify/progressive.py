@@ -130,7 +130,9 @@ class Progressive(Strategy):
         if state:
             totals = state["gradients"][rank() % len(state["gradients"])]
         self._gradients = {
-            u.name: OutputGradients(u.name, u.module, totals[u.name]) for u in self._units if u.name in totals
+            u.name: OutputGradients(u.name, u.module, u.feature_dim, totals[u.name])
+            for u in self._units
+            if u.name in totals
         }
         self._arrange(state.get("order", self._order))
         for site in self._sites:
@@ -152,7 +154,7 @@ class Progressive(Strategy):
         ]
         for unit in soon if self.gradient_weighting else ():
             if unit.name not in self._gradients and self._reconstructs(unit):
-                self._gradients[unit.name] = OutputGradients(unit.name, unit.module)
+                self._gradients[unit.name] = OutputGradients(unit.name, unit.module, unit.feature_dim)
         # The step after `start` is recorded everywhere: it shows in which order the model runs.
         wanted = {unit.site for unit in (self._units if step == self._plan.start + 1 else soon)}
         for site in self._sites:
@@ -171,8 +173,8 @@ class Progressive(Strategy):
             self._sites[0].keep_dense(sharded=self._sharded)
         elif self.dense_target and self._units and rank() == 0:
             log.warning(
-                "dense_target=%g has no effect, each layer aims at its own outputs: training calls %d parts of the model "
-                "(%s, ...) rather than one that holds all of them",
+                "dense_target=%g has no effect, each layer aims at its own outputs: training calls %d parts of the "
+                "model (%s, ...) rather than one that holds all of them",
                 self.dense_target,
                 len(self._sites),
                 type(self._sites[0].module).__name__,
@@ -204,7 +206,9 @@ class Progressive(Strategy):
                 for unit in together:
                     steps = self.reconstruction_steps if self._reconstructs(unit) else 0
                     gradients = self._gradients.get(unit.name)
-                    frozen |= solve_unit(unit, replays, self.dense_target, self.prox_steps, steps, gradients)
+                    frozen |= solve_unit(
+                        unit, replays, self.dense_target, self.prox_steps, steps, gradients, self.trained
+                    )
         for unit in units:
             self._done.add(unit.name)
             if (gradients := self._gradients.pop(unit.name, None)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,7 @@ def solve_unit(
     prox_steps: int | None,
     reconstruction_steps: int,
     gradients: OutputGradients | None,
+    trained: Collection[Tensor],
 ) -> Frozen:
     """Masks and values of the layers of ``unit`` that the solver can take; they are written into the model.
 
@@ -40,11 +41,14 @@ def solve_unit(
         prox_steps: a layer; None is the solver's own default.
         reconstruction_steps: of the whole unit; 0 leaves them out.
         gradients: what its output's features count by; None is the same for all.
+        trained: parameters that training changes; reconstruction leaves others alone.
     """
     owners = {w.module: w for w in unit.weights if why_not_solvable(w.module, w.parameter_name) is None}
     frozen: Frozen = {}
     runs = replays.runs_of(unit)
     if not all(gathered_objects(bool(runs))):
+        if owners:
+            log.warning("%s was not called in the recorded batches; its largest weights are kept instead", unit.name)
         return frozen
     dense_runs, twins = replays.dense_runs_of(unit)
     targets, dense_outputs = None, None
@@ -68,7 +72,7 @@ def solve_unit(
             frozen[weight.name] = mask, local_part(weight.parameter)
     if targets is not None and frozen:
         masks = {name: mask for name, (mask, _) in frozen.items()}
-        _reconstruct(unit, runs, targets, masks, reconstruction_steps, gradients)
+        _reconstruct(unit, runs, targets, masks, reconstruction_steps, gradients, trained)
     replays.hand_on(unit, runs, dense_runs, dense_outputs)
     return frozen
 
@@ -80,23 +84,27 @@ def _reconstruct(
     found: Mapping[str, Tensor],
     steps: int,
     gradients: OutputGradients | None,
+    trained: Collection[Tensor],
 ) -> None:
-    parameters = {name: parameter for name, parameter in unit.module.named_parameters() if parameter.requires_grad}
+    parameters = {name: parameter for name, parameter in unit.module.named_parameters() if parameter in trained}
+    dim = unit.feature_dim(targets[0])
+    targets = [target.movedim(dim, -1) for target in targets]
     names = {parameter: name for name, parameter in parameters.items()}
     masks = {names[w.parameter]: found[w.name] for w in unit.weights if w.name in found and w.parameter in names}
     # A matrix that was not solved here keeps its zeros: another Prox24 may have frozen it.
     masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
 
     def forward(arguments: tuple[Any, ...]) -> Tensor:
-        return hidden_of(runs[0].with_arguments(arguments)(), unit.name)
+        return hidden_of(runs[0].with_arguments(arguments)(), unit.name).movedim(dim, -1)
 
     batches = [run.arguments() for run in runs]
     weights = None
     if gradients is not None:
         gradients.detach()  # those of the steps below are none of training
-        weights = gradients.weights(targets[0].shape[-1], targets[0].device)
+        sizes = {target.shape[-1] for target in targets}
+        weights = gradients.weights(sizes.pop(), targets[0].device) if len(sizes) == 1 else None
     with unit.site.as_trained(unit.module):
         before, after = reconstruct_block(
-            unit.module, masks, forward, batches, targets, steps=steps, feature_weights=weights
+            unit.module, masks, forward, batches, targets, steps=steps, trained=trained, feature_weights=weights
         )
     log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)

@@ -61,6 +61,7 @@ class Strategy(ABC):
         seconds: of all such pauses together.
         looking: whether the next :meth:`after_step` shall look at the weights in the pass that changes them.
         looks: what it has seen, by name; of weights that it changes in another way it says nothing.
+        trained: the parameters that training changes: those of its optimizers.
     """
 
     def __init__(self) -> None:
@@ -69,6 +70,7 @@ class Strategy(ABC):
         self.seconds = 0.0
         self.looking = False
         self.looks: dict[str, StepLook] = {}
+        self.trained: frozenset[Tensor] = frozenset()
 
     def scaled_weights(self, weights: Sequence[GroupedWeight]) -> Sequence[GroupedWeight]:
         """Those of ``weights`` for which the strategy asks for the scale of the activation metric."""

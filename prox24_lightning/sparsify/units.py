@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from prox24_lightning.groups import GroupedWeight
 from prox24_lightning.layerwise.blocks import find_blocks
+from prox24_lightning.layerwise.layers import matrix_rows
 from prox24_lightning.ranks import gathered_objects
 from prox24_lightning.sparsify.call_site import CallSite
 from prox24_lightning.sparsify.calls import order_of_first_calls
@@ -23,10 +24,20 @@ class Unit:
     weights: tuple[GroupedWeight, ...]
     site: CallSite
 
+    def feature_dim(self, output: Tensor) -> int:
+        """The dimension of its output along which features lie: the last, or the second of images and the like.
+
+        Told by the sizes that its layers put out.
+        """
+        convolutions = all(isinstance(weight.module, (nn.Conv1d, nn.Conv2d)) for weight in self.weights)
+        widths = {matrix_rows(weight.module, weight.parameter) for weight in self.weights}
+        second = output.dim() > 2 and output.shape[1] in widths
+        return 1 if second and (convolutions or output.shape[-1] not in widths) else -1
+
 
 def cut_into_units(model: nn.Module, weights: Sequence[GroupedWeight], sites: Sequence[CallSite]) -> list[Unit]:
     """Blocks where the model has a list of like ones that are called as such, single layers elsewhere."""
-    blocks = find_blocks(model)
+    blocks = find_blocks(model, holding=[weight.module for weight in weights])
     site_of = {module: site for site in sites for module in site.module.modules()}
     units: dict[str, tuple[nn.Module, list[GroupedWeight]]] = {}
     for weight in weights:
