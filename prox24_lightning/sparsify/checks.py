@@ -6,8 +6,10 @@ the user has set, ``RuntimeError`` for what has happened since.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,6 +18,18 @@ from torch.optim import Optimizer
 from prox24_lightning.groups import Dim, GroupedWeight, Selection, SkippedWeight
 from prox24_lightning.ranks import any_rank, rank
 from prox24_lightning.sharding import cut_groups, local_part
+
+
+def check_place(masks_file: str | Path | None) -> None:
+    """Refuse a file that could not be written at the end of the run."""
+    if masks_file is None:
+        return
+    path = Path(masks_file).absolute()
+    folder = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        place = path if path.is_dir() else folder
+        kind = "is a folder" if path.is_dir() else "is no folder that can be written to"
+        raise ValueError(f"masks_file={str(masks_file)!r} cannot be written: {place} {kind}; name another place")
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:

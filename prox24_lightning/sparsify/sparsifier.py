@@ -18,7 +18,7 @@ from prox24_lightning.ranks import rank
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
 from prox24_lightning.sharding import local_part, reshard
 from prox24_lightning.sparsify.arguments import StrategyName, check_arguments
-from prox24_lightning.sparsify.checks import check_optimizers, check_weights, optimized
+from prox24_lightning.sparsify.checks import check_optimizers, check_place, check_weights, optimized
 from prox24_lightning.sparsify.engine import Metric, SparsityEngine
 from prox24_lightning.sparsify.phases import Phase, resolve_plan
 from prox24_lightning.sparsify.post_step import PostStepProx, Refit
@@ -182,6 +182,7 @@ class Sparsifier:
             ValueError: if model, optimizers and arguments do not fit together.
         """
         check_optimizers(optimizers)
+        check_place(self.masks_file)
         selection = select_weights(model, targets=self.targets, skip=self.skip, geometry=self.geometry)
         plan = resolve_plan(self.start, self.freeze, total_steps)
         selection = optimized(selection, optimizers, explicit=self.targets is not None)

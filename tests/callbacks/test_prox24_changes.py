@@ -165,6 +165,16 @@ def test_other_weights_before_the_start_only(tmp_path, strategy, change):
         fit(prox(strategy=strategy, **change), resume=at(tmp_path, 8))
 
 
+def test_a_masks_file_that_cannot_be_written_is_refused_before_the_first_batch(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "masks.safetensors").mkdir()
+    for path, words in (("file/masks.safetensors", "file is no folder"), ("masks.safetensors", "is a folder")):
+        trainer = quiet_trainer(max_steps=4, callbacks=[Prox24(1, 2, masks_file=tmp_path / path, verbose=False)])
+        with pytest.raises(MisconfigurationException, match=words):
+            trainer.fit(TinyModule(), tiny_loader())
+        assert trainer.global_step == 0
+
+
 def test_the_masks_file_must_say_its_format():
     with pytest.raises(ValueError, match="masks_file='masks.pt' must end in .safetensors"):
         Prox24(masks_file="masks.pt")
