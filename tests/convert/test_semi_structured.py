@@ -159,6 +159,30 @@ def test_a_kept_dense_weight_is_counted_and_not_stored():
     assert torch.equal(expand_linear(layer).weight, weight)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_kept_dense_weight_follows_the_state_that_is_loaded(assign):
+    weight, source = packed_layer()
+    _, layer = packed_layer(dense=True)
+    layer.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(expand_linear(layer).weight, weight)
+
+
+def test_a_state_of_another_16_bit_dtype_is_refused():
+    weight, layer = packed_layer()
+    half = SemiStructuredLinear(to_buffer(pack_24(weight.half())), (40, 72), torch.float16, None, "16384=cusparselt")
+    before = half.packed.clone()
+    stored = io.BytesIO()
+    torch.save(nn.Sequential(layer).state_dict(), stored)
+    stored.seek(0)
+    state = torch.load(stored, weights_only=True)
+    with pytest.raises(RuntimeError, match=r"0\.packed holds bits of torch\.bfloat16, and this layer reads them as"):
+        nn.Sequential(half).load_state_dict(state)
+    assert torch.equal(half.packed, before)
+    nn.Sequential(layer).load_state_dict(state)
+    nn.Sequential(layer).load_state_dict(dict(state))  # plain names and tensors, which say no dtype
+
+
 @pytest.fixture
 def gpu() -> torch.device:
     if not check_model(pruned(nn.Linear(16, 16)))[0].fits or not torch.cuda.is_available():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from prox24_lightning.convert.kernels import few_tokens
 from prox24_lightning.convert.kernels.gpu_layout import buffer_bytes, from_buffer
@@ -16,7 +19,8 @@ class SemiStructuredLinear(nn.Module):
 
     :func:`~prox24_lightning.convert.semi_structured.convert_linear` makes them. ``packed`` is an int16 buffer
     (:mod:`~prox24_lightning.convert.kernels.gpu_layout`), so it stays what it is under ``.to(dtype)``, ``state_dict()``
-    and ``deepcopy``. A kept dense weight is not part of the ``state_dict``.
+    and ``deepcopy``. A kept dense weight is not part of the ``state_dict``: loading one makes it anew. The dtype stands
+    in the metadata of a ``state_dict``, where the versions of modules stand too, and loading refuses another one.
 
     Args:
         packed: the buffer of the weight.
@@ -58,9 +62,7 @@ class SemiStructuredLinear(nn.Module):
         """The dense (out_features, in_features) weight, exactly; made anew at every access unless it is kept."""
         if self.dense is not None:
             return self.dense.view(self.dtype)
-        if self.packed.is_cuda:
-            return few_tokens.expand(self.packed, (self.out_features, self.in_features), self.dtype).contiguous()
-        return unpack_24(self.packed_weight)
+        return self._expanded()
 
     @property
     def stored_bytes(self) -> int:
@@ -97,6 +99,43 @@ class SemiStructuredLinear(nn.Module):
         call = multiply if type(input) is Tensor and not torch.compiler.is_compiling() else packed_linear
         sizes = self.out_features, self.in_features
         return call(input, self.packed, self.dense, self.bias, self.dtype, *sizes, self.kernels)
+
+    def _expanded(self) -> Tensor:
+        if self.packed.is_cuda:
+            return few_tokens.expand(self.packed, (self.out_features, self.in_features), self.dtype).contiguous()
+        return unpack_24(self.packed_weight)
+
+    @override
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["dtype"] = str(self.dtype)
+
+    @override
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored = local_metadata.get("dtype")
+        if stored not in (None, str(self.dtype)):
+            error_msgs.append(
+                f"{prefix}packed holds bits of {stored}, and this layer reads them as {self.dtype}: load it into a "
+                f"model that was converted in {stored}"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.dense is not None and f"{prefix}packed" in state_dict:
+            fresh = self._expanded().view(torch.int16)
+            # In place where the packed weight was loaded in place: a captured CUDA graph reads both.
+            self.dense = fresh if local_metadata.get("assign_to_params_buffers") else self.dense.copy_(fresh)
 
     def extra_repr(self) -> str:
         return (
