@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -44,7 +44,7 @@ class Pretrained:
         """The model, in eval mode on CPU, and what is saved along with it: the tokenizer, first.
 
         Raises:
-            ValueError: if a package is named that is not installed.
+            ValueError: if a package is named that is not installed, or weights of the model are missing.
         """
         return self.model(), [self.tokenizer()]
 
@@ -52,7 +52,7 @@ class Pretrained:
         """The model alone, in eval mode on CPU.
 
         Raises:
-            ValueError: if a package is named that is not installed.
+            ValueError: if a package is named that is not installed, or weights of the model are missing, by name.
         """
         import transformers
 
@@ -62,7 +62,14 @@ class Pretrained:
         if is_packed_folder(source):
             model = load_folder(source, auto)
             return model if dtype == "auto" else model.to(dtype)
-        return auto.from_pretrained(source, dtype=dtype, **extra).eval()
+        model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)
+        if missing := sorted(found["missing_keys"]):  # transformers has filled them with random values
+            raise ValueError(
+                f"{source} lacks {len(missing)} tensors of {type(model).__name__}, {', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}: the files are of another model or incomplete, or another head "
+                f"is meant ({', '.join(get_args(Head))}; now --head {self.head})"
+            )
+        return model.eval()
 
     def tokenizer(self) -> Any:
         """The model's tokenizer alone.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from prox24_lightning.commands import doctor as command
 from prox24_lightning.convert import Target
@@ -168,6 +169,18 @@ def test_a_checkpoint_of_another_model_is_refused(prox24, run_folder):
     code, _, err = prox24("doctor", "bare.pt", "--run_config", "other.yaml")
     assert code == 2
     assert "bare.pt does not fit the model of other.yaml" in err
+
+
+def test_a_model_that_lacks_weights_is_refused(prox24, sparse_folder, tmp_path):
+    folder = shutil.copytree(sparse_folder, tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    code, out, err = prox24("doctor", folder)
+    assert code == 2
+    assert out == ""
+    assert "lacks 1 tensors of LlamaForCausalLM, model.layers.1.mlp.up_proj.weight: the files are of another" in err
+    assert "now --head causal_lm" in err
 
 
 @pytest.mark.parametrize("content, message", [([1, 2], "holds no state dict"), (print, "holds more than plain data")])
