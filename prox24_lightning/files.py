@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
+
+PACKED_FILE = "packed.safetensors"
+"""The usual name of a packed model, beside its ``config.json``."""
+
+DENSE_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+"""Patterns of the names under which ``save_pretrained`` writes weights."""
 
 
 @contextmanager
@@ -36,11 +42,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def filling(folder: str | Path) -> Iterator[Path]:
+def filling(folder: str | Path, *, instead_of: Sequence[str] = ()) -> Iterator[Path]:
     """Give a temporary folder; the files written there move into ``folder``, one by one, when the block ends well.
 
     For writers that name their own files. ``folder`` is made if it does not exist, and files in it that are not
     written anew stay. After an exception it holds none of the new files.
+
+    Args:
+        folder: to fill.
+        instead_of: patterns of names in ``folder`` whose files are removed at the end if they are not written anew,
+            because they would be read in place of the new ones.
 
     Raises:
         OSError: if the folder cannot be made or the disk is full.
@@ -56,6 +67,9 @@ def filling(folder: str | Path) -> Iterator[Path]:
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(temporary / name, folder / name)
+        for old in {path for pattern in instead_of for path in folder.glob(pattern)}:
+            if old.relative_to(folder) not in files:
+                old.unlink()
     finally:
         rmtree(temporary)
     with suppress(OSError):

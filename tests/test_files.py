@@ -65,6 +65,19 @@ def test_a_folder_gets_all_files_or_none_and_keeps_what_it_had(tmp_path):
     assert ((folder / "b").read_text(), (folder / "sub" / "a").read_text()) == ("1", "1")
 
 
+def test_files_that_the_new_ones_replace_are_removed_at_the_end(tmp_path):
+    for name in ("model-00001-of-00002.bin", "model.bin", "notes"):
+        (tmp_path / name).write_text("old")
+    patterns = ("model.bin", "model-*-of-*.bin")
+    with suppress(KeyError), filling(tmp_path, instead_of=patterns):
+        raise KeyError
+    assert len(os.listdir(tmp_path)) == 3
+    with filling(tmp_path, instead_of=patterns) as temporary:
+        (temporary / "model.bin").write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["model.bin", "notes"]
+    assert (tmp_path / "model.bin").read_text() == "new"
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "note.txt"
     done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=True)

@@ -9,13 +9,12 @@ from rich.console import Console
 from torch import nn
 
 from prox24_lightning.commands.exit_codes import errors_as_exit
-from prox24_lightning.commands.packed_folder import save_folder
+from prox24_lightning.commands.packed_folder import refuse_dense, save_folder
 from prox24_lightning.commands.pretrained import Dtype, Head
 from prox24_lightning.commands.sources import Source, load_source
 from prox24_lightning.convert.measure.tables import name_patterns
-from prox24_lightning.convert.packed.layout import PACKED_FILE
 from prox24_lightning.convert.packed.model import find_packable
-from prox24_lightning.files import filling
+from prox24_lightning.files import DENSE_FILES, PACKED_FILE, filling
 
 
 def convert(
@@ -38,7 +37,8 @@ def convert(
     Args:
         model: Hugging Face name or folder, packed folder or file, checkpoint (.ckpt, .pt, .safetensors), or config
             (.yaml).
-        out: folder to write into.
+        out: folder to write into. Dense weights there are refused if packed ones are to be written; dense ones take the
+            place of all weights that are there.
         form: packed, or dense (with zeros) to turn a packed folder back into an ordinary one.
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
@@ -50,6 +50,8 @@ def convert(
     """
     with errors_as_exit("convert"):
         console = Console()
+        if form == "packed":
+            refuse_dense(out)
         source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
         if form == "dense":
             _write_dense(out, source)
@@ -73,7 +75,7 @@ def convert(
 
 def _write_dense(out: Path, source: Source) -> None:
     model: Any = source.model
-    with filling(out) as temporary:
+    with filling(out, instead_of=(*DENSE_FILES, PACKED_FILE)) as temporary:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(str(temporary))
             for companion in source.companions:

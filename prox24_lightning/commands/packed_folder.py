@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prox24_lightning.convert.packed.layout import PACKED_FILE
 from prox24_lightning.convert.packed.model import EmptyOnMeta, Packable, load_packed
 from prox24_lightning.convert.packed.reader import PackedFile
 from prox24_lightning.convert.packed.writer import write_packed
-from prox24_lightning.files import filling, write_text
+from prox24_lightning.files import DENSE_FILES, PACKED_FILE, filling, write_text
 from prox24_lightning.groups import clean_name
 from prox24_lightning.layerwise.output import forget_quantization
 
@@ -70,7 +69,8 @@ def save_folder(
     """Write a model packed, layer by layer, with a card and, for a Hugging Face model, its configs.
 
     Args:
-        folder: made if it does not exist; a failure leaves none of the new files in it.
+        folder: made if it does not exist; a failure leaves none of the new files in it. One that holds dense weights
+            is refused.
         model: its weights are left alone.
         packable: what :func:`~prox24_lightning.convert.packed.model.find_packable` decided.
         source: one line on where the model came from.
@@ -80,10 +80,11 @@ def save_folder(
         the written file, open.
 
     Raises:
-        ValueError: for a weight that is not 2:4, by name.
+        ValueError: for a weight that is not 2:4, by name; for a folder with dense weights.
         RuntimeError: if what was read back is not what the model holds.
     """
     folder = Path(folder)
+    refuse_dense(folder)
     forget_quantization(model)
     state = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
     with filling(folder) as temporary:
@@ -97,6 +98,20 @@ def save_folder(
                 part.save_pretrained(str(temporary))
         write_text(temporary / "README.md", _card(file, packable, model, source))
     return PackedFile(folder / PACKED_FILE)
+
+
+def refuse_dense(folder: str | Path) -> None:
+    """Refuse a folder with dense weights for packed ones: which of two models in it is meant, nobody could say.
+
+    Raises:
+        ValueError: if it does, with their name.
+    """
+    found = sorted(path.name for pattern in DENSE_FILES for path in Path(folder).glob(pattern))
+    if found:
+        raise ValueError(
+            f"{folder} holds dense weights ({found[0]}), and {PACKED_FILE} beside them is a second model in one "
+            "folder: remove one of the two, or name another folder"
+        )
 
 
 def _kind(model: nn.Module) -> str:

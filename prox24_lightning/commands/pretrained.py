@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from prox24_lightning.commands.packed_folder import is_packed_folder, load_folder
+from prox24_lightning.commands.packed_folder import is_packed_folder, load_folder, refuse_dense
 
 Head = Literal["causal_lm", "masked_lm", "base"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -52,7 +52,8 @@ class Pretrained:
         """The model alone, in eval mode on CPU.
 
         Raises:
-            ValueError: if a package is named that is not installed, or weights of the model are missing, by name.
+            ValueError: if a package is named that is not installed, a folder holds packed and dense weights, or weights
+                of the model are missing, by name.
         """
         import transformers
 
@@ -60,6 +61,7 @@ class Pretrained:
         dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         auto = getattr(transformers, _AUTO[self.head])
         if is_packed_folder(source):
+            refuse_dense(source)
             model = load_folder(source, auto)
             return model if dtype == "auto" else model.to(dtype)
         model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)

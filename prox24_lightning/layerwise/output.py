@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from prox24_lightning.files import filling, write_text
+from prox24_lightning.files import DENSE_FILES, PACKED_FILE, filling, write_text
 from prox24_lightning.groups import clean_name
 from prox24_lightning.layerwise.report import LayerwiseReport
 from prox24_lightning.mask import MASKS_FILE, StoredMask, hash_weight, write_masks
@@ -27,7 +27,7 @@ def save_pruned(
     """Write ``model`` so that ``from_pretrained`` reads it like any other, with masks, report and card.
 
     Args:
-        folder: made if it does not exist.
+        folder: made if it does not exist; weights of a model that it held are removed, dense and packed ones.
         model: a Hugging Face model (anything with ``save_pretrained``), already pruned.
         report: what :func:`~prox24_lightning.layerwise.prune_layerwise` returned.
         companions: tokenizer, image processor or whatever else belongs into the folder.
@@ -44,7 +44,7 @@ def save_pruned(
         name: StoredMask(mask, report.dims[name], hash_weight(weights[name])) for name, mask in report.masks.items()
     }
     info = {"settings": report.settings, "protocol": {key: str(value) for key, value in (protocol or {}).items()}}
-    with filling(folder) as temporary:
+    with filling(folder, instead_of=(*DENSE_FILES, PACKED_FILE)) as temporary:
         model.save_pretrained(str(temporary))
         for companion in companions:
             companion.save_pretrained(str(temporary))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -54,6 +55,23 @@ def test_a_packed_folder_is_a_model_to_every_command(prox24, sparse_folder, tmp_
     # from_pretrained does not take it for a model of its own and fill it with random weights.
     with pytest.raises(OSError, match="no file named"):
         hf.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_dense_weights_take_the_place_of_packed_ones_and_never_the_other_way_round(prox24, sparse_folder, tmp_path):
+    folder = tmp_path / "model"
+    assert prox24("convert", sparse_folder, folder)[0] == 0
+    assert prox24("convert", sparse_folder, folder)[0] == 0, "packed again"
+    shutil.copy(folder / "packed.safetensors", tmp_path / "kept.safetensors")
+    assert prox24("convert", folder, folder, "--form", "dense")[0] == 0
+    assert not (folder / "packed.safetensors").exists()
+    assert same_state(*(load_file(f"{one}/model.safetensors") for one in (folder, sparse_folder)))
+    code, _, err = prox24("convert", "nowhere", folder)
+    assert code == 2
+    assert f"{folder} holds dense weights (model.safetensors), and packed.safetensors beside them is a second" in err
+    shutil.copy(tmp_path / "kept.safetensors", folder / "packed.safetensors")
+    code, _, err = prox24("doctor", folder)
+    assert code == 2
+    assert "remove one of the two" in err
 
 
 def test_a_folder_that_lacks_a_part_says_which(prox24, sparse_folder, tmp_path):

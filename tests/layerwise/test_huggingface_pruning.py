@@ -110,7 +110,9 @@ def test_a_saved_model_loads_like_any_other_and_gives_the_same_logits(tmp_path):
     model.config.quantization_config = {"quant_method": "gguf"}
     model.hf_quantizer = NotSerializable()
     report = pruned(model)
+    (tmp_path / "packed.safetensors").write_text("of another model, which prox24 would read first")
     save_pruned(tmp_path, model, report, protocol={"data": "random tokens", "seed": 0})
+    assert not (tmp_path / "packed.safetensors").exists()
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     batch = token_batches(1)[0]
     with torch.no_grad():

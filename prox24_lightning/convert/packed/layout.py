@@ -21,8 +21,6 @@ from prox24_lightning.convert.packed.weight import PackedWeight, pack_24, padded
 
 FORMAT = "prox24 packed"
 VERSION = 1
-PACKED_FILE = "packed.safetensors"
-"""The usual name, beside a model's ``config.json``."""
 
 SAID = ("version", "packed", "aliases", "hashes", "info")
 """The header's words that its own SHA-256 covers, with name, dtype and shape of every tensor."""
