@@ -76,6 +76,20 @@ def filling(folder: str | Path, *, instead_of: Sequence[str] = ()) -> Iterator[P
         _flush(folder)
 
 
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder that cannot be made or written into, before the work whose results go there; nothing is made.
+
+    Raises:
+        OSError: if it is a file or lies in one, or if writing there is not permitted.
+    """
+    path = Path(folder).absolute()
+    nearest = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder, because {nearest} is a file: name another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written: no permission to write into {nearest}; name another folder")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 under ``path``, whole or not at all."""
     with replacing(path) as temporary:

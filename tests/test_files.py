@@ -9,7 +9,9 @@ import sys
 import time
 from contextlib import suppress
 
-from prox24_lightning.files import filling, replacing, write_text
+import pytest
+
+from prox24_lightning.files import check_folder, filling, replacing, write_text
 
 WRITER = """
 import sys
@@ -76,6 +78,20 @@ def test_files_that_the_new_ones_replace_are_removed_at_the_end(tmp_path):
         (temporary / "model.bin").write_text("new")
     assert sorted(os.listdir(tmp_path)) == ["model.bin", "notes"]
     assert (tmp_path / "model.bin").read_text() == "new"
+
+
+def test_a_folder_that_cannot_be_written_is_known_before(tmp_path, monkeypatch):
+    check_folder(tmp_path)
+    check_folder(tmp_path / "new" / "sub")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "file/sub", "link"):
+        with pytest.raises(NotADirectoryError, match=f"{name} cannot be a folder, because"):
+            check_folder(tmp_path / name)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=f"new cannot be written: no permission to write into {tmp_path};"):
+        check_folder(tmp_path / "new")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

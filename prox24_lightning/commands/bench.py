@@ -27,7 +27,7 @@ from prox24_lightning.convert.measure.report import Report, RunMode
 from prox24_lightning.convert.measure.settings import Settings
 from prox24_lightning.convert.measure.tables import print_report, write_report
 from prox24_lightning.convert.measure.timing import describe
-from prox24_lightning.files import replacing
+from prox24_lightning.files import check_folder, replacing
 
 TOKEN_COUNTS = (1, 16, 64, 1024, 4096)
 
@@ -97,6 +97,7 @@ def bench(
         workloads = [Workload("prefill", 1, prefill), *(Workload("decode", n, context) for n in batches or (1, 8))]
         if min(prefill, context, length, *(workload.batch for workload in workloads)) < 1 or sequences < 0:
             raise ValueError("prefill, context, batches and length must be 1 or more, sequences 0 or more")
+        check_folder(out)
         target = find_target()
         if target is None:
             raise ValueError(

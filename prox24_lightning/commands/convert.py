@@ -14,7 +14,7 @@ from prox24_lightning.commands.pretrained import Dtype, Head
 from prox24_lightning.commands.sources import Source, load_source
 from prox24_lightning.convert.measure.tables import name_patterns
 from prox24_lightning.convert.packed.model import find_packable
-from prox24_lightning.files import DENSE_FILES, PACKED_FILE, filling
+from prox24_lightning.files import DENSE_FILES, PACKED_FILE, check_folder, filling
 
 
 def convert(
@@ -50,6 +50,7 @@ def convert(
     """
     with errors_as_exit("convert"):
         console = Console()
+        check_folder(out)
         if form == "packed":
             refuse_dense(out)
         source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)

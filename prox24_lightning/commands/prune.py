@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from prox24_lightning.commands.exit_codes import errors_as_exit
 from prox24_lightning.commands.pretrained import Pretrained
 from prox24_lightning.commands.texts import TextSource, perplexity, token_sequences
+from prox24_lightning.files import check_folder
 from prox24_lightning.groups import Geometry
 from prox24_lightning.layerwise import Method, Refine, prune_layerwise
 from prox24_lightning.layerwise.output import save_pruned
@@ -40,6 +42,8 @@ def prune(
 ) -> None:
     """Prune a Hugging Face model to 2:4 in one shot and save it.
 
+    Exit code 0: pruned and saved. 2: an error.
+
     Args:
         model: which model, and how to load it.
         data: where calibration and evaluation text come from.
@@ -62,59 +66,57 @@ def prune(
         offload: where hidden states wait: device, cpu, or a folder.
         work_dir: folder for finished blocks, so that a killed run goes on; null keeps nothing.
         matmul_precision: high allows TF32 on GPUs that have it.
-
-    Raises:
-        ValueError: for settings that do not fit the model or the data, before anything is changed; and for a layer that
-            cannot be solved, by name.
     """
-    if data is None:
-        raise ValueError(
-            "data is missing; name a source of text, for instance --data recipes.calibration_text.PythonDocs"
+    with errors_as_exit("prune"):
+        if data is None:
+            raise ValueError(
+                "data is missing; name a source of text, for instance --data recipes.calibration_text.PythonDocs"
+            )
+        check_folder(output)
+        console = Console()
+        torch.set_float32_matmul_precision(matmul_precision)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        network, companions = model.load()
+        # One block at a time goes to the device; a model that fits is faster there as a whole.
+        if place.type != "cpu" and offload == "device":
+            network.to(place)
+        tokenizer = companions[0]
+        ids = token_sequences(tokenizer, data.texts("calibration"), sequences, length, seed=seed)
+        held_out = None
+        scores: dict[str, float] = {}
+        if eval_sequences:
+            held_out = token_sequences(tokenizer, data.texts("evaluation"), eval_sequences, length, seed=seed)
+            scores["perplexity, dense"] = perplexity(network, held_out, batch_size)
+            console.print(f"held-out perplexity, dense: {scores['perplexity, dense']:.3f}")
+        options: dict[str, Any] = {} if steps is None else {"steps": steps}
+        report = prune_layerwise(
+            network,
+            [{"input_ids": part} for part in ids.split(batch_size)],
+            method=method,
+            refine=refine,
+            geometry=geometry,
+            targets=targets,
+            skip=skip,
+            blocks=blocks,
+            budget=budget,
+            dense_target=dense_target,
+            device=place,
+            offload=offload,
+            work_dir=work_dir,
+            **options,
         )
-    console = Console()
-    torch.set_float32_matmul_precision(matmul_precision)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network, companions = model.load()
-    # One block at a time goes to the device; a model that fits is faster there as a whole.
-    if place.type != "cpu" and offload == "device":
-        network.to(place)
-    tokenizer = companions[0]
-    ids = token_sequences(tokenizer, data.texts("calibration"), sequences, length, seed=seed)
-    held_out = None
-    scores: dict[str, float] = {}
-    if eval_sequences:
-        held_out = token_sequences(tokenizer, data.texts("evaluation"), eval_sequences, length, seed=seed)
-        scores["perplexity, dense"] = perplexity(network, held_out, batch_size)
-        console.print(f"held-out perplexity, dense: {scores['perplexity, dense']:.3f}")
-    options: dict[str, Any] = {} if steps is None else {"steps": steps}
-    report = prune_layerwise(
-        network,
-        [{"input_ids": part} for part in ids.split(batch_size)],
-        method=method,
-        refine=refine,
-        geometry=geometry,
-        targets=targets,
-        skip=skip,
-        blocks=blocks,
-        budget=budget,
-        dense_target=dense_target,
-        device=place,
-        offload=offload,
-        work_dir=work_dir,
-        **options,
-    )
-    console.print(report.table())
-    if held_out is not None:
-        scores["perplexity, 2:4"] = perplexity(network, held_out, batch_size)
-        console.print(f"held-out perplexity, 2:4: {scores['perplexity, 2:4']:.3f}")
-    protocol = {
-        "model": model.describe(),
-        "data": data.describe(),
-        "calibration": f"{sequences} sequences of {length} tokens",
-        "evaluation": f"{eval_sequences} sequences of {length} tokens, disjoint by document",
-        "seed": seed,
-        **{key: f"{value:.3f}" for key, value in scores.items()},
-    }
-    save_pruned(output, network, report, companions=companions, protocol=protocol)
-    report.plot(output / "layerwise.png")
-    console.print(f"saved to {output}: load it with from_pretrained; masks, report and card lie beside it")
+        console.print(report.table())
+        if held_out is not None:
+            scores["perplexity, 2:4"] = perplexity(network, held_out, batch_size)
+            console.print(f"held-out perplexity, 2:4: {scores['perplexity, 2:4']:.3f}")
+        protocol = {
+            "model": model.describe(),
+            "data": data.describe(),
+            "calibration": f"{sequences} sequences of {length} tokens",
+            "evaluation": f"{eval_sequences} sequences of {length} tokens, disjoint by document",
+            "seed": seed,
+            **{key: f"{value:.3f}" for key, value in scores.items()},
+        }
+        save_pruned(output, network, report, companions=companions, protocol=protocol)
+        report.plot(output / "layerwise.png")
+        console.print(f"saved to {output}: load it with from_pretrained; masks, report and card lie beside it")

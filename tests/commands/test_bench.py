@@ -45,6 +45,13 @@ def test_what_cannot_be_measured_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_out_that_cannot_be_written_is_refused_first(prox24, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = prox24("bench", "nowhere", "--out", tmp_path / "file")
+    assert code == 2
+    assert err.startswith(f"prox24 bench: {tmp_path / 'file'} cannot be a folder, because")
+
+
 def timing(median):
     return Timing(median, median, median)
 

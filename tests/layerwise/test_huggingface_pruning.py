@@ -195,9 +195,23 @@ def test_the_command_prunes_saves_and_scores(tmp_path, tokenizer, capsys, monkey
     assert "made-up words" in (tmp_path / "sparse" / "README.md").read_text()
 
 
-def test_text_must_be_named(tmp_path):
-    with pytest.raises(ValueError, match="data is missing; name a source of text"):
-        main(["prune", "--model.name", str(tmp_path)])
+def refusal(capsys, *words):
+    """What ``prox24 prune`` says on stderr where it ends with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune", "--model.name", "nowhere", *map(str, words)])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_text_must_be_named(capsys):
+    assert refusal(capsys).startswith("prox24 prune: data is missing; name a source of text")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    told = refusal(capsys, "--data", f"{__name__}.Words", "--output", tmp_path / "file" / "sub")
+    assert told.startswith(f"prox24 prune: {tmp_path / 'file' / 'sub'} cannot be a folder, because")
+    assert len(told.splitlines()) == 1
 
 
 def test_a_package_that_is_not_installed_is_named():
