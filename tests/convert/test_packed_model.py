@@ -12,6 +12,7 @@ from prox24_lightning.convert import SemiStructuredLinear, Target
 from prox24_lightning.convert.kernels.kernel import Kernel
 from prox24_lightning.convert.kernels.table import KernelTable, Row
 from prox24_lightning.convert.packed import model as packed_model
+from prox24_lightning.convert.packed import weight as packed_weight
 from prox24_lightning.convert.packed.model import EmptyOnMeta, find_packable, load_packed
 from prox24_lightning.convert.packed.reader import PackedFile
 from prox24_lightning.convert.packed.writer import write_packed
@@ -254,6 +255,34 @@ def test_a_shared_layer_is_sparse_under_both_names(tmp_path, pretended_gpu):
     assert load_packed(twin, packed(tmp_path, model), device="cpu", sparse=True) == ("first",)
     assert twin.second is twin.first
     assert torch.equal(twin.second.weight, model.first.weight)
+
+
+class Pair(nn.Module):
+    def __init__(self, tied, kind=nn.Linear):
+        super().__init__()
+        self.first = nn.Linear(64, 64, bias=False)
+        self.second = nn.Linear(64, 64, bias=False) if kind is nn.Linear else kind(64, 64)
+        if tied:
+            self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("kind, names", [(nn.Linear, ("first", "second")), (nn.Embedding, ("first",))])
+def test_weights_that_only_the_file_ties_are_both_loaded(tmp_path, pretended_gpu, kind, names):
+    model = prune(Pair(tied=True).bfloat16())
+    twin = Pair(tied=False, kind=kind)
+    assert load_packed(twin, packed(tmp_path, model), device="cpu", sparse=True) == names
+    for layer in (twin.first, twin.second):
+        assert torch.equal(layer.weight, model.first.weight)
+
+
+def test_sparse_layers_replace_the_dense_ones_of_a_model_one_by_one(tmp_path, pretended_gpu, monkeypatch):
+    monkeypatch.setattr(packed_weight, "_CHUNK", 2**16)
+    model = prune(nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(8))).bfloat16())
+    file, layer = packed(tmp_path, model), 2 * 1024 * 1024
+    with LiveBytes() as live:
+        live.count(parameter.detach() for parameter in model.parameters())
+        assert len(load_packed(model, file, device="cpu", sparse=True)) == 8
+    assert 8 * layer < live.peak < 10.5 * layer
 
 
 def test_sparse_layers_need_a_gpu(tmp_path):

@@ -128,6 +128,19 @@ def load_packed(
         ValueError: if names or shapes differ, or a trainable parameter is stored as integers, before anything is
             changed; if the file is damaged; for ``sparse`` without a GPU that can run it.
     """
+    _check_fit(model, file)
+    layers = _sparse_layers(model, file, torch.device(device or "cpu")) if sparse else {}
+    _load_dense(model, file, layers, device)
+    insert_layers(model, _converted(model, file, layers, device))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is a meta tensor and no part of the state dict: build the model with its values")
+    if device is not None:
+        model.to(device)
+    return tuple(layers)
+
+
+def _check_fit(model: nn.Module, file: PackedFile) -> None:
     places = {name: (held, attribute) for name, held, attribute in _places(model)}
     missing, unknown = sorted(set(places) - set(file.names)), sorted(set(file.names) - set(places))
     if missing or unknown:
@@ -140,24 +153,22 @@ def load_packed(
                 f"{name} is trainable in the model and stored as {file.dtype(name)} in {file.path}, which has no "
                 "gradient: call requires_grad_(False) on it first"
             )
-    layers = _sparse_layers(model, file, torch.device(device or "cpu")) if sparse else {}
+
+
+def _load_dense(
+    model: nn.Module, file: PackedFile, layers: Mapping[str, str], device: torch.device | str | None
+) -> None:
+    """Read everything but the weights of ``layers``, whose modules are replaced."""
+    replaced = {id(module._parameters) for name, module in named_layers(model) if name in layers}
     done: dict[str, Tensor] = {}
-    packed = {file.owner(weight) for weight in layers.values()}
-    for name, (held, attribute) in places.items():
-        owner, old = file.owner(name), held[attribute]
-        if owner in packed:
+    for name, held, attribute in list(_places(model)):
+        if id(held) in replaced and attribute == "weight":
             continue
+        owner, old = file.owner(name), held[attribute]
         if owner not in done:
             new = file.read(owner, device or ("cpu" if old.is_meta else old.device))
             done[owner] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         held[attribute] = done[owner]
-    insert_layers(model, _converted(model, file, layers, device))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(f"{name} is a meta tensor and no part of the state dict: build the model with its values")
-    if device is not None:
-        model.to(device)
-    return tuple(layers)
 
 
 def _sparse_layers(model: nn.Module, file: PackedFile, device: torch.device) -> dict[str, str]:
@@ -169,7 +180,7 @@ def _sparse_layers(model: nn.Module, file: PackedFile, device: torch.device) -> 
     found = {}
     for verdict in check_model(model, target=target, values=False):
         weight = f"{verdict.name}.weight"
-        entry = file.packed.get(weight)
+        entry = file.packed.get(file.owner(weight))
         along_inputs = entry is not None and entry.dim == (0 if is_transposed_linear(modules[verdict.name]) else 1)
         if verdict.name and verdict.runs and along_inputs and file.dtype(weight) in DTYPES:
             found[verdict.name] = weight
@@ -183,7 +194,7 @@ def _converted(
     for name, weight in layers.items():
         packed = file.read_packed(weight, device or "cpu")
         table = stored_table(packed.shape, packed.dtype, device=packed.values.get_device())
-        bias = getattr(modules[name], "bias", None)
+        bias = getattr(modules.pop(name), "bias", None)  # nothing here holds the dense layer when it is replaced
         yield name, SemiStructuredLinear(to_buffer(packed), packed.shape, packed.dtype, bias, table.text).eval()
 
 
