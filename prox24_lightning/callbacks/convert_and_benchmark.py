@@ -49,7 +49,7 @@ class ConvertAndBenchmark(Callback):
         dtype: of the copy, dense and sparse alike; the libraries take 16-bit types only.
         in_place: convert the user's model itself, after measuring: it moves to the GPU, in ``dtype``, and cannot be
             trained or checkpointed as before (:func:`~prox24_lightning.convert.expand_model` brings back dense
-            layers). One process only.
+            layers). The optimizer's parameters of converted layers are empty then. One process only.
         dirpath: folder of the two files; None takes the logger's folder, or the trainer's ``default_root_dir``.
         filename: their name without ending.
         only_if_faster: a layer that is slower at one of the ``token_counts`` stays dense, and so does a whole model
@@ -183,7 +183,8 @@ class ConvertAndBenchmark(Callback):
         if self.in_place and names:
             pl_module.to(device=device, dtype=self.settings.dtype)
             try:
-                convert_model(pl_module, names, keep_dense=self.settings.keep_dense)
+                # Optimizers and Prox24 outlive the fit and still hold the dense weights.
+                convert_model(pl_module, names, keep_dense=self.settings.keep_dense, empty_dense=True)
             except Exception:
                 expand_model(pl_module)
                 raise

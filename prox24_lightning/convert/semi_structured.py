@@ -93,6 +93,7 @@ def convert_model(
     *,
     token_counts: Sequence[int] | None = None,
     keep_dense: bool = False,
+    empty_dense: bool = False,
 ) -> Conversion:
     """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed as it goes.
 
@@ -103,6 +104,8 @@ def convert_model(
             and leave layers dense that would be slower at any of them. None: nothing is measured now, and kernels are
             chosen by what was measured before, or by rule.
         keep_dense: hold the dense weights as well, and let cuBLAS take the numbers of tokens at which it is faster.
+        empty_dense: take the memory from the weights of the layers that were replaced, which an optimizer or anything
+            else outside the model may still hold; tied weights are never converted.
 
     Raises:
         ValueError: if a named layer does not exist or cannot run sparse, or token_counts are not whole numbers from 1
@@ -144,6 +147,9 @@ def convert_model(
                 continue
         _exchange(slots[name], convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense))
         converted.append(name)
+        if empty_dense:
+            weight = layer.get_parameter("weight")
+            weight.data, weight.grad = weight.new_empty(0), None
         del layer
     dense = tuple(verdict for name, verdict in verdicts.items() if name not in converted)
     return Conversion(tuple(converted), dense, tuple(tables.values()))

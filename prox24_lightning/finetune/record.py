@@ -36,7 +36,7 @@ def save_masks(
         info: JSON values that a reader should know.
 
     Raises:
-        ValueError: if a weight has no mask, or a mask is not 2:4.
+        ValueError: if a weight has no mask or is empty by now, or a mask is not 2:4.
         OSError: if the file cannot be written; on every rank.
     """
     path = Path(path)
@@ -44,6 +44,11 @@ def save_masks(
     for weight in weights:
         if weight.name not in masks:
             raise ValueError(f"{weight.name} has no mask yet; save masks once they are frozen")
+        if weight.parameter.shape.numel() == 0:
+            raise ValueError(
+                f"{weight.name} is empty: its layer was converted in place, and its hash cannot be taken; save masks "
+                "before the conversion, for instance in on_train_end"
+            )
         values, mask = (whole(part, weight.parameter) for part in (local_part(weight.parameter), masks[weight.name]))
         if rank() == 0:
             stored[weight.name] = StoredMask(mask.cpu(), weight.dim, hash_weight(values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,11 @@ from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import ConvertAndBenchmark, Prox24
 from prox24_lightning.callbacks import convert_and_benchmark
-from prox24_lightning.convert import SemiStructuredLinear
+from prox24_lightning.convert import SemiStructuredLinear, Target, semi_structured
+from prox24_lightning.convert.kernels.table import unmeasured
+from prox24_lightning.convert.measure.benchmark import empty_report
+from prox24_lightning.convert.measure.report import LayerOutcome
+from prox24_lightning.convert.packed.weight import unpack_24
 from prox24_lightning.mask import is_24
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
@@ -316,6 +321,33 @@ def test_in_place_on_two_ranks_is_refused_before_the_first_batch():
 
     with pytest.raises(MisconfigurationException, match="would convert the model of one of 2 processes only"):
         ConvertAndBenchmark(in_place=True).setup(TwoRanks(), TinyModule(), "fit")
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_in_place_takes_the_memory_of_the_dense_weights(tmp_path, monkeypatch, keep_dense):
+    """Optimizer and Prox24 still hold the parameters of the layers that were replaced."""
+
+    def chosen(model, settings, **_):
+        return replace(empty_report(settings), layers=(LayerOutcome(HIDDEN, "Linear", (16, 16), "sparse", ""),))
+
+    monkeypatch.setattr(convert_and_benchmark, "run_benchmark", chosen)
+    monkeypatch.setattr(semi_structured, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
+    monkeypatch.setattr(semi_structured, "stored_table", lambda shape, *_, **__: unmeasured(shape, (9, 0)))
+    module, sparsifier = TinyModule(), prox()
+    final = ConvertAndBenchmark(in_place=True, keep_dense=keep_dense, verbose=False)
+    weights = {name: weight for name, weight in module.named_parameters() if name.endswith("weight")}
+    trainer = quiet_trainer(max_steps=6, callbacks=[sparsifier, final], default_root_dir=tmp_path)
+    trainer.fit(module, tiny_loader())
+    assert final.report.error is None
+    assert isinstance(module.model[2], SemiStructuredLinear)
+    assert is_24(module.model[2].weight)
+    assert sparsifier.weights[0].parameter is weights[f"{HIDDEN}.weight"]
+    held = {name: weight.untyped_storage().nbytes() for name, weight in weights.items()}
+    assert held[f"{HIDDEN}.weight"] == 0
+    assert all(size for name, size in held.items() if name != f"{HIDDEN}.weight")
+    assert torch.equal(module.model[2].weight, unpack_24(module.model[2].packed_weight))
+    with pytest.raises(ValueError, match=r"model\.2\.weight is empty: its layer was converted in place"):
+        sparsifier.save_masks(tmp_path / "masks.safetensors")
 
 
 @pytest.fixture
