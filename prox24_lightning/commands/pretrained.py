@@ -15,6 +15,7 @@ Head = Literal["causal_lm", "masked_lm", "base"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _AUTO = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM", "base": "AutoModel"}
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "spiece*", "tekken*")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Pretrained:
         """The model, in eval mode on CPU, and what is saved along with it: the tokenizer, first.
 
         Raises:
-            ValueError: if a package is named that is not installed, or weights of the model are missing.
+            ValueError: if a package is named that is not installed, or weights of the model or its tokenizer are
+                missing.
         """
         return self.model(), [self.tokenizer()]
 
@@ -77,11 +79,15 @@ class Pretrained:
         """The model's tokenizer alone.
 
         Raises:
-            ValueError: if a package is named that is not installed.
+            ValueError: if a package is named that is not installed, or a folder holds no tokenizer.
         """
         import transformers
 
         source, extra = self._source()
+        folder = Path(source)
+        # transformers makes an empty tokenizer of some families from the config alone.
+        if folder.is_dir() and not extra and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise ValueError(f"{source} holds no file of a tokenizer ({', '.join(_TOKENIZER_FILES)}): copy it there")
         return transformers.AutoTokenizer.from_pretrained(source, **extra)
 
     def _source(self) -> tuple[str, dict[str, str]]:

@@ -13,8 +13,10 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from prox24_lightning.commands import packed_folder
+from prox24_lightning.commands.sources import load_source
 from prox24_lightning.convert.packed.reader import PackedFile
 from prox24_lightning.convert.packed.writer import write_packed
+from prox24_lightning.mask import mask_24
 
 
 def same_state(left, right):
@@ -147,6 +149,21 @@ def test_a_file_that_is_no_model_is_refused_in_one_line(prox24, tmp_path, name, 
     assert code == 2
     assert err.startswith(f"prox24 convert: {tmp_path / name} is damaged or no ")
     assert "Traceback" not in err
+
+
+def test_a_folder_without_a_tokenizer_gets_none(prox24, tmp_path):
+    """For GPT-2 transformers would make an empty one from the config alone, and it would be saved along."""
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
+    with torch.no_grad():
+        weight = model.transformer.h[0].mlp.c_fc.weight
+        weight.mul_(mask_24(weight, dim=0))
+    model.save_pretrained(tmp_path / "model")
+    source = load_source(str(tmp_path / "model"))
+    assert source.companions == ()
+    with pytest.raises(ValueError, match=r"model holds no file of a tokenizer \(tokenizer\*, vocab"):
+        source.pretrained.tokenizer()
+    assert prox24("convert", tmp_path / "model", tmp_path / "packed")[0] == 0
+    assert not list((tmp_path / "packed").glob("*token*"))
 
 
 def test_a_dense_model_is_refused_and_leaves_nothing(prox24, dense_folder, tmp_path):
