@@ -21,6 +21,7 @@ _HOOK_ATTRIBUTES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_TABLES = ("inv_freq", "embed_positions")
 _COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -39,7 +40,7 @@ def bare_copy(
     Args:
         module: unchanged afterwards.
         device: where the copy lives; None leaves each tensor on its device.
-        dtype: of its floating-point parameters and buffers; None keeps them.
+        dtype: of its floating-point parameters and buffers, but for :func:`float32_tables`; None keeps them.
         shared: objects that the module may hold and the copy is to hold too, instead of copies of them.
 
     Raises:
@@ -50,8 +51,9 @@ def bare_copy(
         if hasattr(parameter, "placements"):
             raise ValueError(f"{name} is sharded over ranks and cannot be copied by one of them: gather the model")
         memo[id(parameter)] = nn.Parameter(_cast(parameter.detach(), device, dtype, copy=True), requires_grad=False)
+    tables = {id(held[name]) for held, name in float32_tables(module)}
     for buffer in module.buffers():
-        memo[id(buffer)] = _cast(buffer.detach(), device, dtype, copy=True)
+        memo[id(buffer)] = _cast(buffer.detach(), device, None if id(buffer) in tables else dtype, copy=True)
     for each in module.modules():
         for value in vars(each).values():
             # An activation or a loss that a forward pass has left behind.
@@ -59,6 +61,28 @@ def bare_copy(
                 memo[id(value)] = _cast(value.detach(), device, dtype, copy=True)
     with _bare(module) as original:
         return copy.deepcopy(original, memo).eval()
+
+
+def cast_model(module: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
+    """``module.to(device, dtype)``, in place, but for :func:`float32_tables`."""
+    tables = [(held, name, held[name]) for held, name in float32_tables(module)]
+    module.to(device=device, dtype=dtype)
+    for held, name, table in tables:
+        held[name] = table.to(device=device)
+    return module
+
+
+def float32_tables(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Dictionary and key of the buffers that models of transformers keep in float32 whatever their weights are.
+
+    Rotary frequencies and GPT-J's table of positions: rounded to 16 bits, they would turn late positions wrongly.
+    """
+    for each in module.modules():
+        if type(each).__module__.partition(".")[0] in ("transformers", "transformers_modules"):
+            for name in each._non_persistent_buffers_set:
+                table = each._buffers.get(name)
+                if table is not None and table.dtype == torch.float32 and name.endswith(_TABLES):
+                    yield each._buffers, name
 
 
 def move_inputs(inputs: Any, *, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from prox24_lightning.copying import bare_copy, move_inputs
+from prox24_lightning.copying import bare_copy, cast_model, move_inputs
 
 CPU = torch.device("cpu")
 
@@ -43,6 +45,17 @@ def test_a_copy_is_detached_cast_and_tied():
     assert twin.body[1].num_batches_tracked.dtype == torch.int64
     assert net.training
     assert net.head.weight.grad is not None
+
+
+def test_tables_of_transformers_stay_in_float32():
+    """Of others they are cast: what they are added to is not known to cast them back."""
+    net = nn.Sequential(LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=2)), nn.Linear(4, 4))
+    net.register_buffer("inv_freq", torch.ones(3), persistent=False)
+    expected = net[0].inv_freq.clone()
+    for twin in (bare_copy(net, dtype=torch.bfloat16), cast_model(net, torch.bfloat16)):
+        assert twin[0].inv_freq.dtype == torch.float32
+        assert torch.equal(twin[0].inv_freq, expected)
+        assert twin.inv_freq.dtype == twin[1].weight.dtype == torch.bfloat16
 
 
 def test_a_copy_in_the_same_dtype_is_still_a_copy():

@@ -22,6 +22,7 @@ from prox24_lightning.convert.measure.settings import Settings
 from prox24_lightning.convert.measure.tables import print_report, to_markdown, write_report
 from prox24_lightning.convert.measure.timing import describe, release_memory
 from prox24_lightning.convert.semi_structured import convert_model, expand_model
+from prox24_lightning.copying import cast_model
 from prox24_lightning.groups import clean_name, is_transposed_linear
 from prox24_lightning.sharding import is_sharded
 
@@ -181,7 +182,7 @@ class ConvertAndBenchmark(Callback):
             )
         names = report.names("sparse")
         if self.in_place and names:
-            pl_module.to(device=device, dtype=self.settings.dtype)
+            cast_model(pl_module, self.settings.dtype, device)
             try:
                 # Optimizers and Prox24 outlive the fit and still hold the dense weights.
                 convert_model(pl_module, names, keep_dense=self.settings.keep_dense, empty_dense=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from prox24_lightning.convert.packed.model import EmptyOnMeta, Packable, load_packed
 from prox24_lightning.convert.packed.reader import PackedFile
 from prox24_lightning.convert.packed.writer import write_packed
+from prox24_lightning.copying import cast_model
 from prox24_lightning.files import DENSE_FILES, PACKED_FILE, filling, write_text
 from prox24_lightning.groups import clean_name
 from prox24_lightning.layerwise.output import forget_quantization
@@ -24,22 +26,32 @@ def is_packed_folder(folder: str | Path) -> bool:
     return (Path(folder) / PACKED_FILE).is_file() and (Path(folder) / "config.json").is_file()
 
 
-def load_folder(folder: str | Path, auto: Any, *, device: torch.device | str = "cpu", sparse: bool = False) -> Any:
+def load_folder(
+    folder: str | Path,
+    auto: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    sparse: bool = False,
+) -> Any:
     """The model of a packed folder with exactly the stored values: dense, or on a GPU with its layers sparse.
 
     Args:
         folder: that :func:`save_folder` wrote.
         auto: the auto class of transformers that builds it (``AutoModelForCausalLM``).
+        dtype: what the weights of a dense model are cast to; None keeps them as they are stored.
         device: where it goes.
         sparse: see :func:`~prox24_lightning.convert.packed.model.load_packed`; the dense model is then never there.
 
     Raises:
         FileNotFoundError: if the folder holds no packed file.
         ValueError: if the file is damaged or does not fit the folder's config, or there is no config to build a model
-            by; for ``sparse`` without a suitable GPU.
+            by; for ``sparse`` without a suitable GPU or with a dtype.
     """
     from transformers import AutoConfig, GenerationConfig
 
+    if sparse and dtype is not None:
+        raise ValueError(f"sparse=True takes the stored weights as they are: leave dtype={dtype} out")
     file = PackedFile(Path(folder) / PACKED_FILE)
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(
@@ -50,12 +62,25 @@ def load_folder(folder: str | Path, auto: Any, *, device: torch.device | str = "
     dtypes = [file.dtype(name) for name in file.names if file.dtype(name).is_floating_point]
     if not dtypes:
         raise ValueError(f"{file.path} holds no floating-point tensor, so it is not the model of {folder}/config.json")
-    with EmptyOnMeta():
-        model = auto.from_config(config, dtype=max(set(dtypes), key=dtypes.count))
+    model = _build(auto, config, dtype or max(set(dtypes), key=dtypes.count))
     load_packed(model, file, device=device, sparse=sparse)
+    if dtype is not None:
+        cast_model(model, dtype)
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     return model.eval()
+
+
+def _build(auto: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model without the memory of its weights. What it computes for itself, such as tables of positions, is as
+    from_pretrained makes it: computed in float32, then of the dtype that the model gives it."""
+    with EmptyOnMeta():
+        precise = dict(auto.from_config(deepcopy(config), dtype=torch.float32).named_buffers())
+        model = auto.from_config(config, dtype=dtype)
+    for name, buffer in model.named_buffers():
+        if not buffer.is_meta:
+            buffer.copy_(precise[name])
+    return model
 
 
 def save_folder(

@@ -60,13 +60,11 @@ class Pretrained:
         import transformers
 
         source, extra = self._source()
-        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         auto = getattr(transformers, _AUTO[self.head])
         if is_packed_folder(source):
             refuse_dense(source)
-            model = load_folder(source, auto)
-            return model if dtype == "auto" else model.to(dtype)
-        model, found = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **extra)
+            return load_folder(source, auto, dtype=None if self.dtype == "auto" else getattr(torch, self.dtype))
+        model, found = auto.from_pretrained(source, dtype=self.dtype, output_loading_info=True, **extra)
         if missing := sorted(found["missing_keys"]):  # transformers has filled them with random values
             raise ValueError(
                 f"{source} lacks {len(missing)} tensors of {type(model).__name__}, {', '.join(missing[:3])}"

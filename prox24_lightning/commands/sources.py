@@ -17,6 +17,7 @@ from prox24_lightning.convert.measure.timing import describe
 from prox24_lightning.convert.packed.layout import FORMAT
 from prox24_lightning.convert.packed.reader import PackedFile
 from prox24_lightning.convert.packed.state_layers import layers_of
+from prox24_lightning.copying import cast_model
 
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _CONFIGS = (".yaml", ".yml")
@@ -86,7 +87,7 @@ def load_source(
 
 
 def _cast(model: nn.Module, dtype: Dtype) -> nn.Module:
-    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+    return model if dtype == "auto" else cast_model(model, getattr(torch, dtype))
 
 
 def _hint(checkpoint: Path) -> str:

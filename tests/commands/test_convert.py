@@ -13,7 +13,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from prox24_lightning.commands import packed_folder
+from prox24_lightning.commands.pretrained import Pretrained
 from prox24_lightning.commands.sources import load_source
+from prox24_lightning.convert.packed.model import Packable
 from prox24_lightning.convert.packed.reader import PackedFile
 from prox24_lightning.convert.packed.writer import write_packed
 from prox24_lightning.mask import mask_24
@@ -96,6 +98,29 @@ def test_weights_are_cast_when_asked(prox24, sparse_folder, tmp_path):
     assert code == 0
     file = PackedFile(tmp_path / "packed" / "packed.safetensors")
     assert {file.dtype(name) for name in file.names} == {torch.bfloat16}
+
+
+BUFFERED = {
+    "llama": hf.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    ),
+    "gptj": hf.GPTJConfig(n_embd=16, n_layer=1, n_head=2, vocab_size=64, rotary_dim=4, n_positions=256),
+    "xglm": hf.XGLMConfig(d_model=16, ffn_dim=32, num_layers=1, attention_heads=2, vocab_size=64),
+}
+
+
+@pytest.mark.parametrize("family", BUFFERED)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_tables_of_positions_are_as_from_pretrained_makes_them(tmp_path, family, stored):
+    model = hf.AutoModelForCausalLM.from_config(BUFFERED[family], dtype=getattr(torch, stored))
+    model.save_pretrained(tmp_path / "dense")
+    dense = Pretrained(str(tmp_path / "dense"), dtype="bfloat16").model()
+    packed_folder.save_folder(tmp_path / "packed", model, Packable({}, {}), source="a test")
+    packed = Pretrained(str(tmp_path / "packed"), dtype="bfloat16").model()
+    found, expected = (dict(one.named_buffers()) for one in (packed, dense))
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: t.dtype for name, t in expected.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert same_state(packed.state_dict(), dense.state_dict())
 
 
 def test_targets_and_skip(prox24, sparse_folder, tmp_path):
