@@ -13,7 +13,13 @@ import transformers as hf
 
 from prox24_lightning.convert import Settings
 from prox24_lightning.convert.measure import generation
-from prox24_lightning.convert.measure.generation import DecodeStep, linear_work, prefill_call, time_language_model
+from prox24_lightning.convert.measure.generation import (
+    DecodeStep,
+    linear_operations,
+    linear_work,
+    prefill_call,
+    time_language_model,
+)
 from prox24_lightning.convert.measure.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
 from prox24_lightning.convert.measure.language_tables import language_figure, language_sections
 from prox24_lightning.convert.measure.limits import Limits, measure_limits
@@ -70,6 +76,24 @@ def test_work_counts_linear_layers_with_the_head():
     model = MODELS["gpt2"]()
     weights = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128) + 64 * 32
     assert linear_work(model.bfloat16()) == (2 * weights, weights)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("workload", [Workload("prefill", 2, 10), Workload("decode", 3, 10)])
+@torch.no_grad()
+def test_operations_are_those_of_the_call(family, workload):
+    """In prefill the head multiplies the last token of each sequence alone."""
+    model = MODELS[family]().eval()
+    prompt = torch.randint(64, (workload.batch, workload.length))
+    call = prefill_call(model, prompt) if workload.phase == "prefill" else DecodeStep(model, prompt)
+    done = []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear) or type(layer).__name__ == "Conv1D":
+            layer.register_forward_hook(
+                lambda layer, args, out: done.append(2 * layer.weight.numel() * out.numel() // out.shape[-1])
+            )
+    call()
+    assert linear_operations(model, workload) == sum(done)
 
 
 PREFILL, DECODE = Workload("prefill", 2, 100), Workload("decode", 8, 50)
@@ -201,7 +225,7 @@ def test_a_language_model_is_measured_dense_then_converted(pretended_gpu):
     prefill, decode = dense.phases
     assert prefill.bytes_moved == dense.linear_bytes
     assert decode.bytes_moved == dense.linear_bytes + 2 * 2 * 8 * 50 * 16 * 2
-    assert prefill.operations == 2 * 200 * linear_work(model)[1]
+    assert prefill.operations == 2 * (200 * linear_work(model)[1] - 198 * 64 * 32), "the head takes 2 tokens of 200"
     assert converted.output_error == 0.0
     model.float()
     assert all(torch.equal(value.bfloat16(), before[name].bfloat16()) for name, value in model.state_dict().items())

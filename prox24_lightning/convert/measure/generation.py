@@ -136,6 +136,16 @@ def linear_work(model: nn.Module) -> tuple[int, int]:
     return sum(map(_linear_bytes, layers)), weights
 
 
+def linear_operations(model: Any, workload: Workload) -> int:
+    """Multiplications and additions of all linear layers in one call. In prefill a head that is asked for the last
+    logits alone multiplies one token a sequence."""
+    skipped = 0
+    if workload.phase == "prefill" and _last_logits_only(model):
+        head = model.get_output_embeddings()
+        skipped = 0 if head is None else linear_work(head)[1] * (workload.tokens - workload.batch)
+    return 2 * (linear_work(model)[1] * workload.tokens - skipped)
+
+
 def _linear_bytes(layer: nn.Module) -> int:
     if isinstance(layer, SemiStructuredLinear):
         return layer.stored_bytes
@@ -155,7 +165,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 def _time(model: nn.Module, ids: Tensor, workload: Workload, settings: Settings, before: int) -> PhaseResult:
     prompt = ids[: workload.batch, : workload.length].contiguous()
     release_memory()
-    stored, weights = linear_work(model)
+    stored, _ = linear_work(model)
     call: Callable[[], Tensor]
     if workload.phase == "decode":
         call = DecodeStep(model, prompt)
@@ -173,4 +183,4 @@ def _time(model: nn.Module, ids: Tensor, workload: Workload, settings: Settings,
         graph = measure({"call": capture(call).replay}, rounds=settings.rounds)["call"]
     except Exception as failure:  # models may do on the host whatever they like: any of it can end the capture
         problem = describe(failure)
-    return PhaseResult(workload, eager, graph, problem, peak, stored, 2 * weights * workload.tokens)
+    return PhaseResult(workload, eager, graph, problem, peak, stored, linear_operations(model, workload))
