@@ -101,6 +101,11 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
 
 
+def transposed_kind(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a module that :func:`is_transposed_linear`; None for others."""
+    return type(module) if is_transposed_linear(module) else None
+
+
 @dataclass(frozen=True)
 class GroupedWeight:
     """A parameter that will be 2:4: where it lives and along which dimension its groups lie.

@@ -25,7 +25,7 @@ from prox24_lightning.convert.kernels.gpu_layout import pack_buffer
 from prox24_lightning.convert.kernels.packed_linear import SemiStructuredLinear
 from prox24_lightning.convert.kernels.search import kernel_tables, stored_table
 from prox24_lightning.convert.kernels.table import BUCKETS, KernelTable
-from prox24_lightning.groups import is_transposed_linear
+from prox24_lightning.groups import is_transposed_linear, transposed_kind
 
 _HOOKS = (
     "_forward_hooks",
@@ -81,7 +81,7 @@ def convert_linear(
         kernels = stored_table(shape, dense.dtype, keep_dense=keep_dense, device=dense.get_device())
     buffer = pack_buffer(dense, name=name)
     kept = dense.contiguous() if keep_dense else None
-    layer = SemiStructuredLinear(buffer, shape, dense.dtype, bias, kernels.text, kept).eval()
+    layer = SemiStructuredLinear(buffer, shape, dense.dtype, bias, kernels.text, kept, transposed_kind(linear)).eval()
     for hooks in _HOOKS:  # the same dictionaries, so that whoever holds a handle can still remove its hook
         setattr(layer, hooks, getattr(linear, hooks))
     return layer
@@ -156,15 +156,21 @@ def convert_model(
 
 
 @torch.no_grad()
-def expand_linear(layer: SemiStructuredLinear) -> nn.Linear:
-    """The dense ``nn.Linear`` with exactly the packed values, pruned weights as zeros; trainable again."""
+def expand_linear(layer: SemiStructuredLinear) -> nn.Module:
+    """The dense layer with exactly the packed values, pruned weights as zeros; trainable again.
+
+    It is an ``nn.Linear``, or a ``Conv1D`` of Hugging Face where the converted layer was one.
+    """
+    linear: nn.Module
     weight = layer.weight
-    linear = nn.Linear(
-        layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta", dtype=layer.dtype
-    )
+    if layer.transposed is None:
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    else:
+        with torch.device("meta"):
+            linear = layer.transposed(layer.out_features, layer.in_features)
+        weight = weight.t().contiguous()
     linear.weight = nn.Parameter(weight)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().clone())
+    linear.register_parameter("bias", None if layer.bias is None else nn.Parameter(layer.bias.detach().clone()))
     for hooks in _HOOKS:
         setattr(linear, hooks, getattr(layer, hooks))
     return linear

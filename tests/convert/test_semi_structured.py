@@ -21,7 +21,7 @@ from prox24_lightning.convert import (
     semi_structured,
 )
 from prox24_lightning.convert.kernels.gpu_layout import buffer_bytes, to_buffer
-from prox24_lightning.convert.kernels.table import Times, choose
+from prox24_lightning.convert.kernels.table import Times, choose, unmeasured
 from prox24_lightning.convert.packed.weight import pack_24
 from prox24_lightning.copying import bare_copy
 from prox24_lightning.mask import mask_24
@@ -104,6 +104,21 @@ def test_kept_dense_weights_make_no_layer_slower(pretended_gpu):
 def test_bad_token_counts_are_refused(counts):
     with pytest.raises(ValueError, match="must be one or more whole numbers from 1 up"):
         convert_model(nn.Sequential(nn.Linear(64, 64)), token_counts=counts)
+
+
+def test_expanded_layers_are_of_the_kind_that_was_there(monkeypatch):
+    monkeypatch.setattr(semi_structured, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
+    monkeypatch.setattr(semi_structured, "stored_table", lambda shape, *_, **__: unmeasured(shape, (9, 0)))
+    model = nn.Sequential(pruned(Conv1D(128, 64), dim=0), pruned(nn.Linear(128, 64, bias=False))).bfloat16()
+    before, rows = {**model.state_dict()}, torch.randn(3, 64).bfloat16()
+    expected = model(rows)
+    assert convert_model(model).converted == ("0", "1")
+    assert expand_model(model) == ("0", "1")
+    assert [type(layer) for layer in model] == [Conv1D, nn.Linear]
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(rows), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_without_a_gpu_nothing_is_converted():
@@ -262,7 +277,7 @@ def test_a_transposed_layer_becomes_a_linear_one(gpu):
     converted = convert_linear(layer)
     with torch.no_grad():
         assert relative(converted(rows), layer(rows)) < 1e-2
-    assert torch.equal(expand_linear(converted).weight, layer.weight.t())
+    assert torch.equal(expand_linear(converted).weight, layer.weight)
 
 
 @pytest.mark.gpu

@@ -30,6 +30,7 @@ class SemiStructuredLinear(nn.Module):
         kernels: which kernel runs at which number of tokens
             (:attr:`~prox24_lightning.convert.kernels.table.KernelTable.text`).
         dense: the same weight (out_features, in_features), kept for the numbers of tokens at which cuBLAS wins.
+        transposed: class of the layer that was converted if that stores its weight as (in_features, out_features).
     """
 
     packed: Tensor
@@ -43,11 +44,13 @@ class SemiStructuredLinear(nn.Module):
         bias: Tensor | None,
         kernels: str,
         dense: Tensor | None = None,
+        transposed: type[Any] | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.dtype = dtype
         self.kernels = kernels
+        self.transposed = transposed
         self.register_buffer("packed", packed)
         self.register_buffer("dense", None if dense is None else dense.detach().view(torch.int16), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

@@ -17,7 +17,7 @@ from prox24_lightning.convert.kernels.search import stored_table
 from prox24_lightning.convert.packed.reader import PackedFile
 from prox24_lightning.convert.packed.weight import PACKED_DTYPES
 from prox24_lightning.convert.semi_structured import insert_layers, target_of
-from prox24_lightning.groups import clean_name, fit_groups, is_transposed_linear, matching
+from prox24_lightning.groups import clean_name, fit_groups, is_transposed_linear, matching, transposed_kind
 from prox24_lightning.mask import Violations, violations_24
 
 
@@ -194,8 +194,11 @@ def _converted(
     for name, weight in layers.items():
         packed = file.read_packed(weight, device or "cpu")
         table = stored_table(packed.shape, packed.dtype, device=packed.values.get_device())
-        bias = getattr(modules.pop(name), "bias", None)  # nothing here holds the dense layer when it is replaced
-        yield name, SemiStructuredLinear(to_buffer(packed), packed.shape, packed.dtype, bias, table.text).eval()
+        dense = modules.pop(name)
+        bias, kind = getattr(dense, "bias", None), transposed_kind(dense)
+        del dense  # nothing here holds the dense layer when it is replaced
+        buffer = to_buffer(packed)
+        yield name, SemiStructuredLinear(buffer, packed.shape, packed.dtype, bias, table.text, transposed=kind).eval()
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
