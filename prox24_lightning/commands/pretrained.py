@@ -55,16 +55,20 @@ class Pretrained:
 
         Raises:
             ValueError: if a package is named that is not installed, a folder holds packed and dense weights, or weights
-                of the model are missing, by name.
+                of the model are damaged or missing, by name.
         """
         import transformers
+        from safetensors import SafetensorError
 
         source, extra = self._source()
         auto = getattr(transformers, _AUTO[self.head])
         if is_packed_folder(source):
             refuse_dense(source)
             return load_folder(source, auto, dtype=None if self.dtype == "auto" else getattr(torch, self.dtype))
-        model, found = auto.from_pretrained(source, dtype=self.dtype, output_loading_info=True, **extra)
+        try:
+            model, found = auto.from_pretrained(source, dtype=self.dtype, output_loading_info=True, **extra)
+        except SafetensorError as error:
+            raise ValueError(f"a weights file of {source} is damaged or cut short, fetch it again: {error}") from error
         if missing := sorted(found["missing_keys"]):  # transformers has filled them with random values
             raise ValueError(
                 f"{source} lacks {len(missing)} tensors of {type(model).__name__}, {', '.join(missing[:3])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,17 +126,28 @@ def _state_of(path: Path) -> Mapping[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _from_config(path: Path) -> nn.Module:
     """The LightningModule of a config for ``prox24 fit``; trainer and data are left alone."""
     import yaml
     from jsonargparse import ArgumentParser
     from lightning.pytorch import LightningModule
 
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {_one_line(error)}") from error
     if not isinstance(found, Mapping) or "model" not in found:
         raise ValueError(f"{path} has no entry 'model': it is no config of prox24 fit")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model", required=True)
-    module = parser.instantiate_classes(parser.parse_object({"model": found["model"]})).model
+    try:
+        parsed = parser.parse_object({"model": found["model"]})
+    except ArgumentError as error:
+        raise ValueError(f"the entry 'model' of {path} makes no module: {_one_line(error)}") from error
+    module = parser.instantiate_classes(parsed).model
     module.configure_model()
     return module

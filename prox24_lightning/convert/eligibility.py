@@ -245,6 +245,8 @@ def _rules(shape: tuple[int, ...], dtype: torch.dtype, target: Target | None) ->
 
 def _values(weight: Tensor, dim: int) -> Iterator[str]:
     """``dim`` is the input dimension of the weight as it is stored."""
+    if weight.is_floating_point() and weight.itemsize == 1:
+        weight = weight.float()  # torch knows few operations on 8 bits
     matrix = weight.detach() if dim == 1 else weight.detach().t()
     parts = [matrix[rows] for rows in row_chunks(*matrix.shape)]
     if not all(bool(torch.isfinite(part).all()) for part in parts):

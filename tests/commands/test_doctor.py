@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from prox24_lightning.commands import doctor as command
 from prox24_lightning.convert import Target
 from prox24_lightning.convert.kernels import cache as kernel_cache
 from prox24_lightning.convert.kernels.table import Times
+from prox24_lightning.mask import mask_24
 
 
 def test_a_sparse_model(prox24, sparse_folder, tmp_path):
@@ -191,8 +193,36 @@ def test_files_that_hold_no_weights(prox24, tmp_path, content, message):
     assert message in err
 
 
-def test_a_config_without_a_model(prox24, tmp_path):
-    (tmp_path / "x.yaml").write_text("trainer: {max_steps: 3}\n")
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("trainer: {max_steps: 3}", "has no entry 'model'"),
+        ("model: [", "is no YAML: while parsing a flow node expected the node content"),
+        ("model: {class_path: no.such.Class}", "the entry 'model' of .*x.yaml makes no module: .*no.such.Class"),
+    ],
+)
+def test_a_config_without_a_model(prox24, tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
     code, _, err = prox24("doctor", tmp_path / "x.yaml")
     assert code == 2
-    assert "has no entry 'model'" in err
+    assert re.match(f"prox24 doctor: .*{message}", err)
+    assert len(err.splitlines()) == 1
+
+
+def test_a_folder_with_a_file_cut_short(prox24, sparse_folder, tmp_path):
+    folder = shutil.copytree(sparse_folder, tmp_path / "model")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    code, _, err = prox24("doctor", folder)
+    assert code == 2
+    assert f"prox24 doctor: a weights file of {folder} is damaged or cut short, fetch it again: " in err
+    assert "Traceback" not in err
+
+
+def test_weights_of_8_bits(prox24, tmp_path):
+    weight = torch.randn(64, 64)
+    state = {"a.weight": weight * mask_24(weight), "b.weight": weight}
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in state.items()}, tmp_path / "x.safetensors")
+    code, _, layers = shown(prox24, tmp_path / "x.safetensors")
+    assert (code, layers["a"]) == (0, "no CUDA GPU in use")
+    assert layers["b"].startswith("not 2:4: ")
