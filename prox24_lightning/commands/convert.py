@@ -15,6 +15,7 @@ from prox24_lightning.commands.sources import Source, load_source
 from prox24_lightning.convert.measure.tables import name_patterns
 from prox24_lightning.convert.packed.model import find_packable
 from prox24_lightning.files import DENSE_FILES, PACKED_FILE, check_folder, filling
+from prox24_lightning.layerwise.output import forget_quantization
 
 
 def convert(
@@ -76,6 +77,7 @@ def convert(
 
 def _write_dense(out: Path, source: Source) -> None:
     model: Any = source.model
+    forget_quantization(model)
     with filling(out, instead_of=(*DENSE_FILES, PACKED_FILE)) as temporary:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(str(temporary))

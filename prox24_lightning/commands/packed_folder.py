@@ -105,7 +105,7 @@ def save_folder(
         the written file, open.
 
     Raises:
-        ValueError: for a weight that is not 2:4, by name; for a folder with dense weights.
+        ValueError: for a weight that is not 2:4 or holds NaN, by name; for a folder with dense weights.
         RuntimeError: if what was read back is not what the model holds.
     """
     folder = Path(folder)
@@ -117,6 +117,10 @@ def save_folder(
         file = PackedFile(path)
         for name in file.packed:
             if not torch.equal(file.read(name, state[name].device), state[name]):
+                if state[name].float().isnan().any():
+                    raise ValueError(
+                        f"{name} holds NaN, so the model is damaged: mend it, or store this weight dense: skip={name!r}"
+                    )
                 raise RuntimeError(f"{name} read back from {path} differs from the model's")
         for part in (getattr(model, "config", None), getattr(model, "generation_config", None), *companions):
             if hasattr(part, "save_pretrained"):
@@ -143,6 +147,20 @@ def _kind(model: nn.Module) -> str:
     return type(getattr(model, "_orig_mod", model)).__name__
 
 
+def _how_to_load(model: nn.Module) -> str:
+    if hasattr(getattr(model, "config", None), "save_pretrained"):
+        return (
+            "`prox24_lightning.commands.packed_folder.load_folder` loads the model from it, exactly dense or, on a "
+            "GPU, with sparse layers (`sparse=True`). `prox24 convert THIS_FOLDER OUT --form dense` writes an "
+            "ordinary model, which `from_pretrained` reads; this one it does not."
+        )
+    return (
+        "`prox24_lightning.convert.packed.model.load_packed` fills a model of the same structure from it, exactly "
+        f"dense or, on a GPU, with sparse layers (`sparse=True`). `prox24 convert THIS_FOLDER/{PACKED_FILE} OUT "
+        "--form dense` writes an ordinary `model.safetensors`."
+    )
+
+
 def _card(file: PackedFile, packable: Packable, model: nn.Module, source: str) -> str:
     lines = [
         "---",
@@ -155,10 +173,7 @@ def _card(file: PackedFile, packable: Packable, model: nn.Module, source: str) -
         f"every four entries (tensors `NAME.values` and `NAME.indices`), the others as they are: "
         f"{file.stored_bytes:,} bytes instead of {file.dense_bytes:,} ({file.stored_bytes / file.dense_bytes:.4f}).",
         "",
-        "`prox24_lightning.commands.packed_folder.load_folder` loads a transformers model from it, exactly dense or, "
-        "on a GPU, with sparse layers (`sparse=True`); `prox24_lightning.convert.packed.model.load_packed` fills any "
-        "other. `prox24 convert THIS_FOLDER OUT --form dense` writes an ordinary model, which `from_pretrained` "
-        "reads; this one it does not.",
+        _how_to_load(model),
         "",
         "| stored dense | why |",
         "| --- | --- |",

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from prox24_lightning.commands import packed_folder
+from prox24_lightning.commands import convert, packed_folder
 from prox24_lightning.commands.pretrained import Pretrained
 from prox24_lightning.commands.sources import load_source
 from prox24_lightning.convert.packed.model import Packable
@@ -154,6 +154,45 @@ def test_bare_weights_there_and_back(prox24, tmp_path):
     again = prox24("convert", tmp_path / "packed" / "packed.safetensors", tmp_path / "dense", "--form", "dense")
     assert again[0] == 0
     assert same_state(load_file(tmp_path / "dense" / "model.safetensors"), state)
+
+
+def test_the_card_of_bare_weights_names_a_command_that_works(prox24, tmp_path):
+    weight = torch.ones(8, 16)
+    weight.view(8, 4, 4)[..., 1:3] = 0
+    save_file({"up.weight": weight}, tmp_path / "bare.safetensors")
+    assert prox24("convert", tmp_path / "bare.safetensors", tmp_path / "packed")[0] == 0
+    card = (tmp_path / "packed" / "README.md").read_text()
+    (words,) = re.findall(r"`prox24 (convert [^`]*)`", card)
+    words = words.replace("THIS_FOLDER", str(tmp_path / "packed")).replace("OUT", str(tmp_path / "dense"))
+    assert prox24(*words.split())[0] == 0
+    assert same_state(load_file(tmp_path / "dense" / "model.safetensors"), {"up.weight": weight})
+
+
+def test_a_weight_with_nan_is_refused_by_name(prox24, tmp_path):
+    weight = torch.ones(8, 16)
+    weight.view(8, 4, 4)[..., 1:3] = 0
+    weight[2, 4] = torch.nan
+    save_file({"up.weight": weight}, tmp_path / "bare.safetensors")
+    code, _, err = prox24("convert", tmp_path / "bare.safetensors", tmp_path / "packed")
+    assert code == 2
+    assert err.startswith("prox24 convert: up.weight holds NaN, so the model is damaged")
+    assert list((tmp_path / "packed").iterdir()) == []
+
+
+class NotSerializable:
+    """What transformers leaves on a model that it has de-quantized from a GGUF file."""
+
+    def is_serializable(self):
+        return False
+
+
+def test_a_model_of_a_gguf_file_is_written_dense(prox24, sparse_folder, tmp_path, monkeypatch):
+    source = load_source(sparse_folder)
+    source.model.config.quantization_config = {"quant_method": "gguf"}
+    source.model.hf_quantizer = NotSerializable()
+    monkeypatch.setattr(convert, "load_source", lambda name, **_: source)
+    assert prox24("convert", sparse_folder, tmp_path / "dense", "--form", "dense")[0] == 0
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
 
 
 def test_bare_weights_that_are_tied_are_one_tensor(prox24, tmp_path):
