@@ -49,17 +49,20 @@ def masked_gradient(
     direction = preconditioned.clone()
     energy = (residual * preconditioned).sum(1, keepdim=True)
     lowered = torch.zeros_like(loss)
+    # Below this a row has converged. Its numbers would go on shrinking until their quotients are infinite, or NaN.
+    finfo = torch.finfo(energy.dtype)
+    least = energy * finfo.eps**2 * 1e-4 + finfo.tiny
     for step in range(1, steps + 1):
         product = direction @ moments
         curvature = (direction * product).sum(1, keepdim=True)
-        # A row that has converged has no direction left: 0/0 stands for "stay".
-        rate = torch.where(curvature > 0, energy / curvature, 0)
+        # A row that has converged has no direction left: it stays.
+        rate = torch.where((curvature > 0) & (energy > least), energy / curvature, 0)
         solution.addcmul_(direction, rate)
         residual.addcmul_(product, rate, value=-1)
         lowered += 0.5 * (rate * energy).sum()
         torch.mul(residual, inverse_diagonal, out=preconditioned)
         following = (residual * preconditioned).sum(1, keepdim=True)
-        direction.mul_(torch.where(energy > 0, following / energy, 0)).add_(preconditioned)
+        direction.mul_(torch.where(energy > least, following / energy, 0)).add_(preconditioned)
         energy = following
         if step % _CHECK_EVERY == 0:
             loss = loss - lowered

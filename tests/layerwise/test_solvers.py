@@ -88,6 +88,14 @@ def test_a_loose_tolerance_costs_no_more_than_it_says():
     assert local_loss(few, weight, moments) <= 1.01 * local_loss(many, weight, moments)
 
 
+def test_refinement_that_goes_on_after_it_has_converged_stays_finite():
+    weight, moments = layer(outputs=32, dtype=torch.float32)
+    mask = mask_24(weight)
+    weight = weight * mask
+    found = masked_gradient(weight + 0.1 * mask, weight, moments, mask, steps=400, tolerance=0.0)
+    torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dim", [-1, 0])
 def test_every_method_gives_24_and_refinement_lowers_its_loss(method, dim):
