@@ -16,6 +16,7 @@ from prox24_lightning.layerwise.layers import (
     input_rows,
     matrix_columns,
 )
+from prox24_lightning.layerwise.loss import check_layer
 from prox24_lightning.layerwise.parallel import solved_by_rows
 from prox24_lightning.layerwise.solve import Solution, solve_layer
 from prox24_lightning.layerwise.stages import Stage, inputs_of
@@ -100,7 +101,11 @@ def _solve_stacked(
 ) -> list[tuple[GroupedWeight, Solution]]:
     matrices = [as_matrix(weight.module, whole(local_part(weight.parameter), weight.parameter)) for weight in weights]
     name = " + ".join(weight.module_name for weight in weights)
-    target = output_target(torch.cat(matrices), moments, dense_target)
+    dense = torch.cat(matrices)
+    for found in (moments.moments, moments.cross):
+        if found is not None:
+            check_layer(dense, found, name)
+    target = output_target(dense, moments, dense_target)
 
     def solve(rows: Tensor) -> Solution:
         return solve_layer(rows, moments.moments, dim=dim, name=name, **solver)
@@ -120,12 +125,12 @@ def output_target(weight: Tensor, moments: SecondMoments, share: float) -> Tenso
     """The weight whose outputs on the pruned model's inputs come closest to the wanted ones.
 
     With ``X`` the inputs now and ``X_d`` those in the dense model, ``share`` = 1 solves ``min_T ||X T^T - X_d W^T||``:
-    ``T = W + W (C - H) H^-1`` with ``C = X_d^T X / tokens``.
+    ``T = W + W (C - H) H^-1`` with ``C = X_d^T X / tokens``. Inputs that are all zero leave ``W``.
     """
     cross = moments.cross
-    if not share or cross is None:
-        return weight
     shifted = moments.moments
+    if not share or cross is None or not bool(shifted.diagonal().any()):
+        return weight
     shifted.diagonal().add_(0.01 * shifted.diagonal().mean())
     change = torch.linalg.solve(shifted, (weight @ (cross - moments.moments)).T).T
     return weight + share * change

@@ -259,26 +259,29 @@ def test_training_mode_and_parameters_come_back_as_they_were():
     assert "forward" not in vars(model.layers[0])
 
 
-def test_a_layer_with_infinite_inputs_is_named_and_finished_blocks_stay(tmp_path):
+@pytest.mark.parametrize("dense_target", [0.0, 0.5])
+def test_a_layer_with_infinite_inputs_is_named_and_finished_blocks_stay(tmp_path, dense_target):
     model = seeded()
     with torch.no_grad():
         model.layers[0].out.bias[0] = 1e38
     with pytest.raises(
         ValueError, match=r"layers.1.left \+ layers.1.right: the layer's inputs hold values that are not"
     ):
-        prune(model, work_dir=tmp_path)
+        prune(model, work_dir=tmp_path, dense_target=dense_target)
     assert is_24(model.layers[0].out.weight)
     assert (tmp_path / "block_00000.safetensors").exists()
 
 
-def test_unusual_layers_are_noted():
-    few = prune(seeded(), [torch.randn(1, 3, 8)])
+@pytest.mark.parametrize("dense_target", [0.0, 0.5])
+def test_unusual_layers_are_noted(dense_target):
+    few = prune(seeded(), [torch.randn(1, 3, 8)], dense_target=dense_target)
     assert few.layers[0].note == "fewer tokens (3) than inputs (16)"
     silent = seeded()
     with torch.no_grad():
         silent.embed.weight.zero_()
         silent.embed.bias.zero_()
-    assert prune(silent).layers[0].note == "inputs are all zero: mask by magnitude"
+    report = prune(silent, dense_target=dense_target)
+    assert report.layers[0].note == "inputs are all zero: mask by magnitude"
 
 
 def test_a_layer_that_is_never_called_stays_dense_and_says_so():
