@@ -293,6 +293,31 @@ def test_a_layer_that_is_never_called_stays_dense_and_says_so():
     assert any(w.name == "layers.1.spare.weight" and "not called" in w.reason for w in report.skipped)
 
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        # The first entry says where a token goes; 0 goes nowhere.
+        result = x.clone()
+        for number, expert in enumerate(self.experts, start=1):
+            chosen = (x[:, 0] == number).nonzero().squeeze(1)
+            result[chosen] = x[chosen] + expert(x[chosen])
+        return result
+
+
+def test_experts_without_tokens_in_the_first_batch_are_solved_on_their_own_tokens():
+    torch.manual_seed(0)
+    tokens = torch.randn(60, 8)
+    tokens[:, 0] = torch.arange(60) % 3
+    model = nn.Module()
+    model.layers = nn.ModuleList([Experts()])
+    model.forward = lambda x: model.layers[0](x)
+    report = prune(model, [tokens[tokens[:, 0] == 0], tokens[tokens[:, 0] == 1], tokens[tokens[:, 0] > 0]])
+    assert [layer.tokens for layer in report.layers] == [40, 20]
+
+
 class Twice(Model):
     def forward(self, x):
         return super().forward(x) + self.layers[0](self.embed(x)).mean()
