@@ -112,9 +112,9 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-def to_device(value: Any, device: torch.device | str) -> Any:
-    """Move every tensor inside ``value`` (nested tuples, lists, dictionaries) to ``device``."""
-    return map_tensors(lambda tensor: tensor.to(device), value)
+def to_device(value: Any, device: torch.device | str, *, copy: bool = False) -> Any:
+    """Move every tensor inside ``value`` (nested tuples, lists, dictionaries) to ``device``; ``copy`` those there."""
+    return map_tensors(lambda tensor: tensor.to(device, copy=copy), value)
 
 
 @dataclass
@@ -131,12 +131,13 @@ class Call:
     place: int | str
 
     def run(self, block: nn.Module, hidden: Tensor, device: torch.device | str) -> Any:
-        """Call ``block`` with ``hidden`` in its place, everything on ``device``."""
+        """Call ``block`` with a copy of ``hidden`` in its place (it may work in place), everything on ``device``."""
         args, kwargs = list(to_device(self.args, device)), to_device(self.kwargs, device)
+        hidden = hidden.to(device, copy=True)
         if isinstance(self.place, int):
-            args[self.place] = hidden.to(device)
+            args[self.place] = hidden
         else:
-            kwargs[self.place] = hidden.to(device)
+            kwargs[self.place] = hidden
         return block(*args, **kwargs)
 
 
@@ -221,8 +222,9 @@ def capture(model: nn.Module, blocks: Blocks, batches: Iterable[Any]) -> Iterato
                 f"block {name} is called twice in one forward pass; the layer-wise walk needs one call each"
             )
         calls[index], hidden = split_call(args, kwargs, name)
+        hidden = hidden.clone()  # the block, and the model after it, may work in place
         if index == 0:
-            state["hidden"] = hidden
+            state["hidden"] = hidden.clone()
         if state["form"] is None:
             output = forwards[index](*args, **kwargs)
             hidden_of(output, name)

@@ -72,9 +72,9 @@ class Flow:
         return [len(self), list(self.hidden[0].shape), checksum(self.hidden[0])]
 
     def run(self, index: int, block: nn.Module, number: int) -> Any:
-        """Call block ``index`` (or a copy of it) on batch ``number``."""
+        """Call block ``index`` (or a copy of it) on a copy of batch ``number``."""
         if self.blocks.whole:
-            return call_model(block, to_device(self.batches[number], self.device))
+            return call_model(block, to_device(self.batches[number], self.device, copy=True))
         return self.calls[number][index].run(block, self.hidden[number], self.device)
 
     def advance(self, index: int, block: nn.Module) -> None:

@@ -75,7 +75,8 @@ def inputs_of(layer: nn.Module, run: Callable[[], Any], *, once: bool) -> list[T
     found: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.append(layer_input(args, kwargs).detach())
+        x = layer_input(args, kwargs).detach()
+        found.append(x if once else x.clone())  # what goes on may change it in place
         if once:
             raise _StageDone
 

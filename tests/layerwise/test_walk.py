@@ -107,6 +107,36 @@ def test_blocks_that_return_tuples_give_the_same():
         assert torch.equal(one, two)
 
 
+class Residual(nn.Module):
+    """Adds to its input, in place or not; calls its first layer twice."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.fc, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.in_place = in_place
+
+    def forward(self, x):
+        for _ in range(2):
+            change = self.out(torch.tanh(self.fc(x)))
+            x = x.add_(change) if self.in_place else x + change
+        return x
+
+
+@pytest.mark.parametrize("dense_target", [0.0, 0.5])
+@pytest.mark.parametrize("whole", [False, True])
+def test_blocks_that_work_in_place_give_the_same(dense_target, whole):
+    models = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        parts = [Residual(in_place), *([] if whole else [Residual(in_place)])]
+        models.append(nn.Sequential(*parts) if whole else nn.Sequential(nn.Sequential(*parts)))
+    data = torch.randn(3, 40, WIDTH)
+    for model in models:
+        prune(model, list(data.clone()), dense_target=dense_target)
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_arguments_of_every_block_are_its_own():
     """Block 2 is called with shift=0.2; with block 0's arguments its inputs' moments would differ."""
     model = seeded()
