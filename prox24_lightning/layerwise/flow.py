@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from prox24_lightning.layerwise.blocks import Blocks, Call, call_model, capture, hidden_of, to_device
+from prox24_lightning.layerwise.blocks import Blocks, Call, NotAChainError, call_model, capture, hidden_of, to_device
 from prox24_lightning.layerwise.storage import HiddenStates, checksum
 from prox24_lightning.ranks import gathered_objects, rank, world_size
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -83,6 +86,34 @@ class Flow:
             return
         for number in range(len(self)):
             self.hidden[number] = hidden_of(self.run(index, block, number), self.blocks.names[index])
+
+
+def blocks_to_walk(
+    model: nn.Module, blocks: Blocks, batches: Iterable[Any], home: torch.device, name: str | None
+) -> tuple[Blocks, Iterable[Any]]:
+    """``blocks``, or the whole model as one block if they are no chain; and all ``batches``, which are read once.
+
+    Blocks are a chain if each receives what the one before it returned, as the first batch tells.
+
+    Args:
+        name: of the list of blocks that was asked for; None if they were found.
+
+    Raises:
+        ValueError: if blocks that were asked for are no chain.
+    """
+    if blocks.whole:
+        return blocks, batches
+    batches = iter(batches)
+    first = list(islice(batches, 1))
+    try:
+        for _ in capture(model, blocks, [_moved(batch, home) for batch in first]):
+            pass
+    except NotAChainError as error:
+        if name is not None:
+            raise ValueError(f"blocks={name!r} cannot be walked: {error}; leave blocks= out") from None
+        logger.warning("%s: the whole %s is walked as one block, which takes more time", error, type(model).__name__)
+        blocks = Blocks(("",), (model,), whole=True)
+    return blocks, chain(first, batches)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

@@ -17,7 +17,7 @@ from prox24_lightning.groups import Geometry, GroupedWeight, SkippedWeight, sele
 from prox24_lightning.layerwise.block import solve_stage, stage_moments
 from prox24_lightning.layerwise.blocks import Blocks, caches_off, find_blocks
 from prox24_lightning.layerwise.budget import within_budget
-from prox24_lightning.layerwise.flow import Flow
+from prox24_lightning.layerwise.flow import Flow, blocks_to_walk
 from prox24_lightning.layerwise.layers import SecondMoments, from_matrix, why_not_solvable
 from prox24_lightning.layerwise.parallel import check_same_stages
 from prox24_lightning.layerwise.progress import LayerProgress
@@ -62,7 +62,9 @@ def prune_layerwise(
         targets, skip: patterns of names, see :func:`~prox24_lightning.groups.select_weights`.
         geometry: ``"row"``: groups of four along a layer's inputs, ``"column"``: along its outputs, ``"block"``: along
             both in every 4 x 4 block.
-        blocks: name of the list of blocks, where the largest list of like modules is not the right one.
+        blocks: name of the list of blocks, where the largest list of like modules is not the right one. Each block
+            must receive what the one before it returned; where those of a list that was found do not, the same layers
+            are pruned with the whole model as one block.
         budget: share in [0, 1) of the eligible weights that may stay dense; it goes to the layers that lose most of
             their output's energy by Wanda's mask with refinement, found by one more pass over the model.
         dense_target: 0 keeps the outputs of the dense weight on the pruned model's inputs; 1 aims at the outputs that
@@ -106,6 +108,7 @@ def prune_layerwise(
     home = next(model.parameters()).device
     device = torch.device(home if device is None else device)
     with caches_off(model), torch.no_grad(), LayerProgress(len(chosen), enabled=progress) as bar:
+        found, batches = blocks_to_walk(model, found, batches, home, blocks)
         flow = Flow.begin(model, found, batches, home, device, offload)
         if budget:
             chosen, dense = within_budget(flow, chosen, budget, bar)

@@ -10,6 +10,8 @@ from prox24_lightning.commands.pretrained import Pretrained
 from prox24_lightning.commands.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.finetune import load_masks
 from prox24_lightning.layerwise import prune_layerwise
+from prox24_lightning.layerwise.blocks import find_blocks, hidden_of
+from prox24_lightning.layerwise.flow import Flow
 from prox24_lightning.layerwise.output import save_pruned
 from prox24_lightning.mask import is_24, read_masks
 
@@ -63,6 +65,7 @@ def test_every_linear_layer_of_every_block_is_pruned_on_its_true_inputs(family):
     model = LANGUAGE_MODELS[family]().eval()
     report = pruned(model, refine=None, method="wanda")
     assert len(report.layers) == 2 * LAYERS_A_BLOCK[family.split(",")[0]]
+    assert all(layer.block for layer in report.layers), "walked block by block"
     transposed = family.startswith("gpt2")
     for name, mask in report.masks.items():
         assert is_24(model.get_parameter(name), dim=0 if transposed else 1)
@@ -78,6 +81,23 @@ def test_every_linear_layer_of_every_block_is_pruned_on_its_true_inputs(family):
             model(**batch)
     assert last.tokens == sum(len(rows) for rows in seen)
     assert 0 < last.loss < 0.5
+
+
+def test_the_blocks_of_t5_share_the_position_bias_of_the_first():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "vocab_size": 64}
+    model = hf.T5EncoderModel(hf.T5Config(**sizes)).eval()
+    model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data.normal_(0, 3)
+    data = [{"input_ids": torch.randint(3, 64, (2, length))} for length in (12, 9)]
+    flow = Flow.begin(model, find_blocks(model), data, torch.device("cpu"), torch.device("cpu"), "device")
+    for number, batch in enumerate(data):
+        seen = []
+        hook = model.encoder.block[-1].register_forward_hook(lambda *call, seen=seen: seen.append(call[-1][0]))
+        model(**batch)
+        hook.remove()
+        for index, block in enumerate(model.encoder.block):
+            flow.hidden[number] = hidden_of(flow.run(index, block, number), "")
+        torch.testing.assert_close(flow.hidden[number], seen[0])
 
 
 def test_a_vision_transformer_keeps_its_patches_and_head_dense():

@@ -137,6 +137,104 @@ def test_blocks_that_work_in_place_give_the_same(dense_target, whole):
         assert torch.equal(one, two)
 
 
+class Inner(nn.Module):
+    """What the blocks of :class:`Wired` add to their input, which the model may do for them."""
+
+    def __init__(self, adds=False, pair=False):
+        super().__init__()
+        self.fc, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.adds, self.pair = adds, pair
+
+    def forward(self, x, more=None):
+        change = self.out(torch.tanh(self.fc(x if more is None else x + more)))
+        result = x + change if self.adds else change
+        return (result, change if more is None else more + change) if self.pair else result
+
+
+class Wired(nn.Module):
+    def __init__(self, wiring):
+        super().__init__()
+        self.blocks = nn.ModuleList(Inner(wiring == "chain", wiring == "carried") for _ in range(3))
+        self.wiring = wiring
+
+    def forward(self, x):
+        first, second, third = self.blocks
+        if self.wiring == "side by side":
+            return torch.cat([first(x), second(x), third(x)], -1)
+        if self.wiring == "reversed":
+            return first(second(third(x)))
+        if self.wiring == "in place":
+            for block in self.blocks:
+                x = block(x).add_(1)
+            return x
+        if self.wiring == "carried":
+            more = None
+            for block in self.blocks:
+                x, more = block(x, more)
+            return x
+        return third(second(first(x))) if self.wiring == "chain" else self.outside(x)
+
+    def outside(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def wired(wiring):
+    torch.manual_seed(0)
+    return Wired(wiring).eval()
+
+
+WIRINGS = {
+    "outside": "block blocks.1 is not called with what blocks.0 returned",
+    "side by side": "block blocks.1 is not called with what blocks.0 returned",
+    "in place": "block blocks.1 is not called with what blocks.0 returned",
+    "reversed": "block blocks.2 is called before blocks.0",
+    "carried": "block blocks.1 takes more than the hidden state from the block before it, and changes it",
+}
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_blocks_that_are_no_chain_are_pruned_on_their_true_inputs(wiring, caplog):
+    model, data = wired(wiring), list(torch.randn(3, 40, WIDTH))
+    report = prune(model, iter(data), refine=None, method="wanda")
+    assert f"{WIRINGS[wiring]}: the whole Wired is walked as one block" in caplog.text
+    dense = wired(wiring)
+    assert len(report.layers) == 6
+    for layer in report.layers:
+        name = layer.name.removesuffix(".weight")
+        seen = []
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            for batch in data:
+                model(batch)
+        rows, wanted = torch.cat(seen), dense.get_submodule(name).weight
+        lost = (rows @ (model.get_submodule(name).weight - wanted).T).square().sum() / (rows @ wanted.T).square().sum()
+        assert layer.loss == pytest.approx(lost.item(), rel=1e-3)
+
+
+def test_a_residual_outside_the_blocks_changes_nothing():
+    models = wired("chain"), wired("outside")
+    for model in models:
+        prune(model, list(torch.randn(3, 40, WIDTH, generator=torch.Generator().manual_seed(1))), dense_target=0.5)
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_named_blocks_that_are_no_chain_are_refused():
+    with pytest.raises(ValueError, match=r"blocks='blocks' cannot be walked: block blocks.1 is not.*leave blocks= out"):
+        prune(wired("outside"), [torch.randn(40, WIDTH)], blocks="blocks")
+
+
+def test_a_later_batch_that_takes_another_way_is_named():
+    model = wired("chain")
+    model.register_forward_pre_hook(
+        lambda module, args: setattr(module, "wiring", "outside" if len(args[0]) == 5 else "chain")
+    )
+    with pytest.raises(ValueError, match=r"what blocks.0 returned in calibration batch 1, unlike before; leave out"):
+        prune(model, [torch.randn(40, WIDTH), torch.randn(5, WIDTH)])
+
+
 def test_arguments_of_every_block_are_its_own():
     """Block 2 is called with shift=0.2; with block 0's arguments its inputs' moments would differ."""
     model = seeded()
