@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from prox24_lightning.layerwise.blocks import Blocks, Call, NotAChainError, call_model, capture, hidden_of, to_device
+from prox24_lightning.layerwise.blocks import (
+    Blocks,
+    Call,
+    NotAChainError,
+    call_model,
+    capture,
+    hidden_of,
+    tensors_in,
+    to_device,
+)
 from prox24_lightning.layerwise.storage import HiddenStates, checksum
 from prox24_lightning.ranks import gathered_objects, rank, world_size
 
@@ -69,10 +79,19 @@ class Flow:
         return twin
 
     def identity(self) -> list[Any]:
-        """What tells this run's data from another's."""
+        """What tells this run's data from another's: how many batches all ranks have, and a checksum of them."""
+        shares = gathered_objects([checksum(self._tensors(number)) for number in range(len(self))])
+        # The ranks took the batches in turn.
+        found = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
+        return [len(found), hashlib.sha256("".join(found).encode()).hexdigest()[:16]]
+
+    def _tensors(self, number: int) -> list[Tensor]:
+        """All that reaches the blocks from outside in batch ``number``."""
         if self.blocks.whole:
-            return [len(self)]
-        return [len(self), list(self.hidden[0].shape), checksum(self.hidden[0])]
+            return tensors_in(self.batches[number])
+        arguments = tensors_in([(call.args, call.kwargs) for call in self.calls[number]])
+        # Most are the same for all blocks.
+        return [self.hidden[number], *{id(tensor): tensor for tensor in arguments}.values()]
 
     def run(self, index: int, block: nn.Module, number: int) -> Any:
         """Call block ``index`` (or a copy of it) on a copy of batch ``number``."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prox24_lightning.files import replacing, write_text
+from prox24_lightning.groups import SkippedWeight
 from prox24_lightning.layerwise.report import LayerRecord, records_from_json
 from prox24_lightning.ranks import from_first, rank
 
@@ -54,6 +56,16 @@ class HiddenStates:
         return path
 
 
+@dataclass(frozen=True)
+class FinishedBlock:
+    """What a run did to one block: weights and masks by name, a record a layer, and what it left dense there."""
+
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    records: Sequence[LayerRecord]
+    skipped: Sequence[SkippedWeight]
+
+
 class FinishedBlocks:
     """A folder with one file a finished block, so that a killed run goes on where it stopped.
 
@@ -88,48 +100,51 @@ class FinishedBlocks:
             )
             if different:
                 key = different[0]
+                dense = "load the dense model again, " if key == "dense_weights" else ""
                 raise ValueError(
                     f"{self.folder} holds blocks of another run: {key} was {found.get(key)!r} and is now "
-                    f"{wanted.get(key)!r}; use another work_dir, or remove that folder"
+                    f"{wanted.get(key)!r}; {dense}use another work_dir, or remove that folder"
                 )
         else:
             write_text(path, json.dumps(wanted, indent=1))
 
-    def save(
-        self, index: int, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], records: Sequence[LayerRecord]
-    ) -> None:
+    def save(self, index: int, block: FinishedBlock) -> None:
         """Write block ``index``; a kill in between leaves no half-written file."""
         if rank() != 0:
             return
-        tensors = {f"weight.{name}": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        tensors |= {f"mask.{name}": mask.cpu().contiguous() for name, mask in masks.items()}
-        layers = json.dumps([asdict(record) for record in records])
+        tensors = {f"weight.{name}": tensor.detach().cpu().contiguous() for name, tensor in block.weights.items()}
+        tensors |= {f"mask.{name}": mask.cpu().contiguous() for name, mask in block.masks.items()}
+        layers = json.dumps([asdict(record) for record in block.records])
+        skipped = json.dumps([asdict(weight) for weight in block.skipped])
         with replacing(self._path(index)) as temporary:
-            save_file(tensors, temporary, metadata={"layers": layers})
+            save_file(tensors, temporary, metadata={"layers": layers, "skipped": skipped})
 
-    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[LayerRecord]] | None:
-        """Weights, masks and records of block ``index``, or None if it is not finished."""
+    def load(self, index: int) -> FinishedBlock | None:
+        """Block ``index``, or None if it is not finished."""
         return from_first(self._read(index) if rank() == 0 else None)
 
-    def _read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[LayerRecord]] | None:
+    def _read(self, index: int) -> FinishedBlock | None:
         path = self._path(index)
         if not path.exists():
             return None
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            records = records_from_json(json.loads(file.metadata()["layers"]))
+            metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         weights = {key.removeprefix("weight."): value for key, value in tensors.items() if key.startswith("weight.")}
         masks = {key.removeprefix("mask."): value for key, value in tensors.items() if key.startswith("mask.")}
-        return weights, masks, records
+        skipped = [SkippedWeight(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(metadata["skipped"])]
+        return FinishedBlock(weights, masks, records_from_json(json.loads(metadata["layers"])), skipped)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block_{index:05d}.safetensors"
 
 
-def checksum(tensor: Tensor) -> str:
-    """A short text that differs between different data; for comparing runs, not for security."""
-    values = tensor.detach().double()
-    weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64).remainder_(97)
-    return f"{float((values.flatten() * weights).sum()):.10e}"
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """A short text that differs between different data."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -25,7 +25,7 @@ from prox24_lightning.layerwise.replay import release_recordings
 from prox24_lightning.layerwise.report import LayerRecord, LayerwiseReport
 from prox24_lightning.layerwise.solve import Method, Refine
 from prox24_lightning.layerwise.stages import order_of_calls
-from prox24_lightning.layerwise.storage import FinishedBlocks
+from prox24_lightning.layerwise.storage import FinishedBlock, FinishedBlocks, checksum
 
 
 def prune_layerwise(
@@ -72,7 +72,8 @@ def prune_layerwise(
             of the block and of the hidden states. On SmolLM2-135M 0.5 lowers the perplexity by another 14 %.
         device: where blocks are solved; None is where the model is.
         offload: where the hidden states wait: ``"device"``, ``"cpu"`` or a folder.
-        work_dir: folder for finished blocks; a run that was killed goes on at the first unfinished one.
+        work_dir: folder for finished blocks; a run that was killed goes on at the first unfinished one, given the same
+            dense model, batches and arguments again.
         progress: show a bar with the time left.
         solver: ``steps``, ``momentum``, ``damping``, ``refine_steps``, ``tolerance`` of ``solve_layer``.
 
@@ -117,7 +118,12 @@ def prune_layerwise(
         done = None
         if work_dir is not None:
             shapes = {weight.name: list(weight.parameter.shape) for weight in chosen}
-            identity = {"model": type(model).__name__, "weights": shapes, "inputs": flow.identity()}
+            identity = {
+                "model": type(model).__name__,
+                "weights": shapes,
+                "dense_weights": checksum(model.parameters()),
+                "inputs": flow.identity(),
+            }
             done = FinishedBlocks(work_dir, {**settings, **identity})
         twin = flow.copy() if dense_target else None
         for index in range(len(found)):
@@ -146,21 +152,22 @@ class _Walker:
         dense = copy.deepcopy(block) if self.twin is not None else None
         saved = None if done is None else done.load(self.index)
         if saved is not None:
-            weights, masks, records = saved
             for weight in self.weights:
-                if weight.name in weights:
-                    weight.parameter.copy_(weights[weight.name])
-            report.masks.update(masks)
-            report.layers += records
-            report.seconds += sum(record.seconds for record in records)
+                if weight.name in saved.weights:
+                    weight.parameter.copy_(saved.weights[weight.name])
+            report.masks.update(saved.masks)
+            report.layers += saved.records
+            report.skipped += saved.skipped
+            report.seconds += sum(record.seconds for record in saved.records)
             self.bar.step(len(self.weights), self.flow.blocks.names[self.index])
         elif self.weights:
-            records, masks = self._prune(block, dense, report.skipped)
+            records, masks, skipped = self._prune(block, dense)
             report.layers += records
+            report.skipped += skipped
             report.masks.update(masks)
             if done is not None:
                 kept = {weight.name: weight.parameter for weight in self.weights if weight.name in masks}
-                done.save(self.index, kept, masks, records)
+                done.save(self.index, FinishedBlock(kept, masks, records, skipped))
         report.dims.update({weight.name: weight.dim for weight in self.weights if weight.name in report.masks})
         self.flow.advance(self.index, block)
         if self.twin is not None and dense is not None:
@@ -168,12 +175,13 @@ class _Walker:
         block.to(self.flow.home)
 
     def _prune(
-        self, block: nn.Module, dense: nn.Module | None, skipped: list[SkippedWeight]
-    ) -> tuple[list[LayerRecord], dict[str, Tensor]]:
+        self, block: nn.Module, dense: nn.Module | None
+    ) -> tuple[list[LayerRecord], dict[str, Tensor], list[SkippedWeight]]:
         owners = {weight.module: weight for weight in self.weights}
         twins = dict(zip(block.modules(), dense.modules(), strict=True)) if dense is not None else {}
         stages = order_of_calls(list(owners), lambda: self.flow.run(self.index, block, 0))
         check_same_stages(stages, {layer: weight.name for layer, weight in owners.items()})
+        skipped = []
         called = {layer for stage in stages for layer in stage.layers}
         for layer, weight in owners.items():
             if layer not in called:
@@ -191,7 +199,7 @@ class _Walker:
                 records.append(record)
                 masks[weight.name] = mask
                 self.bar.step(1, weight.module_name)
-        return records, masks
+        return records, masks, skipped
 
     def _solve(
         self, members: list[GroupedWeight], moments: SecondMoments

@@ -287,6 +287,53 @@ def test_a_killed_run_resumes_at_the_last_finished_block(tmp_path, dense_target)
     assert all(torch.equal(whole.masks[name], report.masks[name]) for name in whole.masks)
 
 
+def test_a_resumed_run_reports_what_finished_blocks_left_dense(tmp_path):
+    skipped = []
+    for _ in range(2):
+        model = seeded()
+        model.layers[1].spare = nn.Linear(WIDTH, WIDTH, bias=False)
+        model.layers[1].spare.weight.data.fill_(1)
+        skipped.append(prune(model, work_dir=tmp_path).skipped)
+    assert skipped[0] == skipped[1]
+    assert any(weight.name == "layers.1.spare.weight" and "not called" in weight.reason for weight in skipped[1])
+
+
+def test_a_model_that_is_pruned_in_part_does_not_go_on(tmp_path):
+    model = seeded()
+    handle = killed_in(model.layers[1].out, 0)
+    with pytest.raises(KilledError):
+        prune(model, work_dir=tmp_path)
+    handle.remove()
+    with pytest.raises(ValueError, match=r"dense_weights was .* load the dense model again, use another work_dir"):
+        prune(model, work_dir=tmp_path)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("change", "message"), [("weights", "dense_weights was"), ("last batch", "inputs was")])
+def test_blocks_of_other_weights_or_data_are_not_taken_over(tmp_path, whole, change, message):
+    data = list(torch.randn(3, 40, WIDTH))
+    wiring = "outside" if whole else "chain"
+    prune(wired(wiring), data, work_dir=tmp_path)
+    model = wired(wiring)
+    if change == "weights":
+        model.blocks[2].out.weight.data[0, 0] += 0.1
+    else:
+        data[-1] = data[-1] + 0.1
+    with pytest.raises(ValueError, match=message):
+        prune(model, data, work_dir=tmp_path)
+
+
+def test_blocks_of_other_arguments_are_not_taken_over(tmp_path):
+    model = seeded()
+    prune(model, work_dir=tmp_path)
+    model = seeded()
+    model.layers[2].register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "shift": kwargs["shift"] + 1}), with_kwargs=True
+    )
+    with pytest.raises(ValueError, match="inputs was"):
+        prune(model, work_dir=tmp_path)
+
+
 def test_finished_blocks_are_not_solved_again(tmp_path, monkeypatch):
     prune(seeded(), work_dir=tmp_path)
     monkeypatch.setattr("prox24_lightning.layerwise.walk.solve_stage", None)
