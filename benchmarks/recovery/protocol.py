@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -54,7 +56,7 @@ class Results:
         lines = path.read_text().splitlines() if path.exists() else []
         self._found: dict[str, dict[str, Any]] = {}
         for line in lines:
-            if line.endswith("}"):  # the last line of a run that was cut off may not be whole
+            with suppress(json.JSONDecodeError):  # the last line of a run that was cut off may not be whole
                 entry = json.loads(line)
                 self._found[entry["key"]] = entry
 
@@ -191,12 +193,20 @@ def _guarded(job: Job, until: float | None) -> tuple[dict[str, Any] | None, str]
 
 
 def best_rates(found: Sequence[dict[str, Any]], task: Task) -> dict[str, float]:
-    """For each row, the learning rate of the smallest search loss."""
-    best: dict[str, tuple[float, float]] = {}
+    """For each row, the learning rate of the smallest search loss that is finite.
+
+    Raises:
+        ValueError: for a row without any.
+    """
+    finite: dict[str, list[tuple[float, float]]] = {entry["row"]: [] for entry in found}
     for entry in found:
-        candidate = (task.search_loss(entry["scores"]), entry["lr"])
-        best[entry["row"]] = min(best.get(entry["row"], candidate), candidate)
-    return {name: lr for name, (_, lr) in best.items()}
+        if math.isfinite(loss := task.search_loss(entry["scores"])):
+            finite[entry["row"]].append((loss, entry["lr"]))
+    for name, runs in finite.items():
+        if not runs:
+            rates = sorted(entry["lr"] for entry in found if entry["row"] == name)
+            raise ValueError(f"the search loss of {name!r} is finite at none of lrs={rates}; search smaller rates")
+    return {name: min(runs)[1] for name, runs in finite.items()}
 
 
 def compare(

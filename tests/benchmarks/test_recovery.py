@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -155,11 +156,12 @@ def test_long_is_four_times_the_steps_in_files_of_its_own(settings, tmp_path):
     assert json.loads(line)["steps"] == 8
 
 
-def test_a_line_that_was_cut_off_is_run_again_and_later_ones_are_whole(task, results):
+@pytest.mark.parametrize("rest", ['{"key": "abc", "losses": {"a": 1.', '{"key": "abc", "losses": {"a": 1.0}'])
+def test_a_line_that_was_cut_off_is_run_again_and_later_ones_are_whole(task, results, rest):
     jobs = [Job(task, "dense", FINETUNING["dense"], seed, 1e-2) for seed in (0, 1)]
     results.add(jobs[0], {"losses": {}}, "monday")
     with results.path.open("a") as file:
-        file.write('{"key": "abc", "losses": {"a": 1.')
+        file.write(rest)
     again = Results(results.path)
     assert again.missing(jobs) == [jobs[1]]
     again.add(jobs[1], {"losses": {}}, "tuesday")
@@ -195,8 +197,18 @@ def test_the_search_text_is_not_reported(task):
 
 def test_best_rate_is_that_of_the_smallest_search_loss(task):
     tried = [("x", 1e-3, 2.0), ("x", 1e-4, 1.5), ("y", 1e-3, 1.0), ("y", 1e-4, 1.1)]
-    found = [{"row": row, "lr": lr, "scores": {"val_loss_search": loss}} for row, lr, loss in tried]
-    assert best_rates(found, task) == {"x": 1e-4, "y": 1e-3}
+    assert best_rates(searched(tried), task) == {"x": 1e-4, "y": 1e-3}
+
+
+def searched(tried):
+    return [{"row": row, "lr": lr, "scores": {"val_loss_search": loss}} for row, lr, loss in tried]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_rate_whose_search_loss_is_not_finite_is_not_the_best(task, bad):
+    assert best_rates(searched([("x", 1e-2, bad), ("x", 1e-4, 2.0)]), task) == {"x": 1e-4}
+    with pytest.raises(ValueError, match=r"loss of 'y' is finite at none of lrs=\[0.001, 0.01\]; search smaller"):
+        best_rates(searched([("x", 1e-4, 2.0), ("y", 1e-2, bad), ("y", 1e-3, bad)]), task)
 
 
 def test_a_search_on_a_reported_seed_is_refused(task, results):
