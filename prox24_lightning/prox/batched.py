@@ -76,7 +76,10 @@ def chunk_size(weight: Tensor) -> int:
 
 
 def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[int | slice, ...]]:
-    """Index tuples that cut a tensor of ``shape`` into pieces of about ``size`` entries, in memory order."""
+    """Index tuples that cut a tensor of ``shape`` into pieces of about ``size`` entries, in memory order; none of an
+    empty one."""
+    if 0 in shape:
+        return
     if not shape:
         yield ()
         return

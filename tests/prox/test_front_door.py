@@ -80,6 +80,14 @@ def test_in_place_through_strides(dim, dtype):
     assert torch.equal(store[:, 1::2], before[:, 1::2])
 
 
+@pytest.mark.parametrize("operator", [prox_24, settle_24])
+@pytest.mark.parametrize("shape", [(8, 0), (0, 8), (3, 0, 4)])
+def test_an_empty_weight_gives_an_empty_one(operator, shape):
+    weight = torch.empty(shape)
+    assert operator(weight, 0.5).shape == shape
+    assert operator(weight, 0.5, out=weight) is weight
+
+
 def test_out_is_written_everywhere():
     w = weight(16, 40)
     out = torch.full_like(w, torch.nan)
