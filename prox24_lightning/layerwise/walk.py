@@ -108,7 +108,12 @@ def prune_layerwise(
     begin = time.perf_counter()
     home = next(model.parameters()).device
     device = torch.device(home if device is None else device)
-    with caches_off(model), torch.no_grad(), LayerProgress(len(chosen), enabled=progress) as bar:
+    with (
+        caches_off(model),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),  # inside of what is compiled no layer can be listened to
+        LayerProgress(len(chosen), enabled=progress) as bar,
+    ):
         found, batches = blocks_to_walk(model, found, batches, home, blocks)
         flow = Flow.begin(model, found, batches, home, device, offload)
         if budget:
@@ -131,6 +136,11 @@ def prune_layerwise(
             walker = _Walker(flow, twin, index, inside, settings, solver, bar)
             walker.run(report, done)
     release_recordings()
+    if not report.layers:
+        raise ValueError(
+            f"the first calibration batch calls none of the {len(chosen)} layers of {type(model).__name__} that can be "
+            "pruned; begin with a batch that reaches them, and with the model itself, not a traced or exported one"
+        )
     report.seconds += time.perf_counter() - begin
     return report
 

@@ -468,6 +468,31 @@ def test_a_layer_that_is_never_called_stays_dense_and_says_so():
     assert any(w.name == "layers.1.spare.weight" and "not called" in w.reason for w in report.skipped)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_blocks_that_were_compiled_and_run_are_pruned_the_same(in_place):
+    plain, compiled = wired("chain"), wired("chain")
+    for number, block in enumerate(compiled.blocks):
+        if in_place:
+            block.compile(backend="eager")
+        else:
+            compiled.blocks[number] = torch.compile(block, backend="eager")
+    data = torch.randn(3, 40, WIDTH)
+    with torch.no_grad():
+        compiled(data[0])
+    prune(plain, list(data))
+    assert len(prune(compiled, list(data)).layers) == 6
+    for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_layers_that_are_never_called_at_all_are_an_error():
+    model = wired("chain")
+    for block in model.blocks:
+        block.forward = lambda x: x
+    with pytest.raises(ValueError, match="the first calibration batch calls none of the 6 layers of Wired"):
+        prune(model, [torch.randn(40, WIDTH)])
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
