@@ -199,6 +199,19 @@ def caches_off(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def listened_to(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no caches, no gradients, nothing compiled and no fast path of torch's encoder layers (which
+    hands on nested tensors), so that inner modules can be listened to."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), caches_off(model), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 class NotAChainError(ValueError):
     """The hidden state does not go from each block straight to the next."""
 

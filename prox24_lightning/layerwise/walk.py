@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.groups import Geometry, GroupedWeight, SkippedWeight, select_weights
 from prox24_lightning.layerwise.block import solve_stage, stage_moments
-from prox24_lightning.layerwise.blocks import Blocks, caches_off, find_blocks
+from prox24_lightning.layerwise.blocks import Blocks, find_blocks, listened_to
 from prox24_lightning.layerwise.budget import within_budget
 from prox24_lightning.layerwise.flow import Flow, blocks_to_walk
 from prox24_lightning.layerwise.layers import SecondMoments, from_matrix, why_not_solvable
@@ -108,12 +108,7 @@ def prune_layerwise(
     begin = time.perf_counter()
     home = next(model.parameters()).device
     device = torch.device(home if device is None else device)
-    with (
-        caches_off(model),
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),  # inside of what is compiled no layer can be listened to
-        LayerProgress(len(chosen), enabled=progress) as bar,
-    ):
+    with listened_to(model), LayerProgress(len(chosen), enabled=progress) as bar:
         found, batches = blocks_to_walk(model, found, batches, home, blocks)
         flow = Flow.begin(model, found, batches, home, device, offload)
         if budget:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.finetune import frozen_copy
-from prox24_lightning.layerwise.blocks import caches_off, map_tensors
+from prox24_lightning.layerwise.blocks import listened_to, map_tensors
 from prox24_lightning.ranks import rank, world_size
 from prox24_lightning.sparsify.calls import Call, device_of
 from prox24_lightning.sparsify.dense_weights import DenseWeights
@@ -85,16 +85,10 @@ class CallSite:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Evaluation mode, no caches, no gradients, nothing compiled and no fast path of torch's encoder layers (which
-        hands on nested tensors), so that inner modules can be listened to."""
+        """As :func:`~prox24_lightning.layerwise.blocks.listened_to`; remembers what was in training mode."""
         self._trained = {module for module in self.module.modules() if module.training}
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with torch.no_grad(), caches_off(self.module), torch.compiler.set_stance("force_eager"):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+        with listened_to(self.module):
+            yield
 
     @contextmanager
     def as_trained(self, module: nn.Module) -> Iterator[None]:

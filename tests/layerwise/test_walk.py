@@ -493,6 +493,15 @@ def test_layers_that_are_never_called_at_all_are_an_error():
         prune(model, [torch.randn(40, WIDTH)])
 
 
+def test_an_encoder_of_torch_takes_a_padding_mask():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True), 2)
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 4:] = True
+    report = prune(encoder, [{"src": torch.randn(2, 6, WIDTH), "src_key_padding_mask": mask}])
+    assert [layer.name for layer in report.layers] == [f"layers.{i}.linear{j}.weight" for i in (0, 1) for j in (1, 2)]
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
