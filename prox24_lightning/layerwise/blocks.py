@@ -80,7 +80,8 @@ def find_blocks(model: nn.Module, name: str | None = None, holding: Collection[n
 def _blocks(name: str, modules: nn.ModuleList | nn.Sequential) -> Blocks:
     # A block that stands in the list several times is one block.
     named = list(modules.named_children())
-    return Blocks(tuple(f"{name}.{key}" for key, _ in named), tuple(module for _, module in named))
+    prefix = f"{name}." if name else ""
+    return Blocks(tuple(prefix + key for key, _ in named), tuple(module for _, module in named))
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

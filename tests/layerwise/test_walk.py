@@ -577,5 +577,7 @@ def test_a_sequence_of_blocks_counts_where_it_is_nearly_the_whole_model():
     trunk = nn.Sequential(block(), block(), block())
     model = nn.Sequential(trunk, nn.Linear(16, 2))
     assert find_blocks(model).names == ("0.0", "0.1", "0.2")
+    assert find_blocks(trunk).names == ("0", "1", "2")
+    assert [layer.block for layer in prune(trunk, [torch.randn(40, 16)]).layers] == ["0", "1", "2"]
     stages = nn.ModuleDict({"first": nn.Sequential(block(), block()), "last": nn.Sequential(block(), block())})
     assert find_blocks(stages).whole, "half of the model is one stage of it, not its blocks"
