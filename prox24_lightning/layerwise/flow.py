@@ -12,16 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.layerwise.blocks import (
-    Blocks,
-    Call,
-    NotAChainError,
-    call_model,
-    capture,
-    hidden_of,
-    tensors_in,
-    to_device,
-)
+from prox24_lightning.layerwise.blocks import Blocks, Call, call_model, hidden_of, tensors_in, to_device
+from prox24_lightning.layerwise.capture import NotAChainError, capture
 from prox24_lightning.layerwise.storage import HiddenStates, checksum
 from prox24_lightning.ranks import gathered_objects, rank, world_size
 
