@@ -181,6 +181,7 @@ class Sparsifier:
         Raises:
             ValueError: if model, optimizers and arguments do not fit together.
         """
+        self.unbind()  # a run that was interrupted where the host has no hook for it still listens
         check_optimizers(optimizers)
         check_place(self.masks_file)
         selection = select_weights(model, targets=self.targets, skip=self.skip, geometry=self.geometry)

@@ -7,7 +7,7 @@ import torch
 from tiny_runs import TinyModule, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prox24_lightning import Prox24, Prox24TrainerCallback, load_masks
 from prox24_lightning.mask import is_24
@@ -99,6 +99,31 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path, strategy, step):
     whole = train(callback(strategy), tmp_path).model.state_dict()
     again = train(callback(strategy), tmp_path, resume=str(tmp_path / f"checkpoint-{step}")).model.state_dict()
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C after a step, once."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.step = None
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_trainer_that_was_interrupted_goes_on_in_the_same_process(tmp_path, step):
+    finished = train(callback("post_step"), tmp_path)
+    whole, callbacks = finished.model.state_dict(), [callback("post_step"), Interrupt(step)]
+    trainer = InOrder(Model(), finished.args, train_dataset=Samples(), callbacks=callbacks)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    again = trainer.model.state_dict()
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in trainer.model.parameters())
 
 
 def test_steps_are_optimizer_steps_and_hooks_are_gone(tmp_path):
