@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from prox24_lightning.callbacks.loaded_state import LoadedState
 from prox24_lightning.callbacks.paired_blocks import paired_blocks
 from prox24_lightning.callbacks.step_wrapper import wrap_training_step
 from prox24_lightning.finetune import (
@@ -29,7 +30,7 @@ from prox24_lightning.finetune import (
 )
 
 
-class Distillation(Callback):
+class Distillation(LoadedState, Callback):
     """Adds to the training loss how far the model's outputs are from those of a frozen teacher.
 
     The loss becomes ``(1 - share) * loss + share * distillation (+ features * hidden states)``. The teacher is the
@@ -111,6 +112,7 @@ class Distillation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.begin_run(pl_module)
         if stage != "fit":
             return
         others = [cb for cb in trainer.callbacks if isinstance(cb, Distillation)]  # type: ignore[attr-defined]
@@ -184,18 +186,16 @@ class Distillation(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
+        self.end_run()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
+        self.end_run()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"teacher_checksum": self._checksum} if self._checksum else self._loaded
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
 
     def _require_teacher(self) -> nn.Module:
         if self._teacher is None:

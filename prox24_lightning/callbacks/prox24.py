@@ -12,13 +12,14 @@ from torch import nn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.compatibility import check_trainer
+from prox24_lightning.callbacks.loaded_state import LoadedState
 from prox24_lightning.callbacks.tables import print_selection
 from prox24_lightning.groups import clean_name
 from prox24_lightning.sharding import local_part
 from prox24_lightning.sparsify.sparsifier import Sparsifier
 
 
-class Prox24(Sparsifier, Callback):
+class Prox24(LoadedState, Sparsifier, Callback):
     """Sparsify, freeze, fine-tune: the weights of any model become 2:4 along an ordinary training run.
 
     Three phases. *dense*: nothing is touched. *sparsify*: between optimizer steps the proximal operator of the 2:4
@@ -105,6 +106,7 @@ class Prox24(Sparsifier, Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.begin_run(pl_module)
         if stage == "fit":
             check_trainer(trainer)
 
@@ -150,10 +152,12 @@ class Prox24(Sparsifier, Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.unbind()
+        self.end_run()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.unbind()
+        self.end_run()
 
     def _mask_averages(self, trainer: Trainer) -> None:
         """Mask averaged copies of the weights (EMA, SWA) too: they remember what was there before the freeze."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from distilled_runs import Residual, ResidualClassifier, TinyClassifier, distillation, fit
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny_runs import quiet_trainer, tiny_loader
 from torch import nn
 
 from prox24_lightning import Distillation
@@ -188,6 +189,24 @@ def test_another_teacher_than_the_checkpoints_is_refused(tmp_path):
     torch.manual_seed(1)
     with pytest.raises(MisconfigurationException, match=r"written with another teacher \(checksum \w+, now \w+\)"):
         fit(TinyClassifier(), distillation(), steps=6, ckpt_path=tmp_path / "run.ckpt")
+
+
+class WithTestStep(TinyClassifier):
+    def test_step(self, batch, batch_idx):
+        pass
+
+
+def test_what_a_test_has_read_is_of_the_tested_model(tmp_path):
+    fit(TinyClassifier(), distillation()).save_checkpoint(tmp_path / "run.ckpt")
+    callback, module = distillation(), WithTestStep()
+    tester = quiet_trainer(callbacks=[callback])
+    tester.test(module, tiny_loader(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    assert fit(TinyClassifier(), callback).global_step == 3
+    callback = distillation()
+    tester = quiet_trainer(callbacks=[callback])
+    tester.test(module, tiny_loader(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    with pytest.raises(MisconfigurationException, match="written with another teacher"):
+        fit(module, callback)  # would learn from the trained weights
 
 
 def test_a_checkpoint_that_was_written_without_the_callback_warns(tmp_path):

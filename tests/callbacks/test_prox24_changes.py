@@ -124,6 +124,41 @@ def test_a_fit_of_another_model_begins_anew():
     assert (callback.step, len(callback.masks)) == (5, 0)
 
 
+class WithTestStep(TinyModule):
+    def test_step(self, batch, batch_idx):
+        pass
+
+
+def test_what_a_test_has_read_is_of_the_tested_model(checkpoints):
+    callback, module = prox(start=2, freeze=10), WithTestStep()
+    quiet_trainer(callbacks=[callback]).test(module, tiny_loader(), ckpt_path=at(checkpoints, 14), verbose=False)
+    other = fit(callback, steps=12)
+    assert (callback.step, callback.phase) == (12, "frozen")
+    assert is_24(other.model[2].weight)
+    quiet_trainer(callbacks=[callback]).test(module, tiny_loader(), ckpt_path=at(checkpoints, 14), verbose=False)
+    fit(callback, steps=12, module=module)  # has the checkpoint's weights, so it goes on from there
+    assert (callback.step, callback.phase) == (26, "frozen")
+
+
+def test_what_a_failed_fit_has_read_is_forgotten_by_the_next_model(checkpoints):
+    callback = prox(start=2, freeze=10, targets=["model.2"])
+    with pytest.raises(MisconfigurationException, match="masks belong to other weights"):
+        fit(callback, steps=20, resume=at(checkpoints, 14))
+    fit(callback, steps=12)
+    assert (callback.step, callback.phase) == (12, "frozen")
+
+
+def test_a_state_that_is_given_by_hand_is_for_the_next_fit(checkpoints):
+    callback = prox(start=2, freeze=10)
+    fit(callback, steps=12)
+    saved = torch.load(at(checkpoints, 14), weights_only=True)
+    callback.load_state_dict(saved["callbacks"][callback.state_key])
+    other = TinyModule()
+    other.load_state_dict(saved["state_dict"])
+    fit(callback, steps=12, module=other)
+    assert (callback.step, callback.phase) == (26, "frozen")
+
+
 class Stop(Callback):
     def __init__(self, steps):
         self.steps = steps
