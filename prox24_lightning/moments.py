@@ -77,12 +77,15 @@ class InputMoments:
             flat = flat.movedim(-spatial - 1, -1)
         flat = flat.reshape(-1, flat.shape[-1])
         squares = torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
+        # A batch of NaN, whose step the user or a gradient scaler skips, would stay in the running mean for ever.
+        finite = torch.isfinite(squares).all()
+        squares, count = squares.where(finite, 0.0), finite * float(flat.shape[0])
         if name in self._sum:
             self._sum[name] += squares
-            self._count[name] += flat.shape[0]
+            self._count[name] += count
         else:
             self._sum[name] = squares
-            self._count[name] = torch.full((), float(flat.shape[0]), device=squares.device)
+            self._count[name] = count
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -85,6 +85,21 @@ def test_inputs_that_are_all_zero_give_a_finite_scale():
     assert (scale > 0).all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_a_batch_that_is_not_finite_is_left_out(bad):
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(50, 8) * torch.arange(1.0, 9.0)
+    lost = x.clone()
+    lost[3, 5] = bad
+    for batches in ([lost, x], [x, lost]):
+        assert torch.allclose(watch(model, *batches).scale("0.weight"), watch(model, x).scale("0.weight"), rtol=1e-5)
+    moments = watch(model)
+    for batch in (x, lost, x):  # of one step
+        model(batch)
+    moments.fold()
+    assert torch.allclose(moments.scale("0.weight"), watch(model, x).scale("0.weight"), rtol=1e-5)
+    assert (watch(model, lost).scale("0.weight") > 0).all()
+
+
 def test_validation_and_switched_off_collection_are_not_counted():
     model = nn.Sequential(nn.Linear(8, 4))
     moments = watch(model)
