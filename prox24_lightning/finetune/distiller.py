@@ -53,7 +53,8 @@ class Distiller:
         self.loss = loss
         self.temperature = temperature
         self._blocks = tuple(blocks or ())
-        self._student = CallRecorder(student, {key: pair[0] for key, pair in (blocks or {}).items()})
+        mine = {key: pair[0] for key, pair in (blocks or {}).items()}
+        self._student = CallRecorder(student, mine, copy_inputs=True)
         self._asked = CallRecorder(teacher, {key: pair[1] for key, pair in (blocks or {}).items()})
 
     def close(self) -> None:

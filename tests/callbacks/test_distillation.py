@@ -245,6 +245,26 @@ def test_the_teacher_runs_without_gradients_even_for_inputs_that_have_them():
     assert outputs == [False, False, False]
 
 
+class Shifts(nn.Linear):
+    """Changes what it is called with, as an activation with inplace=True does that comes first."""
+
+    def forward(self, x):
+        return super().forward(x.sub_(1.0))
+
+
+def test_a_model_that_changes_its_inputs_in_place():
+    module, seen = TinyClassifier(), []
+    module.model = nn.Sequential(Shifts(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(float(trainer.callback_metrics["distillation/loss"]))
+
+    fit(module, distillation(), Losses())
+    assert seen[0] == pytest.approx(0, abs=1e-7)  # asked about the very same inputs
+    assert seen[1] > 1e-6
+
+
 def test_the_teacher_draws_no_random_numbers():
     def state_after(*callbacks):
         torch.manual_seed(0)
