@@ -29,24 +29,24 @@ class MaskedLora:
             ``Prox24``); bool, True stays.
 
     Raises:
-        ValueError: if no adapted layer has a mask, a mask has another shape than its weight, or an adapter uses
-            dropout (its training forward has no single product to mask).
+        ValueError: if no adapted layer has a mask, a mask has another shape than its weight, a weight is not pruned by
+            its mask, or an adapter is none whose product can be masked: another kind than LoRA, a variant of it (DoRA),
+            one with dropout, or a copy of the layer that trains as a whole (``modules_to_save``).
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self.model = model
         self.masks = dict(masks)
-        self._handles: list[RemovableHandle] = []
+        adapted: list[tuple[nn.Module, Tensor]] = []
         for name, layer in model.named_modules():
             mask = self.masks.get(_base_name(f"{name}.weight"))
-            if mask is None or not hasattr(layer, "get_delta_weight"):
+            if mask is None or not (hasattr(layer, "get_base_layer") or hasattr(layer, "modules_to_save")):
                 continue
-            weight = layer.get_base_layer().weight
-            if mask.shape != weight.shape:
-                raise ValueError(f"{name}: its mask has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
-            if any(isinstance(dropout, nn.Dropout) and dropout.p for dropout in layer.lora_dropout.values()):
-                raise ValueError(f"{name}: an adapter with dropout cannot be masked; set lora_dropout=0.0")
-            self._handles.append(layer.register_forward_hook(_without_pruned(mask)))
+            _check(name, layer, mask)
+            adapted.append((layer, mask))
+        self._handles: list[RemovableHandle] = [
+            layer.register_forward_hook(_without_pruned(mask)) for layer, mask in adapted
+        ]
         if not self._handles:
             raise ValueError(
                 f"none of the adapted layers has a mask; the masks are of {sorted(self.masks)[:3]}: adapt those layers "
@@ -69,6 +69,29 @@ class MaskedLora:
         return merged
 
 
+@torch.no_grad()
+def _check(name: str, layer: Any, mask: Tensor) -> None:
+    """Refuse a layer in which the merged weight would not be the one that was trained."""
+    if not hasattr(layer, "lora_A"):
+        kind = "modules_to_save trains it as a whole" if hasattr(layer, "modules_to_save") else type(layer).__module__
+        raise ValueError(f"{name} has an adapter that cannot be masked ({kind}); adapt it with peft.LoraConfig")
+    weight = layer.get_base_layer().weight
+    if mask.shape != weight.shape:
+        raise ValueError(f"{name}: its mask has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
+    if any(isinstance(dropout, nn.Dropout) and dropout.p for dropout in layer.lora_dropout.values()):
+        raise ValueError(f"{name}: an adapter with dropout cannot be masked; set lora_dropout=0.0")
+    if variants := {type(variant).__name__ for variant in getattr(layer, "lora_variant", {}).values()}:
+        raise ValueError(
+            f"{name}: an adapter that does more than add a product cannot be masked ({', '.join(sorted(variants))}); "
+            "leave out use_dora and its like"
+        )
+    if alive := int(torch.count_nonzero(weight[~mask.to(weight.device)])):
+        raise ValueError(
+            f"{name} has {alive} non-zero weights where its mask prunes: prune it before get_peft_model, and leave out "
+            "init_lora_weights, some of which ('pissa', 'olora') take the adapter out of the weight"
+        )
+
+
 def _without_pruned(mask: Tensor) -> Any:
     """A forward hook that takes back what the pruned entries of the product have added."""
 
@@ -79,8 +102,11 @@ def _without_pruned(mask: Tensor) -> Any:
             if adapter in layer.lora_A:
                 inputs = args[0]
                 pruned = layer.get_delta_weight(adapter).masked_fill(mask.to(inputs.device), 0.0).to(inputs.dtype)
-                transposed = is_transposed_linear(layer.get_base_layer())
-                output = output - F.linear(inputs, pruned.T if transposed else pruned)
+                base = layer.get_base_layer()
+                if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                    output = output - base._conv_forward(inputs, pruned, None)
+                else:
+                    output = output - F.linear(inputs, pruned.T if is_transposed_linear(base) else pruned)
         return output
 
     return hook

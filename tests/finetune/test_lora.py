@@ -79,6 +79,27 @@ def test_a_transposed_linear_layer():
     assert is_24(merged.h[0].attn.c_attn.weight, dim=0)
 
 
+@pytest.mark.parametrize(
+    "model, shape",
+    [
+        (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(8, 4, 1)), (4, 4, 6, 6)),
+        (lambda: nn.Sequential(nn.Conv1d(4, 8, 3), nn.Tanh(), nn.Conv1d(8, 4, 1)), (4, 4, 6)),
+    ],
+)
+def test_convolutions(model, shape):
+    torch.manual_seed(0)
+    model = model()
+    masks = pruned(model)
+    lora = MaskedLora(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "2"])), masks)
+    x = torch.randn(shape)
+    train(lora.model, x)
+    trained = lora.model(x).detach()
+    merged = lora.merge()
+    torch.testing.assert_close(merged(x), trained, rtol=0, atol=1e-5)
+    assert is_24(merged[0].weight, dim=1)
+    assert is_24(merged[2].weight, dim=1)
+
+
 def test_adapters_switched_off_leave_the_base_model():
     model, masks = adapted()
     MaskedLora(model, masks)
@@ -95,9 +116,24 @@ def test_adapters_switched_off_leave_the_base_model():
         ({}, {"1.weight": torch.ones(4, 4, dtype=torch.bool)}, r"none of the adapted layers has a mask; .*'1.weight'"),
         ({}, {"0.weight": torch.ones(4, 4, dtype=torch.bool)}, r"0: its mask has shape \(4, 4\), its weight \(16, 8\)"),
         ({"lora_dropout": 0.1}, None, "an adapter with dropout cannot be masked; set lora_dropout=0.0"),
+        (
+            {"use_dora": True},
+            None,
+            r"0: an adapter that does more than add a product .*\(DoraLinearVariant\); leave out",
+        ),
+        ({"init_lora_weights": "pissa"}, None, r"0 has \d+ non-zero weights where its mask prunes: prune it before"),
+        ({"targets": ["0"], "modules_to_save": ["2"]}, None, r"2 has an adapter that .* \(modules_to_save trains it"),
     ],
 )
 def test_what_cannot_be_masked_is_refused(arguments, masks, words):
     model, own = adapted(**arguments)
     with pytest.raises(ValueError, match=words):
         MaskedLora(model, own if masks is None else masks)
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_another_kind_of_adapter_is_refused():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    masks = pruned(model)
+    with pytest.raises(ValueError, match=r"0 has an adapter that cannot be masked \(peft.tuners.loha.layer\)"):
+        MaskedLora(peft.get_peft_model(model, peft.LoHaConfig(r=2, target_modules=["0"])), masks)
