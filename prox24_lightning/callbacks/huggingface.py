@@ -22,6 +22,7 @@ class Prox24TrainerCallback(Sparsifier, TrainerCallback):
     ``Trainer(..., callbacks=[Prox24TrainerCallback(start=0.5, freeze=0.8)])``. The state goes into every checkpoint
     folder and is taken up from there by ``trainer.train(resume_from_checkpoint=...)``; a folder that was moved out of
     ``output_dir`` is named by ``resume_from``. The final masks go to ``masks_file``, or anywhere by :meth:`save_masks`.
+    The best checkpoint (``load_best_model_at_end``) is the best since the freeze: those before it are not 2:4.
 
     Args:
         resume_from: the checkpoint folder that the run is resumed from, where it is not ``output_dir/checkpoint-STEP``.
@@ -45,7 +46,8 @@ class Prox24TrainerCallback(Sparsifier, TrainerCallback):
                 "Prox24TrainerCallback works with one process or DDP; transformers' FSDP and DeepSpeed flatten or hide "
                 "the weights: shard the model in Lightning's ModelParallelStrategy with Prox24 instead"
             )
-        self.prepare(kwargs["model"], optimizers, state.max_steps, {})
+        engine = self.prepare(kwargs["model"], optimizers, state.max_steps, {})
+        engine.on_freeze.append(lambda: _forget_best(state))
         if self.verbose and state.is_world_process_zero:
             print_selection(self.selection, f"{self.name}: 2:4 from step {self.start_step} to step {self.freeze_step}")
         if state.global_step:
@@ -85,6 +87,11 @@ class Prox24TrainerCallback(Sparsifier, TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def _forget_best(state: TrainerState) -> None:
+    """What was best so far is not 2:4: it must neither be loaded at the end nor be kept in the place of what is."""
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def _bare(optimizer: Any) -> list[Optimizer]:

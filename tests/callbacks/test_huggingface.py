@@ -49,7 +49,7 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def train(callback, folder, resume=None, model=None, accumulate=1, **arguments):
+def train(callback, folder, resume=None, model=None, accumulate=1, kind=InOrder, **arguments):
     settings = TrainingArguments(
         str(folder),
         **{
@@ -68,7 +68,7 @@ def train(callback, folder, resume=None, model=None, accumulate=1, **arguments):
             **arguments,
         },
     )
-    trainer = InOrder(model or Model(), settings, train_dataset=Samples(), callbacks=[callback])
+    trainer = kind(model or Model(), settings, train_dataset=Samples(), eval_dataset=Samples(), callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -138,6 +138,22 @@ def test_masks_go_to_their_file(tmp_path):
     mine = callback(masks_file=tmp_path / "masks.safetensors")
     model = train(mine, tmp_path / "run", save_steps=100).model
     assert load_masks(model, tmp_path / "masks.safetensors", expect="same").masks.keys() == mine.masks.keys()
+
+
+@pytest.mark.parametrize("strategy", ["progressive", "post_step"])
+def test_the_best_checkpoint_is_the_best_since_the_freeze(tmp_path, strategy):
+    class GetsWorse(InOrder):
+        def evaluate(self, *args, **kwargs):
+            metrics = {"eval_loss": float(self.state.global_step)}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    mine = callback(strategy, masks_file=tmp_path / "masks.safetensors")
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_total_limit": 1}
+    trainer = train(mine, tmp_path / "run", kind=GetsWorse, **best)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / f"checkpoint-{FREEZE}")
+    assert all(is_24(weight.parameter) for weight in mine.weights)
+    assert load_masks(trainer.model, tmp_path / "masks.safetensors", expect="same").masks.keys() == mine.masks.keys()
 
 
 def test_a_checkpoint_without_our_state_is_reported(tmp_path):
