@@ -227,8 +227,8 @@ class Distillation(LoadedState, Callback):
 
     def _step(self, pl_module: LightningModule, step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the user's training step and add to the loss that it returns."""
-        if self._distiller is None or self._timer is None:
-            return step(*args, **kwargs)
+        if self._distiller is None or self._timer is None or not pl_module.trainer.training:
+            return step(*args, **kwargs)  # a validation step may call the training step, too
         with self._distiller.recording() as calls:
             result = step(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, Mapping) else result

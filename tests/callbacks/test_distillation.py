@@ -148,6 +148,21 @@ def test_a_skipped_batch_stays_skipped():
     assert asked == [0, 2]
 
 
+def test_a_validation_step_that_calls_the_training_step():
+    class Shared(TinyClassifier):
+        def validation_step(self, batch, batch_idx):
+            seen.append((float(self.training_step(batch, batch_idx)), float(super().training_step(batch, batch_idx))))
+
+    plain, module, seen = TinyClassifier(), Shared(), []
+    module.load_state_dict(plain.state_dict())
+    fit(plain, distillation())
+    trainer = quiet_trainer(max_steps=3, max_epochs=-1, callbacks=[distillation()], val_check_interval=1)
+    trainer.fit(module, tiny_loader(), tiny_loader(batches=2))
+    assert_equal_weights(module, plain)
+    assert len(seen) == 6
+    assert all(called == alone for called, alone in seen)
+
+
 def test_several_calls_in_a_step_are_averaged_and_those_without_gradients_do_not_count():
     class TwoViews(TinyClassifier):
         def training_step(self, batch, batch_idx):
