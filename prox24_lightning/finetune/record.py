@@ -116,7 +116,12 @@ def _match(
     parameter = parameters.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
     if parameter is None:
         ending = next((known for known in parameters if name.endswith(f".{known}")), None)
-        remedy = f"prefix={name.removesuffix(ending)!r} would fit" if ending else "load them onto the model they are of"
+        inner = next((known.removesuffix(f".{name}") for known in parameters if known.endswith(f".{name}")), None)
+        remedy = "load them onto the model they are of"
+        if ending:
+            remedy = f"prefix={name.removesuffix(ending)!r} would fit"
+        elif inner:
+            remedy = f"its submodule {inner!r} does: load them onto model.get_submodule({inner!r})"
         raise ValueError(f"{path} has a mask for {name!r}, which the model does not have; {remedy}")
     if parameter.shape != stored.mask.shape:
         raise ValueError(

@@ -66,6 +66,17 @@ def test_an_optimizer_with_a_past_is_cleaned_and_followed(saved):
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("around", [lambda model: model, torch.compile])
+def test_a_model_inside_of_another_is_named(saved, around):
+    model, path = saved
+    outer = around(nn.ModuleDict({"module": model}))
+    with pytest.raises(
+        ValueError, match=r"its submodule 'module' does: load them onto model.get_submodule\('module'\)"
+    ):
+        load_masks(outer, path)
+    assert set(load_masks(outer.get_submodule("module"), path).masks) == {"0.weight", "2.weight"}
+
+
 def test_a_prefix_of_the_files_names(saved, tmp_path):
     model, _ = saved
     outer = nn.ModuleDict({"model": model})
