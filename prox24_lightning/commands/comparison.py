@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,6 +96,11 @@ class Comparison:
         found = [f"{run.variant}, seed {run.seed} failed: {run.error}" for run in self.runs if run.error]
         for seed in sorted({run.seed for run in self.runs}):
             done = [run for run in self.runs if run.seed == seed and run.error is None]
+            found += [
+                f"{run.variant}, seed {seed} ended with {self.metric} = {run.score}: it diverged"
+                for run in done
+                if run.score is not None and not math.isfinite(run.score)
+            ]
             if len({run.batches for run in done}) > 1:
                 found.append(f"seed {seed}: the variants did not see the same training batches")
             if len({run.steps for run in done}) > 1:
@@ -102,8 +108,15 @@ class Comparison:
         return found
 
     def write(self, folder: Path) -> None:
-        """Write ``comparison.json`` and ``comparison.md``; each is replaced whole, so a crash leaves the old one."""
-        write_text(folder / "comparison.json", json.dumps(asdict(self), indent=2) + "\n")
+        """Write ``comparison.json`` and ``comparison.md``; each is replaced whole, so a crash leaves the old one.
+
+        A score that is NaN or infinite, which JSON has no word for, is null there.
+        """
+        found = asdict(self)
+        for run in found["runs"]:
+            run["score"] = _finite(run["score"])
+            run["scores"] = {name: _finite(score) for name, score in run["scores"].items()}
+        write_text(folder / "comparison.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
         write_text(folder / "comparison.md", self.markdown())
 
     def markdown(self) -> str:
@@ -114,7 +127,13 @@ class Comparison:
         return "\n".join([*lines, "", "```yaml", self.config.rstrip(), "```", ""])
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _mean_and_spread(values: list[float], digits: int) -> str:
+    if not all(map(math.isfinite, values)):
+        return str(sum(values))  # nan or inf, and so is the mean; the functions of statistics raise on some of them
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -37,6 +38,21 @@ def test_failed_runs_are_shown_and_do_not_enter_the_mean():
         ("one-shot magnitude (ASP)", "failed", "-", "-", "0"),
     ]
     assert "dense, seed 1 failed: OOM" in found.warnings()
+
+
+@pytest.mark.parametrize(
+    ("scores", "shown"),
+    [((1.0, math.nan), "nan"), ((math.inf, 1.0), "inf"), ((math.inf, -math.inf), "nan"), ((math.inf,), "inf")],
+)
+def test_a_run_that_diverged_is_shown_and_named(scores, shown, tmp_path):
+    found = comparison(*(Run("dense", seed, score=score, scores={"m": score}) for seed, score in enumerate(scores)))
+    found.write(tmp_path)
+    assert found.rows()[0][1] == shown
+    lost = [(seed, score) for seed, score in enumerate(scores) if not math.isfinite(score)]
+    assert found.warnings() == [f"dense, seed {seed} ended with val_ppl = {score}: it diverged" for seed, score in lost]
+    kept = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)["runs"]
+    assert [run["score"] for run in kept] == [score if math.isfinite(score) else None for score in scores]
+    assert [run["scores"]["m"] for run in kept] == [run["score"] for run in kept]
 
 
 def test_different_batches_of_one_seed_are_reported():
