@@ -154,7 +154,8 @@ def _run(words: list[str], variant: Variant, seed: int, metric: str, split: Spli
         for entry in callback_entries(config):
             if issubclass(loaded_class(entry), Prox24):
                 arguments = entry.get("init_args", Namespace())
-                selections.append({key: arguments.get(key) for key in ("targets", "skip")})
+                chosen = {key: arguments.get(key) for key in ("targets", "skip", "geometry")}
+                selections.append({key: value for key, value in chosen.items() if value is not None})
         if variant == "dense":
             without_pruning(config)
         elif variant == "asp":
@@ -189,7 +190,10 @@ def _score(trainer: Trainer, model: LightningModule, datamodule: Any, split: Spl
 
 @torch.no_grad()
 def _groups_24(model: LightningModule, selections: list[dict[str, Any]]) -> tuple[int, int]:
-    """How many groups of the weights that Prox24 would take are 2:4, and how many there are, whatever the variant."""
+    """How many groups of the weights that Prox24 would take are 2:4, and how many there are, whatever the variant.
+
+    Groups lie along the dimensions of Prox24's geometry.
+    """
     weights = {weight.name: weight for chosen in selections for weight in select_weights(model, **chosen)}
     checks = [violations_24(weight.parameter, dim=weight.dim) for weight in weights.values()]
     groups = sum(check.groups for check in checks)

@@ -65,6 +65,15 @@ def test_only_the_pruned_variants_are_2_4(finished):
         assert run["sparse"] == (0 if run["variant"] == "dense" else run["groups"])
 
 
+@pytest.mark.parametrize(("geometry", "groups"), [("column", 36 * 8 // 4 + 128 * 8 // 4), ("block", 2 * 328)])
+def test_groups_are_counted_along_the_geometry_of_the_config(tmp_path, geometry, groups):
+    config = tmp_path / "geometry.yaml"
+    config.write_text(CONFIG.read_text().replace("        start: ", f"        geometry: {geometry}\n        start: "))
+    main(words(tmp_path, "--variants", "asp", config=config))
+    (run,) = results(tmp_path)
+    assert (run["sparse"], run["groups"]) == (groups, groups)
+
+
 def test_score_is_the_monitored_metric(finished):
     assert all(run["score"] == run["scores"]["val_acc"] for run in results(finished))
     assert json.loads((finished / "comparison.json").read_text())["mode"] == "max"
