@@ -115,7 +115,9 @@ class SparsityMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begun = False
         self._output = MonitorOutput()
-        records = self._loaded or {label: history.state_dict() for label, history in self.histories.items()}
+        records = self._loaded
+        if not records and self._finished_steps(trainer):  # else a new run: what an earlier one saw is not its own
+            records = {label: history.state_dict() for label, history in self.histories.items()}
         self._loaded = {}
         self._tracks = []
         watched = self._watched(trainer, pl_module)

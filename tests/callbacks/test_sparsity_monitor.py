@@ -430,6 +430,16 @@ def test_a_new_trainer_starts_a_new_history():
     assert callback.histories["model"].steps == [0, 4]
 
 
+def test_a_new_run_of_a_sparse_model_is_logged_from_its_first_look(tmp_path):
+    callback, logger = monitor(), CSVLogger(tmp_path)
+    _, module = fit([callback, prox()])
+    fit([callback, prox(start=0, freeze=0)], module, logger=logger)
+    rows = rows_of(logger)
+    assert list(rows) == [0, 4, 9, 14, 19]
+    assert rows[0]["sparsity/groups_24"] == 1.0
+    assert callback.histories["prox24"].phases == [(0, "frozen")]
+
+
 def test_two_monitors_do_not_collide(tmp_path):
     logger = CSVLogger(tmp_path)
     fit([monitor(), monitor(every=10, name="seldom"), prox()], logger=logger)
