@@ -112,8 +112,11 @@ class SparsityMonitor(Callback):
     # When: Lightning's hooks.
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._begun = False  # until the first batch, what has been looked at belongs to an earlier run
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begun = False
         self._output = MonitorOutput()
         records = self._loaded
         if not records and self._finished_steps(trainer):  # else a new run: what an earlier one saw is not its own
@@ -177,7 +180,7 @@ class SparsityMonitor(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The progress bar has left the terminal by now.
         for track in self._tracks:
-            if self.summary and track.layers:
+            if self.summary and self._begun and track.layers:
                 shapes = {weight.name: tuple(weight.parameter.shape) for weight in track.weights}
                 with self._output.guarded("printing the summary"):
                     print_summary(track.layers, shapes, track.describe())
@@ -186,7 +189,7 @@ class SparsityMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # The device may be lost; what has been read so far is not.
         for track in self._tracks:
-            if self.overview:
+            if self.overview and self._begun:
                 self._overview(trainer, track)
 
     @override

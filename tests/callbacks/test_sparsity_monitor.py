@@ -440,6 +440,22 @@ def test_a_new_run_of_a_sparse_model_is_logged_from_its_first_look(tmp_path):
     assert callback.histories["prox24"].phases == [(0, "frozen")]
 
 
+def test_a_run_that_fails_at_its_start_gets_no_figure_of_the_run_before(tmp_path):
+    callback, logger = monitor(overview=True), CSVLogger(tmp_path)
+    fit([callback, prox()])
+    with pytest.raises(MisconfigurationException, match="'nope' matches no weight"):
+        fit([callback, prox(targets=["nope"])], logger=logger)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_second_fit_without_a_batch_prints_no_table_again(capsys):
+    callback, module = monitor(summary=True), TinyModule()
+    trainer, _ = fit([callback], module)
+    capsys.readouterr()
+    trainer.fit(module, tiny_loader(20))
+    assert "weights are 2:4" not in capsys.readouterr().out
+
+
 def test_two_monitors_do_not_collide(tmp_path):
     logger = CSVLogger(tmp_path)
     fit([monitor(), monitor(every=10, name="seldom"), prox()], logger=logger)
