@@ -53,13 +53,14 @@ def without_conversion(config: Namespace) -> None:
 
 
 def separate_outputs(config: Namespace, output: Path, variant: str, seed: int) -> None:
-    """Give the run its own logs and checkpoints: ``output/variant/seedN``.
+    """Give the run its own logs, checkpoints and mask files: ``output/variant/seedN``.
 
     TensorBoard and CSV loggers are redirected, and TensorBoard is what a config without a choice gets. Other loggers
     keep their settings: how they name runs is theirs.
     """
     place = {"save_dir": str(output), "name": variant, "version": f"seed{seed}"}
-    config.trainer.default_root_dir = str(output / variant / f"seed{seed}")
+    folder = output / variant / f"seed{seed}"
+    config.trainer.default_root_dir = str(folder)
     if config.trainer.logger in (None, True):
         path = f"{TensorBoardLogger.__module__}.{TensorBoardLogger.__name__}"
         config.trainer.logger = Namespace(class_path=path, init_args=Namespace(**place))
@@ -68,8 +69,11 @@ def separate_outputs(config: Namespace, output: Path, variant: str, seed: int) -
             if issubclass(loaded_class(entry), (TensorBoardLogger, CSVLogger)):
                 entry.init_args = Namespace({**vars(entry.get("init_args", Namespace())), **place})
     for entry in callback_entries(config):
-        if issubclass(loaded_class(entry), ModelCheckpoint) and entry.init_args.get("dirpath"):
-            entry.init_args.dirpath = str(output / variant / f"seed{seed}" / "checkpoints")
+        arguments = entry.get("init_args", Namespace())
+        if issubclass(loaded_class(entry), ModelCheckpoint) and arguments.get("dirpath"):
+            arguments.dirpath = str(folder / "checkpoints")
+        if issubclass(loaded_class(entry), Prox24) and arguments.get("masks_file"):
+            arguments.masks_file = str(folder / Path(arguments.masks_file).name)
 
 
 def _entries(value: Namespace | list[Namespace] | None) -> list[Namespace]:

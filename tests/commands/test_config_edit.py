@@ -99,3 +99,12 @@ def test_checkpoints_of_two_runs_do_not_meet():
     separate_outputs(edited, Path("out"), "prox24", 1)
     assert [entry.init_args.dirpath for entry in edited.trainer.callbacks] == ["out/prox24/seed1/checkpoints", None]
     assert edited.trainer.default_root_dir == "out/prox24/seed1"
+
+
+def test_masks_of_two_runs_do_not_meet_nor_replace_those_of_a_fit():
+    edited = config([entry(PROX24, masks_file="runs/m.safetensors"), entry(PROX24, name="b", masks_file=None)])
+    separate_outputs(edited, Path("out"), "prox24", 1)
+    assert [entry.init_args.masks_file for entry in edited.trainer.callbacks] == [
+        "out/prox24/seed1/m.safetensors",
+        None,
+    ]
