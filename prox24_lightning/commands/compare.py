@@ -37,6 +37,7 @@ from prox24_lightning.commands.config_edit import (
     without_conversion,
     without_pruning,
 )
+from prox24_lightning.commands.exit_codes import errors_as_exit
 from prox24_lightning.commands.trainer import Prox24CLI
 from prox24_lightning.commands.training_record import TrainingRecord
 from prox24_lightning.groups import select_weights
@@ -96,12 +97,14 @@ class CompareCLI(Prox24CLI):
             super().instantiate_classes()
 
 
+@errors_as_exit("compare")
 def compare(words: list[str]) -> None:
     """Run every variant with every seed, print the table, and write it after each run.
 
     Raises:
-        ValueError: before the first run, if the config has no Prox24 callback or the metric is not known.
-        SystemExit: at the end, if a run failed; the table holds the others.
+        SystemExit: with code 2 and the reason, before the first run, if the config has no Prox24 callback, the metric
+            is not known or the output cannot be written; with code 1 at the end, if a run failed: the table holds the
+            others.
     """
     console = Console()
     parsed = CompareCLI(words)

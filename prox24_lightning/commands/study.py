@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prox24_lightning.commands import study_figures as figures
+from prox24_lightning.commands.exit_codes import errors_as_exit
 from prox24_lightning.commands.study_models import minilm_layers, minilm_weights, smollm2_weights
 from prox24_lightning.commands.study_report import Part, write_study
 from prox24_lightning.study import ablations, failures, fractions, local_global, plane
@@ -91,6 +92,8 @@ def study(
     """
     chosen = list(parts or get_args(PartName))
     path = output
+    with errors_as_exit("study"):
+        output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before minutes of work
     runs: dict[str, Callable[[Size, int, Tick], Part]] = {
         "plane": _plane,
         "gaps": _gaps,

@@ -166,21 +166,33 @@ def edited(tmp_path):
     return without
 
 
-def test_a_config_without_prox24_is_refused(tmp_path, edited):
-    with pytest.raises(ValueError, match="no Prox24 callback"):
-        main(words(tmp_path, config=edited("Prox24")))
+def test_a_config_without_prox24_is_refused(tmp_path, edited, prox24):
+    code, _, told = prox24(*words(tmp_path, config=edited("Prox24")))
+    assert code == 2
+    assert told.startswith("prox24 compare: the config has no Prox24 callback")
 
 
-def test_an_unknown_metric_is_refused_before_the_first_run(tmp_path, edited):
-    with pytest.raises(ValueError, match="add --metric NAME --mode min or max"):
-        main(words(tmp_path, config=edited("ModelCheckpoint")))
-    with pytest.raises(ValueError, match="add --mode min or max"):
-        main(words(tmp_path, "--metric", "val_loss"))
+def test_an_unknown_metric_is_refused_before_the_first_run(tmp_path, edited, prox24):
+    code, _, told = prox24(*words(tmp_path, config=edited("ModelCheckpoint")))
+    assert code == 2
+    assert "add --metric NAME --mode min or max" in told
+    code, _, told = prox24(*words(tmp_path, "--metric", "val_loss"))
+    assert code == 2
+    assert "add --mode min or max" in told
 
 
-def test_asp_at_outside_the_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"asp_at=1.5 must lie between 0"):
-        main(words(tmp_path, "--asp_at", "1.5"))
+def test_asp_at_outside_the_run_is_refused(tmp_path, prox24):
+    code, _, told = prox24(*words(tmp_path, "--asp_at", "1.5"))
+    assert code == 2
+    assert told.startswith("prox24 compare: asp_at=1.5 must lie between 0")
+
+
+def test_a_folder_that_cannot_be_made_is_named_in_one_line(tmp_path, prox24):
+    (tmp_path / "file").touch()
+    code, _, told = prox24(*words(tmp_path / "file" / "results"))
+    assert code == 2
+    assert "Traceback" not in told
+    assert str(tmp_path / "file" / "results") in told
 
 
 def test_default_output_is_named_after_the_config():

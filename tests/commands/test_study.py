@@ -7,6 +7,7 @@ import csv
 import pytest
 
 from prox24_lightning.cli import main
+from prox24_lightning.commands import study as study_command
 from prox24_lightning.commands import study_models
 from prox24_lightning.commands.study_report import Part, write_study
 
@@ -44,6 +45,15 @@ def test_an_unknown_part_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["study", "--output", str(tmp_path), "--parts", "[everything]"])
     assert "everything" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_computed(tmp_path, monkeypatch, prox24):
+    monkeypatch.setattr(study_command, "_plane", None)
+    (tmp_path / "file").touch()
+    code, _, told = prox24("study", "--output", tmp_path / "file" / "report", "--parts", "[plane]", "--size", "tiny")
+    assert code == 2
+    assert told.startswith("prox24 study: ")
+    assert str(tmp_path / "file" / "report") in told
 
 
 def test_equal_figures_give_equal_files(tmp_path):
