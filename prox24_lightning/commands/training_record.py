@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import time
 import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
@@ -38,7 +42,25 @@ class TrainingRecord(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.every_n_batches:
             return
-        for leaf in tree_leaves(batch):
-            if isinstance(leaf, torch.Tensor):
-                content = leaf.detach().cpu().contiguous()
-                self.checksum = zlib.crc32(content.flatten().view(torch.uint8).numpy().tobytes(), self.checksum)
+        for tensor in _tensors(batch):
+            self.checksum = zlib.crc32(_content(tensor), self.checksum)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch of any make that Lightning moves to a device, in order."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):  # not a dict: what a tokenizer of Hugging Face returns
+            yield from _tensors(dict(leaf))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _tensors([getattr(leaf, field.name) for field in fields(leaf)])
+
+
+def _content(tensor: Tensor) -> bytes:
+    tensor = tensor.detach().cpu()
+    if tensor.layout == torch.strided and not tensor.is_nested:
+        return tensor.resolve_conj().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    file = io.BytesIO()
+    torch.save(tensor, file)  # sparse and nested tensors: whatever parts they have
+    return file.getvalue()

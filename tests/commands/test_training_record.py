@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from dataclasses import dataclass
+
+import pytest
 import torch
 
 from prox24_lightning.commands.training_record import TrainingRecord
@@ -25,6 +29,34 @@ def test_checksum_looks_into_nested_batches_of_any_dtype():
         return {"x": [torch.zeros(2, dtype=torch.bfloat16)], "y": (torch.tensor(value), "text")}
 
     assert checksum(batch(0)) != checksum(batch(1))
+
+
+@dataclass
+class Pair:
+    x: torch.Tensor
+    label: str = ""
+
+
+@pytest.mark.parametrize("make", [lambda x: UserDict(x=x), Pair, lambda x: [Pair(x), UserDict(pair=(x, Pair(x)))]])
+def test_checksum_looks_into_mappings_that_are_no_dict_and_into_dataclasses(make):
+    assert checksum(make(torch.zeros(2))) == checksum(make(torch.zeros(2)))
+    assert checksum(make(torch.zeros(2))) != checksum(make(torch.ones(2)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse|The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: torch.tensor([[0.0, value]]).to_sparse(),
+        lambda value: torch.tensor([[0.0, value]]).to_sparse_csr(),
+        lambda value: torch.nested.nested_tensor([torch.ones(2), torch.full((3,), value)]),
+        lambda value: torch.nested.nested_tensor([torch.ones(2), torch.full((3,), value)], layout=torch.jagged),
+        lambda value: torch.tensor([1j * value]).conj(),
+    ],
+)
+def test_checksum_takes_sparse_nested_and_conjugate_tensors(make):
+    assert checksum(make(1.0)) == checksum(make(1.0))
+    assert checksum(make(1.0)) != checksum(make(2.0))
 
 
 def test_only_every_nth_batch_is_read():
