@@ -263,7 +263,8 @@ class SparsityMonitor(Callback):
         with self._output.guarded("drawing the overview figure"):
             if len(track.history) and self._output.wants_images(trainer):
                 image = rendered(overview_figure(track.history, track.describe()))
-                stem = self.name if len(self._tracks) == 1 else f"{self.name}_{track.label}"
+                # The name of a Prox24 may hold a path within the model.
+                stem = self.name if len(self._tracks) == 1 else f"{self.name}_{track.label.replace('/', '_')}"
                 self._output.png(trainer, stem, image)
                 self._output.image(trainer, f"{self._prefix(track)}overview", image, track.history.steps[-1])
 

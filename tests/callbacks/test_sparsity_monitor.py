@@ -181,6 +181,14 @@ def test_two_prox24_are_told_apart(tmp_path):
     assert imread(f"{logger.log_dir}/sparsity_first.png").size
 
 
+def test_the_figure_of_a_prox24_whose_name_holds_a_slash_is_written(tmp_path):
+    logger = CSVLogger(tmp_path)
+    parts = [prox(targets=["model.0"], name="encoder/first"), prox(targets=["model.2"], name="second")]
+    fit([monitor(overview=True), *parts], logger=logger)
+    assert imread(f"{logger.log_dir}/sparsity_encoder_first.png").size
+    assert imread(f"{logger.log_dir}/sparsity_second.png").size
+
+
 def test_without_prox24_it_selects_weights_itself(tmp_path):
     logger = CSVLogger(tmp_path)
     callback = monitor(skip=["model.0"])
