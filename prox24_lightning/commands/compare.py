@@ -11,6 +11,7 @@ the same batches (their checksums are compared) and takes the same number of opt
 from __future__ import annotations
 
 import gc
+import re
 import shlex
 import sys
 import traceback
@@ -212,10 +213,16 @@ def _metric(options: Namespace) -> tuple[str, Literal["min", "max"]]:
             arguments = entry.get("init_args", Namespace())
             monitor = arguments.get("monitor")
             if monitor and options.metric in (None, monitor):
-                name = monitor if options.split == "validation" else f"test_{monitor.removeprefix('val_')}"
+                name = monitor if options.split == "validation" else _test_name(monitor)
                 return name, options.mode or ("max" if arguments.get("mode") == "max" else "min")
     missing = "--mode min or max" if options.metric else "--metric NAME --mode min or max"
     raise ValueError(f"no ModelCheckpoint of the config says what to compare by; add {missing}")
+
+
+def _test_name(monitor: str) -> str:
+    """What a validation metric is called on the test data: ``val_acc``, ``val/acc``, ``acc/valid``, or just ``acc``."""
+    name, found = re.subn(r"(?<![a-zA-Z])(val|valid|validation)(?![a-zA-Z])", "test", monitor, count=1)
+    return name if found else f"test_{monitor}"
 
 
 def _default_output(options: Namespace) -> Path:

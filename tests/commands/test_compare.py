@@ -87,6 +87,24 @@ def test_the_final_score_can_be_that_of_the_test_data(tmp_path, monkeypatch):
     assert "test_acc (higher is better)" in (tmp_path / "comparison.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("monitor", "name"),
+    [
+        ("val_acc", "test_acc"),
+        ("val/acc", "test/acc"),
+        ("valid_loss", "test_loss"),
+        ("validation/loss", "test/loss"),
+        ("acc/val", "acc/test"),
+        ("value_loss", "test_value_loss"),
+        ("acc", "test_acc"),
+    ],
+)
+def test_the_test_metric_is_named_like_that_of_the_validation(monitor, name):
+    options = compare_module.CompareCLI(["--config", str(CONFIG), "--split", "test"]).config
+    options.trainer.callbacks[0].init_args.monitor = monitor
+    assert compare_module._metric(options) == (name, "max")
+
+
 def test_each_run_has_its_own_logs_and_checkpoint(finished):
     for variant in ("dense", "asp", "prox24"):
         for seed in (0, 1):
