@@ -140,8 +140,9 @@ class CallSite:
 
 
 def _is_compiled(module: nn.Module) -> bool:
+    """Whether it may be: a forward of its own, in place of its class's, is what compilers leave."""
     compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-    return compiled or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    return compiled or "forward" in vars(module)
 
 
 def _trains_otherwise(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from prox24_lightning import Prox24
 from prox24_lightning.sparsify.replays import Replays
+from recipes.compiled_blocks import compile_blocks
 
 WIDTH = 16
 
@@ -167,6 +168,14 @@ def test_without_compiled_code_blocks_are_solved_in_evaluation_mode():
     model = Blocks(Counts)
     fit(model)
     assert [int(block.seen) for block in model.blocks] == [24, 24, 24]
+
+
+def test_what_training_compiled_serves_in_training_mode(monkeypatch):
+    monkeypatch.setattr("recipes.compiled_blocks.torch.compile", lambda function, **_: function)
+    model = Blocks(Counts)
+    assert compile_blocks(model) == 3
+    fit(model)
+    assert all(int(block.seen) > 24 for block in model.blocks)
 
 
 def test_encoder_layers_of_torch_with_a_padding_mask():
