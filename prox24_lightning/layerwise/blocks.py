@@ -134,14 +134,15 @@ class Call:
     def run(self, block: nn.Module, hidden: Tensor, device: torch.device | str) -> Any:
         """Call ``block`` with a copy of ``hidden`` in its place (it may work in place), everything on ``device``."""
         args, kwargs = to_device(self.args, device), to_device(self.kwargs, device)
-        args, kwargs = with_hidden(args, kwargs, self.place, hidden.to(device, copy=True))
+        args, kwargs = with_value(args, kwargs, self.place, hidden.to(device, copy=True))
         return block(*args, **kwargs)
 
 
-def with_hidden(args: tuple, kwargs: dict[str, Any], place: int | str, hidden: Tensor) -> tuple[tuple, dict[str, Any]]:
+def with_value(args: tuple, kwargs: dict[str, Any], place: int | str, value: Any) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with another one at ``place``: position or name."""
     if isinstance(place, int):
-        return (*args[:place], hidden, *args[place + 1 :]), kwargs
-    return args, {**kwargs, place: hidden}
+        return (*args[:place], value, *args[place + 1 :]), kwargs
+    return args, {**kwargs, place: value}
 
 
 def hidden_of(output: Any, block: str) -> Tensor:

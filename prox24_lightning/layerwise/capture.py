@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.layerwise.blocks import Blocks, Call, call_model, hidden_of, split_call, tensors_in, with_hidden
+from prox24_lightning.layerwise.blocks import Blocks, Call, call_model, hidden_of, split_call, tensors_in, with_value
 
 
 class NotAChainError(ValueError):
@@ -49,7 +49,7 @@ class _StandIns:
             raise NotAChainError(f"block {name} is not called with what {self._names[index - 1]} returned")
         self.calls.append(call)
         # Blocks, and the model between them, may work in place: they get copies.
-        args, kwargs = with_hidden(args, kwargs, call.place, hidden.clone())
+        args, kwargs = with_value(args, kwargs, call.place, hidden.clone())
         if index == 0:
             self.hidden = hidden.clone()
             if self._form is None or any(item is not None for item in self._rest):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.layerwise.blocks import map_tensors, no_cache, tensors_in
+from prox24_lightning.layerwise.blocks import map_tensors, no_cache, tensors_in, with_value
 from prox24_lightning.sharding import is_sharded
 
 _PLAIN = (bool, int, float, str, type(None), Tensor, nn.Parameter)
@@ -60,9 +60,8 @@ class Call:
 
     def with_value(self, place: int | str, value: Tensor | None) -> Call:
         """The same call with another argument at ``place``."""
-        if isinstance(place, int):
-            return replace(self, args=(*self.args[:place], value, *self.args[place + 1 :]))
-        return replace(self, kwargs={**self.kwargs, place: value})
+        args, kwargs = with_value(self.args, self.kwargs, place, value)
+        return replace(self, args=args, kwargs=kwargs)
 
     @property
     def plain(self) -> bool:

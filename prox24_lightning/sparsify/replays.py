@@ -31,7 +31,7 @@ class Replay:
             return self.call(self.module)
 
     def arguments(self) -> tuple[Any, ...]:
-        """Those of :meth:`with_arguments`; the hidden state asks for its gradient, as it does in training, so that what
+        """What :meth:`with_arguments` takes. The hidden state asks for its gradient, as it does in training, so that what
         was compiled there serves here."""
         call = self.call
         with suppress(ValueError):  # without a floating tensor there is nothing to ask for
