@@ -31,8 +31,8 @@ class Replay:
             return self.call(self.module)
 
     def arguments(self) -> tuple[Any, ...]:
-        """What :meth:`with_arguments` takes. The hidden state asks for its gradient, as it does in training, so that what
-        was compiled there serves here."""
+        """What :meth:`with_arguments` takes. The hidden state asks for its gradient, as it does in training, so that
+        what was compiled there serves here."""
         call = self.call
         with suppress(ValueError):  # without a floating tensor there is nothing to ask for
             rest, hidden = split_call(call.args, call.kwargs, "")
