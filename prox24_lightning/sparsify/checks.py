@@ -6,7 +6,6 @@ the user has set, ``RuntimeError`` for what has happened since.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from prox24_lightning.files import check_folder
 from prox24_lightning.groups import Dim, GroupedWeight, Selection, SkippedWeight
 from prox24_lightning.ranks import any_rank, rank
 from prox24_lightning.sharding import cut_groups, local_part
@@ -24,12 +24,13 @@ def check_place(masks_file: str | Path | None) -> None:
     """Refuse a file that could not be written at the end of the run."""
     if masks_file is None:
         return
-    path = Path(masks_file).absolute()
-    folder = next(parent for parent in path.parents if parent.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        place = path if path.is_dir() else folder
-        kind = "is a folder" if path.is_dir() else "is no folder that can be written to"
-        raise ValueError(f"masks_file={str(masks_file)!r} cannot be written: {place} {kind}; name another place")
+    path = Path(masks_file)
+    if path.is_dir():
+        raise ValueError(f"masks_file={str(masks_file)!r} is a folder; name a file in it")
+    try:
+        check_folder(path.parent)
+    except OSError as error:
+        raise ValueError(f"masks_file={str(masks_file)!r} cannot be written: {error}") from error
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:

@@ -203,7 +203,7 @@ def test_other_weights_before_the_start_only(tmp_path, strategy, change):
 def test_a_masks_file_that_cannot_be_written_is_refused_before_the_first_batch(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "masks.safetensors").mkdir()
-    for path, words in (("file/masks.safetensors", "file is no folder"), ("masks.safetensors", "is a folder")):
+    for path, words in (("file/masks.safetensors", "file is a file"), ("masks.safetensors", "is a folder")):
         trainer = quiet_trainer(max_steps=4, callbacks=[Prox24(1, 2, masks_file=tmp_path / path, verbose=False)])
         with pytest.raises(MisconfigurationException, match=words):
             trainer.fit(TinyModule(), tiny_loader())
