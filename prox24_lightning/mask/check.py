@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import Dim, group_dims, group_shape, to_groups
+from prox24_lightning.groups import Dim, group_dims, to_groups
+
+_AT_A_TIME = 2**22  # entries, which bounds the scratch memory
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,11 @@ def is_24(weight: Tensor, *, dim: Dim = -1) -> bool:
     Raises:
         ValueError: for a size along ``dim`` that does not divide by 4.
     """
-    return all(bool((zeros_per_group(weight, dim=one) >= 2).all()) for one in group_dims(weight.shape, dim))
+    return all(
+        bool((zeros_per_group(slab, dim=one) >= 2).all())
+        for one in group_dims(weight.shape, dim)
+        for _, slab in _slabs(weight, one)
+    )
 
 
 def violations_24(weight: Tensor, *, dim: Dim = -1, limit: int = 5) -> Violations:
@@ -73,14 +80,24 @@ def violations_24(weight: Tensor, *, dim: Dim = -1, limit: int = 5) -> Violation
 
 
 def _violations(weight: Tensor, dim: int, limit: int) -> Violations:
-    shape = group_shape(weight.shape, dim)
-    broken = zeros_per_group(weight, dim=dim) < 2
-    count = int(broken.sum())
-    positions = torch.nonzero(broken)[:limit].tolist() if count else []
-    groups = to_groups(weight.detach(), dim).movedim(-2, dim)
-    return Violations(
-        count=count,
-        groups=int(torch.Size(shape).numel()),
-        first=tuple(tuple(4 * i if axis == dim else i for axis, i in enumerate(at)) for at in positions),
-        values=tuple(tuple(groups[tuple(at)].tolist()) for at in positions),
-    )
+    count = 0
+    first: list[tuple[int, ...]] = []
+    values: list[tuple[float, ...]] = []
+    for start, slab in _slabs(weight, dim):
+        broken = zeros_per_group(slab, dim=dim) < 2
+        count += int(broken.sum())
+        if len(first) < min(limit, count):
+            groups = to_groups(slab.detach(), dim).movedim(-2, dim)
+            for at in torch.nonzero(broken)[: limit - len(first)].tolist():
+                values.append(tuple(groups[tuple(at)].tolist()))
+                inside = (4 * i if axis == dim else i for axis, i in enumerate(at))
+                first.append(tuple(start + i if axis == 0 else i for axis, i in enumerate(inside)))
+    return Violations(count, weight.numel() // 4, tuple(first), tuple(values))
+
+
+def _slabs(weight: Tensor, dim: int) -> Iterator[tuple[int, Tensor]]:
+    """Parts along the first dimension that hold whole groups, with the index at which each begins."""
+    row = max(1, weight[:1].numel())
+    step = max(1, _AT_A_TIME // row // 4) * 4
+    for start in range(0, weight.shape[0], step):
+        yield start, weight[start : start + step]

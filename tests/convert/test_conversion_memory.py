@@ -12,7 +12,7 @@ from prox24_lightning.convert.kernels import gpu_layout
 from prox24_lightning.convert.kernels.kernel import Kernel
 from prox24_lightning.convert.kernels.table import KernelTable, Row
 from prox24_lightning.convert.packed import weight as packed
-from prox24_lightning.mask import mask_24
+from prox24_lightning.mask import check, mask_24
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 WIDTH = 2048
@@ -43,6 +43,18 @@ def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
     assert done.converted == ("0", "1", "2", "3")
     assert sum(layer.stored_bytes for layer in model) == 4 * LAYER * 9 // 16
     assert 4 * LAYER < live.peak <= 5 * LAYER
+
+
+def test_a_head_that_stays_dense_is_looked_at_in_parts(monkeypatch):
+    monkeypatch.setattr(semi_structured, "target_of", lambda device: HOPPER)
+    monkeypatch.setattr(check, "_AT_A_TIME", 2**17)
+    monkeypatch.setattr(packed, "_CHUNK", 2**17)
+    head = nn.Linear(WIDTH, 8 * WIDTH, bias=False).bfloat16()
+    with LiveBytes() as live:
+        live.count([head.weight.detach()])
+        done = convert_model(nn.Sequential(head))
+    assert [verdict.why for verdict in done.dense][0].startswith("not 2:4: ")
+    assert live.peak <= head.weight.nbytes * 9 // 8
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prox24_lightning.mask import is_24, mask_24, violations_24, zeros_per_group
+from prox24_lightning.mask import check, is_24, mask_24, violations_24, zeros_per_group
 
 
 def test_zeros_are_counted_group_by_group():
@@ -35,6 +35,22 @@ def test_violations_are_located_in_the_weights_own_coordinates():
 def test_only_the_first_violations_are_listed():
     assert len(violations_24(torch.ones(10, 8), limit=3).first) == 3
     assert violations_24(torch.ones(10, 8), limit=3).count == 20
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("limit", [0, 3, 5000])
+def test_part_by_part_the_same_is_found(dim, limit, monkeypatch):
+    weight = torch.randn(16, 12, 8, generator=torch.Generator().manual_seed(0)).relu()
+    whole = violations_24(weight, dim=dim, limit=limit)
+    assert 0 < whole.count < whole.groups == weight.numel() // 4
+    assert len(whole.first) == min(limit, whole.count)
+    clean = weight * mask_24(weight, dim=dim)
+    monkeypatch.setattr(check, "_AT_A_TIME", 500)
+    assert violations_24(weight, dim=dim, limit=limit) == whole
+    assert is_24(clean, dim=dim)
+    clean[-1, -1, -1] = clean[-2, -2, -2] = 1.0
+    clean[-4:, -4:, -4:] = 1.0
+    assert not is_24(clean, dim=dim)
 
 
 def test_no_violation_is_falsy():
