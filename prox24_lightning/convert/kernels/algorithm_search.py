@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import queue
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -180,15 +182,8 @@ def _measure(job: Job) -> Iterator[dict[str, float]]:
     weights = [random_buffer(job.shape, dtype, device, seed) for seed in range(job.copies)]
     inputs = torch.randn(tokens, columns, device=device, dtype=dtype)
     out = torch.empty(tokens, rows, device=device, dtype=dtype)
-    known = cusparselt.Plan(library, job.device, dtype, job.shape, tokens).algorithms
     least = math.inf
-    for algorithm in range(known if job.end is None else min(known, job.end)):
-        if algorithm in job.skip:
-            continue
-        try:
-            plan = cusparselt.Plan(library, job.device, dtype, job.shape, tokens, 0, algorithm)
-        except cusparselt.CusparseltError:
-            continue  # not every algorithm takes every shape
+    for algorithm, plan in _plans(job, library, dtype, tokens):
         space = torch.empty(max(1, plan.workspace_bytes), dtype=torch.uint8, device=device)
 
         def run(plan: cusparselt.Plan = plan, space: torch.Tensor = space) -> None:
@@ -205,6 +200,28 @@ def _measure(job: Job) -> Iterator[dict[str, float]]:
         least = min(least, once)
         graph = capture(run)
         yield {"algorithm": algorithm, "us": measure({"": graph.replay}, rounds=_ROUNDS)[""].median_us}
+
+
+def _plans(
+    job: Job, library: cusparselt.Library, dtype: torch.dtype, tokens: int
+) -> Iterator[tuple[int, cusparselt.Plan]]:
+    """The job's algorithms that take its shape, each with a plan.
+
+    For float16 the library compiles a kernel with every plan, for a quarter of a second: so several are made at once.
+    """
+
+    def plan(algorithm: int) -> cusparselt.Plan | None:
+        try:
+            return cusparselt.Plan(library, job.device, dtype, job.shape, tokens, 0, algorithm)
+        except cusparselt.CusparseltError:
+            return None
+
+    known = cusparselt.Plan(library, job.device, dtype, job.shape, tokens).algorithms
+    wanted = [n for n in range(known if job.end is None else min(known, job.end)) if n not in job.skip]
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(job.device,)) as pool:
+        for algorithm, made in zip(wanted, pool.map(plan, wanted), strict=True):
+            if made is not None:
+                yield algorithm, made
 
 
 def _once_us(run: Callable[[], None]) -> float:
