@@ -5,6 +5,7 @@ Given the sums ``A = W3 + W4`` (or ``W3`` alone) and ``B = W1 + W2`` the differe
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: N803
 
 from __future__ import annotations
 
@@ -20,28 +21,33 @@ _FINISHED = tl.constexpr(0.01)
 
 @triton.jit
 def shrink_convex(v1, v2, v3, v4, active):
-    """How much each sorted entry shrinks, in lambda units; PRUNED for a fourth entry that goes."""
+    """How much each sorted entry shrinks, times 4, in lambda units; PRUNED for a fourth entry that goes."""
     high, low, last = v1 + v2, v1 - v2, v3 - v4
     a, b, dense = _start(v1, v2, v3, high, low, last)
-    a, b, dense, change = _newton(a, b, dense, high, low, last, v3, v4)
-    _, _, across, along = _differences(a, b, low, last)
-    going = active & ((change > _FINISHED) | (_stays(a, b, dense, across, along, v4) != (dense > 0)))
+    p, q, across, along = _differences(a, b, low, last, False)
+    a, b, change = _newton(a, b, dense, p, q, across, along, high, last, v3)
+    p, q, across, along = _differences(a, b, low, last, False)
+    stays = _stays(a, b, dense, across, along, v4)
+    going = active & ((change > _FINISHED) | (stays != (dense > 0)))
     left = tl.full((), _STEPS, tl.int32)
     while (tl.max(going.to(tl.int32), axis=0) > 0) & (left > 0):
-        a_, b_, dense_, change = _newton(a, b, dense, high, low, last, v3, v4)
+        p, q, across_, along_ = _differences(a, b, low, last, True)
+        dense_ = tl.where(_stays(a, b, dense, across_, along_, v4), 1.0, 0.0)
+        a_, b_, change = _newton(a, b, dense_, p, q, across_, along_, high, last, v3)
         # A group ends with the same answer whatever its neighbours in the warp need.
         a, b, dense = tl.where(going, a_, a), tl.where(going, b_, b), tl.where(going, dense_, dense)
-        _, _, across, along = _differences(a, b, low, last)
+        p, q, across_, along_ = _differences(a, b, low, last, True)
+        across, along = tl.where(going, across_, across), tl.where(going, along_, along)
         going = going & ((change > _FINISHED) | (_stays(a, b, dense, across, along, v4) != (dense > 0)))
         left -= 1
     a = tl.maximum(a, 0.0)
     four = (dense > 0) & (along < a)
     along = tl.where(four, along, a)
-    w1, w2 = 0.5 * (b + across), 0.5 * (b - across)
-    w3, w4 = 0.5 * (a + along), 0.5 * (a - along)
+    twice_a, twice_b = a + a, b + b
+    w1, w2, w3, w4 = b + across, b - across, a + along, a - along  # twice the entries
     product, tail = w1 * w2, w3 * w4
-    s4 = tl.where(four, product + b * w3, PRUNED)
-    return w2 * a + tail, w1 * a + tail, product + b * w4, s4
+    s4 = tl.where(four, product + twice_b * w3, PRUNED)
+    return w2 * twice_a + tail, w1 * twice_a + tail, product + twice_b * w4, s4
 
 
 @triton.jit
@@ -61,10 +67,11 @@ def _start(v1, v2, v3, high, low, last):
 
 
 @triton.jit
-def _differences(a, b, low, last):
-    """1 / (1 - a), 1 / (1 - b), and the differences in the upper and the lower pair."""
+def _differences(a, b, low, last, BOUNDED: tl.constexpr):
+    """1 / (1 - a), 1 / (1 - b), and the differences in the upper and the lower pair; ``BOUNDED`` for any ``a``."""
     # 1 - a not below 0.05 and 1 - b not below 0.02, without comparisons, which are slower than sums.
-    p, q = reciprocal(saturated(0.95, a) + 0.05), reciprocal(saturated(0.98, b) + 0.02)
+    p = reciprocal(saturated(0.95, a) + 0.05 if BOUNDED else 1 - a)
+    q = reciprocal(saturated(0.98, b) + 0.02)
     return p, q, low * p, last * q
 
 
@@ -76,10 +83,8 @@ def _stays(a, b, dense, across, along, v4):
 
 
 @triton.jit
-def _newton(a, b, dense, high, low, last, v3, v4):
-    """One step for both sums; ``dense`` is 1.0 where there are four entries, decided anew."""
-    p, q, across, along = _differences(a, b, low, last)
-    dense = tl.where(_stays(a, b, dense, across, along, v4), 1.0, 0.0)
+def _newton(a, b, dense, p, q, across, along, high, last, v3):
+    """One step for both sums from these differences, and how far it goes; ``dense`` is 1.0 for four entries, or 0.0."""
     square = across * across
     inner = dense * (along * along)
     both = dense * a
@@ -89,4 +94,4 @@ def _newton(a, b, dense, high, low, last, v3, v4):
     j11, j22, j12 = rate - square * p, 1 + a - inner * q, b + both
     inverse = reciprocal(tl.maximum(j11 * j22 - j12 * j12, 1e-3))
     da, db = (j22 * f2 - j12 * f1) * inverse, (j11 * f1 - j12 * f2) * inverse
-    return a - da, b - db, dense, tl.abs(da) + tl.abs(db)
+    return a - da, b - db, tl.abs(da) + tl.abs(db)

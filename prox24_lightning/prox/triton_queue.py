@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SLOTS = tl.constexpr(192)
+SLOTS = tl.constexpr(256)
 _BYTES = SLOTS.value * 24
 _NUMBERS = tl.constexpr(SLOTS.value * 16)
 """Where the numbers of the groups begin that do not fit beside their entries."""
@@ -27,12 +27,13 @@ _TAKE_PAIRS = tl.constexpr("{ bar.warp.sync 0xffffffff; ld.shared.v4.b32 {$0, $1
 def _put_code(groups: int, pairs: bool) -> str:
     """By which each lane writes those of its ``groups`` that wait, each as far from the first slot as there are such
     before it: those of the lanes below, which the warp votes on, and the votes on the earlier groups of the lanes."""
-    code = "{ .reg .pred p; .reg .b32 lower, votes, rank, before, at; bar.warp.sync 0xffffffff; "
-    code += "mov.u32 lower, %lanemask_lt; mov.u32 before, 0; "
+    code = "{ .reg .pred p; .reg .b32 votes, rank, before, at; bar.warp.sync 0xffffffff; mov.u32 before, 0; "
     for number in range(groups):
-        slot, step, mask, group, value, *words = (f"${groups * (1 + i) + number}" for i in range(8 if pairs else 11))
+        slot, step, below, mask, group, value, *words = (
+            f"${groups * (1 + i) + number}" for i in range(9 if pairs else 12)
+        )
         code += f"setp.ne.s32 p, {mask}, 0; vote.sync.ballot.b32 votes, p, 0xffffffff; "
-        code += "and.b32 rank, votes, lower; popc.b32 rank, rank; add.s32 rank, rank, before; "
+        code += f"and.b32 rank, votes, {below}; popc.b32 rank, rank; add.s32 rank, rank, before; "
         code += f"mad.lo.s32 rank, rank, {step}, {slot}; mad.lo.s32 at, rank, 16, {words[2 if pairs else 4]}; "
         if pairs:
             code += f"@p st.shared.v4.b32 [at], {{{words[0]}, {words[1]}, {group}, {value}}}; "
@@ -46,7 +47,7 @@ def _put_code(groups: int, pairs: bool) -> str:
 def _put_operands(groups: int, pairs: bool) -> str:
     """The ``&`` says that an output is written before all inputs are read: the two must not share a register."""
     return ",".join(
-        ["=&r"] * groups + [kind for kind in ("rrrrrrrr" if pairs else "rrrrrffffrr") for _ in range(groups)]
+        ["=&r"] * groups + [kind for kind in ("rrrrrrrrr" if pairs else "rrrrrrffffrr") for _ in range(groups)]
     )
 
 
@@ -57,9 +58,13 @@ _PUT_OPERANDS = tl.constexpr({kind: _put_operands(*kind) for kind in _KINDS})
 
 @triton.jit
 def open_queue():
-    """The address of the queue. Called once in a kernel: each place in the code has a queue of its own."""
+    """The address of the queue, and of each lane the mask of those below it, by which it finds its place in
+    :func:`put`. Called once in a kernel: each place in the code has a queue of its own."""
     nothing = tl.zeros((), tl.int32)
-    return tl.inline_asm_elementwise(_OPEN, "=r,r", [nothing], tl.int32, is_pure=False, pack=1)
+    return (
+        tl.inline_asm_elementwise(_OPEN, "=r,r", [nothing], tl.int32, is_pure=False, pack=1),
+        tl.inline_asm_elementwise("mov.u32 $0, %lanemask_lt;", "=r,r", [nothing], tl.int32, is_pure=True, pack=1),
+    )
 
 
 @triton.jit
@@ -68,11 +73,13 @@ def put(queue, slot, step, words, group, value, mask, PAIRS: tl.constexpr):
     groups: tl.constexpr = mask.shape[0] // 32
     code: tl.constexpr = _PUT[(groups, PAIRS)]
     operands: tl.constexpr = _PUT_OPERANDS[(groups, PAIRS)]
+    place, below = queue
     mask, value = mask.to(tl.int32), value.to(tl.int32, bitcast=True)
     if PAIRS:
-        values = [slot, step, mask, group, value, words[0], words[1], queue]
+        values = [slot, step, below, mask, group, value, words[0], words[1], place]
     else:
-        values = [slot, step, mask, group, value, words[0], words[1], words[2], words[3], queue, queue + _NUMBERS]
+        x0, x1, x2, x3 = words
+        values = [slot, step, below, mask, group, value, x0, x1, x2, x3, place, place + _NUMBERS]
     tl.inline_asm_elementwise(code, operands, values, tl.int32, is_pure=False, pack=groups)
 
 
@@ -83,7 +90,7 @@ def take(queue, slot, PAIRS: tl.constexpr):
         first, second, group, value = tl.inline_asm_elementwise(
             _TAKE_PAIRS,
             "=r,=r,=r,=f,r",
-            [queue + slot * 16],
+            [queue[0] + slot * 16],
             (tl.int32, tl.int32, tl.int32, tl.float32),
             is_pure=False,
             pack=1,
@@ -93,7 +100,7 @@ def take(queue, slot, PAIRS: tl.constexpr):
         x0, x1, x2, x3, group, value = tl.inline_asm_elementwise(
             _TAKE,
             "=&f,=&f,=&f,=&f,=&r,=&f,r,r",
-            [queue + slot * 16, queue + _NUMBERS + slot * 8],
+            [queue[0] + slot * 16, queue[0] + _NUMBERS + slot * 8],
             (tl.float32, tl.float32, tl.float32, tl.float32, tl.int32, tl.float32),
             is_pure=False,
             pack=1,

@@ -144,7 +144,7 @@ def _shrink_simple(y0, y1, y2, y3, ordered, lam, inside):
     first, second, third, fourth = ordered
     swap02, swap13, swap01, swap23, swap12 = y0 < y2, y1 < y3, a0 < a1, a2 < a3, b1 < b2
     s0, s1, s2, s3 = shrink_convex(lam * first, lam * second, lam * third, lam * fourth, inside)
-    inverse = tl.minimum(reciprocal(lam), 3e38)
+    inverse = 0.25 * tl.minimum(reciprocal(lam), 3e38)
     s0, s1, s2, s3 = s0 * inverse, s1 * inverse, s2 * inverse, s3 * inverse
     s1, s2 = _exchange(swap12, s1, s2)
     s0, s1 = _exchange(swap01, s0, s1)

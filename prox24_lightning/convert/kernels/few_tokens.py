@@ -144,13 +144,19 @@ def expand(buffer: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor
     device = buffer.device.index
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
-        grid = rows, -(-columns // 1024), 1
-        _expansion(device)(grid, stream, buffer.data_ptr(), dense.data_ptr(), rows, columns)
+        grid = expansion_grid(rows, columns)
+        expansion(device)(grid, stream, buffer.data_ptr(), dense.data_ptr(), rows, columns)
     return dense[: shape[0], : shape[1]]
 
 
+def expansion_grid(rows: int, columns: int) -> tuple[int, int, int]:
+    """Blocks of :func:`expansion` for a weight of this padded shape."""
+    return rows, -(-columns // 1024), 1
+
+
 @cache
-def _expansion(device: int) -> Function:
+def expansion(device: int) -> Function:
+    """The kernel of :func:`expand`: call it with a grid, a stream and :class:`_Expansion`'s fields."""
     code = compile_program(source("expand.cu"), {}, torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
         return Function(code, "expand", _Expansion, 256)

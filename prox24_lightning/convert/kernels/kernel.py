@@ -100,6 +100,7 @@ def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: 
     """
     out_features = shape[0]
     rows, columns = padded_shape(shape)
+    on = torch.device("cuda", device)
     raw_stream = torch._C._cuda_getCurrentRawStream
 
     def dense(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -107,20 +108,28 @@ def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: 
             raise RuntimeError("this layer keeps no dense weight: convert it with keep_dense=True")
         return F.linear(inputs, weight.view(dtype), _cast(bias, dtype))
 
-    def expand(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs[:, : shape[1]], few_tokens.expand(buffer, shape, dtype), _cast(bias, dtype))
-
     def by_torch(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         packed = buffer.view(dtype)
         result = torch._cslt_sparse_mm(packed, _padded(inputs, tokens).t(), transpose_result=True)
         result = result[:tokens, :out_features].contiguous()
         return result if bias is None else result.add_(bias.to(dtype))
 
+    if kernel.way == "expand":
+        expansion = few_tokens.expansion(device)
+        blocks = few_tokens.expansion_grid(rows, columns)
+
+        def expand(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            full = torch.empty((rows, columns), dtype=dtype, device=on)
+            expansion(blocks, raw_stream(device), buffer.data_ptr(), full.data_ptr(), rows, columns)
+            if columns != shape[1]:
+                inputs, full = inputs[:, : shape[1]], full[:, : shape[1]]
+            return F.linear(inputs, full[:out_features], _cast(bias, dtype))
+
+        return expand
     if kernel.way == "few":
         tiling = Tiling(*kernel.numbers)
         launch = few_tokens.product(tiling, dtype, device)
         grid = -(-rows // tiling.rows), tiling.cluster, -(-tokens // tiling.tokens)
-        on = torch.device("cuda", device)
 
         def few(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             out = torch.empty((tokens, out_features), dtype=dtype, device=on)
@@ -137,10 +146,9 @@ def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: 
         return few
     if kernel.way == "warpgroup":
         start = warpgroup.prepare(Blocking(*kernel.numbers), dtype, shape, tokens, device)
-        here = torch.device("cuda", device)
 
         def by_warpgroups(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            out = torch.empty((tokens, out_features), dtype=dtype, device=here)
+            out = torch.empty((tokens, out_features), dtype=dtype, device=on)
             bias = _cast(bias, dtype)
             at = 0 if bias is None else bias.data_ptr()
             start(inputs.data_ptr(), buffer.data_ptr(), at, out.data_ptr(), raw_stream(device))
@@ -151,7 +159,6 @@ def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: 
         padded = -(-tokens // cusparselt.TOKEN_MULTIPLE) * cusparselt.TOKEN_MULTIPLE
         algorithm = kernel.numbers[0] if kernel.numbers else None
         plain = _plan(dtype, (rows, columns), padded, 0, algorithm, device)
-        on = torch.device("cuda", device)
 
         def planned(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             out = torch.empty((padded, rows), dtype=dtype, device=on)
@@ -171,7 +178,7 @@ def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: 
             return out if bias is None or inside else out.add_(bias.to(dtype))
 
         return planned
-    return {"dense": dense, "expand": expand, "torch": by_torch}[kernel.way]
+    return {"dense": dense, "torch": by_torch}[kernel.way]
 
 
 @lru_cache(maxsize=_PLANS)
