@@ -29,7 +29,7 @@ from prox24_lightning.prox.triton_memory import (
     words_of,
 )
 from prox24_lightning.prox.triton_plain import walk_plainly
-from prox24_lightning.prox.triton_queue import SLOTS, open_queue, put, take
+from prox24_lightning.prox.triton_queue import open_queue, put, take
 from prox24_lightning.prox.triton_roots import INTERPRETED
 from prox24_lightning.prox.triton_settle import are_simple, may_change, other, settle, simple
 
@@ -131,8 +131,8 @@ def _count(which):
 def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.constexpr, ROUND: tl.constexpr):
     """The queue has the simple groups at its bottom, the dense ones at its top, and below those, downwards, the
     others."""
-    tl.static_assert(TILE + 4 * ROUND <= SLOTS)
-    queue = open_queue()
+    form: tl.constexpr = (TILE + 4 * ROUND, KIND[5])
+    queue = open_queue(form)
     above: tl.constexpr = TILE + 2 * ROUND
     far: tl.constexpr = 1 + (FETCHED_PAIRS if KIND[5] else FETCHED)
     simples = tl.zeros((), tl.int32)
@@ -171,10 +171,10 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
                     kept = chosen(easy, simple(kept, ordered, lam, c0, c1, c2, c3, easy, KIND), kept, KIND)
                     waits = hard
                 else:
-                    put(queue, simples, 1, kept, begin + group, kept[0], easy, KIND[5])
+                    put(queue, simples, 1, kept, begin + group, kept[0], easy, form)
                     simples += many
             if waiting > 0:
-                put(queue, above - 1 - others, -1, kept, begin + group, kept[0], hard, KIND[5])
+                put(queue, above - 1 - others, -1, kept, begin + group, kept[0], hard, form)
                 others += waiting
         store_tile(tensors[1], shape, begin, group, left, kept, KIND)
         if KIND[6]:
@@ -187,17 +187,19 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
                 taken = tl.minimum(simples, ROUND)
                 simples -= taken
                 mine = lanes < taken
-                round_sums = _solve_simple(tensors, shape, groups, queue, simples + lanes, mine, round_sums, KIND)
+                round_sums = _solve_simple(tensors, shape, groups, queue, simples + lanes, mine, round_sums, KIND, form)
         while others + tl.where(ends, denses, 0) >= least:
             taken = tl.minimum(others, ROUND)
             others -= taken
             slot, mine = above - 1 - others - lanes, lanes < taken
             if KIND[4]:
-                _, round_sums = _solve_other(tensors, shape, groups, queue, slot, mine, slot, round_sums, KIND, False)
+                _, round_sums = _solve_other(
+                    tensors, shape, groups, queue, slot, mine, slot, round_sums, KIND, form, False
+                )
             else:
                 free = above + denses
                 added, round_sums = _solve_other(
-                    tensors, shape, groups, queue, slot, mine, free, round_sums, KIND, False
+                    tensors, shape, groups, queue, slot, mine, free, round_sums, KIND, form, False
                 )
                 denses += added
                 if (denses >= ROUND) | ((others == 0) & ends):
@@ -206,7 +208,7 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
                     slot = above + denses + lanes
                     mine = lanes < taken
                     _, round_sums = _solve_other(
-                        tensors, shape, groups, queue, slot, mine, slot, round_sums, KIND, True
+                        tensors, shape, groups, queue, slot, mine, slot, round_sums, KIND, form, True
                     )
         begin += step
     if KIND[6]:
@@ -215,8 +217,8 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
 
 
 @triton.jit
-def _solve_simple(tensors, shape, groups, queue, slot, inside, sums, KIND: tl.constexpr):
-    words, group, _ = take(queue, slot, KIND[5])
+def _solve_simple(tensors, shape, groups, queue, slot, inside, sums, KIND: tl.constexpr, FORM: tl.constexpr):
+    words, group, _ = take(queue, slot, FORM)
     inside = inside & (group < groups)
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
@@ -228,10 +230,12 @@ def _solve_simple(tensors, shape, groups, queue, slot, inside, sums, KIND: tl.co
 
 
 @triton.jit
-def _solve_other(tensors, shape, groups, queue, slot, inside, free, sums, KIND: tl.constexpr, DENSE: tl.constexpr):
+def _solve_other(
+    tensors, shape, groups, queue, slot, inside, free, sums, KIND: tl.constexpr, FORM: tl.constexpr, DENSE: tl.constexpr
+):
     """Solve other groups; those for which a dense point is possible go into the slots from ``free`` on. How many those
     are, and the sums."""
-    words, group, root = take(queue, slot, KIND[5])
+    words, group, root = take(queue, slot, FORM)
     inside = inside & (group < groups)
     begin = tl.zeros((), tl.int32)
     lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
@@ -239,7 +243,7 @@ def _solve_other(tensors, shape, groups, queue, slot, inside, free, sums, KIND: 
     added = tl.zeros((), tl.int32)
     if not (KIND[4] or DENSE):
         waits = inside & left
-        put(queue, free, 1, words, group, root, waits, KIND[5])
+        put(queue, free, 1, words, group, root, waits, FORM)
         added = _count(waits)
         inside = inside & (waits == 0)
     store_groups(tensors[1], shape, begin, group, inside, solved, KIND)

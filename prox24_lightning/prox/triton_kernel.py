@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,20 +18,31 @@ from prox24_lightning.prox.look import Look
 from prox24_lightning.prox.triton_critical import critical_kernel, critical_many_kernel
 from prox24_lightning.prox.triton_fused import prox_kernel, prox_many_kernel
 
-TILE = 64
-"""Groups that a program settles at a time."""
-
 ROUND = 32
 """Groups that a program solves at a time: one a thread."""
 
-REGISTERS = 64
-"""Registers a thread at most: 32 programs then fit on a multiprocessor."""
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched.
+
+    Attributes:
+        tile: groups that a program settles at a time.
+        registers: a thread at most. With 64 as many programs fit on a multiprocessor as it takes, 32; with 80 24.
+        programs: a multiprocessor, one after the other; some whole number of times as many as fit. One that ends makes
+            room, so none waits for the slowest; and each solves fewer groups than a warp holds only at its end.
+    """
+
+    tile: int = 64
+    registers: int = 64
+    programs: int = 96
+
+
+PAIRS = Launch(tile=128, registers=80, programs=72)
+"""For pairs of entries in a word (``triton_pairs.py``), of which a thread holds the most."""
 
 LOOK_REGISTERS = 96
-"""The same where sums are kept too."""
-
-PROGRAMS = 96
-"""Programs a multiprocessor, one after the other: a program that ends makes room, so none waits for the slowest."""
+"""Where sums are kept too."""
 
 SHORTEST = 512
 """Groups a program at least: fewer do not fill its queues."""
@@ -65,8 +77,10 @@ def prox_24_triton(
         scale_values, scale_strides = lam, (0, 0, 0)
     else:
         scale_values, scale_strides = strided(scale, weight.shape, dim, weight.device)
+    aligned = (weight.data_ptr() | out.data_ptr()) % 16 == 0 and has_words(weight)
+    launch = launch_for(weight, rows=inner == 1, plain=scale is None and aligned)
     with torch.cuda.device_of(weight):
-        programs = programs_for(groups, groups, weight.device)
+        programs = programs_for(groups, groups, launch, weight.device)
         prox_kernel[(programs,)](
             weight,
             out.detach(),
@@ -83,11 +97,11 @@ def prox_24_triton(
             ROWS=inner == 1,
             WIDE=weight.numel() >= WIDE,
             WHOLLY=settle,
-            ALIGNED=(weight.data_ptr() | out.data_ptr()) % 16 == 0 and has_words(weight),
-            TILE=TILE,
+            ALIGNED=aligned,
+            TILE=launch.tile,
             ROUND=ROUND,
             num_warps=1,
-            maxnreg=REGISTERS,
+            maxnreg=launch.registers,
         )
     return out
 
@@ -140,21 +154,22 @@ class ManyWeights:
         self.weights, self.scales = list(weights), scales
         device = weights[0].device
         total = sum(weight.numel() // 4 for weight in weights)
+        inners = [weight.shape[dim + 1 :].numel() for weight, dim in zip(weights, dims, strict=True)]
+        self.rows_last = all(inner == 1 for inner in inners)
+        self.launch = launch_for(weights[0], rows=self.rows_last, plain=scales is None and has_words(weights[0]))
         rows: list[list[int]] = []
         owners: list[int] = []
-        for number, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
+        for number, (weight, dim, inner) in enumerate(zip(weights, dims, inners, strict=True)):
             groups = weight.numel() // 4
-            programs = programs_for(groups, total, device)
+            programs = programs_for(groups, total, self.launch, device)
             values, strides = (
                 (weight, (0, 0, 0)) if scales is None else strided(scales[number], weight.shape, dim, device)
             )
             if scales is not None and values.data_ptr() != scales[number].data_ptr():
                 raise ValueError(f"scale {number} is not a float32 tensor on {device} that broadcasts without a copy")
-            inner = weight.shape[dim + 1 :].numel()
             place = [weight.data_ptr(), values.data_ptr(), groups, programs, weight.shape[dim] // 4, inner]
             rows.append([*place, *strides, len(owners)])
             owners += [number] * programs
-        self.rows_last = all(row[5] == 1 for row in rows)
         self.wide = any(weight.numel() >= WIDE for weight in weights)
         self._table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
         self._owners = torch.tensor(owners, dtype=torch.int32).to(device, non_blocking=True)
@@ -181,6 +196,7 @@ class ManyWeights:
 
         ``looks``, one for each weight, are filled from the same pass; their sums are rows of one tensor.
         """
+        launch = self.launch if looks is None else Launch(registers=LOOK_REGISTERS)
         with torch.cuda.device_of(strengths):
             prox_many_kernel[(len(self._owners),)](
                 self._table,
@@ -194,10 +210,10 @@ class ManyWeights:
                 WHOLLY=settle,
                 LOOK=looks is not None,
                 ALIGNED=has_words(self.weights[0]),
-                TILE=TILE,
+                TILE=launch.tile,
                 ROUND=ROUND,
                 num_warps=1,
-                maxnreg=REGISTERS if looks is None else LOOK_REGISTERS,
+                maxnreg=launch.registers,
             )
 
 
@@ -227,9 +243,15 @@ def has_words(weight: Tensor) -> bool:
     return weight.dtype != torch.bfloat16 or capability(weight.device) >= (9, 0)
 
 
-def programs_for(groups: int, total: int, device: torch.device) -> int:
+def launch_for(weight: Tensor, *, rows: bool, plain: bool) -> Launch:
+    """For groups along the last dimension (``rows``) or another one; ``plain``: aligned, and without a scale, which
+    takes registers."""
+    return PAIRS if rows and plain and weight.dtype == torch.bfloat16 else Launch()
+
+
+def programs_for(groups: int, total: int, launch: Launch, device: torch.device) -> int:
     """Programs that share ``groups`` of the ``total`` in a launch."""
-    share = max(triton.cdiv(total, PROGRAMS * multiprocessors(device)), SHORTEST)
+    share = max(triton.cdiv(total, launch.programs * multiprocessors(device)), SHORTEST)
     return triton.cdiv(groups, share)
 
 

@@ -1,8 +1,9 @@
 """Groups that wait in shared memory until they fill a warp: for programs of one warp.
 
 Triton has no shared memory of one's own, so the few instructions are written out. A slot holds the words of a group,
-four entries or two pairs (``triton_pairs.py``), its number, and one more value; who uses the queue keeps count of what
-is in which part of it.
+four entries or two pairs (``triton_pairs.py``), its number, and one more value; numbers and values that do not fit
+beside the entries lie behind all slots. Who uses the queue keeps count of what is in which part of it. ``FORM`` is (how
+many slots, whether words are pairs).
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -13,11 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SLOTS = tl.constexpr(256)
-_BYTES = SLOTS.value * 24
-_NUMBERS = tl.constexpr(SLOTS.value * 16)
-"""Where the numbers of the groups begin that do not fit beside their entries."""
-_OPEN = tl.constexpr(f"{{ .shared .align 16 .b8 waiting[{_BYTES}]; mov.u32 $0, waiting; }}")
+_SIZES = [(slots, pairs) for slots in (192, 256) for pairs in (False, True)]
+_OPEN = tl.constexpr(
+    {
+        (slots, pairs): f"{{ .shared .align 16 .b8 waiting[{slots * (16 if pairs else 24)}]; mov.u32 $0, waiting; }}"
+        for slots, pairs in _SIZES
+    }
+)
 _TAKE = tl.constexpr(
     "{ bar.warp.sync 0xffffffff; ld.shared.v4.f32 {$0, $1, $2, $3}, [$6]; ld.shared.v2.b32 {$4, $5}, [$7]; }"
 )
@@ -57,36 +60,37 @@ _PUT_OPERANDS = tl.constexpr({kind: _put_operands(*kind) for kind in _KINDS})
 
 
 @triton.jit
-def open_queue():
+def open_queue(FORM: tl.constexpr):
     """The address of the queue, and of each lane the mask of those below it, by which it finds its place in
     :func:`put`. Called once in a kernel: each place in the code has a queue of its own."""
+    code: tl.constexpr = _OPEN[FORM]
     nothing = tl.zeros((), tl.int32)
     return (
-        tl.inline_asm_elementwise(_OPEN, "=r,r", [nothing], tl.int32, is_pure=False, pack=1),
+        tl.inline_asm_elementwise(code, "=r,r", [nothing], tl.int32, is_pure=False, pack=1),
         tl.inline_asm_elementwise("mov.u32 $0, %lanemask_lt;", "=r,r", [nothing], tl.int32, is_pure=True, pack=1),
     )
 
 
 @triton.jit
-def put(queue, slot, step, words, group, value, mask, PAIRS: tl.constexpr):
+def put(queue, slot, step, words, group, value, mask, FORM: tl.constexpr):
     """Write the groups that ``mask`` sets, in no order, to the slots ``slot``, ``slot + step``, and so on."""
     groups: tl.constexpr = mask.shape[0] // 32
-    code: tl.constexpr = _PUT[(groups, PAIRS)]
-    operands: tl.constexpr = _PUT_OPERANDS[(groups, PAIRS)]
+    code: tl.constexpr = _PUT[(groups, FORM[1])]
+    operands: tl.constexpr = _PUT_OPERANDS[(groups, FORM[1])]
     place, below = queue
     mask, value = mask.to(tl.int32), value.to(tl.int32, bitcast=True)
-    if PAIRS:
+    if FORM[1]:
         values = [slot, step, below, mask, group, value, words[0], words[1], place]
     else:
         x0, x1, x2, x3 = words
-        values = [slot, step, below, mask, group, value, x0, x1, x2, x3, place, place + _NUMBERS]
+        values = [slot, step, below, mask, group, value, x0, x1, x2, x3, place, place + FORM[0] * 16]
     tl.inline_asm_elementwise(code, operands, values, tl.int32, is_pure=False, pack=groups)
 
 
 @triton.jit
-def take(queue, slot, PAIRS: tl.constexpr):
+def take(queue, slot, FORM: tl.constexpr):
     """The words, the number and the value of the groups in some slots."""
-    if PAIRS:
+    if FORM[1]:
         first, second, group, value = tl.inline_asm_elementwise(
             _TAKE_PAIRS,
             "=r,=r,=r,=f,r",
@@ -100,7 +104,7 @@ def take(queue, slot, PAIRS: tl.constexpr):
         x0, x1, x2, x3, group, value = tl.inline_asm_elementwise(
             _TAKE,
             "=&f,=&f,=&f,=&f,=&r,=&f,r,r",
-            [queue[0] + slot * 16, queue[0] + _NUMBERS + slot * 8],
+            [queue[0] + slot * 16, queue[0] + FORM[0] * 16 + slot * 8],
             (tl.float32, tl.float32, tl.float32, tl.float32, tl.int32, tl.float32),
             is_pure=False,
             pack=1,
