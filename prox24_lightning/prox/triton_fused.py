@@ -158,8 +158,12 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
             if KIND[4]:
                 waits = waits & may_change(largest)
                 waiting = _count(waits)
-            hard = waits
-            if (not KIND[4]) and waiting >= (FEW * TILE) // 4:
+                put(queue, above - 1 - others, -1, kept, begin + group, kept[0], waits, form)
+                others += waiting
+            elif waiting < (FEW * TILE) // 4:
+                put(queue, above - 1 - others, -1, kept, begin + group, kept[0], waits, form)
+                others += waiting
+            else:
                 lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
                 easy, fourth = are_simple(words, largest, c0, c1, c2, c3, KIND)
                 easy = waits & easy
@@ -173,9 +177,9 @@ def _walk(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.cons
                 else:
                     put(queue, simples, 1, kept, begin + group, kept[0], easy, form)
                     simples += many
-            if waiting > 0:
-                put(queue, above - 1 - others, -1, kept, begin + group, kept[0], hard, form)
-                others += waiting
+                if waiting > 0:
+                    put(queue, above - 1 - others, -1, kept, begin + group, kept[0], hard, form)
+                    others += waiting
         store_tile(tensors[1], shape, begin, group, left, kept, KIND)
         if KIND[6]:
             settled = inside & (waits == 0)

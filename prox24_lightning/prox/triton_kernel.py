@@ -24,13 +24,15 @@ ROUND = 32
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched.
+    """How a kernel is launched; which is best was measured (H200).
 
     Attributes:
         tile: groups that a program settles at a time.
-        registers: a thread at most. With 64 as many programs fit on a multiprocessor as it takes, 32; with 80 24.
+        registers: a thread at most. With 64 as many programs fit on a multiprocessor as it takes, 32; with 80 24; with
+            96 20.
         programs: a multiprocessor, one after the other; some whole number of times as many as fit. One that ends makes
-            room, so none waits for the slowest; and each solves fewer groups than a warp holds only at its end.
+            room, so none waits for the slowest. Few leave few warps half filled at their ends; many write the groups
+            that waited sooner, while the device's cache still holds what is around them.
     """
 
     tile: int = 64
@@ -38,8 +40,8 @@ class Launch:
     programs: int = 96
 
 
-PAIRS = Launch(tile=128, registers=80, programs=72)
-"""For pairs of entries in a word (``triton_pairs.py``), of which a thread holds the most."""
+LAUNCHES = {torch.bfloat16: Launch(tile=128, registers=80, programs=72), torch.float32: Launch(128, 96, 160)}
+"""Where groups lie along the last dimension, are aligned and have no scales, which take registers."""
 
 LOOK_REGISTERS = 96
 """Where sums are kept too."""
@@ -244,9 +246,8 @@ def has_words(weight: Tensor) -> bool:
 
 
 def launch_for(weight: Tensor, *, rows: bool, plain: bool) -> Launch:
-    """For groups along the last dimension (``rows``) or another one; ``plain``: aligned, and without a scale, which
-    takes registers."""
-    return PAIRS if rows and plain and weight.dtype == torch.bfloat16 else Launch()
+    """For groups along the last dimension (``rows``) or another one; ``plain``: aligned, and without scales."""
+    return LAUNCHES.get(weight.dtype, Launch()) if rows and plain else Launch()
 
 
 def programs_for(groups: int, total: int, launch: Launch, device: torch.device) -> int:
