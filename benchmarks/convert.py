@@ -5,10 +5,9 @@
     python -m benchmarks.convert --part models --models 8B
 
 Grid: cuBLAS on the dense weight, torch's own ``to_sparse_semi_structured``, and this package's layers, each called in
-eager mode and replayed from a CUDA graph, over several weights in turn that no cache holds together; torch's own over
-two where it takes long over a call (in float16 a kernel is compiled at each). Several GPUs take shapes side by side.
-Models: random 2:4 weights in LLaMA's shapes, decoding one token on a static cache and reading a long prompt, dense and
-converted.
+eager mode and replayed from a CUDA graph, over several weights in turn that no cache holds together; several GPUs take
+shapes side by side. Models: random 2:4 weights in LLaMA's shapes, decoding one token on a static cache and reading a
+long prompt, dense and converted.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -44,9 +42,6 @@ TOKENS = tuple(2**power for power in range(15))
 
 _LONG = 4096  # from so many tokens a call is long, and is repeated less often
 _MANY = 1024  # from so many on two weights in turn are enough: the inputs and results push them out of the cache
-
-
-_SLOW = 0.02  # seconds: torch's own layers that take so long a call are called less often
 
 Shape = tuple[int, int]
 
@@ -89,7 +84,7 @@ def _shape_rows(job: tuple[torch.dtype, Shape, tuple[int, ...], int]) -> list[di
 
 
 def layer_rows(
-    shape: tuple[int, int],
+    shape: Shape,
     dtype: torch.dtype,
     token_counts: Sequence[int],
     packed: KernelTable,
@@ -111,16 +106,13 @@ def layer_rows(
     rows = []
     for tokens, row, kept_row in zip(token_counts, packed.rows, kept.rows, strict=True):
         inputs = torch.randn(tokens, shape[1], device=device, dtype=dtype)
-        layers: dict[str, list[Any]] = {"dense": linears, "ours": ours, "kept": with_dense}
+        layers = {"dense": linears, "stock": stock, "ours": ours, "kept": with_dense}
         used = copies if tokens < _MANY else 2
+        calls = {name: _all(modules[:used], inputs) for name, modules in layers.items()}
         few = rounds if tokens < _LONG else max(2, rounds // 2)
-        slow = _seconds(stock[0], inputs) > _SLOW
-        if not slow:
-            layers["stock"] = stock
-        eager, graph = _times(layers, inputs, used, few)
-        if slow:
-            for found, times in zip((eager, graph), _times({"stock": stock}, inputs, 2, 2), strict=True):
-                found |= times
+        eager = {name: timing.median_us for name, timing in measure(calls, calls=used, rounds=few).items()}
+        graphs = {name: capture(call).replay for name, call in calls.items()}
+        graph = {name: timing.median_us for name, timing in measure(graphs, calls=used, rounds=few).items()}
         rows.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),
@@ -143,28 +135,8 @@ def layer_rows(
                 "memory": ours[0].stored_bytes / dense[0].nbytes,
             }
         )
+        del graphs, calls
     return rows
-
-
-def _seconds(module: nn.Module, inputs: Tensor) -> float:
-    """Of the second call."""
-    module(inputs)
-    torch.cuda.synchronize()
-    start = perf_counter()
-    module(inputs)
-    torch.cuda.synchronize()
-    return perf_counter() - start
-
-
-def _times(
-    layers: dict[str, list[Any]], inputs: Tensor, used: int, rounds: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Microseconds a call of each kind of layer, ``used`` of which take turns: in eager mode, and from a graph."""
-    calls = {name: _all(modules[:used], inputs) for name, modules in layers.items()}
-    eager = {name: timing.median_us for name, timing in measure(calls, calls=used, rounds=rounds).items()}
-    graphs = {name: capture(call).replay for name, call in calls.items()}
-    graph = {name: timing.median_us for name, timing in measure(graphs, calls=used, rounds=rounds).items()}
-    return eager, graph
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -257,7 +229,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     pyplot.close(figure)
 
 
-def _shape(text: str) -> tuple[int, int]:
+def _shape(text: str) -> Shape:
     rows, columns = text.split("x")
     return int(rows), int(columns)
 
