@@ -18,7 +18,7 @@ from prox24_lightning.convert.eligibility import Target, find_target
 from prox24_lightning.convert.kernels.cache import Place
 from prox24_lightning.convert.measure.gain import measured_gain
 from prox24_lightning.convert.measure.tables import STATES, Section, grouped, print_tables
-from prox24_lightning.files import write_text
+from prox24_lightning.files import check_folder, write_text
 
 
 def doctor(
@@ -53,6 +53,8 @@ def doctor(
         counts = token_counts or [1, 16, 64, 1024, 4096]
         if any(count < 1 for count in counts):
             raise ValueError(f"token_counts={counts} must be whole numbers from 1 up")
+        if json not in (None, "-"):
+            check_folder(Path(json).parent)
         source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
         target = find_target()
         found = diagnose(
@@ -67,6 +69,7 @@ def doctor(
         if json == "-":
             sys.stdout.write(found.to_json())
         elif json is not None:
+            Path(json).parent.mkdir(parents=True, exist_ok=True)
             write_text(json, found.to_json())
     raise SystemExit(0 if found.able else 1)
 

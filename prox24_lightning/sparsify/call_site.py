@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.finetune import frozen_copy
-from prox24_lightning.layerwise.blocks import listened_to, map_tensors
-from prox24_lightning.ranks import rank, world_size
+from prox24_lightning.layerwise.blocks import listened_to, map_tensors, tensors_in
+from prox24_lightning.ranks import gathered_objects, rank, world_size
 from prox24_lightning.sparsify.calls import Call, device_of
 from prox24_lightning.sparsify.dense_weights import DenseWeights
 
@@ -62,6 +63,20 @@ class CallSite:
         self.recording = recording
         if recording and (not self._batches or self._batches[-1]):
             self._batches.append([])
+
+    def leave_out_unsound(self) -> int:
+        """Forget the batches that hold NaN or infinity on any rank, unless all do; how many. All ranks call it."""
+        flags = [all(map(_is_sound, batch)) for batch in self._batches]
+        together = gathered_objects(flags)
+        if len({len(flags) for flags in together}) > 1:
+            return 0
+        sound = [batch for batch, *flags in zip(self._batches, *together, strict=True) if all(flags)]
+        left_out = len(self._batches) - len(sound)
+        if not any(sound) or not left_out:
+            return 0
+        self._batches.clear()
+        self._batches.extend(sound)
+        return left_out
 
     def keep_dense(self, *, sharded: bool) -> nn.Module | DenseWeights:
         """Remember the module as it is now: in a frozen copy that :meth:`replaying` leaves alone.
@@ -137,6 +152,12 @@ class CallSite:
         for batch in state["batches"]:
             self._batches.append([Call.from_state_dict(call, device) for call in batch])
         self.called = state["called"]
+
+
+def _is_sound(call: Call) -> bool:
+    """Masks that are added hold minus infinity."""
+    tensors = [tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.is_floating_point()]
+    return not any(bool((tensor.isnan() | (tensor == math.inf)).any()) for tensor in tensors)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -201,6 +201,10 @@ class Progressive(Strategy):
         frozen: Frozen = {}
         for together in self._groups(units):
             site = together[0].site
+            if (left_out := site.leave_out_unsound()) and rank() == 0:
+                log.warning(
+                    "NaN or infinity in %d of the last training batches: blocks are solved without them", left_out
+                )
             with site.replaying():
                 replays = Replays(self._model, together)
                 for unit in together:

@@ -50,6 +50,17 @@ def test_json_alone_on_stdout(prox24, sparse_folder):
     assert "10 of 16 layers" in " ".join(err.split())
 
 
+def test_the_folder_of_the_json_is_made_or_refused_first(prox24, dense_folder, monkeypatch, tmp_path):
+    code, *_ = prox24("doctor", dense_folder, "--json", tmp_path / "new" / "found.json")
+    assert code == 1
+    assert json.loads((tmp_path / "new" / "found.json").read_text())["layers"]
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(command, "load_source", lambda *args, **options: pytest.fail("loaded"))
+    code, _, err = prox24("doctor", dense_folder, "--json", tmp_path / "file" / "found.json")
+    assert code == 2
+    assert "name another folder" in " ".join(err.split())
+
+
 def test_a_gpu_that_cannot_is_exit_code_1(prox24, sparse_folder, monkeypatch):
     monkeypatch.setattr(command, "find_target", lambda: Target("pretended P100", (6, 0), "cusparselt"))
     code, out, _ = prox24("doctor", sparse_folder)

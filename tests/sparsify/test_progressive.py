@@ -8,6 +8,7 @@ from prox24_lightning.groups import select_weights
 from prox24_lightning.layerwise import solve_layer
 from prox24_lightning.mask import is_24
 from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
+from prox24_lightning.sparsify.call_site import CallSite
 
 
 class Backwards(nn.Module):
@@ -78,6 +79,40 @@ def test_inputs_that_are_not_finite_do_not_lose_the_run(caplog):
     optimizer.step()
     assert "its largest weights are kept instead" in caplog.text
     assert is_24(model[0].weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_is_left_out(bad, caplog):
+    """As a gradient scaler leaves one behind: it skips the step, and training goes on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8))
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(0, 3), Progressive(model, dense_target=0.0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    batches = [torch.randn(64, 16) @ torch.randn(16, 16) for _ in range(3)]
+    batches[1][5, 3] = bad
+    dense = model[0].weight.detach().clone()
+    engine.bind([optimizer])
+    for x in batches:
+        engine.before_batch()
+        loss = model(x).sum()
+        if loss.isfinite():
+            loss.backward()
+        optimizer.step()
+    sound = torch.cat([batches[0], batches[2]])
+    expected = solve_layer(dense, sound.T @ sound / len(sound))
+    assert torch.equal(engine.masks["0.weight"], expected.mask)
+    assert torch.allclose(model[0].weight, expected.weight, atol=1e-5)
+    assert "in 1 of the last training batches" in caplog.text
+
+
+def test_masks_of_minus_infinity_are_sound():
+    site = CallSite(nn.Identity(), batches=2)
+    site.attach()
+    for value in (float("-inf"), 0.0):
+        site.next_batch(True)
+        site.module(torch.tensor([value, 1.0]))
+    assert site.leave_out_unsound() == 0
+    assert len(site.calls) == 2
 
 
 def test_a_layer_that_never_runs_is_projected_at_the_freeze():
