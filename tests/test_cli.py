@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import wraps
 from importlib import import_module
 from importlib.metadata import version
 
 import pytest
+from lightning.pytorch import Trainer
 
 from prox24_lightning import cli
 
@@ -82,3 +84,25 @@ def test_fit_finds_a_class_in_the_working_directory(in_empty_folder):
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
     cli.main(["fit", "--model", "user_net.Net", *options, *quiet])
     assert (in_empty_folder / "steps.txt").read_text() == "2"
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test"])
+def test_a_missing_checkpoint_is_told_before_the_model_is_made(subcommand, capsys):
+    model = "lightning.pytorch.demos.boring_classes.BoringModel"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([subcommand, f"--model={model}", "--ckpt_path=gone.ckpt"])
+    assert stopped.value.code == 2
+    assert "there is no gone.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["best", "registry:model", "s3://bucket/last.ckpt"])
+def test_a_checkpoint_that_is_no_file_is_left_to_lightning(named, monkeypatch):
+    asked = []
+
+    @wraps(Trainer.validate)
+    def validate(self, *args, **options):
+        asked.append(options["ckpt_path"])
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    cli.main(["validate", "--model=lightning.pytorch.demos.boring_classes.BoringModel", f"--ckpt_path={named}"])
+    assert asked == [named]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
+
+_NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
 
 class Prox24CLI(LightningCLI):
@@ -36,6 +39,16 @@ class Prox24CLI(LightningCLI):
         if not isinstance(args, list):
             raise TypeError(f"expected a list of command line words, got {type(args).__name__}")
         self.config = parser.parse_args(args)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Say that a checkpoint is missing before the model is made."""
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if path is None or "://" in str(path) or str(path).split(":")[0] in _NAMED_CHECKPOINTS:
+            return
+        if not Path(path).exists():
+            self.parser.error(f"--ckpt_path: there is no {path}")
 
 
 def fit(words: list[str]) -> None:
