@@ -12,8 +12,11 @@ from tempfile import mkdtemp
 PACKED_FILE = "packed.safetensors"
 """The usual name of a packed model, beside its ``config.json``."""
 
-DENSE_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-"""Patterns of the names under which ``save_pretrained`` writes weights."""
+DENSE_FILES = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
+)
+"""Patterns of the names under which ``save_pretrained`` writes weights, or has written them."""
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def load_masks(
     model: nn.Module,
     path: str | Path,
     *,
-    optimizers: Iterable[Optimizer] = (),
+    optimizers: Iterable[Optimizer] | Optimizer = (),
     expect: Expect = "pruned",
     prefix: str = "",
 ) -> MaskedParameters:
@@ -82,7 +82,7 @@ def load_masks(
     Args:
         model: holds every weight that the file names; more of them stay free. Sharded weights take their part.
         path: of a file that :func:`save_masks`, ``Prox24`` or ``prox24 prune`` wrote.
-        optimizers: of those weights.
+        optimizers: of those weights; one, or several.
         expect: what the model's weights must be: ``"pruned"``: zero wherever the masks say so; ``"same"``: the very
             weights that were saved, by their hash; ``"any"``: anything, which is pruned by the masks now.
         prefix: what the file's names have in front of the model's (``"model."`` if they were saved from a
@@ -106,7 +106,7 @@ def load_masks(
     for name, parameter in found.items():
         device = local_part(parameter).device
         masked.hold(name.removeprefix(prefix), parameter, part_of(file.masks[name].mask.to(device), parameter))
-    masked.follow(optimizers)
+    masked.follow([optimizers] if isinstance(optimizers, Optimizer) else optimizers)
     return masked
 
 
@@ -128,6 +128,8 @@ def _match(
             f"{path}: the mask of {name!r} has shape {tuple(stored.mask.shape)}, the model's weight "
             f"{tuple(parameter.shape)}; load it onto the model that it was saved from"
         )
+    if parameter.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values: load the weights before their masks")
     if cut := cut_groups(parameter, stored.dim):
         raise ValueError(f"{name}: {cut}; shard another dimension of it")
     return parameter

@@ -73,9 +73,13 @@ def test_dense_weights_take_the_place_of_packed_ones_and_never_the_other_way_rou
     assert code == 2
     assert f"{folder} holds dense weights (model.safetensors), and packed.safetensors beside them is a second" in err
     shutil.copy(tmp_path / "kept.safetensors", folder / "packed.safetensors")
-    code, _, err = prox24("doctor", folder)
-    assert code == 2
-    assert "remove one of the two" in err
+    for dense in ("model.safetensors", "pytorch_model.bin"):
+        code, _, err = prox24("doctor", folder)
+        assert code == 2
+        assert f"({dense})" in err
+        assert "remove one of the two" in err
+        (folder / "pytorch_model.bin").touch()
+        (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def test_a_folder_that_lacks_a_part_says_which(prox24, sparse_folder, tmp_path):

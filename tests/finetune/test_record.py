@@ -49,12 +49,13 @@ def test_a_copy_elsewhere_is_trained_on_and_stays_24(saved):
     assert read_masks(path).info == {"step": 7}
 
 
-def test_an_optimizer_with_a_past_is_cleaned_and_followed(saved):
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_optimizer_with_a_past_is_cleaned_and_followed(saved, alone):
     _, path = saved
     model = small_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     train(model, optimizer)
-    masked = load_masks(model, path, optimizers=[optimizer], expect="any")
+    masked = load_masks(model, path, optimizers=optimizer if alone else [optimizer], expect="any")
     mask = masked.masks["0.weight"]
     assert (optimizer.state[model[0].weight]["exp_avg"][~mask] == 0).all()
     model[0].weight.data[~mask] = 1.0  # something writes what it should not
@@ -64,6 +65,14 @@ def test_an_optimizer_with_a_past_is_cleaned_and_followed(saved):
     train(model, optimizer)
     assert not is_24(model[0].weight)
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_weights_without_values_are_refused(saved):
+    _, path = saved
+    with torch.device("meta"):
+        model = small_model()
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device.*load the weights before"):
+        load_masks(model, path)
 
 
 @pytest.mark.parametrize("around", [lambda model: model, torch.compile])
