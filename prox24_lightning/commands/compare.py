@@ -104,8 +104,8 @@ def compare(words: list[str]) -> None:
 
     Raises:
         SystemExit: with code 2 and the reason, before the first run, if the config has no Prox24 callback, the metric
-            is not known or the output cannot be written; with code 1 at the end, if a run failed: the table holds the
-            others.
+            is not known or never logged, or the output cannot be written; with code 1 at the end, if a run failed: the
+            table holds the others.
     """
     console = Console()
     parsed = CompareCLI(words)
@@ -126,6 +126,7 @@ def compare(words: list[str]) -> None:
         command=shlex.join(["prox24", "compare", *words]),
         config=parsed.parser.dump(options, skip_none=True),
     )
+    _check_metric(words, metric, options.split)
     plan = [(seed, variant) for seed in options.seeds for variant in options.variants]
     for number, (seed, variant) in enumerate(plan, start=1):
         console.rule(f"run {number} of {len(plan)}: {variant}, seed {seed}")
@@ -139,6 +140,33 @@ def compare(words: list[str]) -> None:
     console.print(f"curves:  tensorboard --logdir {output}")
     if any(run.error for run in comparison.runs):
         raise SystemExit(1)
+
+
+def _check_metric(words: list[str], metric: str, split: Split) -> None:
+    """Score the untrained model on one batch: a metric that is never logged would cost the training of every variant.
+
+    Raises:
+        ValueError: if it is not logged. What else goes wrong the runs themselves will tell.
+    """
+
+    def edit(config: Namespace) -> None:
+        without_pruning(config)
+        without_conversion(config)
+        config.trainer.logger = False
+        config.trainer.limit_val_batches = config.trainer.limit_test_batches = 1
+
+    try:
+        cli = CompareCLI(words, edit)
+        scores = _score(cli.trainer, cli.model, cli.datamodule, split)
+    except Exception:
+        return
+    _known(metric, scores, split)
+
+
+def _known(metric: str, scores: dict[str, float], split: Split) -> float:
+    if metric not in scores:
+        raise ValueError(f"{split} logged no {metric!r}, only {', '.join(sorted(scores))}; name one by --metric")
+    return scores[metric]
 
 
 def _guarded_run(words: list[str], variant: Variant, seed: int, metric: str, split: Split, output: Path) -> Run:
@@ -177,10 +205,9 @@ def _run(words: list[str], variant: Variant, seed: int, metric: str, split: Spli
     trainer.fit(cli.model, datamodule=cli.datamodule, **fit_options)
     steps = trainer.global_step
     scores = _score(trainer, cli.model, cli.datamodule, split)
-    if metric not in scores:
-        raise ValueError(f"{split} logged no {metric!r}, only {', '.join(sorted(scores))}; name one by --metric")
+    score = _known(metric, scores, split)
     sparse, groups = _groups_24(cli.model, selections)
-    return Run(variant, seed, scores[metric], scores, sparse, groups, record.seconds, steps, record.checksum)
+    return Run(variant, seed, score, scores, sparse, groups, record.seconds, steps, record.checksum)
 
 
 def _score(trainer: Trainer, model: LightningModule, datamodule: Any, split: Split) -> dict[str, float]:

@@ -165,7 +165,16 @@ def test_finished_rows_are_on_disk_before_the_next_run(tmp_path, monkeypatch):
     assert [row["variant"] for row in results(tmp_path)] == ["dense"]
 
 
-def test_a_metric_that_was_not_logged_is_named(tmp_path):
+def test_a_metric_that_is_never_logged_is_told_before_training(tmp_path, monkeypatch, prox24):
+    monkeypatch.setattr(compare_module, "_run", lambda *args: pytest.fail("trained"))
+    code, _, told = prox24(*words(tmp_path, "--metric", "val_f1", "--mode", "max"))
+    assert code == 2
+    assert "validation logged no 'val_f1', only val_acc, val_loss" in told
+    assert not list(tmp_path.glob("*/*")), "nothing is left behind"
+
+
+def test_a_metric_that_was_not_logged_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_module, "_check_metric", lambda *args: None)
     with pytest.raises(SystemExit):
         main(words(tmp_path, "--variants", "dense", "--metric", "val_f1", "--mode", "max"))
     assert "validation logged no 'val_f1', only val_acc, val_loss" in results(tmp_path)[0]["error"]
