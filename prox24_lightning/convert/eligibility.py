@@ -248,10 +248,9 @@ def _values(weight: Tensor, dim: int) -> Iterator[str]:
     if weight.is_floating_point() and weight.itemsize == 1:
         weight = weight.float()  # torch knows few operations on 8 bits
     matrix = weight.detach() if dim == 1 else weight.detach().t()
-    parts = [matrix[rows] for rows in row_chunks(*matrix.shape)]
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
+    if not all(bool(torch.isfinite(matrix[rows]).all()) for rows in row_chunks(*matrix.shape)):
         yield "the weight holds NaN or inf"
-    elif weight.shape[dim] % 4 == 0 and not all(is_24(part) for part in parts):
+    elif weight.shape[dim] % 4 == 0 and not is_24(weight, dim=dim):
         broken = violations_24(weight, dim=dim, limit=3)
         mostly = broken.count > broken.groups // 2  # a dense weight: its values tell nothing
         shown = f"{broken.count} of {broken.groups} groups, first at {broken.first[0]}" if mostly else str(broken)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prox24_lightning.groups import Dim, group_dims, to_groups
 
-_AT_A_TIME = 2**22  # entries, which bounds the scratch memory
+_AT_A_TIME = 2**21  # entries, which bounds the scratch memory
 
 
 @dataclass(frozen=True)

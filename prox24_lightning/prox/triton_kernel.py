@@ -40,7 +40,10 @@ class Launch:
     programs: int = 96
 
 
-LAUNCHES = {torch.bfloat16: Launch(tile=128, registers=80, programs=72), torch.float32: Launch(128, 96, 160)}
+LAUNCHES = {
+    torch.bfloat16: Launch(tile=128, registers=80, programs=72),
+    torch.float32: Launch(tile=128, registers=96, programs=160),
+}
 """Where groups lie along the last dimension, are aligned and have no scales, which take registers."""
 
 LOOK_REGISTERS = 96

@@ -199,12 +199,13 @@ class Progressive(Strategy):
             return {}
         begin = time.perf_counter()
         frozen: Frozen = {}
-        for together in self._groups(units):
-            site = together[0].site
+        for site in dict.fromkeys(unit.site for unit in units):
             if (left_out := site.leave_out_unsound()) and rank() == 0:
                 log.warning(
                     "NaN or infinity in %d of the last training batches: blocks are solved without them", left_out
                 )
+        for together in self._groups(units):
+            site = together[0].site
             with site.replaying():
                 replays = Replays(self._model, together)
                 for unit in together:
