@@ -17,8 +17,8 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.report import write_report
-from prox24_lightning.layerwise import Method, solve_layer
-from prox24_lightning.layerwise.layers import SecondMoments
+from prox24_lightning.calibration.layer_matrix import SecondMoments
+from prox24_lightning.solvers import Method, solve_layer
 
 BLOCKS = 80
 WIDTH, HIDDEN, KEYS = 8192, 28672, 1024

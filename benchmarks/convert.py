@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from benchmarks.convert_models import MODELS, model_rows, save_models
 from benchmarks.report import machine, write_report
 from prox24_lightning.convert import SemiStructuredLinear
-from prox24_lightning.convert.kernels.few_tokens import expand
-from prox24_lightning.convert.kernels.gpu_layout import random_buffer
-from prox24_lightning.convert.kernels.search import kernel_tables
-from prox24_lightning.convert.kernels.table import KernelTable
-from prox24_lightning.convert.measure.timing import capture, measure, relative_error, release_memory
+from prox24_lightning.convert.autotune.search import kernel_tables
+from prox24_lightning.convert.autotune.table import KernelTable
+from prox24_lightning.convert.benchmark.timing import capture, measure, relative_error, release_memory
+from prox24_lightning.convert.kernels.buffer_layout import random_buffer
+from prox24_lightning.convert.kernels.few_tokens.kernel import expand
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336))
 """(out_features, in_features): attention, then the up and down projections of LLaMA 2 7B and of LLaMA 3 8B."""

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import write_report
 from prox24_lightning.convert import SemiStructuredLinear, convert_model
-from prox24_lightning.convert.kernels.table import KernelTable
-from prox24_lightning.convert.measure.timing import capture, describe, measure, relative_error, release_memory
+from prox24_lightning.convert.autotune.table import KernelTable
+from prox24_lightning.convert.benchmark.timing import capture, describe, measure, relative_error, release_memory
 from prox24_lightning.mask import mask_24
 
 MODELS: dict[str, dict[str, int]] = {

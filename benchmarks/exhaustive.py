@@ -15,9 +15,9 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.report import write_report
-from prox24_lightning.layerwise import Method, solve_layer
-from prox24_lightning.layerwise.exhaustive import best_masks
-from prox24_lightning.layerwise.loss import row_losses
+from prox24_lightning.solvers import Method, solve_layer
+from prox24_lightning.solvers.exhaustive import best_masks
+from prox24_lightning.solvers.loss import row_losses
 
 INPUTS = 16
 

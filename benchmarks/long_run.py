@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.report import write_report
 from prox24_lightning import ConvertAndBenchmark, Prox24, SparsityMonitor
-from prox24_lightning.files import replacing
+from prox24_lightning.utils.files import replacing
 
 EVERY = 500
 

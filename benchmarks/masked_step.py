@@ -19,10 +19,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.report import write_report
-from prox24_lightning.convert.kernels.algorithm_search import Job, search
-from prox24_lightning.convert.kernels.kernel import Kernel
-from prox24_lightning.convert.kernels.transposable_linear import TransposableForward
-from prox24_lightning.convert.measure.timing import measure, relative_error
+from prox24_lightning.convert.autotune.algorithms import Job, search
+from prox24_lightning.convert.benchmark.timing import measure, relative_error
+from prox24_lightning.convert.kernels.registry import Kernel
+from prox24_lightning.convert.layers.transposable_linear import TransposableForward
 from prox24_lightning.mask import mask_24
 
 Shape = tuple[int, int]

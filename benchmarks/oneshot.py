@@ -17,9 +17,9 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.report import write_report
-from prox24_lightning.commands.pretrained import Pretrained
-from prox24_lightning.commands.texts import TextSource, perplexity, token_sequences
-from prox24_lightning.layerwise import prune_layerwise
+from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
+from prox24_lightning.oneshot import prune_layerwise
 from recipes.calibration_text import LibraryDocs, PythonDocs
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from prox24_lightning.commands.machine import commit, processor
-from prox24_lightning.files import write_text
+from prox24_lightning.utils.environment import commit, processor
+from prox24_lightning.utils.files import write_text
 
 PACKAGES = ("torch", "lightning", "transformers", "triton", "numpy")
 

@@ -20,9 +20,9 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from benchmarks.report import write_report
-from prox24_lightning.groups import select_weights
 from prox24_lightning.schedules import FRACTION_CURVES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx, SparsityEngine
+from prox24_lightning.weights.selection import select_weights
 from recipes.bytelm import ByteGPT
 
 STEPS_A_TURN = 4

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.report import write_report
 from prox24_lightning.prox import prox_path
 from prox24_lightning.schedules import STRENGTH_SCHEDULES
-from prox24_lightning.sparsify.sparsifier import Sparsifier
+from prox24_lightning.sparsify.controller import Sparsifier
 
 NEVER = 10**9
 VOCABULARY = 50304

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
         ConvertAndBenchmark,
         Distillation,
         Prox24,
-        Prox24TrainerCallback,
         SparsityMonitor,
     )
     from prox24_lightning.finetune import load_masks, save_masks
+    from prox24_lightning.integrations.transformers import Prox24TrainerCallback
     from prox24_lightning.mask import is_24, mask_24, transposable_mask, violations_24
     from prox24_lightning.prox import critical_strength_24, penalty_24, prox_24, prox_block
 
@@ -43,7 +43,7 @@ _HOMES = {
     "ConvertAndBenchmark": "callbacks",
     "Distillation": "callbacks",
     "Prox24": "callbacks",
-    "Prox24TrainerCallback": "callbacks",
+    "Prox24TrainerCallback": "integrations.transformers",
     "SparsityMonitor": "callbacks",
     "critical_strength_24": "prox",
     "is_24": "mask",

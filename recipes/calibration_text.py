@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from platform import python_version
 
-from prox24_lightning.commands.texts import Split, TextSource
+from prox24_lightning.io.texts import Split, TextSource
 from recipes.stdlib_text import in_validation, read_documents, stdlib_documents
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from prox24_lightning.commands.pretrained import Pretrained
+from prox24_lightning.io.pretrained import Pretrained
 from recipes.compiled_blocks import compile_blocks
 from recipes.optim import adamw_with_cosine
 

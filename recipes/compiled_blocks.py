@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prox24_lightning.layerwise.blocks import find_blocks
+from prox24_lightning.calibration.blocks import find_blocks
 
 
 def compile_blocks(model: nn.Module) -> int:

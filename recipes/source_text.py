@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from platform import python_version
 
-from prox24_lightning.commands.texts import Split, TextSource
+from prox24_lightning.io.texts import Split, TextSource
 from recipes.stdlib_text import in_validation
 
 LIBRARIES = (

@@ -11,8 +11,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prox24_lightning.commands.pretrained import Pretrained
-from prox24_lightning.commands.texts import Split, TextSource
+from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.io.texts import Split, TextSource
 from recipes.token_corpus import cut, source_tokens
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from prox24_lightning.commands.texts import Split, TextSource
+from prox24_lightning.io.texts import Split, TextSource
 
 CHARACTERS_A_BATCH = 2_000_000
 """Documents are tokenised together until they hold as many characters: enough for all cores, little for memory."""

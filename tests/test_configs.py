@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from prox24_lightning.callbacks.prox24 import Prox24
-from prox24_lightning.cli import main
-from prox24_lightning.commands.compare import CompareCLI
-from prox24_lightning.commands.config_edit import callback_entries, loaded_class
+from prox24_lightning.cli.compare.command import CompareCLI
+from prox24_lightning.cli.compare.config_edit import callback_entries, loaded_class
+from prox24_lightning.cli.main import main
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

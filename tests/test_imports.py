@@ -1,72 +1,184 @@
-"""Arrows between the rooms only run down, and light imports stay light; each is looked at in a fresh process."""
+"""Imports run down only, between rooms and inside them, and light imports stay light."""
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
-BASE = {"groups", "weight_blocks", "files", "tensor_files", "ranks", "sharding"}
-BELOW = {
-    "groups": set(),
-    "schedules": set(),
-    "files": set(),
-    "tensor_files": set(),
-    "ranks": set(),
-    "copying": set(),
-    "sharding": {"groups"},
-    "weight_blocks": {"groups"},
-    "mask": {"groups", "weight_blocks", "files", "tensor_files"},
-    "prox": {"groups", "weight_blocks", "mask", "files", "tensor_files"},
-    "moments": {"groups", "ranks", "sharding"},
-    "finetune": {*BASE, "mask", "copying"},
-    "layerwise": {*BASE, "schedules", "prox", "mask", "moments"},
-    "study": {*BASE, "schedules", "prox", "mask", "moments", "layerwise"},
-    "sparsify": {*BASE, "schedules", "prox", "mask", "moments", "copying", "finetune", "layerwise", "convert"},
-    "convert": {*BASE, "prox", "mask", "moments", "copying"},
-}
-"""Room -> the rooms that it may load. The rooms above these (callbacks, cli, recipes) may load anything."""
+PACKAGE = Path(__file__).parents[1] / "prox24_lightning"
 
-LOOK = """
+ROOMS = {
+    "utils": set(),
+    "schedules": set(),
+    "weights": {"utils"},
+    "mask": {"utils", "weights"},
+    "prox": {"utils", "weights", "mask"},
+    "calibration": {"utils", "weights"},
+    "solvers": {"utils", "weights", "mask", "prox", "schedules", "calibration"},
+    "study": {"utils", "weights", "mask", "prox", "schedules", "calibration", "solvers"},
+    "oneshot": {"utils", "weights", "mask", "prox", "schedules", "calibration", "solvers"},
+    "finetune": {"utils", "weights", "mask", "calibration"},
+    "convert": {"utils", "weights", "mask"},
+    "io": {"utils", "weights", "mask", "prox", "schedules", "calibration", "solvers", "oneshot", "convert"},
+}
+ROOMS["sparsify"] = {"utils", "weights", "mask", "prox", "schedules", "calibration", "solvers", "finetune", "convert"}
+ROOMS["monitoring"] = {*ROOMS["sparsify"], "sparsify"}
+ROOMS["callbacks"] = {*ROOMS["monitoring"], "monitoring"}
+ROOMS["integrations"] = {*ROOMS["callbacks"], *ROOMS["io"], "callbacks", "io"}
+ROOMS["cli"] = set(ROOMS) - {"cli"}
+# Import paths that users' files and older READMEs name.
+ROOMS["commands"] = {*ROOMS["io"], "io"}
+ROOMS["layerwise"] = {*ROOMS["oneshot"], "oneshot"}
+"""Room -> the rooms that it may load."""
+
+LAYERS = {
+    "prox": [["penalty", "roots", "statistics"], ["reference", "batched", "block", "triton"], ["dispatch"], [""]],
+    "sparsify": [
+        ["phases", "step_listener", "checks"],
+        ["strategies.base"],
+        ["strategies.post_step", "strategies.progressive"],
+        ["config", "engine", "sparse_training"],
+        ["controller"],
+    ],
+    "convert": [["format"], ["kernels"], ["autotune"], ["layers"], [""], ["benchmark"]],
+}
+"""Layers inside a room, lowest first, by the beginning of a module's name; ``""`` stands for all that is not named."""
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def imports_of(module: str) -> set[str]:
+    """The modules of the package that ``module`` imports, wherever in its text, but for what types alone need."""
+    tree = ast.parse(FILES[module].read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in FILES}
+        if isinstance(node, ast.ImportFrom) and node.module in FILES:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in FILES else node.module for name in names}
+    return found
+
+
+IMPORTS = {module: imports_of(module) for module in FILES}
+
+
+def room_of(module: str) -> str:
+    return (module.split(".") + [""])[1]
+
+
+def layer_of(module: str) -> int | None:
+    """The layer of a module inside its room; None where the room has no layers, and for a package itself."""
+    room, _, rest = module.partition(".")[2].partition(".")
+    if room not in LAYERS or not rest or FILES[module].name == "__init__.py":
+        return None
+    fits = [
+        (len(prefix), number)
+        for number, prefixes in enumerate(LAYERS[room])
+        for prefix in prefixes
+        if not prefix or f"{rest}.".startswith(f"{prefix}.")
+    ]
+    assert fits, f"{module} stands in no layer of {room}"
+    return max(fits)[1]
+
+
+def upward(imports: dict[str, set[str]]) -> list[str]:
+    """Imports that run up: into a room that may not be loaded, or into a higher layer of the same room."""
+    wrong = []
+    for module, targets in imports.items():
+        room = room_of(module)
+        for target in targets if room else ():
+            up = room_of(target) != room and room_of(target) not in ROOMS[room]
+            if room_of(target) == room and layer_of(module) is not None and layer_of(target) is not None:
+                up = layer_of(target) > layer_of(module)
+            if up:
+                wrong.append(f"{module} imports {target}")
+    return sorted(wrong)
+
+
+def test_every_room_is_known():
+    assert {room_of(module) for module in FILES} - {""} == set(ROOMS)
+
+
+def test_no_import_runs_up():
+    assert upward(IMPORTS) == []
+
+
+def test_an_import_that_runs_up_would_be_seen():
+    prox = "prox24_lightning.prox"
+    assert upward({f"{prox}.roots": {"prox24_lightning.sparsify.engine"}})
+    assert upward({f"{prox}.roots": {f"{prox}.functional"}})
+    assert not upward({f"{prox}.functional": {f"{prox}.roots"}})
+
+
+def test_no_imports_form_a_cycle():
+    # A package's own exports say nothing of its modules: what they import is looked at module by module.
+    modules = {
+        module: {target for target in targets if FILES[target].name != "__init__.py"}
+        for module, targets in IMPORTS.items()
+        if FILES[module].name != "__init__.py"
+    }
+    try:
+        TopologicalSorter(modules).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+LOADED = """
 import json, sys
 import {module}
 rooms = sorted({{name.split(".")[1] for name in sys.modules if name.startswith("prox24_lightning.")}})
-heavy = sorted(name for name in ("lightning", "pytorch_lightning", "transformers", "triton", "matplotlib")
-               if name in sys.modules)
+heavy = sorted(name for name in {heavy} if name in sys.modules)
 cuda = "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
 print(json.dumps([rooms, heavy, cuda]))
 """
+HEAVY = ("lightning", "pytorch_lightning", "transformers", "triton", "matplotlib", "datasets")
+LIGHT = [room for room in ROOMS if room not in ("callbacks", "integrations", "cli", "monitoring", "commands")]
 
 
-def look(module: str) -> tuple[set[str], set[str], bool]:
-    """What importing ``module`` loads: rooms of the package, heavy libraries, and whether CUDA was touched."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOOK.format(module=module)], capture_output=True, text=True, check=True
-    )
-    rooms, heavy, cuda = json.loads(done.stdout)
-    return set(rooms), set(heavy), cuda
+def loaded(module: str, heavy: tuple[str, ...] = HEAVY) -> tuple[set[str], set[str], bool]:
+    """What importing ``module`` in a new process loads: rooms, heavy libraries, and whether CUDA was initialised."""
+    code = LOADED.format(module=module, heavy=heavy)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rooms, libraries, cuda = json.loads(done.stdout)
+    return set(rooms), set(libraries), cuda
 
 
-def wrong(module: str, room: str) -> set[str]:
-    """What importing ``module`` loads although ``room`` must not."""
-    rooms, heavy, cuda = look(module)
-    return (rooms - BELOW[room] - {room}) | heavy | ({"cuda"} if cuda else set())
-
-
-@pytest.mark.parametrize("room", BELOW)
+@pytest.mark.parametrize("room", LIGHT)
 def test_a_room_loads_only_what_lies_below(room):
-    assert wrong(f"prox24_lightning.{room}", room) == set()
+    rooms, libraries, cuda = loaded(f"prox24_lightning.{room}")
+    assert rooms - ROOMS[room] - {room} == set()
+    assert not libraries
+    assert not cuda
 
 
-def test_the_look_would_see_a_wrong_arrow():
-    assert {"callbacks", "sparsify", "lightning"} <= wrong("prox24_lightning.callbacks.prox24", "prox")
-    assert "prox" in wrong("prox24_lightning.sparsify", "finetune")
+def test_the_prox_needs_torch_alone():
+    assert loaded("prox24_lightning.prox", (*HEAVY, "safetensors", "numpy.testing"))[1] == set()
+
+
+def test_heavy_libraries_would_be_seen():
+    rooms, libraries, _ = loaded("prox24_lightning.callbacks.prox24")
+    assert "sparsify" in rooms
+    assert "lightning" in libraries
 
 
 def test_the_package_itself_loads_nothing():
-    assert look("prox24_lightning") == (set(), set(), False)
+    assert loaded("prox24_lightning") == (set(), set(), False)
 
 
 def test_every_public_name_is_there():

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import GroupedWeight, from_groups, to_groups
+from prox24_lightning.weights.groups import from_groups, to_groups
+from prox24_lightning.weights.selection import GroupedWeight
 
 
 class FlatGroups:

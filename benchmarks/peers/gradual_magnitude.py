@@ -7,9 +7,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from benchmarks.peers.peer import Peer
-from prox24_lightning.groups import from_groups, to_groups
 from prox24_lightning.mask import mask_24
 from prox24_lightning.schedules import Cubic
+from prox24_lightning.weights.groups import from_groups, to_groups
 
 
 class GradualMagnitude(Peer):

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
-from prox24_lightning.layerwise import prune_layerwise
+from prox24_lightning.oneshot import prune_layerwise
 
 
 class OneShot(Callback):
@@ -23,7 +23,7 @@ class OneShot(Callback):
     Args:
         batches: calibration batches, as the child takes them.
         child: name of the module that is pruned.
-        settings: ``method``, ``refine`` and more of :func:`~prox24_lightning.layerwise.prune_layerwise`.
+        settings: ``method``, ``refine`` and more of :func:`~prox24_lightning.oneshot.prune_layerwise`.
     """
 
     def __init__(self, batches: Sequence[Any], *, child: str = "model", **settings: Any) -> None:

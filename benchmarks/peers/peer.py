@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from prox24_lightning.finetune import MaskedParameters
-from prox24_lightning.groups import GroupedWeight, select_weights
 from prox24_lightning.sparsify.phases import PhasePlan, resolve_plan
-from prox24_lightning.sparsify.steps import StepListener
+from prox24_lightning.sparsify.step_listener import StepListener
+from prox24_lightning.weights.selection import GroupedWeight, select_weights
 
 
 class Peer(Callback):

@@ -18,8 +18,8 @@ from benchmarks.recovery.language_model import LanguageModel, default_precision
 from benchmarks.recovery.protocol import Results, compare, settings_line
 from benchmarks.recovery.rows import FINETUNING, chosen_rows, further_rows
 from benchmarks.recovery.summary import finish
-from prox24_lightning.commands.pretrained import Pretrained
-from prox24_lightning.commands.texts import TextSource
+from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.io.texts import TextSource
 from recipes.calibration_text import PythonDocs
 from recipes.causal_lm import SMOLLM2
 from recipes.source_text import PythonSources

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override
 
 from benchmarks.recovery.task import Task
-from prox24_lightning.commands.pretrained import Pretrained
-from prox24_lightning.commands.texts import TextSource
+from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.io.texts import TextSource
 from recipes.causal_lm import CausalLM
 from recipes.text_tokens import TextTokens
 

@@ -14,9 +14,9 @@ from typing_extensions import override
 from benchmarks.peers import OneShot
 from benchmarks.recovery.rows import Row
 from benchmarks.recovery.task import Task
-from prox24_lightning.commands.training_record import TrainingRecord
-from prox24_lightning.groups import select_weights
+from prox24_lightning.cli.compare.training_record import TrainingRecord
 from prox24_lightning.mask import violations_24
+from prox24_lightning.weights.selection import select_weights
 
 _WARM_UP = 5
 _POINTS = 50

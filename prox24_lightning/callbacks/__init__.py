@@ -1,4 +1,4 @@
-"""Callbacks of Lightning and transformers: they decide when, the rooms below know how."""
+"""The Lightning callbacks: they decide when, the rooms below know how."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prox24_lightning.callbacks.convert_and_benchmark import ConvertAndBenchmark
     from prox24_lightning.callbacks.distillation import Distillation
-    from prox24_lightning.callbacks.huggingface import Prox24TrainerCallback
     from prox24_lightning.callbacks.prox24 import Prox24
     from prox24_lightning.callbacks.sparsity_monitor import SparsityMonitor
 
-__all__ = ["ConvertAndBenchmark", "Distillation", "Prox24", "Prox24TrainerCallback", "SparsityMonitor"]
+__all__ = ["ConvertAndBenchmark", "Distillation", "Prox24", "SparsityMonitor"]
 
 _HOMES = {
     "ConvertAndBenchmark": "convert_and_benchmark",
     "Distillation": "distillation",
     "Prox24": "prox24",
-    "Prox24TrainerCallback": "huggingface",
     "SparsityMonitor": "sparsity_monitor",
 }
 

@@ -15,16 +15,16 @@ from torch import nn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.prox24 import Prox24
-from prox24_lightning.convert.measure.benchmark import empty_report, run_benchmark
-from prox24_lightning.convert.measure.example_inputs import InputCatcher, own_example
-from prox24_lightning.convert.measure.report import Report, RunMode
-from prox24_lightning.convert.measure.settings import Settings
-from prox24_lightning.convert.measure.tables import print_report, to_markdown, write_report
-from prox24_lightning.convert.measure.timing import describe, release_memory
-from prox24_lightning.convert.semi_structured import convert_model, expand_model
-from prox24_lightning.copying import cast_model
-from prox24_lightning.groups import clean_name, is_transposed_linear
-from prox24_lightning.sharding import is_sharded
+from prox24_lightning.convert.benchmark.example_inputs import InputCatcher, own_example
+from prox24_lightning.convert.benchmark.report import Report, RunMode
+from prox24_lightning.convert.benchmark.run import empty_report, run_benchmark
+from prox24_lightning.convert.benchmark.settings import Settings
+from prox24_lightning.convert.benchmark.tables import print_report, to_markdown, write_report
+from prox24_lightning.convert.benchmark.timing import describe, release_memory
+from prox24_lightning.convert.convert import convert_model, expand_model
+from prox24_lightning.utils.module_copy import cast_model
+from prox24_lightning.weights.selection import clean_name, is_transposed_linear
+from prox24_lightning.weights.sharded import is_sharded
 
 Dtype = Literal["bfloat16", "float16"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from prox24_lightning.layerwise.blocks import find_blocks
+from prox24_lightning.calibration.blocks import find_blocks
 
 
 def paired_blocks(name: str, student: nn.Module, teacher: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:

@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from prox24_lightning.callbacks.compatibility import check_trainer
 from prox24_lightning.callbacks.loaded_state import LoadedState
-from prox24_lightning.callbacks.tables import print_selection
-from prox24_lightning.groups import clean_name
-from prox24_lightning.sharding import local_part
-from prox24_lightning.sparsify.sparsifier import Sparsifier
+from prox24_lightning.monitoring.selection_table import print_selection
+from prox24_lightning.sparsify.controller import Sparsifier
+from prox24_lightning.weights.selection import clean_name
+from prox24_lightning.weights.sharded import local_part
 
 
 class Prox24(LoadedState, Sparsifier, Callback):

@@ -10,13 +10,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from prox24_lightning.callbacks.figures import mask_figure, overview_figure, rendered
-from prox24_lightning.callbacks.monitor_output import MonitorOutput, tensorboard_loggers
-from prox24_lightning.callbacks.monitor_summary import print_summary
-from prox24_lightning.callbacks.monitor_track import Track
 from prox24_lightning.callbacks.prox24 import Prox24
-from prox24_lightning.groups import GroupedWeight, select_weights
-from prox24_lightning.sparsify.history import SparsityHistory
+from prox24_lightning.monitoring.figures import mask_figure, overview_figure, rendered
+from prox24_lightning.monitoring.history import SparsityHistory
+from prox24_lightning.monitoring.output import MonitorOutput, tensorboard_loggers
+from prox24_lightning.monitoring.summary import print_summary
+from prox24_lightning.monitoring.track import Track
+from prox24_lightning.weights.selection import GroupedWeight, select_weights
 
 
 class SparsityMonitor(Callback):
@@ -29,7 +29,7 @@ class SparsityMonitor(Callback):
 
     Logged under ``<name>/`` (``<name>/<name of the Prox24>/`` if there are several), with Lightning's own x-axis:
     ``groups_24`` share of 2:4 groups, ``groups_with_0_zeros`` to ``groups_with_4_zeros``, ``energy_kept``, ``penalty``,
-    ``rms``, ``mask_flips``, ``strength`` (see :class:`~prox24_lightning.sparsify.statistics.SparsityStats`), ``phase``
+    ``rms``, ``mask_flips``, ``strength`` (see :class:`~prox24_lightning.monitoring.statistics.SparsityStats`), ``phase``
     (0 dense, 1 sparsify, 2 frozen) and ``step`` (real optimizer steps, as Prox24 counts them); for each layer under
     ``<name>_layers/<weight>/``.
 

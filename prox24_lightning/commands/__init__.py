@@ -1,1 +1,1 @@
-"""What each ``prox24`` command runs. Like the callbacks, these modules may import Lightning."""
+"""The former home of ``packed_folder``, kept because model cards that users have published name it."""

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from prox24_lightning.convert.format.weight import row_chunks
 from prox24_lightning.convert.onnx_check import sparse_problem
-from prox24_lightning.convert.packed.weight import row_chunks
-from prox24_lightning.groups import clean_name, is_transposed_linear
 from prox24_lightning.mask import is_24, violations_24
+from prox24_lightning.weights.selection import clean_name, is_transposed_linear
 
 Backend = Literal["cusparselt", "cutlass"]
 Role = Literal["linear", "convolution", "other"]

@@ -1,12 +1,12 @@
 """Train on under a frozen mask, here or elsewhere, and learn from the dense model meanwhile."""
 
-from prox24_lightning.finetune.distillation import distillation_loss, feature_loss, logits_of, squared_error
-from prox24_lightning.finetune.distiller import Distiller, OutputLoss, find_student
+from prox24_lightning.finetune.distillation.losses import distillation_loss, feature_loss, logits_of, squared_error
+from prox24_lightning.finetune.distillation.step import Distiller, OutputLoss, find_student
+from prox24_lightning.finetune.distillation.teacher import frozen_copy, memory_bytes, same_weights, weights_checksum
+from prox24_lightning.finetune.distillation.time_share import Share, TimeShare
 from prox24_lightning.finetune.lora import MaskedLora
-from prox24_lightning.finetune.masked import MaskedParameters
-from prox24_lightning.finetune.record import load_masks, save_masks
-from prox24_lightning.finetune.teacher import frozen_copy, memory_bytes, same_weights, weights_checksum
-from prox24_lightning.finetune.time_share import Share, TimeShare
+from prox24_lightning.finetune.mask_files import load_masks, save_masks
+from prox24_lightning.finetune.masked_parameters import MaskedParameters
 
 __all__ = [
     "Distiller",

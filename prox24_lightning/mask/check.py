@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import Dim, group_dims, to_groups
+from prox24_lightning.weights.groups import Dim, group_dims, to_groups
 
 _AT_A_TIME = 2**21  # entries, which bounds the scratch memory
 
@@ -43,7 +43,7 @@ class Violations:
 
 
 def zeros_per_group(weight: Tensor, *, dim: int = -1) -> Tensor:
-    """Number of exact zeros in every group of four: int64 of :func:`~prox24_lightning.groups.group_shape`."""
+    """Number of exact zeros in every group of four: int64 of :func:`~prox24_lightning.weights.groups.group_shape`."""
     counts = (to_groups(weight.detach(), dim) == 0).sum(-1)
     return counts.movedim(-1, dim)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import Dim, from_groups, to_groups
 from prox24_lightning.mask.transposable import refuse_nan, transposable_mask
+from prox24_lightning.weights.groups import Dim, from_groups, to_groups
 
 
 def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Tensor:

@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prox24_lightning.files import replacing
-from prox24_lightning.groups import Dim
 from prox24_lightning.mask.check import violations_24
 from prox24_lightning.mask.packing import pack_mask, unpack_mask
-from prox24_lightning.tensor_files import json_object, open_tensors, tensor_bytes
+from prox24_lightning.utils.files import replacing
+from prox24_lightning.utils.safetensors_file import json_object, open_tensors, tensor_bytes
+from prox24_lightning.weights.groups import Dim
 
 FORMAT = "prox24 masks"
 VERSION = 1

@@ -8,7 +8,7 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-from prox24_lightning.weight_blocks import BLOCK_DIMS, from_blocks, to_blocks
+from prox24_lightning.weights.blocks_4x4 import BLOCK_DIMS, from_blocks, to_blocks
 
 CHUNK = 1 << 16
 """Blocks a matrix product: 90 float64 sums each, 47 MB."""

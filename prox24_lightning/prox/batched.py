@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import group_shape, resolve_group_dim
 from prox24_lightning.prox.roots import CAP, dense, indicator, three_sparse
+from prox24_lightning.weights.groups import group_shape, resolve_group_dim
 
 CHUNK = 1 << 16
 """Groups a chunk on CPU: the working set stays in the last-level cache, and one operation is long enough to split over

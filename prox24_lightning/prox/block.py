@@ -29,10 +29,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import group_dims
 from prox24_lightning.mask.transposable import best_patterns, relative_squares
 from prox24_lightning.prox.penalty import penalty_24
-from prox24_lightning.weight_blocks import BLOCK_DIMS, from_blocks, per_block, to_blocks
+from prox24_lightning.weights.blocks_4x4 import BLOCK_DIMS, from_blocks, per_block, to_blocks
+from prox24_lightning.weights.groups import group_dims
 
 BlockMethod = Literal["dykstra", "averaged", "descent"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import group_shape, resolve_group_dim
 from prox24_lightning.prox.batched import chunk_size, chunks, keep_freed_memory, quarters, sort_four
-from prox24_lightning.prox.paths import prox_path
+from prox24_lightning.prox.dispatch import prox_path
 from prox24_lightning.prox.roots import indicator
+from prox24_lightning.weights.groups import group_shape, resolve_group_dim
 
 NEWTON = {torch.float32: 3, torch.float64: 5}
 """Newton steps: relative error of the strength 1e-2, 1e-3, 1e-5, 2e-9 after 0, 1, 2, 3."""
@@ -27,7 +27,7 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
         scale: positive, broadcasts to ``weight``; the strength then is that of ``prox_24(weight, ..., scale=scale)``.
 
     Returns:
-        float32 (float64 for a float64 weight) tensor of :func:`~prox24_lightning.groups.group_shape`, units
+        float32 (float64 for a float64 weight) tensor of :func:`~prox24_lightning.weights.groups.group_shape`, units
         1/weight (1/(weight * scale) with ``scale``). 0 for a group that is 2:4 already and for one with an infinite
         entry, NaN for a group that holds NaN, infinity where the strength exceeds the largest number of the dtype.
 
@@ -38,7 +38,7 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
     if not weight.is_floating_point():
         raise ValueError(f"critical_strength_24 needs a real floating-point weight, got {weight.dtype}")
     if prox_path(weight) == "triton":
-        from prox24_lightning.prox.triton_kernel import critical_24_triton
+        from prox24_lightning.prox.triton.launch import critical_24_triton
 
         return critical_24_triton(weight, dim=dim, scale=scale)
     if weight.device.type == "cpu":

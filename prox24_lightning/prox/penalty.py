@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import Dim, group_dims, resolve_group_dim
+from prox24_lightning.weights.groups import Dim, group_dims, resolve_group_dim
 
 
 def penalty_24(
@@ -25,8 +25,8 @@ def penalty_24(
 
     Returns:
         float32 (float64 for a float64 weight), units weight^3 (times scale^3): a scalar, or a tensor of
-        :func:`~prox24_lightning.groups.group_shape` (for a pair
-        :func:`~prox24_lightning.weight_blocks.block_shape`: the sum over the eight groups of a block). 0 exactly
+        :func:`~prox24_lightning.weights.groups.group_shape` (for a pair
+        :func:`~prox24_lightning.weights.blocks_4x4.block_shape`: the sum over the eight groups of a block). 0 exactly
         where the group, or the block, is 2:4.
 
     Raises:

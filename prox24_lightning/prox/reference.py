@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import from_groups, group_shape, to_groups
+from prox24_lightning.weights.groups import from_groups, group_shape, to_groups
 
 ITERATIONS = 100
 """Newton steps. The sequences are monotone and quadratic except at double roots, where each step halves the error:
@@ -28,7 +28,7 @@ def prox_24_reference(
     Args:
         weight: any floating dtype; ``(out_features, in_features)`` for a linear layer.
         strength: lambda >= 0, units 1/weight (1/(weight * scale) with ``scale``); a float, or a tensor that
-            broadcasts against :func:`~prox24_lightning.groups.group_shape`.
+            broadcasts against :func:`~prox24_lightning.weights.groups.group_shape`.
         dim: the dimension along which the groups lie.
         scale: positive, broadcasts to ``weight``: the prox is taken in the coordinates ``weight * scale``.
 

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from prox24_lightning.files import check_folder
-from prox24_lightning.groups import Dim, GroupedWeight, Selection, SkippedWeight
-from prox24_lightning.ranks import any_rank, rank
-from prox24_lightning.sharding import cut_groups, local_part
+from prox24_lightning.utils.distributed import any_rank, rank
+from prox24_lightning.utils.files import check_folder
+from prox24_lightning.weights.groups import Dim
+from prox24_lightning.weights.selection import GroupedWeight, Selection, SkippedWeight
+from prox24_lightning.weights.sharded import cut_groups, local_part
 
 
 def check_place(masks_file: str | Path | None) -> None:

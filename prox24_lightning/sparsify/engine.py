@@ -9,16 +9,17 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prox24_lightning.calibration.input_second_moment import InputMoments
 from prox24_lightning.finetune import MaskedParameters
-from prox24_lightning.groups import Dim, GroupedWeight
 from prox24_lightning.mask import pack_mask, unpack_mask
-from prox24_lightning.moments import InputMoments
-from prox24_lightning.ranks import check_same
-from prox24_lightning.sharding import local_part, part_of, whole
 from prox24_lightning.sparsify.checks import check_finite, check_same_weights, has_replaced
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
-from prox24_lightning.sparsify.steps import StepListener
-from prox24_lightning.sparsify.strategy import Frozen, Strategy
+from prox24_lightning.sparsify.step_listener import StepListener
+from prox24_lightning.sparsify.strategies.base import Frozen, Strategy
+from prox24_lightning.utils.distributed import check_same
+from prox24_lightning.weights.groups import Dim
+from prox24_lightning.weights.selection import GroupedWeight
+from prox24_lightning.weights.sharded import local_part, part_of, whole
 
 Metric = Literal["weight", "activation"]
 

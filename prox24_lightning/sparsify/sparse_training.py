@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from prox24_lightning.convert.kernels.transposable_linear import TransposableForward, why_not
-from prox24_lightning.groups import GroupedWeight
-from prox24_lightning.sharding import is_sharded, local_part
+from prox24_lightning.convert.layers.transposable_linear import TransposableForward, why_not
+from prox24_lightning.weights.selection import GroupedWeight
+from prox24_lightning.weights.sharded import is_sharded, local_part
 
 log = logging.getLogger(__name__)
 

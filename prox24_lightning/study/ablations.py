@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import MATRIX_DIMS, Dim
-from prox24_lightning.layerwise.loss import input_scale, relative_loss
-from prox24_lightning.layerwise.proximal import STRENGTHS, prox_splitting
-from prox24_lightning.layerwise.refine import masked_gradient
-from prox24_lightning.layerwise.solve import solve_layer
 from prox24_lightning.mask import mask_24
 from prox24_lightning.schedules import Constant, Exponential, Linear, Schedule
+from prox24_lightning.solvers.layer import solve_layer
+from prox24_lightning.solvers.loss import input_scale, relative_loss
+from prox24_lightning.solvers.masked_cg import masked_gradient
+from prox24_lightning.solvers.proximal import STRENGTHS, prox_splitting
+from prox24_lightning.weights.groups import MATRIX_DIMS, Dim
 
 SCHEDULES: dict[str, Schedule] = {
     "exponential 0.01 to 100": STRENGTHS,

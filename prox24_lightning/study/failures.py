@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prox24_lightning.layerwise import Method, solve_layer
-from prox24_lightning.layerwise.exhaustive import best_masks
-from prox24_lightning.layerwise.loss import row_losses
+from prox24_lightning.solvers import Method, solve_layer
+from prox24_lightning.solvers.exhaustive import best_masks
+from prox24_lightning.solvers.loss import row_losses
 
 INPUTS = 8
 """36 masks a row: the table of all of them explains what happened."""

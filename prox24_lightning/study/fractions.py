@@ -12,7 +12,7 @@ from prox24_lightning.mask import mask_24, transposable_mask
 from prox24_lightning.mask.transposable import best_patterns, relative_squares
 from prox24_lightning.prox import critical_strength_24, prox_24, prox_block
 from prox24_lightning.prox.block import BlockMethod, block_objective, descend
-from prox24_lightning.weight_blocks import to_blocks
+from prox24_lightning.weights.blocks_4x4 import to_blocks
 
 LARGEST = 512
 """Rows and columns of a weight that are looked at: 16,384 blocks give a share within half a per cent."""

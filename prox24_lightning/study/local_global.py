@@ -8,10 +8,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from prox24_lightning.groups import MATRIX_DIMS, Geometry
-from prox24_lightning.layerwise import Method, solve_layer
-from prox24_lightning.layerwise.exhaustive import LARGEST, LARGEST_BLOCKS, best_block_masks, best_masks
-from prox24_lightning.layerwise.loss import row_losses
+from prox24_lightning.solvers import Method, solve_layer
+from prox24_lightning.solvers.exhaustive import LARGEST, LARGEST_BLOCKS, best_block_masks, best_masks
+from prox24_lightning.solvers.loss import row_losses
+from prox24_lightning.weights.groups import MATRIX_DIMS, Geometry
 
 BEST = {"row": best_masks, "block": best_block_masks}
 LARGEST_INPUTS = {"row": LARGEST, "block": LARGEST_BLOCKS}

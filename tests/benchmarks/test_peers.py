@@ -14,9 +14,9 @@ from benchmarks.peers import SRSTE, GradualMagnitude, OneShot, ProxSparse, proxs
 from benchmarks.peers.flat_groups import FlatGroups
 from benchmarks.peers.gradual_magnitude import partial_mask
 from prox24_lightning import Prox24
-from prox24_lightning.groups import select_weights
-from prox24_lightning.layerwise import prune_layerwise
 from prox24_lightning.mask import is_24, mask_24, zeros_per_group
+from prox24_lightning.oneshot import prune_layerwise
+from prox24_lightning.weights.selection import select_weights
 
 STEPS = 12
 

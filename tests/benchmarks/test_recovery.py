@@ -23,7 +23,7 @@ from benchmarks.recovery.rows import FINETUNING, SCRATCH, chosen_rows, further_r
 from benchmarks.recovery.scratch import Recipe
 from benchmarks.recovery.summary import excesses, table, warnings
 from benchmarks.recovery.table import main as again
-from prox24_lightning.commands.pretrained import Pretrained
+from prox24_lightning.io.pretrained import Pretrained
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -11,7 +11,7 @@ from sharded_runs import ShardedModule
 from tiny_runs import StatefulLoader, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24, is_24
-from prox24_lightning.sharding import gathered
+from prox24_lightning.weights.sharded import gathered
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,7 +15,7 @@ from test_prox24_resume import FREEZE, SETTINGS, START, assert_same
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("killed_runs.py")
+    script = Path(__file__).parent.parent / "helpers" / "killed_runs.py"
     done = subprocess.run([sys.executable, "-W", "ignore", script, folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prox24_lightning import Prox24
-from prox24_lightning.sparsify.replays import Replays
+from prox24_lightning.sparsify.strategies.progressive.rerun import Replays
 from recipes.compiled_blocks import compile_blocks
 
 WIDTH = 16

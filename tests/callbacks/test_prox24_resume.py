@@ -100,7 +100,7 @@ def test_resume_in_a_new_process(unbroken, tmp_path):
     for step in (13, 29):  # while sparsifying, and frozen
         target = tmp_path / f"{step}.pt"
         code = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent / 'helpers')!r}]\n"
             f"import torch, test_prox24_resume as t\n"
             f"r = t.run({setting!r}, {str(tmp_path)!r}, resume={str(folder / f'step={step}.ckpt')!r})\n"
             f"torch.save(t.everything(*r), {str(target)!r})"

@@ -16,12 +16,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from prox24_lightning import ConvertAndBenchmark, SparsityMonitor, load_masks, save_masks
-from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import is_24
-from prox24_lightning.ranks import check_same
 from prox24_lightning.schedules import FRACTION_CURVES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx, Progressive, SparsityEngine
 from prox24_lightning.sparsify.checks import check_weights
+from prox24_lightning.utils.distributed import check_same
+from prox24_lightning.weights.selection import select_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 

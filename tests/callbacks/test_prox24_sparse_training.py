@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24
-from prox24_lightning.convert.kernels.transposable_linear import TransposableForward
+from prox24_lightning.convert.layers.transposable_linear import TransposableForward
 
 
 class Look(Callback):

@@ -18,10 +18,10 @@ from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 from torch import nn
 
 from prox24_lightning import Prox24, SparsityMonitor
-from prox24_lightning.callbacks import monitor_track
-from prox24_lightning.callbacks.monitor_summary import dense_warning, percent, summary_table
 from prox24_lightning.mask import mask_24
-from prox24_lightning.sparsify.statistics import SparsityStats, look
+from prox24_lightning.monitoring import track
+from prox24_lightning.monitoring.statistics import SparsityStats, look
+from prox24_lightning.monitoring.summary import dense_warning, percent, summary_table
 
 LAYERS = ["model.0.weight", "model.2.weight", "model.4.weight"]
 
@@ -50,7 +50,7 @@ def looks(monkeypatch):
         taken.append(weights[0].parameter.detach().clone())
         return look(weights, **kwargs)
 
-    monkeypatch.setattr(monitor_track, "look", counted)
+    monkeypatch.setattr(track, "look", counted)
     return taken
 
 

@@ -7,11 +7,11 @@ import torch
 from live_bytes import LiveBytes
 from torch import nn
 
-from prox24_lightning.convert import Target, convert_model, semi_structured
-from prox24_lightning.convert.kernels import gpu_layout
-from prox24_lightning.convert.kernels.kernel import Kernel
-from prox24_lightning.convert.kernels.table import KernelTable, Row
-from prox24_lightning.convert.packed import weight as packed
+from prox24_lightning.convert import Target, convert, convert_model
+from prox24_lightning.convert.autotune.table import KernelTable, Row
+from prox24_lightning.convert.format import weight as packed
+from prox24_lightning.convert.kernels import buffer_layout
+from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.mask import check, mask_24
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
@@ -30,12 +30,12 @@ def dense_model(device="cpu"):
 
 
 def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
-    monkeypatch.setattr(semi_structured, "target_of", lambda device: HOPPER)
+    monkeypatch.setattr(convert, "target_of", lambda device: HOPPER)
     table = KernelTable((WIDTH, WIDTH), (Row(16384, Kernel("cusparselt")),))
-    monkeypatch.setattr(semi_structured, "stored_table", lambda *args, **options: table)
+    monkeypatch.setattr(convert, "stored_table", lambda *args, **options: table)
     # Parts of a size that is small beside these small layers, as the real one is beside real layers.
     monkeypatch.setattr(packed, "_CHUNK", 2**17)
-    monkeypatch.setattr(gpu_layout, "ENTRIES_AT_A_TIME", 2**17)
+    monkeypatch.setattr(buffer_layout, "ENTRIES_AT_A_TIME", 2**17)
     monkeypatch.setattr(check, "_AT_A_TIME", 2**17)
     model = dense_model()
     with LiveBytes() as live:
@@ -47,7 +47,7 @@ def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
 
 
 def test_a_head_that_stays_dense_is_looked_at_in_parts(monkeypatch):
-    monkeypatch.setattr(semi_structured, "target_of", lambda device: HOPPER)
+    monkeypatch.setattr(convert, "target_of", lambda device: HOPPER)
     monkeypatch.setattr(check, "_AT_A_TIME", 2**17)
     monkeypatch.setattr(packed, "_CHUNK", 2**17)
     head = nn.Linear(WIDTH, 8 * WIDTH, bias=False).bfloat16()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from prox24_lightning.convert import check_onnx
-from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import mask_24
+from prox24_lightning.weights.selection import select_weights
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

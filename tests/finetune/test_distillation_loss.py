@@ -1,4 +1,4 @@
-"""The losses of distillation equal their written-out forms, in value and gradient, in every dtype and chunk."""
+"""The losses of losses equal their written-out forms, in value and gradient, in every dtype and chunk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prox24_lightning.finetune import distillation, distillation_loss, feature_loss, logits_of, squared_error
+from prox24_lightning.finetune import distillation_loss, feature_loss, logits_of, squared_error
+from prox24_lightning.finetune.distillation import losses
 
 
 def logits(*shape, dtype=torch.float32, seed=0):
@@ -46,10 +47,10 @@ def test_gradcheck():
 def test_chunks_do_not_change_the_result(monkeypatch):
     student, teacher = logits(3, 10, 8), logits(3, 10, 8, seed=1)
     whole = value_and_gradient(lambda s: distillation_loss(s, teacher), student)
-    monkeypatch.setattr(distillation, "_CHUNK", 8 * 7)
+    monkeypatch.setattr(losses, "_CHUNK", 8 * 7)
     parts = value_and_gradient(lambda s: distillation_loss(s, teacher), student)
     torch.testing.assert_close(parts, whole)
-    monkeypatch.setattr(distillation, "_CHUNK", 1)
+    monkeypatch.setattr(losses, "_CHUNK", 1)
     torch.testing.assert_close(value_and_gradient(lambda s: distillation_loss(s, teacher), student), whole)
 
 

@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2Model
 
 from prox24_lightning import is_24
 from prox24_lightning.finetune import MaskedLora
-from prox24_lightning.groups import select_weights
 from prox24_lightning.mask import mask_24
+from prox24_lightning.weights.selection import select_weights
 
 peft = pytest.importorskip("peft")
 # peft's own: it turns this setting over by itself, and asks transformers for a name that is going away.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prox24_lightning.finetune import frozen_copy, memory_bytes, same_weights, weights_checksum
-from prox24_lightning.finetune.teacher import teacher_kwargs
+from prox24_lightning.finetune.distillation.teacher import teacher_kwargs
 
 
 def net():

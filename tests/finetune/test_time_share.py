@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prox24_lightning.finetune import TimeShare, time_share
+from prox24_lightning.finetune import TimeShare
+from prox24_lightning.finetune.distillation import time_share
 
 
 @pytest.fixture

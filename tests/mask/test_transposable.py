@@ -14,7 +14,7 @@ from prox24_lightning.mask import (
     violations_24,
 )
 from prox24_lightning.mask.transposable import best_patterns, transposable_patterns
-from prox24_lightning.weight_blocks import block_shape, from_blocks, per_block, to_blocks
+from prox24_lightning.weights.blocks_4x4 import block_shape, from_blocks, per_block, to_blocks
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from prox24_lightning.mask import is_24, mask_24, transposable_mask
 from prox24_lightning.mask.transposable import best_patterns, relative_squares
 from prox24_lightning.prox import block_convergence, penalty_24, prox_24, prox_block
 from prox24_lightning.prox.block import block_objective, descend
-from prox24_lightning.weight_blocks import block_shape, to_blocks
+from prox24_lightning.weights.blocks_4x4 import block_shape, to_blocks
 
 METHODS = ["dykstra", "averaged", "descent"]
 

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Trainer
 from tiny_language import DOCUMENT, Chains, tiny_tokenizer
 
-from prox24_lightning.commands.pretrained import Pretrained
-from prox24_lightning.layerwise import prune_layerwise
+from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.mask import is_24
+from prox24_lightning.oneshot import prune_layerwise
 from recipes.causal_lm import CausalLM, next_token_loss
 from recipes.compiled_blocks import CompiledForward, compile_blocks
 from recipes.text_tokens import TextTokens

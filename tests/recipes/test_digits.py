@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prox24_lightning.groups import select_weights
+from prox24_lightning.weights.selection import select_weights
 from recipes.digits import DigitNet, Digits
 
 

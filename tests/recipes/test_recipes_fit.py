@@ -9,7 +9,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prox24_lightning.cli import main
+from prox24_lightning.cli.main import main
 from prox24_lightning.mask import is_24
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

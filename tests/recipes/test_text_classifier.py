@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from prox24_lightning.groups import select_weights
+from prox24_lightning.weights.selection import select_weights
 from recipes import text_classifier
 from recipes.text_classifier import BUNDLED_MODEL, TextClassifier, TextData, model_location
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prox24_lightning.layerwise.loss import row_losses
 from prox24_lightning.mask import is_24
+from prox24_lightning.solvers.loss import row_losses
 from prox24_lightning.study import ablations, failures, fractions
 from prox24_lightning.study.local_global import gaps, mean_gaps, random_layer
 from prox24_lightning.study.plane import path, plane

@@ -42,12 +42,6 @@ class NvrtcError(RuntimeError):
     """The compiler or the driver cannot be bound, or refuses."""
 
 
-@cache
-def source(name: str) -> str:
-    """The text of a kernel file of this folder."""
-    return Path(__file__).with_name(name).read_text()
-
-
 def compile_program(
     text: str, macros: Mapping[str, int], capability: tuple[int, int], *, all_features: bool = False
 ) -> bytes:

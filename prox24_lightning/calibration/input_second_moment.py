@@ -1,0 +1,176 @@
+"""Streaming second moments of layer inputs: how strongly each input of a layer is driven.
+
+The prox and the masks can work in coordinates scaled by the root mean square of the inputs. There a weight
+counts by what it contributes to the layer's output (the diagonal of H = X^T X / tokens) rather than by its
+bare magnitude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from prox24_lightning.utils.distributed import world_size
+from prox24_lightning.weights.selection import GroupedWeight, is_transposed_linear
+from prox24_lightning.weights.sharded import gathered, local_part, part_of
+
+SCALE_FLOOR = 1e-3
+"""Smallest scale relative to the layer's rms input; an input that never fires must not divide by zero."""
+
+
+class InputMoments:
+    """Running mean square of every input channel of the layers that hold ``weights``.
+
+    Forward pre-hooks sum x^2 over all tokens (or pixels) of the batches that pass while :attr:`collecting` is
+    True and gradients are enabled, so validation is not counted. :meth:`fold` averages the sums over the ranks of
+    a distributed run and mixes them into the running mean. Memory: two float32 vectors of a layer's input size.
+
+    Args:
+        weights: where to look.
+        decay: share of the old mean that stays at each fold, in [0, 1).
+    """
+
+    def __init__(self, weights: Sequence[GroupedWeight], *, decay: float = 0.9) -> None:
+        self.weights = {weight.name: weight for weight in weights}
+        self.decay = decay
+        self.collecting = False
+        self._mean: dict[str, Tensor] = {}
+        self._scale: dict[str, Tensor] = {}
+        self._sum: dict[str, Tensor] = {}
+        self._count: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Register the hooks; a second call changes nothing."""
+        if self._handles:
+            return
+        self._scale.clear()
+        for name, weight in self.weights.items():
+
+            def hook(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
+                if self.collecting and torch.is_grad_enabled():
+                    self._collect(name, module, args, kwargs)
+
+            self._handles.append(weight.module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove the hooks and drop the sums that were not folded in."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._sum.clear()
+        self._count.clear()
+
+    @torch.no_grad()
+    def _collect(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs = _layer_input(module, args, kwargs)
+        if inputs is None:
+            return
+        flat = gathered(inputs)
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            spatial = len(module.kernel_size)
+            flat = flat.movedim(-spatial - 1, -1)
+        flat = flat.reshape(-1, flat.shape[-1])
+        squares = torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
+        # A batch of NaN, whose step the user or a gradient scaler skips, would stay in the running mean for ever.
+        finite = torch.isfinite(squares).all()
+        squares, count = squares.where(finite, 0.0), finite * float(flat.shape[0])
+        if name in self._sum:
+            self._sum[name] += squares
+            self._count[name] += count
+        else:
+            self._sum[name] = squares
+            self._count[name] = count
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Mix what was summed since the last fold into the running mean, the same on every rank."""
+        if world_size() > 1:
+            means = self._means_over_ranks()
+        else:
+            means = {name: total / self._count[name].clamp_min(1.0) for name, total in self._sum.items()}
+        known = [name for name in means if name in self._mean]
+        if known:  # all layers in one launch
+            olds = [self._mean[name].to(means[name].device) for name in known]
+            torch._foreach_lerp_([means[name] for name in known], olds, self.decay)
+        self._mean.update(means)
+        self._sum.clear()
+        self._count.clear()
+        self._scale.clear()
+
+    def _means_over_ranks(self) -> dict[str, Tensor]:
+        """Mean squares over all ranks, from one call; a rank that saw no input of a layer adds zeros."""
+        parts: list[Tensor] = []
+        for name, weight in self.weights.items():
+            device = local_part(weight.parameter).device
+            total = self._sum.get(name, torch.zeros(_input_size(weight), device=device))
+            parts += [total, self._count.get(name, torch.zeros((), device=device)).reshape(1)]
+        flat = torch.cat(parts)
+        dist.all_reduce(flat)
+        totals = _pairs(flat.split([part.numel() for part in parts]))
+        return {name: total / count.clamp_min(1.0) for name, (total, count) in zip(self.weights, totals, strict=True)}
+
+    def scale(self, name: str) -> Tensor | None:
+        """Root mean square of each input, relative to the layer's own, shaped to broadcast against the weight.
+
+        Returns:
+            float32 tensor, positive, mean square one; of a sharded weight what belongs to this rank's part. None when
+            no usable input of that layer has been seen.
+        """
+        if name not in self._scale and (mean := self._mean.get(name)) is not None:
+            relative = (mean / mean.mean().clamp_min(torch.finfo(mean.dtype).tiny)).sqrt().clamp_min(SCALE_FLOOR)
+            parameter = self.weights[name].parameter
+            self._scale[name] = part_of(_broadcast(self.weights[name], relative), parameter)
+        return self._scale.get(name)
+
+    def missing(self) -> list[str]:
+        """Names of the weights whose layer's inputs have never been seen."""
+        return [name for name in self.weights if name not in self._mean]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": dict(self._mean)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._mean = {
+            name: mean.to(local_part(self.weights[name].parameter).device)
+            for name, mean in state["mean"].items()
+            if name in self.weights
+        }
+        self._scale.clear()
+
+
+def _layer_input(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+    """The tensor that the layer's weight multiplies, or None if there is no single one."""
+    if isinstance(module, nn.MultiheadAttention):
+        query, key, value = (args + tuple(kwargs[k] for k in ("query", "key", "value") if k in kwargs))[:3]
+        return query if query is key and key is value else None
+    inputs = args[0] if args else next(iter(kwargs.values()), None)
+    return inputs if isinstance(inputs, Tensor) else None
+
+
+def _input_size(weight: GroupedWeight) -> int:
+    shape = weight.parameter.shape
+    if isinstance(weight.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return weight.module.in_channels
+    return shape[0] if is_transposed_linear(weight.module) else shape[1]
+
+
+def _broadcast(weight: GroupedWeight, scale: Tensor) -> Tensor:
+    module, parameter = weight.module, weight.parameter
+    if is_transposed_linear(module):
+        return scale.unsqueeze(-1)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        # The filters of a grouped convolution see one slice of the channels each.
+        rows = scale.view(module.groups, -1).repeat_interleave(module.out_channels // module.groups, dim=0)
+        rows = rows if module.groups > 1 else rows[:1]
+        return rows.view(*rows.shape, *[1] * (parameter.dim() - 2))
+    return scale.unsqueeze(0)
+
+
+def _pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(parts[i], parts[i + 1]) for i in range(0, len(parts), 2)]

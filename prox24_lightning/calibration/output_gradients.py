@@ -1,0 +1,65 @@
+"""Which features of a block's output matter: the gradients that training sends through them anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.calibration.blocks import hidden_of
+from prox24_lightning.utils.distributed import mean_over_ranks
+
+_SMALLEST = 1e-30
+
+
+class OutputGradients:
+    """Mean squared gradient of the training loss by each feature of a module's output, over tokens and batches.
+
+    To second order the loss grows by the squared errors of the output times the Fisher information, whose diagonal
+    this is (arXiv 2102.05426, section 3.3); it costs no pass of its own. Each batch counts the same, whatever the scale
+    of its loss. A graph that was compiled around the whole model does not see the hook: nothing is gathered then.
+
+    Args:
+        name: of the module.
+        module: listened to until :meth:`detach`.
+        feature_dim: along which dimension of an output features lie.
+        total: of an earlier run.
+
+    Attributes:
+        total: (features,) float32, sum over batches; None before the first, and again when their number changes.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, feature_dim: Callable[[Tensor], int], total: Tensor | None = None
+    ) -> None:
+        self.name = name
+        self.total = total
+        self._feature_dim = feature_dim
+        self._handle = module.register_forward_hook(torch.compiler.disable(self._listen))
+
+    def detach(self) -> None:
+        self._handle.remove()
+
+    def weights(self, features: int, device: torch.device) -> Tensor:
+        """What a unit of squared error in each feature counts: (features,), mean 1; the same on every rank."""
+        found = torch.ones(features, device=device)
+        if self.total is not None and self.total.numel() == features:
+            found = self.total.to(device)
+        return mean_over_ranks(found / found.mean().clamp_min(_SMALLEST))
+
+    def _listen(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        with suppress(ValueError):  # an output of another kind: such a block is not reconstructed
+            if (hidden := hidden_of(output, self.name)).requires_grad:
+                hidden.register_hook(self._add)
+
+    def _add(self, gradient: Tensor) -> None:
+        squares = gradient.detach().float().movedim(self._feature_dim(gradient), -1).flatten(0, -2).square().mean(0)
+        # A step that a gradient scaler will skip has gradients that are not finite.
+        squares = torch.nan_to_num(squares / squares.mean().clamp_min(_SMALLEST), 0.0, 0.0, 0.0)
+        fits = self.total is not None and self.total.shape == squares.shape
+        self.total = self.total.to(squares) + squares if fits and self.total is not None else squares

@@ -1,0 +1,1 @@
+"""What ``prox24 NAME`` runs."""

@@ -1,0 +1,173 @@
+"""``prox24 bench MODEL``: a 2:4 model dense against converted, on this machine's GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.convert.benchmark.example_inputs import own_example
+from prox24_lightning.convert.benchmark.generation import time_language_model
+from prox24_lightning.convert.benchmark.language_report import Workload
+from prox24_lightning.convert.benchmark.language_tables import language_figure
+from prox24_lightning.convert.benchmark.report import Report, RunMode
+from prox24_lightning.convert.benchmark.run import run_benchmark
+from prox24_lightning.convert.benchmark.settings import Settings
+from prox24_lightning.convert.benchmark.tables import print_report, write_report
+from prox24_lightning.convert.benchmark.timing import describe
+from prox24_lightning.convert.eligibility import find_target
+from prox24_lightning.io.pretrained import Dtype, Head
+from prox24_lightning.io.sources import Source, load_source
+from prox24_lightning.io.texts import PlainText, PythonTopics, TextSource, perplexity, token_sequences
+from prox24_lightning.utils.environment import machine_facts
+from prox24_lightning.utils.files import check_folder, replacing
+
+TOKEN_COUNTS = (1, 16, 64, 1024, 4096)
+
+
+def bench(
+    model: str,
+    out: Path = Path("runs/bench"),
+    package: bool = False,
+    file: str | None = None,
+    head: Head = "causal_lm",
+    weights: Dtype = "auto",
+    run_config: Path | None = None,
+    dtype: Literal["bfloat16", "float16"] = "bfloat16",
+    token_counts: list[int] | None = None,
+    prefill: int = 1024,
+    context: int = 512,
+    batches: list[int] | None = None,
+    text: Path | None = None,
+    sequences: int = 16,
+    length: int = 512,
+    run_mode: RunMode = "eager",
+    convert_all: bool = False,
+    keep_dense: bool = False,
+    rounds: int = 20,
+) -> None:
+    """Time a 2:4 model dense and converted in one process on the GPU, and check that it says the same.
+
+    Every layer that can run sparse is timed at the token counts. A language model is then timed as a whole: prefill of
+    one prompt, decoding at each batch size; in eager mode and replayed from CUDA graphs; with peak memory, what of the
+    chip's measured limits is used, the error of its logits and its perplexity. Written: bench.json, bench.md, and for a
+    language model bench.png.
+
+    Exit code 0: measured. 2: an error; no GPU, and a model with nothing to convert, are errors.
+
+    Args:
+        model: Hugging Face name or folder, packed folder or file, checkpoint (.ckpt, .pt, .safetensors), or config
+            (.yaml).
+        out: folder for the results.
+        package: the model lies inside the installed package of that name.
+        file: a GGUF file in the folder, or a sub-folder that holds the model.
+        head: which auto class of transformers loads a Hugging Face model.
+        weights: dtype in which it is loaded; auto is its own.
+        run_config: config of the run that a checkpoint comes from, whose classes are made; null reads weights alone.
+        dtype: what dense and sparse run in.
+        token_counts: rows of input at which layers are timed, and at none of which a converted one may be slower; null:
+            those of the workloads (batches and prefill), without a language model 1, 16, 64, 1024, 4096.
+        prefill: tokens of the prompt.
+        context: tokens in the cache while decoding.
+        batches: sequences decoded at a time; null: 1 and 8.
+        text: UTF-8 file for the perplexity; null takes the help topics of Python.
+        sequences: number of sequences for the perplexity; 0 for none.
+        length: tokens of each.
+        run_mode: the times that decide what is converted: eager calls, or calls replayed from a CUDA graph.
+        convert_all: convert what can be, faster or not.
+        keep_dense: hold the dense weights too, for the numbers of tokens at which cuBLAS is faster.
+        rounds: repetitions of each measurement.
+    """
+    with errors_as_exit("bench"):
+        settings = Settings(
+            token_counts=tuple(token_counts or TOKEN_COUNTS),
+            dtype=getattr(torch, dtype),
+            only_if_faster=not convert_all,
+            run_mode=run_mode,
+            keep_dense=keep_dense,
+            rounds=rounds,
+        )
+        workloads = [Workload("prefill", 1, prefill), *(Workload("decode", n, context) for n in batches or (1, 8))]
+        if min(prefill, context, length, *(workload.batch for workload in workloads)) < 1 or sequences < 0:
+            raise ValueError("prefill, context, batches and length must be 1 or more, sequences 0 or more")
+        check_folder(out)
+        target = find_target()
+        if target is None:
+            raise ValueError(
+                "there is no CUDA GPU here, so nothing can be timed; prox24 doctor says what could run sparse"
+            )
+        if target.problem is not None:
+            raise ValueError(f"nothing runs sparse on this GPU: {target.problem}")
+        source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
+        if token_counts is None and _is_language_model(source):
+            settings = replace(settings, token_counts=tuple(sorted({workload.tokens for workload in workloads})))
+        console = Console()
+        facts = {key: str(value) for key, value in machine_facts().items()}
+        score, about = _score(source, text, sequences, length) if head == "causal_lm" else (None, None)
+        report = run_benchmark(source.model, settings, inputs=own_example(source.model) if source.callable else None)
+        if not report.shapes:
+            raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor says why")
+        report = replace(report, machine={"model": source.description, **facts, **report.machine})
+        names = report.names("sparse")
+        if _is_language_model(source) and names:
+            report = _with_language(report, source.model, names, workloads, settings, score, about)
+        elif _is_language_model(source):
+            report = report.with_note(
+                "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is. If it is "
+                "used at some of them only, name those (--token_counts); --keep_dense true lets cuBLAS take the others."
+            )
+        print_report(report, console)
+        for path in _write(report, out):
+            console.print(str(path), markup=False, highlight=False)
+
+
+def _is_language_model(source: Source) -> bool:
+    return source.pretrained is not None and source.pretrained.head == "causal_lm"
+
+
+def _with_language(
+    report: Report,
+    model: nn.Module,
+    names: tuple[str, ...],
+    workloads: list[Workload],
+    settings: Settings,
+    score: Callable[[nn.Module], float] | None,
+    about: str | None,
+) -> Report:
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        found = time_language_model(model, names, workloads, settings, device, score=score, text=about)
+    except (RuntimeError, ValueError, IndexError) as error:  # the layers' table is worth keeping
+        return report.with_note(f"Language model not timed: {describe(error)}")
+    return replace(report, language=found)
+
+
+def _score(
+    source: Source, text: Path | None, sequences: int, length: int
+) -> tuple[Callable[[nn.Module], float] | None, str | None]:
+    """How to take the perplexity of a model, and on what; None without a tokenizer."""
+    if not source.companions or not sequences:
+        return None, None
+    data: TextSource = PythonTopics() if text is None else PlainText(text)
+    ids = token_sequences(source.companions[0], data.texts("evaluation"), sequences, length)
+    return lambda model: perplexity(model, ids), f"{data.describe()}, {sequences} x {length} tokens"
+
+
+def _write(report: Report, out: Path) -> list[Path]:
+    paths: list[Any] = [*write_report(report, out, "bench")]
+    if report.language is not None:
+        machine = report.machine
+        figure = language_figure(
+            report.language, f"{machine['model']}\n{machine['GPU']}, {report.dtype}, {date.today().isoformat()}"
+        )
+        paths.append(out / "bench.png")
+        with replacing(paths[-1]) as temporary:
+            figure.savefig(temporary, dpi=150)
+    return paths

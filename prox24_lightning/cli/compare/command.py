@@ -1,0 +1,258 @@
+"""``prox24 compare``: dense, one-shot magnitude (the ASP recipe) and Prox24 from one config, at equal steps.
+
+Any config that ``prox24 fit`` takes will do if it has a Prox24 callback. Every variant starts from the same seed, sees
+the same batches (their checksums are compared) and takes the same number of optimizer steps; only the pruning differs:
+
+- ``dense``: without Prox24.
+- ``asp``: all weights pruned at once by magnitude, ``--asp_at`` of the way, then masked fine-tuning.
+- ``prox24``: as configured.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from rich.console import Console
+from typing_extensions import override
+
+from prox24_lightning.callbacks.prox24 import Prox24
+from prox24_lightning.cli.compare.comparison import VARIANTS, Comparison, Run, Variant
+from prox24_lightning.cli.compare.config_edit import (
+    callback_entries,
+    loaded_class,
+    separate_outputs,
+    with_one_shot_magnitude,
+    without_conversion,
+    without_pruning,
+)
+from prox24_lightning.cli.compare.training_record import TrainingRecord
+from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.cli.trainer import Prox24CLI
+from prox24_lightning.mask import violations_24
+from prox24_lightning.weights.selection import select_weights
+
+Split = Literal["validation", "test"]
+
+
+class CompareCLI(Prox24CLI):
+    """Parses ``fit``'s options plus those of ``compare``; instantiates only when it is given an edit of the config."""
+
+    def __init__(self, words: list[str], edit: Callable[[Namespace], None] | None = None) -> None:
+        self._edit = edit
+        super().__init__(words, name="prox24 compare", run=False, save_config_callback=None)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        group = parser.add_argument_group("What is compared, and where the results go")
+        group.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every variant a seed")
+        group.add_argument("--variants", type=Variant, nargs="+", default=list(VARIANTS), help="which variants run")
+        group.add_argument(
+            "--metric",
+            type=str | None,
+            default=None,
+            help="logged metric (default: ModelCheckpoint.monitor)",
+        )
+        group.add_argument(
+            "--mode", type=Literal["min", "max"] | None, default=None, help="which direction of the metric is better"
+        )
+        group.add_argument(
+            "--split",
+            type=Split,
+            default="validation",
+            help="data of the final score; test is for data that no setting was chosen on",
+        )
+        group.add_argument("--asp_at", type=float, default=0.5, help="when asp prunes, as a fraction of the run")
+        group.add_argument(
+            "--output", type=str | None, default=None, help="folder of results and logs (default: runs/CONFIG/TIME)"
+        )
+        # A config saved by `fit` holds the arguments of Trainer.fit.
+        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        if self._edit is not None:
+            self._edit(self.config)
+
+    @override
+    def _set_seed(self) -> None:
+        if self._edit is not None:
+            super()._set_seed()
+
+    @override
+    def instantiate_classes(self) -> None:
+        if self._edit is not None:
+            super().instantiate_classes()
+
+
+@errors_as_exit("compare")
+def compare(words: list[str]) -> None:
+    """Run every variant with every seed, print the table, and write it after each run.
+
+    Raises:
+        SystemExit: with code 2 and the reason, before the first run, if the config has no Prox24 callback, the metric
+            is not known or never logged, or the output cannot be written; with code 1 at the end, if a run failed: the
+            table holds the others.
+    """
+    console = Console()
+    parsed = CompareCLI(words)
+    options = parsed.config
+    metric, mode = _metric(options)
+    pruning = [entry for entry in callback_entries(options) if issubclass(loaded_class(entry), Prox24)]
+    if not pruning:
+        raise ValueError(
+            "the config has no Prox24 callback, so there is nothing to compare; add it to trainer.callbacks"
+        )
+    if not 0 <= options.asp_at <= 1:
+        raise ValueError(f"asp_at={options.asp_at} must lie between 0 (before the first step) and 1 (after the last)")
+    output = Path(options.output) if options.output else _default_output(options)
+    output.mkdir(parents=True, exist_ok=True)
+    comparison = Comparison.begin(
+        metric=metric,
+        mode=mode,
+        command=shlex.join(["prox24", "compare", *words]),
+        config=parsed.parser.dump(options, skip_none=True),
+    )
+    _check_metric(words, metric, options.split)
+    plan = [(seed, variant) for seed in options.seeds for variant in options.variants]
+    for number, (seed, variant) in enumerate(plan, start=1):
+        console.rule(f"run {number} of {len(plan)}: {variant}, seed {seed}")
+        comparison.runs.append(_guarded_run(words, variant, seed, metric, options.split, output))
+        comparison.write(output)
+        gc.collect()
+    console.print(comparison.table())
+    for warning in comparison.warnings():
+        console.print(f"warning: {warning}")
+    console.print(f"results: {output / 'comparison.md'} and {output / 'comparison.json'}")
+    console.print(f"curves:  tensorboard --logdir {output}")
+    if any(run.error for run in comparison.runs):
+        raise SystemExit(1)
+
+
+def _check_metric(words: list[str], metric: str, split: Split) -> None:
+    """Score the untrained model on one batch: a metric that is never logged would cost the training of every variant.
+
+    Raises:
+        ValueError: if it is not logged. What else goes wrong the runs themselves will tell.
+    """
+
+    def edit(config: Namespace) -> None:
+        without_pruning(config)
+        without_conversion(config)
+        config.trainer.logger = False
+        config.trainer.limit_val_batches = config.trainer.limit_test_batches = 1
+
+    try:
+        cli = CompareCLI(words, edit)
+        scores = _score(cli.trainer, cli.model, cli.datamodule, split)
+    except Exception:
+        return
+    _known(metric, scores, split)
+
+
+def _known(metric: str, scores: dict[str, float], split: Split) -> float:
+    if metric not in scores:
+        raise ValueError(f"{split} logged no {metric!r}, only {', '.join(sorted(scores))}; name one by --metric")
+    return scores[metric]
+
+
+def _guarded_run(words: list[str], variant: Variant, seed: int, metric: str, split: Split, output: Path) -> Run:
+    """One run; a crash becomes a row that says so, so that the finished rows are not lost."""
+    try:
+        return _run(words, variant, seed, metric, split, output)
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        return Run(variant, seed, error=f"{type(error).__name__}: {error}")
+
+
+def _run(words: list[str], variant: Variant, seed: int, metric: str, split: Split, output: Path) -> Run:
+    selections: list[dict[str, Any]] = []
+
+    def edit(config: Namespace) -> None:
+        config.seed_everything = seed
+        for entry in callback_entries(config):
+            if issubclass(loaded_class(entry), Prox24):
+                arguments = entry.get("init_args", Namespace())
+                chosen = {key: arguments.get(key) for key in ("targets", "skip", "geometry")}
+                selections.append({key: value for key, value in chosen.items() if value is not None})
+        if variant == "dense":
+            without_pruning(config)
+        elif variant == "asp":
+            with_one_shot_magnitude(config, at=float(config.asp_at))
+        without_conversion(config)
+        separate_outputs(config, output, variant, seed)
+
+    cli = CompareCLI(words, edit)
+    record = TrainingRecord()
+    trainer = cli.trainer
+    trainer.callbacks.append(record)  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+    fit_options = {key: cli.config_init.get(key) for key in ("ckpt_path", "weights_only") if key in cli.config_init}
+    # Constructors may have drawn random numbers; from here on every variant draws the same ones.
+    seed_everything(seed, workers=True, verbose=False)
+    trainer.fit(cli.model, datamodule=cli.datamodule, **fit_options)
+    steps = trainer.global_step
+    scores = _score(trainer, cli.model, cli.datamodule, split)
+    score = _known(metric, scores, split)
+    sparse, groups = _groups_24(cli.model, selections)
+    return Run(variant, seed, score, scores, sparse, groups, record.seconds, steps, record.checksum)
+
+
+def _score(trainer: Trainer, model: LightningModule, datamodule: Any, split: Split) -> dict[str, float]:
+    # The weights as the run left them, not a checkpoint: the best one may stem from before the freeze.
+    score = trainer.validate if split == "validation" else trainer.test
+    scores: dict[str, float] = {}
+    for logged in score(model, datamodule=datamodule, verbose=False):
+        scores.update({name: float(value) for name, value in logged.items()})
+    return scores
+
+
+@torch.no_grad()
+def _groups_24(model: LightningModule, selections: list[dict[str, Any]]) -> tuple[int, int]:
+    """How many groups of the weights that Prox24 would take are 2:4, and how many there are, whatever the variant.
+
+    Groups lie along the dimensions of Prox24's geometry.
+    """
+    weights = {weight.name: weight for chosen in selections for weight in select_weights(model, **chosen)}
+    checks = [violations_24(weight.parameter, dim=weight.dim) for weight in weights.values()]
+    groups = sum(check.groups for check in checks)
+    return groups - sum(check.count for check in checks), groups
+
+
+def _metric(options: Namespace) -> tuple[str, Literal["min", "max"]]:
+    """The metric and its direction: as given, else what ModelCheckpoint monitors, on the split asked for."""
+    if options.metric and options.mode:
+        return options.metric, options.mode
+    for entry in callback_entries(options):
+        if issubclass(loaded_class(entry), ModelCheckpoint):
+            arguments = entry.get("init_args", Namespace())
+            monitor = arguments.get("monitor")
+            if monitor and options.metric in (None, monitor):
+                name = monitor if options.split == "validation" else _test_name(monitor)
+                return name, options.mode or ("max" if arguments.get("mode") == "max" else "min")
+    missing = "--mode min or max" if options.metric else "--metric NAME --mode min or max"
+    raise ValueError(f"no ModelCheckpoint of the config says what to compare by; add {missing}")
+
+
+def _test_name(monitor: str) -> str:
+    """What a validation metric is called on the test data: ``val_acc``, ``val/acc``, ``acc/valid``, or just ``acc``."""
+    name, found = re.subn(r"(?<![a-zA-Z])(val|valid|validation)(?![a-zA-Z])", "test", monitor, count=1)
+    return name if found else f"test_{monitor}"
+
+
+def _default_output(options: Namespace) -> Path:
+    """A new folder for every comparison, so that no log mixes with an older one."""
+    stem = Path(str(options.config[-1])).stem if options.get("config") else "comparison"
+    return Path("runs") / stem / datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -1,0 +1,142 @@
+"""What a comparison found: its rows, the table, and the files that keep them."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich.table import Table
+
+from prox24_lightning.utils.environment import machine_facts
+from prox24_lightning.utils.files import write_text
+
+Variant = Literal["dense", "asp", "prox24"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+
+LABELS: dict[Variant, str] = {
+    "dense": "dense",
+    "asp": "one-shot magnitude (ASP)",
+    "prox24": "Prox24",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished or failed run. ``sparse`` of ``groups`` groups are 2:4; ``batches`` is a checksum."""
+
+    variant: Variant
+    seed: int
+    score: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    sparse: int = 0
+    groups: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    batches: int = 0
+    error: str | None = None
+
+
+@dataclass
+class Comparison:
+    """Rows of a comparison by one metric, and what is needed to repeat it."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    command: str
+    config: str
+    facts: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, *, metric: str, mode: Literal["min", "max"], command: str, config: str) -> Comparison:
+        return cls(metric, mode, command, config, machine_facts())
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """One row a variant: label, metric, 2:4 groups, seconds, seeds. Spread is the sample standard deviation."""
+        rows = []
+        for variant in VARIANTS:
+            runs = [run for run in self.runs if run.variant == variant]
+            done = [run for run in runs if run.error is None]
+            failed = f" ({len(runs) - len(done)} failed)" if len(done) < len(runs) else ""
+            if done:
+                sparse, groups = sum(run.sparse for run in done), sum(run.groups for run in done)
+                rows.append(
+                    (
+                        LABELS[variant],
+                        _mean_and_spread([run.score for run in done if run.score is not None], digits=4),
+                        f"{sparse / max(groups, 1):.2%}",
+                        _mean_and_spread([run.seconds for run in done], digits=1),
+                        ", ".join(str(run.seed) for run in done) + failed,
+                    )
+                )
+            elif runs:
+                rows.append((LABELS[variant], "failed", "-", "-", ", ".join(str(run.seed) for run in runs)))
+        return rows
+
+    @property
+    def headings(self) -> tuple[str, str, str, str, str]:
+        better = "lower" if self.mode == "min" else "higher"
+        return "variant", f"{self.metric} ({better} is better)", "groups that are 2:4", "training, s", "seeds"
+
+    def table(self) -> Table:
+        steps = sorted({run.steps for run in self.runs if run.error is None})
+        table = Table(title=f"{' or '.join(map(str, steps)) or 'no'} optimizer steps a run")
+        for heading in self.headings:
+            table.add_column(heading)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def warnings(self) -> list[str]:
+        """What would make the comparison unfair or incomplete."""
+        found = [f"{run.variant}, seed {run.seed} failed: {run.error}" for run in self.runs if run.error]
+        for seed in sorted({run.seed for run in self.runs}):
+            done = [run for run in self.runs if run.seed == seed and run.error is None]
+            found += [
+                f"{run.variant}, seed {seed} ended with {self.metric} = {run.score}: it diverged"
+                for run in done
+                if run.score is not None and not math.isfinite(run.score)
+            ]
+            if len({run.batches for run in done}) > 1:
+                found.append(f"seed {seed}: the variants did not see the same training batches")
+            if len({run.steps for run in done}) > 1:
+                found.append(f"seed {seed}: the variants took {', '.join(str(run.steps) for run in done)} steps")
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write ``comparison.json`` and ``comparison.md``; each is replaced whole, so a crash leaves the old one.
+
+        A score that is NaN or infinite, which JSON has no word for, is null there.
+        """
+        found = asdict(self)
+        for run in found["runs"]:
+            run["score"] = _finite(run["score"])
+            run["scores"] = {name: _finite(score) for name, score in run["scores"].items()}
+        write_text(folder / "comparison.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+        write_text(folder / "comparison.md", self.markdown())
+
+    def markdown(self) -> str:
+        lines = [f"# {self.command}", "", _markdown_row(self.headings), _markdown_row(["---"] * len(self.headings))]
+        lines += [_markdown_row(row) for row in self.rows()]
+        lines += ["", *(f"Warning: {warning}" for warning in self.warnings()), ""]
+        lines += [f"- {key}: {value}" for key, value in self.facts.items()]
+        return "\n".join([*lines, "", "```yaml", self.config.rstrip(), "```", ""])
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _mean_and_spread(values: list[float], digits: int) -> str:
+    if not all(map(math.isfinite, values)):
+        return str(sum(values))  # nan or inf, and so is the mean; the functions of statistics raise on some of them
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _markdown_row(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"

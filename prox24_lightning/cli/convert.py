@@ -1,0 +1,100 @@
+"""``prox24 convert MODEL OUT``: a 2:4 model as a packed folder of about half the size, or such a folder dense again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from torch import nn
+
+from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.convert.benchmark.tables import name_patterns
+from prox24_lightning.convert.format.model import find_packable
+from prox24_lightning.io.packed_folder import refuse_dense, save_folder
+from prox24_lightning.io.pretrained import Dtype, Head
+from prox24_lightning.io.sources import Source, load_source
+from prox24_lightning.oneshot.save import forget_quantization
+from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, check_folder, filling
+
+
+def convert(
+    model: str,
+    out: Path,
+    form: Literal["packed", "dense"] = "packed",
+    package: bool = False,
+    file: str | None = None,
+    head: Head = "causal_lm",
+    weights: Dtype = "auto",
+    run_config: Path | None = None,
+    targets: list[str] | None = None,
+    skip: list[str] | None = None,
+) -> None:
+    """Check a 2:4 model, pack its weights one by one and write them, with configs, tokenizer and a card.
+
+    A weight that is not 2:4 stays dense in the file and is listed; one that is so in most of its groups only is damaged
+    and refused. Exit code 2: an error, and nothing was written.
+
+    Args:
+        model: Hugging Face name or folder, packed folder or file, checkpoint (.ckpt, .pt, .safetensors), or config
+            (.yaml).
+        out: folder to write into. Dense weights there are refused if packed ones are to be written; dense ones take the
+            place of all weights that are there.
+        form: packed, or dense (with zeros) to turn a packed folder back into an ordinary one.
+        package: the model lies inside the installed package of that name.
+        file: a GGUF file in the folder, or a sub-folder that holds the model.
+        head: which auto class of transformers loads a Hugging Face model.
+        weights: dtype in which it is stored; auto is its own.
+        run_config: config of the run that a checkpoint comes from, whose classes are made; null reads weights alone.
+        targets: patterns of weights or modules that must be packed; null packs all that can be.
+        skip: patterns of weights or modules that are stored dense.
+    """
+    with errors_as_exit("convert"):
+        console = Console()
+        check_folder(out)
+        if form == "packed":
+            refuse_dense(out)
+        source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
+        if form == "dense":
+            _write_dense(out, source)
+            console.print(f"wrote {source.description}, dense with zeros, to {out}", markup=False, highlight=False)
+            return
+        packable = find_packable(source.model, targets=targets, skip=skip)
+        if not packable.dims:
+            raise ValueError(f"no weight of {model} is 2:4, so nothing would be packed: {_reasons(packable.dense)}")
+        written = save_folder(out, source.model, packable, source=source.description, companions=source.companions)
+        console.print(
+            f"{len(written.packed)} weights packed and read back equal; "
+            f"{len(packable.dense)} weights stored dense. {_reasons(packable.dense)}",
+            f"tensors: {written.dense_bytes:,} bytes dense, {written.stored_bytes:,} bytes packed "
+            f"({written.stored_bytes / written.dense_bytes:.4f}); file {written.path.stat().st_size:,} bytes: "
+            f"{out / PACKED_FILE}",
+            sep="\n",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _write_dense(out: Path, source: Source) -> None:
+    model: Any = source.model
+    forget_quantization(model)
+    with filling(out, instead_of=(*DENSE_FILES, PACKED_FILE)) as temporary:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(str(temporary))
+            for companion in source.companions:
+                companion.save_pretrained(str(temporary))
+        else:
+            _save_state(temporary / "model.safetensors", model)
+
+
+def _save_state(path: Path, model: nn.Module) -> None:
+    from safetensors.torch import save_model
+
+    save_model(model, str(path))
+
+
+def _reasons(dense: dict[str, str]) -> str:
+    groups: dict[str, list[str]] = {}
+    for name, why in dense.items():
+        groups.setdefault(why.partition(":")[0], []).append(name)
+    return "; ".join(f"{name_patterns(names)}: {why}" for why, names in groups.items())

@@ -1,0 +1,109 @@
+"""``prox24 doctor MODEL``: what runs on sparse tensor cores, why the rest does not, and what it would gain."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.convert.autotune.cache import Place
+from prox24_lightning.convert.benchmark.gain import measured_gain
+from prox24_lightning.convert.benchmark.tables import STATES, Section, grouped, print_tables
+from prox24_lightning.convert.doctor import Diagnosis, Gain, diagnose
+from prox24_lightning.convert.eligibility import Target, find_target
+from prox24_lightning.io.pretrained import Dtype, Head
+from prox24_lightning.io.sources import load_source
+from prox24_lightning.utils.environment import machine_facts
+from prox24_lightning.utils.files import check_folder, write_text
+
+
+def doctor(
+    model: str,
+    package: bool = False,
+    file: str | None = None,
+    head: Head = "causal_lm",
+    weights: Dtype = "auto",
+    run_config: Path | None = None,
+    dtype: Literal["bfloat16", "float16"] = "bfloat16",
+    token_counts: list[int] | None = None,
+    json: str | None = None,
+) -> None:
+    """Say of every layer why it can or cannot run sparse, and what the model would gain.
+
+    Exit code 0: at least one layer can run sparse on this machine's GPU or, where there is none, on a suitable one.
+    1: no layer can. 2: an error.
+
+    Args:
+        model: Hugging Face name or folder, packed folder or file, checkpoint (.ckpt, .pt, .safetensors), or config
+            (.yaml).
+        package: the model lies inside the installed package of that name.
+        file: a GGUF file in the folder, or a sub-folder that holds the model.
+        head: which auto class of transformers loads a Hugging Face model.
+        weights: dtype in which it is loaded; auto is its own.
+        run_config: config of the run that a checkpoint comes from, whose classes are made; null reads weights alone.
+        dtype: what the layers would run in.
+        token_counts: rows of a layer's input at which gains are given; null: 1, 16, 64, 1024, 4096.
+        json: file for the diagnosis as JSON; - prints it, and the table to stderr.
+    """
+    with errors_as_exit("doctor"):
+        counts = token_counts or [1, 16, 64, 1024, 4096]
+        if any(count < 1 for count in counts):
+            raise ValueError(f"token_counts={counts} must be whole numbers from 1 up")
+        if json not in (None, "-"):
+            check_folder(Path(json).parent)
+        source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
+        target = find_target()
+        found = diagnose(
+            source.model,
+            dtype=getattr(torch, dtype),
+            target=target,
+            token_counts=counts,
+            gain=_known_gain(target, getattr(torch, dtype)),
+            machine={"model": source.description, **{key: str(value) for key, value in machine_facts().items()}},
+        )
+        print_diagnosis(found, Console(stderr=json == "-"))
+        if json == "-":
+            sys.stdout.write(found.to_json())
+        elif json is not None:
+            Path(json).parent.mkdir(parents=True, exist_ok=True)
+            write_text(json, found.to_json())
+    raise SystemExit(0 if found.able else 1)
+
+
+def _known_gain(target: Target | None, dtype: torch.dtype) -> Gain | None:
+    if target is None or target.problem is not None:
+        return None
+    return measured_gain(Place.here(torch.cuda.current_device()), dtype)
+
+
+def print_diagnosis(found: Diagnosis, console: Console) -> None:
+    """Two tables: the layers with their reasons, and the gains of those that can be sparse."""
+    able = found.able
+    tables: list[Section] = [
+        (
+            "Layers",
+            ("layers", "kind", "(out, in)", "state", "why"),
+            grouped([(x.name, (x.kind, str(x.shape), STATES[x.state], x.why)) for x in found.layers]),
+        )
+    ]
+    if able:
+        counts = found.token_counts
+        rows = [(x.name, (str(x.shape), *(_gain(x.expected[n], x.limit[n]) for n in counts))) for x in able]
+        whole = ("all linear layers together", "", *(_gain(found.expected[n], found.limit[n]) for n in counts))
+        header = ("layers", "(out, in)", *(f"{count} tokens" for count in counts))
+        tables.append(("Gain: dense time over sparse time", header, [*grouped(rows), whole]))
+    notes = [
+        f"{len(able)} of {len(found.layers)} layers can run sparse: {found.sparse_share:.1%} of the weights of all "
+        "linear layers. Together: by Amdahl's law on those weights; attention, norms and the host are not counted."
+    ]
+    if any(value is None for layer in able for value in layer.expected.values()):
+        notes.append('"<=": not measured here (prox24 bench does, on the GPU): the limit of equally good kernels.')
+    print_tables(tables, [*notes, *found.notes], console)
+
+
+def _gain(expected: float | None, limit: float) -> str:
+    return f"<= {limit:.2f}" if expected is None else f"{expected:.2f}"

@@ -1,0 +1,119 @@
+"""The ``prox24`` command: a table of names, each run by a function that is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from prox24_lightning import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """One line of ``prox24 --help``.
+
+    Attributes:
+        summary: what the command does.
+        target: ``module:function``. The function takes the words after the command's name.
+        typed: instead, the function has typed parameters, and jsonargparse makes the command line from them.
+        positional: those parameters that have no default are words without a name.
+    """
+
+    summary: str
+    target: str
+    typed: bool = False
+    positional: bool = False
+
+    def run(self, name: str, words: list[str]) -> None:
+        module, function = self.target.split(":")
+        entry = getattr(import_module(module), function)
+        if not self.typed:
+            entry(words)
+            return
+        from jsonargparse import auto_cli
+
+        auto_cli(entry, args=words, prog=f"prox24 {name}", as_positional=self.positional)
+
+
+COMMANDS = {
+    "fit": Command("train as a YAML says (LightningCLI)", "prox24_lightning.cli.trainer:fit"),
+    "validate": Command("score a model or checkpoint on the validation data", "prox24_lightning.cli.trainer:validate"),
+    "test": Command("score a model or checkpoint on the test data", "prox24_lightning.cli.trainer:test"),
+    "compare": Command(
+        "dense, one-shot magnitude and Prox24 at equal steps, in one table",
+        "prox24_lightning.cli.compare.command:compare",
+    ),
+    "study": Command(
+        "figures: the prox, local against global, geometries, failures, ablations",
+        "prox24_lightning.cli.study.command:study",
+        typed=True,
+    ),
+    "prune": Command(
+        "prune a pretrained Hugging Face model layer by layer", "prox24_lightning.cli.prune:prune", typed=True
+    ),
+    "doctor": Command(
+        "which layers of MODEL can run sparse, why the others cannot, what it would gain",
+        "prox24_lightning.cli.doctor:doctor",
+        typed=True,
+        positional=True,
+    ),
+    "convert": Command(
+        "check MODEL and write it packed, at about half the size, into a folder",
+        "prox24_lightning.cli.convert:convert",
+        typed=True,
+        positional=True,
+    ),
+    "bench": Command(
+        "time MODEL dense against converted on this machine's GPU",
+        "prox24_lightning.cli.bench:bench",
+        typed=True,
+        positional=True,
+    ),
+}
+
+
+def usage() -> str:
+    """The text of ``prox24 --help``."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: prox24 COMMAND [options]",
+            "",
+            "2:4 sparsity for Lightning runs. Commands:",
+            "",
+            *lines,
+            "",
+            "prox24 COMMAND --help lists the options of a command; prox24 --version prints the version.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if words[0] == "--version":
+        print(__version__)
+        return
+    name, *rest = words
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(COMMANDS)}"
+        order = " (options come after the command)" if name.startswith("-") else ""
+        print(f"prox24: unknown command {name!r}{order}; {hint}", file=sys.stderr)
+        raise SystemExit(2)
+    # A console script does not have the working directory on its path, where users keep the classes they name in YAML.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    COMMANDS[name].run(name, rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""``prox24 prune``: a pretrained model in, a 2:4 model out, layer by layer on a little calibration text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
+from prox24_lightning.oneshot import prune_layerwise
+from prox24_lightning.oneshot.save import save_pruned
+from prox24_lightning.solvers import Method, Refine
+from prox24_lightning.utils.files import check_folder
+from prox24_lightning.weights.groups import Geometry
+
+
+def prune(
+    model: Pretrained,
+    data: TextSource | None = None,
+    output: Path = Path("runs/pruned"),
+    method: Method = "prox",
+    refine: Refine | None = "masked_gradient",
+    geometry: Geometry = "row",
+    targets: list[str] | None = None,
+    skip: list[str] | None = None,
+    blocks: str | None = None,
+    budget: float = 0.0,
+    dense_target: float = 0.5,
+    steps: int | None = None,
+    sequences: int = 128,
+    length: int = 1024,
+    batch_size: int = 8,
+    eval_sequences: int = 64,
+    seed: int = 0,
+    device: str | None = None,
+    offload: str = "device",
+    work_dir: Path | None = None,
+    matmul_precision: Literal["highest", "high"] = "highest",
+) -> None:
+    """Prune a Hugging Face model to 2:4 in one shot and save it.
+
+    Exit code 0: pruned and saved. 2: an error.
+
+    Args:
+        model: which model, and how to load it.
+        data: where calibration and evaluation text come from.
+        output: folder of the pruned model, its masks, report and card.
+        method: how masks are chosen.
+        refine: what is done to the surviving weights afterwards; null for nothing.
+        geometry: groups of four along inputs (row), outputs (column), or both in every 4 x 4 block (block).
+        targets: patterns of names; null takes every linear layer of the blocks.
+        skip: patterns of names that stay dense.
+        blocks: name of the list of blocks; null finds it.
+        budget: share of the weights that may stay dense, spent on the layers that 2:4 hurts most.
+        dense_target: 0 keeps each layer's own outputs, 1 aims at the dense model's.
+        steps: steps of the prox methods; null takes each method's default.
+        sequences: number of calibration sequences.
+        length: tokens a sequence.
+        batch_size: sequences a batch.
+        eval_sequences: sequences of held-out text for the perplexity before and after; 0 for none.
+        seed: which text is drawn.
+        device: where blocks are solved; null is cuda if there is one, else cpu.
+        offload: where hidden states wait: device, cpu, or a folder.
+        work_dir: folder for finished blocks, so that a killed run goes on; null keeps nothing.
+        matmul_precision: high allows TF32 on GPUs that have it.
+    """
+    with errors_as_exit("prune"):
+        if data is None:
+            raise ValueError(
+                "data is missing; name a source of text, for instance --data recipes.calibration_text.PythonDocs"
+            )
+        check_folder(output)
+        console = Console()
+        torch.set_float32_matmul_precision(matmul_precision)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        network, companions = model.load()
+        # One block at a time goes to the device; a model that fits is faster there as a whole.
+        if place.type != "cpu" and offload == "device":
+            network.to(place)
+        tokenizer = companions[0]
+        ids = token_sequences(tokenizer, data.texts("calibration"), sequences, length, seed=seed)
+        held_out = None
+        scores: dict[str, float] = {}
+        if eval_sequences:
+            held_out = token_sequences(tokenizer, data.texts("evaluation"), eval_sequences, length, seed=seed)
+            scores["perplexity, dense"] = perplexity(network, held_out, batch_size)
+            console.print(f"held-out perplexity, dense: {scores['perplexity, dense']:.3f}")
+        options: dict[str, Any] = {} if steps is None else {"steps": steps}
+        report = prune_layerwise(
+            network,
+            [{"input_ids": part} for part in ids.split(batch_size)],
+            method=method,
+            refine=refine,
+            geometry=geometry,
+            targets=targets,
+            skip=skip,
+            blocks=blocks,
+            budget=budget,
+            dense_target=dense_target,
+            device=place,
+            offload=offload,
+            work_dir=work_dir,
+            **options,
+        )
+        console.print(report.table())
+        if held_out is not None:
+            scores["perplexity, 2:4"] = perplexity(network, held_out, batch_size)
+            console.print(f"held-out perplexity, 2:4: {scores['perplexity, 2:4']:.3f}")
+        protocol = {
+            "model": model.describe(),
+            "data": data.describe(),
+            "calibration": f"{sequences} sequences of {length} tokens",
+            "evaluation": f"{eval_sequences} sequences of {length} tokens, disjoint by document",
+            "seed": seed,
+            **{key: f"{value:.3f}" for key, value in scores.items()},
+        }
+        save_pruned(output, network, report, companions=companions, protocol=protocol)
+        report.plot(output / "layerwise.png")
+        console.print(f"saved to {output}: load it with from_pretrained; masks, report and card lie beside it")

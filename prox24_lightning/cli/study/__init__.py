@@ -1,0 +1,1 @@
+"""``prox24 study``: figures, tables and the report."""

@@ -1,0 +1,93 @@
+"""The study on disk: one CSV a table, every figure as PNG and SVG, and a Markdown report over all of it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prox24_lightning.utils.environment import machine_facts
+from prox24_lightning.utils.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Part:
+    """One part of the study as it is written.
+
+    Attributes:
+        name: of its files.
+        title: its heading.
+        text: what was asked and what came out, one paragraph each.
+        shown: heading -> rows that the report shows.
+        tables: name -> rows for a CSV file of their own.
+        figure: what is drawn, or None.
+        seconds: what it took.
+    """
+
+    name: str
+    title: str
+    text: list[str]
+    shown: dict[str, list[Row]] = field(default_factory=dict)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+    figure: Figure | None = None
+    seconds: float = 0.0
+
+
+def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
+    """Write ``report.md`` and what it refers to into ``folder``; returns the report's path."""
+    from matplotlib import rc_context
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["# prox24 study", ""]
+    for part in parts:
+        lines += [f"## {part.title}", ""]
+        for paragraph in part.text:
+            lines += [paragraph, ""]
+        if part.figure is not None:
+            for ending in ("png", "svg"):
+                with rc_context({"svg.hashsalt": part.name}):  # names inside the file, else drawn at random
+                    part.figure.savefig(folder / f"{part.name}.{ending}", metadata=_undated(ending))
+            lines += [f"![{part.title}]({part.name}.png)", ""]
+        for heading, rows in part.shown.items():
+            lines += [f"**{heading}**", "", markdown_table(rows), ""]
+        for name, rows in part.tables.items():
+            write_csv(folder / f"{name}.csv", rows)
+        files = ", ".join(f"`{name}.csv`" for name in part.tables)
+        lines += [f"{part.seconds:.0f} s. All numbers: {files}." if files else f"{part.seconds:.0f} s.", ""]
+    facts = {**settings, **machine_facts()}
+    lines += ["## How it was run", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
+    path = folder / "report.md"
+    write_text(path, "\n".join(lines))
+    return path
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Rows with the same keys, numbers in full."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Rows with the same keys as a Markdown table; floats to four significant digits."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _undated(ending: str) -> dict[str, Any]:
+    """Equal figures give equal files."""
+    return {"Date": None} if ending == "svg" else {"Software": None}

@@ -1,0 +1,1 @@
+"""Which kernel runs a layer: measured on this GPU, kept on disk."""

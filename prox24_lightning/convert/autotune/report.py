@@ -1,0 +1,46 @@
+"""The table of chosen kernels for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+
+from prox24_lightning.convert.autotune.table import SAME, KernelTable, Row
+from prox24_lightning.convert.benchmark.language_tables import Section
+from prox24_lightning.convert.benchmark.tables import print_tables
+from prox24_lightning.convert.kernels.registry import Kernel
+
+_WORDS = {
+    "dense": "cuBLAS, dense weight kept",
+    "few": "own kernel, tiling {}",
+    "warpgroup": "own kernel for warpgroups, blocking {}",
+    "cusparselt": "cuSPARSELt, algorithm {}",
+    "torch": "torch's operator",
+    "expand": "expanded, then cuBLAS",
+}
+
+
+def kernel_section(tables: Sequence[KernelTable]) -> Section:
+    """One row a shape and number of tokens: the kernel, its time beside cuBLAS's, and what stands against it."""
+    rows = [(str(table.shape), *_cells(row)) for table in tables for row in table.rows]
+    return ("Kernels", ("(out, in)", "up to tokens", "kernel", "us", "dense us", "x", "note"), rows)
+
+
+def print_kernels(tables: Iterable[KernelTable], console: Console | None = None) -> None:
+    """Print which kernel runs when, and the reasons of what could not be measured."""
+    print_tables([kernel_section(list(tables))], (), console or Console())
+
+
+def in_words(kernel: Kernel) -> str:
+    """A kernel for people who have not read its text."""
+    return _WORDS[kernel.way].format(",".join(map(str, kernel.numbers)) or "by default")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    notes = list(row.notes)
+    if row.speedup is not None and row.speedup < SAME:
+        notes.insert(0, "slower than dense: no packed kernel is faster here, and no dense weight is kept")
+    times = (row.us, row.dense_us, row.speedup)
+    us, dense, speedup = ("-" if value is None else f"{value:.2f}" for value in times)
+    return str(row.tokens), in_words(row.kernel), us, dense, speedup, "; ".join(notes)

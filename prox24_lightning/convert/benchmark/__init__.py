@@ -1,0 +1,1 @@
+"""Dense against converted, timed: layers, whole models, language models."""

@@ -1,0 +1,93 @@
+"""Catch the inputs with which a model is called, so that the whole of it can be timed on real ones later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from prox24_lightning.convert.benchmark.settings import ExampleInputs
+from prox24_lightning.weights.selection import clean_name
+
+
+def own_example(module: nn.Module) -> ExampleInputs | None:
+    """The ``example_input_array`` of a LightningModule; None where there is none."""
+    example: Any = getattr(module, "example_input_array", None)
+    if example is None:
+        return None
+    if isinstance(example, Mapping):
+        return ExampleInputs("", (), example)
+    return ExampleInputs("", example if isinstance(example, tuple) else (example,), {})
+
+
+class InputCatcher:
+    """Hooks on the modules that contain all of ``layers``; ``inputs`` is the best of the calls seen so far.
+
+    Best is the outermost submodule that contains every one of the layers (``model`` in a LightningModule that wraps a
+    model, its head included), then the ones further in, then the root itself: a root knows its trainer and loggers,
+    which a copy of it cannot have. Nothing is hooked inside compiled code, where a hook would force a recompilation.
+
+    Args:
+        model: the root.
+        layers: names of modules, without ``torch.compile``'s prefix.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        self.inputs: ExampleInputs | None = None
+        self._rank = float("inf")
+        self._handles: list[RemovableHandle] = []
+        modules: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            modules.setdefault(clean_name(name), module)  # of a compiled module and its original: the compiled one
+        for depth, name in enumerate(_reachable(modules, _ancestors(layers))):
+            hook = self._hook(name, float("inf") if depth == 0 else float(depth))
+            self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hooks off; the inputs stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, name: str, rank: float) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.inputs is not None and rank >= self._rank:
+                return
+            try:
+                args, kwargs = tree_map(_to_host, (args, kwargs))
+            except Exception:  # an exotic input is not worth a training run; the report will say that none was seen
+                return
+            self._rank = rank
+            self.inputs = ExampleInputs(name, args, kwargs)
+
+        return look
+
+
+def _to_host(leaf: Any) -> Any:
+    # A copy, because a model may write into its inputs; on the CPU, where it takes nothing from the training.
+    return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
+
+
+def _ancestors(layers: Sequence[str]) -> list[str]:
+    """Names of the modules that contain all layers, the root ("") first."""
+    if not layers:
+        return []
+    paths = [layer.split(".")[:-1] for layer in layers]
+    shared = 0
+    while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    return [".".join(paths[0][:depth]) for depth in range(shared + 1)]
+
+
+def _reachable(modules: dict[str, nn.Module], names: Sequence[str]) -> Iterator[str]:
+    """Those of the names, going inwards, whose call Python still sees."""
+    for name in names:
+        module = modules[name]
+        if getattr(module, "_compiler_ctx", None) or getattr(module, "_compiled_call_impl", None) is not None:
+            return
+        yield name
+        if hasattr(module, "_orig_mod"):  # what torch.compile returns: its call is visible, those inside are not
+            return

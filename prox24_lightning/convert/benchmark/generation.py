@@ -1,0 +1,186 @@
+"""Time a causal language model of transformers dense and converted: prefill, decode, memory, logits, perplexity."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.convert.benchmark.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
+from prox24_lightning.convert.benchmark.settings import Settings
+from prox24_lightning.convert.benchmark.timing import Timing, capture, describe, measure, relative_error, release_memory
+from prox24_lightning.convert.convert import convert_model
+from prox24_lightning.convert.eligibility import named_layers
+from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.utils.module_copy import bare_copy
+from prox24_lightning.weights.selection import is_transposed_linear
+
+_COMPARED = (1, 64)
+"""Sequences and tokens of the logits that are compared."""
+
+
+@torch.no_grad()
+def time_language_model(
+    model: nn.Module,
+    names: Sequence[str],
+    workloads: Sequence[Workload],
+    settings: Settings,
+    device: torch.device,
+    *,
+    score: Callable[[nn.Module], float] | None = None,
+    text: str | None = None,
+) -> LanguageReport:
+    """Measure a copy of ``model`` on the GPU, convert it layer by layer, measure it again.
+
+    Args:
+        model: callable as ``model(input_ids, past_key_values=..., use_cache=True)``; unchanged.
+        names: the layers to convert.
+        workloads: what is timed.
+        settings: dtype, rounds and whether the dense weights are kept.
+        device: a CUDA GPU, the current one.
+        score: perplexity of a model; None for no text.
+        text: what it is the perplexity of.
+
+    Raises:
+        ValueError: for a model that keeps no cache of layers.
+    """
+    before = torch.cuda.memory_allocated(device)
+    twin = bare_copy(model, device=device, dtype=settings.dtype)
+    chosen = set(names)
+    largest = max(layer.get_parameter("weight").nbytes for name, layer in named_layers(twin) if name in chosen)
+    vocabulary = twin.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    generator = torch.Generator(device=device).manual_seed(0)
+    batch, length = max(w.batch for w in workloads), max(w.length for w in workloads)
+    size = max(batch, _COMPARED[0]), max(length, _COMPARED[1])
+    ids = torch.randint(vocabulary, size, generator=generator, device=device)
+    reference = _logits(twin, ids)
+
+    def measured(name: str, count: int) -> LanguageVariant:
+        now = dict(named_layers(twin))
+        return LanguageVariant(
+            name,
+            count,
+            linear_work(twin)[0],
+            sum(_linear_bytes(now[layer]) for layer in names),
+            tuple(_time(twin, ids, workload, settings, before) for workload in workloads),
+            relative_error(reference, _logits(twin, ids)),
+            None if score is None else score(twin),
+        )
+
+    dense = measured("dense", 0)
+    release_memory()
+    # Of the tensors themselves: what is allocated by now holds the libraries' workspaces too.
+    dense_bytes = sum(tensor.nbytes for tensor in {*twin.parameters(), *twin.buffers()})
+    allocated = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats()
+    start = perf_counter()
+    convert_model(twin, names, keep_dense=settings.keep_dense)
+    torch.cuda.synchronize()
+    seconds = perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() - allocated + dense_bytes
+    converted = measured("converted", len(names))
+    return LanguageReport(dense_bytes, largest, peak, seconds, text, (dense, converted))
+
+
+class DecodeStep:
+    """A call that makes the logits of one more token for each sequence of ``prompt``, again and again the same.
+
+    Every call begins with the cache as the prompt left it: the layers of the cache are copied as objects, which
+    costs no GPU work, and those of transformers put new tensors in place of the old ones.
+
+    Raises:
+        ValueError: if the model returns no cache of layers.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, prompt: Tensor) -> None:
+        self._model = model
+        self._token = prompt[:, -1:].clone()
+        self._cache = model(prompt, use_cache=True, **_last_logits_only(model)).past_key_values
+        if not hasattr(self._cache, "layers"):
+            raise ValueError(
+                f"{type(model).__name__} keeps a {type(self._cache).__name__}, which has no layers to keep"
+            )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values, which every step reads."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers)
+
+    def __call__(self) -> Tensor:
+        fresh = copy.copy(self._cache)
+        fresh.layers = [copy.copy(layer) for layer in self._cache.layers]
+        return self._model(self._token, past_key_values=fresh, use_cache=True).logits
+
+
+def prefill_call(model: Any, prompt: Tensor) -> Callable[[], Tensor]:
+    """A call that reads ``prompt`` into a new cache and makes the logits of its last token."""
+    options = _last_logits_only(model)
+    return lambda: model(prompt, use_cache=True, **options).logits
+
+
+def linear_work(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the weights of all linear layers as they are stored, and how many weights they stand for."""
+    layers = [layer for _, layer in named_layers(model)]
+    weights = 0
+    for layer in layers:
+        if isinstance(layer, SemiStructuredLinear):
+            weights += layer.out_features * layer.in_features
+        elif isinstance(layer, nn.Linear) or is_transposed_linear(layer):
+            weights += layer.get_parameter("weight").numel()
+    return sum(map(_linear_bytes, layers)), weights
+
+
+def linear_operations(model: Any, workload: Workload) -> int:
+    """Multiplications and additions of all linear layers in one call. In prefill a head that is asked for the last
+    logits alone multiplies one token a sequence."""
+    skipped = 0
+    if workload.phase == "prefill" and _last_logits_only(model):
+        head = model.get_output_embeddings()
+        skipped = 0 if head is None else linear_work(head)[1] * (workload.tokens - workload.batch)
+    return 2 * (linear_work(model)[1] * workload.tokens - skipped)
+
+
+def _linear_bytes(layer: nn.Module) -> int:
+    if isinstance(layer, SemiStructuredLinear):
+        return layer.stored_bytes
+    matrix = isinstance(layer, nn.Linear) or is_transposed_linear(layer)
+    return layer.get_parameter("weight").nbytes if matrix else 0
+
+
+def _last_logits_only(model: Any) -> dict[str, int]:
+    """As generation does: the logits of a long prompt would take more memory than the model."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    return model(ids[: _COMPARED[0], : _COMPARED[1]], use_cache=False).logits.float()
+
+
+def _time(model: nn.Module, ids: Tensor, workload: Workload, settings: Settings, before: int) -> PhaseResult:
+    prompt = ids[: workload.batch, : workload.length].contiguous()
+    release_memory()
+    stored, _ = linear_work(model)
+    call: Callable[[], Tensor]
+    if workload.phase == "decode":
+        call = DecodeStep(model, prompt)
+        stored += call.cache_bytes
+    else:
+        call = prefill_call(model, prompt)
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    eager = measure({"call": call}, rounds=settings.rounds)["call"]
+    graph: Timing | None = None
+    problem: str | None = None
+    try:
+        graph = measure({"call": capture(call).replay}, rounds=settings.rounds)["call"]
+    except Exception as failure:  # models may do on the host whatever they like: any of it can end the capture
+        problem = describe(failure)
+    return PhaseResult(workload, eager, graph, problem, peak, stored, linear_operations(model, workload))

@@ -1,0 +1,57 @@
+"""What a GPU can do at most, measured: bytes through its memory and operations through its tensor cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from prox24_lightning.convert.benchmark.timing import measure, release_memory
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured limits of one GPU.
+
+    Attributes:
+        bytes_per_second: read plus written, of a large copy from device memory to device memory.
+        operations_per_second: multiplications plus additions of a large dense product of random matrices.
+    """
+
+    bytes_per_second: float
+    operations_per_second: float
+
+    def floor_us(self, bytes_moved: float, operations: float) -> float:
+        """The least microseconds in which so much can be moved and computed: the longer of the two."""
+        return 1e6 * max(bytes_moved / self.bytes_per_second, operations / self.operations_per_second)
+
+
+def measure_limits(dtype: torch.dtype, device: torch.device, *, rounds: int = 10) -> Limits:
+    """Copy a GiB (or a 16th of the free memory) and multiply matrices as large as the copy's halves, up to 8192 wide.
+
+    Args:
+        dtype: of the matrices.
+        device: a CUDA GPU, the current one.
+        rounds: repetitions; medians count.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    size = min(2**30, free // 16)
+    width = min(8192, int((size // 4) ** 0.5) // 128 * 128)
+    limits = Limits(
+        2 * size / _copy_us(size, device, rounds) * 1e6, 2 * width**3 / _product_us(width, dtype, device, rounds) * 1e6
+    )
+    release_memory()
+    return limits
+
+
+def _copy_us(size: int, device: torch.device, rounds: int) -> float:
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return measure({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"].median_us
+
+
+def _product_us(width: int, dtype: torch.dtype, device: torch.device, rounds: int) -> float:
+    generator = torch.Generator(device=device).manual_seed(0)
+    left, right = (torch.randn(width, width, generator=generator, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return measure({"product": lambda: torch.mm(left, right, out=out)}, rounds=rounds)["product"].median_us

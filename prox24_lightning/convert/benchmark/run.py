@@ -1,0 +1,122 @@
+"""Time a model dense against 2:4, decide layer by layer what becomes sparse, and report both.
+
+Dense and sparse run in one process, in turns, on the same inputs and in the same dtype. A layer that would be
+slower stays dense.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import torch
+from torch import nn
+
+from prox24_lightning.convert.benchmark.layers import time_shapes
+from prox24_lightning.convert.benchmark.limits import measure_limits
+from prox24_lightning.convert.benchmark.model import time_model
+from prox24_lightning.convert.benchmark.report import LayerOutcome, Report, ShapeResult, State
+from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
+from prox24_lightning.convert.benchmark.timing import describe
+from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_model, find_target
+
+
+def run_benchmark(
+    model: nn.Module,
+    settings: Settings,
+    *,
+    device: torch.device | None = None,
+    inputs: ExampleInputs | None = None,
+    reasons: Mapping[str, str] | None = None,
+    shared: Sequence[object] = (),
+) -> Report:
+    """Judge every layer, time those that can run sparse, then the whole model; ``model`` itself is not changed.
+
+    Args:
+        model: on any device, in any floating dtype.
+        settings: see :class:`Settings`.
+        device: a CUDA GPU; None takes the current one. Without one the layers are judged and nothing is timed.
+        inputs: for the whole model; None times layers only.
+        reasons: layer name -> what is added to the reasons of a layer that is not 2:4.
+        shared: see :func:`~prox24_lightning.utils.module_copy.bare_copy`.
+
+    A layer that cannot be measured (out of memory, say) stays dense with the error as its reason; so does the whole
+    model's part of the report.
+    """
+    on_gpu = device is None or device.type == "cuda"
+    target = find_target(device) if on_gpu else None
+    verdicts = check_model(model, dtype=settings.dtype, target=target)
+    report = empty_report(settings, target)
+    if target is None or not any(verdict.runs for verdict in verdicts):
+        return replace(report, layers=_outcomes(verdicts, (), reasons or {}))
+    with torch.cuda.device(device), torch.no_grad():
+        here = torch.device("cuda", torch.cuda.current_device())
+        try:
+            report = replace(report, limits=measure_limits(settings.dtype, here))
+        except RuntimeError as error:  # out of memory, which says nothing about the layers
+            report = report.with_note(f"The chip's limits were not measured: {describe(error)}")
+        shapes = time_shapes(model, [verdict for verdict in verdicts if verdict.runs], settings, here)
+        report = replace(report, shapes=shapes)
+        if inputs is not None:
+            report = time_model(report, model, inputs, settings, here, shared)
+    report = replace(report, layers=_outcomes(verdicts, report.shapes, reasons or {}))
+    hidden = [
+        f"{shape.shape} at {', '.join(str(result.tokens) for result in wins)} tokens"
+        for shape in report.shapes
+        if not shape.sparse and (wins := [r for r in shape.tokens if (r.speedup("graph") or 0) > 1])
+    ]
+    if hidden:
+        report = report.with_note(
+            f"Replayed from a CUDA graph, sparse wins for {'; '.join(hidden)}: measure with these token counts only "
+            "and run_mode='graph' if that is how the model is served."
+        )
+    return report
+
+
+def empty_report(settings: Settings, target: Target | None = None) -> Report:
+    """A report in which nothing has been found yet."""
+    return Report(
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=_machine(target),
+        dtype=str(settings.dtype).removeprefix("torch."),
+        run_mode=settings.run_mode,
+        token_counts=settings.token_counts,
+        only_if_faster=settings.only_if_faster,
+    )
+
+
+def _outcomes(
+    verdicts: Sequence[LayerVerdict], shapes: Sequence[ShapeResult], reasons: Mapping[str, str]
+) -> tuple[LayerOutcome, ...]:
+    decided = {name: shape for shape in shapes for name in shape.layers}
+    outcomes = []
+    for verdict in verdicts:
+        shape = decided.get(verdict.name)
+        why = verdict.why if shape is None else shape.decision
+        if verdict.name in reasons and not verdict.fits:
+            why = f"{why}; {reasons[verdict.name]}"
+        if verdict.note:
+            why = f"{why} ({verdict.note})"
+        state: State = "dense"
+        if shape is None:
+            state = "fits" if verdict.fits else "dense"
+        elif shape.sparse:
+            state = "sparse"
+        outcomes.append(LayerOutcome(verdict.name, verdict.kind, verdict.shape, state, why))
+    return tuple(outcomes)
+
+
+def _machine(target: Target | None) -> dict[str, str]:
+    software = {"torch": str(torch.__version__), "python": platform.python_version()}
+    if target is None:
+        return {"GPU": "none in use", **software}
+    version = torch.backends.cusparselt.version() if target.backend == "cusparselt" else None
+    return {
+        "GPU": target.name,
+        "compute capability": f"{target.capability[0]}.{target.capability[1]}",
+        "backend": f"{target.backend} {version or ''}".strip(),
+        "CUDA": str(torch.version.cuda),
+        **software,
+    }

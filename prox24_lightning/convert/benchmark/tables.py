@@ -1,0 +1,179 @@
+"""A conversion report for people: Markdown for files and TensorBoard, rich tables for the terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prox24_lightning.convert.benchmark.language_tables import Section, language_sections
+from prox24_lightning.convert.benchmark.limits import Limits
+from prox24_lightning.convert.benchmark.report import Pair, Report, State
+from prox24_lightning.utils.files import write_text
+
+STATES: dict[State, str] = {"sparse": "sparse", "fits": "would be sparse on a GPU", "dense": "dense"}
+
+
+def sections(report: Report) -> list[Section]:
+    """The report as tables of text: title, header, rows. Markdown and the terminal show the same ones."""
+    tables: list[Section] = [("Layers", ("layers", "kind", "(out, in)", "state", "why"), _layer_rows(report))]
+    if report.shapes:
+        header = (
+            "(out, in)",
+            "layers",
+            "tokens",
+            "dense eager",
+            "sparse eager",
+            "x",
+            "dense graph",
+            "sparse graph",
+            "x",
+        )
+        tables.append(("Per layer, microseconds a call", (*header, "error", "kernel"), _shape_rows(report)))
+    if report.model:
+        columns = ("variant", "sparse layers", "eager", "x", "graph", "x", "peak MiB", "error")
+        scope = f" ({report.model_scope})" if report.model_scope else ""
+        tables.append((f"Whole model{scope}, microseconds a call", columns, _model_rows(report)))
+    if report.limits is not None and report.shapes:
+        limits = report.limits
+        tables.append((_limits_title(limits), ("(out, in)", "tokens", "dense", "sparse"), _share_rows(report, limits)))
+    if report.language is not None:
+        tables += language_sections(report.language, report.limits)
+    return tables
+
+
+def _limits_title(limits: Limits) -> str:
+    return (
+        f"Per layer, share of what the chip can do ({limits.bytes_per_second / 1e12:.2f} TB/s, dense "
+        f"{limits.operations_per_second / 1e12:.0f} TFLOP/s, both measured)"
+    )
+
+
+def _share_rows(report: Report, limits: Limits) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for shape in report.shapes:
+        for result in shape.tokens:
+            shares = shape.limit_shares(result, limits, 2)
+            rows.append((str(shape.shape), str(result.tokens), *(f"{share:.0%}" for share in shares)))
+    return rows
+
+
+def _layer_rows(report: Report) -> list[tuple[str, ...]]:
+    """Layers that differ in nothing but their name share a row."""
+    return grouped([(x.name, (x.kind, str(x.shape), STATES[x.state], x.why)) for x in report.layers])
+
+
+def grouped(rows: Sequence[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """(name, cells) -> one row for all names that share their cells: the names, then the cells."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, cells in rows:
+        groups.setdefault(cells, []).append(name)
+    return [(name_patterns(names), *cells) for cells, names in groups.items()]
+
+
+def name_patterns(names: list[str]) -> str:
+    """Repeated blocks (``layers.0.up``, ``layers.1.up``) as one name, with ``*`` for the number."""
+    patterns: dict[str, int] = {}
+    for name in names:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name or "(the model)")
+        patterns[pattern] = patterns.get(pattern, 0) + 1
+    shown = [f"{pattern} x {count}" if count > 1 else pattern for pattern, count in list(patterns.items())[:3]]
+    return ", ".join(shown) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
+
+
+def _shape_rows(report: Report) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for shape in report.shapes:
+        about = (str(shape.shape), str(len(shape.layers)))
+        for result in shape.tokens:
+            rows.append(
+                (
+                    *about,
+                    str(result.tokens),
+                    *_pair(result.eager),
+                    *(_pair(result.graph) if result.graph else ("-", "-", "-")),
+                    f"{result.output_error:.1e}",
+                    result.kernel,
+                )
+            )
+        if not shape.tokens:
+            rows.append((*about, *("-",) * 9))
+    return rows
+
+
+def _pair(pair: Pair) -> tuple[str, str, str]:
+    return f"{pair.dense.median_us:.1f}", f"{pair.sparse.median_us:.1f}", f"{pair.speedup:.2f}"
+
+
+def _model_rows(report: Report) -> list[tuple[str, ...]]:
+    rows = []
+    dense = report.model[0]
+    for variant in report.model:
+        cells = [variant.name, str(variant.sparse_layers)]
+        for mode in ("eager", "graph"):
+            now, before = variant.median_us(mode), dense.median_us(mode)
+            cells.append("-" if now is None else f"{now:.1f}")
+            cells.append("-" if now is None or before is None else f"{before / now:.2f}")
+        rows.append((*cells, f"{variant.peak_bytes / 2**20:.1f}", f"{variant.output_error:.1e}"))
+    return rows
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report, with the machine, as a Markdown page."""
+    lines = ["# Dense against 2:4 semi-structured", ""]
+    lines += [", ".join(f"{key} {value}" for key, value in report.machine.items()), ""]
+    judged = "is as fast or faster" if report.only_if_faster else "can run sparse (only_if_faster=False)"
+    counts = ", ".join(map(str, report.token_counts))
+    lines += [
+        f"{report.created}; {report.dtype}; a layer becomes sparse where it {judged} in {report.run_mode} mode at "
+        f"{counts} tokens. x: time of dense over time of sparse, above 1 sparse is faster.",
+        "",
+    ]
+    if report.error:
+        lines += [f"**Failed:** {report.error}", ""]
+    lines += markdown_lines(sections(report))
+    lines += [f"- {note}" for note in report.notes]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_lines(tables: Sequence[Section]) -> list[str]:
+    """Tables as Markdown, each under its title."""
+    lines: list[str] = []
+    for title, header, rows in tables:
+        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+    return lines
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print the report's tables and notes."""
+    console = console or Console()
+    if report.error:
+        console.print(f"conversion and benchmark failed: {report.error}", style="red", markup=False)
+    print_tables(sections(report), report.notes, console)
+
+
+def print_tables(tables: Sequence[Section], notes: Sequence[str], console: Console) -> None:
+    """Print tables, then notes."""
+    for title, header, rows in tables:
+        table = Table(title=title, title_justify="left")
+        for column in header:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+
+
+def write_report(report: Report, folder: Path, filename: str) -> tuple[Path, Path]:
+    """Write ``filename.json`` and ``filename.md`` into ``folder``; a reader never sees half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / f"{filename}.json", folder / f"{filename}.md"
+    for path, text in zip(paths, (report.to_json(), to_markdown(report)), strict=True):
+        write_text(path, text)
+    return paths

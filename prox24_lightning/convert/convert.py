@@ -1,0 +1,240 @@
+"""The one seam between a dense linear layer with zeros and a layer that runs on sparse tensor cores.
+
+Everything else in the package uses four functions: :func:`convert_linear`, :func:`convert_model`,
+:func:`expand_linear` and :func:`expand_model`. What a converted layer does inside (which kernel, which plan) is
+known to :class:`~prox24_lightning.convert.layers.semi_structured_linear.SemiStructuredLinear` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.convert.autotune.search import kernel_tables, stored_table
+from prox24_lightning.convert.autotune.table import BUCKETS, KernelTable
+from prox24_lightning.convert.eligibility import (
+    LayerVerdict,
+    Target,
+    check_layer,
+    check_model,
+    find_target,
+    named_layers,
+)
+from prox24_lightning.convert.kernels.buffer_layout import pack_buffer
+from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.weights.selection import is_transposed_linear, transposed_kind
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert_model` did: names of the converted layers, and the verdicts of those that stay dense.
+
+    ``tables`` has the kernels of each shape if they were measured; see
+    :func:`~prox24_lightning.convert.autotune.report.print_kernels`.
+    """
+
+    converted: tuple[str, ...]
+    dense: tuple[LayerVerdict, ...]
+    tables: tuple[KernelTable, ...] = ()
+
+
+@torch.no_grad()
+def convert_linear(
+    linear: nn.Module, *, name: str = "layer", kernels: KernelTable | None = None, keep_dense: bool = False
+) -> SemiStructuredLinear:
+    """Pack one linear layer (``nn.Linear``, or Hugging Face's ``Conv1D``) that lives on a GPU in float16 or bfloat16.
+
+    The layer itself is not changed. The packed weight is expanded once and compared with the dense one.
+
+    Args:
+        linear: the layer.
+        name: for errors.
+        kernels: from :func:`~prox24_lightning.convert.autotune.search.kernel_tables`. None: what has been measured of
+            this shape on this machine before, the rest by rule.
+        keep_dense: hold the dense weight too, for the numbers of tokens at which ``kernels`` names cuBLAS.
+
+    Raises:
+        ValueError: if the layer cannot run sparse, with its name and every reason; among them a weight that is not
+            strictly 2:4, with the first violations.
+        RuntimeError: if what was packed is not the dense weight.
+    """
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    target = target_of(weight.device) if isinstance(weight, Tensor) else None
+    verdict = check_layer(linear, name=name, target=target)
+    if not verdict.runs or target is None or target.backend is None or not isinstance(weight, Tensor):
+        where = f" (the layer is on {weight.device}: move it)" if isinstance(weight, Tensor) and target is None else ""
+        raise ValueError(f"{name} of shape {verdict.shape} cannot become a sparse layer: {verdict.why}{where}")
+    dense = weight.detach().t() if is_transposed_linear(linear) else weight.detach()
+    shape = dense.shape[0], dense.shape[1]
+    if kernels is None:
+        kernels = stored_table(shape, dense.dtype, keep_dense=keep_dense, device=dense.get_device())
+    buffer = pack_buffer(dense, name=name)
+    kept = dense.contiguous() if keep_dense else None
+    layer = SemiStructuredLinear(buffer, shape, dense.dtype, bias, kernels.text, kept, transposed_kind(linear)).eval()
+    for hooks in _HOOKS:  # the same dictionaries, so that whoever holds a handle can still remove its hook
+        setattr(layer, hooks, getattr(linear, hooks))
+    return layer
+
+
+def convert_model(
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    *,
+    token_counts: Sequence[int] | None = None,
+    keep_dense: bool = False,
+    empty_dense: bool = False,
+) -> Conversion:
+    """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed as it goes.
+
+    Args:
+        model: on a GPU, in float16 or bfloat16. For inference: the converted layers have no backward.
+        names: modules to convert. None takes every layer that can run sparse.
+        token_counts: measure every shape at these numbers of tokens first (once a machine: times are kept on disk),
+            and leave layers dense that would be slower at any of them. None: nothing is measured now, and kernels are
+            chosen by what was measured before, or by rule.
+        keep_dense: hold the dense weights as well, and let cuBLAS take the numbers of tokens at which it is faster.
+        empty_dense: take the memory from the weights of the layers that were replaced, which an optimizer or anything
+            else outside the model may still hold; tied weights are never converted.
+
+    Raises:
+        ValueError: if a named layer does not exist or cannot run sparse, or token_counts are not whole numbers from 1
+            up; nothing is converted then.
+    """
+    if token_counts is not None and (not token_counts or min(token_counts) < 1):
+        raise ValueError(f"token_counts={token_counts!r} must be one or more whole numbers from 1 up, or None")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    target = target_of(device)
+    verdicts = {verdict.name: verdict for verdict in check_model(model, dtype=None, target=target)}
+    wanted = [name for name, verdict in verdicts.items() if verdict.runs] if names is None else list(names)
+    for name in wanted:
+        if name not in verdicts:
+            raise ValueError(f"the model has no layer {name!r} with a weight; names are those of named_modules()")
+        if not verdicts[name].runs:
+            raise ValueError(
+                f"{name} of shape {verdicts[name].shape} cannot become a sparse layer: {verdicts[name].why}"
+            )
+    slots = _slots(model)
+    for name in wanted:
+        if not slots[name]:
+            raise ValueError(f"the model is a bare {verdicts[name].kind}: pass it to convert_linear instead")
+    tables: dict[tuple[torch.dtype, tuple[int, int]], KernelTable] = {}
+    if token_counts is not None:
+        for dtype in {_held(slots[name]).get_parameter("weight").dtype for name in wanted}:
+            of_dtype = (name for name in wanted if _held(slots[name]).get_parameter("weight").dtype == dtype)
+            shapes = [_pair(verdicts[name].shape) for name in of_dtype]
+            counts = sorted({*token_counts, *BUCKETS})
+            found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device)
+            tables |= {(dtype, shape): table for shape, table in found.items()}
+    converted = []
+    for name in wanted:
+        layer = _held(slots[name])
+        table = None
+        if token_counts is not None:
+            table = tables[layer.get_parameter("weight").dtype, _pair(verdicts[name].shape)]
+            if (decision := table.decision(token_counts)) is not None:
+                verdicts[name] = replace(verdicts[name], machine=decision)
+                continue
+        _exchange(slots[name], convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense))
+        converted.append(name)
+        if empty_dense:
+            weight = layer.get_parameter("weight")
+            weight.data, weight.grad = weight.new_empty(0), None
+        del layer
+    dense = tuple(verdict for name, verdict in verdicts.items() if name not in converted)
+    return Conversion(tuple(converted), dense, tuple(tables.values()))
+
+
+@torch.no_grad()
+def expand_linear(layer: SemiStructuredLinear) -> nn.Module:
+    """The dense layer with exactly the packed values, pruned weights as zeros; trainable again.
+
+    It is an ``nn.Linear``, or a ``Conv1D`` of Hugging Face where the converted layer was one.
+    """
+    linear: nn.Module
+    weight = layer.weight
+    if layer.transposed is None:
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    else:
+        with torch.device("meta"):
+            linear = layer.transposed(layer.out_features, layer.in_features)
+        weight = weight.t().contiguous()
+    linear.weight = nn.Parameter(weight)
+    linear.register_parameter("bias", None if layer.bias is None else nn.Parameter(layer.bias.detach().clone()))
+    for hooks in _HOOKS:
+        setattr(linear, hooks, getattr(layer, hooks))
+    return linear
+
+
+def expand_model(model: nn.Module, names: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Undo :func:`convert_model` in place, for every converted layer or those in ``names``; returns their names.
+
+    Raises:
+        ValueError: if a named layer is not a converted one.
+    """
+    slots = _slots(model)
+    converted = [name for name, places in slots.items() if places and isinstance(_held(places), SemiStructuredLinear)]
+    wanted = converted if names is None else list(names)
+    for name in wanted:
+        if name not in converted:
+            raise ValueError(f"{name!r} is not a converted layer of this model")
+        layer = _held(slots[name])
+        if isinstance(layer, SemiStructuredLinear):
+            _exchange(slots[name], expand_linear(layer))
+    return tuple(wanted)
+
+
+def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], shape[1]
+
+
+def insert_layers(model: nn.Module, layers: Iterable[tuple[str, SemiStructuredLinear]]) -> None:
+    """Put converted layers in the place of the modules of these names, under every name that those have.
+
+    Args:
+        model: changed in place.
+        layers: (name, layer) pairs; one is asked for after the other, so that they can be made as they are put in.
+    """
+    slots = _slots(model)
+    for name, layer in layers:
+        _exchange(slots[name], layer)
+
+
+def target_of(device: torch.device) -> Target | None:
+    """The GPU behind a device; None for the CPU."""
+    return find_target(device) if device.type == "cuda" else None
+
+
+_Place = tuple[nn.Module, str]
+
+
+def _slots(model: nn.Module) -> dict[str, list[_Place]]:
+    """Clean module name -> every (parent, attribute) that holds the module, also under other names."""
+    places: dict[int, list[_Place]] = {}
+    for parent in model.modules():
+        for attribute, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, attribute))
+    return {name: places.get(id(module), []) for name, module in named_layers(model)}
+
+
+def _held(places: list[_Place]) -> nn.Module:
+    parent, attribute = places[0]
+    module = parent._modules[attribute]
+    if module is None:
+        raise AttributeError(f"{type(parent).__name__} has no submodule {attribute!r}")
+    return module
+
+
+def _exchange(places: list[_Place], layer: nn.Module) -> None:
+    for parent, attribute in places:
+        parent._modules[attribute] = layer

@@ -1,0 +1,214 @@
+"""Which weights of a model are stored packed, and a packed file back into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prox24_lightning.convert.autotune.search import stored_table
+from prox24_lightning.convert.convert import insert_layers, target_of
+from prox24_lightning.convert.eligibility import DTYPES, check_model, named_layers
+from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.format.weight import PACKED_DTYPES
+from prox24_lightning.convert.kernels.buffer_layout import to_buffer
+from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.mask import Violations, violations_24
+from prox24_lightning.weights.selection import clean_name, fit_groups, is_transposed_linear, matching, transposed_kind
+
+
+@dataclass(frozen=True)
+class Packable:
+    """What :func:`find_packable` decided: weight name -> dimension of its groups; and name -> why it stays as it is."""
+
+    dims: dict[str, int]
+    dense: dict[str, str]
+
+
+def find_packable(
+    model: nn.Module, *, targets: Sequence[str] | None = None, skip: Sequence[str] | None = None
+) -> Packable:
+    """Every linear or convolution weight that is strictly 2:4 along its inputs, or else along its outputs.
+
+    Args:
+        model: on any device; nothing is changed.
+        targets: shell patterns of weight or module names that must be packed; None takes every weight that can be.
+        skip: patterns of what is stored dense whatever it holds.
+
+    Raises:
+        ValueError: for a target that is not 2:4 or cannot be packed; for a weight of which most groups are 2:4 but not
+            all, which is a damaged one; by name, with the first violations. For a pattern that matches nothing.
+    """
+    dims: dict[str, int] = {}
+    dense: dict[str, str] = {}
+    unused = {*(targets or ()), *(skip or ())}
+    seen: set[int] = set()
+    for module_name, module in named_layers(model):
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{parameter_name}" if module_name else parameter_name
+            if parameter.dim() < 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            wanted, skipped = (matching({name, module_name}, patterns or ()) for patterns in (targets, skip))
+            unused -= {*wanted, *skipped}
+            if skipped or (targets is not None and not wanted):
+                dense[name] = f"skip={skipped[0]!r}" if skipped else "not among the targets"
+                continue
+            reason, dim = fit_groups(module, parameter_name, parameter, "row")
+            if reason is None and parameter.dtype not in PACKED_DTYPES:
+                reason = f"{parameter.dtype} is not packed"
+            if reason is None:
+                found = _look(parameter, dim)
+                if isinstance(found, int):
+                    dims[name] = found
+                    continue
+                if found.count <= found.groups // 2:
+                    raise ValueError(
+                        f"{name} is not 2:4, though most of it is: {found}; prune it again, or store it dense: "
+                        f"skip={name!r}"
+                    )
+                reason = f"not 2:4: {found.count} of {found.groups} groups, first at {found.first[0]}"
+            if wanted:
+                raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be packed: {reason}")
+            dense[name] = reason
+    if unused:
+        raise ValueError(f"{sorted(unused)[0]!r} matches no weight of the model; check it for typing errors")
+    return Packable(dims, dense)
+
+
+def _look(weight: Tensor, dim: Any) -> int | Violations:
+    """The dimension along which the weight is 2:4, or what is wrong along its inputs, ``dim``."""
+    found = violations_24(weight, dim=dim, limit=3)
+    if not found:
+        return dim
+    other = 1 - dim
+    if weight.shape[other] % 4 == 0 and not violations_24(weight, dim=other, limit=0):
+        return other
+    return found
+
+
+class EmptyOnMeta(TorchFunctionMode):
+    """While it is on, ``torch.empty`` makes meta tensors, so a model is built without the memory of its weights.
+
+    Layers allocate weights with ``torch.empty``, and what they compute for themselves (rotary frequencies, position
+    numbers) by other functions: those buffers get their values.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def load_packed(
+    model: nn.Module, file: PackedFile, *, device: torch.device | str | None = None, sparse: bool = False
+) -> tuple[str, ...]:
+    """Give ``model`` the tensors of a packed file, one after the other: each replaces the model's own.
+
+    Args:
+        model: of the structure that was written; its weights may be on the meta device. Dtypes become the file's.
+        file: an open one.
+        device: where the tensors go; None leaves each where the model has it (from meta: CPU).
+        sparse: packed weights are not expanded where the layer can run sparse on ``device``, a GPU: it is replaced by a
+            :class:`~prox24_lightning.convert.layers.semi_structured_linear.SemiStructuredLinear`, whose kernels are those that
+            were measured before on this machine, or go by rule. The dense model is never there.
+
+    Returns:
+        names of the layers that are sparse now.
+
+    Raises:
+        ValueError: if names or shapes differ, or a trainable parameter is stored as integers, before anything is
+            changed; if the file is damaged; for ``sparse`` without a GPU that can run it.
+    """
+    _check_fit(model, file)
+    layers = _sparse_layers(model, file, torch.device(device or "cpu")) if sparse else {}
+    _load_dense(model, file, layers, device)
+    insert_layers(model, _converted(model, file, layers, device))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"{name} is a meta tensor and no part of the state dict: build the model with its values")
+    if device is not None:
+        model.to(device)
+    return tuple(layers)
+
+
+def _check_fit(model: nn.Module, file: PackedFile) -> None:
+    places = {name: (held, attribute) for name, held, attribute in _places(model)}
+    missing, unknown = sorted(set(places) - set(file.names)), sorted(set(file.names) - set(places))
+    if missing or unknown:
+        raise ValueError(f"{file.path} is of another model: it lacks {missing[:3]}, and the model lacks {unknown[:3]}")
+    for name, (held, attribute) in places.items():
+        if file.shape(name) != tuple(held[attribute].shape):
+            raise ValueError(f"{name} has shape {tuple(held[attribute].shape)}, and {file.shape(name)} in {file.path}")
+        if held[attribute].requires_grad and not file.dtype(name).is_floating_point:
+            raise ValueError(
+                f"{name} is trainable in the model and stored as {file.dtype(name)} in {file.path}, which has no "
+                "gradient: call requires_grad_(False) on it first"
+            )
+
+
+def _load_dense(
+    model: nn.Module, file: PackedFile, layers: Mapping[str, str], device: torch.device | str | None
+) -> None:
+    """Read everything but the weights of ``layers``, whose modules are replaced."""
+    replaced = {id(module._parameters) for name, module in named_layers(model) if name in layers}
+    done: dict[str, Tensor] = {}
+    for name, held, attribute in list(_places(model)):
+        if id(held) in replaced and attribute == "weight":
+            continue
+        owner, old = file.owner(name), held[attribute]
+        if owner not in done:
+            new = file.read(owner, device or ("cpu" if old.is_meta else old.device))
+            done[owner] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        held[attribute] = done[owner]
+
+
+def _sparse_layers(model: nn.Module, file: PackedFile, device: torch.device) -> dict[str, str]:
+    """Module name -> weight name of what can run sparse on ``device``."""
+    target = target_of(device)
+    if target is None or target.problem is not None:
+        raise ValueError(f"sparse=True needs a GPU with sparse tensor cores, device={device} is none")
+    modules = dict(named_layers(model))
+    found = {}
+    for verdict in check_model(model, target=target, values=False):
+        weight = f"{verdict.name}.weight"
+        entry = file.packed.get(file.owner(weight))
+        along_inputs = entry is not None and entry.dim == (0 if is_transposed_linear(modules[verdict.name]) else 1)
+        if verdict.name and verdict.runs and along_inputs and file.dtype(weight) in DTYPES:
+            found[verdict.name] = weight
+    return found
+
+
+def _converted(
+    model: nn.Module, file: PackedFile, layers: Mapping[str, str], device: torch.device | str | None
+) -> Iterator[tuple[str, SemiStructuredLinear]]:
+    modules = dict(named_layers(model))
+    for name, weight in layers.items():
+        packed = file.read_packed(weight, device or "cpu")
+        table = stored_table(packed.shape, packed.dtype, device=packed.values.get_device())
+        dense = modules.pop(name)
+        bias, kind = getattr(dense, "bias", None), transposed_kind(dense)
+        del dense  # nothing here holds the dense layer when it is replaced
+        buffer = to_buffer(packed)
+        yield name, SemiStructuredLinear(buffer, packed.shape, packed.dtype, bias, table.text, transposed=kind).eval()
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Name, dictionary and key of every tensor in the state dict; shared ones under each of their names."""
+    known = {clean_name(name) for name in model.state_dict()}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "_orig_mod"):
+            continue
+        for held in (module._parameters, module._buffers):
+            for attribute, tensor in held.items():
+                name = clean_name(f"{module_name}.{attribute}" if module_name else attribute)
+                if tensor is not None and name in known:
+                    yield name, held, attribute

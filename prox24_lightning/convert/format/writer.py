@@ -1,0 +1,111 @@
+"""Write a packed model tensor by tensor: no more memory is taken than its largest weight needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prox24_lightning.convert.format.layout import FORMAT, VERSION, Layout, PackedEntry, header_digest
+from prox24_lightning.convert.format.weight import PACKED_DTYPES
+from prox24_lightning.utils.files import replacing
+from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter, tensor_bytes
+
+
+def write_packed(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    dims: Mapping[str, int],
+    info: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a state dict with some of its weights packed; a kill or a full disk leaves the old file or none.
+
+    Args:
+        path: of the file, whose folder exists.
+        tensors: a state dict, on any devices. Names that share one tensor (tied weights) share it in the file.
+        dims: the weights to pack, and the dimension along which the groups of each lie.
+        info: whatever a reader should know; JSON values.
+
+    Raises:
+        ValueError: for a weight that is not 2:4 along its dimension, with its first violations; for a tensor without
+            values or of a type that safetensors does not know; for an entry that is no tensor (a module's extra state);
+            for names that collide.
+        TypeError: for a weight whose dtype cannot be packed, or ``info`` that is not JSON.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name} is a {type(tensor).__name__} and no tensor (extra state of a module): a packed file holds "
+                "tensors only, so take it out of the state dict and keep it elsewhere"
+            )
+    aliases, owners = _split_aliases(tensors)
+    entries = {name: _entry(name, owners, dim) for name, dim in dims.items()}
+    layout: Layout = {}
+    for name, tensor in owners.items():
+        parts = entries[name].layout(name, tensor.dtype) if name in entries else {}
+        for part, place in (parts or {name: (tensor.dtype, tuple(tensor.shape))}).items():
+            if part in layout or tensor.is_meta or tensor.dtype not in DTYPE_NAMES or hasattr(tensor, "placements"):
+                raise ValueError(
+                    f"{name}: {tensor.dtype} {type(tensor).__name__} on {tensor.device} cannot be stored as {part!r}: "
+                    "it has no values, is sharded, or the type or the name is not possible"
+                )
+            layout[part] = place
+    hashes = dict.fromkeys(layout, "0" * 64)
+    said = {
+        "version": str(VERSION),
+        "packed": json.dumps({name: {"shape": entry.shape, "dim": entry.dim} for name, entry in entries.items()}),
+        "aliases": json.dumps(aliases),
+        "hashes": json.dumps(hashes),
+        "info": json.dumps(dict(info or {})),
+    }
+    with (
+        replacing(path) as temporary,
+        TensorWriter(temporary, layout, {"format": FORMAT, **said, "sha256": "0" * 64}) as writer,
+    ):
+        for name, tensor in owners.items():
+            for part, content in _parts(name, tensor, entries.get(name)).items():
+                hashes[part] = hashlib.sha256(tensor_bytes(content)).hexdigest()
+                writer.write(part, content)
+        said["hashes"] = json.dumps(hashes)
+        writer.finish({**said, "sha256": header_digest(said, layout)})
+    return Path(path)
+
+
+def _split_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Alias -> owner, and the owners: names of one memory, seen in one way, are one tensor."""
+    aliases: dict[str, str] = {}
+    owners: dict[str, Tensor] = {}
+    seen: dict[Any, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
+            owners[name] = tensor
+            continue
+        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if place in seen:
+            aliases[name] = seen[place]
+        else:
+            owners[name] = tensor
+            seen[place] = name
+    return aliases, owners
+
+
+def _entry(name: str, owners: Mapping[str, Tensor], dim: int) -> PackedEntry:
+    if name not in owners:
+        raise ValueError(f"there is no tensor {name!r} to pack, or it is tied: name the first of its names")
+    shape = tuple(owners[name].shape)
+    if len(shape) < 2 or not 0 <= dim < len(shape):
+        raise ValueError(f"{name} of shape {shape} has no groups along dimension {dim}")
+    if owners[name].dtype not in PACKED_DTYPES:
+        raise TypeError(f"{name}: {owners[name].dtype} cannot be packed")
+    return PackedEntry(shape, dim)
+
+
+def _parts(name: str, tensor: Tensor, entry: PackedEntry | None) -> Mapping[str, Tensor]:
+    if entry is None:
+        return {name: tensor}
+    packed = entry.pack(tensor, name)
+    return {f"{name}.values": packed.values, f"{name}.indices": packed.indices}

@@ -1,0 +1,1 @@
+"""NVIDIA's cuSPARSELt, bound with plans that are made once."""

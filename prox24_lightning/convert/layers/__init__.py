@@ -1,0 +1,1 @@
+"""Modules that run on packed 2:4 weights."""

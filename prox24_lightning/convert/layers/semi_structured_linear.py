@@ -1,0 +1,147 @@
+"""A linear layer that holds a packed 2:4 weight and multiplies on sparse tensor cores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from prox24_lightning.convert.format.weight import PackedWeight, unpack_24
+from prox24_lightning.convert.kernels.buffer_layout import buffer_bytes, from_buffer
+from prox24_lightning.convert.kernels.few_tokens import kernel as few_tokens
+from prox24_lightning.convert.layers.linear_op import multiply, packed_linear
+
+
+class SemiStructuredLinear(nn.Module):
+    """A linear layer whose 2:4 weight is stored as half its values plus two bits an entry kept. Forward only.
+
+    :func:`~prox24_lightning.convert.convert.convert_linear` makes them. ``packed`` is an int16 buffer
+    (:mod:`~prox24_lightning.convert.kernels.buffer_layout`), so it stays what it is under ``.to(dtype)``, ``state_dict()``
+    and ``deepcopy``. A kept dense weight is not part of the ``state_dict``: loading one makes it anew. The dtype stands
+    in the metadata of a ``state_dict``, where the versions of modules stand too, and loading refuses another one.
+
+    Args:
+        packed: the buffer of the weight.
+        shape: (out_features, in_features).
+        dtype: float16 or bfloat16.
+        bias: (out_features,) in any floating dtype, or None.
+        kernels: which kernel runs at which number of tokens
+            (:attr:`~prox24_lightning.convert.autotune.table.KernelTable.text`).
+        dense: the same weight (out_features, in_features), kept for the numbers of tokens at which cuBLAS wins.
+        transposed: class of the layer that was converted if that stores its weight as (in_features, out_features).
+    """
+
+    packed: Tensor
+    dense: Tensor | None
+
+    def __init__(
+        self,
+        packed: Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        kernels: str,
+        dense: Tensor | None = None,
+        transposed: type[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
+        self.kernels = kernels
+        self.transposed = transposed
+        self.register_buffer("packed", packed)
+        self.register_buffer("dense", None if dense is None else dense.detach().view(torch.int16), persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The weight in the portable packed form, in tensors of its own."""
+        return from_buffer(self.packed, (self.out_features, self.in_features), self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense (out_features, in_features) weight, exactly; made anew at every access unless it is kept."""
+        if self.dense is not None:
+            return self.dense.view(self.dtype)
+        return self._expanded()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the packed weight, and of the dense one if it is kept; bias not counted."""
+        kept = 0 if self.dense is None else self.dense.nbytes
+        return buffer_bytes((self.out_features, self.in_features)) + kept
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``.
+
+        Raises:
+            RuntimeError: on the CPU or another GPU than the weight's, for a dtype other than the weight's (outside
+                autocast), for another number of features, and when a gradient would be needed.
+        """
+        if input.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a converted 2:4 layer has no backward: run it under torch.no_grad() or torch.inference_mode(), or "
+                "train the dense model (prox24_lightning.convert.expand_model brings it back)"
+            )
+        if not (input.is_cuda and self.packed.is_cuda):
+            raise RuntimeError(
+                f"a converted 2:4 layer runs on CUDA only; input is on {input.device}, weight on {self.packed.device}"
+            )
+        if input.device != self.packed.device:
+            raise RuntimeError(
+                f"input is on {input.device}, the packed weight on {self.packed.device}: move one of them"
+            )
+        if input.dtype != self.dtype:
+            if not torch.is_autocast_enabled(input.device.type):
+                raise RuntimeError(f"input is {input.dtype}, the packed weight {self.dtype}: cast the input")
+            input = input.to(self.dtype)
+        if input.shape[-1] != self.in_features:
+            raise RuntimeError(f"input of shape {tuple(input.shape)} does not end in in_features={self.in_features}")
+        call = multiply if type(input) is Tensor and not torch.compiler.is_compiling() else packed_linear
+        sizes = self.out_features, self.in_features
+        return call(input, self.packed, self.dense, self.bias, self.dtype, *sizes, self.kernels)
+
+    def _expanded(self) -> Tensor:
+        if self.packed.is_cuda:
+            return few_tokens.expand(self.packed, (self.out_features, self.in_features), self.dtype).contiguous()
+        return unpack_24(self.packed_weight)
+
+    @override
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["dtype"] = str(self.dtype)
+
+    @override
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored = local_metadata.get("dtype")
+        if stored not in (None, str(self.dtype)):
+            error_msgs.append(
+                f"{prefix}packed holds bits of {stored}, and this layer reads them as {self.dtype}: load it into a "
+                f"model that was converted in {stored}"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.dense is not None and f"{prefix}packed" in state_dict:
+            fresh = self._expanded().view(torch.int16)
+            # In place where the packed weight was loaded in place: a captured CUDA graph reads both.
+            self.dense = fresh if local_metadata.get("assign_to_params_buffers") else self.dense.copy_(fresh)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"dtype={self.dtype}, kernels={self.kernels!r}"
+        )

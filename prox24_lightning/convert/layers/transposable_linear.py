@@ -1,0 +1,222 @@
+"""Training a linear layer with a frozen transposable mask: two of its three products on sparse tensor cores.
+
+A transposable mask (``geometry="block"``) is 2:4 along the inputs and along the outputs, so both the weight and its
+transpose can be packed: the forward pass ``y = x W^T`` and the input gradient ``dx = dy W`` run sparse, the weight
+gradient ``dy^T x`` stays dense (arXiv 2102.08124). The mask is frozen, hence the positions are packed once; the values
+are gathered anew after each optimizer step, in place of the cast to 16 bits that autocast would make.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from prox24_lightning.convert.format.weight import PackedWeight, pack_24
+from prox24_lightning.convert.kernels.buffer_layout import MULTIPLE, to_buffer
+from prox24_lightning.convert.kernels.registry import Kernel, prepare
+
+DTYPES = (torch.float16, torch.bfloat16)
+SMALLEST_WORK = 2**38
+"""Tokens x inputs x outputs from which sparse products made a step faster on an H200 (benchmarks/masked_step.py)."""
+
+_MOST_PRODUCTS = 64  # numbers of tokens a layer is prepared for: each holds plans of about 100 KB on the host
+
+Shape = tuple[int, int]
+
+
+class PackedPair:
+    """A weight with a transposable mask and its transpose, both packed for the GPU, in a 16-bit dtype.
+
+    Args:
+        weight: (out_features, in_features), zero outside ``mask``; both sizes multiples of 64.
+        mask: bool, two True in every four entries of every row and of every column.
+        dtype: of the packed values.
+
+    Raises:
+        ValueError: if the mask is not transposable, or the sizes do not divide.
+    """
+
+    def __init__(self, weight: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
+        if problem := why_not(weight, mask):
+            raise ValueError(problem)
+        self.dtype = dtype
+        self._seen = (-1, 0)
+        # Packed from the mask, not from the weight: a kept weight may be zero now.
+        self.forward = _positions(mask, dtype)
+        self.backward = _positions(mask.t(), dtype)
+        self._rows, self._columns = (to_buffer(packed) for packed in (self.forward, self.backward))
+        self.refresh(weight)
+
+    def refresh(self, weight: Tensor) -> None:
+        """Gather the values of ``weight``, unless it is as it was at the last call."""
+        seen = weight._version, weight.data_ptr()
+        if seen == self._seen:
+            return
+        gather_values(weight.detach(), self.forward.indices, self._rows.view(self.dtype), transposed=False)
+        gather_values(weight.detach(), self.backward.indices, self._columns.view(self.dtype), transposed=True)
+        self._seen = seen
+
+    @property
+    def buffer(self) -> Tensor:
+        """The packed weight, as :mod:`~prox24_lightning.convert.kernels.buffer_layout` lays it out."""
+        return self._rows
+
+    @property
+    def transposed_buffer(self) -> Tensor:
+        """The packed transpose."""
+        return self._columns
+
+
+def why_not(weight: Tensor, mask: Tensor) -> str | None:
+    """Why a layer cannot train this way; None if it can."""
+    if weight.dim() != 2 or any(size % MULTIPLE for size in weight.shape):
+        return f"its shape {tuple(weight.shape)} is not (out, in) in multiples of {MULTIPLE}"
+    if not weight.is_contiguous():
+        return "its weight does not lie row by row in memory"
+    for one, along in ((mask, "inputs"), (mask.t(), "outputs")):
+        if not bool((one.reshape(-1, 4).sum(-1) == 2).all()):
+            return f"its mask does not keep two of every four along the {along}: use geometry='block'"
+    return None
+
+
+def _positions(mask: Tensor, dtype: torch.dtype) -> PackedWeight:
+    return pack_24(mask.to(dtype).contiguous(), name="mask")
+
+
+def gather_values(weight: Tensor, indices: Tensor, buffer: Tensor, *, transposed: bool) -> None:
+    """Write the kept entries of ``weight``, or of its transpose, into the values of a packed buffer.
+
+    Args:
+        weight: (out_features, in_features), contiguous.
+        indices: of the weight or its transpose, as :class:`~prox24_lightning.convert.format.weight.PackedWeight` has
+            them.
+        buffer: values first, row by row, in its own dtype.
+    """
+    rows, eighths = indices.shape
+    values = buffer.view(-1)[: rows * eighths * 4].view(rows, eighths * 4)
+    if weight.is_cuda:
+        from prox24_lightning.convert.kernels.gather.triton_kernel import gather
+
+        gather(weight, indices, values, transposed)
+        return
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    places = (indices[..., None] >> shifts & 3).long().view(rows, -1)
+    starts = 4 * (torch.arange(places.shape[1]) // 2)
+    values.copy_((weight.t() if transposed else weight).gather(1, starts + places))
+
+
+@dataclass(frozen=True)
+class Products:
+    """The two sparse products for one shape, number of tokens and dtype."""
+
+    forward: Any
+    input_gradient: Any
+
+    @staticmethod
+    def of(shape: Shape, tokens: int, dtype: torch.dtype, device: int, kernels: tuple[Kernel, Kernel]) -> Products:
+        turned = shape[1], shape[0]
+        return Products(
+            prepare(kernels[0], dtype, shape, tokens, device), prepare(kernels[1], dtype, turned, tokens, device)
+        )
+
+
+def _together(rows: Tensor) -> Tensor:
+    """The same, contiguous and on a boundary of 16 bytes, as the kernels read it."""
+    if rows.is_contiguous() and rows.data_ptr() % 16 == 0:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, pair: PackedPair, made: Products
+    ) -> Tensor:
+        pair.refresh(weight)
+        ctx.save_for_backward(rows)
+        ctx.pair, ctx.made = pair, made
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return made.forward(rows, pair.buffer, None, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = _together(gradients[0])
+        (rows,) = ctx.saved_tensors
+        of_rows = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_rows = ctx.made.input_gradient(gradient, ctx.pair.transposed_buffer, None, None)
+        if ctx.needs_input_grad[1]:
+            of_weight = (gradient.t() @ rows).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[2]:
+            of_bias = gradient.sum(0).to(ctx.dtypes[1])
+        return of_rows, of_weight, of_bias, None, None
+
+
+class TransposableForward:
+    """The ``forward`` of an ``nn.Linear`` that trains on sparse tensor cores wherever the input is on a GPU in 16 bits.
+
+    Elsewhere (CPU, float32 without autocast) the layer multiplies as it always did. :meth:`attach` sets it on the
+    layer, :meth:`remove` takes it away; parameters, names and hooks stay.
+
+    Args:
+        linear: its weight is zero outside ``mask``.
+        mask: frozen and transposable.
+        kernels: for the forward pass and the input gradient.
+        smallest_work: tokens x inputs x outputs below which a call is made densely, as the launches would cost more
+            than the sparse products save.
+
+    Raises:
+        ValueError: if the layer cannot train this way (:func:`why_not`).
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        mask: Tensor,
+        kernels: tuple[Kernel, Kernel] | None = None,
+        *,
+        smallest_work: int = SMALLEST_WORK,
+    ) -> None:
+        if problem := why_not(linear.weight, mask):
+            raise ValueError(problem)
+        self.linear = linear
+        self.mask = mask
+        self.kernels = kernels or (Kernel("cusparselt"), Kernel("cusparselt"))
+        self.smallest_work = smallest_work
+        self._pair: PackedPair | None = None
+        self._products: dict[int, Products] = {}
+
+    def attach(self) -> None:
+        # This object, and no function made of it: a copy of the layer gets a copy that belongs to it.
+        self.linear.forward = self  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        vars(self.linear).pop("forward", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pair": None, "_products": {}}
+
+    @torch.compiler.disable
+    def __call__(self, input: Tensor) -> Tensor:
+        linear, kind = self.linear, input.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        work = input.numel() * linear.out_features
+        if not input.is_cuda or autocast not in DTYPES or work < self.smallest_work:
+            return F.linear(input, linear.weight, linear.bias)
+        if self._pair is None or self._pair.dtype != autocast:
+            self._pair, self._products = PackedPair(linear.weight, self.mask, autocast), {}
+        rows = _together(input.to(autocast).reshape(-1, linear.in_features))
+        shape = linear.out_features, linear.in_features
+        if len(rows) not in self._products:
+            if len(self._products) >= _MOST_PRODUCTS:
+                self._products.clear()
+            self._products[len(rows)] = Products.of(shape, len(rows), autocast, input.device.index, self.kernels)
+        with torch.autocast(kind, enabled=False):
+            out = _Product.apply(rows, linear.weight, linear.bias, self._pair, self._products[len(rows)])
+        return out.view(*input.shape[:-1], linear.out_features)

@@ -1,1 +1,0 @@
-"""Dense against converted, timed: layers, whole models, language models; reports and tables."""

@@ -1,0 +1,1 @@
+"""Losses and teacher of a distillation step."""

@@ -1,0 +1,75 @@
+"""A frozen model to learn from: its copy, its checksum, its memory, and what to ask it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.utils.module_copy import bare_copy
+from prox24_lightning.weights.selection import clean_name
+
+
+def frozen_copy(module: nn.Module, *, shared: Sequence[object] = ()) -> nn.Module:
+    """A copy of ``module`` that never changes: evaluation mode, no gradients, no hooks, not compiled, no caches kept.
+
+    Args:
+        module: unchanged afterwards; each tensor is copied where it lies.
+        shared: objects that ``module`` may hold and that are not to be copied (a trainer, say).
+
+    Raises:
+        ValueError: if a parameter has no values yet, or is sharded over ranks.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta or nn.parameter.is_lazy(parameter):
+            raise ValueError(f"{name} has no values yet, so there is nothing to learn from; give it some first")
+    copy = bare_copy(module, shared=shared)
+    for part in copy.modules():
+        # A forward set on the instance (compiled, say) is a function over the original, and would run the student.
+        own = vars(part).get("forward")
+        if own is not None and getattr(own, "__self__", None) is not part:
+            del part.__dict__["forward"]
+    config: Any = getattr(copy, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # Hugging Face's keys and values for later tokens; none follow
+    return copy
+
+
+def weights_checksum(module: nn.Module) -> str:
+    """Hexadecimal BLAKE2 of every tensor in ``module.state_dict()``: name, dtype, shape and bytes.
+
+    The names are those without ``torch.compile``. One tensor at a time is copied to the CPU.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{clean_name(name)} {value.dtype} {tuple(value.shape)} ".encode())
+            content = value.detach().cpu().contiguous()
+            digest.update(content.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def memory_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers; tied ones count once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def teacher_kwargs(teacher: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """``kwargs`` without ``labels``, from which a model would compute a loss that nobody reads.
+
+    They stay where ``teacher.forward`` does not work without.
+    """
+    labels = inspect.signature(teacher.forward).parameters.get("labels")
+    needed = labels is not None and labels.default is inspect.Parameter.empty
+    return {key: value for key, value in kwargs.items() if key != "labels" or needed}
+
+
+@torch.no_grad()
+def same_weights(module: nn.Module, other: nn.Module) -> bool:
+    """Whether the parameters of both are equal, bit for bit, in order; on the devices where they lie."""
+    pairs = zip(module.parameters(), other.parameters(), strict=False)
+    return all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)

@@ -1,0 +1,152 @@
+"""Masks to a file beside the weights, and back onto any model with those weights: train on elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prox24_lightning.finetune.masked_parameters import MaskedParameters
+from prox24_lightning.mask.file import StoredMask, hash_weight, read_masks, write_masks
+from prox24_lightning.utils.distributed import from_first, rank
+from prox24_lightning.weights.selection import GroupedWeight, clean_name
+from prox24_lightning.weights.sharded import cut_groups, local_part, part_of, whole
+
+Expect = Literal["pruned", "same", "any"]
+
+
+def save_masks(
+    path: str | Path,
+    weights: Iterable[GroupedWeight],
+    masks: Mapping[str, Tensor],
+    info: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the masks of ``weights`` with their shapes, dimensions and the hashes of the weights as they are now.
+
+    Of sharded weights the whole is gathered: every rank calls this, and the first one writes.
+
+    Args:
+        path: a ``.safetensors`` file; its folder is made.
+        weights: which weights, as :func:`~prox24_lightning.weights.selection.select_weights` or a callback names them.
+        masks: by weight name, bool, True stays; of a sharded weight this rank's part.
+        info: JSON values that a reader should know.
+
+    Raises:
+        ValueError: if a weight has no mask or is empty by now, or a mask is not 2:4.
+        OSError: if the file cannot be written; on every rank.
+    """
+    path = Path(path)
+    stored: dict[str, StoredMask] = {}
+    for weight in weights:
+        if weight.name not in masks:
+            raise ValueError(f"{weight.name} has no mask yet; save masks once they are frozen")
+        if weight.parameter.shape.numel() == 0:
+            raise ValueError(
+                f"{weight.name} is empty: its layer was converted in place, and its hash cannot be taken; save masks "
+                "before the conversion, for instance in on_train_end"
+            )
+        values, mask = (whole(part, weight.parameter) for part in (local_part(weight.parameter), masks[weight.name]))
+        if rank() == 0:
+            stored[weight.name] = StoredMask(mask.cpu(), weight.dim, hash_weight(values))
+    problem: Exception | None = None
+    if rank() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_masks(path, stored, info)
+        except (OSError, ValueError, TypeError) as error:
+            problem = error
+    # The others wait until the file is there, and fail with the first one rather than wait for ever.
+    if (problem := from_first(problem)) is not None:
+        raise problem
+    return path
+
+
+def load_masks(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    optimizers: Iterable[Optimizer] | Optimizer = (),
+    expect: Expect = "pruned",
+    prefix: str = "",
+) -> MaskedParameters:
+    """Hold the masks of a file on ``model``, so that it can be trained on and stays 2:4.
+
+    Gradients are masked from now on, with any training loop. Give ``optimizers`` that exist already: their state is
+    masked now and the weights after each step. One made later needs no masking as long as it starts without state
+    and works entry by entry, as SGD and Adam do.
+
+    Args:
+        model: holds every weight that the file names; more of them stay free. Sharded weights take their part.
+        path: of a file that :func:`save_masks`, ``Prox24`` or ``prox24 prune`` wrote.
+        optimizers: of those weights; one, or several.
+        expect: what the model's weights must be: ``"pruned"``: zero wherever the masks say so; ``"same"``: the very
+            weights that were saved, by their hash; ``"any"``: anything, which is pruned by the masks now.
+        prefix: what the file's names have in front of the model's (``"model."`` if they were saved from a
+            LightningModule that holds ``model``).
+
+    Returns:
+        the held parameters; ``release_all()`` lets them go.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`~prox24_lightning.mask.file.read_masks`; ValueError also for masks
+            that do not belong to the model, by name, before anything is changed.
+    """
+    if expect not in get_args(Expect):
+        raise ValueError(f"expect={expect!r} is unknown; use one of {', '.join(get_args(Expect))}")
+    file = read_masks(path)
+    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    found = {name: _match(name, stored, parameters, prefix, path) for name, stored in file.masks.items()}
+    for name, parameter in found.items():
+        _check_values(name, file.masks[name], parameter, expect, path)
+    masked = MaskedParameters()
+    for name, parameter in found.items():
+        device = local_part(parameter).device
+        masked.hold(name.removeprefix(prefix), parameter, part_of(file.masks[name].mask.to(device), parameter))
+    masked.follow([optimizers] if isinstance(optimizers, Optimizer) else optimizers)
+    return masked
+
+
+def _match(
+    name: str, stored: StoredMask, parameters: Mapping[str, nn.Parameter], prefix: str, path: str | Path
+) -> nn.Parameter:
+    parameter = parameters.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+    if parameter is None:
+        ending = next((known for known in parameters if name.endswith(f".{known}")), None)
+        inner = next((known.removesuffix(f".{name}") for known in parameters if known.endswith(f".{name}")), None)
+        remedy = "load them onto the model they are of"
+        if ending:
+            remedy = f"prefix={name.removesuffix(ending)!r} would fit"
+        elif inner:
+            remedy = f"its submodule {inner!r} does: load them onto model.get_submodule({inner!r})"
+        raise ValueError(f"{path} has a mask for {name!r}, which the model does not have; {remedy}")
+    if parameter.shape != stored.mask.shape:
+        raise ValueError(
+            f"{path}: the mask of {name!r} has shape {tuple(stored.mask.shape)}, the model's weight "
+            f"{tuple(parameter.shape)}; load it onto the model that it was saved from"
+        )
+    if parameter.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values: load the weights before their masks")
+    if cut := cut_groups(parameter, stored.dim):
+        raise ValueError(f"{name}: {cut}; shard another dimension of it")
+    return parameter
+
+
+@torch.no_grad()
+def _check_values(name: str, stored: StoredMask, parameter: nn.Parameter, expect: Expect, path: str | Path) -> None:
+    if expect == "same" and stored.weight_hash != hash_weight(whole(local_part(parameter), parameter)):
+        raise ValueError(
+            f"{name} is not the weight that {path} was saved with (another value, or another dtype than then); load "
+            "that checkpoint, or take expect='pruned'"
+        )
+    if expect == "pruned":
+        mask = part_of(stored.mask.to(local_part(parameter).device), parameter)
+        alive = int((local_part(parameter)[~mask] != 0).sum())
+        if alive:
+            raise ValueError(
+                f"{name} has {alive} non-zero weights where its mask in {path} prunes: the masks are of another "
+                "checkpoint; load the one they were saved with, or prune the model by them with expect='any'"
+            )

@@ -1,0 +1,153 @@
+"""MODEL on the command line: a Hugging Face name or folder, a packed folder or file, a checkpoint, or a config."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.convert.benchmark.timing import describe
+from prox24_lightning.convert.format.layout import FORMAT
+from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.format.state_layers import layers_of
+from prox24_lightning.io.packed_folder import PACKED_ENDING
+from prox24_lightning.io.pretrained import Dtype, Head, Pretrained
+from prox24_lightning.utils.module_copy import cast_model
+
+_CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+_CONFIGS = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and where it came from.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        companions: what is saved along with it (the tokenizer, first); empty where there is none.
+        description: one line.
+        callable: whether it can be called: a list of layers from a bare state dict cannot.
+        pretrained: how it was loaded, if by Hugging Face.
+    """
+
+    model: nn.Module
+    companions: tuple[Any, ...]
+    description: str
+    callable: bool = True
+    pretrained: Pretrained | None = None
+
+
+def load_source(
+    name: str,
+    *,
+    package: bool = False,
+    file: str | None = None,
+    head: Head = "causal_lm",
+    dtype: Dtype = "auto",
+    config: Path | None = None,
+) -> Source:
+    """Load a model by what its name is.
+
+    - ``x.ckpt`` (or .pt, .pth, .bin, .safetensors): a Lightning checkpoint or a state dict. With ``config``, the
+      config of its run (LightningCLI saves it beside the ``checkpoints`` folder), the module itself; without, its
+      weights as a list of layers.
+    - ``x.yaml``: the module that a config describes, as it is before training.
+    - anything else: :class:`~prox24_lightning.io.pretrained.Pretrained`, a packed folder included.
+
+    Raises:
+        FileNotFoundError: for a file that does not exist.
+        ValueError: for a file that holds no model, or more than plain data.
+    """
+    path = Path(name)
+    if path.suffix in _CONFIGS:
+        module = _from_config(path)
+        return Source(_cast(module, dtype).eval(), (), f"{name}, untrained")
+    if path.suffix in _CHECKPOINTS and not package:
+        state = _state_of(path)
+        if config is None:
+            return Source(_cast(layers_of(state), dtype).eval(), (), f"weights of {name}{_hint(path)}", callable=False)
+        module = _from_config(config)
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{name} does not fit the model of {config}: {error}") from error
+        return Source(_cast(module, dtype).eval(), (), f"{name} with {config}")
+    pretrained = Pretrained(name, package=package, file=file, head=head, dtype=dtype)
+    model = pretrained.model()
+    try:
+        companions: tuple[Any, ...] = (pretrained.tokenizer(),)
+    except (OSError, ValueError):  # a model without text, or a folder of weights alone
+        companions = ()
+    return Source(model, companions, pretrained.describe(), pretrained=pretrained)
+
+
+def _cast(model: nn.Module, dtype: Dtype) -> nn.Module:
+    return model if dtype == "auto" else cast_model(model, getattr(torch, dtype))
+
+
+def _hint(checkpoint: Path) -> str:
+    """A config beside a checkpoint names classes to run, so it is used only when the user asks for it."""
+    places = (checkpoint.parent / "config.yaml", checkpoint.parent.parent / "config.yaml")
+    found = next((place for place in places if place.is_file()), None)
+    return "" if found is None else f" (for the model itself: --run_config {found})"
+
+
+def _state_of(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix == PACKED_ENDING:
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load_file
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                packed = (file.metadata() or {}).get("format") == FORMAT
+            return PackedFile(path).state_dict() if packed else load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than plain data, and loading that could run code: save its state_dict() alone. "
+            f"torch says: {str(error).splitlines()[0]}"
+        ) from error
+    except (EOFError, KeyError, RuntimeError) as error:  # what torch says of files that it did not write, or cut short
+        raise ValueError(f"{path} is damaged or no checkpoint: {describe(error)}") from error
+    state = found.get("state_dict", found) if isinstance(found, Mapping) else None
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict")
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _from_config(path: Path) -> nn.Module:
+    """The LightningModule of a config for ``prox24 fit``; trainer and data are left alone."""
+    import yaml
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch import LightningModule
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {_one_line(error)}") from error
+    if not isinstance(found, Mapping) or "model" not in found:
+        raise ValueError(f"{path} has no entry 'model': it is no config of prox24 fit")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model", required=True)
+    try:
+        parsed = parser.parse_object({"model": found["model"]})
+    except ArgumentError as error:
+        raise ValueError(f"the entry 'model' of {path} makes no module: {_one_line(error)}") from error
+    module = parser.instantiate_classes(parsed).model
+    module.configure_model()
+    return module

@@ -1,0 +1,1 @@
+"""How sparse a run is and at what price: statistics, history, figures, tables."""

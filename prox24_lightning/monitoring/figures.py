@@ -1,0 +1,273 @@
+"""Pictures of a run on its way to 2:4: data in, ``matplotlib.figure.Figure`` out; nothing is shown or saved here.
+
+Matplotlib is imported when a figure is drawn, without pyplot, so no window system and no global state is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prox24_lightning.monitoring.history import SparsityHistory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e7eb"
+BLUE, ORANGE, RED = "#1f6fb4", "#d9730d", "#b3261e"
+ZEROS_COLORS = ("#f2b179", "#f8d9b8", "#2b7bba", "#7fb3d9", "#c6dcec")
+"""Groups with 0 and 1 zeros (not 2:4) in orange, with 2 to 4 (2:4) in blue; two zeros, the aim, is the strongest."""
+PHASE_COLORS = {"dense": "#f4f5f7", "sparsify": "#fdf3e3", "frozen": "#e6f1fa"}
+PICTURE_COLORS = ("#ffffff", "#b9c0c8", "#111820")
+"""Zero, not zero but outside of the mask, kept."""
+MAX_LABELS = 32
+
+
+def overview_figure(history: SparsityHistory, title: str = "2:4 sparsity") -> Figure:
+    """The whole way of a run in one picture.
+
+    Top: share of 2:4 groups against the step, with the phases shaded and the strength of the prox on a second,
+    logarithmic axis. Middle: the same share for every layer. Bottom: groups by their number of zeros; and the energy
+    that the two largest of every four hold, in the whole model and in its worst layer, with the flips of the mask.
+
+    Raises:
+        ValueError: if ``history`` holds no look.
+    """
+    if not len(history):
+        raise ValueError("there is no look to draw: the history is empty")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    map_height = min(max(0.2 * min(len(history.layers), MAX_LABELS), 1.6), 5.2)
+    figure = Figure(figsize=(11, 6.4 + map_height), dpi=100, facecolor="white")
+    figure.set_layout_engine("constrained", h_pad=0.09, w_pad=0.08)
+    rows = figure.add_gridspec(3, 2, height_ratios=[2.6, map_height, 2.3])
+    top = figure.add_subplot(rows[0, :])
+    layers = figure.add_subplot(rows[1, :], sharex=top)
+    zeros, energy = (figure.add_subplot(rows[2, column], sharex=top) for column in range(2))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
+    for axes in (top, zeros, energy):
+        _style(axes)
+    _draw_fraction(top, history)
+    _draw_layers(layers, history)
+    _draw_zeros(zeros, history)
+    _draw_energy(energy, history)
+    first, last = _span(history)
+    top.set_xlim(first, last)
+    top.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    return figure
+
+
+def mask_figure(pictures: Sequence[tuple[str, Any]], title: str = "corners of the weights") -> Figure:
+    """Corners of a few weights side by side: kept in black, pruned next in grey, zero in white.
+
+    Args:
+        pictures: layer name and array ``(rows, columns)`` of 0, 1, 2 as
+            :func:`~prox24_lightning.mask.codes.mask_picture` gives it.
+        title: above all of them.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(3.7 * len(pictures), 4.5), dpi=100, layout="constrained", facecolor="white")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    colors = ListedColormap(PICTURE_COLORS)
+    for index, (name, picture) in enumerate(pictures):
+        axes = figure.add_subplot(1, len(pictures), index + 1)
+        picture = np.asarray(picture)
+        axes.imshow(picture, cmap=colors, vmin=0, vmax=2, interpolation="nearest")
+        axes.set_title(_shorten(name, 36), fontsize=9, color=INK)
+        axes.set_xticks(np.arange(0, picture.shape[1] + 1, 4) - 0.5, labels=[])
+        axes.set_yticks([])
+        axes.grid(axis="x", color="#8fb8de", linewidth=0.5)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_color(GRID)
+    labels = ("zero", "not zero, outside of the mask", "kept by the mask")
+    handles = [
+        Patch(facecolor=color, edgecolor=MUTED, linewidth=0.6, label=label)
+        for color, label in zip(PICTURE_COLORS, labels, strict=True)
+    ]
+    figure.legend(handles=handles[::-1], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    """Pixels ``(height, width, 3)``, uint8. Drawing takes a second, so it is done once for file and log together."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw_fraction(axes: Axes, history: SparsityHistory) -> None:
+    first, last = _span(history)
+    bounds = [max(step, first) for step, _ in history.phases] + [last]
+    for (begin, end), (_, phase) in zip(pairwise(bounds), history.phases, strict=True):
+        axes.axvspan(begin, end, color=PHASE_COLORS.get(phase, "white"), linewidth=0, zorder=0)
+        if end - begin > 0.06 * (last - first):
+            axes.text(
+                (begin + end) / 2,
+                1.015,
+                phase,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                fontsize=10,
+                color=MUTED,
+            )
+    axes.plot(history.steps, history.groups_24, color=BLUE, linewidth=2.2, marker=_marker(history), zorder=4)
+    axes.set_ylim(0, 1.04)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_ylabel("groups that are 2:4", color=BLUE)
+    axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
+    strength = np.asarray(history.series["strength"])
+    strength = np.where(strength > 0, strength, np.nan)
+    if np.isfinite(strength).any():
+        second = axes.twinx()
+        second.plot(history.steps, strength, color=ORANGE, linewidth=1.4, linestyle=(0, (4, 2)))
+        second.set_yscale("log")
+        second.margins(y=0.15)
+        second.set_ylabel("strength (median of layers)", color=ORANGE)
+        _style_second(second, ORANGE)
+
+
+def _draw_layers(axes: Axes, history: SparsityHistory) -> None:
+    steps = np.asarray(history.steps, dtype=float)
+    first, last = _span(history)
+    edges = np.concatenate([[first], (steps[1:] + steps[:-1]) / 2, [last]])
+    values = np.asarray(history.fractions).T
+    count = len(history.layers)
+    mesh = axes.pcolormesh(
+        edges, np.arange(count + 1), values, cmap="Blues", vmin=0, vmax=1, shading="flat", rasterized=True
+    )
+    axes.set_ylim(count, 0)
+    prefix, names = _without_common_prefix(history.layers)
+    every = -(-count // MAX_LABELS)
+    axes.set_yticks(np.arange(0, count, every) + 0.5, labels=[_shorten(name, 30) for name in names[::every]])
+    axes.tick_params(length=0, labelsize=8 if count > 12 else 9, labelcolor=INK)
+    axes.set_title(
+        "groups that are 2:4, layer by layer" + (f"  ({prefix}*)" if prefix else ""), loc="left", fontsize=10, color=INK
+    )
+    # In the margin that the second axis of the panel above needs anyway.
+    bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1.012, 0, 0.012, 1)), ticks=[0, 0.5, 1])
+    bar.ax.set_yticklabels(["0", "50 %", "100 %"], fontsize=9, color=INK)
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_color(GRID)
+
+
+def _draw_zeros(axes: Axes, history: SparsityHistory) -> None:
+    shares = np.asarray([history.series[f"zeros_{count}"] for count in range(5)])
+    order = [2, 3, 4, 1, 0]  # 2:4 groups from below, so that the border of blue and orange is the 2:4 fraction
+    axes.stackplot(
+        _at_least_two(history.steps),
+        _at_least_two(shares[order]),
+        colors=[ZEROS_COLORS[count] for count in order],
+        labels=[str(count) for count in order],
+        linewidth=0,
+    )
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0, 0.5, 1], labels=["0", "50 %", "100 %"])
+    axes.set_title("groups of four by their number of zeros", loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    by_zeros = sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0])
+    axes.legend(
+        [handle for _, handle in by_zeros],
+        [label for label, _ in by_zeros],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=5,
+        frameon=False,
+        fontsize=9,
+        handlelength=1.2,
+        columnspacing=1.4,
+    )
+
+
+def _draw_energy(axes: Axes, history: SparsityHistory) -> None:
+    whole, lowest = history.series["energy_kept"], history.series["lowest_energy_kept"]
+    marker = _marker(history)
+    lines = axes.plot(history.steps, whole, color=BLUE, linewidth=1.8, marker=marker, label="energy kept")
+    lines += axes.plot(
+        history.steps, lowest, color=BLUE, linewidth=1.1, linestyle=":", marker=marker, label="in the worst layer"
+    )
+    bottom = min(0.9, *(value for value in lowest if math.isfinite(value)), 1.0)
+    axes.set_ylim(bottom - 0.05, 1.01)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.set_title("energy held by the two largest of four", loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
+    flips = np.asarray(history.series["mask_flips"])
+    if np.isfinite(flips).any():
+        second = axes.twinx()
+        lines += second.plot(history.steps, flips, color=RED, linewidth=1.2, label="mask flips between looks")
+        second.set_ylim(0, max(1.1 * np.nanmax(flips), 0.01))
+        second.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+        _style_second(second, RED)
+    axes.legend(
+        handles=lines,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=len(lines),
+        frameon=False,
+        fontsize=9,
+        handlelength=1.4,
+        columnspacing=1.2,
+    )
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(color=GRID, labelcolor=INK, labelsize=9)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(MUTED)
+
+
+def _style_second(axes: Axes, color: str) -> None:
+    axes.tick_params(labelcolor=color, color=GRID, which="both", labelsize=9)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _marker(history: SparsityHistory) -> str:
+    """A line through one look has no length: show it as a dot."""
+    return "o" if len(history) == 1 else ""
+
+
+def _span(history: SparsityHistory) -> tuple[float, float]:
+    """First and last step drawn; never empty, so that a single look can be drawn too."""
+    return history.steps[0], max(history.steps[-1], history.steps[0] + 1)
+
+
+def _at_least_two(values: Any) -> np.ndarray:
+    """Repeat a single look one step later: an area needs two points."""
+    values = np.asarray(values, dtype=float)
+    if values.shape[-1] > 1:
+        return values
+    return np.concatenate([values, values + (1 if values.ndim == 1 else 0)], axis=-1)
+
+
+def _without_common_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
+    """Cut the dotted components that all names share from their front, and ``.weight`` from their end."""
+    names = [name.removesuffix(".weight") for name in names]
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(parts) > 1 and all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    prefix = "".join(f"{part}." for part in parts[0][:shared])
+    return prefix, [name.removeprefix(prefix) for name in names]
+
+
+def _shorten(name: str, length: int) -> str:
+    return name if len(name) <= length else f"{name[: length // 3]}…{name[-(length - length // 3 - 1) :]}"

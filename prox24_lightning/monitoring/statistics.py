@@ -1,0 +1,214 @@
+"""How sparse the weights are, and at what price: a handful of numbers a layer, read from the device in one go.
+
+Nothing here waits for the device except :func:`look`, which does so once for all weights together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.mask.codes import flipped_entries, top_two_code
+from prox24_lightning.mask.transposable import best_patterns, relative_squares
+from prox24_lightning.prox import penalty_24, prox_path
+from prox24_lightning.sparsify.strategies.base import StepLook
+from prox24_lightning.weights.blocks_4x4 import to_blocks
+from prox24_lightning.weights.groups import Dim, group_dims, to_groups
+from prox24_lightning.weights.selection import GroupedWeight
+from prox24_lightning.weights.sharded import local_part
+
+
+@dataclass(frozen=True)
+class SparsityStats:
+    """What one look at a weight, or at several taken together, has found.
+
+    "In the metric" means: of ``weight * scale``, the coordinates in which masks are chosen.
+
+    Attributes:
+        groups: number of groups of four; in the block geometry those along both dimensions, so that everything that is
+            counted by groups or entries counts both directions.
+        zeros: share of the groups with exactly 0, 1, 2, 3, 4 zeros; they add up to one.
+        energy_kept: sum of squares of the two largest entries of every group over that of all, in the metric: what
+            projecting the weight now would keep (in the block geometry the best transposable mask). 1.0 for a weight
+            of zeros.
+        penalty: mean of the penalty r (arXiv 2501.18015) over the groups, in the metric, relative to the cube of
+            the rms there, so that layers compare. About 2.0 for Gaussian weights, 0 for a 2:4 weight.
+        rms: root mean square of the weight itself, zeros included.
+        mask_flips: share of entries of the top-two mask, in the metric, that differ from the look before; None
+            where there is none to compare with.
+        strength: strength of the prox last used, units 1 / (weight * scale); the median over several weights;
+            None before there is one.
+    """
+
+    groups: int
+    zeros: tuple[float, ...]
+    energy_kept: float
+    penalty: float
+    rms: float
+    mask_flips: float | None = None
+    strength: float | None = None
+
+    @property
+    def groups_24(self) -> float:
+        """Share of the groups that are 2:4; 1.0 only if all are."""
+        return 1 - (self.zeros[0] + self.zeros[1])
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the entries that are exactly zero."""
+        return sum(count * share for count, share in enumerate(self.zeros)) / 4
+
+
+@dataclass(frozen=True)
+class SeenMask:
+    """The top-two mask of a weight at a look: one byte a group, and whether a scale was in use."""
+
+    code: Tensor
+    scaled: bool
+
+
+@torch.no_grad()
+def look(
+    weights: Sequence[GroupedWeight],
+    *,
+    scale_of: Callable[[str], Tensor | None] = lambda name: None,
+    strengths: Mapping[str, Tensor] | None = None,
+    seen: MutableMapping[str, SeenMask] | None = None,
+    looks: Mapping[str, StepLook] | None = None,
+) -> tuple[SparsityStats, dict[str, SparsityStats]]:
+    """Statistics of all weights together and of each, with one wait for the device.
+
+    Args:
+        weights: at least one; of a sharded weight this rank's part is looked at, which must not be empty.
+        scale_of: weight name -> scale of the metric, broadcasting to the weight, or None.
+        strengths: weight name -> 0-dim tensor; may lack weights.
+        seen: weight name -> mask of the last look, from which flips are counted; replaced by this look's. Masks seen
+            with and without a scale are not compared, as the change of coordinates alone flips entries.
+        looks: weight name -> what the pass that changed the weight has seen already; may lack weights.
+
+    Returns:
+        the whole, and a dict by weight name in the order of ``weights``.
+    """
+    strengths, seen, looks = strengths or {}, {} if seen is None else seen, looks or {}
+    rows, compared = [], []
+    for weight in weights:
+        scale = scale_of(weight.name)
+        part, step_look = local_part(weight.parameter), looks.get(weight.name)
+        from_pass = step_look.look if step_look is not None and step_look.is_of(part, scale) else None
+        if from_pass is not None and isinstance(weight.dim, int):
+            sums, code = from_pass.sums[:-1], from_pass.code.movedim(weight.dim, -1).flatten()
+        else:
+            sums, code = weight_sums(part, dim=weight.dim, scale=scale)
+        mask, last = SeenMask(code, scale is not None), seen.get(weight.name)
+        comparable = last is not None and last.scaled == mask.scaled and last.code.device == code.device
+        flips = sums.new_zeros(())
+        if last is not None and comparable:
+            counted = from_pass is not None and last.code.data_ptr() == from_pass.before.data_ptr()
+            flips = from_pass.sums[-1] if from_pass and counted else flipped_entries(last.code, code)
+        strength = strengths[weight.name].detach().float() if weight.name in strengths else sums.new_full((), math.nan)
+        extra = [flips, strength]
+        rows.append(torch.cat([sums, torch.stack([value.to(sums.device) for value in extra])]))
+        compared.append(comparable)
+        seen[weight.name] = mask
+    device = rows[0].device
+    values = torch.stack([row.to(device, non_blocking=True) for row in rows]).tolist()
+    layers = {
+        weight.name: _stats(row, _local_groups(weight), flips)
+        for weight, row, flips in zip(weights, values, compared, strict=True)
+    }
+    return _together(values, list(layers.values()), all(compared)), layers
+
+
+def _local_groups(weight: GroupedWeight) -> int:
+    """Groups in this rank's part of the weight: of a sharded one, as large a share as of its entries."""
+    return weight.groups * local_part(weight.parameter).numel() // weight.parameter.numel()
+
+
+def weight_sums(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sums behind :class:`SparsityStats` for one weight, left on its device.
+
+    Args:
+        weight: any floating dtype, any strides; its size along ``dim`` divides by 4.
+        dim: dimension of the groups, or both of 4 x 4 blocks.
+        scale: the metric; positive, broadcasts to ``weight``; None is one everywhere.
+
+    Returns:
+        float32 ``(9,)``: squares, squares in the metric, those of the two smallest of each group, penalty in the
+        metric, groups with 0, 1, 2, 3, 4 zeros (rounded above 2**24, but zero only where there is none); and the
+        mask as :func:`~prox24_lightning.mask.codes.top_two_code` gives it.
+    """
+    weight = weight.detach()
+    if isinstance(dim, int) and prox_path(weight) == "triton":
+        from prox24_lightning.prox.triton.statistics_pass import group_sums
+
+        return group_sums(weight, dim=dim, scale=scale)
+    # One pass lays the first, second, third and fourth entries of all groups in rows; all that follows is contiguous.
+    dims = group_dims(weight.shape, dim)
+    entries = torch.cat([_in_rows(weight, one) for one in dims], 1).float()
+    zeros = (entries == 0).view(torch.uint8)
+    zeros = zeros[0] + zeros[1] + zeros[2] + zeros[3]
+    squares = torch.linalg.vector_norm(entries).square()
+    if scale is not None:
+        expanded = scale.detach().expand(weight.shape)
+        entries *= torch.cat([_in_rows(expanded, one) for one in dims], 1)
+    penalty = penalty_24(entries, dim=0)
+    in_metric = entries.square_()
+    lost, code = _lost_by_groups(in_metric) if len(dims) == 1 else _lost_by_blocks(weight, scale, (dims[0], dims[1]))
+    sums = [squares, in_metric.sum(), lost, penalty]
+    sums += [torch.count_nonzero(zeros == count) for count in range(5)]
+    return torch.stack([value.float() for value in sums]), code
+
+
+def _lost_by_groups(in_metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares (4, groups) -> the sum of the two smallest of every group, and the code of the top-two mask."""
+    high, low = torch.maximum(in_metric[0::2], in_metric[1::2]), torch.minimum(in_metric[0::2], in_metric[1::2])
+    # The two smallest rather than the two largest: where nothing is lost the sum is zero, with no rounding error.
+    lost = torch.minimum(low[0], low[1])
+    lost += torch.minimum(torch.minimum(high[0], high[1]), torch.maximum(low[0], low[1]))
+    return lost.sum(), top_two_code(in_metric)
+
+
+def _lost_by_blocks(weight: Tensor, scale: Tensor | None, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The squares outside the best transposable mask, counted along both directions, and the codes of the mask's
+    columns and rows."""
+    values = weight.float() if scale is None else weight.float() * scale.detach()
+    blocks = to_blocks(values, dims)
+    keep = best_patterns(relative_squares(blocks))
+    bits = keep.to(torch.uint8) << torch.arange(4, dtype=torch.uint8, device=keep.device).view(4, 1, 1)
+    across = keep.movedim(1, 0).to(torch.uint8) << torch.arange(4, dtype=torch.uint8, device=keep.device).view(4, 1, 1)
+    lost = torch.where(keep, 0.0, blocks).square().sum()
+    return 2 * lost, torch.cat([bits.sum(0, dtype=torch.uint8), across.sum(0, dtype=torch.uint8)]).flatten()
+
+
+def _in_rows(tensor: Tensor, dim: int) -> Tensor:
+    """A fresh ``(4, groups)``: row i holds the i-th entry of every group."""
+    return torch.stack(to_groups(tensor, dim).unbind(-1)).flatten(1)
+
+
+def _stats(row: Sequence[float], groups: int, compared: bool) -> SparsityStats:
+    squares, in_metric, lost, penalty, *zeros, flips, strength = row
+    entries = 4 * groups
+    return SparsityStats(
+        groups=groups,
+        zeros=tuple(count / groups for count in zeros),
+        energy_kept=1 - lost / in_metric if in_metric else 1.0,
+        penalty=penalty / groups / (in_metric / entries) ** 1.5 if in_metric else 0.0,
+        rms=math.sqrt(squares / entries),
+        mask_flips=flips / entries if compared else None,
+        strength=None if math.isnan(strength) else strength,
+    )
+
+
+def _together(rows: Sequence[Sequence[float]], layers: Sequence[SparsityStats], compared: bool) -> SparsityStats:
+    groups = sum(layer.groups for layer in layers)
+    totals = [sum(column) for column in zip(*rows, strict=True)]
+    strengths = [layer.strength for layer in layers if layer.strength is not None]
+    whole = _stats([*totals[:-1], median(strengths) if strengths else math.nan], groups, compared)
+    # Sums of cubes of layers of different scales do not add up to anything comparable; their relative values do.
+    penalty = sum(layer.penalty * layer.groups for layer in layers) / groups
+    return SparsityStats(**{**vars(whole), "penalty": penalty})

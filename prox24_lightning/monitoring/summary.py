@@ -1,0 +1,74 @@
+"""The closing table of a run: how sparse each layer became."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from prox24_lightning.monitoring.statistics import SparsityStats
+
+MAX_ROWS = 48
+"""With more layers than this, those that differ in the numbers of their names only share a row."""
+MAX_NAMED = 8
+
+
+def summary_table(layers: Mapping[str, SparsityStats], shapes: Mapping[str, tuple[int, ...]], title: str) -> Table:
+    """One row a layer: name, shape, groups, 2:4 fraction, energy kept, zeros; in yellow what is not 2:4."""
+    table = Table(title=title, title_justify="left")
+    for column, justify in (("weight", "left"), ("shape", "left"), ("groups", "right"), ("2:4", "right")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for column in ("energy kept", "zeros"):
+        table.add_column(column, justify="right")
+    for name, members in _rows(layers, shapes).items():
+        groups = sum(layer.groups for layer in members)
+        fraction = sum(layer.groups_24 * layer.groups for layer in members) / groups
+        zeros = sum(layer.sparsity * layer.groups for layer in members) / groups
+        done = all(layer.groups_24 == 1 for layer in members)
+        table.add_row(
+            name[0].removesuffix(".weight") + (f" ({len(members)} layers)" if len(members) > 1 else ""),
+            " x ".join(map(str, name[1])),
+            f"{groups:,}",
+            percent(1.0 if done else fraction),
+            percent(min(layer.energy_kept for layer in members)),
+            percent(zeros),
+            style="green" if done else "yellow",
+        )
+    return table
+
+
+def dense_warning(layers: Mapping[str, SparsityStats]) -> str | None:
+    """One line that names the layers which are not 2:4, the densest first; None if all are."""
+    dense = sorted((layer.groups_24, name) for name, layer in layers.items() if layer.groups_24 != 1)
+    if not dense:
+        return None
+    named = ", ".join(f"{name} ({percent(fraction)})" for fraction, name in dense[:MAX_NAMED])
+    more = f" and {len(dense) - MAX_NAMED} more" if len(dense) > MAX_NAMED else ""
+    return f"{len(dense)} of {len(layers)} weights are not 2:4: {named}{more}"
+
+
+def print_summary(layers: Mapping[str, SparsityStats], shapes: Mapping[str, tuple[int, ...]], title: str) -> None:
+    """Print :func:`summary_table` and, where it applies, :func:`dense_warning`."""
+    console = Console()
+    console.print(summary_table(layers, shapes, title))
+    if (warning := dense_warning(layers)) is not None:
+        console.print(warning, style="bold yellow", highlight=False, markup=False)
+
+
+def _rows(
+    layers: Mapping[str, SparsityStats], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[tuple[str, tuple[int, ...]], list[SparsityStats]]:
+    rows: dict[tuple[str, tuple[int, ...]], list[SparsityStats]] = {}
+    for name, layer in layers.items():
+        shown = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) if len(layers) > MAX_ROWS else name
+        rows.setdefault((shown, shapes[name]), []).append(layer)
+    return rows
+
+
+def percent(share: float) -> str:
+    """Never rounded up to 100 %: what is said to be whole is whole."""
+    if share == 1:
+        return "100 %"
+    return f"{min(100 * share, 99.99):.2f} %"

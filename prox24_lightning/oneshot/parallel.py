@@ -1,0 +1,24 @@
+"""Checks that several processes prune the same layers in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from prox24_lightning.calibration.input_groups import Stage
+from prox24_lightning.utils.distributed import gathered_objects
+
+
+def check_same_stages(stages: Sequence[Stage], names: Mapping[nn.Module, str]) -> None:
+    """Refuse ranks whose batches take different ways through a block: they would wait for each other for ever.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    orders = gathered_objects([[names[layer] for layer in stage.layers] for stage in stages])
+    if any(order != orders[0] for order in orders):
+        raise ValueError(
+            f"the ranks' first batches run the layers of a block in different orders (rank 0: {orders[0][:4]}...); "
+            "prune in one process, or leave these layers dense with skip="
+        )

@@ -1,0 +1,1 @@
+"""The fused Triton kernels of the prox: launch, tiles, equations, statistics."""

@@ -1,0 +1,179 @@
+"""Block reconstruction: the weights of one pruned block refined together, by the error of the block's own output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.calibration.cuda_graphs import ReplayedOn
+from prox24_lightning.utils.distributed import mean_over_ranks, world_size
+
+Forward = Callable[[Any], Tensor]
+"""Calls the block once, on one recorded batch; its output, (..., features)."""
+
+LEARNING_RATE = 1.2e-2
+"""Largest step, relative to the rms of each tensor."""
+_SMALLEST_RMS = 1e-2
+"""Taken for tensors below it: a bias may begin at zero, and shall move."""
+_ATTEMPTS = 3
+_SHRINKAGE = 0.25
+"""Of the step size from one attempt to the next, while the error does not fall."""
+_WARM_UP = 16
+"""Steps of growing size at the start: Adam's first steps take every weight as far as the others, and of some blocks
+they double the error that the rest of the steps then have to make good."""
+_BETAS = (0.9, 0.95)
+_EPSILON = 1e-12
+
+
+def relative_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Squared error of each token relative to the token's own energy, averaged over tokens.
+
+    What reads a block's output normalises each token first, so that the few tokens of huge norm which language models
+    have (arXiv 2402.17762) shall not count for more than the others.
+
+    Args:
+        output, target: (..., features).
+        weights: :func:`token_weights` of ``target``, where they are known already.
+    """
+    weights = token_weights(target) if weights is None else weights
+    return ((output.float() - target.float()).square().sum(-1) * weights).sum()
+
+
+def token_weights(target: Tensor) -> Tensor:
+    """What a unit of squared error in each token counts: (...) of (..., features)."""
+    energy = target.float().square().sum(-1)
+    floor = 1e-3 * energy.median()
+    return 1 / (energy.clamp_min(floor + _EPSILON) * energy.numel())
+
+
+def reconstruct_block(
+    block: nn.Module,
+    masks: Mapping[str, Tensor],
+    forward: Forward,
+    batches: Sequence[Any],
+    targets: Sequence[Tensor],
+    *,
+    steps: int,
+    trained: Collection[Tensor] | None = None,
+    feature_weights: Tensor | None = None,
+    learning_rate: float = LEARNING_RATE,
+) -> tuple[float, float]:
+    """Lower the error of a block's output by Adam on all its parameters, the pruned weights held at zero.
+
+    The layer-wise solver answers each layer for its own output alone. Here the layers of a block answer together, its
+    norms and biases too, for what the block hands on (block reconstruction: arXiv 2102.05426; of pruned language
+    models: arXiv 2402.12419). Each step takes one batch; the step size rises for a few steps and falls as a cosine.
+
+    In a distributed run every rank has its own batches, as many as the others, and gradients are averaged.
+
+    Args:
+        block: what is changed: its ``trained`` parameters, in place.
+        masks: bool, by the names of those of them that are pruned.
+        forward: calls the block on one of ``batches``.
+        batches: tensors and other values, in tuples, lists and dictionaries as they come.
+        targets: what each of them shall give.
+        steps: how many.
+        trained: parameters that may change; None: those that ask for gradients.
+        feature_weights: (features,), what a unit of squared error in each feature counts; None is 1 for all.
+        learning_rate: relative to the rms of each parameter; where the error does not fall, smaller ones are tried.
+
+    Returns:
+        the mean relative error before and after. Where it did not fall, the parameters are as they were.
+    """
+    if feature_weights is not None:
+        roots = feature_weights.sqrt()
+        unweighted, forward = forward, lambda batch: unweighted(batch).float() * roots
+        targets = [target.float() * roots for target in targets]
+    parts = [(batch, target, token_weights(target)) for batch, target in zip(batches, targets, strict=True)]
+
+    def error_of(batch: Any, target: Tensor, weights: Tensor) -> Tensor:
+        return relative_error(forward(batch), target, weights)
+
+    with _stand_ins(block, trained) as parameters:
+        before = [parameter.detach().clone() for parameter in parameters.values()]
+        first = _mean_error(error_of, parts)
+        for attempt in range(_ATTEMPTS if parameters else 0):
+            _descend(parameters, masks, error_of, parts, steps, learning_rate * _SHRINKAGE**attempt)
+            last = _mean_error(error_of, parts)
+            if last < first:
+                return first, last
+            _write(parameters, before)
+        return first, first
+
+
+@contextmanager
+def _stand_ins(block: nn.Module, trained: Collection[Tensor] | None) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters of ``block`` that may change, by name; for the time being others that share their memory.
+
+    Of a parameter that a training step has just used autograd remembers on which stream that was, and makes it wait for
+    the gradients, which no recording of them allows. Nor do hooks of the training see the stand-ins.
+    """
+    places = [
+        (owner, name, parameter)
+        for owner in block.modules()
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False)
+        if (parameter.requires_grad if trained is None else parameter in trained) and parameter.is_floating_point()
+    ]
+    made = {parameter: nn.Parameter(parameter.detach()) for _, _, parameter in places}
+    try:
+        for owner, name, parameter in places:
+            setattr(owner, name, made[parameter])
+        changing = set(made.values())
+        yield {name: parameter for name, parameter in block.named_parameters() if parameter in changing}
+    finally:
+        for owner, name, parameter in places:
+            setattr(owner, name, parameter)
+
+
+def _descend(
+    parameters: Mapping[str, nn.Parameter],
+    masks: Mapping[str, Tensor],
+    error_of: Callable[..., Tensor],
+    parts: Sequence[tuple[Any, Tensor, Tensor]],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    values = list(parameters.values())
+    # Of 16-bit parameters the steps would be lost in rounding.
+    masters = [value.detach().to(torch.float32, copy=True) for value in values]
+    rates = [value.square().mean().sqrt().clamp_min(_SMALLEST_RMS) * learning_rate for value in masters]
+    groups = [{"params": [master], "lr": rate.clone()} for master, rate in zip(masters, rates, strict=True)]
+    cuda = masters[0].is_cuda
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=cuda, capturable=cuda)
+    size = masters[0].new_ones(())
+
+    def step(*part: Any) -> None:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(error_of(*part), values, materialize_grads=True)
+        for name, master, gradient in zip(parameters, masters, gradients, strict=True):
+            master.grad = mean_over_ranks(gradient.float())
+            if name in masks:
+                master.grad.mul_(masks[name])
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            torch.mul(rate, size, out=group["lr"])
+        optimizer.step()
+        _write(parameters, masters)
+
+    # Alone on a GPU its hundreds of small kernels are recorded once.
+    run = ReplayedOn(step, masters[0].device) if world_size() == 1 else step
+    for number in range(steps):
+        rise = min(1.0, (number + 1) / (min(_WARM_UP, steps // 4) + 1))
+        size.fill_(rise * 0.5 * (1 + math.cos(math.pi * number / steps)))
+        run(*parts[number % len(parts)])
+
+
+@torch.no_grad()
+def _write(parameters: Mapping[str, nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters.values(), values, strict=True):
+        parameter.copy_(value)
+
+
+def _mean_error(error_of: Callable[..., Tensor], parts: Sequence[tuple[Any, Tensor, Tensor]]) -> float:
+    with torch.enable_grad():  # as in the steps: what is compiled for them serves here too
+        errors = [error_of(*part).detach() for part in parts]
+    return float(mean_over_ranks(torch.stack(errors).mean()))

@@ -1,0 +1,177 @@
+"""One layer: choose a method, choose the refinement, get a 2:4 weight and what it costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.mask import mask_24, zeros_per_group
+from prox24_lightning.solvers.loss import check_layer, input_scale, row_losses
+from prox24_lightning.solvers.masked_cg import masked_gradient
+from prox24_lightning.solvers.proximal import prox_gradient, prox_splitting
+from prox24_lightning.solvers.sparsegpt import sparsegpt
+from prox24_lightning.weights.groups import Dim, group_dims
+
+Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_gradient"]
+Refine = Literal["masked_gradient"]
+
+DEFAULT_STEPS = {"prox": 200, "prox_gradient": 400}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A pruned layer.
+
+    Attributes:
+        weight: (out_features, in_features), exactly zero outside ``mask``, in the dtype of the solver.
+        mask: bool, two True in every group of four.
+        energies: (out_features,), each row's local loss with all weights zero.
+        losses: (out_features,), each row's local loss before refinement.
+        refined_losses: the same after it; None without refinement.
+        reached: share of the groups that had at most two non-zeros before the final choice of the mask.
+        seconds: wall time, the device waited for.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    energies: Tensor
+    losses: Tensor
+    refined_losses: Tensor | None
+    reached: float
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Relative local loss before refinement: the share of the output's energy that is lost."""
+        return _ratio(self.losses, self.energies)
+
+    @property
+    def refined_loss(self) -> float | None:
+        """Relative local loss after refinement; None without refinement."""
+        return None if self.refined_losses is None else _ratio(self.refined_losses, self.energies)
+
+    def to(self, device: torch.device | str) -> Solution:
+        """The same on another device."""
+        return Solution(
+            self.weight.to(device),
+            self.mask.to(device),
+            self.energies.to(device),
+            self.losses.to(device),
+            None if self.refined_losses is None else self.refined_losses.to(device),
+            self.reached,
+            self.seconds,
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Solution]) -> Solution:
+        """Undo :meth:`rows`, for parts that were solved at the same time."""
+        rows = [len(part.weight) for part in parts]
+        refined = [part.refined_losses for part in parts if part.refined_losses is not None]
+        return Solution(
+            torch.cat([part.weight for part in parts]),
+            torch.cat([part.mask for part in parts]),
+            torch.cat([part.energies for part in parts]),
+            torch.cat([part.losses for part in parts]),
+            torch.cat(refined) if refined else None,
+            sum(part.reached * count for part, count in zip(parts, rows, strict=True)) / sum(rows),
+            max(part.seconds for part in parts),
+        )
+
+    def rows(self, begin: int, end: int) -> Solution:
+        """The solution of one of several stacked layers; time is shared out by rows."""
+        part = slice(begin, end)
+        return Solution(
+            self.weight[part],
+            self.mask[part],
+            self.energies[part],
+            self.losses[part],
+            None if self.refined_losses is None else self.refined_losses[part],
+            self.reached,
+            self.seconds * (end - begin) / len(self.weight),
+        )
+
+
+def _ratio(losses: Tensor, energies: Tensor) -> float:
+    whole = energies.sum()
+    return float(losses.sum() / whole) if whole > 0 else 0.0
+
+
+@torch.no_grad()
+def solve_layer(
+    weight: Tensor,
+    moments: Tensor,
+    *,
+    method: Method = "prox",
+    refine: Refine | None = "masked_gradient",
+    dim: Dim = -1,
+    steps: int | None = None,
+    momentum: float = 0.0,
+    damping: float | None = None,
+    refine_steps: int = 300,
+    tolerance: float = 1e-4,
+    name: str = "layer",
+) -> Solution:
+    """Find a 2:4 weight that keeps the outputs of a linear layer: ``min_V 1/2 tr((V - W) H (V - W)^T)``.
+
+    Args:
+        weight: ``W``, (out_features, in_features); computed in float32, or float64 if it is float64. Layers that see
+            the same inputs may be stacked along the rows: for ``dim=-1`` no row's result depends on another row.
+        moments: ``H``, (in_features, in_features), the mean of x x^T over tokens (any positive multiple works).
+        method: ``"magnitude"``; ``"wanda"`` (arXiv 2306.11695: magnitude times the input's rms); ``"sparsegpt"`` (arXiv
+            2301.00774); ``"prox"`` (arXiv 2501.18015's problem, solved by splitting); ``"prox_gradient"`` (the same by
+            the paper's proximal gradient).
+        refine: ``"masked_gradient"`` finds the best values for the chosen mask; None keeps the method's own.
+        dim: the dimension along which the groups of four lie: -1 for groups along inputs, 0 along outputs, (0, 1)
+            for both at once: 4 x 4 blocks with a transposable mask.
+        steps: of the prox methods; None is 200 for ``prox`` and 400 for ``prox_gradient``.
+        momentum: of ``prox_gradient``.
+        damping: None is each method's own: 0.01 of the mean diagonal for SparseGPT as published, else 0.001 of each
+            diagonal entry.
+        refine_steps, tolerance: limits of the refinement (:func:`~prox24_lightning.solvers.masked_cg.masked_gradient`).
+        name: the layer's name, for messages.
+
+    Raises:
+        ValueError: for an unknown method or refinement, sizes that do not fit, and values that are not finite.
+    """
+    for argument, value, known in (("method", method, get_args(Method)), ("refine", refine, (*get_args(Refine), None))):
+        if value not in known:
+            raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(map(str, known))}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    begin = time.perf_counter()
+    dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
+    moments = moments.detach().to(dense)
+    check_layer(dense, moments, name)
+    dims = group_dims(dense.shape, dim)
+    dim = dims[0] if len(dims) == 1 else (dims[0], dims[1])
+
+    own: Any = {} if damping is None else {"damping": damping}
+    steps = steps or DEFAULT_STEPS.get(method, 0)
+    found = dense
+    if method == "magnitude":
+        mask = mask_24(dense, dim=dim)
+    elif method == "wanda":
+        mask = mask_24(dense, dim=dim, scale=input_scale(moments))
+    elif method == "sparsegpt":
+        found, mask = sparsegpt(dense, moments, dim=dim, name=name, **own)
+    else:
+        if method == "prox":
+            found = prox_splitting(dense, moments, dim=dim, steps=steps, name=name, **own)
+        else:
+            found = prox_gradient(dense, moments, dim=dim, steps=steps, momentum=momentum, **own)
+        mask = mask_24(found, dim=dim, scale=input_scale(moments))
+    reached = sum(float((zeros_per_group(found, dim=one) >= 2).float().mean()) for one in dims) / len(dims)
+
+    result = found * mask
+    losses, refined = row_losses(result, dense, moments), None
+    if refine is not None:
+        result = masked_gradient(result, dense, moments, mask, steps=refine_steps, tolerance=tolerance, **own)
+        refined = row_losses(result, dense, moments)
+    energies = row_losses(torch.zeros_like(dense), dense, moments)
+    energies.sum().item()  # waits for the device, so that the time is that of the work
+    return Solution(result, mask, energies, losses, refined, reached, time.perf_counter() - begin)

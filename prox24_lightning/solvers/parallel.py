@@ -1,0 +1,34 @@
+"""Solve the rows of a layer over several processes; every rank ends with the whole solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from prox24_lightning.solvers.layer import Solution
+from prox24_lightning.utils.distributed import gathered_objects, rank, world_size
+
+
+def solved_by_rows(matrix: Tensor, solve: Callable[[Tensor], Solution]) -> Solution:
+    """``solve(matrix)`` where every rank solves a block of rows, which must not depend on each other.
+
+    Rounding and the refinement's stopping rule see a block instead of the whole, so the result is that of one process
+    up to these, and that of the other ranks to the bit.
+
+    Raises:
+        ValueError: on every rank, if ``solve`` raises it on one.
+    """
+    if world_size() == 1:
+        return solve(matrix)
+    bounds = [len(matrix) * index // world_size() for index in range(world_size() + 1)]
+    first, last = bounds[rank()], bounds[rank() + 1]
+    mine, problem = None, None
+    try:
+        mine = solve(matrix[first:last]).to("cpu") if last > first else None
+    except ValueError as error:
+        problem = str(error)
+    found = gathered_objects((mine, problem))
+    if problems := [text for _, text in found if text is not None]:
+        raise ValueError(problems[0])
+    return Solution.joined([part for part, _ in found if part is not None]).to(matrix.device)

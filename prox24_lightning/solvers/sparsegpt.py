@@ -1,0 +1,103 @@
+"""SparseGPT (arXiv 2301.00774): column by column, prune and let the columns that follow absorb the error."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.mask import mask_24, transposable_mask
+from prox24_lightning.weights.groups import Dim
+
+logger = logging.getLogger(__name__)
+
+
+def damped(moments: Tensor, damping: float) -> Tensor:
+    """``moments + damping * mean(diag) * I``, as published; the identity is added where all moments are zero."""
+    mean = moments.diagonal().mean()
+    result = moments.clone()
+    result.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+    return result
+
+
+def cholesky(matrix: Tensor, *, damping: float = 0.0, attempts: int = 3, name: str = "layer") -> Tensor:
+    """Lower Cholesky factor of ``matrix + damping * mean(diag) * I``.
+
+    Where float32 fails, the damping (at least 1e-6) grows tenfold up to ``attempts`` times; then the same in float64.
+
+    Returns:
+        the factor, in the dtype of ``matrix``; a warning is logged when the first try failed.
+
+    Raises:
+        ValueError: if no factor is found.
+    """
+    for dtype in (matrix.dtype, torch.float64):
+        shift = damping
+        for attempt in range(attempts + 1):
+            lower, failed = torch.linalg.cholesky_ex(damped(matrix.to(dtype), shift))
+            if not int(failed) and bool(torch.isfinite(lower).all()):
+                if attempt or dtype != matrix.dtype:
+                    logger.warning("%s: the Cholesky factor needed damping %g in %s", name, shift, dtype)
+                return lower.to(matrix.dtype)
+            shift = max(10 * shift, 1e-6)
+    raise ValueError(
+        f"{name}: the second moments have no Cholesky factor even with damping {shift / 10:g} in float64; give more "
+        "calibration tokens, or leave the layer dense with skip="
+    )
+
+
+def inverse_factor(moments: Tensor, damping: float = 0.01, *, name: str = "layer") -> Tensor:
+    """Upper Cholesky factor ``U`` of ``(moments + damping * mean(diag) * I)^-1 = U^T U``."""
+    lower = cholesky(moments, damping=damping, name=name)
+    return cholesky(torch.cholesky_inverse(lower), name=name).mT.contiguous()
+
+
+def sparsegpt(
+    weight: Tensor,
+    moments: Tensor,
+    *,
+    dim: Dim = -1,
+    damping: float = 0.01,
+    block: int = 128,
+    name: str = "layer",
+) -> tuple[Tensor, Tensor]:
+    """Prune with the optimal-brain-surgeon update, the mask of each group chosen when the sweep reaches it.
+
+    Args:
+        weight: (out_features, in_features), float32 or float64; in_features (``dim=-1``) or out_features (``dim=0``)
+            divides by 4, or both (a pair).
+        moments: (in_features, in_features), same dtype.
+        dim: the dimension along which the groups of four lie; a pair: the mask of each 4 x 4 block is chosen when the
+            sweep reaches its first column.
+        damping: added to the diagonal, relative to its mean.
+        block: columns between two updates of the whole rest; changes the time, not the result beyond rounding.
+
+    Returns:
+        the pruned weight, updated, and its bool mask.
+    """
+    upper = inverse_factor(moments, damping, name=name)
+    rest = weight.clone()
+    # A block ends where a group ends, so that a group is chosen with all updates of its four columns applied.
+    block = max(4, block - block % 4)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    columns = weight.shape[1]
+    along_inputs = not isinstance(dim, int) or dim % 2 == 1
+    choose = mask_24 if isinstance(dim, int) else transposable_mask
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        part = rest[:, start:stop]
+        factor = upper[start:stop, start:stop]
+        diagonal = factor.diagonal()
+        errors = torch.zeros_like(part)
+        for i in range(stop - start):
+            if not along_inputs:
+                mask[:, start + i] = mask_24(part[:, i], dim=0)
+            elif i % 4 == 0:
+                # Score w^2 / [U_ii]^2; only its order matters, so the square is left out.
+                mask[:, start + i : start + i + 4] = choose(part[:, i : i + 4], scale=1 / diagonal[i : i + 4])
+            error = torch.where(mask[:, start + i], 0, part[:, i]) / diagonal[i]
+            errors[:, i] = error
+            part[:, i:].addr_(error, factor[i, i:], alpha=-1)
+        rest[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
+    return rest * mask, mask

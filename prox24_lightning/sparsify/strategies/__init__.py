@@ -1,0 +1,1 @@
+"""How weights become 2:4 during the sparsify phase."""

@@ -1,0 +1,1 @@
+"""The prox after every optimizer step, with a strength that grows."""

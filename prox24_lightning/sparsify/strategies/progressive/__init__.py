@@ -1,0 +1,1 @@
+"""Block after block by the layer-wise loss, while the rest of the model trains on."""

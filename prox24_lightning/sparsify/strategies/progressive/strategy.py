@@ -1,0 +1,298 @@
+"""The progressive strategy: block after block goes 2:4 by the local squared loss, while the rest trains on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from prox24_lightning.calibration.blocks import map_tensors
+from prox24_lightning.calibration.cuda_graphs import release_recordings
+from prox24_lightning.calibration.hooked_module import CallSite, outermost_modules, parts, share_of
+from prox24_lightning.calibration.layer_matrix import why_not_solvable
+from prox24_lightning.calibration.output_gradients import OutputGradients
+from prox24_lightning.sparsify.phases import PhasePlan
+from prox24_lightning.sparsify.strategies.base import Frozen, ScaleOf, Strategy, projected
+from prox24_lightning.sparsify.strategies.progressive.blocks import Unit, check_orders, cut_into_units, order_of_units
+from prox24_lightning.sparsify.strategies.progressive.rerun import Replays
+from prox24_lightning.sparsify.strategies.progressive.solve_block import solve_unit
+from prox24_lightning.utils.distributed import gathered_on_first, rank
+from prox24_lightning.weights.selection import GroupedWeight
+from prox24_lightning.weights.sharded import is_sharded, runnable
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_BATCHES = 8
+"""Batches on which a block is solved: the last ones of the training itself."""
+RECONSTRUCTION_STEPS = 96
+"""Gradient steps on a block whose layers have been solved."""
+_SHARED = 4
+"""So many units at most share one pass of the recorded batches: what it finds for each is kept meanwhile."""
+
+
+class Progressive(Strategy):
+    """One block after the other, in the order in which the model runs them, spread evenly over the sparsify phase.
+
+    Turns are at least ``batches`` steps apart, where the phase is short several blocks have theirs together. When its
+    turn comes, the last training batches run once more through the model as it is now, up to that block. Its
+    layers are solved one after the other on what they see then, by the paper's layer-wise prox and masked gradient
+    (arXiv 2501.18015, section 3), and frozen; everything that comes after trains on against the sparse block. A model
+    without a list of like blocks goes layer after layer. A layer that the solver cannot take (a packed attention
+    projection, a grouped convolution) is projected in the metric instead.
+
+    In a distributed run every rank runs its own batches, the moments are summed over the ranks, and every rank solves
+    the whole layer, gathered if it is sharded.
+
+    Memory: the arguments of the last batches' calls, the second moments of one layer, float32 (in_features,
+    in_features), and with ``dense_target`` a frozen copy of the model as it was when the phase began.
+
+    Args:
+        model: what holds the weights.
+        root_is_called: whether training calls ``model`` itself, rather than parts of it (as a LightningModule's
+            ``training_step`` does).
+        batches: how many of the last batches a block is solved on.
+        dense_target: what a layer's outputs shall come close to: 0 its own outputs on what it sees now, 1 those that it
+            had in the dense copy (so that later blocks make good for earlier ones), values between mix the two.
+        reconstruction_steps: gradient steps on the whole block once its layers are solved, by the error of the block's
+            output (:func:`~prox24_lightning.solvers.block_reconstruction.reconstruct_block`); 0 leaves them out, as for
+            layers outside of blocks and for sharded models.
+        gradient_weighting: in reconstruction, features of the block's output count by the squared gradients that the
+            last training batches sent through them
+            (:class:`~prox24_lightning.calibration.output_gradients.OutputGradients`).
+        prox_steps: proximal steps a layer; None is the solver's own default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        root_is_called: bool = True,
+        batches: int = CALIBRATION_BATCHES,
+        dense_target: float = 0.5,
+        reconstruction_steps: int = RECONSTRUCTION_STEPS,
+        gradient_weighting: bool = True,
+        prox_steps: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batches < 1:
+            raise ValueError(f"batches={batches} must be at least 1")
+        if not 0 <= dense_target <= 1:
+            raise ValueError(f"dense_target={dense_target} must lie in [0, 1]")
+        if reconstruction_steps < 0:
+            raise ValueError(f"reconstruction_steps={reconstruction_steps} must be 0 or more")
+        if prox_steps is not None and prox_steps < 1:
+            raise ValueError(f"prox_steps={prox_steps} must be at least 1")
+        self.batches = batches
+        self.dense_target = dense_target
+        self.reconstruction_steps = reconstruction_steps
+        self.gradient_weighting = gradient_weighting
+        self.prox_steps = prox_steps
+        self._model = model
+        self._root_is_called = root_is_called
+        self._plan = PhasePlan(0, 0)
+        self._weights: list[GroupedWeight] = []
+        self._sites: list[CallSite] = []
+        self._units: list[Unit] = []
+        self._order: list[str] = []
+        self._done: set[str] = set()
+        self._gradients: dict[str, OutputGradients] = {}
+        self._begun = False
+        self._batches_seen = 0
+        self._loaded: dict[str, Any] = {}
+
+    def scaled_weights(self, weights: Sequence[GroupedWeight]) -> list[GroupedWeight]:
+        return [weight for weight in weights if why_not_solvable(weight.module, weight.parameter_name) is not None]
+
+    def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:
+        self._plan = plan
+        state, self._loaded = self._loaded, {}
+        modules = [weight.module for weight in weights]
+        if state:
+            names = dict(self._model.named_modules())
+            found = [names[name] for name in state["sites"]]
+        elif self._sites:
+            found = [site.module for site in self._sites]
+        else:
+            found = outermost_modules(self._model, modules, root_is_called=self._root_is_called)
+        if [site.module for site in self._sites] != found:
+            self._sites = [CallSite(module, self.batches) for module in found]
+        self._weights = list(weights)
+        self._units = cut_into_units(self._model, self._weights, self._sites)
+        for index, site in enumerate(self._sites if state else ()):
+            site.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
+            site.load_dense(state["dense"][index], sharded=self._sharded)
+        totals = {name: found.total for name, found in self._gradients.items()}
+        if state:
+            totals = state["gradients"][rank() % len(state["gradients"])]
+        self._gradients = {
+            u.name: OutputGradients(u.name, u.module, u.feature_dim, totals[u.name])
+            for u in self._units
+            if u.name in totals
+        }
+        self._arrange(state.get("order", self._order))
+        for site in self._sites:
+            site.attach()
+
+    def detach(self) -> None:
+        for site in self._sites:
+            site.detach()
+        for gradients in self._gradients.values():
+            gradients.detach()
+        release_recordings()
+
+    def before_batch(self, step: int) -> None:
+        if not all(site.called for site in self._sites) and self._batches_seen:
+            self._descend()
+        self._batches_seen += 1
+        soon = [
+            unit for unit, turn in self._turns() if unit.name not in self._done and turn - self.batches < step <= turn
+        ]
+        for unit in soon if self.gradient_weighting else ():
+            if unit.name not in self._gradients and self._reconstructs(unit):
+                self._gradients[unit.name] = OutputGradients(unit.name, unit.module, unit.feature_dim)
+        # The step after `start` is recorded everywhere: it shows in which order the model runs.
+        wanted = {unit.site for unit in (self._units if step == self._plan.start + 1 else soon)}
+        for site in self._sites:
+            site.next_batch(site in wanted)
+
+    @torch.no_grad()
+    def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
+        self._begun = True
+        with ExitStack() as stack:
+            for site in self._sites:
+                stack.enter_context(runnable(self._model, site.module))
+            self._arrange(order_of_units(self._units))
+        check_orders(self._units)
+        # Only of a single site the inputs do not depend on what is pruned, so only there a dense model can follow.
+        if self.dense_target and len(self._sites) == 1 and self._units:
+            self._sites[0].keep_dense(sharded=self._sharded)
+        elif self.dense_target and self._units and rank() == 0:
+            log.warning(
+                "dense_target=%g has no effect, each layer aims at its own outputs: training calls %d parts of the "
+                "model (%s, ...) rather than one that holds all of them",
+                self.dense_target,
+                len(self._sites),
+                type(self._sites[0].module).__name__,
+            )
+
+    @torch.no_grad()
+    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        due = [unit for unit, turn in self._turns() if unit.name not in self._done and turn <= step]
+        return self._solve_all(due, scale_of)
+
+    @torch.no_grad()
+    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+        if not self._begun:
+            self.begin(weights, scale_of)
+        frozen = self._solve_all([unit for unit in self._units if unit.name not in self._done], scale_of)
+        self.detach()
+        self._sites, self._units, self._order = [], [], []
+        return frozen
+
+    def _solve_all(self, units: Sequence[Unit], scale_of: ScaleOf) -> Frozen:
+        if not units:
+            return {}
+        begin = time.perf_counter()
+        frozen: Frozen = {}
+        for site in dict.fromkeys(unit.site for unit in units):
+            if (left_out := site.leave_out_unsound()) and rank() == 0:
+                log.warning(
+                    "NaN or infinity in %d of the last training batches: blocks are solved without them", left_out
+                )
+        for together in self._groups(units):
+            site = together[0].site
+            with site.replaying():
+                replays = Replays(self._model, together)
+                for unit in together:
+                    steps = self.reconstruction_steps if self._reconstructs(unit) else 0
+                    gradients = self._gradients.get(unit.name)
+                    frozen |= solve_unit(
+                        unit, replays, self.dense_target, self.prox_steps, steps, gradients, self.trained
+                    )
+        for unit in units:
+            self._done.add(unit.name)
+            if (gradients := self._gradients.pop(unit.name, None)) is not None:
+                gradients.detach()
+            for weight in unit.weights:
+                if weight.name not in frozen:
+                    frozen[weight.name] = projected(weight, scale_of(weight.name))
+        pause = time.perf_counter() - begin
+        self.seconds += pause
+        self.longest_pause = max(self.longest_pause, pause)
+        return frozen
+
+    def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
+        """Neighbours of one site, which share a pass of the recorded batches; of sharded models each for itself."""
+        groups: list[list[Unit]] = []
+        for unit in units:
+            last = groups[-1] if groups else []
+            if last and last[-1].site is unit.site and len(last) < _SHARED and not self._sharded:
+                last.append(unit)
+            else:
+                groups.append([unit])
+        return groups
+
+    def _reconstructs(self, unit: Unit) -> bool:
+        outside = any(weight.module is unit.module for weight in unit.weights)
+        return self.reconstruction_steps > 0 and not outside and not self._sharded
+
+    @property
+    def _sharded(self) -> bool:
+        return any(is_sharded(weight.parameter) for weight in self._weights)
+
+    def _turns(self) -> list[tuple[Unit, int]]:
+        """Every unit and the step after which it is solved; the last one has its turn at the freeze."""
+        span, count = self._plan.freeze - self._plan.start, len(self._units)
+        turns = max(1, min(count, span // self.batches))
+        numbers = [i * turns // count + 1 for i in range(count)]
+        return [
+            (unit, self._plan.start - (-span * number // turns))
+            for unit, number in zip(self._units, numbers, strict=True)
+        ]
+
+    def _descend(self) -> None:
+        """A batch has passed without a call of some site: look at the modules inside it instead."""
+        modules = [weight.module for weight in self._weights]
+        found = []
+        for site in self._sites:
+            inner = [] if site.called else parts(site.module, modules)
+            found += inner or [site.module]
+        if found == [site.module for site in self._sites]:
+            return
+        self.detach()
+        self._gradients.clear()
+        kept = {site.module: site for site in self._sites}
+        self._sites = [kept.get(module) or CallSite(module, self.batches) for module in found]
+        self._units = cut_into_units(self._model, self._weights, self._sites)
+        for site in self._sites:
+            site.attach()
+
+    def _arrange(self, order: Sequence[str]) -> None:
+        place = {name: position for position, name in enumerate(order)}
+        self._order = list(order)
+        self._units.sort(key=lambda unit: place.get(unit.name, len(place)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the ranks have recorded is kept apart, rank by rank, in the state of the first."""
+        names = {module: name for name, module in self._model.named_modules()}
+        return {
+            "begun": self._begun,
+            "done": sorted(self._done),
+            "order": list(self._order),
+            "sites": [names[site.module] for site in self._sites],
+            "calls": gathered_on_first([site.state_dict() for site in self._sites]),
+            "dense": [site.dense_state() for site in self._sites],
+            "gradients": gathered_on_first(
+                map_tensors(lambda total: total.cpu(), {name: found.total for name, found in self._gradients.items()})
+            ),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:
+        self._begun = state["begun"]
+        self._done = set(state["done"])
+        self._loaded = state

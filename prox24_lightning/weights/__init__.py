@@ -1,0 +1,1 @@
+"""How a weight is cut into groups of four, which weights qualify, and how sharded ones are read."""

@@ -1,0 +1,235 @@
+"""Which parameters of a model become 2:4, and why each of the others stays dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from prox24_lightning.weights.groups import MATRIX_DIMS, Dim, Geometry
+
+HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "fc_out", "qa_outputs", "output_projection"})
+"""Last components of module names that are taken for output heads, which stay dense unless targeted by name."""
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def clean_name(name: str) -> str:
+    """Drop the ``_orig_mod`` components that ``torch.compile`` puts into names."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is Hugging Face's ``Conv1D``: a linear layer that stores its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
+
+
+def transposed_kind(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a module that :func:`is_transposed_linear`; None for others."""
+    return type(module) if is_transposed_linear(module) else None
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """A parameter that will be 2:4: where it lives and along which dimension its groups lie.
+
+    ``name`` is the parameter's name as in ``model.named_parameters()``, without ``torch.compile``'s prefix. ``dim`` is
+    what ``mask_24``, ``prox_24``, ``violations_24`` and the like take: for the block geometry a pair. ``sharded``
+    is the parameter itself if it is a ``DTensor``: FSDP2 puts gathered copies in its place for a while, and what is
+    written into those is lost.
+    """
+
+    name: str
+    module_name: str
+    module: nn.Module
+    parameter_name: str
+    dim: Dim
+    sharded: nn.Parameter | None = None
+    geometry: Geometry = "row"
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.module, self.parameter_name) if self.sharded is None else self.sharded
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of four in the weight; in the block geometry those of the rows and of the columns."""
+        return self.parameter.numel() // 4 * (1 if isinstance(self.dim, int) else 2)
+
+    @property
+    def matrix_dim(self) -> Dim:
+        """The groups once the weight is laid out as (out_features, in_features), whatever the layer."""
+        return MATRIX_DIMS[self.geometry]
+
+
+@dataclass(frozen=True)
+class SkippedWeight:
+    """A parameter that stays dense, and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What :func:`select_weights` decided about every parameter of a model that has at least two dimensions."""
+
+    chosen: tuple[GroupedWeight, ...]
+    skipped: tuple[SkippedWeight, ...]
+
+    def __iter__(self) -> Iterator[GroupedWeight]:
+        return iter(self.chosen)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+
+def select_weights(
+    model: nn.Module,
+    *,
+    targets: Sequence[str] | None = None,
+    skip: Sequence[str] | None = None,
+    geometry: Geometry = "row",
+) -> Selection:
+    """Decide which weights of ``model`` become 2:4.
+
+    Without ``targets`` every linear and convolution weight qualifies, except output heads (the model's own
+    ``get_output_embeddings()`` or a name in :data:`HEAD_NAMES`) and weights that an embedding or another
+    module shares.
+
+    Args:
+        model: any module.
+        targets: patterns; only weights that match one of them are taken. A pattern is matched, with shell
+            wildcards, against the parameter's name, the module's name, and the names of the module's class
+            and its bases (``"*.mlp.*"``, ``"Conv2d"``). Heads and tied weights are taken when a
+            pattern without wildcards names them.
+        skip: patterns of the same kind; weights that match stay dense.
+        geometry: ``"row"`` lays the groups along the input dimension, ``"column"`` along the output dimension,
+            ``"block"`` along both; a weight whose sizes do not divide by 4 there stays dense, with the reason.
+
+    Raises:
+        ValueError: for an unknown geometry, a pattern that matches nothing, a target named without wildcards that
+            cannot be 2:4, or a weight that has no storage yet (lazy or meta).
+    """
+    if geometry not in get_args(Geometry):
+        raise ValueError(f"geometry={geometry!r} is unknown; use one of {', '.join(get_args(Geometry))}")
+    owners = _owners(model)
+    heads = _heads(model)
+    chosen: list[GroupedWeight] = []
+    skipped: list[SkippedWeight] = []
+    matched: set[str] = set()
+    seen: set[int] = set()
+
+    for module_name, module in _modules(model):
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            # An uninitialized parameter has no shape to ask for, so it is refused before anything looks at it.
+            if isinstance(parameter, torch.nn.parameter.UninitializedParameter) or parameter.is_meta:
+                raise ValueError(
+                    f"{module_name or type(module).__name__}.{parameter_name} has no values yet (lazy or meta "
+                    "parameter); run one forward pass, or materialise the model, before it is made sparse"
+                )
+            if parameter.dim() < 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{module_name}.{parameter_name}" if module_name else parameter_name
+            aliases = {name, module_name, *(cls.__name__ for cls in type(module).__mro__)}
+            hits = matching(aliases, targets or ())
+            skips = matching(aliases, skip or ())
+            matched.update(hits, skips)
+            by_name = any(pattern in (name, module_name) for pattern in hits)
+            reason, dim = fit_groups(module, parameter_name, parameter, geometry)
+            if reason and by_name:
+                raise ValueError(f"target {name!r} of shape {tuple(parameter.shape)} cannot be 2:4: {reason}")
+            if not reason:
+                if skips:
+                    reason = f"skip={skips[0]!r}"
+                elif targets is not None and not hits:
+                    reason = "not among the targets"
+                elif not by_name and len(owners[id(parameter)]) > 1:
+                    reason = "tied: shared by " + " and ".join(owners[id(parameter)])
+                elif not by_name and (id(parameter) in heads or module_name.rsplit(".", 1)[-1] in HEAD_NAMES):
+                    reason = "output head"
+                elif not parameter.requires_grad:
+                    reason = "frozen (requires_grad=False)"
+            if reason:
+                skipped.append(SkippedWeight(name, type(module).__name__, tuple(parameter.shape), reason))
+            else:
+                sharded = parameter if hasattr(parameter, "placements") else None
+                chosen.append(GroupedWeight(name, module_name, module, parameter_name, dim, sharded, geometry))
+
+    for label, patterns in (("targets", targets or ()), ("skip", skip or ())):
+        for pattern in patterns:
+            if pattern not in matched:
+                raise ValueError(
+                    f"{label} pattern {pattern!r} matches no weight of the model; check it for typing errors"
+                )
+    return Selection(tuple(chosen), tuple(skipped))
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        yield clean_name(name), module
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Parameter id -> the names of every module that holds it."""
+    owners: dict[int, list[str]] = {}
+    for module_name, module in _modules(model):
+        for parameter in module.parameters(recurse=False):
+            names = owners.setdefault(id(parameter), [])
+            names.append(module_name or type(module).__name__)
+    return owners
+
+
+def _heads(model: nn.Module) -> set[int]:
+    heads: set[int] = set()
+    for module in model.modules():
+        get_head = getattr(module, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        if isinstance(head, nn.Module):
+            heads.update(id(parameter) for parameter in head.parameters())
+    return heads
+
+
+def matching(aliases: set[str], patterns: Sequence[str]) -> list[str]:
+    return [pattern for pattern in patterns if any(fnmatchcase(alias, pattern) for alias in aliases if alias)]
+
+
+def fit_groups(module: nn.Module, parameter_name: str, parameter: Tensor, geometry: Geometry) -> tuple[str | None, Dim]:
+    """Why ``parameter`` cannot be cut into groups of four (None if it can), and where the groups lie."""
+    if is_parametrized(module, parameter_name):
+        return "parametrized: the stored tensor is not the weight that is used", 0
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding: looked up, not multiplied", 0
+    if isinstance(module, nn.RNNBase):
+        return "recurrent layers have no sparse kernel", 0
+    if isinstance(module, _TRANSPOSED_CONVOLUTIONS):
+        return "transposed convolutions have no sparse kernel", 0
+    if isinstance(module, nn.MultiheadAttention):
+        if parameter_name not in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            return "not a projection weight", 0
+    elif parameter_name != "weight" or not (
+        isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or is_transposed_linear(module)
+    ):
+        return f"{type(module).__name__} is neither a linear layer nor a convolution", 0
+    if isinstance(module, _CONVOLUTIONS) and parameter.shape[1] == 1:
+        return "depthwise convolution: one input channel a filter", 0
+    inputs = 0 if is_transposed_linear(module) else 1
+    sides = {"input": inputs, "output": 1 - inputs}
+    taken = {"row": ["input"], "column": ["output"], "block": ["output", "input"]}[geometry]
+    dims = [sides[side] for side in taken]
+    dim: Dim = (dims[0], dims[1]) if geometry == "block" else dims[0]
+    for side in taken:
+        if parameter.shape[sides[side]] % 4:
+            return f"{side} size {parameter.shape[sides[side]]} does not divide by 4", dim
+    if "output" in taken and isinstance(module, _CONVOLUTIONS) and parameter.shape[0] // module.groups % 4:
+        return f"grouped convolution: {parameter.shape[0] // module.groups} outputs a group do not divide by 4", dim
+    return None, dim

@@ -1,0 +1,150 @@
+"""Weights that several ranks hold in parts: ``DTensor``, as FSDP2 and tensor parallelism make them.
+
+The parts are worked on as plain tensors. A part holds whole groups of four or the weight is refused
+(:func:`cut_groups`), so prox, masks and masked gradients need no communication; what concerns the weight as a whole is
+gathered by :func:`whole`. For plain tensors every function here is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.weights.groups import Dim, group_dims, group_shape
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``. Asked by its methods: importing the class costs a second."""
+    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a ``DTensor``, sharing its memory; any other tensor as it is. Carries no gradient."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(part: Tensor, like: Tensor, *, groups_along: Dim | None = None) -> Tensor:
+    """The whole tensor whose parts the ranks give, cut as ``like`` is cut; a collective call if ``like`` is sharded.
+
+    Args:
+        part: this rank's part.
+        like: the weight.
+        groups_along: for one value a group: the dimension of the groups, along which there are a fourth as many.
+    """
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape = like.shape if groups_along is None else torch.Size(group_shape(like.shape, groups_along))
+    parts = DTensor.from_local(
+        part.contiguous(),
+        like.device_mesh,  # type: ignore[attr-defined]
+        like.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=shape,
+        stride=tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape))),
+    )
+    return parts.full_tensor()
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of ``tensor``, cut as ``like`` is cut; the same on every rank before. No communication.
+
+    Args:
+        tensor: of ``like``'s shape, or broadcasting against it: dimensions of size 1 stay as they are.
+        like: the weight.
+    """
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    broadcast = {axis for axis, size in enumerate(tensor.shape) if size != like.shape[axis]}
+    wanted = [Replicate() if getattr(placement, "dim", None) in broadcast else placement for placement in placements]
+    everywhere = DTensor.from_local(tensor.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=wanted).to_local()
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor as every rank of its mesh has it after this call; carries no gradient."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@contextmanager
+def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
+    """Let ``part`` of a ``model`` be called by itself, though FSDP2 modules around it hold its parameters in parts.
+
+    Afterwards every FSDP2 module of the model holds its parts only, so that what is written into them is seen by the
+    next call. Nothing happens to a model that is not sharded so.
+    """
+    managed = [module for module in model.modules() if _is_fsdp(module)]
+    inside = set(part.modules())
+    around = [module for module in managed if module not in inside and part in set(module.modules())]
+    # The nearest one around a parameter holds it; modules inside the part gather theirs when they are called.
+    if around and any(True for _ in _outside(part)):
+        around[-1].unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for module in managed:
+            module.reshard()  # type: ignore[operator]
+
+
+def reshard(model: nn.Module) -> None:
+    """Have every FSDP2 module of ``model`` drop gathered copies, so that the next call sees what is written now."""
+    for module in model.modules():
+        if _is_fsdp(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return hasattr(module, "reshard") and hasattr(module, "unshard")
+
+
+def _outside(part: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of ``part`` that no FSDP2 module inside it holds."""
+    if not _is_fsdp(part):
+        yield from part.parameters(recurse=False)
+        for child in part.children():
+            yield from _outside(child)
+
+
+def cut_groups(weight: Tensor, dim: Dim) -> str | None:
+    """Why the parts of a sharded weight do not hold whole groups of four along ``dim`` (a pair: whole 4 x 4 blocks);
+    None if they do.
+
+    Every rank gives the same answer, whatever its own part.
+    """
+    if not is_sharded(weight):
+        return None
+    return next((why for one in group_dims(weight.shape, dim) if (why := _cut_along(weight, one))), None)
+
+
+def _cut_along(weight: Tensor, dim: int) -> str | None:
+    sizes = {weight.shape[dim]}
+    mesh = weight.device_mesh  # type: ignore[attr-defined]
+    for axis, placement in enumerate(weight.placements):  # type: ignore[attr-defined]
+        if placement.is_partial():
+            return f"it is a sum still to be made over {mesh.size(axis)} ranks"
+        if getattr(placement, "dim", None) == dim:
+            # torch.chunk's rule: equal parts, rounded up, and the last one takes what is left.
+            parts = mesh.size(axis)
+            sizes = {min(-(-size // parts), size - start) for size in sizes for start in _starts(size, parts)}
+    cut = sorted(size for size in sizes if size % 4)
+    if not cut:
+        return None
+    return (
+        f"its {weight.shape[dim]} entries along dimension {dim} are sharded into parts of {cut[0]}, "
+        "which cuts groups of four apart"
+    )
+
+
+def _starts(size: int, parts: int) -> list[int]:
+    step = -(-size // parts)
+    return [index * step for index in range(parts) if index * step < size]

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from prox24_lightning.calibration.cuda_graphs import Replayed, ReplayedOn, _tell, release_recordings
+from prox24_lightning.solvers import solve_layer
+
+
+def test_off_cuda_every_call_runs_the_step():
+    value = torch.zeros(())
+    run = Replayed(lambda: value.add_(1), torch.device("cpu"))
+    for _ in range(5):
+        run()
+    assert value.item() == 5
+
+
+@pytest.mark.gpu
+def test_on_cuda_every_call_counts_and_reads_what_changed_in_between():
+    value, step = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
+    run = Replayed(lambda: value.add_(step), value.device)
+    for number in range(6):
+        step.fill_(number)
+        run()
+    assert value.item() == sum(range(6))
+
+
+@pytest.mark.gpu
+def test_one_recording_serves_all_arguments_of_a_form():
+    total = torch.zeros(3, device="cuda")
+    calls = []
+
+    def step(inputs, factor):
+        calls.append(factor)
+        total.add_(inputs["x"].sum(0) * factor)
+
+    run = ReplayedOn(step, total.device)
+    expected = torch.zeros(3)
+    for number in range(12):
+        x = torch.full((2 + number % 2, 3), float(number))
+        run({"x": x.cuda()}, 1 + number % 3)
+        expected += x.sum(0) * (1 + number % 3)
+    assert torch.equal(total.cpu(), expected)
+    assert len(calls) == 2 * 6, "each of six forms runs twice: as written, and when it is recorded"
+
+
+def test_off_cuda_arguments_are_given_as_they_are():
+    seen = []
+    run = ReplayedOn(lambda *arguments: seen.append(arguments), torch.device("cpu"))
+    given = ({"x": torch.ones(2)}, None, "text")
+    run(*given)
+    assert seen[0][0] is given[0]
+    assert seen[0][1:] == given[1:]
+
+
+@pytest.mark.gpu
+def test_recordings_share_their_memory():
+    """Of many layers, one after the other: torch would keep what each has used for nobody else."""
+    values = torch.ones(1 << 24, device="cuda")
+    reserved = []
+    for _ in range(6):
+        run = Replayed(lambda: values.mul_((values * 2 - values).mean()), values.device)
+        for _ in range(4):
+            run()
+        del run
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] == reserved[1]
+    assert float(values.mean()) == 1.0
+    release_recordings()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < reserved[0]
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_runs_as_written_and_memory_still_comes_back(caplog):
+    """Torch does not end a capture that fails for its allocator, which then keeps all memory."""
+    _tell.cache_clear()
+    value = torch.ones(1 << 22, device="cuda")
+    run = Replayed(lambda: value.mul_(2 * float(value[0])), value.device)
+    for _ in range(4):
+        run()
+    assert float(value[0]) == 2.0**15
+    assert "cannot be recorded" in caplog.text
+    del run
+    spent = torch.empty(1 << 26, device="cuda")
+    del spent
+    before = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["prox", "prox_gradient"])
+def test_the_gpu_ends_at_the_loss_of_the_cpu(method):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=generator)
+    x = torch.randn(1000, 128, generator=generator) + torch.randn(1000, 1, generator=generator)
+    moments = x.T @ x / 1000
+    here = solve_layer(weight, moments, method=method)
+    there = solve_layer(weight.cuda(), moments.cuda(), method=method)
+    assert there.refined_loss == pytest.approx(here.refined_loss, rel=2e-3)

@@ -1,0 +1,164 @@
+"""``prox24 bench``: what it refuses, and what it writes where a GPU is pretended."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prox24_lightning.cli import bench as command
+from prox24_lightning.convert import Target, check_model
+from prox24_lightning.convert.benchmark import run
+from prox24_lightning.convert.benchmark.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
+from prox24_lightning.convert.benchmark.limits import Limits
+from prox24_lightning.convert.benchmark.report import LayerOutcome, ShapeResult
+from prox24_lightning.convert.benchmark.run import empty_report
+from prox24_lightning.convert.benchmark.timing import Timing
+
+HOPPER = Target("pretended H200", (9, 0), "cusparselt")
+
+
+@pytest.mark.parametrize(
+    "target, model, words, message",
+    [
+        (None, "sparse", [], "there is no CUDA GPU here, so nothing can be timed; prox24 doctor says what could"),
+        (Target("P100", (6, 0), "cusparselt"), "sparse", [], "nothing runs sparse on this GPU: P100 has compute"),
+        (HOPPER, "dense", [], "can run sparse here; prox24 doctor says why"),
+        (HOPPER, "sparse", ["--prefill", "0"], "prefill, context, batches and length must be 1 or more"),
+        (HOPPER, "sparse", ["--batches", "[0]"], "prefill, context, batches and length must be 1 or more"),
+        (HOPPER, "sparse", ["--token_counts", "[-1]"], "token_counts=.* must be one or more whole numbers"),
+        (HOPPER, "sparse", ["--length", "10000000"], "the text holds .* tokens, but 16 sequences"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    prox24, sparse_folder, dense_folder, monkeypatch, tmp_path, target, model, words, message
+):
+    for module in (command, run):
+        monkeypatch.setattr(module, "find_target", lambda device=None: target)
+    folder = {"sparse": sparse_folder, "dense": dense_folder}[model]
+    code, _, err = prox24("bench", folder, "--out", tmp_path / "out", *words)
+    assert code == 2
+    assert re.search(message, err), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be_written_is_refused_first(prox24, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = prox24("bench", "nowhere", "--out", tmp_path / "file")
+    assert code == 2
+    assert err.startswith(f"prox24 bench: {tmp_path / 'file'} cannot be a folder, because")
+
+
+def timing(median):
+    return Timing(median, median, median)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A GPU on which everything was measured before; what the command asks for is kept."""
+    asked = {}
+    limits = Limits(4e12, 8e14)
+
+    def run_benchmark(model, settings, *, inputs):
+        asked["settings"], asked["inputs"] = settings, inputs
+        verdicts = check_model(model, target=HOPPER)
+        layers = tuple(
+            LayerOutcome(v.name, v.kind, v.shape, "sparse" if v.runs and asked["wins"] else "dense", v.why)
+            for v in verdicts
+        )
+        shapes = (ShapeResult((16, 16), False, tuple(v.name for v in verdicts if v.runs), 0, 0, (), True, ""),)
+        return replace(empty_report(settings, HOPPER), layers=layers, shapes=shapes, limits=limits)
+
+    def time_language_model(model, names, workloads, settings, device, *, score, text):
+        asked["names"], asked["workloads"], asked["text"] = names, workloads, text
+        if asked.get("fails"):
+            raise asked["fails"]
+        value = None if score is None else score(model)
+        results = {
+            "dense": tuple(PhaseResult(w, timing(20.0), timing(10.0), None, 2**20, 1000, 4000) for w in workloads),
+            "converted": tuple(PhaseResult(w, timing(20.0), timing(5.0), None, 2**20, 500, 4000) for w in workloads),
+        }
+        variants = tuple(
+            LanguageVariant(name, len(names), 1000, 1000, phases, 0.0, value) for name, phases in results.items()
+        )
+        return LanguageReport(1000, 100, 1100, 0.1, text, variants)
+
+    asked["wins"] = True
+    monkeypatch.setattr(command, "find_target", lambda: HOPPER)
+    monkeypatch.setattr(command, "run_benchmark", run_benchmark)
+    monkeypatch.setattr(command, "time_language_model", time_language_model)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return asked
+
+
+QUICK = ("--sequences", 2, "--length", 8)
+
+
+def test_a_language_model_gives_tables_json_and_a_plot(prox24, pretended, sparse_folder, tmp_path):
+    out = tmp_path / "out"
+    words = ("--out", out, "--prefill", 16, "--context", 8, "--batches", "[1, 4]", "--token_counts", "[2]")
+    code, told, _ = prox24("bench", sparse_folder, *words, *QUICK)
+    assert code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.md", "bench.png"]
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert pretended["workloads"] == [Workload("prefill", 1, 16), Workload("decode", 1, 8), Workload("decode", 4, 8)]
+    assert pretended["settings"].token_counts == (2,)
+    assert pretended["settings"].only_if_faster
+    assert len(pretended["names"]) == 10
+    assert pretended["text"].startswith("help topics of Python")
+    stored = json.loads((out / "bench.json").read_text())
+    assert stored["machine"]["model"] == f"{sparse_folder}, auto"
+    assert stored["limits"]["bytes_per_second"] == 4e12
+    assert stored["scalars"]["convert/decode_4x8_tokens_per_second_converted"] == 8e5
+    dense, converted = stored["language"]["variants"]
+    assert dense["perplexity"] == converted["perplexity"] > 1
+    page = (out / "bench.md").read_text()
+    assert "| decode | 4 x 8 | graph | 0.010 | 0.005 | 2.00 | 400,000 | 800,000 |" in page
+    assert "milliseconds a call" in " ".join(told.split())
+    assert str(out / "bench.png") in told.replace("\n", "")
+
+
+def test_perplexity_is_taken_on_a_text_of_the_users(prox24, pretended, sparse_folder, tmp_path):
+    (tmp_path / "own.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17")
+    code, *_ = prox24("bench", sparse_folder, "--out", tmp_path / "out", "--text", tmp_path / "own.txt", *QUICK)
+    assert code == 0
+    assert pretended["text"] == "own.txt, 2 x 8 tokens"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
+        (RuntimeError("device-side assert"), "RuntimeError: device-side assert"),  # positions that the model lacks
+    ],
+)
+def test_a_language_model_that_fails_keeps_the_layers_table(prox24, pretended, sparse_folder, tmp_path, error, words):
+    pretended["fails"] = error
+    code, told, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", "--sequences", 0)
+    assert code == 0
+    assert f"Language model not timed: {words}" in " ".join(told.split())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md"]
+    assert pretended["text"] is None
+
+
+def test_where_nothing_wins_it_says_so(prox24, pretended, sparse_folder, tmp_path):
+    pretended["wins"] = False
+    code, told, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", *QUICK)
+    assert code == 0
+    assert "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is" in " ".join(
+        told.split()
+    )
+    assert "names" not in pretended
+    assert pretended["settings"].token_counts == (1, 8, 1024), "those of the workloads"
+
+
+def test_bare_weights_are_timed_layer_by_layer(prox24, pretended, sparse_folder, tmp_path):
+    code, *_ = prox24("bench", f"{sparse_folder}/model.safetensors", "--out", tmp_path / "out", "--convert_all", "true")
+    assert code == 0
+    assert pretended["inputs"] is None
+    assert pretended["settings"].token_counts == command.TOKEN_COUNTS
+    assert not pretended["settings"].only_if_faster
+    assert "names" not in pretended

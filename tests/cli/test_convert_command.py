@@ -1,0 +1,267 @@
+"""``prox24 convert``: packed and back, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from prox24_lightning.cli import convert
+from prox24_lightning.convert.format.model import Packable
+from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.format.writer import write_packed
+from prox24_lightning.io import packed_folder
+from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.io.sources import load_source
+from prox24_lightning.mask import mask_24
+
+
+def same_state(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_there_and_back(prox24, sparse_folder, tmp_path):
+    packed, dense = tmp_path / "packed", tmp_path / "dense"
+    code, out, _ = prox24("convert", sparse_folder, packed)
+    assert code == 0
+    flat = " ".join(out.split())
+    assert "14 weights packed and read back equal; 1 weights stored dense. model.embed_tokens.weight: embedding" in flat
+    file = PackedFile(packed / "packed.safetensors")
+    assert f"{file.dense_bytes:,} bytes dense, {file.stored_bytes:,} bytes packed" in flat
+    assert {"config.json", "packed.safetensors", "README.md", "tokenizer.json"} <= {p.name for p in packed.iterdir()}
+    card = (packed / "README.md").read_text()
+    assert "14 weights as two values" in card
+    for module, name in re.findall(r"`(prox24_lightning[\w.]*)\.(\w+)`", card):
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name} of the card is not there"
+    code, *_ = prox24("convert", packed, dense, "--form", "dense")
+    assert code == 0
+    models = [hf.AutoModelForCausalLM.from_pretrained(folder) for folder in (sparse_folder, dense)]
+    assert same_state(*(model.state_dict() for model in models))
+    ids = torch.arange(2, 12).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(*(model(ids).logits for model in models))
+    assert hf.AutoTokenizer.from_pretrained(dense).decode([2, 3]) == "w0 w1"
+
+
+def test_a_packed_folder_is_a_model_to_every_command(prox24, sparse_folder, tmp_path):
+    prox24("convert", sparse_folder, tmp_path / "packed")
+    found = []
+    for folder in (sparse_folder, tmp_path / "packed"):
+        code, out, _ = prox24("doctor", folder, "--json", "-")
+        assert code == 0
+        found.append(json.loads(out)["layers"])
+    assert found[0] == found[1]
+    # from_pretrained does not take it for a model of its own and fill it with random weights.
+    with pytest.raises(OSError, match="no file named"):
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_dense_weights_take_the_place_of_packed_ones_and_never_the_other_way_round(prox24, sparse_folder, tmp_path):
+    folder = tmp_path / "model"
+    assert prox24("convert", sparse_folder, folder)[0] == 0
+    assert prox24("convert", sparse_folder, folder)[0] == 0, "packed again"
+    shutil.copy(folder / "packed.safetensors", tmp_path / "kept.safetensors")
+    assert prox24("convert", folder, folder, "--form", "dense")[0] == 0
+    assert not (folder / "packed.safetensors").exists()
+    assert same_state(*(load_file(f"{one}/model.safetensors") for one in (folder, sparse_folder)))
+    code, _, err = prox24("convert", "nowhere", folder)
+    assert code == 2
+    assert f"{folder} holds dense weights (model.safetensors), and packed.safetensors beside them is a second" in err
+    shutil.copy(tmp_path / "kept.safetensors", folder / "packed.safetensors")
+    for dense in ("model.safetensors", "pytorch_model.bin"):
+        code, _, err = prox24("doctor", folder)
+        assert code == 2
+        assert f"({dense})" in err
+        assert "remove one of the two" in err
+        (folder / "pytorch_model.bin").touch()
+        (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+def test_a_folder_that_lacks_a_part_says_which(prox24, sparse_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="packed.safetensors"):
+        packed_folder.load_folder(sparse_folder, hf.AutoModelForCausalLM)
+    folder = tmp_path / "packed"
+    prox24("convert", sparse_folder, folder)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="but no config.json"):
+        packed_folder.load_folder(folder, hf.AutoModelForCausalLM)
+    (folder / "config.json").write_text(config)
+    write_packed(folder / "packed.safetensors", {"steps": torch.tensor(1)}, {})
+    with pytest.raises(ValueError, match="holds no floating-point tensor"):
+        packed_folder.load_folder(folder, hf.AutoModelForCausalLM)
+
+
+def test_weights_are_cast_when_asked(prox24, sparse_folder, tmp_path):
+    code, *_ = prox24("convert", sparse_folder, tmp_path / "packed", "--weights", "bfloat16")
+    assert code == 0
+    file = PackedFile(tmp_path / "packed" / "packed.safetensors")
+    assert {file.dtype(name) for name in file.names} == {torch.bfloat16}
+
+
+BUFFERED = {
+    "llama": hf.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    ),
+    "gptj": hf.GPTJConfig(n_embd=16, n_layer=1, n_head=2, vocab_size=64, rotary_dim=4, n_positions=256),
+    "xglm": hf.XGLMConfig(d_model=16, ffn_dim=32, num_layers=1, attention_heads=2, vocab_size=64),
+}
+
+
+@pytest.mark.parametrize("family", BUFFERED)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_tables_of_positions_are_as_from_pretrained_makes_them(tmp_path, family, stored):
+    model = hf.AutoModelForCausalLM.from_config(BUFFERED[family], dtype=getattr(torch, stored))
+    model.save_pretrained(tmp_path / "dense")
+    dense = Pretrained(str(tmp_path / "dense"), dtype="bfloat16").model()
+    packed_folder.save_folder(tmp_path / "packed", model, Packable({}, {}), source="a test")
+    packed = Pretrained(str(tmp_path / "packed"), dtype="bfloat16").model()
+    found, expected = (dict(one.named_buffers()) for one in (packed, dense))
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: t.dtype for name, t in expected.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert same_state(packed.state_dict(), dense.state_dict())
+
+
+def test_targets_and_skip(prox24, sparse_folder, tmp_path):
+    code, *_ = prox24(
+        "convert", sparse_folder, tmp_path / "p", "--targets", '["*.mlp.*"]', "--skip", '["*.1.mlp.up_proj"]'
+    )
+    assert code == 0
+    packed = PackedFile(tmp_path / "p" / "packed.safetensors").packed
+    assert sorted(name.removeprefix("model.layers.") for name in packed) == [
+        f"{block}.mlp.{part}_proj.weight"
+        for block in (0, 1)
+        for part in ("down", "gate", "up")
+        if (block, part) != (1, "up")
+    ]
+
+
+def test_bare_weights_there_and_back(prox24, tmp_path):
+    weight = torch.randn(8, 16)
+    weight.view(8, 4, 4)[..., 1:3] = 0
+    state = {
+        "up.weight": weight,
+        "up.bias": torch.ones(8),
+        "up.adapter.weight": torch.randn(4, 8),
+        "norm.weight": torch.ones(16),
+        "norm.count": torch.tensor(3),
+        "places": torch.randn(5, 8),
+    }
+    save_file(state, tmp_path / "bare.safetensors")
+    assert prox24("convert", tmp_path / "bare.safetensors", tmp_path / "packed")[0] == 0
+    assert [p.name for p in sorted((tmp_path / "packed").iterdir())] == ["README.md", "packed.safetensors"]
+    again = prox24("convert", tmp_path / "packed" / "packed.safetensors", tmp_path / "dense", "--form", "dense")
+    assert again[0] == 0
+    assert same_state(load_file(tmp_path / "dense" / "model.safetensors"), state)
+
+
+def test_the_card_of_bare_weights_names_a_command_that_works(prox24, tmp_path):
+    weight = torch.ones(8, 16)
+    weight.view(8, 4, 4)[..., 1:3] = 0
+    save_file({"up.weight": weight}, tmp_path / "bare.safetensors")
+    assert prox24("convert", tmp_path / "bare.safetensors", tmp_path / "packed")[0] == 0
+    card = (tmp_path / "packed" / "README.md").read_text()
+    (words,) = re.findall(r"`prox24 (convert [^`]*)`", card)
+    words = words.replace("THIS_FOLDER", str(tmp_path / "packed")).replace("OUT", str(tmp_path / "dense"))
+    assert prox24(*words.split())[0] == 0
+    assert same_state(load_file(tmp_path / "dense" / "model.safetensors"), {"up.weight": weight})
+
+
+def test_a_weight_with_nan_is_refused_by_name(prox24, tmp_path):
+    weight = torch.ones(8, 16)
+    weight.view(8, 4, 4)[..., 1:3] = 0
+    weight[2, 4] = torch.nan
+    save_file({"up.weight": weight}, tmp_path / "bare.safetensors")
+    code, _, err = prox24("convert", tmp_path / "bare.safetensors", tmp_path / "packed")
+    assert code == 2
+    assert err.startswith("prox24 convert: up.weight holds NaN, so the model is damaged")
+    assert list((tmp_path / "packed").iterdir()) == []
+
+
+class NotSerializable:
+    """What transformers leaves on a model that it has de-quantized from a GGUF file."""
+
+    def is_serializable(self):
+        return False
+
+
+def test_a_model_of_a_gguf_file_is_written_dense(prox24, sparse_folder, tmp_path, monkeypatch):
+    source = load_source(sparse_folder)
+    source.model.config.quantization_config = {"quant_method": "gguf"}
+    source.model.hf_quantizer = NotSerializable()
+    monkeypatch.setattr(convert, "load_source", lambda name, **_: source)
+    assert prox24("convert", sparse_folder, tmp_path / "dense", "--form", "dense")[0] == 0
+    assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
+
+
+def test_bare_weights_that_are_tied_are_one_tensor(prox24, tmp_path):
+    weight = torch.ones(8, 16)
+    weight.view(8, 4, 4)[..., 1:3] = 0
+    torch.save({"one.weight": weight, "other.weight": weight.detach()}, tmp_path / "bare.pt")
+    assert prox24("convert", tmp_path / "bare.pt", tmp_path / "packed")[0] == 0
+    file = PackedFile(tmp_path / "packed" / "packed.safetensors")
+    assert file.names == ("one.weight", "other.weight")
+    assert list(file.packed) == ["one.weight"]
+    assert torch.equal(file.read("other.weight"), weight)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.pt", b""), ("a.ckpt", b"hello"), ("a.safetensors", b"hello")])
+def test_a_file_that_is_no_model_is_refused_in_one_line(prox24, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    code, _, err = prox24("convert", tmp_path / name, tmp_path / "packed")
+    assert code == 2
+    assert err.startswith(f"prox24 convert: {tmp_path / name} is damaged or no ")
+    assert "Traceback" not in err
+
+
+def test_a_folder_without_a_tokenizer_gets_none(prox24, tmp_path):
+    """For GPT-2 transformers would make an empty one from the config alone, and it would be saved along."""
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
+    with torch.no_grad():
+        weight = model.transformer.h[0].mlp.c_fc.weight
+        weight.mul_(mask_24(weight, dim=0))
+    model.save_pretrained(tmp_path / "model")
+    source = load_source(str(tmp_path / "model"))
+    assert source.companions == ()
+    with pytest.raises(ValueError, match=r"model holds no file of a tokenizer \(tokenizer\*, vocab"):
+        source.pretrained.tokenizer()
+    assert prox24("convert", tmp_path / "model", tmp_path / "packed")[0] == 0
+    assert not list((tmp_path / "packed").glob("*token*"))
+
+
+def test_a_dense_model_is_refused_and_leaves_nothing(prox24, dense_folder, tmp_path):
+    code, out, err = prox24("convert", dense_folder, tmp_path / "packed")
+    assert code == 2
+    assert out == ""
+    assert "so nothing would be packed: model.embed_tokens.weight: embedding; model.layers.*" in err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_damaged_layer_is_refused_by_name(prox24, sparse_folder, tmp_path):
+    model = hf.AutoModelForCausalLM.from_pretrained(sparse_folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 4:7] = 0.5
+    model.save_pretrained(tmp_path / "damaged")
+    code, _, err = prox24("convert", tmp_path / "damaged", tmp_path / "packed")
+    assert code == 2
+    assert "model.layers.1.mlp.up_proj.weight is not 2:4, though most of it is: 1 of 128 groups" in err
+    assert "(at (2, 4): 0.5, 0.5, 0.5" in err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_what_does_not_read_back_is_not_kept(prox24, sparse_folder, tmp_path, monkeypatch):
+    class Wrong(PackedFile):
+        def read(self, name, device="cpu"):
+            return super().read(name, device) + 1
+
+    monkeypatch.setattr(packed_folder, "PackedFile", Wrong)
+    code, _, err = prox24("convert", sparse_folder, tmp_path / "packed")
+    assert code == 2
+    assert "differs from the model's" in err
+    assert list((tmp_path / "packed").iterdir()) == []

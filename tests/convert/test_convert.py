@@ -1,0 +1,290 @@
+"""The seam: what it refuses without a GPU, and exact conversion on one."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from prox24_lightning.convert import (
+    SemiStructuredLinear,
+    Target,
+    check_model,
+    convert,
+    convert_linear,
+    convert_model,
+    expand_linear,
+    expand_model,
+)
+from prox24_lightning.convert.autotune.table import Times, choose, unmeasured
+from prox24_lightning.convert.format.weight import pack_24
+from prox24_lightning.convert.kernels.buffer_layout import buffer_bytes, to_buffer
+from prox24_lightning.mask import mask_24
+from prox24_lightning.utils.module_copy import bare_copy
+
+
+def pruned(layer: nn.Module, dim: int = 1) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.mul_(mask_24(layer.weight, dim=dim))
+    return layer
+
+
+def mlp(width: int = 64) -> nn.Sequential:
+    return nn.Sequential(pruned(nn.Linear(width, 2 * width)), nn.GELU(), pruned(nn.Linear(2 * width, width)))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def test_a_weight_with_one_violation_is_refused_by_name_and_place():
+    layer = pruned(nn.Linear(64, 32))
+    with torch.no_grad():
+        layer.weight[3, 8:12] = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.fc of shape \(32, 64\) .*1 of 512 groups .*at \(3, 8\): 1, 2, 3, 0"
+    ):
+        convert_linear(layer, name="blocks.0.fc")
+
+
+def test_a_layer_on_the_cpu_is_refused():
+    with pytest.raises(ValueError, match="no CUDA GPU in use .the layer is on cpu: move it."):
+        convert_linear(pruned(nn.Linear(64, 32)).bfloat16())
+
+
+def test_a_model_names_unknown_and_unfit_layers():
+    with pytest.raises(ValueError, match="no layer 'nope' with a weight"):
+        convert_model(mlp(), ["nope"])
+    with pytest.raises(ValueError, match=r"^2 of shape \(64, 128\) cannot become a sparse layer"):
+        convert_model(mlp(), ["2"])
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch) -> list[tuple]:
+    """Packing on the CPU as if there were a GPU; layers of 64 inputs win, those of 128 lose at 256 tokens."""
+    asked = []
+
+    def tables(shapes, dtype, **options):
+        asked.append((tuple(shapes), dtype, options["keep_dense"]))
+        us = {(128, 64): 5.0, (64, 128): 12.0}
+        return {
+            s: choose(s, [Times(256, 10.0, {"cusparselt:1": us[s]})], keep_dense=options["keep_dense"]) for s in shapes
+        }
+
+    monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
+    monkeypatch.setattr(convert, "kernel_tables", tables)
+    return asked
+
+
+def test_layers_that_would_be_slower_stay_dense(pretended_gpu):
+    model = mlp().bfloat16()
+    done = convert_model(model, token_counts=(256,))
+    assert done.converted == ("0",)
+    assert model[0].kernels == "256=cusparselt:1"
+    assert isinstance(model[2], nn.Linear)
+    why = {verdict.name: verdict.why for verdict in done.dense}["2"]
+    assert why == "slower (0.83 x at 256 tokens; keep_dense=True would use cuBLAS there): stays dense"
+    assert pretended_gpu == [(((128, 64), (64, 128)), torch.bfloat16, False)]
+    assert {table.shape for table in done.tables} == {(128, 64), (64, 128)}
+
+
+def test_kept_dense_weights_make_no_layer_slower(pretended_gpu):
+    model = mlp().bfloat16()
+    done = convert_model(model, token_counts=(256,), keep_dense=True)
+    assert done.converted == ("0",), "cuBLAS alone is no reason to convert"
+    assert model[0].dense is not None
+    assert "no packed kernel is faster" in {verdict.name: verdict.why for verdict in done.dense}["2"]
+
+
+@pytest.mark.parametrize("counts", [(), (0, 8)])
+def test_bad_token_counts_are_refused(counts):
+    with pytest.raises(ValueError, match="must be one or more whole numbers from 1 up"):
+        convert_model(nn.Sequential(nn.Linear(64, 64)), token_counts=counts)
+
+
+def test_expanded_layers_are_of_the_kind_that_was_there(monkeypatch):
+    monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
+    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: unmeasured(shape, (9, 0)))
+    model = nn.Sequential(pruned(Conv1D(128, 64), dim=0), pruned(nn.Linear(128, 64, bias=False))).bfloat16()
+    before, rows = {**model.state_dict()}, torch.randn(3, 64).bfloat16()
+    expected = model(rows)
+    assert convert_model(model).converted == ("0", "1")
+    assert expand_model(model) == ("0", "1")
+    assert [type(layer) for layer in model] == [Conv1D, nn.Linear]
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(rows), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_without_a_gpu_nothing_is_converted():
+    model = mlp()
+    if torch.cuda.is_available():
+        pytest.skip("says nothing where there is a GPU")
+    done = convert_model(model)
+    assert done.converted == ()
+    assert [verdict.name for verdict in done.dense] == ["0", "2"]
+    assert expand_model(model) == ()
+
+
+def test_expanding_what_is_not_converted_is_an_error():
+    with pytest.raises(ValueError, match="'0' is not a converted layer"):
+        expand_model(mlp(), ["0"])
+
+
+def packed_layer(bias: torch.Tensor | None = None, dense: bool = False) -> tuple[torch.Tensor, SemiStructuredLinear]:
+    weight = pruned(nn.Linear(72, 40)).weight.detach().bfloat16()
+    return weight, SemiStructuredLinear(
+        to_buffer(pack_24(weight)),
+        tuple(weight.shape),
+        weight.dtype,
+        bias,
+        "16384=cusparselt",
+        weight if dense else None,
+    )
+
+
+def test_a_converted_layer_without_its_gpu_says_so():
+    _, layer = packed_layer()
+    with pytest.raises(RuntimeError, match="runs on CUDA only; input is on cpu, weight on cpu"):
+        layer(torch.zeros(2, 72, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="has no backward"):
+        layer(torch.zeros(2, 72, requires_grad=True))
+
+
+def test_a_packed_layer_keeps_its_bits_under_casts():
+    weight, layer = packed_layer(torch.zeros(40))
+    layer = copy.deepcopy(layer.to(torch.float64))
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.packed_weight.values, pack_24(weight).values)
+    assert set(layer.state_dict()) == {"packed", "bias"}
+    assert layer.stored_bytes == layer.packed.nbytes == 64 * 128 * 9 // 8, "padded to multiples of 64"
+
+
+def test_a_kept_dense_weight_is_counted_and_not_stored():
+    weight, layer = packed_layer(dense=True)
+    layer.to(torch.float64)
+    assert torch.equal(layer.weight, weight)
+    assert set(layer.state_dict()) == {"packed"}
+    assert layer.stored_bytes == layer.packed.nbytes + weight.nbytes
+    assert torch.equal(expand_linear(layer).weight, weight)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_kept_dense_weight_follows_the_state_that_is_loaded(assign):
+    weight, source = packed_layer()
+    _, layer = packed_layer(dense=True)
+    layer.load_state_dict(source.state_dict(), assign=assign)
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(expand_linear(layer).weight, weight)
+
+
+def test_a_state_of_another_16_bit_dtype_is_refused():
+    weight, layer = packed_layer()
+    half = SemiStructuredLinear(to_buffer(pack_24(weight.half())), (40, 72), torch.float16, None, "16384=cusparselt")
+    before = half.packed.clone()
+    stored = io.BytesIO()
+    torch.save(nn.Sequential(layer).state_dict(), stored)
+    stored.seek(0)
+    state = torch.load(stored, weights_only=True)
+    with pytest.raises(RuntimeError, match=r"0\.packed holds bits of torch\.bfloat16, and this layer reads them as"):
+        nn.Sequential(half).load_state_dict(state)
+    assert torch.equal(half.packed, before)
+    nn.Sequential(layer).load_state_dict(state)
+    nn.Sequential(layer).load_state_dict(dict(state))  # plain names and tensors, which say no dtype
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    if not check_model(pruned(nn.Linear(16, 16)))[0].fits or not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    torch.manual_seed(0)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(128, 64), (5 * 32, 3 * 64), (4096, 4160)])
+def test_output_and_expansion(gpu, dtype, bias, shape):
+    layer = pruned(nn.Linear(shape[1], shape[0], bias=bias)).to(gpu, dtype)
+    converted = convert_linear(layer)
+    assert torch.equal(converted.weight, layer.weight), "exactly"
+    assert converted.stored_bytes == buffer_bytes(shape), "0.5625 of the dense weight, padded to multiples of 64"
+    for tokens in ((1,), (7,), (3, 5), (64,), (0,)):
+        rows = torch.randn(*tokens, shape[1], device=gpu, dtype=dtype)
+        with torch.no_grad():
+            found, expected = converted(rows), layer(rows)
+        assert found.shape == expected.shape
+        assert found.is_contiguous()
+        if found.numel():
+            assert relative(found, expected) < 1e-2
+    expanded = expand_linear(converted)
+    assert torch.equal(expanded.weight, layer.weight)
+    assert expanded.weight.requires_grad
+    assert not bias or torch.equal(expanded.bias, layer.bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_inputs_that_are_not_contiguous_and_autocast(gpu):
+    layer = pruned(nn.Linear(64, 128)).to(gpu, torch.bfloat16)
+    converted = convert_linear(layer)
+    rows = torch.randn(64, 24, device=gpu, dtype=torch.bfloat16).t()
+    with torch.no_grad():
+        assert relative(converted(rows), layer(rows)) < 1e-2
+        with torch.autocast("cuda", torch.bfloat16):
+            assert relative(converted(rows.float()), layer(rows)) < 1e-2
+        with pytest.raises(RuntimeError, match="cast the input"):
+            converted(rows.float())
+    with torch.inference_mode():
+        assert converted(rows).shape == (24, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_model_there_and_back(gpu):
+    model = mlp().to(gpu, torch.bfloat16)
+    model.append(nn.Linear(64, 64, device=gpu, dtype=torch.bfloat16))
+    twin = bare_copy(model, device=gpu)
+    rows = torch.randn(16, 64, device=gpu, dtype=torch.bfloat16)
+    done = convert_model(twin)
+    assert done.converted == ("0", "2")
+    assert [(verdict.name, "not 2:4" in verdict.why) for verdict in done.dense] == [("3", True)]
+    with torch.no_grad():
+        assert relative(twin(rows), model(rows)) < 2e-2
+    stored = io.BytesIO()
+    torch.save(twin.state_dict(), stored)
+    stored.seek(0)
+    twin.load_state_dict(torch.load(stored, weights_only=True, map_location=gpu))
+    twin.cpu().to(gpu)  # what a trainer does between two runs
+    assert expand_model(twin, ["0"]) == ("0",)
+    assert expand_model(twin) == ("2",)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(twin.get_parameter(name), parameter), name
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_transposed_layer_becomes_a_linear_one(gpu):
+    layer = pruned(Conv1D(128, 64), dim=0).to(gpu, torch.bfloat16)
+    rows = torch.randn(3, 5, 64, device=gpu, dtype=torch.bfloat16)
+    converted = convert_linear(layer)
+    with torch.no_grad():
+        assert relative(converted(rows), layer(rows)) < 1e-2
+    assert torch.equal(expand_linear(converted).weight, layer.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+def test_a_violation_is_refused_on_the_gpu_too(gpu):
+    layer = pruned(nn.Linear(64, 32)).to(gpu, torch.bfloat16)
+    with torch.no_grad():
+        layer.weight[3, 8:12] = 1
+    with pytest.raises(ValueError, match=r"at \(3, 8\)"):
+        convert_linear(layer)

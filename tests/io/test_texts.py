@@ -1,0 +1,30 @@
+"""Text for a perplexity: a file of the user's, and what ships with Python."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_language import tiny_tokenizer
+
+from prox24_lightning.io.texts import PlainText, PythonTopics, token_sequences
+
+
+def test_a_file_is_cut_at_empty_lines_and_is_all_for_evaluation(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("w1 w2\nw3\n\n\n\nw4 w5\n", encoding="utf-8")
+    text = PlainText(path)
+    assert list(text.texts("evaluation")) == ["w1 w2\nw3", "w4 w5\n"]
+    assert list(text.texts("calibration")) == []
+    assert text.describe() == "book.txt"
+    ids = token_sequences(tiny_tokenizer(), text.texts("evaluation"), 1, 6)
+    assert sorted(ids[0].tolist()) == [1, 3, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match="the text holds 7 tokens, but 2 sequences of 6 need 12"):
+        token_sequences(tiny_tokenizer(), text.texts("evaluation"), 2, 6)
+
+
+def test_topics_of_python_are_split():
+    topics = PythonTopics()
+    evaluation, calibration = (set(topics.texts(split)) for split in ("evaluation", "calibration"))
+    assert not evaluation & calibration
+    assert 3 * len(evaluation) < len(calibration) < 5 * len(evaluation)
+    assert sum(map(len, evaluation)) > 50_000
+    assert topics.describe().startswith("help topics of Python 3.")

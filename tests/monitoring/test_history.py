@@ -1,0 +1,130 @@
+"""The record of looks: order, thinning, and a place in every checkpoint."""
+
+from __future__ import annotations
+
+import io
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from prox24_lightning.monitoring.history import SparsityHistory
+from prox24_lightning.monitoring.statistics import SparsityStats
+
+LAYERS = ("a.weight", "b.weight")
+
+
+def stats(fraction=0.5, flips=None, strength=None):
+    zeros = (1 - fraction, 0.0, fraction, 0.0, 0.0)
+    return SparsityStats(
+        groups=8, zeros=zeros, energy_kept=0.9, penalty=1.0, rms=1.0, mask_flips=flips, strength=strength
+    )
+
+
+def add(history, step, fraction=0.5, **values):
+    history.add(step, stats(fraction, **values), {name: stats(fraction) for name in LAYERS})
+
+
+def test_looks_in_order():
+    history = SparsityHistory(LAYERS)
+    add(history, 0, 0.0)
+    add(history, 10, 0.25, flips=0.125, strength=3.0)
+    assert history.steps == [0, 10]
+    assert history.groups_24 == [0.0, 0.25]
+    assert history.fractions == [[0.0, 0.0], [0.25, 0.25]]
+    assert history.series["strength"][1] == 3.0
+    assert math.isnan(history.series["strength"][0])
+
+
+def test_the_worst_layer_is_kept():
+    history = SparsityHistory(LAYERS)
+    worst = SparsityStats(groups=8, zeros=(1.0, 0, 0, 0, 0), energy_kept=0.5, penalty=1.0, rms=1.0)
+    history.add(0, stats(), {"a.weight": stats(), "b.weight": worst})
+    assert history.series["lowest_energy_kept"] == [0.5]
+
+
+def test_a_second_look_at_a_step_replaces_the_first_and_keeps_its_flips():
+    history = SparsityHistory(LAYERS)
+    add(history, 5, 0.25, flips=0.5)
+    add(history, 5, 0.75, flips=0.0)
+    assert history.steps == [5]
+    assert history.groups_24 == [0.75]
+    assert history.series["mask_flips"] == [0.5]
+
+
+def test_a_look_in_the_past_is_refused():
+    history = SparsityHistory(LAYERS)
+    add(history, 5)
+    with pytest.raises(ValueError, match="a look at step 4 comes after one at step 5"):
+        add(history, 4)
+
+
+def test_a_look_at_other_layers_is_refused():
+    with pytest.raises(ValueError, match="does not belong to the record of"):
+        SparsityHistory(LAYERS).add(0, stats(), {"c.weight": stats()})
+
+
+def test_long_runs_are_thinned_and_keep_both_ends():
+    history = SparsityHistory(LAYERS, limit=100)
+    for step in range(1000):
+        add(history, step)
+        assert len(history) <= 100
+        assert (history.steps[0], history.steps[-1]) == (0, step)
+    gaps = [after - before for before, after in pairwise(history.steps)]
+    assert len(history) == 100
+    assert max(gaps) <= 24, "evenly spread would be 10"
+    assert len(history.fractions) == len(history.series["strength"]) == len(history)
+
+
+def test_a_limit_that_keeps_nothing_is_refused():
+    with pytest.raises(ValueError, match="limit=3 is too small"):
+        SparsityHistory(LAYERS, limit=3)
+
+
+def test_phases():
+    history = SparsityHistory(LAYERS)
+    assert history.mark(0, "dense")
+    assert not history.mark(5, "dense")
+    assert history.mark(6, "sparsify")
+    assert history.phases == [(0, "dense"), (6, "sparsify")]
+
+
+def test_rewind():
+    history = SparsityHistory(LAYERS)
+    for step in (0, 10, 20):
+        add(history, step)
+    history.mark(0, "dense")
+    history.mark(15, "sparsify")
+    history.rewind(10)
+    assert history.steps == [0, 10]
+    assert history.phases == [(0, "dense")]
+
+
+def test_the_state_survives_a_checkpoint_of_plain_types():
+    history = SparsityHistory(LAYERS)
+    add(history, 0)
+    add(history, 10, 1 / 3, flips=0.125, strength=3.0)
+    history.mark(0, "dense")
+    file = io.BytesIO()
+    torch.save(history.state_dict(), file)
+    file.seek(0)
+    copy = SparsityHistory.from_state_dict(torch.load(file, weights_only=True))
+    assert (copy.layers, copy.steps, copy.fractions, copy.phases) == (
+        history.layers,
+        history.steps,
+        history.fractions,
+        history.phases,
+    )
+    assert copy.series.keys() == history.series.keys()
+    for name, values in history.series.items():
+        assert copy.series[name] == pytest.approx(values, nan_ok=True, abs=0)
+
+
+def test_an_empty_history_has_a_state_too():
+    assert len(SparsityHistory.from_state_dict(SparsityHistory(LAYERS).state_dict())) == 0
+
+
+def test_an_unknown_version_is_refused():
+    with pytest.raises(ValueError, match="version 99 cannot be read"):
+        SparsityHistory.from_state_dict({"version": 99})

@@ -1,0 +1,120 @@
+"""The plain strategy with the fused kernel: ``pytest -m gpu tests/sparsify``; its sampled strengths need no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from prox24_lightning.finetune import MaskedParameters
+from prox24_lightning.mask import mask_24, zeros_per_group
+from prox24_lightning.monitoring.statistics import look
+from prox24_lightning.prox import settle_24
+from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES
+from prox24_lightning.sparsify import PhasePlan, PostStepProx
+from prox24_lightning.sparsify.strategies.post_step.strength import strengths_for_fraction
+from prox24_lightning.weights.selection import select_weights
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.8, 1.0])
+def test_a_sampled_strength_settles_the_wanted_share_of_each_weight(fraction):
+    torch.manual_seed(0)
+    weights = [torch.randn(256, 512) * 0.02, torch.randn(64, 96), torch.randn(512, 256) * 3, torch.randn(16, 8, 3, 3)]
+    dims = [1, 1, 0, 1]
+    scales = [torch.rand(512) + 0.5, None, torch.rand(256) + 0.5, None]
+    strengths = strengths_for_fraction(weights, fraction, dims=dims, scales=scales)
+    assert strengths.shape == (4,)
+    for weight, strength, dim, scale in zip(weights, strengths, dims, scales, strict=True):
+        settled = settle_24(weight, strength, dim=dim, scale=scale)
+        share = (zeros_per_group(settled, dim=dim) >= 2).double().mean().item()
+        assert share == pytest.approx(fraction, abs=0.01)
+
+
+def test_fraction_zero_meets_nobody_and_a_bad_one_is_refused():
+    weights = [torch.randn(16, 16)]
+    assert strengths_for_fraction(weights, 0.0, dims=[1], scales=[None]).tolist() == [0.0]
+    with pytest.raises(ValueError, match="fraction must lie in"):
+        strengths_for_fraction(weights, 1.2, dims=[1], scales=[None])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_strength", [True, False])
+def test_together_is_what_one_by_one_gives(by_strength):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 128), nn.Linear(128, 256)).cuda()
+    weights = select_weights(model).chosen
+    scales = {weights[0].name: torch.rand(256, device="cuda") + 0.5}
+    schedule = STRENGTH_SCHEDULES["constant"] if by_strength else None
+    strategy = PostStepProx(schedule, FRACTION_CURVES["linear"])
+    strategy.attach(weights, PhasePlan(0, 10))
+    strategy.begin(weights, scales.get)
+    start = [weight.parameter.detach().clone() for weight in weights]
+    for weight in weights:
+        strategy.apply(weight, 0.5, scales.get(weight.name))
+    alone = [weight.parameter.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight, values in zip(weights, start, strict=True):
+            weight.parameter.copy_(values)
+    strategy.after_step(5, weights, scales.get)
+    for weight, want, before in zip(weights, alone, start, strict=True):
+        got = weight.parameter.detach()
+        assert not torch.equal(got, before)
+        if by_strength:
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+        else:
+            assert ((got != 0) != (want != 0)).double().mean() < 0.01  # the sample differs
+        assert set(strategy.strengths) == {weight.name for weight in weights}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_strength", [True, False])
+def test_a_look_in_the_step_is_that_of_a_look_after_it(by_strength):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 128)).cuda()
+    weights = select_weights(model).chosen
+    scales = {weights[0].name: torch.rand(256, device="cuda") + 0.5}
+    strategy = PostStepProx(STRENGTH_SCHEDULES["constant"] if by_strength else None, FRACTION_CURVES["linear"])
+    strategy.attach(weights, PhasePlan(0, 10))
+    strategy.begin(weights, scales.get)
+    seen, seen_alone = {}, {}
+    for step in (3, 6):
+        strategy.looking = True
+        strategy.after_step(step, weights, scales.get)
+        assert set(strategy.looks) == {weight.name for weight in weights}
+        got, layers = look(weights, scale_of=scales.get, seen=seen, looks=strategy.looks)
+        want, layers_alone = look(weights, scale_of=scales.get, seen=seen_alone)
+        for one, other in [(got, want), *zip(layers.values(), layers_alone.values(), strict=True)]:
+            assert one.zeros == pytest.approx(other.zeros)
+            assert one.penalty == pytest.approx(other.penalty, rel=1e-4)
+            assert (one.energy_kept, one.rms) == pytest.approx((other.energy_kept, other.rms), rel=1e-4)
+            assert one.mask_flips == (other.mask_flips if step == 6 else None)
+    with torch.no_grad():
+        weights[0].parameter.mul_(2.0)
+    assert not strategy.looks[weights[0].name].is_of(weights[0].parameter, scales[weights[0].name])
+    strategy.looking = False
+    strategy.after_step(7, weights, scales.get)
+    assert not strategy.looks
+
+
+@pytest.mark.gpu
+def test_masks_hold_on_a_gpu_after_they_were_changed():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    parameter = nn.Parameter(torch.randn(16, 32, device="cuda"))
+    held = MaskedParameters()
+    for sign in (1, -1):
+        mask = mask_24(parameter.detach() * torch.arange(1.0, 33.0, device="cuda") ** sign)
+        held.hold("w", parameter, mask)
+        with torch.no_grad():
+            parameter.add_(1.0)
+        held.mask_weights()
+        assert torch.equal(parameter.detach() != 0, mask & (parameter.detach() != 0))
+        parameter.grad = None
+        parameter.sum().backward()
+        assert torch.equal(parameter.grad, mask.float())
+        with torch.no_grad():
+            parameter.copy_(torch.randn_like(parameter))

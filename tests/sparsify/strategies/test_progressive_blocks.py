@@ -1,0 +1,289 @@
+"""Models with blocks: what the progressive strategy makes of them, beside the one-shot walk over the same model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from prox24_lightning.oneshot import prune_layerwise
+from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
+from prox24_lightning.weights.selection import select_weights
+
+STEPS = 5
+"""Proximal steps a layer: enough to tell one solution from another."""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x, shift=None):
+        return x + self.dropout(self.down(torch.tanh(self.gate(x)) * self.up(x))) + shift
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(8, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, shift=0.1)
+        return self.out(x)
+
+
+class Parts(nn.Module):
+    """Like a LightningModule: what is called are its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Blocks(), nn.Linear(4, 8)
+
+    def training_step(self, x):
+        return self.second(self.first(x))
+
+
+class Unwrapped(nn.Module):
+    """Calls the inside of its only part, never the part itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Blocks()
+
+    def training_step(self, x):
+        x = self.inner.embed(x)
+        for block in self.inner.blocks:
+            x = block(x, shift=0.1)
+        return self.inner.out(x)
+
+
+def batches(count):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(64, 8, generator=generator) for _ in range(count)]
+
+
+def engine_for(model, plan, *, skip=("embed", "out"), **options):
+    return SparsityEngine(
+        select_weights(model, skip=skip).chosen, plan, Progressive(model, prox_steps=STEPS, **options)
+    )
+
+
+def train(model, engine, data, *, call=None, lr=0.0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    engine.bind([optimizer])
+    seen = []
+    for x in data:
+        engine.before_batch()
+        optimizer.zero_grad()
+        (call or model)(x).square().mean().backward()
+        optimizer.step()
+        seen.append(set(engine.masks))
+    engine.unbind()
+    return seen
+
+
+@pytest.mark.parametrize("dense_target", [0.0, 0.5])
+@pytest.mark.parametrize("plan", [PhasePlan(4, 4), PhasePlan(1, 4)], ids=["at once", "along the run"])
+def test_without_training_it_is_the_one_shot_walk(plan, dense_target):
+    model = Blocks().train()
+    pruned, data = copy.deepcopy(model), batches(4)
+    if plan.start < plan.freeze:
+        data = [data[0]] * 4  # then every block is solved on the same inputs, whatever its turn
+    seen = data if plan.start == plan.freeze else data[:1]
+    report = prune_layerwise(
+        pruned, seen, dense_target=dense_target, skip=["embed", "out"], steps=STEPS, progress=False
+    )
+    engine = engine_for(model, plan, dense_target=dense_target, reconstruction_steps=0)
+    train(model, engine, data)
+    assert set(engine.masks) == set(report.masks)
+    for name, mask in report.masks.items():
+        assert torch.equal(engine.masks[name], mask), name
+    for (name, value), expected in zip(model.named_parameters(), pruned.parameters(), strict=True):
+        assert torch.allclose(value, expected, atol=1e-4), name
+    assert all(module.training for module in model.modules()), "the mode of every module comes back"
+
+
+@pytest.mark.parametrize("dense_target", [0.0, 0.5])
+def test_reconstruction_brings_the_pruned_model_closer_to_the_dense_one(dense_target):
+    dense, data = Blocks().eval(), batches(4)
+    errors = {}
+    for steps in (0, 40):
+        model = copy.deepcopy(dense).train()
+        engine = engine_for(model, PhasePlan(4, 4), dense_target=dense_target, reconstruction_steps=steps)
+        train(model, engine, data)
+        for weight in engine.weights:
+            assert not weight.parameter[~engine.masks[weight.name]].any(), weight.name
+        assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in model.parameters())
+        model.eval()
+        with torch.no_grad():
+            errors[steps] = sum(float((model(x) - dense(x)).square().mean()) for x in data)
+    assert errors[40] < 0.9 * errors[0], errors
+
+
+def test_a_block_goes_as_a_whole_and_loose_layers_in_their_place():
+    model = Blocks()
+    engine = engine_for(model, PhasePlan(2, 12), skip=(), batches=2)
+    seen = train(model, engine, batches(13), lr=0.1)
+    inside = {i: {f"blocks.{i}.{layer}.weight" for layer in ("gate", "up", "down")} for i in range(3)}
+    turns = [seen[step - 1] - seen[step - 2] for step in (4, 6, 8, 10, 12)]
+    assert turns == [{"embed.weight"}, inside[0], inside[1], inside[2], {"out.weight"}]
+
+
+def test_blocks_that_share_a_turn_share_the_passes_of_the_batches():
+    passes = []
+    for plan in (PhasePlan(3, 3), PhasePlan(0, 24)):
+        model = Blocks()
+        engine = engine_for(model, plan, dense_target=0.0, reconstruction_steps=0)
+        calls = []
+        model.embed.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        train(model, engine, batches(plan.freeze + 1))
+        passes.append(calls.count(False))
+    # One pass for the order; then three batches in one turn, or in each of three turns the last eight.
+    assert passes == [1 + 3, 1 + 3 * 8]
+
+
+def test_gradient_weighting_can_be_turned_off_and_changes_the_values_alone():
+    found = []
+    for options in ({}, {"gradient_weighting": False}, {"reconstruction_steps": 0}):
+        torch.manual_seed(0)
+        model = Blocks()
+        engine = engine_for(model, PhasePlan(1, 4), **options)
+        train(model, engine, batches(5))
+        found.append(engine.masks | {"value": model.blocks[2].down.weight.detach()})
+    assert not torch.equal(found[0]["value"], found[1]["value"])
+    first = "blocks.0.gate.weight"
+    assert torch.equal(found[0][first], found[1][first])
+    assert torch.equal(found[0][first], found[2][first])
+
+
+def test_a_run_resumed_between_recorded_batches_ends_like_the_unbroken_one(tmp_path):
+    data, plan = batches(14), PhasePlan(1, 12)
+
+    def run(model, engine, optimizer, part):
+        engine.bind([optimizer])
+        for x in part:
+            engine.before_batch()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        engine.unbind()
+
+    def parts():
+        model = Blocks().eval()  # no dropout, so that nothing but the state decides
+        return model, engine_for(model, plan, batches=4), torch.optim.SGD(model.parameters(), lr=0.05)
+
+    whole = parts()
+    run(*whole, data)
+    first = parts()
+    run(*first, data[:10])
+    assert first[1].strategy.state_dict()["gradients"][0], "in the middle of what a turn gathers"
+    torch.save([first[0].state_dict(), first[1].state_dict()], tmp_path / "state.pt")
+    model, engine, optimizer = parts()
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    model.load_state_dict(weights)
+    engine.load_state_dict(state)
+    run(model, engine, optimizer, data[10:])
+    assert engine.phase == "frozen"
+    for name, value in whole[0].state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_parts_that_are_called_one_by_one():
+    model = Parts()
+    engine = SparsityEngine(
+        select_weights(model).chosen,
+        PhasePlan(1, 11),
+        Progressive(model, root_is_called=False, prox_steps=STEPS, batches=2),
+    )
+    seen = train(model, engine, batches(12), call=model.training_step, lr=0.1)
+    assert seen[-2] - seen[-3] == {"second.weight"}
+    assert [site["called"] for site in engine.strategy.state_dict()["calls"][0]] == []
+
+
+def test_a_part_that_is_never_called_is_looked_into():
+    model = Unwrapped()
+    engine = SparsityEngine(
+        select_weights(model, skip=["*.embed", "*.out"]).chosen,
+        PhasePlan(3, 6),
+        Progressive(model, root_is_called=False, prox_steps=STEPS, batches=1),
+    )
+    train(model, engine, batches(5), call=model.training_step, lr=0.1)
+    state = engine.strategy.state_dict()
+    assert state["sites"] == ["inner.blocks.0", "inner.blocks.1", "inner.blocks.2"]
+    assert all(site["called"] for site in state["calls"][0])
+    assert len(engine.masks) == 6, "two of three blocks have had their turn"
+
+
+def test_validation_is_not_recorded():
+    model = Blocks()
+    engine = engine_for(model, PhasePlan(0, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine.bind([optimizer])
+    engine.before_batch()
+    with torch.no_grad():
+        model(batches(1)[0])
+    model(batches(2)[1]).sum().backward()
+    assert [len(batch) for batch in engine.strategy.state_dict()["calls"][0][0]["batches"]] == [1]
+
+
+def test_what_is_recorded_is_out_of_reach_of_changes_in_place():
+    model = Blocks()
+    engine = engine_for(model, PhasePlan(0, 8))
+    engine.bind([torch.optim.SGD(model.parameters(), lr=0.0)])
+    engine.before_batch()
+    x = batches(1)[0]
+    model(x)
+    x.zero_()
+    recorded = engine.strategy.state_dict()["calls"][0][0]["batches"][0][0]["args"][0]
+    assert recorded.abs().sum() > 0
+
+
+def test_a_forward_set_on_an_instance_does_not_lead_the_dense_copy_astray():
+    model, plain = Blocks(), Blocks()
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="eager")
+    for one in (model, plain):
+        torch.manual_seed(0)  # dropout decides which gradients the outputs' features get
+        train(one, engine_for(one, PhasePlan(1, 4)), batches(4))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dropout, graphs", [(0.0, 1), (0.5, 2)])
+def test_what_training_compiled_serves_reconstruction_where_the_mode_makes_no_difference(dropout, graphs):
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    model = Blocks()
+    for block in model.blocks:
+        block.dropout.p = dropout
+        block.forward = torch.compile(block.forward, backend=backend)
+    engine = engine_for(model, PhasePlan(1, 4), batches=1, dense_target=0.0)
+    train(model, engine, batches(5))
+    assert len(compiled) == graphs, "the blocks share their code"
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batches": 0}, "batches=0 must be at least 1"),
+        ({"dense_target": 1.5}, r"dense_target=1.5 must lie in \[0, 1\]"),
+        ({"reconstruction_steps": -1}, "reconstruction_steps=-1 must be 0 or more"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        Progressive(nn.Linear(4, 4), **options)
