@@ -103,7 +103,7 @@ def upward(imports: dict[str, set[str]]) -> list[str]:
     for module, targets in imports.items():
         room = room_of(module)
         for target in targets if room else ():
-            up = room_of(target) != room and room_of(target) not in ROOMS[room]
+            up = room_of(target) not in ("", room) and room_of(target) not in ROOMS[room]
             if room_of(target) == room and layer_of(module) is not None and layer_of(target) is not None:
                 up = layer_of(target) > layer_of(module)
             if up:

@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from prox24_lightning.calibration.blocks import listened_to, map_tensors, tensors_in
 from prox24_lightning.calibration.dense_reference import DenseWeights
 from prox24_lightning.calibration.module_inputs import Call, device_of
-from prox24_lightning.finetune import frozen_copy
 from prox24_lightning.utils.distributed import gathered_objects, rank, world_size
+from prox24_lightning.utils.module_copy import frozen_copy
 
 _numbers = itertools.count()
 _RANDOM = ("drop", "jitter", "noise")

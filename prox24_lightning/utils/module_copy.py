@@ -63,6 +63,31 @@ def bare_copy(
         return copy.deepcopy(original, memo).eval()
 
 
+def frozen_copy(module: nn.Module, *, shared: Sequence[object] = ()) -> nn.Module:
+    """A copy of ``module`` that never changes: evaluation mode, no gradients, no hooks, not compiled, no caches kept.
+
+    Args:
+        module: unchanged afterwards; each tensor is copied where it lies.
+        shared: objects that ``module`` may hold and that are not to be copied (a trainer, say).
+
+    Raises:
+        ValueError: if a parameter has no values yet, or is sharded over ranks.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta or nn.parameter.is_lazy(parameter):
+            raise ValueError(f"{name} has no values yet, so there is nothing to learn from; give it some first")
+    copy = bare_copy(module, shared=shared)
+    for part in copy.modules():
+        # A forward set on the instance (compiled, say) is a function over the original, and would run the student.
+        own = vars(part).get("forward")
+        if own is not None and getattr(own, "__self__", None) is not part:
+            del part.__dict__["forward"]
+    config: Any = getattr(copy, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # Hugging Face's keys and values for later tokens; none follow
+    return copy
+
+
 def cast_model(module: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
     """``module.to(device, dtype)``, in place, but for :func:`float32_tables`."""
     tables = [(held, name, held[name]) for held, name in float32_tables(module)]
