@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.convert_models import MODELS, model_rows, save_models
-from benchmarks.report import machine, write_report
+from benchmarks.report import write_report
 from prox24_lightning.convert import SemiStructuredLinear
 from prox24_lightning.convert.autotune.search import kernel_tables
 from prox24_lightning.convert.autotune.table import KernelTable
@@ -248,8 +249,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
-    # First: what cannot be found out about the machine is to stop the run before it takes time.
-    stem = f"{machine()['date']}_{arguments.name}"
+    stem = f"{date.today().isoformat()}_{arguments.name}"
     with torch.no_grad():
         if arguments.part != "models":
             rows = grid(arguments)

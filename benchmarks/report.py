@@ -3,51 +3,24 @@
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from prox24_lightning.utils.environment import commit, processor
+from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.files import write_text
-
-PACKAGES = ("torch", "lightning", "transformers", "triton", "numpy")
+from prox24_lightning.utils.markdown import markdown_table
 
 
 def machine() -> dict[str, str]:
-    """Where and with what the numbers were taken."""
-    facts = {
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        "processor": f"{processor()}, {torch.get_num_threads()} threads",
-    }
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["cuda"] = str(torch.version.cuda)
-    for package in PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    facts["commit"] = commit()
-    facts["command"] = shlex.join(["python", *_arguments()])
-    return facts
-
-
-def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table; floats to four significant digits."""
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
-    return "\n".join(lines)
+    """Return where and with what the numbers were taken, and the command."""
+    return {**describe_environment(), "command": shlex.join(["python", *_arguments()])}
 
 
 def write_report(
@@ -55,18 +28,15 @@ def write_report(
 ) -> Path:
     """Write ``<date>_<name>.md`` and ``.json`` into ``folder``, print the table unless ``quiet``; return the first."""
     facts = machine()
-    text = f"# {title}\n\n{note}\n\n{markdown_table(rows)}\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items())
+    table = markdown_table(list(rows[0]), (row.values() for row in rows))
+    text = f"# {title}\n\n{note}\n\n{table}\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items())
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{facts['date']}_{name}.md"
+    path = folder / f"{date.today().isoformat()}_{name}.md"
     write_text(path, text + "\n")
     write_text(path.with_suffix(".json"), json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1))
     if not quiet:
         Console().print(Markdown(text))
     return path
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _arguments() -> list[str]:

@@ -26,7 +26,7 @@ from prox24_lightning.convert.eligibility import find_target
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.io.texts import PlainText, PythonTopics, TextSource, perplexity, token_sequences
-from prox24_lightning.utils.environment import machine_facts
+from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.files import check_folder, replacing
 
 TOKEN_COUNTS = (1, 16, 64, 1024, 4096)
@@ -109,7 +109,7 @@ def bench(
         if token_counts is None and _is_language_model(source):
             settings = replace(settings, token_counts=tuple(sorted({workload.tokens for workload in workloads})))
         console = Console()
-        facts = {key: str(value) for key, value in machine_facts().items()}
+        facts = describe_environment()
         score, about = _score(source, text, sequences, length) if head == "causal_lm" else (None, None)
         report = run_benchmark(source.model, settings, inputs=own_example(source.model) if source.callable else None)
         if not report.shapes:

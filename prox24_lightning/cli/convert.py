@@ -9,13 +9,13 @@ from rich.console import Console
 from torch import nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
-from prox24_lightning.convert.benchmark.tables import name_patterns
 from prox24_lightning.convert.format.model import find_packable
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, check_folder, filling
+from prox24_lightning.utils.names import collapse_names
 
 
 def convert(
@@ -97,4 +97,4 @@ def _reasons(dense: dict[str, str]) -> str:
     groups: dict[str, list[str]] = {}
     for name, why in dense.items():
         groups.setdefault(why.partition(":")[0], []).append(name)
-    return "; ".join(f"{name_patterns(names)}: {why}" for why, names in groups.items())
+    return "; ".join(f"{collapse_names(names)}: {why}" for why, names in groups.items())

@@ -17,7 +17,7 @@ from prox24_lightning.convert.doctor import Diagnosis, Gain, diagnose
 from prox24_lightning.convert.eligibility import Target, find_target
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import load_source
-from prox24_lightning.utils.environment import machine_facts
+from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.files import check_folder, write_text
 
 
@@ -63,7 +63,7 @@ def doctor(
             target=target,
             token_counts=counts,
             gain=_known_gain(target, getattr(torch, dtype)),
-            machine={"model": source.description, **{key: str(value) for key, value in machine_facts().items()}},
+            machine={"model": source.description, **describe_environment()},
         )
         print_diagnosis(found, Console(stderr=json == "-"))
         if json == "-":

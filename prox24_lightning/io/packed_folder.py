@@ -15,6 +15,7 @@ from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, filling, write_text
+from prox24_lightning.utils.markdown import markdown_table
 from prox24_lightning.utils.module_copy import cast_model
 from prox24_lightning.weights.selection import clean_name
 
@@ -175,9 +176,7 @@ def _card(file: PackedFile, packable: Packable, model: nn.Module, source: str) -
         "",
         _how_to_load(model),
         "",
-        "| stored dense | why |",
-        "| --- | --- |",
-        *(f"| {name} | {why} |" for name, why in packable.dense.items()),
+        markdown_table(("stored dense", "why"), packable.dense.items()),
         "",
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from prox24_lightning.utils.names import numbers_as_wildcards
 from prox24_lightning.weights.selection import Selection
 
 
@@ -30,7 +31,7 @@ def _collapsed(rows: Iterable[tuple[str, tuple[int, ...], str]]) -> dict[tuple[s
     """Count rows that differ in the numbers of their names only, under the first name with ``*`` for the numbers."""
     counts: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, shape, decision in rows:
-        key = (re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name), shape, re.sub(r"\.\d+\b", ".*", decision))
+        key = (numbers_as_wildcards(name), shape, re.sub(r"\.\d+\b", ".*", decision))
         counts.setdefault(key, []).append(name)
     return {(key[0] if len(names) > 1 else names[0], key[1], key[2]): len(names) for key, names in counts.items()}
 

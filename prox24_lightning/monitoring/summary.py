@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from prox24_lightning.monitoring.statistics import SparsityStats
+from prox24_lightning.utils.names import numbers_as_wildcards
 
 MAX_ROWS = 48
 """With more layers than this, those that differ in the numbers of their names only share a row."""
@@ -62,7 +62,7 @@ def _rows(
 ) -> dict[tuple[str, tuple[int, ...]], list[SparsityStats]]:
     rows: dict[tuple[str, tuple[int, ...]], list[SparsityStats]] = {}
     for name, layer in layers.items():
-        shown = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name) if len(layers) > MAX_ROWS else name
+        shown = numbers_as_wildcards(name) if len(layers) > MAX_ROWS else name
         rows.setdefault((shown, shapes[name]), []).append(layer)
     return rows
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from prox24_lightning.mask import MASKS_FILE, StoredMask, hash_weight, write_masks
 from prox24_lightning.oneshot.report import LayerwiseReport
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, filling, write_text
+from prox24_lightning.utils.markdown import markdown_table
 from prox24_lightning.weights.selection import clean_name
 
 
@@ -69,6 +70,7 @@ def _card(model: Any, report: LayerwiseReport, protocol: Mapping[str, Any]) -> s
     whole = sum(parameter.numel() for parameter in model.parameters())
     sides = {"row": "inputs", "column": "outputs", "block": "inputs, and likewise along the outputs"}
     side = sides[report.settings.get("geometry", "row")]
+    measured = {"mean relative local loss": f"{report.mean_loss:.5f}", "seconds": f"{report.seconds:.1f}"}
     lines = [
         "---",
         "library_name: transformers",
@@ -82,17 +84,11 @@ def _card(model: Any, report: LayerwiseReport, protocol: Mapping[str, Any]) -> s
         "Pruned layer by layer without training (arXiv 2501.18015). Weights are stored dense, with zeros; "
         f"`{MASKS_FILE}` holds the masks at one bit a weight.",
         "",
-        "| protocol | value |",
-        "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in {**protocol, **report.settings}.items()),
-        f"| mean relative local loss | {report.mean_loss:.5f} |",
-        f"| seconds | {report.seconds:.1f} |",
+        markdown_table(("protocol", "value"), {**protocol, **report.settings, **measured}.items()),
         "",
-        "| layer | shape | relative local loss |",
-        "| --- | --- | --- |",
-        *(
-            f"| {layer.name} | {' x '.join(map(str, layer.shape))} | {layer.final_loss:.5f} |"
-            for layer in report.layers
+        markdown_table(
+            ("layer", "shape", "relative local loss"),
+            ((layer.name, " x ".join(map(str, layer.shape)), f"{layer.final_loss:.5f}") for layer in report.layers),
         ),
         "",
     ]

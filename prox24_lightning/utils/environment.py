@@ -1,48 +1,48 @@
-"""Where and with what a result was produced."""
+"""Where and with what a result was produced: machine, versions, commit."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-from datetime import datetime
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from prox24_lightning import __version__
-
-_VERSIONS = ("torch", "lightning", "transformers", "torchmetrics", "datasets", "numpy")
+_PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "datasets", "triton", "numpy")
 
 
-def machine_facts() -> dict[str, Any]:
-    """Where and with what a result was produced."""
-    return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+def describe_environment() -> dict[str, str]:
+    """Return date, commit, machine, GPU, system and versions; packages that are not installed are left out."""
+    facts = {
+        "date": date.today().isoformat(),
+        "commit": _commit(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "gpu": "none",
         "system": platform.platform(),
         "python": platform.python_version(),
-        "prox24_lightning": __version__,
-        **_versions(),
     }
+    if torch.cuda.is_available():
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    return facts | _versions()
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONS:
+    from prox24_lightning import __version__
+
+    found = {"prox24_lightning": __version__}
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # a command that needs none of it runs all the same
+        except PackageNotFoundError:
             continue
     return found
 
 
-def commit() -> str:
-    """The commit of the code; PROX24_COMMIT names it where the code lies without its repository."""
+def _commit() -> str:
+    """Return the commit of the code; PROX24_COMMIT names it where the code lies without its repository."""
     if named := os.environ.get("PROX24_COMMIT"):
         return named
 
@@ -55,8 +55,7 @@ def commit() -> str:
         return "not in a git checkout"
 
 
-def processor() -> str:
-    """The processor's name."""
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from prox24_lightning.cli.compare.comparison import Comparison, Run
-from prox24_lightning.utils.environment import machine_facts
+from prox24_lightning.utils.environment import describe_environment
 
 
 def comparison(*runs: Run) -> Comparison:
@@ -84,7 +84,7 @@ def test_files_hold_runs_command_machine_and_config(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "comparison.md"]
 
 
-def test_machine_facts_name_machine_and_versions():
-    facts = machine_facts()
+def test_describe_environment_name_machine_and_versions():
+    facts = describe_environment()
     assert {"date", "commit", "machine", "gpu", "python", "torch", "lightning"} <= set(facts)
     assert "cores" in facts["machine"]

@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 
 from rich.table import Table
 
-from prox24_lightning.utils.environment import machine_facts
+from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.files import write_text
+from prox24_lightning.utils.markdown import markdown_table
 
 Variant = Literal["dense", "asp", "prox24"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -53,7 +54,7 @@ class Comparison:
 
     @classmethod
     def begin(cls, *, metric: str, mode: Literal["min", "max"], command: str, config: str) -> Comparison:
-        return cls(metric, mode, command, config, machine_facts())
+        return cls(metric, mode, command, config, describe_environment())
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """One row a variant: label, metric, 2:4 groups, seconds, seeds. Spread is the sample standard deviation."""
@@ -120,8 +121,7 @@ class Comparison:
         write_text(folder / "comparison.md", self.markdown())
 
     def markdown(self) -> str:
-        lines = [f"# {self.command}", "", _markdown_row(self.headings), _markdown_row(["---"] * len(self.headings))]
-        lines += [_markdown_row(row) for row in self.rows()]
+        lines = [f"# {self.command}", "", markdown_table(self.headings, self.rows())]
         lines += ["", *(f"Warning: {warning}" for warning in self.warnings()), ""]
         lines += [f"- {key}: {value}" for key, value in self.facts.items()]
         return "\n".join([*lines, "", "```yaml", self.config.rstrip(), "```", ""])
@@ -136,7 +136,3 @@ def _mean_and_spread(values: list[float], digits: int) -> str:
         return str(sum(values))  # nan or inf, and so is the mean; the functions of statistics raise on some of them
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def _markdown_row(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"

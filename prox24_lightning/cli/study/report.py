@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prox24_lightning.utils.environment import machine_facts
+from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.files import write_text
+from prox24_lightning.utils.markdown import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,12 +57,12 @@ def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
                     part.figure.savefig(folder / f"{part.name}.{ending}", metadata=_undated(ending))
             lines += [f"![{part.title}]({part.name}.png)", ""]
         for heading, rows in part.shown.items():
-            lines += [f"**{heading}**", "", markdown_table(rows), ""]
+            lines += [f"**{heading}**", "", markdown_table(list(rows[0]), (row.values() for row in rows)), ""]
         for name, rows in part.tables.items():
             write_csv(folder / f"{name}.csv", rows)
         files = ", ".join(f"`{name}.csv`" for name in part.tables)
         lines += [f"{part.seconds:.0f} s. All numbers: {files}." if files else f"{part.seconds:.0f} s.", ""]
-    facts = {**settings, **machine_facts()}
+    facts = {**settings, **describe_environment()}
     lines += ["## How it was run", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     path = folder / "report.md"
     write_text(path, "\n".join(lines))
@@ -74,18 +75,6 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """Rows with the same keys as a Markdown table; floats to four significant digits."""
-    columns = list(rows[0])
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _undated(ending: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from prox24_lightning.convert.benchmark.language_tables import Section, language
 from prox24_lightning.convert.benchmark.limits import Limits
 from prox24_lightning.convert.benchmark.report import Pair, Report, State
 from prox24_lightning.utils.files import write_text
+from prox24_lightning.utils.markdown import markdown_table
+from prox24_lightning.utils.names import collapse_names
 
 STATES: dict[State, str] = {"sparse": "sparse", "fits": "would be sparse on a GPU", "dense": "dense"}
 
@@ -72,17 +73,7 @@ def grouped(rows: Sequence[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, cells in rows:
         groups.setdefault(cells, []).append(name)
-    return [(name_patterns(names), *cells) for cells, names in groups.items()]
-
-
-def name_patterns(names: list[str]) -> str:
-    """Repeated blocks (``layers.0.up``, ``layers.1.up``) as one name, with ``*`` for the number."""
-    patterns: dict[str, int] = {}
-    for name in names:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name or "(the model)")
-        patterns[pattern] = patterns.get(pattern, 0) + 1
-    shown = [f"{pattern} x {count}" if count > 1 else pattern for pattern, count in list(patterns.items())[:3]]
-    return ", ".join(shown) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
+    return [(collapse_names(names), *cells) for cells, names in groups.items()]
 
 
 def _shape_rows(report: Report) -> list[tuple[str, ...]]:
@@ -144,8 +135,7 @@ def markdown_lines(tables: Sequence[Section]) -> list[str]:
     """Tables as Markdown, each under its title."""
     lines: list[str] = []
     for title, header, rows in tables:
-        lines += [f"## {title}", "", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+        lines += [f"## {title}", "", markdown_table(header, rows), ""]
     return lines
 
 
