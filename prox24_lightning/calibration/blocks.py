@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.weights.selection import clean_name
+from prox24_lightning.weights.names import clean_name
 
 SEQUENCE_SHARE = 0.8
 """Share of a model's parameters from which on a ``Sequential`` of like modules is taken for its blocks."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.utils.distributed import world_size
-from prox24_lightning.weights.selection import GroupedWeight, is_transposed_linear
+from prox24_lightning.weights.layer_matrix import is_transposed_linear
+from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import gathered, local_part, part_of
 
 SCALE_FLOOR = 1e-3

@@ -23,7 +23,8 @@ from prox24_lightning.convert.benchmark.tables import print_report, to_markdown,
 from prox24_lightning.convert.benchmark.timing import describe, release_memory
 from prox24_lightning.convert.convert import convert_model, expand_model
 from prox24_lightning.utils.module_copy import cast_model
-from prox24_lightning.weights.selection import clean_name, is_transposed_linear
+from prox24_lightning.weights.layer_matrix import is_transposed_linear
+from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.sharded import is_sharded
 
 Dtype = Literal["bfloat16", "float16"]

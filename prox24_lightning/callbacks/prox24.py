@@ -15,7 +15,7 @@ from prox24_lightning.callbacks.compatibility import check_trainer
 from prox24_lightning.callbacks.loaded_state import LoadedState
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.sparsify.controller import Sparsifier
-from prox24_lightning.weights.selection import clean_name
+from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.sharded import local_part
 
 

@@ -25,7 +25,7 @@ from prox24_lightning.convert.eligibility import (
 )
 from prox24_lightning.convert.kernels.buffer_layout import pack_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
-from prox24_lightning.weights.selection import is_transposed_linear, transposed_kind
+from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
 
 _HOOKS = (
     "_forward_hooks",

@@ -19,7 +19,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from prox24_lightning.convert.format.weight import row_chunks
 from prox24_lightning.convert.onnx_check import sparse_problem
 from prox24_lightning.mask import is_24, violations_24
-from prox24_lightning.weights.selection import clean_name, is_transposed_linear
+from prox24_lightning.weights.layer_matrix import is_transposed_linear
+from prox24_lightning.weights.names import clean_name
 
 Backend = Literal["cusparselt", "cutlass"]
 Role = Literal["linear", "convolution", "other"]

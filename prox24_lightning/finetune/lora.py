@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.weights.selection import is_transposed_linear
+from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
 
 class MaskedLora:

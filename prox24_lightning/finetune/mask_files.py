@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from prox24_lightning.finetune.masked_parameters import MaskedParameters
 from prox24_lightning.mask.file import StoredMask, hash_weight, read_masks, write_masks
 from prox24_lightning.utils.distributed import from_first, rank
-from prox24_lightning.weights.selection import GroupedWeight, clean_name
+from prox24_lightning.weights.names import clean_name
+from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import cut_groups, local_part, part_of, whole
 
 Expect = Literal["pruned", "same", "any"]

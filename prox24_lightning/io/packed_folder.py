@@ -17,7 +17,7 @@ from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, filling, write_text
 from prox24_lightning.utils.markdown import markdown_table
 from prox24_lightning.utils.module_copy import cast_model
-from prox24_lightning.weights.selection import clean_name
+from prox24_lightning.weights.names import clean_name
 
 PACKED_ENDING = ".safetensors"
 

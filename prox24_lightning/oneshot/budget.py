@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from prox24_lightning.calibration.input_groups import order_of_calls
-from prox24_lightning.calibration.layer_matrix import as_matrix
 from prox24_lightning.oneshot.hidden_states import Flow
 from prox24_lightning.oneshot.parallel import check_same_stages
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.solvers.input_group import stage_moments
 from prox24_lightning.solvers.layer import solve_layer
+from prox24_lightning.weights.layer_matrix import as_matrix
 from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prox24_lightning.calibration.blocks import Blocks, find_blocks, listened_to
 from prox24_lightning.calibration.cuda_graphs import release_recordings
 from prox24_lightning.calibration.input_groups import order_of_calls
-from prox24_lightning.calibration.layer_matrix import SecondMoments, from_matrix, why_not_solvable
+from prox24_lightning.calibration.layer_matrix import SecondMoments
 from prox24_lightning.oneshot.budget import within_budget
 from prox24_lightning.oneshot.hidden_states import Flow, blocks_to_walk
 from prox24_lightning.oneshot.parallel import check_same_stages
@@ -26,6 +26,7 @@ from prox24_lightning.oneshot.storage import FinishedBlock, FinishedBlocks, chec
 from prox24_lightning.solvers.input_group import solve_stage, stage_moments
 from prox24_lightning.solvers.layer import Method, Refine
 from prox24_lightning.weights.groups import Geometry
+from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight, select_weights
 
 

@@ -10,7 +10,7 @@ from prox24_lightning.mask import MASKS_FILE, StoredMask, hash_weight, write_mas
 from prox24_lightning.oneshot.report import LayerwiseReport
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, filling, write_text
 from prox24_lightning.utils.markdown import markdown_table
-from prox24_lightning.weights.selection import clean_name
+from prox24_lightning.weights.names import clean_name
 
 
 class _SavesItself(Protocol):

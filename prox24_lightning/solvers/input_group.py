@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.input_groups import Stage, inputs_of
-from prox24_lightning.calibration.layer_matrix import SecondMoments, as_matrix, from_matrix, input_rows, matrix_columns
+from prox24_lightning.calibration.layer_matrix import SecondMoments
 from prox24_lightning.solvers.layer import Solution, solve_layer
 from prox24_lightning.solvers.loss import check_layer
 from prox24_lightning.solvers.parallel import solved_by_rows
 from prox24_lightning.weights.groups import Dim
+from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix, input_rows, matrix_columns
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import gathered, local_part, part_of, whole
 

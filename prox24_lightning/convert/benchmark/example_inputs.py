@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.convert.benchmark.settings import ExampleInputs
-from prox24_lightning.weights.selection import clean_name
+from prox24_lightning.weights.names import clean_name
 
 
 def own_example(module: nn.Module) -> ExampleInputs | None:

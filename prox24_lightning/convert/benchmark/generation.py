@@ -18,7 +18,7 @@ from prox24_lightning.convert.convert import convert_model
 from prox24_lightning.convert.eligibility import named_layers
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.utils.module_copy import bare_copy
-from prox24_lightning.weights.selection import is_transposed_linear
+from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
 _COMPARED = (1, 64)
 """Sequences and tokens of the logits that are compared."""

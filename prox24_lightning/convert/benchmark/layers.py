@@ -22,7 +22,7 @@ from prox24_lightning.convert.convert import convert_linear
 from prox24_lightning.convert.eligibility import LayerVerdict, named_layers
 from prox24_lightning.convert.kernels.registry import kernel_for
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
-from prox24_lightning.weights.selection import is_transposed_linear
+from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
 LARGEST_ERROR = 2e-2
 """Relative difference from dense above which a layer stays dense whatever its speed: 16-bit rounding gives 4e-3."""

@@ -18,7 +18,9 @@ from prox24_lightning.convert.format.weight import PACKED_DTYPES
 from prox24_lightning.convert.kernels.buffer_layout import to_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.mask import Violations, violations_24
-from prox24_lightning.weights.selection import clean_name, fit_groups, is_transposed_linear, matching, transposed_kind
+from prox24_lightning.weights.eligibility import fit_groups
+from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
+from prox24_lightning.weights.names import clean_name, matching
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prox24_lightning.finetune.distillation.losses import distillation_loss, feature_loss, logits_of, squared_error
 from prox24_lightning.finetune.distillation.module_outputs import CallRecorder, RecordedCall
 from prox24_lightning.finetune.distillation.teacher import teacher_kwargs
-from prox24_lightning.weights.selection import clean_name
+from prox24_lightning.weights.names import clean_name
 
 OutputLoss = Literal["kl", "mse"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.weights.selection import clean_name
+from prox24_lightning.weights.names import clean_name
 
 
 def weights_checksum(module: nn.Module) -> str:

@@ -17,7 +17,7 @@ from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.mask import is_24, mask_24
-from prox24_lightning.weights.selection import fit_groups
+from prox24_lightning.weights.eligibility import fit_groups
 
 
 def prune(model, skip=()):

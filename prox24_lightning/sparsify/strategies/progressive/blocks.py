@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import find_blocks
 from prox24_lightning.calibration.hooked_module import CallSite
-from prox24_lightning.calibration.layer_matrix import matrix_rows
 from prox24_lightning.calibration.module_inputs import order_of_first_calls
 from prox24_lightning.utils.distributed import gathered_objects
+from prox24_lightning.weights.layer_matrix import matrix_rows
 from prox24_lightning.weights.selection import GroupedWeight
 
 

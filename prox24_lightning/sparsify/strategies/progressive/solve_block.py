@@ -10,7 +10,6 @@ from torch import Tensor
 
 from prox24_lightning.calibration.blocks import hidden_of
 from prox24_lightning.calibration.input_groups import order_of_calls
-from prox24_lightning.calibration.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
 from prox24_lightning.solvers.input_group import solve_stage, stage_moments
@@ -19,6 +18,7 @@ from prox24_lightning.sparsify.strategies.progressive.blocks import Unit
 from prox24_lightning.sparsify.strategies.progressive.rerun import Replay, Replays, mixed, outputs_of
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.utils.tf32 import without_tf32
+from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.weights.sharded import local_part, part_of
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from torch import nn
 from prox24_lightning.calibration.blocks import map_tensors
 from prox24_lightning.calibration.cuda_graphs import release_recordings
 from prox24_lightning.calibration.hooked_module import CallSite, outermost_modules, parts, share_of
-from prox24_lightning.calibration.layer_matrix import why_not_solvable
 from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.sparsify.strategies.base import Frozen, ScaleOf, Strategy, projected
@@ -22,6 +21,7 @@ from prox24_lightning.sparsify.strategies.progressive.blocks import Unit, check_
 from prox24_lightning.sparsify.strategies.progressive.rerun import Replays
 from prox24_lightning.sparsify.strategies.progressive.solve_block import solve_unit
 from prox24_lightning.utils.distributed import gathered_on_first, rank
+from prox24_lightning.weights.layer_matrix import why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import is_sharded, runnable
 

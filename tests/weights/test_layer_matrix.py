@@ -2,14 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.layer_matrix import (
-    SecondMoments,
-    as_matrix,
-    from_matrix,
-    input_rows,
-    why_not_solvable,
-)
+from prox24_lightning.calibration.layer_matrix import SecondMoments
 from prox24_lightning.weights.groups import to_groups
+from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix, input_rows, why_not_solvable
 
 
 class Conv1D(nn.Module):
