@@ -38,7 +38,7 @@ def main(
         correlations: between any two inputs.
         layers: layers a correlation.
         rows: output features a layer.
-        tokens: inputs a layer's second moments are the mean of.
+        tokens: inputs a layer's Hessian is the mean of.
         seed: of weights and inputs.
         threads: CPU threads.
     """
@@ -54,12 +54,12 @@ def main(
             common = torch.randn(tokens, 1, generator=generator, dtype=torch.float64)
             own = torch.randn(tokens, INPUTS, generator=generator, dtype=torch.float64)
             x = correlation**0.5 * common + (1 - correlation) ** 0.5 * own
-            moments = x.T @ x / tokens
-            best, mask = best_masks(weight, moments)
-            optimum += float(row_losses(best, weight, moments).sum())
+            hessian = x.T @ x / tokens
+            best, mask = best_masks(weight, hessian)
+            optimum += float(row_losses(best, weight, hessian).sum())
             for method in losses:
-                found = solve_layer(weight, moments, method=method)
-                losses[method] += float(row_losses(found.weight, weight, moments).sum())
+                found = solve_layer(weight, hessian, method=method)
+                losses[method] += float(row_losses(found.weight, weight, hessian).sum())
                 hits[method] += int((found.mask == mask).all(1).sum())
         row: dict[str, Any] = {"correlation": correlation}
         for method, loss in losses.items():

@@ -9,7 +9,7 @@ from prox24_lightning.calibration.input_groups import order_of_calls
 from prox24_lightning.oneshot.hidden_states import Flow
 from prox24_lightning.oneshot.parallel import check_same_stages
 from prox24_lightning.oneshot.progress import LayerProgress
-from prox24_lightning.solvers.input_group import stage_moments
+from prox24_lightning.solvers.input_group import input_group_hessian
 from prox24_lightning.solvers.layer import solve_layer
 from prox24_lightning.weights.layer_matrix import as_matrix
 from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight
@@ -51,7 +51,9 @@ def _sensitivities(flow: Flow, chosen: Sequence[GroupedWeight], bar: LayerProgre
         stages = order_of_calls(list(inside), partial(scout.run, index, block, 0))
         check_same_stages(stages, {layer: weight.name for layer, weight in inside.items()})
         for stage in stages:
-            moments = stage_moments(stage, [partial(scout.run, index, block, number) for number in range(len(scout))])
+            moments = input_group_hessian(
+                stage, [partial(scout.run, index, block, number) for number in range(len(scout))]
+            )
             for layer in stage.layers:
                 weight = inside[layer]
                 bar.describe(f"sensitivity of {weight.module_name}")

@@ -23,7 +23,7 @@ from prox24_lightning.oneshot.parallel import check_same_stages
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.report import LayerRecord, LayerwiseReport
 from prox24_lightning.oneshot.storage import FinishedBlock, FinishedBlocks, checksum
-from prox24_lightning.solvers.input_group import solve_stage, stage_moments
+from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
 from prox24_lightning.solvers.layer import Method, Refine
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
@@ -201,7 +201,7 @@ class _Walker:
             dense_runs = None
             if self.twin is not None and dense is not None:
                 dense_runs = [partial(self.twin.run, self.index, dense, number) for number in range(len(self.flow))]
-            moments = stage_moments(stage, runs, dense_runs, twins)
+            moments = input_group_hessian(stage, runs, dense_runs, twins)
             for weight, record, mask in self._solve([owners[layer] for layer in stage.layers], moments):
                 records.append(record)
                 masks[weight.name] = mask
@@ -211,7 +211,7 @@ class _Walker:
     def _solve(
         self, members: list[GroupedWeight], moments: SecondMoments
     ) -> list[tuple[GroupedWeight, LayerRecord, Tensor]]:
-        solved = solve_stage(
+        solved = solve_input_group(
             members,
             moments,
             dense_target=self.settings["dense_target"],

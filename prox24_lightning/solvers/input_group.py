@@ -22,7 +22,7 @@ Run = Callable[[], Any]
 """Calls a block once, on one recorded batch."""
 
 
-def stage_moments(
+def input_group_hessian(
     stage: Stage,
     runs: Sequence[Run],
     dense_runs: Sequence[Run] | None = None,
@@ -46,7 +46,7 @@ def stage_moments(
         dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs]
         if [len(part) for part in rows] != [len(part) for part in dense_rows]:
             # A router has sent other tokens here in the dense copy: what this layer had put out is not to be compared.
-            return stage_moments(stage, runs)
+            return input_group_hessian(stage, runs)
         for part, dense_part in zip(rows, dense_rows, strict=True):
             moments.add(part, dense_part)
     weight = layer.get_parameter("weight")
@@ -54,7 +54,7 @@ def stage_moments(
     return moments
 
 
-def solve_stage(
+def solve_input_group(
     weights: Sequence[GroupedWeight],
     moments: SecondMoments,
     *,

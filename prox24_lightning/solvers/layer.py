@@ -1,26 +1,32 @@
-"""One layer: choose a method, choose the refinement, get a 2:4 weight and what it costs."""
+"""Prune one layer: choose the mask by a method, refine the values, report the loss."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from prox24_lightning.mask import mask_24, zeros_per_group
-from prox24_lightning.solvers.loss import check_layer, input_scale, row_losses
-from prox24_lightning.solvers.masked_cg import masked_gradient
-from prox24_lightning.solvers.proximal import prox_gradient, prox_splitting
+from prox24_lightning.mask import zeros_per_group
+from prox24_lightning.solvers.admm import admm
+from prox24_lightning.solvers.loss import check_layer, row_losses
+from prox24_lightning.solvers.magnitude import magnitude
+from prox24_lightning.solvers.masked_cg import masked_cg
+from prox24_lightning.solvers.proximal_gradient import proximal_gradient
 from prox24_lightning.solvers.sparsegpt import sparsegpt
+from prox24_lightning.solvers.wanda import wanda
 from prox24_lightning.weights.groups import Dim, group_dims
 
 Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_gradient"]
 Refine = Literal["masked_gradient"]
 
 DEFAULT_STEPS = {"prox": 200, "prox_gradient": 400}
+DEFAULT_DAMPING = {"sparsegpt": 0.01}
+"""Relative to the mean diagonal, as published; all other solvers take ``RELATIVE_DAMPING`` of each diagonal entry."""
+RELATIVE_DAMPING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,16 +36,16 @@ class Solution:
     Attributes:
         weight: (out_features, in_features), exactly zero outside ``mask``, in the dtype of the solver.
         mask: bool, two True in every group of four.
-        energies: (out_features,), each row's local loss with all weights zero.
+        zero_losses: (out_features,), each row's local loss with all weights zero.
         losses: (out_features,), each row's local loss before refinement.
-        refined_losses: the same after it; None without refinement.
+        refined_losses: (out_features,), the same after refinement; None without refinement.
         reached: share of the groups that had at most two non-zeros before the final choice of the mask.
-        seconds: wall time, the device waited for.
+        seconds: wall time, up to the last kernel.
     """
 
     weight: Tensor
     mask: Tensor
-    energies: Tensor
+    zero_losses: Tensor
     losses: Tensor
     refined_losses: Tensor | None
     reached: float
@@ -47,20 +53,20 @@ class Solution:
 
     @property
     def loss(self) -> float:
-        """Relative local loss before refinement: the share of the output's energy that is lost."""
-        return _ratio(self.losses, self.energies)
+        """Relative local loss before refinement: the lost share of the output's squared norm."""
+        return _ratio(self.losses, self.zero_losses)
 
     @property
     def refined_loss(self) -> float | None:
         """Relative local loss after refinement; None without refinement."""
-        return None if self.refined_losses is None else _ratio(self.refined_losses, self.energies)
+        return None if self.refined_losses is None else _ratio(self.refined_losses, self.zero_losses)
 
     def to(self, device: torch.device | str) -> Solution:
-        """The same on another device."""
+        """Return the solution on another device."""
         return Solution(
             self.weight.to(device),
             self.mask.to(device),
-            self.energies.to(device),
+            self.zero_losses.to(device),
             self.losses.to(device),
             None if self.refined_losses is None else self.refined_losses.to(device),
             self.reached,
@@ -69,13 +75,13 @@ class Solution:
 
     @staticmethod
     def joined(parts: Sequence[Solution]) -> Solution:
-        """Undo :meth:`rows`, for parts that were solved at the same time."""
+        """Concatenate the solutions of consecutive rows that were solved in parallel; the inverse of :meth:`rows`."""
         rows = [len(part.weight) for part in parts]
         refined = [part.refined_losses for part in parts if part.refined_losses is not None]
         return Solution(
             torch.cat([part.weight for part in parts]),
             torch.cat([part.mask for part in parts]),
-            torch.cat([part.energies for part in parts]),
+            torch.cat([part.zero_losses for part in parts]),
             torch.cat([part.losses for part in parts]),
             torch.cat(refined) if refined else None,
             sum(part.reached * count for part, count in zip(parts, rows, strict=True)) / sum(rows),
@@ -83,12 +89,12 @@ class Solution:
         )
 
     def rows(self, begin: int, end: int) -> Solution:
-        """The solution of one of several stacked layers; time is shared out by rows."""
+        """Return the solution of one of several stacked layers; each gets its rows' share of the time."""
         part = slice(begin, end)
         return Solution(
             self.weight[part],
             self.mask[part],
-            self.energies[part],
+            self.zero_losses[part],
             self.losses[part],
             None if self.refined_losses is None else self.refined_losses[part],
             self.reached,
@@ -96,15 +102,15 @@ class Solution:
         )
 
 
-def _ratio(losses: Tensor, energies: Tensor) -> float:
-    whole = energies.sum()
-    return float(losses.sum() / whole) if whole > 0 else 0.0
+def _ratio(losses: Tensor, zero_losses: Tensor) -> float:
+    total = zero_losses.sum()
+    return float(losses.sum() / total) if total > 0 else 0.0
 
 
 @torch.no_grad()
 def solve_layer(
     weight: Tensor,
-    moments: Tensor,
+    hessian: Tensor,
     *,
     method: Method = "prox",
     refine: Refine | None = "masked_gradient",
@@ -121,18 +127,19 @@ def solve_layer(
     Args:
         weight: ``W``, (out_features, in_features); computed in float32, or float64 if it is float64. Layers that see
             the same inputs may be stacked along the rows: for ``dim=-1`` no row's result depends on another row.
-        moments: ``H``, (in_features, in_features), the mean of x x^T over tokens (any positive multiple works).
+        hessian: ``H``, (in_features, in_features), the mean of x x^T over tokens (any positive multiple works).
         method: ``"magnitude"``; ``"wanda"`` (arXiv 2306.11695: magnitude times the input's rms); ``"sparsegpt"`` (arXiv
-            2301.00774); ``"prox"`` (arXiv 2501.18015's problem, solved by splitting); ``"prox_gradient"`` (the same by
-            the paper's proximal gradient).
-        refine: ``"masked_gradient"`` finds the best values for the chosen mask; None keeps the method's own.
+            2301.00774); ``"prox"`` (arXiv 2501.18015's problem, solved by ADMM); ``"prox_gradient"`` (the same problem,
+            solved by the paper's proximal gradient).
+        refine: ``"masked_gradient"`` finds the best values for the chosen mask by masked conjugate gradients; None
+            keeps the method's own values.
         dim: the dimension along which the groups of four lie: -1 for groups along inputs, 0 along outputs, (0, 1)
             for both at once: 4 x 4 blocks with a transposable mask.
         steps: of the prox methods; None is 200 for ``prox`` and 400 for ``prox_gradient``.
         momentum: of ``prox_gradient``.
         damping: None is each method's own: 0.01 of the mean diagonal for SparseGPT as published, else 0.001 of each
             diagonal entry.
-        refine_steps, tolerance: limits of the refinement (:func:`~prox24_lightning.solvers.masked_cg.masked_gradient`).
+        refine_steps, tolerance: limits of the refinement (:func:`~prox24_lightning.solvers.masked_cg.masked_cg`).
         name: the layer's name, for messages.
 
     Raises:
@@ -145,33 +152,37 @@ def solve_layer(
         raise ValueError(f"steps={steps} must be at least 1")
     begin = time.perf_counter()
     dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
-    moments = moments.detach().to(dense)
-    check_layer(dense, moments, name)
+    hessian = hessian.detach().to(dense)
+    check_layer(dense, hessian, name)
     dims = group_dims(dense.shape, dim)
     dim = dims[0] if len(dims) == 1 else (dims[0], dims[1])
 
-    own: Any = {} if damping is None else {"damping": damping}
+    method_damping = DEFAULT_DAMPING.get(method, RELATIVE_DAMPING) if damping is None else damping
+    refine_damping = RELATIVE_DAMPING if damping is None else damping
     steps = steps or DEFAULT_STEPS.get(method, 0)
     found = dense
     if method == "magnitude":
-        mask = mask_24(dense, dim=dim)
+        mask = magnitude(dense, dim=dim)
     elif method == "wanda":
-        mask = mask_24(dense, dim=dim, scale=input_scale(moments))
+        mask = wanda(dense, hessian, dim=dim)
     elif method == "sparsegpt":
-        found, mask = sparsegpt(dense, moments, dim=dim, name=name, **own)
+        found, mask = sparsegpt(dense, hessian, dim=dim, damping=method_damping, name=name)
     else:
         if method == "prox":
-            found = prox_splitting(dense, moments, dim=dim, steps=steps, name=name, **own)
+            found = admm(dense, hessian, dim=dim, steps=steps, damping=method_damping, name=name)
         else:
-            found = prox_gradient(dense, moments, dim=dim, steps=steps, momentum=momentum, **own)
-        mask = mask_24(found, dim=dim, scale=input_scale(moments))
+            found = proximal_gradient(dense, hessian, dim=dim, steps=steps, momentum=momentum, damping=method_damping)
+        # Wanda's scores decide the few groups that the prox leaves with more than two non-zeros.
+        mask = wanda(found, hessian, dim=dim)
     reached = sum(float((zeros_per_group(found, dim=one) >= 2).float().mean()) for one in dims) / len(dims)
 
     result = found * mask
-    losses, refined = row_losses(result, dense, moments), None
+    losses, refined = row_losses(result, dense, hessian), None
     if refine is not None:
-        result = masked_gradient(result, dense, moments, mask, steps=refine_steps, tolerance=tolerance, **own)
-        refined = row_losses(result, dense, moments)
-    energies = row_losses(torch.zeros_like(dense), dense, moments)
-    energies.sum().item()  # waits for the device, so that the time is that of the work
-    return Solution(result, mask, energies, losses, refined, reached, time.perf_counter() - begin)
+        result = masked_cg(
+            result, dense, hessian, mask, steps=refine_steps, tolerance=tolerance, damping=refine_damping
+        )
+        refined = row_losses(result, dense, hessian)
+    zero_losses = row_losses(torch.zeros_like(dense), dense, hessian)
+    zero_losses.sum().item()  # waits for the device, so that `seconds` covers all kernels
+    return Solution(result, mask, zero_losses, losses, refined, reached, time.perf_counter() - begin)

@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
 from prox24_lightning.mask import mask_24, transposable_mask
+from prox24_lightning.solvers.cholesky import cholesky
 from prox24_lightning.weights.groups import Dim
 
-logger = logging.getLogger(__name__)
 
-
-def damped(moments: Tensor, damping: float) -> Tensor:
-    """``moments + damping * mean(diag) * I``, as published; the identity is added where all moments are zero."""
-    mean = moments.diagonal().mean()
-    result = moments.clone()
-    result.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
-    return result
-
-
-def cholesky(matrix: Tensor, *, damping: float = 0.0, attempts: int = 3, name: str = "layer") -> Tensor:
-    """Lower Cholesky factor of ``matrix + damping * mean(diag) * I``.
-
-    Where float32 fails, the damping (at least 1e-6) grows tenfold up to ``attempts`` times; then the same in float64.
-
-    Returns:
-        the factor, in the dtype of ``matrix``; a warning is logged when the first try failed.
-
-    Raises:
-        ValueError: if no factor is found.
-    """
-    for dtype in (matrix.dtype, torch.float64):
-        shift = damping
-        for attempt in range(attempts + 1):
-            lower, failed = torch.linalg.cholesky_ex(damped(matrix.to(dtype), shift))
-            if not int(failed) and bool(torch.isfinite(lower).all()):
-                if attempt or dtype != matrix.dtype:
-                    logger.warning("%s: the Cholesky factor needed damping %g in %s", name, shift, dtype)
-                return lower.to(matrix.dtype)
-            shift = max(10 * shift, 1e-6)
-    raise ValueError(
-        f"{name}: the second moments have no Cholesky factor even with damping {shift / 10:g} in float64; give more "
-        "calibration tokens, or leave the layer dense with skip="
-    )
-
-
-def inverse_factor(moments: Tensor, damping: float = 0.01, *, name: str = "layer") -> Tensor:
-    """Upper Cholesky factor ``U`` of ``(moments + damping * mean(diag) * I)^-1 = U^T U``."""
-    lower = cholesky(moments, damping=damping, name=name)
+def inverse_factor(hessian: Tensor, damping: float = 0.01, *, name: str = "layer") -> Tensor:
+    """Return the upper Cholesky factor ``U`` of ``(hessian + damping * mean(diag) * I)^-1 = U^T U``."""
+    lower = cholesky(hessian, damping=damping, name=name)
     return cholesky(torch.cholesky_inverse(lower), name=name).mT.contiguous()
 
 
 def sparsegpt(
     weight: Tensor,
-    moments: Tensor,
+    hessian: Tensor,
     *,
     dim: Dim = -1,
     damping: float = 0.01,
@@ -67,7 +30,7 @@ def sparsegpt(
     Args:
         weight: (out_features, in_features), float32 or float64; in_features (``dim=-1``) or out_features (``dim=0``)
             divides by 4, or both (a pair).
-        moments: (in_features, in_features), same dtype.
+        hessian: (in_features, in_features), same dtype.
         dim: the dimension along which the groups of four lie; a pair: the mask of each 4 x 4 block is chosen when the
             sweep reaches its first column.
         damping: added to the diagonal, relative to its mean.
@@ -76,7 +39,7 @@ def sparsegpt(
     Returns:
         the pruned weight, updated, and its bool mask.
     """
-    upper = inverse_factor(moments, damping, name=name)
+    upper = inverse_factor(hessian, damping, name=name)
     rest = weight.clone()
     # A block ends where a group ends, so that a group is chosen with all updates of its four columns applied.
     block = max(4, block - block % 4)

@@ -1,4 +1,4 @@
-"""What each choice of the layer-wise prox is worth, on real layers with the second moments of real inputs."""
+"""What each choice of the layer-wise prox is worth, on real layers with the Hessians of real inputs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from prox24_lightning.mask import mask_24
 from prox24_lightning.schedules import Constant, Exponential, Linear, Schedule
+from prox24_lightning.solvers.admm import admm
 from prox24_lightning.solvers.layer import solve_layer
 from prox24_lightning.solvers.loss import input_scale, relative_loss
-from prox24_lightning.solvers.masked_cg import masked_gradient
-from prox24_lightning.solvers.proximal import STRENGTHS, prox_splitting
+from prox24_lightning.solvers.masked_cg import masked_cg
+from prox24_lightning.solvers.prox_step import STRENGTHS
 from prox24_lightning.weights.groups import MATRIX_DIMS, Dim
 
 SCHEDULES: dict[str, Schedule] = {
@@ -24,16 +25,16 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 Layers = Mapping[str, tuple[Tensor, Tensor]]
-"""Name -> weight (out_features, in_features) and moments (in_features, in_features)."""
+"""Name -> weight (out_features, in_features) and hessian (in_features, in_features)."""
 
 Pruned = dict[str, Tensor]
 
 Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Weight and moments -> the pruned weight before and after masked gradient."""
+"""Weight and hessian -> the pruned weight before and after masked gradient."""
 
 
 def variants(steps: tuple[int, ...] = (25, 50, 100, 200, 400), base: int = 100) -> dict[str, Solver]:
-    """Name of a variant -> a function of weight and moments that gives the pruned weight.
+    """Name of a variant -> a function of weight and hessian that gives the pruned weight.
 
     One choice is changed at a time: the number of steps, the schedule of the strength, whether prox and mask measure a
     weight alone or with the rms of its input, the geometry; without the prox, Wanda and magnitude show the metric
@@ -47,24 +48,24 @@ def variants(steps: tuple[int, ...] = (25, 50, 100, 200, 400), base: int = 100) 
     table["metric: weights alone"] = _variant(base, STRENGTHS, False, -1)
     table["geometry: column"] = _variant(base, STRENGTHS, True, MATRIX_DIMS["column"])
     table["geometry: block"] = _variant(base, STRENGTHS, True, MATRIX_DIMS["block"])
-    table["no prox: magnitude"] = lambda weight, moments: _solved(weight, moments, "magnitude")
-    table["no prox: wanda"] = lambda weight, moments: _solved(weight, moments, "wanda")
-    table["no prox: sparsegpt"] = lambda weight, moments: _solved(weight, moments, "sparsegpt")
+    table["no prox: magnitude"] = lambda weight, hessian: _solved(weight, hessian, "magnitude")
+    table["no prox: wanda"] = lambda weight, hessian: _solved(weight, hessian, "wanda")
+    table["no prox: sparsegpt"] = lambda weight, hessian: _solved(weight, hessian, "sparsegpt")
     return table
 
 
 def _variant(steps: int, schedule: Schedule, metric: bool, dim: Dim) -> Solver:
-    def run(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-        found = prox_splitting(weight, moments, steps=steps, strengths=schedule, dim=dim, by_input=metric)
-        mask = mask_24(found, dim=dim, scale=input_scale(moments) if metric else None)
-        return found * mask, masked_gradient(found * mask, weight, moments, mask)
+    def run(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+        found = admm(weight, hessian, steps=steps, strengths=schedule, dim=dim, by_input=metric)
+        mask = mask_24(found, dim=dim, scale=input_scale(hessian) if metric else None)
+        return found * mask, masked_cg(found * mask, weight, hessian, mask)
 
     return run
 
 
-def _solved(weight: Tensor, moments: Tensor, method: Any) -> tuple[Tensor, Tensor]:
-    alone = solve_layer(weight, moments, method=method, refine=None)
-    return alone.weight, masked_gradient(alone.weight, weight, moments, alone.mask)
+def _solved(weight: Tensor, hessian: Tensor, method: Any) -> tuple[Tensor, Tensor]:
+    alone = solve_layer(weight, hessian, method=method, refine=None)
+    return alone.weight, masked_cg(alone.weight, weight, hessian, alone.mask)
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def ablate(
     """Prune every layer by every variant, without and with masked gradient.
 
     Args:
-        layers: what is pruned, each on its own moments.
+        layers: what is pruned, each on its own hessian.
         score: pruned weights by name -> how far the whole model's output moves.
         steps: proximal steps that are compared.
         base: steps of all other variants.
@@ -92,10 +93,10 @@ def ablate(
         alone: Pruned = {}
         refined: Pruned = {}
         losses = [0.0, 0.0]
-        for layer, (weight, moments) in layers.items():
-            alone[layer], refined[layer] = run(weight, moments)
+        for layer, (weight, hessian) in layers.items():
+            alone[layer], refined[layer] = run(weight, hessian)
             for index, found in enumerate((alone[layer], refined[layer])):
-                losses[index] += relative_loss(found, weight, moments) / len(layers)
+                losses[index] += relative_loss(found, weight, hessian) / len(layers)
         table.append(
             {
                 "variant": name,

@@ -26,14 +26,14 @@ class Failure:
     Attributes:
         rival: the method that wins.
         weight: (8,).
-        moments: (8, 8).
+        hessian: (8, 8).
         losses: loss of every method's mask with its best values, and of the best mask.
         masks: which entries they keep.
     """
 
     rival: str
     weight: Tensor
-    moments: Tensor
+    hessian: Tensor
     losses: dict[str, float]
     masks: dict[str, list[int]]
 
@@ -58,15 +58,15 @@ def search(
         weight = torch.randn(rows, INPUTS, generator=generator, dtype=torch.float64)
         basis, _ = torch.linalg.qr(torch.randn(INPUTS, INPUTS, generator=generator, dtype=torch.float64))
         decades = 3 * float(torch.rand((), generator=generator))
-        moments = (basis * torch.logspace(0, -decades, INPUTS, dtype=torch.float64)) @ basis.T
-        best, best_mask = best_masks(weight, moments)
-        here = {"best": (row_losses(best, weight, moments), best_mask)}
+        hessian = (basis * torch.logspace(0, -decades, INPUTS, dtype=torch.float64)) @ basis.T
+        best, best_mask = best_masks(weight, hessian)
+        here = {"best": (row_losses(best, weight, hessian), best_mask)}
         for method in methods:
-            here[method] = _refined(weight, moments, method)
-        here["prox_long"] = _refined(weight, moments, "prox", steps=800)
+            here[method] = _refined(weight, hessian, method)
+        here["prox_long"] = _refined(weight, hessian, "prox", steps=800)
         for name, (losses, _) in here.items():
             all_losses[name].append(losses)
-        neighbours.append(_best_exchange(weight, moments, here["prox"][1]))
+        neighbours.append(_best_exchange(weight, hessian, here["prox"][1]))
         for rival in ("wanda", "sparsegpt"):
             excess = here["prox"][0] / here[rival][0].clamp_min(1e-300) - 1
             row = int(excess.argmax())
@@ -74,7 +74,7 @@ def search(
                 example = Failure(
                     rival,
                     weight[row],
-                    moments,
+                    hessian,
                     {name: float(losses[row]) for name, (losses, _) in here.items()},
                     {name: mask[row].nonzero()[:, 0].tolist() for name, (_, mask) in here.items()},
                 )
@@ -85,12 +85,12 @@ def search(
     return [_summary(rival, joined, exchange) for rival in ("wanda", "sparsegpt")], [f for _, f in found.values()]
 
 
-def _refined(weight: Tensor, moments: Tensor, method: Method, steps: int | None = None) -> tuple[Tensor, Tensor]:
-    solution = solve_layer(weight, moments, method=method, steps=steps, tolerance=0.0)
-    return row_losses(solution.weight, weight, moments), solution.mask
+def _refined(weight: Tensor, hessian: Tensor, method: Method, steps: int | None = None) -> tuple[Tensor, Tensor]:
+    solution = solve_layer(weight, hessian, method=method, steps=steps, tolerance=0.0)
+    return row_losses(solution.weight, weight, hessian), solution.mask
 
 
-def _best_exchange(weight: Tensor, moments: Tensor, mask: Tensor) -> Tensor:
+def _best_exchange(weight: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
     """The lowest loss of each row when the mask of one group is replaced: by trying all."""
     group_masks = torch.tensor([[i in (a, b) for i in range(4)] for a in range(4) for b in range(a + 1, 4)])
     best = torch.full((len(weight),), torch.inf, dtype=torch.float64)
@@ -98,17 +98,17 @@ def _best_exchange(weight: Tensor, moments: Tensor, mask: Tensor) -> Tensor:
         for choice in group_masks:
             other = mask.clone()
             other[:, 4 * group : 4 * group + 4] = choice
-            best = torch.minimum(best, _mask_losses(weight, moments, other))
+            best = torch.minimum(best, _mask_losses(weight, hessian, other))
     return best
 
 
-def _mask_losses(weight: Tensor, moments: Tensor, mask: Tensor) -> Tensor:
+def _mask_losses(weight: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
     """The loss of every row with the best values on its mask."""
     support = mask.nonzero()[:, 1].view(len(mask), -1)
-    inner = moments[support.unsqueeze(2), support.unsqueeze(1)]
-    wanted = (weight @ moments).gather(1, support)
+    inner = hessian[support.unsqueeze(2), support.unsqueeze(1)]
+    wanted = (weight @ hessian).gather(1, support)
     won = (torch.linalg.solve(inner, wanted.unsqueeze(2)).squeeze(2) * wanted).sum(1)
-    return 0.5 * (((weight @ moments) * weight).sum(1) - won)
+    return 0.5 * (((weight @ hessian) * weight).sum(1) - won)
 
 
 def _summary(rival: str, losses: dict[str, Tensor], exchange: Tensor) -> dict[str, Any]:

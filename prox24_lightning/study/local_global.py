@@ -20,7 +20,7 @@ LARGEST_INPUTS = {"row": LARGEST, "block": LARGEST_BLOCKS}
 def random_layer(
     rows: int, inputs: int, correlation: float, generator: torch.Generator, tokens: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """A Gaussian weight and the moments of inputs ``sqrt(c) * common + sqrt(1 - c) * own``, in float64."""
+    """A Gaussian weight and the Hessian of inputs ``sqrt(c) * common + sqrt(1 - c) * own``, in float64."""
     weight = torch.randn(rows, inputs, generator=generator, dtype=torch.float64)
     common = torch.randn(tokens, 1, generator=generator, dtype=torch.float64)
     own = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64)
@@ -59,13 +59,13 @@ def gaps(
             generator = torch.Generator().manual_seed(seed)
             optimum, sums = 0.0, {method: [0.0, 0.0, 0.0] for method in get_args(Method)}
             for _ in range(layers):
-                weight, moments = random_layer(rows, inputs, correlation, generator)
-                best, mask = BEST[geometry](weight, moments)
-                optimum += float(row_losses(best, weight, moments).sum())
+                weight, hessian = random_layer(rows, inputs, correlation, generator)
+                best, mask = BEST[geometry](weight, hessian)
+                optimum += float(row_losses(best, weight, hessian).sum())
                 for method, total in sums.items():
-                    found = solve_layer(weight, moments, method=method, dim=MATRIX_DIMS[geometry])
+                    found = solve_layer(weight, hessian, method=method, dim=MATRIX_DIMS[geometry])
                     total[0] += float(found.losses.sum())
-                    total[1] += float(row_losses(found.weight, weight, moments).sum())
+                    total[1] += float(row_losses(found.weight, weight, hessian).sum())
                     total[2] += float((found.mask == mask).all(1).double().mean()) / layers
             table += [
                 {

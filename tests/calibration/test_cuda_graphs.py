@@ -93,7 +93,7 @@ def test_the_gpu_ends_at_the_loss_of_the_cpu(method):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator)
     x = torch.randn(1000, 128, generator=generator) + torch.randn(1000, 1, generator=generator)
-    moments = x.T @ x / 1000
-    here = solve_layer(weight, moments, method=method)
-    there = solve_layer(weight.cuda(), moments.cuda(), method=method)
+    hessian = x.T @ x / 1000
+    here = solve_layer(weight, hessian, method=method)
+    there = solve_layer(weight.cuda(), hessian.cuda(), method=method)
     assert there.refined_loss == pytest.approx(here.refined_loss, rel=2e-3)

@@ -13,7 +13,7 @@ from torch import nn
 
 from prox24_lightning import Prox24
 from prox24_lightning.mask import is_24
-from prox24_lightning.solvers.input_group import solve_stage
+from prox24_lightning.solvers.input_group import solve_input_group
 from prox24_lightning.sparsify import PostStepProx
 from prox24_lightning.sparsify.strategies.progressive import solve_block
 
@@ -159,9 +159,9 @@ def test_the_progressive_strategy_solves_layers_inside_a_compiled_model(monkeypa
 
     def spy(weights, moments, **options):
         solved.extend((weight.name, moments.tokens) for weight in weights)
-        return solve_stage(weights, moments, **options)
+        return solve_input_group(weights, moments, **options)
 
-    monkeypatch.setattr(solve_block, "solve_stage", spy)
+    monkeypatch.setattr(solve_block, "solve_input_group", spy)
     module = TinyModule()
     module.model = torch.compile(module.model, backend="eager")
     callback = Prox24(2, 18, targets=["model.0", "model.2"], verbose=False)

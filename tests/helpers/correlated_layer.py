@@ -6,7 +6,7 @@ import torch
 
 
 def layer(outputs, inputs, correlation, seed=0):
-    """Weight (outputs, inputs) and second moments of 100 inputs that share a common part; float64."""
+    """Weight (outputs, inputs) and the Hessian of 100 inputs that share a common part; float64."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
     common = torch.randn(100, 1, generator=generator, dtype=torch.float64)

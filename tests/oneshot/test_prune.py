@@ -193,7 +193,7 @@ def test_blocks_of_other_arguments_are_not_taken_over(tmp_path):
 
 def test_finished_blocks_are_not_solved_again(tmp_path, monkeypatch):
     prune(seeded(), work_dir=tmp_path)
-    monkeypatch.setattr("prox24_lightning.oneshot.prune.solve_stage", None)
+    monkeypatch.setattr("prox24_lightning.oneshot.prune.solve_input_group", None)
     assert len(prune(seeded(), work_dir=tmp_path).layers) == 9
 
 

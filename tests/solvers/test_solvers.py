@@ -5,10 +5,11 @@ import torch
 
 from prox24_lightning.mask import is_24, mask_24, zeros_per_group
 from prox24_lightning.solvers import solve_layer
+from prox24_lightning.solvers.cholesky import cholesky
 from prox24_lightning.solvers.loss import local_loss, regularized
-from prox24_lightning.solvers.masked_cg import masked_gradient
-from prox24_lightning.solvers.proximal import largest_eigenvalue
-from prox24_lightning.solvers.sparsegpt import cholesky, sparsegpt
+from prox24_lightning.solvers.masked_cg import masked_cg
+from prox24_lightning.solvers.proximal_gradient import largest_eigenvalue
+from prox24_lightning.solvers.sparsegpt import sparsegpt
 
 METHODS = ["magnitude", "wanda", "sparsegpt", "prox", "prox_gradient"]
 
@@ -29,9 +30,9 @@ def test_wanda_keeps_the_largest_magnitude_times_rms_input():
     assert found.weight.tolist() == [[0.0, -3.0, pytest.approx(2.1), 0.0], [0.0, 0.0, pytest.approx(-1.1), 2.0]]
 
 
-def published_sparsegpt(weight, moments, damping=0.01):
+def published_sparsegpt(weight, hessian, damping=0.01):
     """Optimal brain surgeon, one column at a time, the inverse of the remaining H computed anew for every column."""
-    weight, hessian = weight.clone(), moments.clone()
+    weight, hessian = weight.clone(), hessian.clone()
     size = len(hessian)
     hessian += damping * hessian.diagonal().mean() * torch.eye(size, dtype=hessian.dtype)
     mask = torch.zeros_like(weight, dtype=torch.bool)
@@ -51,9 +52,9 @@ def published_sparsegpt(weight, moments, damping=0.01):
 
 @pytest.mark.parametrize("block", [4, 8, 128])
 def test_sparsegpt_agrees_with_explicit_inverses(block):
-    weight, moments = layer()
-    found, mask = sparsegpt(weight, moments, block=block)
-    wanted, wanted_mask = published_sparsegpt(weight, moments)
+    weight, hessian = layer()
+    found, mask = sparsegpt(weight, hessian, block=block)
+    wanted, wanted_mask = published_sparsegpt(weight, hessian)
     assert torch.equal(mask, wanted_mask)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
@@ -67,85 +68,85 @@ def test_cholesky_takes_more_damping_where_the_first_try_fails(caplog):
 
 
 def test_cholesky_of_an_indefinite_matrix_is_refused():
-    with pytest.raises(ValueError, match=r"fc1: the second moments have no Cholesky factor even with damping"):
+    with pytest.raises(ValueError, match=r"fc1: the Hessian has no Cholesky factor even with damping"):
         cholesky(torch.diag(torch.tensor([1.0, -1.0, 1.0, -1.0])), name="fc1")
 
 
 def test_refinement_reaches_the_least_squares_solution_of_every_row():
-    weight, moments = layer()
+    weight, hessian = layer()
     mask = mask_24(weight)
-    found = masked_gradient(weight, weight, moments, mask, steps=200, tolerance=0.0, damping=0.0)
+    found = masked_cg(weight, weight, hessian, mask, steps=200, tolerance=0.0, damping=0.0)
     for row, support in enumerate(mask):
-        best = torch.linalg.solve(moments[support][:, support], (moments @ weight[row])[support])
+        best = torch.linalg.solve(hessian[support][:, support], (hessian @ weight[row])[support])
         torch.testing.assert_close(found[row, support], best, rtol=1e-7, atol=1e-7)
 
 
 def test_a_loose_tolerance_costs_no_more_than_it_says():
-    weight, moments = layer()
+    weight, hessian = layer()
     mask = mask_24(weight)
-    few = masked_gradient(weight, weight, moments, mask, steps=10_000, tolerance=1e-3)
-    many = masked_gradient(weight, weight, moments, mask, steps=10_000, tolerance=0.0)
-    assert local_loss(few, weight, moments) <= 1.01 * local_loss(many, weight, moments)
+    few = masked_cg(weight, weight, hessian, mask, steps=10_000, tolerance=1e-3)
+    many = masked_cg(weight, weight, hessian, mask, steps=10_000, tolerance=0.0)
+    assert local_loss(few, weight, hessian) <= 1.01 * local_loss(many, weight, hessian)
 
 
 def test_refinement_that_goes_on_after_it_has_converged_stays_finite():
-    weight, moments = layer(outputs=32, dtype=torch.float32)
+    weight, hessian = layer(outputs=32, dtype=torch.float32)
     mask = mask_24(weight)
     weight = weight * mask
-    found = masked_gradient(weight + 0.1 * mask, weight, moments, mask, steps=400, tolerance=0.0)
+    found = masked_cg(weight + 0.1 * mask, weight, hessian, mask, steps=400, tolerance=0.0)
     torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dim", [-1, 0])
 def test_every_method_gives_24_and_refinement_lowers_its_loss(method, dim):
-    weight, moments = layer(outputs=12, inputs=32)
-    plain = solve_layer(weight, moments, method=method, refine=None, dim=dim, steps=40)
-    refined = solve_layer(weight, moments, method=method, dim=dim, steps=40)
+    weight, hessian = layer(outputs=12, inputs=32)
+    plain = solve_layer(weight, hessian, method=method, refine=None, dim=dim, steps=40)
+    refined = solve_layer(weight, hessian, method=method, dim=dim, steps=40)
     assert bool((zeros_per_group(refined.weight, dim=dim) >= 2).all())
     assert bool((refined.mask.unflatten(dim, (-1, 4)).sum(1 if dim == 0 else -1) == 2).all())
     assert torch.equal(plain.mask, refined.mask)
     assert refined.refined_loss <= plain.loss * (1 + 1e-6)
-    lost = local_loss(refined.weight, weight, moments) / local_loss(0 * weight, weight, moments)
+    lost = local_loss(refined.weight, weight, hessian) / local_loss(0 * weight, weight, hessian)
     assert refined.refined_loss == pytest.approx(float(lost))
 
 
 def test_prox_ends_below_sparsegpt_and_wanda():
-    weight, moments = layer(outputs=32, inputs=64, tokens=400)
-    losses = {method: solve_layer(weight, moments, method=method).refined_loss for method in METHODS}
+    weight, hessian = layer(outputs=32, inputs=64, tokens=400)
+    losses = {method: solve_layer(weight, hessian, method=method).refined_loss for method in METHODS}
     assert losses["prox"] < 0.95 * losses["sparsegpt"]
     assert losses["prox"] < losses["prox_gradient"] < losses["wanda"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_do_not_depend_on_what_they_are_stacked_with(method):
-    weight, moments = layer(outputs=8, inputs=16)
-    whole = solve_layer(weight, moments, method=method, steps=30, tolerance=0.0, refine_steps=60)
-    alone = solve_layer(weight[2:5], moments, method=method, steps=30, tolerance=0.0, refine_steps=60)
+    weight, hessian = layer(outputs=8, inputs=16)
+    whole = solve_layer(weight, hessian, method=method, steps=30, tolerance=0.0, refine_steps=60)
+    alone = solve_layer(weight[2:5], hessian, method=method, steps=30, tolerance=0.0, refine_steps=60)
     part = whole.rows(2, 5)
     torch.testing.assert_close(part.weight, alone.weight, rtol=1e-6, atol=1e-8)
     assert part.loss == pytest.approx(alone.loss)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_scale_of_the_moments_does_not_matter(method):
-    weight, moments = layer()
-    one = solve_layer(weight, moments, method=method, steps=30)
-    two = solve_layer(weight, 1000 * moments, method=method, steps=30)
+def test_the_scale_of_the_hessian_does_not_matter(method):
+    weight, hessian = layer()
+    one = solve_layer(weight, hessian, method=method, steps=30)
+    two = solve_layer(weight, 1000 * hessian, method=method, steps=30)
     assert torch.equal(one.mask, two.mask)
 
 
 def test_prox_needs_no_final_projection():
-    weight, moments = layer(outputs=32, inputs=32)
-    assert solve_layer(weight, moments, method="prox", refine=None).reached == 1.0
-    assert solve_layer(weight, moments, method="wanda", refine=None).reached < 0.1
+    weight, hessian = layer(outputs=32, inputs=32)
+    assert solve_layer(weight, hessian, method="prox", refine=None).reached == 1.0
+    assert solve_layer(weight, hessian, method="wanda", refine=None).reached < 0.1
 
 
 def test_uncorrelated_inputs_leave_nothing_to_gain_over_wanda():
     weight, _ = layer()
-    moments = torch.diag(torch.linspace(0.5, 2, 16, dtype=torch.float64))
-    wanda = solve_layer(weight, moments, method="wanda", refine=None)
-    assert torch.equal(solve_layer(weight, moments, method="prox").mask, wanda.mask)
+    hessian = torch.diag(torch.linspace(0.5, 2, 16, dtype=torch.float64))
+    wanda = solve_layer(weight, hessian, method="wanda", refine=None)
+    assert torch.equal(solve_layer(weight, hessian, method="prox").mask, wanda.mask)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -159,8 +160,8 @@ def test_inputs_that_never_fire_mean_magnitude(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_fewer_tokens_than_inputs_still_give_a_finite_24_weight(method, tokens):
-    weight, moments = layer(inputs=32, tokens=tokens, dtype=torch.float32)
-    found = solve_layer(weight, moments, method=method, steps=30)
+    weight, hessian = layer(inputs=32, tokens=tokens, dtype=torch.float32)
+    found = solve_layer(weight, hessian, method=method, steps=30)
     assert torch.isfinite(found.weight).all()
     assert is_24(found.weight)
     # With one token every loss is rounding.
@@ -168,18 +169,18 @@ def test_fewer_tokens_than_inputs_still_give_a_finite_24_weight(method, tokens):
 
 
 def test_one_strong_input_does_not_drown_the_others():
-    _, moments = layer(dtype=torch.float32)
+    _, hessian = layer(dtype=torch.float32)
     scale = torch.ones(16)
     scale[5] = 1e3
-    moments = moments * scale * scale.unsqueeze(1)
-    shrunk = regularized(moments, 1e-3).diagonal() / moments.diagonal()
+    hessian = hessian * scale * scale.unsqueeze(1)
+    shrunk = regularized(hessian, 1e-3).diagonal() / hessian.diagonal()
     assert shrunk[0] < 1.5
 
 
 def test_largest_eigenvalue_is_an_upper_estimate_within_five_percent():
-    _, moments = layer(inputs=32)
-    true = torch.linalg.eigvalsh(moments)[-1]
-    assert true <= largest_eigenvalue(moments) <= 1.05 * true
+    _, hessian = layer(inputs=32)
+    true = torch.linalg.eigvalsh(hessian)[-1]
+    assert true <= largest_eigenvalue(hessian) <= 1.05 * true
 
 
 BAD = [
@@ -187,18 +188,18 @@ BAD = [
     ({"refine": "adam"}, "refine='adam' is unknown; use one of masked_gradient, None"),
     ({"steps": 0}, "steps=0 must be at least 1"),
     ({"weight": torch.full((4, 8), torch.nan)}, r"model.fc: the weight holds values that are not finite"),
-    ({"moments": torch.full((8, 8), torch.inf)}, r"model.fc: the layer's inputs hold values that are not finite"),
+    ({"hessian": torch.full((8, 8), torch.inf)}, r"model.fc: the layer's inputs hold values that are not finite"),
     (
-        {"moments": torch.eye(4)},
-        r"model.fc: second moments of shape \(4, 4\) do not belong to a weight of shape \(4, 8\)",
+        {"hessian": torch.eye(4)},
+        r"model.fc: a Hessian of shape \(4, 4\) does not fit a weight of shape \(4, 8\)",
     ),
     ({"weight": torch.zeros(8)}, r"model.fc: the layer-wise solver takes a matrix, got a weight of shape \(8,\)"),
-    ({"weight": torch.zeros(4, 6), "moments": torch.eye(6)}, "has size 6, which does not divide by 4"),
+    ({"weight": torch.zeros(4, 6), "hessian": torch.eye(6)}, "has size 6, which does not divide by 4"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
 def test_bad_input_is_refused_by_name(changes, message):
-    arguments = {"weight": torch.ones(4, 8), "moments": torch.eye(8), "name": "model.fc"} | changes
+    arguments = {"weight": torch.ones(4, 8), "hessian": torch.eye(8), "name": "model.fc"} | changes
     with pytest.raises(ValueError, match=message):
         solve_layer(**arguments)

@@ -79,14 +79,14 @@ def test_the_search_counts_and_shows_the_worst_row():
 
 
 def test_ablations_change_one_thing_at_a_time_and_are_all_24():
-    weight, moments = random_layer(16, 16, 0.5, torch.Generator().manual_seed(0))
+    weight, hessian = random_layer(16, 16, 0.5, torch.Generator().manual_seed(0))
     seen = []
 
     def score(pruned):
         seen.append(pruned["a"])
-        return float(row_losses(pruned["a"], weight, moments).sum())
+        return float(row_losses(pruned["a"], weight, hessian).sum())
 
-    table = ablations.ablate({"a": (weight, moments)}, score, steps=(5, 20), base=10)
+    table = ablations.ablate({"a": (weight, hessian)}, score, steps=(5, 20), base=10)
     rows = {row["variant"]: row for row in table}
     assert {"steps: 5", "steps: 20", "metric: weights alone", "geometry: block", "no prox: wanda"} <= set(rows)
     assert len(seen) == 2 * len(table)

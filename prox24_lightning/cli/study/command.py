@@ -272,7 +272,7 @@ def _failures(size: Size, seed: int, tick: Tick) -> Part:
     ]
     inputs = [
         {"rival": f.rival, "entry": i, "weight": float(f.weight[i])}
-        | {f"moment_{j}": float(f.moments[i, j]) for j in range(len(f.weight))}
+        | {f"hessian_{j}": float(f.hessian[i, j]) for j in range(len(f.weight))}
         for f in worst
         for i in range(len(f.weight))
     ]
@@ -296,7 +296,7 @@ def _ablations(size: Size, seed: int, tick: Tick) -> Part:
     best = min(table, key=lambda row: row["output_error_refined"])
     by_steps = [row for row in table if row["variant"].startswith("steps:")]
     text = [
-        "all-MiniLM-L6-v2, the attention projections of its first block, second moments of Python's documentation. "
+        "all-MiniLM-L6-v2, the attention projections of its first block, Hessians of Python's documentation. "
         "`loss` is "
         "the mean relative local loss, `output_error` the relative squared error of the last hidden states on text "
         "that was "

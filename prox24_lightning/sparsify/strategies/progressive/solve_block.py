@@ -12,7 +12,7 @@ from prox24_lightning.calibration.blocks import hidden_of
 from prox24_lightning.calibration.input_groups import order_of_calls
 from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
-from prox24_lightning.solvers.input_group import solve_stage, stage_moments
+from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
 from prox24_lightning.sparsify.strategies.base import Frozen
 from prox24_lightning.sparsify.strategies.progressive.blocks import Unit
 from prox24_lightning.sparsify.strategies.progressive.rerun import Replay, Replays, mixed, outputs_of
@@ -59,11 +59,11 @@ def solve_unit(
         except ValueError as error:  # its output is no tensor
             log.warning("%s is not reconstructed: %s", unit.name, error)
     for stage in order_of_calls(list(owners), runs[0]):
-        moments = stage_moments(stage, runs, dense_runs, twins)
+        moments = input_group_hessian(stage, runs, dense_runs, twins)
         members = [owners[layer] for layer in stage.layers]
         try:
             with without_tf32():
-                solved = solve_stage(members, moments, dense_target=dense_target, steps=prox_steps)
+                solved = solve_input_group(members, moments, dense_target=dense_target, steps=prox_steps)
         except ValueError as error:
             log.warning("%s; its largest weights are kept instead", error)
             continue

@@ -21,9 +21,9 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "prox", "prox_gradient")
 
 
 def test_the_best_block_mask_is_what_a_plain_loop_finds():
-    weight, moments = layer(8, 4, 0.7)
-    best, mask = best_block_masks(weight, moments)
-    root = torch.linalg.cholesky(moments).mT
+    weight, hessian = layer(8, 4, 0.7)
+    best, mask = best_block_masks(weight, hessian)
+    root = torch.linalg.cholesky(hessian).mT
     for top in (0, 4):
         losses = {}
         for number, pattern in enumerate(transposable_patterns(weight.device).bool()):
@@ -31,18 +31,18 @@ def test_the_best_block_mask_is_what_a_plain_loop_finds():
             for row in range(4):
                 values = torch.linalg.lstsq(root[:, pattern[row]], (root @ weight[top + row]).unsqueeze(1)).solution
                 found[row, pattern[row]] = values[:, 0]
-            losses[number] = float(row_losses(found, weight[top : top + 4], moments).sum())
+            losses[number] = float(row_losses(found, weight[top : top + 4], hessian).sum())
         number = min(losses, key=losses.__getitem__)
         assert torch.equal(mask[top : top + 4], transposable_patterns(weight.device)[number].bool())
-        loss = row_losses(best, weight, moments)[top : top + 4].sum()
+        loss = row_losses(best, weight, hessian)[top : top + 4].sum()
         assert float(loss) == pytest.approx(losses[number])
 
 
 def test_two_blocks_of_inputs_are_combined_in_every_way():
-    weight, moments = layer(4, 8, 0.7)
-    best, _ = best_block_masks(weight, moments)
+    weight, hessian = layer(4, 8, 0.7)
+    best, _ = best_block_masks(weight, hessian)
     patterns = transposable_patterns(weight.device).bool()
-    root, least = torch.linalg.cholesky(moments).mT, float("inf")
+    root, least = torch.linalg.cholesky(hessian).mT, float("inf")
     target = root @ weight.T
     tables = []
     for row in range(4):  # the loss of every pair of supports of a row, by least squares
@@ -55,27 +55,27 @@ def test_two_blocks_of_inputs_are_combined_in_every_way():
     keys = [[tuple(row) for row in p.tolist()] for p in patterns]
     for left, right in product(keys, repeat=2):
         least = min(least, sum(tables[row][left[row] + right[row]] for row in range(4)))
-    assert float(row_losses(best, weight, moments).sum()) == pytest.approx(least)
+    assert float(row_losses(best, weight, hessian).sum()) == pytest.approx(least)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_ends_transposable_and_above_the_optimum(method):
-    weight, moments = layer(16, 12, 0.6)
-    best, _ = best_block_masks(weight, moments)
-    found = solve_layer(weight, moments, method=method, dim=BOTH, steps=40)
+    weight, hessian = layer(16, 12, 0.6)
+    best, _ = best_block_masks(weight, hessian)
+    found = solve_layer(weight, hessian, method=method, dim=BOTH, steps=40)
     assert is_24(found.weight, dim=BOTH)
     assert found.mask.sum() == weight.numel() / 2
     assert found.refined_loss <= found.loss
-    assert row_losses(found.weight, weight, moments).sum() >= row_losses(best, weight, moments).sum() * (1 - 1e-9)
+    assert row_losses(found.weight, weight, hessian).sum() >= row_losses(best, weight, hessian).sum() * (1 - 1e-9)
 
 
 def test_prox_comes_far_closer_to_the_optimum_than_its_peers():
-    weight, moments = layer(64, 12, 0.9)
-    optimum = row_losses(best_block_masks(weight, moments)[0], weight, moments).sum()
+    weight, hessian = layer(64, 12, 0.9)
+    optimum = row_losses(best_block_masks(weight, hessian)[0], weight, hessian).sum()
     gaps = {}
     for method in ("magnitude", "wanda", "sparsegpt", "prox"):
-        found = solve_layer(weight, moments, method=method, dim=BOTH)
-        gaps[method] = float(row_losses(found.weight, weight, moments).sum() / optimum) - 1
+        found = solve_layer(weight, hessian, method=method, dim=BOTH)
+        gaps[method] = float(row_losses(found.weight, weight, hessian).sum() / optimum) - 1
     assert gaps["prox"] < 0.5 * min(gaps[method] for method in ("magnitude", "wanda", "sparsegpt"))
 
 
