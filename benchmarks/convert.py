@@ -19,7 +19,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.convert_models import MODELS, model_rows, save_models
-from benchmarks.report import write_report
+from benchmarks.report import result_path, write_report
 from prox24_lightning.convert import SemiStructuredLinear
 from prox24_lightning.convert.autotune.search import kernel_tables
 from prox24_lightning.convert.autotune.table import KernelTable
@@ -200,7 +199,7 @@ def save_grid(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
         "package's own, `cusparselt` with its algorithm NVIDIA's."
     )
     write_report(folder, name, "Converted layers against dense ones", rows, note=note, quiet=True)
-    write_report(folder, f"{name}_bars", "Converted layers: the figures in short", bars(rows), quiet=True)
+    write_report(folder, name, "Converted layers: the figures in short", bars(rows), part="bars", quiet=True)
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -244,19 +243,17 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096, help="tokens of the prompt")
     parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, help="out x in, as 4096x4096")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--name", default="convert", help="of the result files")
+    parser.add_argument("--name", default="convert", help="of the result files: convert/VARIANT")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
-    stem = f"{date.today().isoformat()}_{arguments.name}"
     with torch.no_grad():
         if arguments.part != "models":
             rows = grid(arguments)
-            plot(arguments.output / f"{stem}.png", rows)
-            write_report(
-                arguments.output, f"{arguments.name}_bars", "Converted layers: the figures in short", bars(rows)
-            )
+            plot(result_path(arguments.output, arguments.name, ".png"), rows)
+            title = "Converted layers: the figures in short"
+            write_report(arguments.output, arguments.name, title, bars(rows), part="bars")
         if arguments.part != "grid":
             found: list[dict[str, Any]] = []
             for name in arguments.models:

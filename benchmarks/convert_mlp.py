@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.report import machine
+from benchmarks.report import machine, result_path
 from prox24_lightning.convert import ExampleInputs, Report, Settings, run_benchmark
 from prox24_lightning.convert.benchmark.example_inputs import own_example
 from prox24_lightning.convert.benchmark.tables import print_report, write_report
@@ -99,8 +98,9 @@ def main() -> None:
     known = {key.lower() for key in report.machine}
     report = replace(report, machine=report.machine | {k: v for k, v in facts.items() if k.lower() not in known})
     print_report(report)
-    name = "convert_mlp" if arguments.checkpoint is None else f"convert_{arguments.checkpoint.stem}"
-    for path in write_report(report, arguments.output, f"{date.today().isoformat()}_{name}_{arguments.dtype}"):
+    model = arguments.dtype if arguments.checkpoint is None else f"{arguments.checkpoint.stem}_{arguments.dtype}"
+    target = result_path(arguments.output, f"convert_mlp/{model}", "")
+    for path in write_report(report, target.parent, target.name):
         print(path)
 
 

@@ -251,4 +251,4 @@ def save_models(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
         "model's, from graphs; x at most: Amdahl's limit, were they as much faster as "
         f"there are fewer bytes ({_BYTES}, decoding) or products ({_PRODUCTS}, prefill). Memory: parts of dense."
     )
-    write_report(folder, f"{name}_models", "Whole models, dense and converted", rows, note=note)
+    write_report(folder, name, "Whole models, dense and converted", rows, part="models", note=note)

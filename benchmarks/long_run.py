@@ -15,7 +15,6 @@ import os
 import statistics
 import tempfile
 import time
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.report import write_report
+from benchmarks.report import result_path, write_report
 from prox24_lightning import ConvertAndBenchmark, Prox24, SparsityMonitor
 from prox24_lightning.utils.files import replacing
 
@@ -137,6 +136,7 @@ def main(
         )
         trainer.fit(Regression(width), data)
     rows = watch.rows
+    plot = result_path(output, "long_run", ".png")
     write_report(
         output,
         "long_run",
@@ -145,17 +145,13 @@ def main(
         note=f"Five linear layers, width {width}, batch {batch_size}, AdamW, {threads} threads. The ratio is that "
         "of a step to a bare one of the same model, timed in turns. Growth from the first to the second half of each "
         f"phase, medians over windows of {EVERY} steps:\n\n{_growth(rows)}\n\n"
-        f"![Memory and step time]({_stem()}.png)",
+        f"![Memory and step time]({plot.name})",
     )
-    _draw(rows, output / f"{_stem()}.png")
+    _draw(rows, plot)
 
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _stem() -> str:
-    return f"{date.today().isoformat()}_long_run"
 
 
 def _growth(rows: list[dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import prox_cuda
 import torch
 from alternating import alternating_minimisation
-from report import write_report
+from report import result_path, write_report
 from torch import Tensor
 
 from prox24_lightning.prox import critical_strength_24, prox_24, prox_24_reference
@@ -57,8 +57,8 @@ def main() -> None:
         table: list[dict[str, Any]] = []
         for row in prox_cuda.rows(plan):
             table.append(row)
-            write_report(arguments.out, "prox_cuda", "The exact 2:4 prox on a GPU", table, note=CUDA_NOTE)
-        prox_cuda.plot(table, arguments.out)
+            write_report(arguments.out, "prox/cuda", "The exact 2:4 prox on a GPU", table, note=CUDA_NOTE)
+        prox_cuda.plot(table, result_path(arguments.out, "prox/cuda", ".png"))
         return
 
     size = arguments.size
@@ -68,7 +68,7 @@ def main() -> None:
     rows = [_row(weight, strength, arguments.repeats, arguments.sweeps) for strength in arguments.strengths]
     write_report(
         arguments.out,
-        "prox_cpu",
+        "prox/cpu",
         f"The exact 2:4 prox on CPU, {size} x {size} float32",
         rows,
         note=(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,7 @@ def _objective(w: Tensor, y: Tensor, strength: float) -> Tensor:
     return ((w.double() - y.double()) ** 2).sum(-1) / 2 + strength * (a * b * (c + d) + c * d * (a + b))
 
 
-def plot(table: Sequence[Row], folder: Path) -> None:
+def plot(table: Sequence[Row], path: Path) -> None:
     """Time over that of a copy against the strength, for the matrix of the main table."""
     from matplotlib.figure import Figure
 
@@ -188,4 +187,5 @@ def plot(table: Sequence[Row], folder: Path) -> None:
             axes.plot([row["strength"] for row in some], times, "x--", label=f"{name.removesuffix(' ms')}, {dtype}")
     axes.set(xscale="log", yscale="log", xlabel="strength x rms of the weights", ylabel="time over that of a copy")
     axes.legend(fontsize=7)
-    figure.savefig(folder / f"{date.today().isoformat()}_prox_cuda.png", dpi=130)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

@@ -1,4 +1,7 @@
-"""Result files of the benchmarks: a dated Markdown table and the same numbers as JSON, with machine and versions."""
+"""Result files of the benchmarks: a dated Markdown table and the same numbers as JSON, with machine and versions.
+
+``python -m benchmarks.report`` rewrites the index, ``results/README.md``, which links the newest file of each kind.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,74 @@ from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.files import write_text
 from prox24_lightning.utils.markdown import markdown_table
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def machine() -> dict[str, str]:
     """Return where and with what the numbers were taken, and the command."""
     return {**describe_environment(), "command": shlex.join(["python", *_arguments()])}
 
 
+def result_path(folder: Path, name: str, ending: str, *, part: str = "") -> Path:
+    """Return the path of today's result: ``folder/BENCHMARK/DATE[_VARIANT][_PART]ENDING``.
+
+    Args:
+        folder: of all results.
+        name: ``"BENCHMARK"`` or ``"BENCHMARK/VARIANT"``.
+        ending: of the file, with its dot.
+        part: one of several files of the same run.
+    """
+    benchmark, _, variant = name.partition("/")
+    words = [word for word in (date.today().isoformat(), variant, part) if word]
+    return folder / benchmark / f"{'_'.join(words)}{ending}"
+
+
 def write_report(
-    folder: Path, name: str, title: str, rows: Sequence[dict[str, Any]], *, note: str = "", quiet: bool = False
+    folder: Path,
+    name: str,
+    title: str,
+    rows: Sequence[dict[str, Any]],
+    *,
+    part: str = "",
+    note: str = "",
+    quiet: bool = False,
 ) -> Path:
-    """Write ``<date>_<name>.md`` and ``.json`` into ``folder``, print the table unless ``quiet``; return the first."""
+    """Write the ``.md`` and ``.json`` of :func:`result_path`, print the table unless ``quiet``, return the first path."""
     facts = machine()
     table = markdown_table(list(rows[0]), (row.values() for row in rows))
     text = f"# {title}\n\n{note}\n\n{table}\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items())
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{date.today().isoformat()}_{name}.md"
+    path = result_path(folder, name, ".md", part=part)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")
-    write_text(path.with_suffix(".json"), json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1))
+    content = json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1)
+    write_text(result_path(folder, name, ".json", part=part), content)
     if not quiet:
         Console().print(Markdown(text))
     return path
 
 
+def index(folder: Path = RESULTS) -> str:
+    """Return the text of ``README.md`` in ``folder``: the newest result of each benchmark and variant, linked."""
+    rows = []
+    for benchmark in sorted(path for path in folder.iterdir() if path.is_dir()):
+        newest: dict[str, Path] = {}
+        for path in sorted([*benchmark.glob("????-??-??*.md"), *benchmark.glob("????-??-??*/report.md")]):
+            stem = path.stem if path.parent == benchmark else path.parent.name
+            newest[stem[len("2000-01-01_") :]] = path
+        for variant, path in sorted(newest.items()):
+            target = path.relative_to(folder).as_posix()
+            if not variant.endswith("before"):
+                rows.append((benchmark.name, variant.replace("_", " "), f"[{target}]({target})"))
+    return (
+        "# Results\n\nThe newest result of each benchmark. Older files (earlier dates, and names that end in `before`) are "
+        "kept where a text refers to them.\n\n" + markdown_table(["benchmark", "variant", "newest"], rows) + "\n"
+    )
+
+
 def _arguments() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]] if spec else sys.argv
+
+
+if __name__ == "__main__":
+    write_text(RESULTS / "README.md", index())

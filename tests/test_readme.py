@@ -22,7 +22,7 @@ def test_every_file_the_readme_points_at_exists():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (README.parent / target).exists(), target
     results = README.parent / "benchmarks" / "results"
-    cited = re.findall(r"`(?:benchmarks/results/)?(\d{4}-\d\d-\d\d_[^`]+)`", text)
+    cited = re.findall(r"`(?:benchmarks/results/)?([a-z0-9_]+/\d{4}-\d\d-\d\d[^`]*)`", text)
     assert len(cited) > 20
     for target in cited:
         assert (results / target).exists(), target

@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from benchmarks.recovery.language_model import LanguageModel, default_precision
-from benchmarks.recovery.protocol import Results, compare, settings_line
+from benchmarks.recovery.protocol import Results, compare, runs_path, settings_line
 from benchmarks.recovery.rows import FINETUNING, chosen_rows, further_rows
 from benchmarks.recovery.summary import finish
 from prox24_lightning.io.pretrained import Pretrained
@@ -57,8 +57,8 @@ def main(
 
     Args:
         output: folder for the result file, the plot and (unless ``runs`` names another place) the runs file.
-        name: of these files.
-        runs: file of finished runs, one JSON line each; null is ``output/NAME.runs.jsonl``.
+        name: of these files: "recovery" or "recovery/VARIANT".
+        runs: file of finished runs, one JSON line each; null is ``output/recovery/VARIANT.runs.jsonl``.
         rows: names of rows; null for all.
         variants: further rows of Prox24: name -> its arguments, and ``distillation``, the share of it.
         seeds: of the order of the training text, one run of every row each.
@@ -102,8 +102,9 @@ def main(
         cache=cache,
     )
     until = None if minutes is None else time.time() + 60 * minutes
-    name = f"{name}_long" if long else name
-    results = Results(runs or output / f"{name}.runs.jsonl")
+    if long:
+        name += "_long" if "/" in name else "/long"
+    results = Results(runs or runs_path(output, name))
     task.data(0).prepare_data()  # once, before several processes ask for it
     found, rates, failed = compare(
         task,

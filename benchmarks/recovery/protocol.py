@@ -86,6 +86,12 @@ class Results:
             os.fsync(file.fileno())
 
 
+def runs_path(folder: Path, name: str) -> Path:
+    """Return the path of the runs behind the result ``name``, which is ``"BENCHMARK"`` or ``"BENCHMARK/VARIANT"``."""
+    benchmark, _, variant = name.partition("/")
+    return folder / benchmark / f"{variant or benchmark}.runs.jsonl"
+
+
 def run_all(jobs: Sequence[Job], results: Results, processes: int, until: float | None = None) -> int:
     """Do the runs that are missing from ``results``, ``processes`` at a time; how many failed is returned.
 

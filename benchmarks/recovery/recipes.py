@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from benchmarks.recovery.protocol import Results, compare, settings_line
+from benchmarks.recovery.protocol import Results, compare, runs_path, settings_line
 from benchmarks.recovery.rows import SCRATCH, chosen_rows, further_rows
 from benchmarks.recovery.scratch import Recipe
 from benchmarks.recovery.summary import finish
@@ -31,7 +31,7 @@ def main(
     Args:
         recipe: the config of a recipe; its Prox24 arguments are those of the row "prox24".
         output: folder for the results.
-        runs: file of finished runs; null is ``output/recovery_RECIPE.runs.jsonl``.
+        runs: file of finished runs; null is ``output/recovery/RECIPE.runs.jsonl``.
         rows: names of rows; null for all.
         variants: further rows of Prox24: name -> its arguments, and ``distillation``, the share of it.
         seeds: of weights and data order.
@@ -39,8 +39,8 @@ def main(
     """
     chosen = chosen_rows(rows, {**SCRATCH, **further_rows(variants)})
     task = Recipe.of(recipe)
-    name = f"recovery_{recipe.stem}"
-    results = Results(runs or output / f"{name}.runs.jsonl")
+    name = f"recovery/{recipe.stem}"
+    results = Results(runs or runs_path(output, name))
     found, _, failed = compare(task, chosen, seeds, None, None, 0, jobs, results)
     title = f"Recovery: {recipe.stem} from scratch"
     finish(found, list(chosen), task.plain, output, name, title, f"{settings_line(task)}; {jobs} at a time. ")

@@ -16,7 +16,7 @@ from benchmarks.recovery.summary import finish
 
 
 def main(
-    runs: Path = Path("benchmarks/results/recovery.runs.jsonl"),
+    runs: Path = Path("benchmarks/results/recovery/recovery.runs.jsonl"),
     output: Path = Path("benchmarks/results"),
     name: str = "recovery",
     rows: list[str] | None = None,
@@ -30,7 +30,7 @@ def main(
     Args:
         runs: file of finished runs, as ``benchmarks.recovery`` writes it.
         output: folder for result file and plot.
-        name: of these files.
+        name: of these files: "recovery" or "recovery/VARIANT".
         rows: names of rows; null for all.
         seeds: null for all.
         lr: peak learning rate of the rows that ``rates`` does not name.
