@@ -1,4 +1,4 @@
-"""Pictures of a run on its way to 2:4: data in, ``matplotlib.figure.Figure`` out; nothing is shown or saved here.
+"""Figures of a run on its way to 2:4; nothing is shown or saved here.
 
 Matplotlib is imported when a figure is drawn, without pyplot, so no window system and no global state is touched.
 """
@@ -29,17 +29,18 @@ MAX_LABELS = 32
 
 
 def overview_figure(history: SparsityHistory, title: str = "2:4 sparsity") -> Figure:
-    """The whole way of a run in one picture.
+    """Draw the whole run in one figure.
 
     Top: share of 2:4 groups against the step, with the phases shaded and the strength of the prox on a second,
-    logarithmic axis. Middle: the same share for every layer. Bottom: groups by their number of zeros; and the energy
-    that the two largest of every four hold, in the whole model and in its worst layer, with the flips of the mask.
+    logarithmic axis. Middle: the same share for every layer. Bottom: groups by their number of zeros; and the retained
+    squared norm (the share of the two largest of every four) in the whole model and in its worst layer, with mask
+    flips.
 
     Raises:
-        ValueError: if ``history`` holds no look.
+        ValueError: if ``history`` is empty.
     """
     if not len(history):
-        raise ValueError("there is no look to draw: the history is empty")
+        raise ValueError("the history is empty, so there is nothing to draw")
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -49,14 +50,14 @@ def overview_figure(history: SparsityHistory, title: str = "2:4 sparsity") -> Fi
     rows = figure.add_gridspec(3, 2, height_ratios=[2.6, map_height, 2.3])
     top = figure.add_subplot(rows[0, :])
     layers = figure.add_subplot(rows[1, :], sharex=top)
-    zeros, energy = (figure.add_subplot(rows[2, column], sharex=top) for column in range(2))
+    zeros, retained = (figure.add_subplot(rows[2, column], sharex=top) for column in range(2))
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
-    for axes in (top, zeros, energy):
+    for axes in (top, zeros, retained):
         _style(axes)
     _draw_fraction(top, history)
     _draw_layers(layers, history)
     _draw_zeros(zeros, history)
-    _draw_energy(energy, history)
+    _draw_retained_norm(retained, history)
     first, last = _span(history)
     top.set_xlim(first, last)
     top.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -64,7 +65,7 @@ def overview_figure(history: SparsityHistory, title: str = "2:4 sparsity") -> Fi
 
 
 def mask_figure(pictures: Sequence[tuple[str, Any]], title: str = "corners of the weights") -> Figure:
-    """Corners of a few weights side by side: kept in black, pruned next in grey, zero in white.
+    """Draw corners of a few weights side by side: kept in black, pruned next in grey, zero in white.
 
     Args:
         pictures: layer name and array ``(rows, columns)`` of 0, 1, 2 as
@@ -99,7 +100,7 @@ def mask_figure(pictures: Sequence[tuple[str, Any]], title: str = "corners of th
 
 
 def rendered(figure: Figure) -> np.ndarray:
-    """Pixels ``(height, width, 3)``, uint8. Drawing takes a second, so it is done once for file and log together."""
+    """Return pixels ``(height, width, 3)``, uint8. Drawing takes a second: do it once for file and log together."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -156,7 +157,7 @@ def _draw_layers(axes: Axes, history: SparsityHistory) -> None:
     axes.set_title(
         "groups that are 2:4, layer by layer" + (f"  ({prefix}*)" if prefix else ""), loc="left", fontsize=10, color=INK
     )
-    # In the margin that the second axis of the panel above needs anyway.
+    # In the margin that the second axis of the panel above needs.
     bar = axes.figure.colorbar(mesh, cax=axes.inset_axes((1.012, 0, 0.012, 1)), ticks=[0, 0.5, 1])
     bar.ax.set_yticklabels(["0", "50 %", "100 %"], fontsize=9, color=INK)
     bar.ax.tick_params(length=0)
@@ -167,7 +168,7 @@ def _draw_layers(axes: Axes, history: SparsityHistory) -> None:
 
 def _draw_zeros(axes: Axes, history: SparsityHistory) -> None:
     shares = np.asarray([history.series[f"zeros_{count}"] for count in range(5)])
-    order = [2, 3, 4, 1, 0]  # 2:4 groups from below, so that the border of blue and orange is the 2:4 fraction
+    order = [2, 3, 4, 1, 0]  # 2:4 groups at the bottom, so that the border of blue and orange is the 2:4 fraction
     axes.stackplot(
         _at_least_two(history.steps),
         _at_least_two(shares[order]),
@@ -194,22 +195,22 @@ def _draw_zeros(axes: Axes, history: SparsityHistory) -> None:
     )
 
 
-def _draw_energy(axes: Axes, history: SparsityHistory) -> None:
+def _draw_retained_norm(axes: Axes, history: SparsityHistory) -> None:
     whole, lowest = history.series["energy_kept"], history.series["lowest_energy_kept"]
     marker = _marker(history)
-    lines = axes.plot(history.steps, whole, color=BLUE, linewidth=1.8, marker=marker, label="energy kept")
+    lines = axes.plot(history.steps, whole, color=BLUE, linewidth=1.8, marker=marker, label="retained squared norm")
     lines += axes.plot(
         history.steps, lowest, color=BLUE, linewidth=1.1, linestyle=":", marker=marker, label="in the worst layer"
     )
     bottom = min(0.9, *(value for value in lowest if math.isfinite(value)), 1.0)
     axes.set_ylim(bottom - 0.05, 1.01)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_title("energy held by the two largest of four", loc="left", fontsize=10, color=INK)
+    axes.set_title("squared norm retained by the two largest of four", loc="left", fontsize=10, color=INK)
     axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
     flips = np.asarray(history.series["mask_flips"])
     if np.isfinite(flips).any():
         second = axes.twinx()
-        lines += second.plot(history.steps, flips, color=RED, linewidth=1.2, label="mask flips between looks")
+        lines += second.plot(history.steps, flips, color=RED, linewidth=1.2, label="mask flips")
         second.set_ylim(0, max(1.1 * np.nanmax(flips), 0.01))
         second.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
         _style_second(second, RED)
@@ -241,17 +242,17 @@ def _style_second(axes: Axes, color: str) -> None:
 
 
 def _marker(history: SparsityHistory) -> str:
-    """A line through one look has no length: show it as a dot."""
+    """Return a dot as marker where the history holds one step, as a line through it has no length."""
     return "o" if len(history) == 1 else ""
 
 
 def _span(history: SparsityHistory) -> tuple[float, float]:
-    """First and last step drawn; never empty, so that a single look can be drawn too."""
+    """Return the first and last step drawn, which differ even where the history holds one step."""
     return history.steps[0], max(history.steps[-1], history.steps[0] + 1)
 
 
 def _at_least_two(values: Any) -> np.ndarray:
-    """Repeat a single look one step later: an area needs two points."""
+    """Repeat a single value one step later, since an area needs two points."""
     values = np.asarray(values, dtype=float)
     if values.shape[-1] > 1:
         return values
@@ -259,7 +260,7 @@ def _at_least_two(values: Any) -> np.ndarray:
 
 
 def _without_common_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
-    """Cut the dotted components that all names share from their front, and ``.weight`` from their end."""
+    """Split off the dotted prefix that all names share, and ``.weight`` at their end."""
     names = [name.removesuffix(".weight") for name in names]
     parts = [name.split(".") for name in names]
     shared = 0

@@ -1,4 +1,4 @@
-"""The record of a run's looks at its weights, small enough to live in every checkpoint."""
+"""The statistics of a run, step by step, small enough for every checkpoint."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from prox24_lightning.monitoring.statistics import SparsityStats
 
 STATE_VERSION = 1
 SERIES = (*(f"zeros_{count}" for count in range(5)), "energy_kept", "lowest_energy_kept", "mask_flips", "strength")
-"""What is kept of each look besides the 2:4 fraction of every layer; NaN where a look has no value."""
+"""Statistics kept of each step besides the 2:4 fraction of every layer; NaN where there is none."""
 
 
 class SparsityHistory:
-    """Looks in the order of their steps, and the steps at which a phase began.
+    """Statistics in the order of their steps, and the steps at which a phase began.
 
-    At most ``limit`` looks are kept, spread evenly over the run, the first and the newest among them.
+    At most ``limit`` steps are kept, spread evenly over the run, the first and the newest among them.
 
     Args:
         layers: names of the weights, in the model's order.
-        limit: looks to keep, at least 4.
+        limit: steps to keep, at least 4.
     """
 
     def __init__(self, layers: Sequence[str], limit: int = 2000) -> None:
         if limit < 4:
-            raise ValueError(f"limit={limit} is too small for a record of a run; keep at least 4 looks")
+            raise ValueError(f"limit={limit} is too small for the history of a run; keep at least 4 steps")
         self.layers = tuple(layers)
         self.limit = limit
         self.steps: list[int] = []
@@ -40,26 +40,28 @@ class SparsityHistory:
 
     @property
     def groups_24(self) -> list[float]:
-        """Share of 2:4 groups in the whole model, one value a look."""
+        """Share of 2:4 groups in the whole model, one value a recorded step."""
         return [1 - (none + one) for none, one in zip(self.series["zeros_0"], self.series["zeros_1"], strict=True)]
 
-    def add(self, step: int, whole: SparsityStats, layers: Mapping[str, SparsityStats]) -> None:
-        """Record a look after ``step`` finished steps; it replaces a look at the same step.
+    def record(self, step: int, whole: SparsityStats, layers: Mapping[str, SparsityStats]) -> None:
+        """Record the statistics after ``step`` finished steps; they replace those of the same step.
 
         Raises:
-            ValueError: if ``step`` lies before the newest look, or ``layers`` are not those of this record.
+            ValueError: if ``step`` lies before the newest one, or ``layers`` are not those of this history.
         """
         if tuple(layers) != self.layers:
-            raise ValueError(f"a look at {list(layers)} does not belong to the record of {list(self.layers)}")
+            raise ValueError(f"statistics of {list(layers)} do not fit a history of {list(self.layers)}")
         row = {f"zeros_{count}": share for count, share in enumerate(whole.zeros)}
         row["energy_kept"] = whole.energy_kept
         row["lowest_energy_kept"] = min(layer.energy_kept for layer in layers.values())
         row["mask_flips"] = math.nan if whole.mask_flips is None else whole.mask_flips
         row["strength"] = math.nan if whole.strength is None else whole.strength
         if self.steps and step < self.steps[-1]:
-            raise ValueError(f"a look at step {step} comes after one at step {self.steps[-1]}; rewind the record first")
+            raise ValueError(
+                f"step {step} lies before the newest recorded step {self.steps[-1]}; rewind the history first"
+            )
         if self.steps and step == self.steps[-1]:
-            # Flips are counted since the look before; a second look at one step sees none of those of the first.
+            # Flips are counted since the measurement before, so a second one at this step counts none of the first's.
             row["mask_flips"] = self.series["mask_flips"][-1]
             self._keep(slice(None, -1))
         self.steps.append(step)
@@ -67,20 +69,20 @@ class SparsityHistory:
             self.series[name].append(row[name])
         self.fractions.append([layer.groups_24 for layer in layers.values()])
         if len(self) > self.limit:
-            # Without the inner look that has the closest neighbours: what stays is spread evenly over the run.
+            # Drop the inner step that has the closest neighbours, so that the others stay spread evenly.
             at = self.steps
             crowded = min(range(1, len(at) - 1), key=lambda i: at[i + 1] - at[i - 1])
             self._keep([i for i in range(len(at)) if i != crowded])
 
-    def mark(self, step: int, phase: str) -> bool:
-        """Note the phase after ``step`` finished steps; returns whether it is a new one."""
+    def record_phase(self, step: int, phase: str) -> bool:
+        """Record the phase after ``step`` finished steps; return whether it is a new one."""
         if self.phases and self.phases[-1][1] == phase:
             return False
         self.phases.append((step, phase))
         return True
 
     def rewind(self, step: int) -> None:
-        """Forget what lies after ``step``: the run goes on from there, or starts anew at 0."""
+        """Drop all that lies after ``step``, from which the run continues; 0 starts it anew."""
         self._keep([i for i, at in enumerate(self.steps) if at <= step])
         self.phases = [(at, phase) for at, phase in self.phases if at <= step]
 
@@ -93,7 +95,7 @@ class SparsityHistory:
         self.fractions = kept(self.fractions)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors: ``torch.load(weights_only=True)`` reads it."""
+        """Return plain types and tensors, which ``torch.load(weights_only=True)`` reads."""
         return {
             "version": STATE_VERSION,
             "layers": list(self.layers),
@@ -105,8 +107,10 @@ class SparsityHistory:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], limit: int = 2000) -> SparsityHistory:
-        """Raises:
-        ValueError: if the state's version is unknown.
+        """Return the history that :meth:`state_dict` has saved.
+
+        Raises:
+            ValueError: if the state's version is unknown.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(

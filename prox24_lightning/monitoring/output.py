@@ -1,4 +1,4 @@
-"""Where a monitor writes: any logger takes numbers, TensorBoard takes all, the log folder takes figures."""
+"""Write scalars to any logger, figures to the log folder, and everything to TensorBoard."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ HISTOGRAM_SAMPLE = 1 << 16
 
 
 class MonitorOutput:
-    """Writes for a monitor and keeps every failure from the run: each kind is reported once.
+    """Write for a monitor; a failure becomes a warning, one for each kind.
 
-    ``steps`` is always the number of finished steps; what is written after step n lies where Lightning's own metrics
-    of step n lie, which is at n - 1.
+    ``steps`` is always the number of finished steps. Values after step n are written at n - 1, where Lightning
+    writes its own metrics of step n.
     """
 
     def __init__(self) -> None:
@@ -35,18 +35,18 @@ class MonitorOutput:
 
     @contextmanager
     def guarded(self, what: str) -> Iterator[None]:
-        """Turn an exception into a warning, the first time."""
+        """Turn an exception into a warning, the first time only."""
         try:
             yield
         except Exception as error:
             if what not in self._warned:
                 self._warned.add(what)
                 rank_zero_warn(
-                    f"SparsityMonitor: {what} failed, and the run goes on without it: {type(error).__name__}: {error}"
+                    f"SparsityMonitor: {what} failed, and the run continues without it: {type(error).__name__}: {error}"
                 )
 
     def metrics(self, trainer: Trainer, metrics: Mapping[str, float], steps: int) -> None:
-        """Give numbers to every logger."""
+        """Write scalars to every logger."""
         for logger in trainer.loggers if metrics else ():
             with self.guarded(f"{type(logger).__name__}.log_metrics"):
                 logger.log_metrics(dict(metrics), step=_x(steps))
@@ -60,7 +60,7 @@ class MonitorOutput:
         self._write(trainer, "images", lambda writer: writer.add_image(tag, image, _x(steps), dataformats="HWC"))
 
     def histograms(self, trainer: Trainer, prefix: str, weights: Sequence[GroupedWeight], steps: int) -> None:
-        """Write one histogram a weight to TensorBoard; all are read from the device in one go."""
+        """Write one histogram a weight to TensorBoard; all are read from the device in one transfer."""
         if not tensorboard_loggers(trainer):
             return
         with self.guarded("reading weights for histograms"):
@@ -89,7 +89,7 @@ class MonitorOutput:
                     imsave(temporary, image, format="png")
 
     def wants_images(self, trainer: Trainer) -> bool:
-        """Whether an image would end up anywhere."""
+        """Return whether any logger keeps images."""
         return bool(tensorboard_loggers(trainer) or log_folders(trainer))
 
     def _write(self, trainer: Trainer, what: str, write: Callable[[Any], None]) -> None:
@@ -99,14 +99,14 @@ class MonitorOutput:
 
 
 def tensorboard_loggers(trainer: Trainer) -> list[Any]:
-    """By name of the class, so that loggers of the ``pytorch_lightning`` package count too."""
+    """Return the TensorBoard loggers, found by class name so that those of ``pytorch_lightning`` count too."""
     return [
         logger for logger in trainer.loggers if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__)
     ]
 
 
 def log_folders(trainer: Trainer) -> list[Path]:
-    """Local folders of the loggers, each once. ``trainer.log_dir`` would not do: it talks to all ranks."""
+    """Return the local folders of the loggers, each once. ``trainer.log_dir`` is a collective call, so it is not used."""
     if getattr(trainer, "fast_dev_run", False):
         return []
     folders = []
@@ -125,5 +125,5 @@ def _x(steps: int) -> int:
 
 def _sample(weight: Tensor) -> Tensor:
     flat = weight.detach().flatten()
-    # An odd stride visits all four places of the groups.
+    # An odd stride samples all four positions of the groups.
     return flat[:: math.ceil(flat.numel() / HISTOGRAM_SAMPLE) | 1].float()

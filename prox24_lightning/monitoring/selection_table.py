@@ -1,4 +1,4 @@
-"""What a run will do, as a table in the terminal."""
+"""The table of weights that become 2:4 or stay dense, printed when a run starts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prox24_lightning.weights.selection import Selection
 
 
 def selection_table(selection: Selection, title: str) -> Table:
-    """One row for every kind of weight: repeated blocks (``layers.0``, ``layers.1``, ...) share a row."""
+    """Return one row a kind of weight: repeated blocks (``layers.0``, ``layers.1``, ...) share a row."""
     table = Table(title=title, title_justify="left")
     for column, justify in (("weight", "left"), ("", "right"), ("shape", "left"), ("decision", "left")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -28,7 +28,7 @@ def selection_table(selection: Selection, title: str) -> Table:
 
 
 def _collapsed(rows: Iterable[tuple[str, tuple[int, ...], str]]) -> dict[tuple[str, tuple[int, ...], str], int]:
-    """Count rows that differ in the numbers of their names only, under the first name with ``*`` for the numbers."""
+    """Count rows that differ in the numbers of their names only, under a name with ``*`` for the numbers."""
     counts: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     for name, shape, decision in rows:
         key = (numbers_as_wildcards(name), shape, re.sub(r"\.\d+\b", ".*", decision))

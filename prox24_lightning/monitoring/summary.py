@@ -1,4 +1,4 @@
-"""The closing table of a run: how sparse each layer became."""
+"""The closing table of a run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from prox24_lightning.monitoring.statistics import SparsityStats
 from prox24_lightning.utils.names import numbers_as_wildcards
 
 MAX_ROWS = 48
-"""With more layers than this, those that differ in the numbers of their names only share a row."""
+"""With more layers, those whose names differ in numbers only share a row."""
 MAX_NAMED = 8
 
 
 def summary_table(layers: Mapping[str, SparsityStats], shapes: Mapping[str, tuple[int, ...]], title: str) -> Table:
-    """One row a layer: name, shape, groups, 2:4 fraction, energy kept, zeros; in yellow what is not 2:4."""
+    """Return one row a layer: name, shape, groups, 2:4 fraction, retained squared norm, zeros; yellow where not 2:4."""
     table = Table(title=title, title_justify="left")
     for column, justify in (("weight", "left"), ("shape", "left"), ("groups", "right"), ("2:4", "right")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for column in ("energy kept", "zeros"):
+    for column in ("retained norm²", "zeros"):
         table.add_column(column, justify="right")
     for name, members in _rows(layers, shapes).items():
         groups = sum(layer.groups for layer in members)
@@ -40,7 +40,7 @@ def summary_table(layers: Mapping[str, SparsityStats], shapes: Mapping[str, tupl
 
 
 def dense_warning(layers: Mapping[str, SparsityStats]) -> str | None:
-    """One line that names the layers which are not 2:4, the densest first; None if all are."""
+    """Return one line that names the layers that are not 2:4, the densest first; None if all are."""
     dense = sorted((layer.groups_24, name) for name, layer in layers.items() if layer.groups_24 != 1)
     if not dense:
         return None
@@ -68,7 +68,7 @@ def _rows(
 
 
 def percent(share: float) -> str:
-    """Never rounded up to 100 %: what is said to be whole is whole."""
+    """Return a percentage, which reads 100 % only where the share is exactly one."""
     if share == 1:
         return "100 %"
     return f"{min(100 * share, 99.99):.2f} %"

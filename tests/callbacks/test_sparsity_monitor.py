@@ -19,7 +19,7 @@ from torch import nn
 
 from prox24_lightning import Prox24, SparsityMonitor
 from prox24_lightning.mask import mask_24
-from prox24_lightning.monitoring import track
+from prox24_lightning.monitoring import monitored_weights
 from prox24_lightning.monitoring.statistics import SparsityStats, look
 from prox24_lightning.monitoring.summary import dense_warning, percent, summary_table
 
@@ -42,15 +42,15 @@ def fit(callbacks, module=None, steps=20, batches=20, resume=None, **arguments):
 
 
 @pytest.fixture
-def looks(monkeypatch):
-    """The first weight at every look."""
+def measured(monkeypatch):
+    """The first weight at every measurement."""
     taken = []
 
     def counted(weights, **kwargs):
         taken.append(weights[0].parameter.detach().clone())
         return look(weights, **kwargs)
 
-    monkeypatch.setattr(track, "look", counted)
+    monkeypatch.setattr(monitored_weights, "look", counted)
     return taken
 
 
@@ -213,7 +213,7 @@ def test_a_model_without_weights_to_watch_is_only_warned_about():
             self.model = nn.Sequential(nn.Linear(8, 3), nn.Linear(3, 2), nn.Linear(2, 4))
             self.model[0].weight.requires_grad_(False)
 
-    with pytest.warns(UserWarning, match="nothing to look at: no weight of the model can be 2:4"):
+    with pytest.warns(UserWarning, match="nothing to measure: no weight of the model can be 2:4"):
         trainer, _ = fit([monitor()], Module())
     assert trainer.global_step == 20
 
@@ -221,21 +221,21 @@ def test_a_model_without_weights_to_watch_is_only_warned_about():
 # When.
 
 
-def test_no_look_between_looks(looks):
+def test_no_look_between_looks(measured):
     fit([monitor(every=6), prox(start=0, freeze=0)], steps=20)
-    assert len(looks) == 1 + 3 + 1, "at the start, after steps 6, 12 and 18, and at the end"
+    assert len(measured) == 1 + 3 + 1, "at the start, after steps 6, 12 and 18, and at the end"
 
 
-def test_gradient_accumulation(looks):
+def test_gradient_accumulation(measured):
     callback = monitor(every=1)
     fit([callback], steps=4, accumulate_grad_batches=3)
     assert callback.histories["model"].steps == [0, 1, 2, 3, 4]
-    *during, at_the_end = looks
+    *during, at_the_end = measured
     assert len(during) == 5
-    assert torch.equal(during[4], at_the_end), "a look comes after its step, not before"
+    assert torch.equal(during[4], at_the_end), "a measurement follows its step"
 
 
-def test_manual_optimisation_that_accumulates_by_itself(looks):
+def test_manual_optimisation_that_accumulates_by_itself(measured):
     class Manual(TinyModule):
         automatic_optimization = False
 
@@ -251,7 +251,7 @@ def test_manual_optimisation_that_accumulates_by_itself(looks):
     assert callback.histories["model"].steps == [0, 1, 2, 3, 4, 8, 12, 16, 20]
 
 
-def test_manual_optimisation_with_bare_optimizers(looks):
+def test_manual_optimisation_with_bare_optimizers(measured):
     class Manual(TinyModule):
         automatic_optimization = False
 
@@ -268,7 +268,7 @@ def test_manual_optimisation_with_bare_optimizers(looks):
     assert callback.histories["model"].steps == [0, 10, 20]
 
 
-def test_one_read_from_the_device_a_look_and_none_between(monkeypatch):
+def test_one_read_from_the_device_a_measurement_and_none_between(monkeypatch):
     reads = []
     original = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or original(self))
@@ -277,7 +277,7 @@ def test_one_read_from_the_device_a_look_and_none_between(monkeypatch):
     assert reads == [(3, 11)] * 4, "three weights; at the start, after steps 10 and 20, and at the end"
 
 
-# It only looks.
+# It only measured.
 
 
 def test_training_is_the_same_with_and_without_it(tmp_path):
@@ -357,7 +357,7 @@ def test_a_compiled_model():
 # The progress bar.
 
 
-def test_the_bar_keeps_its_value_between_looks_and_epochs():
+def test_the_bar_keeps_its_value_between_measurements_and_epochs():
     seen = []
 
     class Module(TinyModule):
@@ -438,7 +438,7 @@ def test_a_new_trainer_starts_a_new_history():
     assert callback.histories["model"].steps == [0, 4]
 
 
-def test_a_new_run_of_a_sparse_model_is_logged_from_its_first_look(tmp_path):
+def test_a_new_run_of_a_sparse_model_is_logged_from_its_first_step(tmp_path):
     callback, logger = monitor(), CSVLogger(tmp_path)
     _, module = fit([callback, prox()])
     fit([callback, prox(start=0, freeze=0)], module, logger=logger)

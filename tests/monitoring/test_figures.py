@@ -30,13 +30,13 @@ def stats(fraction, flips=None, strength=None):
 
 def history(steps=(0, 10, 20, 30), layers=LAYERS):
     record = SparsityHistory(layers)
-    record.mark(0, "dense")
+    record.record_phase(0, "dense")
     for step in steps:
         if step > 10:
-            record.mark(step, "frozen" if step == steps[-1] else "sparsify")
+            record.record_phase(step, "frozen" if step == steps[-1] else "sparsify")
         fraction = step / 30
         whole = stats(fraction, 0.1 if step else None, 1.0 + step if 0 < step < 30 else None)
-        record.add(step, whole, {name: stats(fraction * (1 - 0.1 * i)) for i, name in enumerate(layers)})
+        record.record(step, whole, {name: stats(fraction * (1 - 0.1 * i)) for i, name in enumerate(layers)})
     return record
 
 
@@ -107,14 +107,14 @@ def test_zeros_add_up_to_all_groups(drawn):
 
 def test_energy_and_flips(drawn):
     record, figure, _ = drawn
-    axes = panel(figure, "energy held")
+    axes = panel(figure, "squared norm retained")
     np.testing.assert_allclose(axes.lines[0].get_ydata(), record.series["energy_kept"])
     np.testing.assert_allclose(axes.lines[1].get_ydata(), record.series["lowest_energy_kept"])
     (flips,) = (a for a in figure.axes if any(line.get_label().startswith("mask flips") for line in a.lines))
     np.testing.assert_array_equal(flips.lines[0].get_ydata(), [np.nan, 0.1, 0.1, 0.1])
 
 
-def test_a_single_look_can_be_drawn():
+def test_a_single_step_can_be_drawn():
     assert rendered(overview_figure(history(steps=(0,), layers=LAYERS[:1]))).max() == 255
 
 
@@ -124,14 +124,14 @@ def test_many_layers_share_their_labels():
 
 
 def test_nothing_to_draw_is_refused():
-    with pytest.raises(ValueError, match="there is no look to draw"):
+    with pytest.raises(ValueError, match="history is empty, so there is nothing to draw"):
         overview_figure(SparsityHistory(LAYERS))
 
 
 def test_not_a_number_does_not_stop_the_drawing():
     record = SparsityHistory(LAYERS[:1])
     nan = SparsityStats(groups=8, zeros=(1.0, 0, 0, 0, 0), energy_kept=np.nan, penalty=1.0, rms=1.0)
-    record.add(0, nan, {LAYERS[0]: nan})
+    record.record(0, nan, {LAYERS[0]: nan})
     assert rendered(overview_figure(record)).max() == 255
 
 

@@ -1,4 +1,4 @@
-"""The record of looks: order, thinning, and a place in every checkpoint."""
+"""The statistics of a run: order, thinning, and a place in every checkpoint."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def stats(fraction=0.5, flips=None, strength=None):
 
 
 def add(history, step, fraction=0.5, **values):
-    history.add(step, stats(fraction, **values), {name: stats(fraction) for name in LAYERS})
+    history.record(step, stats(fraction, **values), {name: stats(fraction) for name in LAYERS})
 
 
-def test_looks_in_order():
+def test_steps_in_order():
     history = SparsityHistory(LAYERS)
     add(history, 0, 0.0)
     add(history, 10, 0.25, flips=0.125, strength=3.0)
@@ -40,11 +40,11 @@ def test_looks_in_order():
 def test_the_worst_layer_is_kept():
     history = SparsityHistory(LAYERS)
     worst = SparsityStats(groups=8, zeros=(1.0, 0, 0, 0, 0), energy_kept=0.5, penalty=1.0, rms=1.0)
-    history.add(0, stats(), {"a.weight": stats(), "b.weight": worst})
+    history.record(0, stats(), {"a.weight": stats(), "b.weight": worst})
     assert history.series["lowest_energy_kept"] == [0.5]
 
 
-def test_a_second_look_at_a_step_replaces_the_first_and_keeps_its_flips():
+def test_a_second_record_of_a_step_replaces_the_first_and_keeps_its_flips():
     history = SparsityHistory(LAYERS)
     add(history, 5, 0.25, flips=0.5)
     add(history, 5, 0.75, flips=0.0)
@@ -53,16 +53,16 @@ def test_a_second_look_at_a_step_replaces_the_first_and_keeps_its_flips():
     assert history.series["mask_flips"] == [0.5]
 
 
-def test_a_look_in_the_past_is_refused():
+def test_an_earlier_step_is_refused():
     history = SparsityHistory(LAYERS)
     add(history, 5)
-    with pytest.raises(ValueError, match="a look at step 4 comes after one at step 5"):
+    with pytest.raises(ValueError, match="step 4 lies before the newest recorded step 5"):
         add(history, 4)
 
 
-def test_a_look_at_other_layers_is_refused():
-    with pytest.raises(ValueError, match="does not belong to the record of"):
-        SparsityHistory(LAYERS).add(0, stats(), {"c.weight": stats()})
+def test_other_layers_are_refused():
+    with pytest.raises(ValueError, match="do not fit a history of"):
+        SparsityHistory(LAYERS).record(0, stats(), {"c.weight": stats()})
 
 
 def test_long_runs_are_thinned_and_keep_both_ends():
@@ -84,9 +84,9 @@ def test_a_limit_that_keeps_nothing_is_refused():
 
 def test_phases():
     history = SparsityHistory(LAYERS)
-    assert history.mark(0, "dense")
-    assert not history.mark(5, "dense")
-    assert history.mark(6, "sparsify")
+    assert history.record_phase(0, "dense")
+    assert not history.record_phase(5, "dense")
+    assert history.record_phase(6, "sparsify")
     assert history.phases == [(0, "dense"), (6, "sparsify")]
 
 
@@ -94,8 +94,8 @@ def test_rewind():
     history = SparsityHistory(LAYERS)
     for step in (0, 10, 20):
         add(history, step)
-    history.mark(0, "dense")
-    history.mark(15, "sparsify")
+    history.record_phase(0, "dense")
+    history.record_phase(15, "sparsify")
     history.rewind(10)
     assert history.steps == [0, 10]
     assert history.phases == [(0, "dense")]
@@ -105,7 +105,7 @@ def test_the_state_survives_a_checkpoint_of_plain_types():
     history = SparsityHistory(LAYERS)
     add(history, 0)
     add(history, 10, 1 / 3, flips=0.125, strength=3.0)
-    history.mark(0, "dense")
+    history.record_phase(0, "dense")
     file = io.BytesIO()
     torch.save(history.state_dict(), file)
     file.seek(0)
