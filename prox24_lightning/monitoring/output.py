@@ -106,7 +106,7 @@ def tensorboard_loggers(trainer: Trainer) -> list[Any]:
 
 
 def log_folders(trainer: Trainer) -> list[Path]:
-    """Return the local folders of the loggers, each once. ``trainer.log_dir`` is a collective call, so it is not used."""
+    """Return the local folders of the loggers, each once; ``trainer.log_dir`` is a collective call."""
     if getattr(trainer, "fast_dev_run", False):
         return []
     folders = []
