@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from prox24_lightning.finetune.masked_parameters import MaskedParameters
 from prox24_lightning.mask.file import StoredMask, hash_weight, read_masks, write_masks
-from prox24_lightning.utils.distributed import from_first, rank
+from prox24_lightning.utils.distributed import on_first, rank
 from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import cut_groups, local_part, part_of, whole
@@ -53,16 +53,12 @@ def save_masks(
         values, mask = (whole(part, weight.parameter) for part in (local_part(weight.parameter), masks[weight.name]))
         if rank() == 0:
             stored[weight.name] = StoredMask(mask.cpu(), weight.dim, hash_weight(values))
-    problem: Exception | None = None
-    if rank() == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_masks(path, stored, info)
-        except (OSError, ValueError, TypeError) as error:
-            problem = error
-    # The others wait until the file is there, and fail with the first one rather than wait for ever.
-    if (problem := from_first(problem)) is not None:
-        raise problem
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_masks(path, stored, info)
+
+    on_first(write)
     return path
 
 

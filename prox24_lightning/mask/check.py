@@ -1,16 +1,18 @@
-"""Check a weight against the 2:4 pattern, and say where it fails."""
+"""Check a weight against the 2:4 pattern, and locate the groups that break it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prox24_lightning.weights.groups import Dim, group_dims, to_groups
+from prox24_lightning.weights.groups import Dim, chunks, group_dims, group_shape, quarters, to_groups
 
-_AT_A_TIME = 2**21  # entries, which bounds the scratch memory
+ENTRIES_AT_A_TIME = 2**21
+"""Bounds the scratch memory to some 4 MB, whatever the shape."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +45,21 @@ class Violations:
 
 
 def zeros_per_group(weight: Tensor, *, dim: int = -1) -> Tensor:
-    """Number of exact zeros in every group of four: int64 of :func:`~prox24_lightning.weights.groups.group_shape`."""
+    """Count the exact zeros of every group: int64 of :func:`~prox24_lightning.weights.groups.group_shape`."""
     counts = (to_groups(weight.detach(), dim) == 0).sum(-1)
     return counts.movedim(-1, dim)
 
 
 def is_24(weight: Tensor, *, dim: Dim = -1) -> bool:
-    """Whether every group of four along ``dim`` (a pair: along both) has at most two non-zeros. NaN counts as
-    non-zero.
+    """Return whether every group of four along ``dim`` (a pair: along both) has at most two non-zeros. NaN is non-zero.
 
     Raises:
         ValueError: for a size along ``dim`` that does not divide by 4.
     """
     return all(
-        bool((zeros_per_group(slab, dim=one) >= 2).all())
+        bool((_zeros(part) >= 2).all())
         for one in group_dims(weight.shape, dim)
-        for _, slab in _slabs(weight, one)
+        for _, part in _parts(weight.detach(), one)
     )
 
 
@@ -83,21 +84,30 @@ def _violations(weight: Tensor, dim: int, limit: int) -> Violations:
     count = 0
     first: list[tuple[int, ...]] = []
     values: list[tuple[float, ...]] = []
-    for start, slab in _slabs(weight, dim):
-        broken = zeros_per_group(slab, dim=dim) < 2
+    for where, part in _parts(weight.detach(), dim):
+        broken = _zeros(part) < 2
         count += int(broken.sum())
         if len(first) < min(limit, count):
-            groups = to_groups(slab.detach(), dim).movedim(-2, dim)
             for at in torch.nonzero(broken)[: limit - len(first)].tolist():
-                values.append(tuple(groups[tuple(at)].tolist()))
-                inside = (4 * i if axis == dim else i for axis, i in enumerate(at))
-                first.append(tuple(start + i if axis == 0 else i for axis, i in enumerate(inside)))
+                values.append(tuple(part[(slice(None), *at)].tolist()))
+                group = _group_index(where, at)
+                first.append(tuple(4 * i if axis == dim else i for axis, i in enumerate(group)))
     return Violations(count, weight.numel() // 4, tuple(first), tuple(values))
 
 
-def _slabs(weight: Tensor, dim: int) -> Iterator[tuple[int, Tensor]]:
-    """Parts along the first dimension that hold whole groups, with the index at which each begins."""
-    row = max(1, weight[:1].numel())
-    step = max(1, _AT_A_TIME // row // 4) * 4
-    for start in range(0, weight.shape[0], step):
-        yield start, weight[start : start + step]
+def _parts(weight: Tensor, dim: int) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Parts ``(4, ...)`` of the groups along ``dim``, in row-major order, with the index of each in the group shape."""
+    source = quarters(weight, dim)
+    for where in chunks(group_shape(weight.shape, dim), ENTRIES_AT_A_TIME // 4):
+        yield where, source[(slice(None), *where)]
+
+
+def _zeros(part: Tensor) -> Tensor:
+    a, b, c, d = (part == 0).view(torch.uint8)
+    return (a + b).add_(c).add_(d)
+
+
+def _group_index(where: tuple[Any, ...], at: list[int]) -> list[int]:
+    """Index among all groups of the group ``at`` of a part, whose own index is integers and then one slice."""
+    *fixed, cut = where
+    return [*fixed, cut.start + at[0], *at[1:]]

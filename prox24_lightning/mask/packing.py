@@ -10,6 +10,9 @@ from torch import Tensor
 
 _BITS = tuple(1 << i for i in range(8))
 
+BYTES_AT_A_TIME = 2**18
+"""Packed bytes worked on at a time: bounds the scratch memory to some 6 MB."""
+
 
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a bool tensor of any shape into ``ceil(numel / 8)`` bytes, row-major, lowest bit first.
@@ -22,10 +25,14 @@ def pack_mask(mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"pack_mask takes a bool mask, got {mask.dtype}")
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    flat = mask.reshape(-1)
     bits = torch.tensor(_BITS, dtype=torch.uint8, device=mask.device)
-    return (flat * bits).sum(-1, dtype=torch.uint8)
+    packed = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8, device=mask.device)
+    for begin in range(0, packed.numel(), BYTES_AT_A_TIME):
+        part = flat[8 * begin : 8 * (begin + BYTES_AT_A_TIME)].to(torch.uint8)
+        part = torch.nn.functional.pad(part, (0, -part.numel() % 8)).view(-1, 8)
+        packed[begin : begin + BYTES_AT_A_TIME] = part.mul_(bits).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
@@ -43,9 +50,11 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"{tuple(packed.shape)} packed bytes do not belong to a mask of shape {tuple(shape)}, "
             f"which takes {-(-size // 8)}"
         )
-    bits = torch.tensor(_BITS, dtype=torch.uint8, device=packed.device)
-    flat = (packed.unsqueeze(-1) & bits) != 0
-    flat = flat.view(-1)
-    if flat[size:].any():
+    if size % 8 and bool(packed[-1] >> (size % 8)):
         raise ValueError(f"packed mask of shape {tuple(shape)} has bits set past its end: it is damaged")
-    return flat[:size].view(tuple(shape))
+    bits = torch.tensor(_BITS, dtype=torch.uint8, device=packed.device)
+    mask = torch.empty(size, dtype=torch.bool, device=packed.device)
+    for begin in range(0, packed.numel(), BYTES_AT_A_TIME):
+        part = (packed[begin : begin + BYTES_AT_A_TIME].unsqueeze(-1) & bits) != 0
+        mask[8 * begin : 8 * (begin + BYTES_AT_A_TIME)] = part.view(-1)[: size - 8 * begin]
+    return mask.view(tuple(shape))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import Blocks, Call, call_model, hidden_of, tensors_in, to_device
 from prox24_lightning.calibration.capture import NotAChainError, capture
-from prox24_lightning.oneshot.storage import HiddenStates, checksum
+from prox24_lightning.oneshot.storage import HiddenStates
+from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.distributed import gathered_objects, rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Flow:
         shares = gathered_objects([checksum(self._tensors(number)) for number in range(len(self))])
         # The ranks took the batches in turn.
         found = [batch for turn in zip_longest(*shares) for batch in turn if batch is not None]
-        return [len(found), hashlib.sha256("".join(found).encode()).hexdigest()[:16]]
+        return [len(found), checksum(found)]
 
     def _tensors(self, number: int) -> list[Tensor]:
         """All that reaches the blocks from outside in batch ``number``."""

@@ -22,9 +22,10 @@ from prox24_lightning.oneshot.hidden_states import Flow, blocks_to_walk
 from prox24_lightning.oneshot.parallel import check_same_stages
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.report import LayerRecord, LayerwiseReport
-from prox24_lightning.oneshot.storage import FinishedBlock, FinishedBlocks, checksum
+from prox24_lightning.oneshot.storage import FinishedBlock, FinishedBlocks
 from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
 from prox24_lightning.solvers.layer import Method, Refine
+from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight, select_weights

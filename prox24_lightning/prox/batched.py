@@ -7,14 +7,14 @@ many there are, so every group of a chunk is solved and the answer selected: mor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from prox24_lightning.prox.roots import CAP, dense, indicator, three_sparse
-from prox24_lightning.weights.groups import group_shape, resolve_group_dim
+from prox24_lightning.weights.groups import chunks, group_shape, quarters, resolve_group_dim
 
 CHUNK = 1 << 16
 """Groups a chunk on CPU: the working set stays in the last-level cache, and one operation is long enough to split over
@@ -73,32 +73,6 @@ def chunk_size(weight: Tensor) -> int:
     on_cpu = weight.device.type == "cpu"
     share = weight.numel() // (64 if on_cpu else 16) // (4 if weight.element_size() < 4 else 1)
     return min(CHUNK, max(SMALLEST, share)) if on_cpu else max(CHUNK, share)
-
-
-def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[int | slice, ...]]:
-    """Index tuples that cut a tensor of ``shape`` into pieces of about ``size`` entries, in memory order; none of an
-    empty one."""
-    if 0 in shape:
-        return
-    if not shape:
-        yield ()
-        return
-    rest = 1
-    for length in shape[1:]:
-        rest *= length
-    if rest <= size:
-        step = max(1, size // max(1, rest))
-        for begin in range(0, shape[0], step):
-            yield (slice(begin, begin + step),)
-    else:
-        for index in range(shape[0]):
-            for inner in chunks(shape[1:], size):
-                yield (index, *inner)
-
-
-def quarters(tensor: Tensor, dim: int) -> Tensor:
-    """View as ``(4, *group_shape)``: the first, second, third and fourth entries of all groups."""
-    return tensor.unflatten(dim, (tensor.shape[dim] // 4, 4)).movedim(dim + 1, 0)
 
 
 def sort_four(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.prox.batched import chunk_size, chunks, keep_freed_memory, quarters, sort_four
+from prox24_lightning.prox.batched import chunk_size, keep_freed_memory, sort_four
 from prox24_lightning.prox.dispatch import prox_path
 from prox24_lightning.prox.roots import indicator
-from prox24_lightning.weights.groups import group_shape, resolve_group_dim
+from prox24_lightning.weights.groups import chunks, group_shape, quarters, resolve_group_dim
 
 NEWTON = {torch.float32: 3, torch.float64: 5}
 """Newton steps: relative error of the strength 1e-2, 1e-3, 1e-5, 2e-9 after 0, 1, 2, 3."""

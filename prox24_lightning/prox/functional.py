@@ -42,8 +42,8 @@ def prox_24(
         weight: float16, bfloat16 (both computed in float32 and rounded once), float32 or float64; any shape
             whose ``dim`` divides by 4, any strides. ``(out_features, in_features)`` with ``dim=-1`` for a linear layer.
         strength: lambda >= 0, units 1/weight (1/(weight * scale) with ``scale``), any step size multiplied in: a
-            float, or a tensor that broadcasts against :func:`~prox24_lightning.weights.groups.group_shape` (``(out, 1)``: one a
-            row). 0 returns the weight, infinity keeps the two largest of each group.
+            float, or a tensor that broadcasts against :func:`~prox24_lightning.weights.groups.group_shape`
+            (``(out, 1)``: one a row). 0 returns the weight, infinity keeps the two largest of each group.
         dim: the dimension along which the groups lie. A pair asks for the block geometry: :func:`prox_block`.
         scale: positive and finite, broadcasts to ``weight``, for instance the root mean square of each input.
         out: where to write, of the shape, dtype and device of ``weight``; ``weight`` itself works in place.

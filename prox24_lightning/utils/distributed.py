@@ -1,14 +1,16 @@
-"""What the processes of a distributed run tell each other. Without a process group there is one, and it agrees."""
+"""Collective operations on Python objects and tensors. Without a process group there is one rank."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from typing import TypeVar
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from prox24_lightning.utils.checksum import checksum
 
 T = TypeVar("T")
 
@@ -24,12 +26,41 @@ def rank() -> int:
 
 
 def from_first(value: T) -> T:
-    """The first rank's ``value`` on every rank; plain Python objects and CPU tensors."""
+    """Return the first rank's ``value`` on every rank; plain Python objects and CPU tensors."""
     if world_size() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first(action: Callable[[], T]) -> T:
+    """Return on every rank what ``action`` returns on the first one, which alone runs it: to read or write files.
+
+    Raises:
+        Exception: whatever ``action`` raises on the first rank, on every rank: none waits for one that has failed.
+    """
+    found: tuple[Any, Exception | None] = (None, None)
+    if rank() == 0:
+        try:
+            found = action(), None
+        except Exception as error:
+            found = None, _portable(error)
+    result, problem = from_first(found)
+    if problem is not None:
+        raise problem
+    return result
+
+
+def _portable(error: Exception) -> Exception:
+    """``error``, or one that says the same where it cannot be pickled for the other ranks."""
+    if world_size() == 1:
+        return error
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def gathered_objects(value: T) -> list[T]:
@@ -89,7 +120,7 @@ def check_same(tensors: Mapping[str, Tensor], what: str, device: torch.device | 
     """
     if world_size() == 1 or not tensors:
         return
-    digests = [hashlib.sha256(value.cpu().contiguous().numpy().tobytes()).digest() for value in tensors.values()]
+    digests = [bytes.fromhex(checksum([value])) for value in tensors.values()]
     mine = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)
     differs = (everyone := stacked(mine.to(device)).cpu()).ne(everyone[:1]).any(-1)
     if not differs.any():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
+from typing import Any
 
 PACKED_FILE = "packed.safetensors"
 """The usual name of a packed model, beside its ``config.json``."""
@@ -16,23 +18,24 @@ DENSE_FILES = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
 )
-"""Patterns of the names under which ``save_pretrained`` writes weights, or has written them."""
+"""Patterns of the names that ``save_pretrained`` gives to files of weights, today or in older releases."""
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; what is written there becomes ``path`` when the block ends well.
+    """Yield a temporary path in the same folder; the file written there becomes ``path`` when the block ends.
 
     The file is flushed to the disk before it is renamed, and the folder after, so that a power cut leaves the old file
-    or the new one as well. After an exception ``path`` is what it was before, and the temporary file is gone. A
-    kill may leave the temporary file behind; its name begins with a dot and holds ``.partial``.
+    or the new one. After an exception ``path`` is unchanged, and the temporary file is gone. A kill may leave the
+    temporary file behind; its name begins with a dot and holds ``.partial``. The name is unique: writers in other
+    threads, processes, containers and machines never share it, and the last one to finish wins.
 
     Raises:
-        OSError: if the folder does not exist or the disk is full; ``path`` is as it was then.
+        OSError: if the folder does not exist or the disk is full; ``path`` is then as it was before.
     """
     path = Path(path)
     # Same folder, so that the exchange is a rename on one file system. The suffix stays: some writers go by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.partial{path.suffix}")
     try:
         yield temporary
         _flush(temporary)
@@ -46,14 +49,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def filling(folder: str | Path, *, instead_of: Sequence[str] = ()) -> Iterator[Path]:
-    """Give a temporary folder; the files written there move into ``folder``, one by one, when the block ends well.
+    """Yield a temporary folder; the files written there move into ``folder``, one by one, when the block ends.
 
-    For writers that name their own files. ``folder`` is made if it does not exist, and files in it that are not
-    written anew stay. After an exception it holds none of the new files.
+    For writers that name their own files. ``folder`` is made if it does not exist; its files that are not written
+    again stay. After an exception it holds none of the new files.
 
     Args:
         folder: to fill.
-        instead_of: patterns of names in ``folder`` whose files are removed at the end if they are not written anew,
+        instead_of: patterns of names in ``folder``; matching files that are not written again are removed at the end,
             because they would be read in place of the new ones.
 
     Raises:
@@ -80,7 +83,7 @@ def filling(folder: str | Path, *, instead_of: Sequence[str] = ()) -> Iterator[P
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder that cannot be made or written into, before the work whose results go there; nothing is made.
+    """Refuse a folder that cannot be made or written into, before the work whose results go there. Makes nothing.
 
     Raises:
         OSError: if it is a file or lies in one, or if writing there is not permitted.
@@ -97,6 +100,23 @@ def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 under ``path``, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def save_object(path: str | Path, content: Any) -> None:
+    """``torch.save`` plain types and tensors under ``path``, whole or not at all.
+
+    Raises:
+        OSError: if the folder does not exist or the disk is full.
+    """
+    import torch
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # so torch reports a failed write, which is the context of its own error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _flush(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Safetensors files of a named format and version: opened with clear refusals, or written tensor by tensor.
 
-The library's own writer takes all tensors at once. :class:`TensorWriter` needs one at a time: the format is eight bytes
-of header length, a JSON header with every tensor's dtype, shape and place, then the bytes.
+The library's own writer takes all tensors at once, and raises its own ``SafetensorError`` on a full disk.
+:class:`TensorWriter` needs one tensor at a time and raises ``OSError``: the format is eight bytes of header length, a
+JSON header with every tensor's dtype, shape and place, then the bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from prox24_lightning.utils.checksum import tensor_bytes
+from prox24_lightning.utils.files import replacing
+
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -31,7 +35,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What safetensors calls the dtypes that are written."""
+"""The names that safetensors gives to the dtypes that are written."""
 
 
 def open_tensors(path: str | Path, *, what: str, format: str, version: int) -> tuple[Any, dict[str, str]]:
@@ -40,7 +44,7 @@ def open_tensors(path: str | Path, *, what: str, format: str, version: int) -> t
     Args:
         path: of the file.
         what: the kind of file, for errors.
-        format, version: what its metadata must say.
+        format, version: required values of its metadata.
 
     Returns:
         the library's handle and the metadata.
@@ -69,25 +73,44 @@ def open_tensors(path: str | Path, *, what: str, format: str, version: int) -> t
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object that a stranger may have written.
+    """Parse a JSON object from an untrusted file.
 
     Raises:
-        ValueError: for anything else, nesting without end included.
+        ValueError: for anything else, nesting too deep for the parser included.
     """
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise ValueError("its JSON is nested without end") from error
+        raise ValueError("its JSON is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"its JSON is no object: {text[:50]!r}")
     return value
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write ``tensors`` by name and ``metadata`` as a safetensors file, whole or not at all.
+
+    One tensor at a time is copied to the CPU.
+
+    Raises:
+        OSError: if the folder does not exist or the disk is full; ``path`` is then as it was before.
+        ValueError: for a dtype outside :data:`DTYPE_NAMES`.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name}: a safetensors file cannot hold {tensor.dtype}")
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with replacing(path) as temporary, TensorWriter(temporary, layout, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.finish({})
 
 
 class TensorWriter:
     """Write a safetensors file whose tensors come one by one, in any order; each must come once.
 
     Args:
-        path: of the file; what is there is overwritten. :func:`~prox24_lightning.utils.files.replacing` makes it atomic.
+        path: of the file, which is overwritten; :func:`~prox24_lightning.utils.files.replacing` makes it atomic.
         layout: name -> (dtype, shape) of every tensor.
         metadata: strings. Those given again to :meth:`finish` must have the same length as here.
     """
@@ -143,8 +166,3 @@ class TensorWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major; a view of its memory where it is contiguous and on the CPU."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

@@ -10,7 +10,7 @@ in ``block`` along both: every 4 x 4 block of (outputs, inputs) has at most two 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -74,3 +74,31 @@ def group_shape(shape: Sequence[int], dim: Dim = -1) -> tuple[int, ...]:
     """
     dims = group_dims(shape, dim)
     return tuple(size // 4 if axis in dims else size for axis, size in enumerate(shape))
+
+
+def quarters(tensor: Tensor, dim: int) -> Tensor:
+    """Return a view as ``(4, *group_shape)``: the first, second, third and fourth entries of all groups."""
+    return tensor.unflatten(dim, (tensor.shape[dim] // 4, 4)).movedim(dim + 1, 0)
+
+
+def chunks(shape: Sequence[int], size: int) -> Iterator[tuple[int | slice, ...]]:
+    """Yield index tuples that cut a tensor of ``shape`` into pieces of about ``size`` entries, in row-major order.
+
+    Each is some integers and then at most one slice. An empty tensor has none.
+    """
+    if 0 in shape:
+        return
+    if not shape:
+        yield ()
+        return
+    rest = 1
+    for length in shape[1:]:
+        rest *= length
+    if rest <= size:
+        step = max(1, size // max(1, rest))
+        for begin in range(0, shape[0], step):
+            yield (slice(begin, begin + step),)
+    else:
+        for index in range(shape[0]):
+            for inner in chunks(shape[1:], size):
+                yield (index, *inner)

@@ -11,7 +11,7 @@ import torch
 from prox24_lightning.cli.compare.training_record import TrainingRecord
 
 
-def checksum(*batches, every_n_batches: int = 1) -> int:
+def checksum(*batches, every_n_batches: int = 1) -> str:
     record = TrainingRecord(every_n_batches)
     for index, batch in enumerate(batches):
         record.on_train_batch_start(None, None, batch, index)

@@ -36,7 +36,7 @@ def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
     # Parts of a size that is small beside these small layers, as the real one is beside real layers.
     monkeypatch.setattr(packed, "_CHUNK", 2**17)
     monkeypatch.setattr(buffer_layout, "ENTRIES_AT_A_TIME", 2**17)
-    monkeypatch.setattr(check, "_AT_A_TIME", 2**17)
+    monkeypatch.setattr(check, "ENTRIES_AT_A_TIME", 2**17)
     model = dense_model()
     with LiveBytes() as live:
         live.count(parameter.detach() for parameter in model.parameters())
@@ -48,7 +48,7 @@ def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
 
 def test_a_head_that_stays_dense_is_looked_at_in_parts(monkeypatch):
     monkeypatch.setattr(convert, "target_of", lambda device: HOPPER)
-    monkeypatch.setattr(check, "_AT_A_TIME", 2**17)
+    monkeypatch.setattr(check, "ENTRIES_AT_A_TIME", 2**17)
     monkeypatch.setattr(packed, "_CHUNK", 2**17)
     head = nn.Linear(WIDTH, 8 * WIDTH, bias=False).bfloat16()
     with LiveBytes() as live:

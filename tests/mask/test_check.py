@@ -45,7 +45,7 @@ def test_part_by_part_the_same_is_found(dim, limit, monkeypatch):
     assert 0 < whole.count < whole.groups == weight.numel() // 4
     assert len(whole.first) == min(limit, whole.count)
     clean = weight * mask_24(weight, dim=dim)
-    monkeypatch.setattr(check, "_AT_A_TIME", 500)
+    monkeypatch.setattr(check, "ENTRIES_AT_A_TIME", 500)
     assert violations_24(weight, dim=dim, limit=limit) == whole
     assert is_24(clean, dim=dim)
     clean[-1, -1, -1] = clean[-2, -2, -2] = 1.0

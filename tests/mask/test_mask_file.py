@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from prox24_lightning.mask import StoredMask, hash_weight, mask_24, pack_mask, read_masks, write_masks
-from prox24_lightning.mask.file import _digest
+from prox24_lightning.mask import (
+    StoredMask,
+    check,
+    hash_weight,
+    mask_24,
+    pack_mask,
+    packing,
+    read_masks,
+    write_masks,
+)
+from prox24_lightning.utils.checksum import checksum
+
+FULL_DISK = """
+import resource, signal, torch
+from prox24_lightning.mask import StoredMask, write_masks
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_masks({path!r}, {{"w": StoredMask(torch.zeros(64, 1024, dtype=torch.bool), 1)}})
+except OSError as error:
+    print(type(error).__name__, error.errno)
+"""
 
 
 def some_masks():
@@ -82,7 +107,7 @@ GOOD = {"shape": [2, 8], "dim": 1, "weight_sha256": None}
     "masks, words",
     [
         ("[]", "its JSON is no object"),
-        ("[" * 100_000, "nested without end"),
+        ("[" * 100_000, "nested too deeply"),
         ("{}", r"described are \[\], stored \['w'\]"),
         ({"w": 3}, "w has no sound shape"),
         ({"w": {**GOOD, "shape": [2, -8]}}, "w has no sound shape"),
@@ -91,7 +116,10 @@ GOOD = {"shape": [2, 8], "dim": 1, "weight_sha256": None}
         ({"w": {**GOOD, "dim": [0, "1"]}}, "w has no sound dim or hash"),
         ({"w": {**GOOD, "dim": [1, 1]}}, "the mask of w: .* must name two different dimensions"),
         ({"w": {**GOOD, "dim": 5}}, "the mask of w: dim=5 is out of range"),
-        ({"w": {**GOOD, "shape": [2**40, 2**30]}}, "which 2 bytes cannot hold"),
+        ({"w": {**GOOD, "shape": [2**30, 2**30]}}, "which 2 bytes cannot hold"),
+        ({"w": {**GOOD, "shape": [2**40, 2**30]}}, "w has no sound shape"),
+        ({"w": {**GOOD, "shape": []}}, "w has no sound shape"),
+        ({"w": {**GOOD, "shape": [1] * 100_000}}, "w has no sound shape"),
         ({"w": {**GOOD, "shape": [2, 4]}}, "do not belong to a mask of shape"),
         ({"w": {**GOOD, "shape": [8, 2]}}, "dimension 1 .* does not divide by 4"),
         ({"w": {**GOOD, "shape": [16], "dim": 0}}, "is not 2:4 along dimension 0: 1 groups keep more than two"),
@@ -101,10 +129,45 @@ def test_forged_files_with_a_right_checksum_are_refused(tmp_path, masks, words):
     """Someone who can compute the checksum can still not make the reader allocate, recurse or believe nonsense."""
     mask = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1], [1, 1, 1, 0, 1, 0, 0, 0]], dtype=torch.bool)
     packed = {"w": pack_mask(mask)}
-    said = {"version": "1", "masks": masks if isinstance(masks, str) else json.dumps(masks), "info": "{}"}
-    save_file(packed, tmp_path / "m", metadata={"format": "prox24 masks", **said, "sha256": _digest(said, packed)})
     with pytest.raises(ValueError, match=f"forged or broken masks file: .*{words}"):
-        read_masks(tmp_path / "m")
+        read_masks(forged(tmp_path / "m", masks, packed))
+
+
+def forged(path, masks, packed):
+    header = {"version": "1", "masks": masks if isinstance(masks, str) else json.dumps(masks), "info": "{}"}
+    digest = checksum([header, *(part for name in sorted(packed) for part in (f"{name} ", packed[name]))])
+    save_file(packed, path, metadata={"format": "prox24 masks", **header, "sha256": digest})
+    return path
+
+
+@pytest.mark.parametrize("shape", [[4 * 10**18, 0], [0, 2**62], [4, 0, 10**12], [10**15, 4, 0]])
+def test_an_empty_mask_of_a_huge_shape_is_refused_at_once(tmp_path, shape):
+    path = forged(tmp_path / "m", {"w": {**GOOD, "shape": shape, "dim": 0}}, {"w": torch.zeros(0, dtype=torch.uint8)})
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="w has no sound shape"):
+        read_masks(path)
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("shape, dim", [((4, 2**20), 1), ((2**20, 4), 1), ((2**20, 4), 0), ((8, 512, 1024), 1)])
+def test_reading_takes_the_memory_of_the_masks_and_a_little(tmp_path, monkeypatch, shape, dim):
+    monkeypatch.setattr(check, "ENTRIES_AT_A_TIME", 2**12)
+    monkeypatch.setattr(packing, "BYTES_AT_A_TIME", 2**9)
+    one = torch.zeros(shape, dtype=torch.bool)
+    path = write_masks(tmp_path / "m", {"a": StoredMask(one, dim), "b": StoredMask(one, dim)})
+    with LiveBytes() as live:
+        read_masks(path)
+    assert live.peak <= 2 * one.nbytes + path.stat().st_size + 2**17
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(tmp_path):
+    path = write_masks(tmp_path / "m", some_masks(), {"step": 1})
+    old = path.read_bytes()
+    code = FULL_DISK.format(path=str(path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "OSError 27\n"
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ["m"]
 
 
 def test_a_file_that_is_not_there_and_one_that_is_no_safetensors(tmp_path):

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
+import torch
 
-from prox24_lightning.utils.files import check_folder, filling, replacing, write_text
+from prox24_lightning.utils.files import check_folder, filling, replacing, save_object, write_text
 
 WRITER = """
 import sys
-from prox24_lightning.files import write_text
+from prox24_lightning.utils.files import write_text
 print("ready", flush=True)
 letter = 0
 while True:
@@ -24,15 +26,23 @@ while True:
 """
 
 FULL_DISK = """
-import resource, signal, sys
-from prox24_lightning.files import write_text
+import resource, signal, sys, torch
+from prox24_lightning.utils.files import save_object, write_text
+from prox24_lightning.utils.safetensors_file import save_tensors
 write_text(sys.argv[1], "old")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    write_text(sys.argv[1], "n" * 5000)
-except OSError as error:
-    print("refused", error.errno)
+large = torch.zeros(100_000)
+writers = [
+    lambda path: write_text(path, "n" * 5000),
+    lambda path: save_object(path, {"large": large}),
+    lambda path: save_tensors(path, {"large": large}, {}),
+]
+for write in writers:
+    try:
+        write(sys.argv[1])
+    except OSError as error:
+        print(error.errno)
 """
 
 
@@ -52,6 +62,38 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path):
         raise KeyError
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["note.txt"]
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
+    """As two threads, or two containers in which both processes have the same id."""
+    path = tmp_path / "note.json"
+    with replacing(path) as slow, slow.open("w") as file:
+        file.write("slow ")
+        file.flush()
+        with replacing(path) as quick:
+            assert quick != slow
+            quick.write_text("quick")
+        assert path.read_text() == "quick"
+        file.write("but whole")
+    assert path.read_text() == "slow but whole"
+    assert os.listdir(tmp_path) == ["note.json"]
+
+
+def test_many_threads_leave_one_whole_file(tmp_path):
+    path = tmp_path / "note.txt"
+    texts = [letter * 100_000 for letter in "abcdefgh"]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: write_text(path, text), texts * 4))
+    assert path.read_text() in texts
+    assert os.listdir(tmp_path) == ["note.txt"]
+
+
+def test_an_object_comes_back(tmp_path):
+    save_object(tmp_path / "state.pt", {"step": 3, "w": torch.arange(4)})
+    found = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert found["step"] == 3
+    assert found["w"].tolist() == [0, 1, 2, 3]
+    assert os.listdir(tmp_path) == ["state.pt"]
 
 
 def test_a_folder_gets_all_files_or_none_and_keeps_what_it_had(tmp_path):
@@ -97,7 +139,7 @@ def test_a_folder_that_cannot_be_written_is_known_before(tmp_path, monkeypatch):
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "note.txt"
     done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("refused")
+    assert done.stdout.split() == ["27", "27", "27"]  # EFBIG, as for a disk that is full
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["note.txt"]
 

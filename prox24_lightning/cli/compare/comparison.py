@@ -37,7 +37,7 @@ class Run:
     groups: int = 0
     seconds: float = 0.0
     steps: int = 0
-    batches: int = 0
+    batches: str = ""
     error: str | None = None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -15,19 +14,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from prox24_lightning.utils.checksum import checksum
+
 
 class TrainingRecord(Callback):
     """Two facts about a fit, read after it.
 
     ``seconds`` lasts from the first training batch to the end of training, validation inside it included, loading
-    of data and sanity checks before it left out. ``checksum`` is a CRC-32 over every tensor of every
+    of data and sanity checks before it left out. ``checksum`` is a SHA-256 over every tensor of every
     ``every_n_batches``-th training batch, in order (a batch is copied to the CPU for it, hence not every one).
     """
 
     def __init__(self, every_n_batches: int = 10) -> None:
         self.every_n_batches = every_n_batches
         self.seconds = 0.0
-        self.checksum = 0
+        self.checksum = ""
         self._started = 0.0
 
     @override
@@ -42,8 +43,7 @@ class TrainingRecord(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.every_n_batches:
             return
-        for tensor in _tensors(batch):
-            self.checksum = zlib.crc32(_content(tensor), self.checksum)
+        self.checksum = checksum([self.checksum, *map(_part, _tensors(batch))])
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
@@ -57,10 +57,9 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
             yield from _tensors([getattr(leaf, field.name) for field in fields(leaf)])
 
 
-def _content(tensor: Tensor) -> bytes:
-    tensor = tensor.detach().cpu()
+def _part(tensor: Tensor) -> Tensor | bytes:
     if tensor.layout == torch.strided and not tensor.is_nested:
-        return tensor.resolve_conj().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return tensor
     file = io.BytesIO()
-    torch.save(tensor, file)  # sparse and nested tensors: whatever parts they have
+    torch.save(tensor.detach().cpu(), file)  # sparse and nested tensors: whatever parts they have
     return file.getvalue()

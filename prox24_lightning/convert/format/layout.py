@@ -8,8 +8,6 @@ shape of each packed weight and the dimension of its groups, which names share o
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.convert.format.weight import PackedWeight, pack_24, padded_width, unpack_24
+from prox24_lightning.utils.checksum import checksum
 
 FORMAT = "prox24 packed"
 VERSION = 1
@@ -60,7 +59,7 @@ class PackedEntry:
 def header_digest(said: Mapping[str, str], layout: Layout) -> str:
     """SHA-256 of :data:`SAID` and the layout."""
     places = {name: (str(dtype), shape) for name, (dtype, shape) in layout.items()}
-    return hashlib.sha256(json.dumps([dict(said), places], sort_keys=True).encode()).hexdigest()
+    return checksum([[dict(said), places]])
 
 
 def layout_bytes(layout: Layout) -> int:

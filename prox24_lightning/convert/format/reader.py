@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from prox24_lightning.convert.format.layout import FORMAT, SAID, VERSION, PackedEntry, header_digest, layout_bytes
 from prox24_lightning.convert.format.weight import PackedWeight, check_packed
-from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, json_object, open_tensors, tensor_bytes
+from prox24_lightning.utils.checksum import checksum, tensor_bytes
+from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, json_object, open_tensors
 
 _KNOWN = {text: dtype for dtype, text in DTYPE_NAMES.items()}
 
@@ -125,7 +125,7 @@ class PackedFile:
             tensor = self._handle.get_tensor(part)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path}: {part} cannot be read: {error}") from error
-        if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != self._hashes[part]:
+        if checksum([tensor_bytes(tensor)]) != self._hashes[part]:
             raise ValueError(f"{self.path} is damaged: the checksum of {part} does not fit; fetch or write it again")
         return tensor
 

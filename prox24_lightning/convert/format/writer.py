@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from prox24_lightning.convert.format.layout import FORMAT, VERSION, Layout, PackedEntry, header_digest
 from prox24_lightning.convert.format.weight import PACKED_DTYPES
+from prox24_lightning.utils.checksum import checksum, tensor_bytes
 from prox24_lightning.utils.files import replacing
-from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter, tensor_bytes
+from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter
 
 
 def write_packed(
@@ -68,7 +68,7 @@ def write_packed(
     ):
         for name, tensor in owners.items():
             for part, content in _parts(name, tensor, entries.get(name)).items():
-                hashes[part] = hashlib.sha256(tensor_bytes(content)).hexdigest()
+                hashes[part] = checksum([tensor_bytes(content)])
                 writer.write(part, content)
         said["hashes"] = json.dumps(hashes)
         writer.finish({**said, "sha256": header_digest(said, layout)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -10,21 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.weights.names import clean_name
 
 
 def weights_checksum(module: nn.Module) -> str:
-    """Hexadecimal BLAKE2 of every tensor in ``module.state_dict()``: name, dtype, shape and bytes.
+    """Return the SHA-256 of every tensor in ``module.state_dict()``: name, dtype, shape and bytes.
 
     The names are those without ``torch.compile``. One tensor at a time is copied to the CPU.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in module.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(f"{clean_name(name)} {value.dtype} {tuple(value.shape)} ".encode())
-            content = value.detach().cpu().contiguous()
-            digest.update(content.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    return checksum(part for name, value in tensors.items() for part in (f"{clean_name(name)} ", value))
 
 
 def memory_bytes(module: nn.Module) -> int:

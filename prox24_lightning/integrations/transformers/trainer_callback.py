@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.sparsify.controller import Sparsifier
-from prox24_lightning.utils.files import replacing
+from prox24_lightning.utils.files import save_object
 
 
 class Prox24TrainerCallback(Sparsifier, TrainerCallback):
@@ -69,8 +69,7 @@ class Prox24TrainerCallback(Sparsifier, TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         content = self.state_dict()
         if state.is_world_process_zero:
-            with replacing(self._state_file(_checkpoint(args, state))) as temporary:
-                torch.save(content, temporary)
+            save_object(self._state_file(_checkpoint(args, state)), content)
 
     @override
     def on_train_end(

@@ -188,7 +188,7 @@ def forge(path, **changes):
     "changes, words",
     [
         ({"packed": "[]"}, "its JSON is no object"),
-        ({"info": "[" * 100_000}, "nested without end"),
+        ({"info": "[" * 100_000}, "nested too deeply"),
         ({"packed": {"w": 3}}, "w has no sound shape or dim"),
         ({"packed": {"w": {"shape": [4, -8], "dim": 1}}}, "w has no sound shape or dim"),
         ({"packed": {"w": {"shape": [True, 8], "dim": 1}}}, "w has no sound shape or dim"),
