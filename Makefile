@@ -27,7 +27,7 @@ help:
 	@echo "  TORCH=$(TORCH)  which torch, e.g. TORCH=torch==2.11.0"
 	@echo "  TORCH_INDEX=$(TORCH_INDEX)  one more index for it, e.g. https://download.pytorch.org/whl/cpu for the CPU build"
 	@echo "  CONSTRAINTS=$(CONSTRAINTS)  tested versions of everything else"
-	@echo "  PYTEST_ARGS=$(PYTEST_ARGS)  more arguments for pytest, DEMO_ARGS=$(DEMO_ARGS) for prox24 compare"
+	@echo "  PYTEST_ARGS=$(PYTEST_ARGS)  more arguments for pytest (\"-m 'not gpu and not slow'\": a shorter run); DEMO_ARGS=$(DEMO_ARGS) for prox24 compare"
 
 install: $(STAMP)
 

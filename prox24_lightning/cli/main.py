@@ -52,6 +52,12 @@ COMMANDS = {
         "prox24_lightning.cli.study.command:study",
         typed=True,
     ),
+    "recipes": Command(
+        "copy the example modules and their YAML into a folder, ready to run",
+        "prox24_lightning.cli.recipes:recipes",
+        typed=True,
+        positional=True,
+    ),
     "prune": Command(
         "prune a pretrained Hugging Face model layer by layer", "prox24_lightning.cli.prune:prune", typed=True
     ),
