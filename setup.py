@@ -1,4 +1,4 @@
-"""Build step beside pyproject.toml: a wheel carries recipes/ and configs/ as data of the package, for `prox24 recipes`."""
+"""Build step beside pyproject.toml: a wheel carries recipes/ and configs/ as package data, for `prox24 recipes`."""
 
 from __future__ import annotations
 
