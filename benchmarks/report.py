@@ -52,7 +52,7 @@ def write_report(
     note: str = "",
     quiet: bool = False,
 ) -> Path:
-    """Write the ``.md`` and ``.json`` of :func:`result_path`, print the table unless ``quiet``, return the first path."""
+    """Write the ``.md`` and ``.json`` of :func:`result_path`, print the table unless ``quiet``; return the first."""
     facts = machine()
     table = markdown_table(list(rows[0]), (row.values() for row in rows))
     text = f"# {title}\n\n{note}\n\n{table}\n\n" + "\n".join(f"- {k}: {v}" for k, v in facts.items())
@@ -79,8 +79,8 @@ def index(folder: Path = RESULTS) -> str:
             if not variant.endswith("before"):
                 rows.append((benchmark.name, variant.replace("_", " "), f"[{target}]({target})"))
     return (
-        "# Results\n\nThe newest result of each benchmark. Older files (earlier dates, and names that end in `before`) are "
-        "kept where a text refers to them.\n\n" + markdown_table(["benchmark", "variant", "newest"], rows) + "\n"
+        "# Results\n\nThe newest result of each benchmark. Older files (earlier dates, and names that end in `before`) "
+        "are kept where a text refers to them.\n\n" + markdown_table(["benchmark", "variant", "newest"], rows) + "\n"
     )
 
 

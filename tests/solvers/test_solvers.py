@@ -7,7 +7,6 @@ from prox24_lightning.mask import is_24, mask_24, zeros_per_group
 from prox24_lightning.solvers import solve_layer
 from prox24_lightning.solvers.cholesky import cholesky
 from prox24_lightning.solvers.loss import local_loss, regularized
-from prox24_lightning.solvers.masked_cg import masked_cg
 from prox24_lightning.solvers.proximal_gradient import largest_eigenvalue
 from prox24_lightning.solvers.sparsegpt import sparsegpt
 
@@ -70,31 +69,6 @@ def test_cholesky_takes_more_damping_where_the_first_try_fails(caplog):
 def test_cholesky_of_an_indefinite_matrix_is_refused():
     with pytest.raises(ValueError, match=r"fc1: the Hessian has no Cholesky factor even with damping"):
         cholesky(torch.diag(torch.tensor([1.0, -1.0, 1.0, -1.0])), name="fc1")
-
-
-def test_refinement_reaches_the_least_squares_solution_of_every_row():
-    weight, hessian = layer()
-    mask = mask_24(weight)
-    found = masked_cg(weight, weight, hessian, mask, steps=200, tolerance=0.0, damping=0.0)
-    for row, support in enumerate(mask):
-        best = torch.linalg.solve(hessian[support][:, support], (hessian @ weight[row])[support])
-        torch.testing.assert_close(found[row, support], best, rtol=1e-7, atol=1e-7)
-
-
-def test_a_loose_tolerance_costs_no_more_than_it_says():
-    weight, hessian = layer()
-    mask = mask_24(weight)
-    few = masked_cg(weight, weight, hessian, mask, steps=10_000, tolerance=1e-3)
-    many = masked_cg(weight, weight, hessian, mask, steps=10_000, tolerance=0.0)
-    assert local_loss(few, weight, hessian) <= 1.01 * local_loss(many, weight, hessian)
-
-
-def test_refinement_that_goes_on_after_it_has_converged_stays_finite():
-    weight, hessian = layer(outputs=32, dtype=torch.float32)
-    mask = mask_24(weight)
-    weight = weight * mask
-    found = masked_cg(weight + 0.1 * mask, weight, hessian, mask, steps=400, tolerance=0.0)
-    torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
