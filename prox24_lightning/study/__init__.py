@@ -1,4 +1,4 @@
-"""What the prox does, how close local comes to global, and where it fails: the maths behind ``prox24 study``.
+"""The maths behind ``prox24 study``: the prox itself, local against global optima, failures and ablations.
 
-Each part is a pure function of sizes and a seed that returns tables; ``commands/`` reads models, draws and writes.
+Each part is a pure function of sizes and a seed that returns tables; ``cli/study`` reads models, draws and writes.
 """

@@ -1,4 +1,4 @@
-"""What each choice of the layer-wise prox is worth, on real layers with the Hessians of real inputs."""
+"""Ablations of the layer-wise prox, on real layers with the Hessians of real inputs."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def variants(steps: tuple[int, ...] = (25, 50, 100, 200, 400), base: int = 100) -> dict[str, Solver]:
-    """Name of a variant -> a function of weight and hessian that gives the pruned weight.
+    """Return the variants by name: functions of weight and Hessian that return the pruned weight.
 
-    One choice is changed at a time: the number of steps, the schedule of the strength, whether prox and mask measure a
-    weight alone or with the rms of its input, the geometry; without the prox, Wanda and magnitude show the metric
-    alone.
+    One choice is changed at a time: the number of steps, the schedule of the strength, the metric (a weight alone, or
+    times the rms of its input), the geometry. Magnitude, Wanda and SparseGPT are the variants without the prox.
     """
     table: dict[str, Solver] = {}
     for count in steps:

@@ -1,4 +1,4 @@
-"""Where the prox loses: rows on which Wanda or SparseGPT end with a lower loss, found by search over random layers."""
+"""Rows on which Wanda or SparseGPT end with a lower loss than the prox, found by search over random layers."""
 
 from __future__ import annotations
 

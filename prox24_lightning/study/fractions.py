@@ -1,8 +1,10 @@
-"""How many groups and blocks are 2:4 as the strength grows, and what splitting reaches of the best block."""
+"""How many groups and blocks are 2:4 as the strength grows, and how close each block prox comes to the best."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,15 +17,15 @@ from prox24_lightning.prox.block import BlockMethod, block_objective, descend
 from prox24_lightning.weights.blocks_4x4 import to_blocks
 
 LARGEST = 512
-"""Rows and columns of a weight that are looked at: 16,384 blocks give a share within half a per cent."""
+"""Rows and columns of a weight that count: 16,384 blocks give a share within half a per cent."""
 
 
 SPLIT = 192
-"""The same where blocks are solved many times over: 2,304 blocks."""
+"""Rows and columns that count where each block is solved many times over: 2,304 blocks."""
 
 
 def synthetic(kind: str, size: int = LARGEST, seed: int = 0) -> Tensor:
-    """A ``size`` x ``size`` weight: ``"gaussian"``, or ``"heavy tails"`` (Student's t with 3 degrees of freedom)."""
+    """Return a ``size`` x ``size`` weight: ``"gaussian"`` or ``"heavy tails"`` (Student's t, 3 degrees of freedom)."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(size, size, generator=generator)
     if kind == "gaussian":
@@ -33,7 +35,7 @@ def synthetic(kind: str, size: int = LARGEST, seed: int = 0) -> Tensor:
 
 
 def shares(name: str, weight: Tensor, strengths: Sequence[float]) -> list[dict[str, Any]]:
-    """Share of row groups, column groups and blocks that their prox leaves 2:4, at strengths relative to 1 / rms.
+    """Return the share of groups and blocks that their prox leaves 2:4, at strengths relative to 1 / rms.
 
     Groups switch at their critical strength; a block is 2:4 when all of its rows and columns are, after
     :func:`~prox24_lightning.prox.prox_block`.
@@ -52,13 +54,40 @@ def shares(name: str, weight: Tensor, strengths: Sequence[float]) -> list[dict[s
     return table
 
 
+def switch_decades(table: Sequence[dict[str, Any]], geometry: str) -> dict[str, float]:
+    """Return the decades of strength between 10 % and 90 % of 2:4 groups, by weight.
+
+    Args:
+        table: of :func:`shares`, strengths growing.
+        geometry: ``"row"``, ``"column"`` or ``"block"``.
+
+    Returns:
+        weights whose share crosses both marks within the strengths, interpolated linearly in log10.
+    """
+    found = {}
+    for name in dict.fromkeys(row["weight"] for row in table):
+        points = [(math.log10(row["strength"]), row[geometry]) for row in table if row["weight"] == name]
+        low, high = (_crossing(points, share) for share in (0.1, 0.9))
+        if low is not None and high is not None:
+            found[name] = high - low
+    return found
+
+
+def _crossing(points: Sequence[tuple[float, float]], share: float) -> float | None:
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y0 < share <= y1:
+            return x0 + (x1 - x0) * (share - y0) / (y1 - y0)
+    return None
+
+
 def splitting_gaps(
     weight: Tensor, strengths: Sequence[float], *, starts: int = 8, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Mean objective of each way to take the block prox, over the best known minus 1; and how many blocks reach it.
+    """Return the objective of each way to take the block prox, relative to the best known.
 
-    The best known of a block is the lowest of: everything compared here, its projection, and exact descent to the end
-    from ``starts`` random points between 0 and the block.
+    ``gap`` is the mean over blocks minus 1, ``blocks_at_best`` the share of blocks at the best known objective. That is
+    the lowest of everything compared here, the block's projection, and exact descent to the end from ``starts`` random
+    points between 0 and the block.
     """
     weight = weight[:SPLIT, :SPLIT].double()
     weight = weight / weight.square().mean().sqrt()
@@ -102,24 +131,24 @@ def splitting_gaps(
     return table
 
 
-def energies(name: str, weight: Tensor) -> dict[str, Any]:
-    """Share of a weight's energy that each kind of mask keeps: what the block geometry costs."""
+def retained_norms(name: str, weight: Tensor) -> dict[str, Any]:
+    """Return the share of a weight's squared norm that the best mask of each geometry retains."""
     weight = weight[:LARGEST, :LARGEST].double()
-    whole = weight.square().sum()
+    total = weight.square().sum()
 
-    def kept(mask: Tensor) -> float:
-        return float((weight * mask).square().sum() / whole)
+    def retained(mask: Tensor) -> float:
+        return float((weight * mask).square().sum() / total)
 
     rows = mask_24(weight, dim=1)
     blocks = to_blocks(weight)
     at_most = best_patterns(relative_squares(blocks), at_most=True)
-    best = float((blocks * at_most).square().sum() / whole)
+    best = float((blocks * at_most).square().sum() / total)
     return {
         "weight": name,
-        "row": kept(rows),
-        "column": kept(mask_24(weight, dim=0)),
-        "rows, then columns": kept(rows & mask_24(weight * rows, dim=0)),
-        "block (90 masks)": kept(transposable_mask(weight)),
+        "row": retained(rows),
+        "column": retained(mask_24(weight, dim=0)),
+        "rows, then columns": retained(rows & mask_24(weight * rows, dim=0)),
+        "block (90 masks)": retained(transposable_mask(weight)),
         "block (at most two)": best,
         "blocks better with 7": float((at_most.sum((0, 1)) == 7).double().mean()),
     }

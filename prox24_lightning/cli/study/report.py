@@ -20,16 +20,16 @@ Row = dict[str, Any]
 
 @dataclass
 class Part:
-    """One part of the study as it is written.
+    """One part of the study's report.
 
     Attributes:
         name: of its files.
         title: its heading.
-        text: what was asked and what came out, one paragraph each.
-        shown: heading -> rows that the report shows.
-        tables: name -> rows for a CSV file of their own.
-        figure: what is drawn, or None.
-        seconds: what it took.
+        text: the question and the results, one paragraph each.
+        shown: heading -> rows of a table in the report.
+        tables: name -> rows of a CSV file.
+        figure: written as PNG and SVG, or None.
+        seconds: wall time.
     """
 
     name: str
@@ -41,8 +41,13 @@ class Part:
     seconds: float = 0.0
 
 
+def paragraph(*sentences: str) -> str:
+    """Return the sentences as one paragraph."""
+    return " ".join(sentences)
+
+
 def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
-    """Write ``report.md`` and what it refers to into ``folder``; returns the report's path."""
+    """Write ``report.md`` with its figures and tables into ``folder``; return the report's path."""
     from matplotlib import rc_context
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +58,7 @@ def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
             lines += [paragraph, ""]
         if part.figure is not None:
             for ending in ("png", "svg"):
-                with rc_context({"svg.hashsalt": part.name}):  # names inside the file, else drawn at random
+                with rc_context({"svg.hashsalt": part.name}):  # names inside the file, random otherwise
                     part.figure.savefig(folder / f"{part.name}.{ending}", metadata=_undated(ending))
             lines += [f"![{part.title}]({part.name}.png)", ""]
         for heading, rows in part.shown.items():
@@ -70,7 +75,7 @@ def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Rows with the same keys, numbers in full."""
+    """Write rows that share their keys as CSV, numbers in full."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -78,5 +83,5 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _undated(ending: str) -> dict[str, Any]:
-    """Equal figures give equal files."""
+    """Return metadata without date and version, so that equal figures give equal files."""
     return {"Date": None} if ending == "svg" else {"Software": None}
