@@ -17,7 +17,7 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.report import write_report
-from prox24_lightning.calibration.layer_matrix import SecondMoments
+from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.solvers import Method, solve_layer
 
 BLOCKS = 80
@@ -67,7 +67,7 @@ def main(
         if cuda:
             torch.cuda.synchronize()
         counting = (time.perf_counter() - begin) * tokens / measured_tokens
-        solution = solve_layer(weight, moments.moments, method=method, steps=steps, name=stage)
+        solution = solve_layer(weight, moments.hessian, method=method, steps=steps, name=stage)
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
         rows.append(
             {
@@ -90,8 +90,8 @@ def main(
     write_report(output, "block_70b", "Layer-wise pruning of one LLaMA-2-70B block", rows, note=note)
 
 
-def _moments(inputs: int, tokens: int, device: str, chunk: int = 2**13) -> SecondMoments:
-    moments = SecondMoments()
+def _moments(inputs: int, tokens: int, device: str, chunk: int = 2**13) -> HessianAccumulator:
+    moments = HessianAccumulator()
     directions = torch.randn(16, inputs, device=device)
     for _ in range(max(1, tokens // chunk)):
         rows = torch.randn(chunk, inputs, device=device)

@@ -1,4 +1,4 @@
-"""Where training calls the model: the outermost modules, and what they were called with in the last batches."""
+"""Record what training calls a module with, in its last batches."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.calibration.blocks import listened_to, map_tensors, tensors_in
 from prox24_lightning.calibration.dense_reference import DenseWeights
-from prox24_lightning.calibration.module_inputs import Call, device_of
+from prox24_lightning.calibration.isolation import isolated
+from prox24_lightning.calibration.module_call import ModuleCall, device_of
 from prox24_lightning.utils.distributed import gathered_objects, rank, world_size
 from prox24_lightning.utils.module_copy import frozen_copy
+from prox24_lightning.utils.tensors import map_tensors, tensors_in
 
-_numbers = itertools.count()
 _RANDOM = ("drop", "jitter", "noise")
 
 
-class CallSite:
+class HookedModule:
     """A module that training calls, and the calls of the last batches.
 
     Tensors are copied when they are recorded. Only calls under enabled gradients count, so that neither validation nor
-    our own replays are recorded.
+    our own reruns are recorded.
 
     Args:
         module: an outermost module that holds weights to prune.
         batches: how many batches are remembered.
+        numbers: counts the calls of all hooked modules of a model.
     """
 
-    def __init__(self, module: nn.Module, batches: int) -> None:
+    def __init__(self, module: nn.Module, batches: int, numbers: Iterator[int] | None = None) -> None:
         self.module = module
+        self._numbers = itertools.count() if numbers is None else numbers
         self.recording = False
         self.dense: nn.Module | DenseWeights | None = None
         self.called = False
-        self._batches: deque[list[Call]] = deque(maxlen=batches)
+        self._batches: deque[list[ModuleCall]] = deque(maxlen=batches)
         self._trained: set[nn.Module] = set()
         self._handle: RemovableHandle | None = None
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[ModuleCall]:
         """The remembered calls, oldest first."""
         return [call for batch in self._batches for call in batch]
 
@@ -79,7 +81,7 @@ class CallSite:
         return left_out
 
     def keep_dense(self, *, sharded: bool) -> nn.Module | DenseWeights:
-        """Remember the module as it is now: in a frozen copy that :meth:`replaying` leaves alone.
+        """Remember the module as it is now: in a frozen copy that :meth:`rerunning` leaves alone.
 
         Args:
             sharded: the module has sharded parameters and cannot be copied: remember their values alone.
@@ -87,27 +89,27 @@ class CallSite:
         self.dense = DenseWeights(self.module) if sharded else frozen_copy(self.module)
         return self.dense
 
-    def twins(self) -> dict[nn.Module, nn.Module]:
+    def reference_of(self) -> dict[nn.Module, nn.Module]:
         """Every module inside -> its counterpart in the dense copy, which is itself where only values are kept."""
         if self.dense is None:
-            raise RuntimeError("no dense copy has been kept")
+            raise RuntimeError("no dense reference has been kept")
         if isinstance(self.dense, DenseWeights):
             return {module: module for module in self.module.modules()}
         # The copy has no wrappers of compiled modules.
         plain = [module for module in self.module.modules() if not hasattr(module, "_orig_mod")]
-        twins = dict(zip(plain, self.dense.modules(), strict=True))
-        return {module: twins[getattr(module, "_orig_mod", module)] for module in self.module.modules()}
+        counterparts = dict(zip(plain, self.dense.modules(), strict=True))
+        return {module: counterparts[getattr(module, "_orig_mod", module)] for module in self.module.modules()}
 
     @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """As :func:`~prox24_lightning.calibration.blocks.listened_to`; remembers what was in training mode."""
+    def rerunning(self) -> Iterator[None]:
+        """As :func:`~prox24_lightning.calibration.isolation.isolated`; remembers what was in training mode."""
         self._trained = {module for module in self.module.modules() if module.training}
-        with listened_to(self.module):
+        with isolated(self.module):
             yield
 
     @contextmanager
     def as_trained(self, module: nn.Module) -> Iterator[None]:
-        """Inside of :meth:`replaying`, what training compiled of ``module``, inside of which nothing is listened to.
+        """Inside of :meth:`rerunning`, what training compiled of ``module``, inside of which nothing is listened to.
 
         It serves only in training mode, which is taken where something is compiled and it makes no difference; else
         evaluation mode stays, and the compiler works anew.
@@ -129,7 +131,7 @@ class CallSite:
             return
         self.called = True
         if self.recording:
-            self._batches[-1].append(Call.record(module, args, kwargs, next(_numbers)).copied())
+            self._batches[-1].append(ModuleCall.record(module, args, kwargs, next(self._numbers)).copied())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors; batches whose arguments are of other kinds are left out."""
@@ -150,11 +152,11 @@ class CallSite:
         device = device_of(self.module)
         self._batches.clear()
         for batch in state["batches"]:
-            self._batches.append([Call.from_state_dict(call, device) for call in batch])
+            self._batches.append([ModuleCall.from_state_dict(call, device) for call in batch])
         self.called = state["called"]
 
 
-def _is_sound(call: Call) -> bool:
+def _is_sound(call: ModuleCall) -> bool:
     """Masks that are added hold minus infinity."""
     tensors = [tensor for tensor in tensors_in((call.args, call.kwargs)) if tensor.is_floating_point()]
     return not any(bool((tensor.isnan() | (tensor == math.inf)).any()) for tensor in tensors)
@@ -188,48 +190,3 @@ def share_of(saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
     together = zip(*(part["batches"] for part in mine), strict=False)
     batches = [[call for calls in batch for call in calls] for batch in together]
     return {"batches": batches, "called": all(part["called"] for part in mine)}
-
-
-def outermost_modules(root: nn.Module, modules: Sequence[nn.Module], *, root_is_called: bool) -> list[nn.Module]:
-    """The outermost modules that are called and hold all ``modules`` between them.
-
-    That is the smallest module that holds them all, if it is no bare list; its compiled wrapper where there is one;
-    and its parts where it is ``root`` and ``root`` itself is never called (a LightningModule: its ``training_step``
-    is).
-    """
-    paths = _paths(root, modules)
-    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))]
-    while len(common) > 1 and _is_list(common[-1]):
-        common = common[:-1]
-    compiled = [module for module in common if hasattr(module, "_orig_mod")]
-    site = compiled[0] if compiled else common[-1]
-    if site is root and not root_is_called:
-        return parts(root, modules)
-    return [site]
-
-
-def parts(module: nn.Module, modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """The children of ``module`` that hold any of ``modules``, looking through bare lists."""
-    wanted = set(modules)
-    found: list[nn.Module] = []
-    for child in module.children():
-        if wanted.intersection(child.modules()):
-            found += parts(child, modules) if _is_list(child) else [child]
-    return found
-
-
-def _paths(root: nn.Module, modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """For each of ``modules``, the modules from ``root`` down to it."""
-    names = {module: name for name, module in root.named_modules()}
-    result = []
-    for module in modules:
-        path, current = [root], root
-        for part in names[module].split(".") if names[module] else ():
-            current = current.get_submodule(part)
-            path.append(current)
-        result.append(path)
-    return result
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict))

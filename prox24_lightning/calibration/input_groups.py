@@ -1,4 +1,4 @@
-"""In what order a block calls its layers, which of them share an input, and what that input is."""
+"""Which layers of a block share an input, in what order the block calls them, and what that input is."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from prox24_lightning.weights.sharded import local_part
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Layers of one block that see the same input, and so share their second moments.
+class InputGroup:
+    """Layers of one block that share an input, and so a Hessian.
 
-    ``once`` says that they are called once a forward pass, so a pass may stop there.
+    ``once``: they are called once a forward pass, so a rerun may stop there.
     """
 
     layers: tuple[nn.Module, ...]
     once: bool
 
 
-def order_of_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[Stage]:
-    """Call ``run`` and sort ``layers`` into stages, in the order of their first calls.
+def find_input_groups(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[InputGroup]:
+    """Call ``run`` and return the input groups of ``layers``, in the order of their first calls.
 
-    Linear layers with the very same input tensor form one stage. A layer that is not called is in no stage.
+    Linear layers that get the very same tensor form one group. A layer that is not called is in none.
     """
-    stages: list[list[nn.Module]] = []
+    groups: list[list[nn.Module]] = []
     # The tensors are held, so that no address is used twice while the pass runs.
     inputs: list[tuple[Tensor, int]] = []
     calls: dict[nn.Module, int] = {}
@@ -39,15 +39,15 @@ def order_of_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[
         if calls[layer] > 1:
             return
         x = local_part(layer_input(args, kwargs))
-        for stage, (known, version) in zip(stages, inputs, strict=True):
+        for group, (known, version) in zip(groups, inputs, strict=True):
             # Every empty tensor has the address 0.
             same = x.numel() > 0 and known.data_ptr() == x.data_ptr()
             same = same and known.shape == x.shape and known.stride() == x.stride()
-            linear = isinstance(layer, nn.Linear) and isinstance(stage[0], nn.Linear)
+            linear = isinstance(layer, nn.Linear) and isinstance(group[0], nn.Linear)
             if same and linear and version == x._version:
-                stage.append(layer)
+                group.append(layer)
                 return
-        stages.append([layer])
+        groups.append([layer])
         inputs.append((x, x._version))
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
@@ -57,7 +57,7 @@ def order_of_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[
     finally:
         for handle in handles:
             handle.remove()
-    return [Stage(tuple(stage), all(calls[layer] == 1 for layer in stage)) for stage in stages]
+    return [InputGroup(tuple(group), all(calls[layer] == 1 for layer in group)) for group in groups]
 
 
 def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -65,12 +65,12 @@ def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-class _StageDone(Exception):  # noqa: N818 (it ends a pass early, and is no error)
+class _InputSeen(Exception):  # noqa: N818 (it ends a pass early, and is no error)
     pass
 
 
 @torch.no_grad()
-def inputs_of(layer: nn.Module, run: Callable[[], Any], *, once: bool) -> list[Tensor]:
+def record_inputs(layer: nn.Module, run: Callable[[], Any], *, once: bool) -> list[Tensor]:
     """Call ``run`` and return what ``layer`` was called with; ``once`` stops the pass there."""
     found: list[Tensor] = []
 
@@ -78,11 +78,11 @@ def inputs_of(layer: nn.Module, run: Callable[[], Any], *, once: bool) -> list[T
         x = layer_input(args, kwargs).detach()
         found.append(x if once else x.clone())  # what goes on may change it in place
         if once:
-            raise _StageDone
+            raise _InputSeen
 
     handle = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with suppress(_StageDone):
+        with suppress(_InputSeen):
             run()
     finally:
         handle.remove()

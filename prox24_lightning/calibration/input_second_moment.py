@@ -24,7 +24,7 @@ SCALE_FLOOR = 1e-3
 """Smallest scale relative to the layer's rms input; an input that never fires must not divide by zero."""
 
 
-class InputMoments:
+class InputSecondMoments:
     """Running mean square of every input channel of the layers that hold ``weights``.
 
     Forward pre-hooks sum x^2 over all tokens (or pixels) of the batches that pass while :attr:`collecting` is

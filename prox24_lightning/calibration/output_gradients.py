@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.blocks import hidden_of
+from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.utils.distributed import mean_over_ranks
 
 _SMALLEST = 1e-30
@@ -54,7 +54,7 @@ class OutputGradients:
         if not torch.is_grad_enabled():
             return
         with suppress(ValueError):  # an output of another kind: such a block is not reconstructed
-            if (hidden := hidden_of(output, self.name)).requires_grad:
+            if (hidden := hidden_state(output, self.name)).requires_grad:
                 hidden.register_hook(self._add)
 
     def _add(self, gradient: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from prox24_lightning.calibration.input_groups import order_of_calls
+from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.oneshot.hidden_states import Flow
 from prox24_lightning.oneshot.parallel import check_same_stages
 from prox24_lightning.oneshot.progress import LayerProgress
@@ -48,7 +48,7 @@ def _sensitivities(flow: Flow, chosen: Sequence[GroupedWeight], bar: LayerProgre
     for index, block in enumerate(flow.blocks.modules):
         block.to(flow.device)
         inside = {weight.module: weight for weight in chosen if flow.blocks.owns(index, weight.module_name)}
-        stages = order_of_calls(list(inside), partial(scout.run, index, block, 0))
+        stages = find_input_groups(list(inside), partial(scout.run, index, block, 0))
         check_same_stages(stages, {layer: weight.name for layer, weight in inside.items()})
         for stage in stages:
             moments = input_group_hessian(
@@ -59,7 +59,7 @@ def _sensitivities(flow: Flow, chosen: Sequence[GroupedWeight], bar: LayerProgre
                 bar.describe(f"sensitivity of {weight.module_name}")
                 solution = solve_layer(
                     as_matrix(layer),
-                    moments.moments,
+                    moments.hessian,
                     method="wanda",
                     refine_steps=50,
                     dim=weight.matrix_dim,

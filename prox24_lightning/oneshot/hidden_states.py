@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.blocks import Blocks, Call, call_model, hidden_of, tensors_in, to_device
-from prox24_lightning.calibration.capture import NotAChainError, capture
+from prox24_lightning.calibration.block_inputs import NotAChainError, record_block_inputs
+from prox24_lightning.calibration.blocks import Blocks, call_model, hidden_state
+from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.oneshot.storage import HiddenStates
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.distributed import gathered_objects, rank, world_size
+from prox24_lightning.utils.tensors import tensors_in, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ class Flow:
     blocks: Blocks
     device: torch.device
     home: torch.device
-    calls: list[list[Call]]
+    calls: list[list[ModuleCall]]
     hidden: HiddenStates
     place: str
     batches: list[Any] = field(default_factory=list)
@@ -51,7 +53,7 @@ class Flow:
             flow.batches = [_moved(batch, home) for batch in batches]
         else:
             moved = (_moved(batch, home) for batch in batches)
-            for calls, hidden in capture(model, blocks, moved):
+            for calls, hidden in record_block_inputs(model, blocks, moved):
                 flow.calls.append(calls)
                 flow.hidden.append(hidden)
         if not all(gathered_objects(len(flow))):
@@ -86,17 +88,17 @@ class Flow:
         return [self.hidden[number], *{id(tensor): tensor for tensor in arguments}.values()]
 
     def run(self, index: int, block: nn.Module, number: int) -> Any:
-        """Call block ``index`` (or a copy of it) on a copy of batch ``number``."""
+        """ModuleCall block ``index`` (or a copy of it) on a copy of batch ``number``."""
         if self.blocks.whole:
             return call_model(block, to_device(self.batches[number], self.device, copy=True))
-        return self.calls[number][index].run(block, self.hidden[number], self.device)
+        return self.calls[number][index].with_hidden(self.hidden[number]).to(self.device)(block)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace every hidden state by what the block makes of it."""
         if index + 1 == len(self.blocks):
             return
         for number in range(len(self)):
-            self.hidden[number] = hidden_of(self.run(index, block, number), self.blocks.names[index])
+            self.hidden[number] = hidden_state(self.run(index, block, number), self.blocks.names[index])
 
 
 def blocks_to_walk(
@@ -117,7 +119,7 @@ def blocks_to_walk(
     batches = iter(batches)
     first = list(islice(batches, 1))
     try:
-        for _ in capture(model, blocks, [_moved(batch, home) for batch in first]):
+        for _ in record_block_inputs(model, blocks, [_moved(batch, home) for batch in first]):
             pass
     except NotAChainError as error:
         if name is not None:

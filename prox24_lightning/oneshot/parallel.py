@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from prox24_lightning.calibration.input_groups import Stage
+from prox24_lightning.calibration.input_groups import InputGroup
 from prox24_lightning.utils.distributed import gathered_objects
 
 
-def check_same_stages(stages: Sequence[Stage], names: Mapping[nn.Module, str]) -> None:
+def check_same_stages(stages: Sequence[InputGroup], names: Mapping[nn.Module, str]) -> None:
     """Refuse ranks whose batches take different ways through a block: they would wait for each other for ever.
 
     Raises:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.blocks import Blocks, find_blocks, listened_to
-from prox24_lightning.calibration.cuda_graphs import release_recordings
-from prox24_lightning.calibration.input_groups import order_of_calls
-from prox24_lightning.calibration.layer_matrix import SecondMoments
+from prox24_lightning.calibration.blocks import Blocks, find_blocks
+from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.input_groups import find_input_groups
+from prox24_lightning.calibration.isolation import isolated
 from prox24_lightning.oneshot.budget import within_budget
 from prox24_lightning.oneshot.hidden_states import Flow, blocks_to_walk
 from prox24_lightning.oneshot.parallel import check_same_stages
@@ -26,6 +26,7 @@ from prox24_lightning.oneshot.storage import FinishedBlock, FinishedBlocks
 from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
 from prox24_lightning.solvers.layer import Method, Refine
 from prox24_lightning.utils.checksum import checksum
+from prox24_lightning.utils.cuda_graphs import GraphMemory
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight, select_weights
@@ -111,7 +112,7 @@ def prune_layerwise(
     begin = time.perf_counter()
     home = next(model.parameters()).device
     device = torch.device(home if device is None else device)
-    with listened_to(model), LayerProgress(len(chosen), enabled=progress) as bar:
+    with isolated(model), GraphMemory().shared(), LayerProgress(len(chosen), enabled=progress) as bar:
         found, batches = blocks_to_walk(model, found, batches, home, blocks)
         flow = Flow.begin(model, found, batches, home, device, offload)
         if budget:
@@ -133,7 +134,6 @@ def prune_layerwise(
             inside = [weight for weight in chosen if found.owns(index, weight.module_name)]
             walker = _Walker(flow, twin, index, inside, settings, solver, bar)
             walker.run(report, done)
-    release_recordings()
     if not report.layers:
         raise ValueError(
             f"the first calibration batch calls none of the {len(chosen)} layers of {type(model).__name__} that can be "
@@ -187,7 +187,7 @@ class _Walker:
     ) -> tuple[list[LayerRecord], dict[str, Tensor], list[SkippedWeight]]:
         owners = {weight.module: weight for weight in self.weights}
         twins = dict(zip(block.modules(), dense.modules(), strict=True)) if dense is not None else {}
-        stages = order_of_calls(list(owners), lambda: self.flow.run(self.index, block, 0))
+        stages = find_input_groups(list(owners), lambda: self.flow.run(self.index, block, 0))
         check_same_stages(stages, {layer: weight.name for layer, weight in owners.items()})
         skipped = []
         called = {layer for stage in stages for layer in stage.layers}
@@ -210,7 +210,7 @@ class _Walker:
         return records, masks, skipped
 
     def _solve(
-        self, members: list[GroupedWeight], moments: SecondMoments
+        self, members: list[GroupedWeight], moments: HessianAccumulator
     ) -> list[tuple[GroupedWeight, LayerRecord, Tensor]]:
         solved = solve_input_group(
             members,
@@ -239,9 +239,9 @@ class _Walker:
         return result
 
 
-def _note(moments: SecondMoments) -> str:
-    size = len(moments.moments)
-    if not bool(moments.moments.diagonal().any()):
+def _note(moments: HessianAccumulator) -> str:
+    size = len(moments.hessian)
+    if not bool(moments.hessian.diagonal().any()):
         return "inputs are all zero: mask by magnitude"
     if moments.tokens < size:
         return f"fewer tokens ({moments.tokens}) than inputs ({size})"

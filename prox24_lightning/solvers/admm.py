@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.calibration.cuda_graphs import Replayed
 from prox24_lightning.schedules import Exponential, Schedule
 from prox24_lightning.solvers.inverses import shifted_inverses
 from prox24_lightning.solvers.prox_step import STRENGTHS, apply_prox, inverse_rms, scale_inputs
+from prox24_lightning.utils.cuda_graphs import GraphedStep
 from prox24_lightning.weights.groups import Dim
 
 RHOS = Exponential(0.01, 1.0)
@@ -65,7 +65,7 @@ def admm(
         apply_prox(multiplier, strength, dim, z)
         multiplier.sub_(z)
 
-    run = Replayed(step, dense.device)
+    run = GraphedStep(step, dense.device)
     pulled = dense @ hessian
     last_rho = None
     rhos = [RHOS(level / max(1, levels - 1)) for level in range(levels)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.cuda_graphs import ReplayedOn
+from prox24_lightning.utils.cuda_graphs import GraphedFunction
 from prox24_lightning.utils.distributed import mean_over_ranks, world_size
 
 Forward = Callable[[Any], Tensor]
@@ -160,7 +160,7 @@ def _descend(
         _write(parameters, masters)
 
     # Alone on a GPU its hundreds of small kernels are recorded once.
-    run = ReplayedOn(step, masters[0].device) if world_size() == 1 else step
+    run = GraphedFunction(step, masters[0].device) if world_size() == 1 else step
     for number in range(steps):
         rise = min(1.0, (number + 1) / (min(_WARM_UP, steps // 4) + 1))
         size.fill_(rise * 0.5 * (1 + math.cos(math.pi * number / steps)))

@@ -1,4 +1,4 @@
-"""One block of a model: the layers of a stage, solved on the inputs that they see once everything before is 2:4."""
+"""One block of a model: the layers of a group, solved on the inputs that they see once everything before is 2:4."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.input_groups import Stage, inputs_of
-from prox24_lightning.calibration.layer_matrix import SecondMoments
+from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.input_groups import InputGroup, record_inputs
 from prox24_lightning.solvers.layer import Solution, solve_layer
 from prox24_lightning.solvers.loss import check_layer
 from prox24_lightning.solvers.parallel import solved_by_rows
@@ -23,53 +23,53 @@ Run = Callable[[], Any]
 
 
 def input_group_hessian(
-    stage: Stage,
+    group: InputGroup,
     runs: Sequence[Run],
     dense_runs: Sequence[Run] | None = None,
     twins: Mapping[nn.Module, nn.Module] | None = None,
-) -> SecondMoments:
-    """Second moments of the input that the layers of ``stage`` share, over all ``runs`` of their block on all ranks.
+) -> HessianAccumulator:
+    """Hessian of the input that the layers of ``group`` share, over all ``runs`` of their block on all ranks.
 
     Args:
-        dense_runs: the same batches through the dense copy of the block, for the cross moments.
+        dense_runs: the same batches through the dense copy of the block, for the cross accumulator.
         twins: layer of the block -> its counterpart in the dense copy.
     """
-    layer = stage.layers[0]
-    moments = SecondMoments()
+    layer = group.layers[0]
+    accumulator = HessianAccumulator()
     for number, run in enumerate(runs):
-        rows = [input_rows(layer, gathered(x)) for x in inputs_of(layer, run, once=stage.once)]
+        rows = [input_rows(layer, gathered(x)) for x in record_inputs(layer, run, once=group.once)]
         if dense_runs is None or twins is None:
             for part in rows:
-                moments.add(part)
+                accumulator.add(part)
             continue
-        dense_inputs = inputs_of(twins[layer], dense_runs[number], once=stage.once)
+        dense_inputs = record_inputs(twins[layer], dense_runs[number], once=group.once)
         dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs]
         if [len(part) for part in rows] != [len(part) for part in dense_rows]:
             # A router has sent other tokens here in the dense copy: what this layer had put out is not to be compared.
-            return input_group_hessian(stage, runs)
+            return input_group_hessian(group, runs)
         for part, dense_part in zip(rows, dense_rows, strict=True):
-            moments.add(part, dense_part)
+            accumulator.add(part, dense_part)
     weight = layer.get_parameter("weight")
-    moments.all_reduce(matrix_columns(layer), local_part(weight).device)
-    return moments
+    accumulator.all_reduce(matrix_columns(layer), local_part(weight).device)
+    return accumulator
 
 
 def solve_input_group(
     weights: Sequence[GroupedWeight],
-    moments: SecondMoments,
+    accumulator: HessianAccumulator,
     *,
     dense_target: float = 0.0,
     by_rows: bool = False,
     **solver: Any,
 ) -> list[tuple[GroupedWeight, Solution]]:
-    """Solve the layers of one stage and write the results into them.
+    """Solve the layers of one group and write the results into them.
 
     Layers whose groups lie along the inputs are stacked: no row's result depends on another row. Along the outputs the
     groups of a stacked weight would span layers, and strengths go by the whole layer, so each is solved by itself.
 
     Args:
         dense_target: 0 keeps the outputs of the present weights on the present inputs, 1 aims at the outputs that the
-            layer had in the dense model, values between mix the two; needs the cross moments.
+            layer had in the dense model, values between mix the two; needs the cross accumulator.
         by_rows: of several processes each solves a part of the rows, where no row depends on another.
         solver: arguments of :func:`~prox24_lightning.solvers.layer.solve_layer`.
 
@@ -78,18 +78,18 @@ def solve_input_group(
     """
     # Beyond rows the groups of a stacked weight could span layers, and strengths go by the whole layer.
     if all(weight.geometry == "row" for weight in weights):
-        return _solve_stacked(weights, moments, -1, dense_target, by_rows, solver)
+        return _solve_stacked(weights, accumulator, -1, dense_target, by_rows, solver)
     return [
         solved
         for weight in weights
-        for solved in _solve_stacked([weight], moments, weight.matrix_dim, dense_target, by_rows, solver)
+        for solved in _solve_stacked([weight], accumulator, weight.matrix_dim, dense_target, by_rows, solver)
     ]
 
 
 @torch.no_grad()
 def _solve_stacked(
     weights: Sequence[GroupedWeight],
-    moments: SecondMoments,
+    accumulator: HessianAccumulator,
     dim: Dim,
     dense_target: float,
     by_rows: bool,
@@ -98,13 +98,13 @@ def _solve_stacked(
     matrices = [as_matrix(weight.module, whole(local_part(weight.parameter), weight.parameter)) for weight in weights]
     name = " + ".join(weight.module_name for weight in weights)
     dense = torch.cat(matrices)
-    for found in (moments.moments, moments.cross):
+    for found in (accumulator.hessian, accumulator.cross):
         if found is not None:
             check_layer(dense, found, name)
-    target = output_target(dense, moments, dense_target)
+    target = output_target(dense, accumulator, dense_target)
 
     def solve(rows: Tensor) -> Solution:
-        return solve_layer(rows, moments.moments, dim=dim, name=name, **solver)
+        return solve_layer(rows, accumulator.hessian, dim=dim, name=name, **solver)
 
     solution = solved_by_rows(target, solve) if by_rows and dim == -1 else solve(target)
     solved, row = [], 0
@@ -117,16 +117,16 @@ def _solve_stacked(
     return solved
 
 
-def output_target(weight: Tensor, moments: SecondMoments, share: float) -> Tensor:
+def output_target(weight: Tensor, accumulator: HessianAccumulator, share: float) -> Tensor:
     """The weight whose outputs on the pruned model's inputs come closest to the wanted ones.
 
     With ``X`` the inputs now and ``X_d`` those in the dense model, ``share`` = 1 solves ``min_T ||X T^T - X_d W^T||``:
     ``T = W + W (C - H) H^-1`` with ``C = X_d^T X / tokens``. Inputs that are all zero leave ``W``.
     """
-    cross = moments.cross
-    shifted = moments.moments
+    cross = accumulator.cross
+    shifted = accumulator.hessian
     if not share or cross is None or not bool(shifted.diagonal().any()):
         return weight
     shifted.diagonal().add_(0.01 * shifted.diagonal().mean())
-    change = torch.linalg.solve(shifted, (weight @ (cross - moments.moments)).T).T
+    change = torch.linalg.solve(shifted, (weight @ (cross - accumulator.hessian)).T).T
     return weight + share * change

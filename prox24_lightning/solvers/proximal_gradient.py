@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.calibration.cuda_graphs import Replayed
 from prox24_lightning.solvers.prox_step import STRENGTHS, apply_prox, inverse_rms, scale_inputs
+from prox24_lightning.utils.cuda_graphs import GraphedStep
 from prox24_lightning.weights.groups import Dim
 
 
@@ -57,7 +57,7 @@ def proximal_gradient(
         last.copy_(z)
         apply_prox(torch.addmm(ahead, ahead - dense, step_matrix), strength, dim, z)
 
-    run = Replayed(step, dense.device)
+    run = GraphedStep(step, dense.device)
     for number in range(steps):
         torch.mul(unit, STRENGTHS(number / max(1, steps - 1)), out=strength)
         run()

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prox24_lightning.calibration.input_second_moment import InputMoments
+from prox24_lightning.calibration.input_second_moment import InputSecondMoments
 from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.sparsify.checks import check_finite, check_same_weights, has_replaced
@@ -65,7 +65,7 @@ class SparsityEngine:
         self._begun = False
         self._frozen = False
         scaled = strategy.scaled_weights(self.weights) if metric == "activation" else ()
-        self._moments = InputMoments(scaled) if scaled else None
+        self._moments = InputSecondMoments(scaled) if scaled else None
         self._listener = StepListener(self._after_step)
         self._owned: dict[int, list[GroupedWeight]] = {}
         self._optimizers: tuple[Optimizer, ...] = ()

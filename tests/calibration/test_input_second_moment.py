@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from prox24_lightning.calibration.input_second_moment import SCALE_FLOOR, InputMoments
+from prox24_lightning.calibration.input_second_moment import SCALE_FLOOR, InputSecondMoments
 from prox24_lightning.weights.selection import select_weights
 
 
 def watch(model, *inputs, targets=None, **arguments):
-    moments = InputMoments(select_weights(model, targets=targets).chosen, **arguments)
+    moments = InputSecondMoments(select_weights(model, targets=targets).chosen, **arguments)
     moments.attach()
     moments.collecting = True
     for batch in inputs:
@@ -131,7 +131,7 @@ def test_self_attention_is_measured_and_cross_attention_is_not():
 def test_state_survives():
     model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(20, 8)
     moments = watch(model, x)
-    other = InputMoments(select_weights(model).chosen)
+    other = InputSecondMoments(select_weights(model).chosen)
     other.load_state_dict(moments.state_dict())
     assert torch.equal(other.scale("0.weight"), moments.scale("0.weight"))
 

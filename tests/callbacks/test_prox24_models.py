@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prox24_lightning import Prox24
-from prox24_lightning.sparsify.strategies.progressive.rerun import Replays
+from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns
 from recipes.compiled_blocks import compile_blocks
 
 WIDTH = 16
@@ -264,19 +264,19 @@ class Skips(nn.Module):
 def test_blocks_that_share_a_turn_see_what_the_model_hands_them(make, monkeypatch):
     """Of four blocks at one turn, each is solved on what it sees once those before it are sparse."""
     seen = []
-    real = Replays.runs_of
+    real = BlockReruns.runs_of
 
-    def runs_of(self, unit):
-        runs = real(self, unit)
+    def runs_of(self, block):
+        runs = real(self, block)
         given = []
-        handle = unit.module.register_forward_pre_hook(lambda module, args: given.append(args))
+        handle = block.module.register_forward_pre_hook(lambda module, args: given.append(args))
         runs[0]()
-        unit.site.calls[0](unit.site.module)
+        block.hooked.calls[0](block.hooked.module)
         handle.remove()
         seen.append(all(torch.allclose(a, b, atol=1e-6) for a, b in zip(given[0], given[1], strict=True)))
         return runs
 
-    monkeypatch.setattr(Replays, "runs_of", runs_of)
+    monkeypatch.setattr(BlockReruns, "runs_of", runs_of)
     torch.manual_seed(0)
     prox = Prox24(20, 20, verbose=False)
     quiet_trainer(max_steps=20, callbacks=[prox]).fit(Module(make()), loader(6, WIDTH))

@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from prox24_lightning.calibration.blocks import find_blocks, hidden_of
+from prox24_lightning.calibration.blocks import find_blocks
 from prox24_lightning.cli.main import main
 from prox24_lightning.finetune import load_masks
 from prox24_lightning.io.pretrained import Pretrained
@@ -14,6 +14,7 @@ from prox24_lightning.mask import is_24, read_masks
 from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.oneshot.hidden_states import Flow
 from prox24_lightning.oneshot.save import save_pruned
+from prox24_lightning.utils.tensors import first_tensor
 
 SIZES = {
     "hidden_size": 16,
@@ -96,7 +97,7 @@ def test_the_blocks_of_t5_share_the_position_bias_of_the_first():
         model(**batch)
         hook.remove()
         for index, block in enumerate(model.encoder.block):
-            flow.hidden[number] = hidden_of(flow.run(index, block, number), "")
+            flow.hidden[number] = first_tensor(flow.run(index, block, number), "")
         torch.testing.assert_close(flow.hidden[number], seen[0])
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.cuda_graphs import _tell
 from prox24_lightning.mask import mask_24
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block, relative_error
+from prox24_lightning.utils.cuda_graphs import _warn_once
 
 
 class Block(nn.Module):
@@ -106,7 +106,7 @@ def test_training_sees_nothing_of_it():
 
 
 class Waits(Block):
-    """Looks at a value on the device, so that its steps cannot be recorded."""
+    """Looks at a value on the device, so that its steps cannot be captured."""
 
     def forward(self, x):
         return super().forward(x) * (1.0 if float(x.sum()) == float(x.sum()) else 0.0)
@@ -133,7 +133,7 @@ def test_the_gpu_ends_at_the_error_of_the_cpu(kind):
 
 @pytest.mark.gpu
 def test_it_is_recorded_while_the_graph_of_a_training_step_is_alive(caplog):
-    _tell.cache_clear()
+    _warn_once.cache_clear()
     parameters, masks, block, inputs, targets = pruned_block()
     block.cuda()
     inputs, targets = [x.cuda() for x in inputs], [target.cuda() for target in targets]

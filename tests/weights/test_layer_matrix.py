@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.layer_matrix import SecondMoments
 from prox24_lightning.weights.groups import to_groups
 from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix, input_rows, why_not_solvable
 
@@ -55,28 +54,6 @@ def test_an_image_without_a_batch_dimension_counts():
     assert input_rows(layer, torch.randn(8, 9, 7)).shape == (5 * 5, 48)
 
 
-def test_moments_of_two_batches_are_those_of_both():
-    x, dense = torch.randn(30, 8), torch.randn(30, 8)
-    moments = SecondMoments()
-    moments.add(x[:10], dense[:10])
-    moments.add(x[10:].bfloat16().float(), dense[10:])
-    assert moments.tokens == 30
-    torch.testing.assert_close(moments.moments, x.T @ x / 30, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(moments.cross, dense.T @ x / 30, rtol=2e-2, atol=2e-2)
-
-
-def test_bfloat16_inputs_are_summed_in_float32():
-    x = torch.full((4096, 4), 1.0, dtype=torch.bfloat16)
-    moments = SecondMoments()
-    moments.add(x)
-    assert torch.equal(moments.moments, torch.ones(4, 4))
-
-
-def test_moments_without_inputs_are_refused():
-    with pytest.raises(RuntimeError, match="no input has been counted"):
-        _ = SecondMoments().moments
-
-
 @pytest.mark.parametrize(
     ("module", "name", "reason"),
     [
@@ -88,14 +65,3 @@ def test_moments_without_inputs_are_refused():
 )
 def test_what_cannot_be_solved_says_why(module, name, reason):
     assert reason in why_not_solvable(module, name)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_moments_of_16_bit_inputs_are_those_of_float32(dtype):
-    x, dense = torch.randn(2, 3000, 64, device="cuda").to(dtype)
-    moments, exact = SecondMoments(), SecondMoments()
-    moments.add(x, dense)
-    exact.add(x.double().cpu(), dense.double().cpu())
-    torch.testing.assert_close(moments.moments.cpu(), exact.moments, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(moments.cross.cpu(), exact.cross, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prox24_lightning.calibration.layer_matrix import SecondMoments
+from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.weights.layer_matrix import as_matrix, input_rows
 
@@ -76,7 +76,7 @@ def minilm_layers(sequences: int = 48, length: int = 128) -> RealLayers | None:
     cut = [tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts[: sequences + 8]]
     counted, held_out = cut[: -(len(cut) // 5)], cut[-(len(cut) // 5) :]
     modules = {name: model.get_submodule(name) for name in MINILM_LAYERS}
-    moments = {name: SecondMoments() for name in modules}
+    moments = {name: HessianAccumulator() for name in modules}
     handles = [
         module.register_forward_pre_hook(lambda module, args, name=name: moments[name].add(input_rows(module, args[0])))
         for name, module in modules.items()
@@ -101,7 +101,7 @@ def minilm_layers(sequences: int = 48, length: int = 128) -> RealLayers | None:
             modules[name].weight.copy_(weight)
         return float(lost / sum(right.square().sum() for right in wanted))
 
-    return RealLayers({name: (dense[name], moments[name].moments) for name in modules}, score)
+    return RealLayers({name: (dense[name], moments[name].hessian) for name in modules}, score)
 
 
 def _minilm_folder() -> Path | None:

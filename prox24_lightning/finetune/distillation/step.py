@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prox24_lightning.finetune.distillation.losses import distillation_loss, feature_loss, logits_of, squared_error
 from prox24_lightning.finetune.distillation.module_outputs import CallRecorder, RecordedCall
 from prox24_lightning.finetune.distillation.teacher import teacher_kwargs
+from prox24_lightning.utils.tensors import first_tensor
 from prox24_lightning.weights.names import clean_name
 
 OutputLoss = Literal["kl", "mse"]
@@ -127,10 +128,9 @@ def _hidden(key: str, call: RecordedCall) -> Tensor:
     """The hidden state that block ``key`` gave out: a tensor, or the first entry of a tuple."""
     if key not in call.blocks:
         raise ValueError(f"block {key} was not called; its hidden state cannot be compared: set features=0")
-    output = call.blocks[key]
-    first = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(first, Tensor):
-        raise ValueError(f"block {key} returns {type(output).__name__}, in which no hidden state is found: features=0")
+    first = first_tensor(call.blocks[key])
+    if first is None:
+        raise ValueError(f"block {key} returns {type(call.blocks[key]).__name__}, in which no hidden state is found: features=0")
     return first
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.hooked_module import CallSite
-from prox24_lightning.sparsify.strategies.progressive.blocks import Unit
+from prox24_lightning.calibration.hooked_module import HookedModule
+from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.weights.selection import select_weights
 
 
@@ -27,5 +27,5 @@ from prox24_lightning.weights.selection import select_weights
 def test_features_lie_where_the_size_is_that_of_a_layer(layer, shape, dim):
     weights = tuple(select_weights(layer, targets=["weight"]))
     assert weights
-    unit = Unit("layer", layer, weights, CallSite(layer, 1))
-    assert unit.feature_dim(torch.zeros(shape)) == dim
+    block = Block("layer", layer, weights, HookedModule(layer, 1))
+    assert block.feature_dim(torch.zeros(shape)) == dim

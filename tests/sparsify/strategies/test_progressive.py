@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.hooked_module import CallSite
+from prox24_lightning.calibration.hooked_module import HookedModule
 from prox24_lightning.mask import is_24
 from prox24_lightning.solvers import solve_layer
 from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
@@ -106,13 +106,13 @@ def test_a_batch_that_is_not_finite_is_left_out(bad, caplog):
 
 
 def test_masks_of_minus_infinity_are_sound():
-    site = CallSite(nn.Identity(), batches=2)
-    site.attach()
+    hooked = HookedModule(nn.Identity(), batches=2)
+    hooked.attach()
     for value in (float("-inf"), 0.0):
-        site.next_batch(True)
-        site.module(torch.tensor([value, 1.0]))
-    assert site.leave_out_unsound() == 0
-    assert len(site.calls) == 2
+        hooked.next_batch(True)
+        hooked.module(torch.tensor([value, 1.0]))
+    assert hooked.leave_out_unsound() == 0
+    assert len(hooked.calls) == 2
 
 
 def test_a_layer_that_never_runs_is_projected_at_the_freeze():

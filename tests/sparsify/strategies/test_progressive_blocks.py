@@ -218,7 +218,7 @@ def test_a_part_that_is_never_called_is_looked_into():
     )
     train(model, engine, batches(5), call=model.training_step, lr=0.1)
     state = engine.strategy.state_dict()
-    assert state["sites"] == ["inner.blocks.0", "inner.blocks.1", "inner.blocks.2"]
+    assert state["hooked"] == ["inner.blocks.0", "inner.blocks.1", "inner.blocks.2"]
     assert all(site["called"] for site in state["calls"][0])
     assert len(engine.masks) == 6, "two of three blocks have had their turn"
 

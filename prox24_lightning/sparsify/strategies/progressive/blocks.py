@@ -1,4 +1,4 @@
-"""What goes 2:4 together, and in which order."""
+"""Cut a model into the blocks that become 2:4 one after the other, in the order in which it runs them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import find_blocks
-from prox24_lightning.calibration.hooked_module import CallSite
-from prox24_lightning.calibration.module_inputs import order_of_first_calls
+from prox24_lightning.calibration.hooked_module import HookedModule
+from prox24_lightning.calibration.inner_calls import order_of_first_calls
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.weights.layer_matrix import matrix_rows
 from prox24_lightning.weights.selection import GroupedWeight
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What goes 2:4 together: a block of the model, or a layer outside the repeated blocks."""
+class Block:
+    """Weights that become 2:4 together: those of a block of the model, or of a layer outside the repeated blocks."""
 
     name: str
     module: nn.Module
     weights: tuple[GroupedWeight, ...]
-    site: CallSite
+    hooked: HookedModule
 
     def feature_dim(self, output: Tensor) -> int:
-        """The dimension of its output along which features lie: the last, or the second of images and the like.
-
-        Told by the sizes that its layers put out.
+        """Return the dimension of its output along which features lie: the last, or the second of images and the like,
+        as the output sizes of its layers show.
         """
         convolutions = all(isinstance(weight.module, (nn.Conv1d, nn.Conv2d)) for weight in self.weights)
         widths = {matrix_rows(weight.module, weight.parameter) for weight in self.weights}
@@ -35,28 +34,28 @@ class Unit:
         return 1 if second and (convolutions or output.shape[-1] not in widths) else -1
 
 
-def cut_into_units(model: nn.Module, weights: Sequence[GroupedWeight], sites: Sequence[CallSite]) -> list[Unit]:
-    """Blocks where the model has a list of like ones that are called as such, single layers elsewhere."""
-    blocks = find_blocks(model, holding=[weight.module for weight in weights])
-    site_of = {module: site for site in sites for module in site.module.modules()}
-    units: dict[str, tuple[nn.Module, list[GroupedWeight]]] = {}
+def cut_into_blocks(model: nn.Module, weights: Sequence[GroupedWeight], hooked: Sequence[HookedModule]) -> list[Block]:
+    """Return blocks where the model has a list of like ones that are called as such, single layers elsewhere."""
+    repeated = find_blocks(model, holding=[weight.module for weight in weights])
+    owner = {module: one for one in hooked for module in one.module.modules()}
+    found: dict[str, tuple[nn.Module, list[GroupedWeight]]] = {}
     for weight in weights:
         name, module = weight.module_name, weight.module
-        for index in range(0 if blocks.whole else len(blocks)):
-            if blocks.owns(index, name) and blocks.modules[index] in site_of:
-                name, module = blocks.names[index], blocks.modules[index]
+        for index in range(0 if repeated.whole else len(repeated)):
+            if repeated.owns(index, name) and repeated.modules[index] in owner:
+                name, module = repeated.names[index], repeated.modules[index]
                 break
-        units.setdefault(name, (module, []))[1].append(weight)
-    return [Unit(name, module, tuple(members), site_of[module]) for name, (module, members) in units.items()]
+        found.setdefault(name, (module, []))[1].append(weight)
+    return [Block(name, module, tuple(members), owner[module]) for name, (module, members) in found.items()]
 
 
-def check_orders(units: Sequence[Unit]) -> None:
-    """Refuse ranks that would solve different units at one time: they would wait for each other for ever.
+def check_same_order(blocks: Sequence[Block]) -> None:
+    """Refuse ranks that would solve different blocks at one time: they would wait for each other for ever.
 
     Raises:
         RuntimeError: on every rank.
     """
-    orders = gathered_objects([unit.name for unit in units])
+    orders = gathered_objects([block.name for block in blocks])
     if any(order != orders[0] for order in orders):
         raise RuntimeError(
             f"the ranks run the model's parts in different orders (rank 0: {orders[0][:4]}...), and cannot prune one "
@@ -64,15 +63,15 @@ def check_orders(units: Sequence[Unit]) -> None:
         )
 
 
-def order_of_units(units: Sequence[Unit]) -> list[str]:
-    """Names of the units in the order in which the model runs them, by the first call that their sites remember.
+def order_of_blocks(blocks: Sequence[Block]) -> list[str]:
+    """Return the names of the blocks in the order in which the model runs them, by the first recorded calls.
 
-    Units that were not seen running are left out.
+    Blocks that were not called are left out.
     """
     order: list[str] = []
-    sites = {unit.site for unit in units if unit.site.calls}
-    for site in sorted(sites, key=lambda site: site.calls[0].number):
-        inside = {unit.module: unit.name for unit in units if unit.site is site}
-        with site.replaying():
-            order += [inside[module] for module in order_of_first_calls(site.calls[0], site.module, inside)]
+    called = {block.hooked for block in blocks if block.hooked.calls}
+    for hooked in sorted(called, key=lambda one: one.calls[0].number):
+        inside = {block.module: block.name for block in blocks if block.hooked is hooked}
+        with hooked.rerunning():
+            order += [inside[module] for module in order_of_first_calls(hooked.calls[0], hooked.module, inside)]
     return order

@@ -1,4 +1,4 @@
-"""One unit at its turn: its layers solved one after the other, then the whole of it refined by what it hands on."""
+"""One block at its turn: its layers solved one after the other, then the whole of it refined by what it hands on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from prox24_lightning.calibration.blocks import hidden_of
-from prox24_lightning.calibration.input_groups import order_of_calls
+from prox24_lightning.calibration.blocks import hidden_state
+from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
 from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
 from prox24_lightning.sparsify.strategies.base import Frozen
-from prox24_lightning.sparsify.strategies.progressive.blocks import Unit
-from prox24_lightning.sparsify.strategies.progressive.rerun import Replay, Replays, mixed, outputs_of
+from prox24_lightning.sparsify.strategies.progressive.blocks import Block
+from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun, mixed, outputs_of
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.utils.tf32 import without_tf32
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
@@ -24,46 +24,46 @@ from prox24_lightning.weights.sharded import local_part, part_of
 log = logging.getLogger(__name__)
 
 
-def solve_unit(
-    unit: Unit,
-    replays: Replays,
+def solve_block(
+    block: Block,
+    reruns: BlockReruns,
     dense_target: float,
     prox_steps: int | None,
     reconstruction_steps: int,
     gradients: OutputGradients | None,
     trained: Collection[Tensor],
 ) -> Frozen:
-    """Masks and values of the layers of ``unit`` that the solver can take; they are written into the model.
+    """Masks and values of the layers of ``block`` that the solver can take; they are written into the model.
 
     Args:
-        replays: of the turn's units; the next of them sees this one as it is now.
-        dense_target: share of the dense copy's outputs in what layers and unit shall give.
+        reruns: of the turn's blocks; the next of them sees this one as it is now.
+        dense_target: share of the dense copy's outputs in what layers and block shall give.
         prox_steps: a layer; None is the solver's own default.
-        reconstruction_steps: of the whole unit; 0 leaves them out.
+        reconstruction_steps: of the whole block; 0 leaves them out.
         gradients: what its output's features count by; None is the same for all.
         trained: parameters that training changes; reconstruction leaves others alone.
     """
-    owners = {w.module: w for w in unit.weights if why_not_solvable(w.module, w.parameter_name) is None}
+    owners = {w.module: w for w in block.weights if why_not_solvable(w.module, w.parameter_name) is None}
     frozen: Frozen = {}
-    runs = replays.runs_of(unit)
+    runs = reruns.runs_of(block)
     if not all(gathered_objects(bool(runs))):
         if owners:
-            log.warning("%s was not called in the recorded batches; its largest weights are kept instead", unit.name)
+            log.warning("%s was not called in the recorded batches; its largest weights are kept instead", block.name)
         return frozen
-    dense_runs, twins = replays.dense_runs_of(unit)
+    dense_runs, reference = reruns.dense_runs_of(block)
     targets, dense_outputs = None, None
     if owners and reconstruction_steps:
         try:
-            dense_outputs = None if dense_runs is None else outputs_of(unit, dense_runs)
-            targets = mixed(outputs_of(unit, runs), dense_outputs, dense_target)
+            dense_outputs = None if dense_runs is None else outputs_of(block, dense_runs)
+            targets = mixed(outputs_of(block, runs), dense_outputs, dense_target)
         except ValueError as error:  # its output is no tensor
-            log.warning("%s is not reconstructed: %s", unit.name, error)
-    for stage in order_of_calls(list(owners), runs[0]):
-        moments = input_group_hessian(stage, runs, dense_runs, twins)
-        members = [owners[layer] for layer in stage.layers]
+            log.warning("%s is not reconstructed: %s", block.name, error)
+    for group in find_input_groups(list(owners), runs[0]):
+        hessian = input_group_hessian(group, runs, dense_runs, reference)
+        members = [owners[layer] for layer in group.layers]
         try:
             with without_tf32():
-                solved = solve_input_group(members, moments, dense_target=dense_target, steps=prox_steps)
+                solved = solve_input_group(members, hessian, dense_target=dense_target, steps=prox_steps)
         except ValueError as error:
             log.warning("%s; its largest weights are kept instead", error)
             continue
@@ -72,30 +72,30 @@ def solve_unit(
             frozen[weight.name] = mask, local_part(weight.parameter)
     if targets is not None and frozen:
         masks = {name: mask for name, (mask, _) in frozen.items()}
-        _reconstruct(unit, runs, targets, masks, reconstruction_steps, gradients, trained)
-    replays.hand_on(unit, runs, dense_runs, dense_outputs)
+        _reconstruct(block, runs, targets, masks, reconstruction_steps, gradients, trained)
+    reruns.hand_on(block, runs, dense_runs, dense_outputs)
     return frozen
 
 
 def _reconstruct(
-    unit: Unit,
-    runs: Sequence[Replay],
+    block: Block,
+    runs: Sequence[BlockRun],
     targets: Sequence[Tensor],
     found: Mapping[str, Tensor],
     steps: int,
     gradients: OutputGradients | None,
     trained: Collection[Tensor],
 ) -> None:
-    parameters = {name: parameter for name, parameter in unit.module.named_parameters() if parameter in trained}
-    dim = unit.feature_dim(targets[0])
+    parameters = {name: parameter for name, parameter in block.module.named_parameters() if parameter in trained}
+    dim = block.feature_dim(targets[0])
     targets = [target.movedim(dim, -1) for target in targets]
     names = {parameter: name for name, parameter in parameters.items()}
-    masks = {names[w.parameter]: found[w.name] for w in unit.weights if w.name in found and w.parameter in names}
+    masks = {names[w.parameter]: found[w.name] for w in block.weights if w.name in found and w.parameter in names}
     # A matrix that was not solved here keeps its zeros: another Prox24 may have frozen it.
     masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
 
     def forward(arguments: tuple[Any, ...]) -> Tensor:
-        return hidden_of(runs[0].with_arguments(arguments)(), unit.name).movedim(dim, -1)
+        return hidden_state(runs[0].with_arguments(arguments)(), block.name).movedim(dim, -1)
 
     batches = [run.arguments() for run in runs]
     weights = None
@@ -103,8 +103,8 @@ def _reconstruct(
         gradients.detach()  # those of the steps below are none of training
         sizes = {target.shape[-1] for target in targets}
         weights = gradients.weights(sizes.pop(), targets[0].device) if len(sizes) == 1 else None
-    with unit.site.as_trained(unit.module):
+    with block.hooked.as_trained(block.module):
         before, after = reconstruct_block(
-            unit.module, masks, forward, batches, targets, steps=steps, trained=trained, feature_weights=weights
+            block.module, masks, forward, batches, targets, steps=steps, trained=trained, feature_weights=weights
         )
-    log.info("%s: relative error of the output %.5f, %.5f after reconstruction", unit.name, before, after)
+    log.info("%s: relative error of the output %.5f, %.5f after reconstruction", block.name, before, after)

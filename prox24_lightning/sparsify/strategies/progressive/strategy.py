@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -11,16 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.blocks import map_tensors
-from prox24_lightning.calibration.cuda_graphs import release_recordings
-from prox24_lightning.calibration.hooked_module import CallSite, outermost_modules, parts, share_of
+from prox24_lightning.calibration.hooked_module import HookedModule, share_of
+from prox24_lightning.calibration.outermost import outermost_modules, parts_with
 from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.sparsify.strategies.base import Frozen, ScaleOf, Strategy, projected
-from prox24_lightning.sparsify.strategies.progressive.blocks import Unit, check_orders, cut_into_units, order_of_units
-from prox24_lightning.sparsify.strategies.progressive.rerun import Replays
-from prox24_lightning.sparsify.strategies.progressive.solve_block import solve_unit
+from prox24_lightning.sparsify.strategies.progressive.blocks import (
+    Block,
+    check_same_order,
+    cut_into_blocks,
+    order_of_blocks,
+)
+from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns
+from prox24_lightning.sparsify.strategies.progressive.solve_block import solve_block
+from prox24_lightning.utils.cuda_graphs import GraphMemory
 from prox24_lightning.utils.distributed import gathered_on_first, rank
+from prox24_lightning.utils.tensors import map_tensors
 from prox24_lightning.weights.layer_matrix import why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import is_sharded, runnable
@@ -32,7 +39,7 @@ CALIBRATION_BATCHES = 8
 RECONSTRUCTION_STEPS = 96
 """Gradient steps on a block whose layers have been solved."""
 _SHARED = 4
-"""So many units at most share one pass of the recorded batches: what it finds for each is kept meanwhile."""
+"""So many blocks at most share one pass of the recorded batches: what it finds for each is kept meanwhile."""
 
 
 class Progressive(Strategy):
@@ -45,10 +52,10 @@ class Progressive(Strategy):
     without a list of like blocks goes layer after layer. A layer that the solver cannot take (a packed attention
     projection, a grouped convolution) is projected in the metric instead.
 
-    In a distributed run every rank runs its own batches, the moments are summed over the ranks, and every rank solves
+    In a distributed run every rank runs its own batches, the Hessians are summed over the ranks, and every rank solves
     the whole layer, gathered if it is sharded.
 
-    Memory: the arguments of the last batches' calls, the second moments of one layer, float32 (in_features,
+    Memory: the arguments of the last batches' calls, the Hessian of one layer, float32 (in_features,
     in_features), and with ``dense_target`` a frozen copy of the model as it was when the phase began.
 
     Args:
@@ -96,8 +103,10 @@ class Progressive(Strategy):
         self._root_is_called = root_is_called
         self._plan = PhasePlan(0, 0)
         self._weights: list[GroupedWeight] = []
-        self._sites: list[CallSite] = []
-        self._units: list[Unit] = []
+        self._numbers = itertools.count()
+        self._graph_memory = GraphMemory()
+        self._hooked: list[HookedModule] = []
+        self._blocks: list[Block] = []
         self._order: list[str] = []
         self._done: set[str] = set()
         self._gradients: dict[str, OutputGradients] = {}
@@ -114,111 +123,113 @@ class Progressive(Strategy):
         modules = [weight.module for weight in weights]
         if state:
             names = dict(self._model.named_modules())
-            found = [names[name] for name in state["sites"]]
-        elif self._sites:
-            found = [site.module for site in self._sites]
+            found = [names[name] for name in state["hooked"]]
+        elif self._hooked:
+            found = [hooked.module for hooked in self._hooked]
         else:
             found = outermost_modules(self._model, modules, root_is_called=self._root_is_called)
-        if [site.module for site in self._sites] != found:
-            self._sites = [CallSite(module, self.batches) for module in found]
+        if [hooked.module for hooked in self._hooked] != found:
+            self._hooked = [HookedModule(module, self.batches, self._numbers) for module in found]
         self._weights = list(weights)
-        self._units = cut_into_units(self._model, self._weights, self._sites)
-        for index, site in enumerate(self._sites if state else ()):
-            site.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
-            site.load_dense(state["dense"][index], sharded=self._sharded)
+        self._blocks = cut_into_blocks(self._model, self._weights, self._hooked)
+        for index, hooked in enumerate(self._hooked if state else ()):
+            hooked.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
+            hooked.load_dense(state["dense"][index], sharded=self._sharded)
         totals = {name: found.total for name, found in self._gradients.items()}
         if state:
             totals = state["gradients"][rank() % len(state["gradients"])]
         self._gradients = {
             u.name: OutputGradients(u.name, u.module, u.feature_dim, totals[u.name])
-            for u in self._units
+            for u in self._blocks
             if u.name in totals
         }
         self._arrange(state.get("order", self._order))
-        for site in self._sites:
-            site.attach()
+        for hooked in self._hooked:
+            hooked.attach()
 
     def detach(self) -> None:
-        for site in self._sites:
-            site.detach()
+        for hooked in self._hooked:
+            hooked.detach()
         for gradients in self._gradients.values():
             gradients.detach()
-        release_recordings()
+        self._graph_memory.release()
 
     def before_batch(self, step: int) -> None:
-        if not all(site.called for site in self._sites) and self._batches_seen:
+        if not all(hooked.called for hooked in self._hooked) and self._batches_seen:
             self._descend()
         self._batches_seen += 1
         soon = [
-            unit for unit, turn in self._turns() if unit.name not in self._done and turn - self.batches < step <= turn
+            block
+            for block, turn in self._turns()
+            if block.name not in self._done and turn - self.batches < step <= turn
         ]
-        for unit in soon if self.gradient_weighting else ():
-            if unit.name not in self._gradients and self._reconstructs(unit):
-                self._gradients[unit.name] = OutputGradients(unit.name, unit.module, unit.feature_dim)
+        for block in soon if self.gradient_weighting else ():
+            if block.name not in self._gradients and self._reconstructs(block):
+                self._gradients[block.name] = OutputGradients(block.name, block.module, block.feature_dim)
         # The step after `start` is recorded everywhere: it shows in which order the model runs.
-        wanted = {unit.site for unit in (self._units if step == self._plan.start + 1 else soon)}
-        for site in self._sites:
-            site.next_batch(site in wanted)
+        wanted = {block.hooked for block in (self._blocks if step == self._plan.start + 1 else soon)}
+        for hooked in self._hooked:
+            hooked.next_batch(hooked in wanted)
 
     @torch.no_grad()
     def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
         self._begun = True
         with ExitStack() as stack:
-            for site in self._sites:
-                stack.enter_context(runnable(self._model, site.module))
-            self._arrange(order_of_units(self._units))
-        check_orders(self._units)
-        # Only of a single site the inputs do not depend on what is pruned, so only there a dense model can follow.
-        if self.dense_target and len(self._sites) == 1 and self._units:
-            self._sites[0].keep_dense(sharded=self._sharded)
-        elif self.dense_target and self._units and rank() == 0:
+            for hooked in self._hooked:
+                stack.enter_context(runnable(self._model, hooked.module))
+            self._arrange(order_of_blocks(self._blocks))
+        check_same_order(self._blocks)
+        # Only of a single hooked the inputs do not depend on what is pruned, so only there a dense model can follow.
+        if self.dense_target and len(self._hooked) == 1 and self._blocks:
+            self._hooked[0].keep_dense(sharded=self._sharded)
+        elif self.dense_target and self._blocks and rank() == 0:
             log.warning(
                 "dense_target=%g has no effect, each layer aims at its own outputs: training calls %d parts of the "
                 "model (%s, ...) rather than one that holds all of them",
                 self.dense_target,
-                len(self._sites),
-                type(self._sites[0].module).__name__,
+                len(self._hooked),
+                type(self._hooked[0].module).__name__,
             )
 
     @torch.no_grad()
     def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
-        due = [unit for unit, turn in self._turns() if unit.name not in self._done and turn <= step]
+        due = [block for block, turn in self._turns() if block.name not in self._done and turn <= step]
         return self._solve_all(due, scale_of)
 
     @torch.no_grad()
     def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
         if not self._begun:
             self.begin(weights, scale_of)
-        frozen = self._solve_all([unit for unit in self._units if unit.name not in self._done], scale_of)
+        frozen = self._solve_all([block for block in self._blocks if block.name not in self._done], scale_of)
         self.detach()
-        self._sites, self._units, self._order = [], [], []
+        self._hooked, self._blocks, self._order = [], [], []
         return frozen
 
-    def _solve_all(self, units: Sequence[Unit], scale_of: ScaleOf) -> Frozen:
-        if not units:
+    def _solve_all(self, blocks: Sequence[Block], scale_of: ScaleOf) -> Frozen:
+        if not blocks:
             return {}
         begin = time.perf_counter()
         frozen: Frozen = {}
-        for site in dict.fromkeys(unit.site for unit in units):
-            if (left_out := site.leave_out_unsound()) and rank() == 0:
+        for hooked in dict.fromkeys(block.hooked for block in blocks):
+            if (left_out := hooked.leave_out_unsound()) and rank() == 0:
                 log.warning(
                     "NaN or infinity in %d of the last training batches: blocks are solved without them", left_out
                 )
-        for together in self._groups(units):
-            site = together[0].site
-            with site.replaying():
-                replays = Replays(self._model, together)
-                for unit in together:
-                    steps = self.reconstruction_steps if self._reconstructs(unit) else 0
-                    gradients = self._gradients.get(unit.name)
-                    frozen |= solve_unit(
-                        unit, replays, self.dense_target, self.prox_steps, steps, gradients, self.trained
+        for together in self._groups(blocks):
+            hooked = together[0].hooked
+            with hooked.rerunning(), self._graph_memory.shared():
+                reruns = BlockReruns(self._model, together)
+                for block in together:
+                    steps = self.reconstruction_steps if self._reconstructs(block) else 0
+                    gradients = self._gradients.get(block.name)
+                    frozen |= solve_block(
+                        block, reruns, self.dense_target, self.prox_steps, steps, gradients, self.trained
                     )
-        for unit in units:
-            self._done.add(unit.name)
-            if (gradients := self._gradients.pop(unit.name, None)) is not None:
+        for block in blocks:
+            self._done.add(block.name)
+            if (gradients := self._gradients.pop(block.name, None)) is not None:
                 gradients.detach()
-            for weight in unit.weights:
+            for weight in block.weights:
                 if weight.name not in frozen:
                     frozen[weight.name] = projected(weight, scale_of(weight.name))
         pause = time.perf_counter() - begin
@@ -226,56 +237,56 @@ class Progressive(Strategy):
         self.longest_pause = max(self.longest_pause, pause)
         return frozen
 
-    def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
-        """Neighbours of one site, which share a pass of the recorded batches; of sharded models each for itself."""
-        groups: list[list[Unit]] = []
-        for unit in units:
+    def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
+        """Neighbours of one hooked, which share a pass of the recorded batches; of sharded models each for itself."""
+        groups: list[list[Block]] = []
+        for block in blocks:
             last = groups[-1] if groups else []
-            if last and last[-1].site is unit.site and len(last) < _SHARED and not self._sharded:
-                last.append(unit)
+            if last and last[-1].hooked is block.hooked and len(last) < _SHARED and not self._sharded:
+                last.append(block)
             else:
-                groups.append([unit])
+                groups.append([block])
         return groups
 
-    def _reconstructs(self, unit: Unit) -> bool:
-        outside = any(weight.module is unit.module for weight in unit.weights)
+    def _reconstructs(self, block: Block) -> bool:
+        outside = any(weight.module is block.module for weight in block.weights)
         return self.reconstruction_steps > 0 and not outside and not self._sharded
 
     @property
     def _sharded(self) -> bool:
         return any(is_sharded(weight.parameter) for weight in self._weights)
 
-    def _turns(self) -> list[tuple[Unit, int]]:
-        """Every unit and the step after which it is solved; the last one has its turn at the freeze."""
-        span, count = self._plan.freeze - self._plan.start, len(self._units)
+    def _turns(self) -> list[tuple[Block, int]]:
+        """Every block and the step after which it is solved; the last one has its turn at the freeze."""
+        span, count = self._plan.freeze - self._plan.start, len(self._blocks)
         turns = max(1, min(count, span // self.batches))
         numbers = [i * turns // count + 1 for i in range(count)]
         return [
-            (unit, self._plan.start - (-span * number // turns))
-            for unit, number in zip(self._units, numbers, strict=True)
+            (block, self._plan.start - (-span * number // turns))
+            for block, number in zip(self._blocks, numbers, strict=True)
         ]
 
     def _descend(self) -> None:
-        """A batch has passed without a call of some site: look at the modules inside it instead."""
+        """A batch has passed without a call of some hooked: look at the modules inside it instead."""
         modules = [weight.module for weight in self._weights]
         found = []
-        for site in self._sites:
-            inner = [] if site.called else parts(site.module, modules)
-            found += inner or [site.module]
-        if found == [site.module for site in self._sites]:
+        for hooked in self._hooked:
+            inner = [] if hooked.called else parts_with(hooked.module, modules)
+            found += inner or [hooked.module]
+        if found == [hooked.module for hooked in self._hooked]:
             return
         self.detach()
         self._gradients.clear()
-        kept = {site.module: site for site in self._sites}
-        self._sites = [kept.get(module) or CallSite(module, self.batches) for module in found]
-        self._units = cut_into_units(self._model, self._weights, self._sites)
-        for site in self._sites:
-            site.attach()
+        kept = {hooked.module: hooked for hooked in self._hooked}
+        self._hooked = [kept.get(module) or HookedModule(module, self.batches, self._numbers) for module in found]
+        self._blocks = cut_into_blocks(self._model, self._weights, self._hooked)
+        for hooked in self._hooked:
+            hooked.attach()
 
     def _arrange(self, order: Sequence[str]) -> None:
         place = {name: position for position, name in enumerate(order)}
         self._order = list(order)
-        self._units.sort(key=lambda unit: place.get(unit.name, len(place)))
+        self._blocks.sort(key=lambda block: place.get(block.name, len(place)))
 
     def state_dict(self) -> dict[str, Any]:
         """What the ranks have recorded is kept apart, rank by rank, in the state of the first."""
@@ -284,9 +295,9 @@ class Progressive(Strategy):
             "begun": self._begun,
             "done": sorted(self._done),
             "order": list(self._order),
-            "sites": [names[site.module] for site in self._sites],
-            "calls": gathered_on_first([site.state_dict() for site in self._sites]),
-            "dense": [site.dense_state() for site in self._sites],
+            "hooked": [names[hooked.module] for hooked in self._hooked],
+            "calls": gathered_on_first([hooked.state_dict() for hooked in self._hooked]),
+            "dense": [hooked.dense_state() for hooked in self._hooked],
             "gradients": gathered_on_first(
                 map_tensors(lambda total: total.cpu(), {name: found.total for name, found in self._gradients.items()})
             ),

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from prox24_lightning.calibration.cuda_graphs import Replayed, ReplayedOn, _tell, release_recordings
 from prox24_lightning.solvers import solve_layer
+from prox24_lightning.utils.cuda_graphs import GraphedFunction, GraphedStep, GraphMemory, _warn_once
 
 
 def test_off_cuda_every_call_runs_the_step():
     value = torch.zeros(())
-    run = Replayed(lambda: value.add_(1), torch.device("cpu"))
+    run = GraphedStep(lambda: value.add_(1), torch.device("cpu"))
     for _ in range(5):
         run()
     assert value.item() == 5
@@ -16,7 +16,7 @@ def test_off_cuda_every_call_runs_the_step():
 @pytest.mark.gpu
 def test_on_cuda_every_call_counts_and_reads_what_changed_in_between():
     value, step = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
-    run = Replayed(lambda: value.add_(step), value.device)
+    run = GraphedStep(lambda: value.add_(step), value.device)
     for number in range(6):
         step.fill_(number)
         run()
@@ -24,7 +24,7 @@ def test_on_cuda_every_call_counts_and_reads_what_changed_in_between():
 
 
 @pytest.mark.gpu
-def test_one_recording_serves_all_arguments_of_a_form():
+def test_one_graph_serves_all_arguments_of_a_form():
     total = torch.zeros(3, device="cuda")
     calls = []
 
@@ -32,19 +32,19 @@ def test_one_recording_serves_all_arguments_of_a_form():
         calls.append(factor)
         total.add_(inputs["x"].sum(0) * factor)
 
-    run = ReplayedOn(step, total.device)
+    run = GraphedFunction(step, total.device)
     expected = torch.zeros(3)
     for number in range(12):
         x = torch.full((2 + number % 2, 3), float(number))
         run({"x": x.cuda()}, 1 + number % 3)
         expected += x.sum(0) * (1 + number % 3)
     assert torch.equal(total.cpu(), expected)
-    assert len(calls) == 2 * 6, "each of six forms runs twice: as written, and when it is recorded"
+    assert len(calls) == 2 * 6, "each of six forms runs twice: as written, and when it is captured"
 
 
 def test_off_cuda_arguments_are_given_as_they_are():
     seen = []
-    run = ReplayedOn(lambda *arguments: seen.append(arguments), torch.device("cpu"))
+    run = GraphedFunction(lambda *arguments: seen.append(arguments), torch.device("cpu"))
     given = ({"x": torch.ones(2)}, None, "text")
     run(*given)
     assert seen[0][0] is given[0]
@@ -52,19 +52,21 @@ def test_off_cuda_arguments_are_given_as_they_are():
 
 
 @pytest.mark.gpu
-def test_recordings_share_their_memory():
+def test_graphs_share_their_memory():
     """Of many layers, one after the other: torch would keep what each has used for nobody else."""
     values = torch.ones(1 << 24, device="cuda")
     reserved = []
+    memory = GraphMemory()
     for _ in range(6):
-        run = Replayed(lambda: values.mul_((values * 2 - values).mean()), values.device)
-        for _ in range(4):
-            run()
+        run = GraphedStep(lambda: values.mul_((values * 2 - values).mean()), values.device)
+        with memory.shared():
+            for _ in range(4):
+                run()
         del run
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[-1] == reserved[1]
     assert float(values.mean()) == 1.0
-    release_recordings()
+    memory.release()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < reserved[0]
 
@@ -72,13 +74,13 @@ def test_recordings_share_their_memory():
 @pytest.mark.gpu
 def test_a_step_that_waits_runs_as_written_and_memory_still_comes_back(caplog):
     """Torch does not end a capture that fails for its allocator, which then keeps all memory."""
-    _tell.cache_clear()
+    _warn_once.cache_clear()
     value = torch.ones(1 << 22, device="cuda")
-    run = Replayed(lambda: value.mul_(2 * float(value[0])), value.device)
+    run = GraphedStep(lambda: value.mul_(2 * float(value[0])), value.device)
     for _ in range(4):
         run()
     assert float(value[0]) == 2.0**15
-    assert "cannot be recorded" in caplog.text
+    assert "cannot be captured" in caplog.text
     del run
     spent = torch.empty(1 << 26, device="cuda")
     del spent

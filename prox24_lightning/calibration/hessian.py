@@ -17,7 +17,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float().T, right.float())
 
 
-class SecondMoments:
+class HessianAccumulator:
     """Running ``H = X^T X / tokens`` of a layer's inputs, and optionally ``C = X_dense^T X / tokens``, in float32.
 
     ``X`` is what the layer sees now, with everything before it pruned; ``X_dense`` what it saw in the dense model.
@@ -41,7 +41,7 @@ class SecondMoments:
             _add_product(self._cross, dense_rows, rows)
 
     @property
-    def moments(self) -> Tensor:
+    def hessian(self) -> Tensor:
         """``H``, (in_features, in_features)."""
         if self._sum is None:
             raise RuntimeError("no input has been counted")

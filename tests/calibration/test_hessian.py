@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from prox24_lightning.calibration.hessian import HessianAccumulator
+
+
+def test_the_hessian_of_two_batches_is_that_of_both():
+    x, dense = torch.randn(30, 8), torch.randn(30, 8)
+    found = HessianAccumulator()
+    found.add(x[:10], dense[:10])
+    found.add(x[10:].bfloat16().float(), dense[10:])
+    assert found.tokens == 30
+    torch.testing.assert_close(found.hessian, x.T @ x / 30, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(found.cross, dense.T @ x / 30, rtol=2e-2, atol=2e-2)
+
+
+def test_bfloat16_inputs_are_summed_in_float32():
+    x = torch.full((4096, 4), 1.0, dtype=torch.bfloat16)
+    found = HessianAccumulator()
+    found.add(x)
+    assert torch.equal(found.hessian, torch.ones(4, 4))
+
+
+def test_a_hessian_without_inputs_is_refused():
+    with pytest.raises(RuntimeError, match="no input has been counted"):
+        _ = HessianAccumulator().hessian
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_hessian_of_16_bit_inputs_is_that_of_float32(dtype):
+    x, dense = torch.randn(2, 3000, 64, device="cuda").to(dtype)
+    found, exact = HessianAccumulator(), HessianAccumulator()
+    found.add(x, dense)
+    exact.add(x.double().cpu(), dense.double().cpu())
+    torch.testing.assert_close(found.hessian.cpu(), exact.hessian, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.cross.cpu(), exact.cross, rtol=1e-4, atol=1e-4)
