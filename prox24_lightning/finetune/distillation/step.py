@@ -130,7 +130,8 @@ def _hidden(key: str, call: RecordedCall) -> Tensor:
         raise ValueError(f"block {key} was not called; its hidden state cannot be compared: set features=0")
     first = first_tensor(call.blocks[key])
     if first is None:
-        raise ValueError(f"block {key} returns {type(call.blocks[key]).__name__}, in which no hidden state is found: features=0")
+        kind = type(call.blocks[key]).__name__
+        raise ValueError(f"block {key} returns {kind}, in which no hidden state is found: features=0")
     return first
 
 
