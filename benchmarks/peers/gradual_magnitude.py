@@ -36,7 +36,7 @@ class GradualMagnitude(Peer):
         share = self.curve(done / whole)
         for weight in self.weights:
             mask = partial_mask(weight.parameter.detach(), share, dim=weight.dim)
-            self.masked.hold(weight.name, weight.parameter, mask)
+            self.masked.apply(weight.name, weight.parameter, mask)
         self.masked.mask_optimizer_state(self.optimizers)
 
 

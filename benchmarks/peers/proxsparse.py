@@ -47,6 +47,6 @@ class ProxSparse(Peer):
             for weight, original in zip(self.weights, self._original, strict=True):
                 mask = mask_24(weight.parameter, dim=weight.dim)
                 weight.parameter.copy_(original)
-                self.masked.hold(weight.name, weight.parameter, mask)
+                self.masked.apply(weight.name, weight.parameter, mask)
             self.masked.mask_optimizer_state(self.optimizers)
             self._original = []

@@ -1,4 +1,4 @@
-"""The callback that lets a model learn from what it was before training, or from another model."""
+"""Distillation from the dense model, or from another teacher, as a Lightning callback."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.loaded_state import LoadedState
-from prox24_lightning.callbacks.paired_blocks import paired_blocks
-from prox24_lightning.callbacks.step_wrapper import wrap_training_step
+from prox24_lightning.callbacks.training_step_wrapper import wrap_training_step
 from prox24_lightning.finetune import (
-    Distiller,
+    BatchTimer,
     OutputLoss,
-    Share,
+    TeacherComparison,
     TimeShare,
     find_student,
     frozen_copy,
     memory_bytes,
+    pair_blocks,
     same_weights,
     weights_checksum,
 )
 
 
 class Distillation(LoadedState, Callback):
-    """Adds to the training loss how far the model's outputs are from those of a frozen teacher.
+    """Add to the training loss the distance of the model's outputs from those of a frozen teacher.
 
-    The loss becomes ``(1 - share) * loss + share * distillation (+ features * hidden states)``. The teacher is the
-    module as it was constructed, before any checkpoint is restored into it: with pretrained weights, the dense model
-    that a pruned one shall stay close to. So pretrained weights are loaded where the module is made, in ``__init__``.
-    Nothing of the teacher is in the model's parameters, its ``state_dict`` or a checkpoint; a resumed run
-    constructs the module from the same weights again, which a checksum in the checkpoint proves.
+    The loss becomes ``(1 - share) * loss + share * distillation (+ features * hidden states)``. The teacher is a copy
+    of the module as constructed, before any checkpoint is restored into it: with pretrained weights, the dense model.
+    So load pretrained weights in the module's ``__init__``. The teacher is not in the model's parameters, its
+    ``state_dict`` or a checkpoint; a resumed run constructs the module from the same weights again, and a checksum in
+    the checkpoint confirms it.
 
-    Works beside :class:`~prox24_lightning.Prox24` or alone, with automatic optimisation. It wraps ``training_step`` for
-    the time of the fit: the calls of the module in it are recorded, the teacher is run on the same inputs (in
-    evaluation mode, without gradients, under the same autocast; ``labels`` are left out), and the losses are added.
+    Works beside :class:`~prox24_lightning.Prox24` or alone, with automatic optimisation. During the fit it wraps
+    ``training_step``: it records the calls of the module, runs the teacher on the same inputs (in evaluation mode,
+    without gradients, under the same autocast, without ``labels``), and adds the losses.
 
     Args:
-        share: of the distillation in the loss, above 0 and at most 1; 1 leaves nothing of the training loss.
+        share: weight of the distillation loss, above 0 and at most 1; 1 drops the training loss.
         module: name of the submodule whose output is distilled, for instance ``"model"``; None takes the
             LightningModule's only child that trains.
-        teacher: another module, called like ``module``; it is copied, and itself left as it is.
+        teacher: another module, called like ``module``; it is copied and not changed.
         temperature: (``loss="kl"``) above 0; softens both distributions.
-        features: weight of the hidden states: the squared error of each block's output relative to the teacher's,
-            averaged over the blocks; 0 leaves them alone.
-        loss: ``"kl"`` for logits with the classes last, averaged over all positions, those of padding included;
-            ``"mse"`` for outputs that are no logits.
-        verbose: print the teacher's memory at the start, and the share of the time that it took at the end.
+        features: weight of the hidden-state loss: the squared error of each block's output relative to the teacher's,
+            averaged over the blocks; 0 leaves it out.
+        loss: ``"kl"`` for logits with the classes last, averaged over all positions, padding included; ``"mse"`` for
+            outputs that are not logits.
+        verbose: print the teacher's memory at the start, and its share of the time at the end.
 
     Raises:
         ValueError: for arguments that are wrong whatever the model.
@@ -74,7 +74,9 @@ class Distillation(LoadedState, Callback):
     ) -> None:
         super().__init__()
         if not 0 < share <= 1:
-            raise ValueError(f"share={share!r} is no share of the loss; it lies above 0 and is at most 1")
+            raise ValueError(
+                f"share={share!r} must be above 0 and at most 1: it is the weight of the distillation loss"
+            )
         if not temperature > 0:
             raise ValueError(f"temperature={temperature!r} must be above 0; 1 leaves the distributions as they are")
         if not features >= 0:
@@ -89,15 +91,15 @@ class Distillation(LoadedState, Callback):
         self.features = features
         self.loss = loss
         self.verbose = verbose
-        self.time_share: Share | None = None
+        self.time_share: TimeShare | None = None
         self._given = teacher
         self._teacher: nn.Module | None = None
         self._checksum = ""
         self._source: weakref.ref[nn.Module] | None = None
         self._loaded: dict[str, Any] = {}
         self._fresh = True
-        self._distiller: Distiller | None = None
-        self._timer: TimeShare | None = None
+        self._comparison: TeacherComparison | None = None
+        self._timer: BatchTimer | None = None
         self._unwrap: Callable[[], None] | None = None
 
     @property
@@ -133,12 +135,12 @@ class Distillation(LoadedState, Callback):
                 self._source = weakref.ref(source)
         except ValueError as error:
             late = is_overridden("configure_model", pl_module)
-            hint = "; what configure_model makes comes too late to be copied: make it in __init__, or pass teacher="
+            hint = "; the teacher is copied before configure_model: construct it in __init__, or pass teacher="
             raise MisconfigurationException(f"Distillation: {error}{hint if late else ''}") from error
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The strategy has placed the model by now, and cast it where the precision says so.
+        # By now the strategy has placed the model and the precision plugin has cast it.
         teacher = trainer.precision_plugin.convert_module(self._require_teacher())
         self._teacher = teacher.to(trainer.strategy.root_device)
         if self.verbose:
@@ -148,16 +150,16 @@ class Distillation(LoadedState, Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only here is everything restored from a checkpoint, whatever the strategy.
+        # The first hook at which every strategy has restored the checkpoint.
         teacher = self._require_teacher()
         try:
             name, student = find_student(pl_module, self.module)
             self._check_origin(trainer, pl_module, name, student)
-            blocks = paired_blocks(name, student, teacher) if self.features else None
+            blocks = pair_blocks(name, student, teacher) if self.features else None
         except ValueError as error:
             raise MisconfigurationException(f"Distillation: {error}") from error
-        self._timer = TimeShare(trainer.strategy.root_device)
-        self._distiller = Distiller(
+        self._timer = BatchTimer(trainer.strategy.root_device)
+        self._comparison = TeacherComparison(
             student, teacher, name=name, loss=self.loss, temperature=self.temperature, blocks=blocks
         )
         self._unwrap = wrap_training_step(pl_module, functools.partial(self._step, pl_module))
@@ -203,7 +205,7 @@ class Distillation(LoadedState, Callback):
         return self._teacher
 
     def _check_origin(self, trainer: Trainer, pl_module: LightningModule, name: str, student: nn.Module) -> None:
-        """Is the teacher the one of the checkpoint, and the one that the user means?"""
+        """Check that the teacher is the one of the checkpoint, and the one that the user means."""
         expected = self._loaded.get("teacher_checksum")
         self._loaded = {}
         if expected is not None and expected != self._checksum:
@@ -227,16 +229,16 @@ class Distillation(LoadedState, Callback):
 
     def _step(self, pl_module: LightningModule, step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the user's training step and add to the loss that it returns."""
-        if self._distiller is None or self._timer is None or not pl_module.trainer.training:
-            return step(*args, **kwargs)  # a validation step may call the training step, too
-        with self._distiller.recording() as calls:
+        if self._comparison is None or self._timer is None or not pl_module.trainer.training:
+            return step(*args, **kwargs)  # validation_step may call training_step
+        with self._comparison.recording() as calls:
             result = step(*args, **kwargs)
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if not isinstance(loss, Tensor):
-            return result  # a batch that is skipped, or an error that Lightning itself reports
+            return result  # a skipped batch, or an error that Lightning reports
         try:
             with self._timer.part():
-                terms = self._distiller.terms(calls)
+                terms = self._comparison.terms(calls)
         except ValueError as error:
             raise MisconfigurationException(f"Distillation: {error}") from error
         loss = (1 - self.share) * loss + self.share * terms.output
@@ -247,11 +249,11 @@ class Distillation(LoadedState, Callback):
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
     def _detach(self) -> None:
-        """Leave the module as it was found, and the GPU's memory to others; the teacher stays."""
+        """Restore the module, and move the teacher to the CPU; it is kept for another fit."""
         if self._unwrap is not None:
             self._unwrap()
-        if self._distiller is not None:
-            self._distiller.close()
-        self._distiller = self._timer = self._unwrap = None
+        if self._comparison is not None:
+            self._comparison.close()
+        self._comparison = self._timer = self._unwrap = None
         if self._teacher is not None:
             self._teacher.cpu()

@@ -1,20 +1,22 @@
-"""Train on under a frozen mask, here or elsewhere, and learn from the dense model meanwhile."""
+"""Train on under frozen masks, with the dense model as a teacher if asked for."""
 
+from prox24_lightning.finetune.distillation.batch_timer import BatchTimer, TimeShare
 from prox24_lightning.finetune.distillation.losses import distillation_loss, feature_loss, logits_of, squared_error
-from prox24_lightning.finetune.distillation.step import Distiller, OutputLoss, find_student
+from prox24_lightning.finetune.distillation.paired_blocks import pair_blocks
+from prox24_lightning.finetune.distillation.student import find_student
 from prox24_lightning.finetune.distillation.teacher import memory_bytes, same_weights, weights_checksum
-from prox24_lightning.finetune.distillation.time_share import Share, TimeShare
+from prox24_lightning.finetune.distillation.teacher_comparison import OutputLoss, TeacherComparison
 from prox24_lightning.finetune.lora import MaskedLora
 from prox24_lightning.finetune.mask_files import load_masks, save_masks
 from prox24_lightning.finetune.masked_parameters import MaskedParameters
 from prox24_lightning.utils.module_copy import frozen_copy
 
 __all__ = [
-    "Distiller",
+    "BatchTimer",
     "MaskedLora",
     "MaskedParameters",
     "OutputLoss",
-    "Share",
+    "TeacherComparison",
     "TimeShare",
     "distillation_loss",
     "feature_loss",
@@ -23,6 +25,7 @@ __all__ = [
     "load_masks",
     "logits_of",
     "memory_bytes",
+    "pair_blocks",
     "same_weights",
     "save_masks",
     "squared_error",

@@ -1,8 +1,8 @@
-"""LoRA (peft) on a frozen 2:4 model: the product of the adapters is masked, in training and when it is merged.
+"""LoRA (peft) on a frozen 2:4 model: mask the product of the adapters, in training and when it is merged.
 
-A merged adapter, ``W + B A``, is dense: the zeros are lost. Masking it only at the end gives another model than
-the one that was trained. So both are done: while it trains, each adapted layer computes with ``W + mask * (B A)``, and
-:meth:`MaskedLora.merge` stores exactly that. Needs the ``peft`` package (``pip install prox24_lightning[lora]``).
+A merged adapter, ``W + B A``, is dense: the zeros are lost. Masking it only at the end gives another model than the
+trained one. So each adapted layer computes with ``W + mask * (B A)`` while it trains, and :meth:`MaskedLora.merge`
+stores exactly that. Needs the ``peft`` package (``pip install prox24_lightning[lora]``).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
 
 class MaskedLora:
-    """Holds the masks of a 2:4 model under LoRA adapters.
+    """Enforce the masks of a 2:4 model on its LoRA adapters.
 
-    It costs one more product of the size of the layer for each adapted layer and step.
+    Each adapted layer costs one more product of its size a step.
 
     Args:
-        model: what ``peft.get_peft_model`` returned.
-        masks: by the names of the weights in the model before peft wrapped it (``load_masks(...).masks``, or those of
-            ``Prox24``); bool, True stays.
+        model: the model that ``peft.get_peft_model`` returned.
+        masks: bool, True stays, by the names of the weights before peft wrapped the model (``load_masks(...).masks``,
+            or ``Prox24.masks``).
 
     Raises:
         ValueError: if no adapted layer has a mask, a mask has another shape than its weight, a weight is not pruned by
-            its mask, or an adapter is none whose product can be masked: another kind than LoRA, a variant of it (DoRA),
-            one with dropout, or a copy of the layer that trains as a whole (``modules_to_save``).
+            its mask, or the product of an adapter cannot be masked: another kind than LoRA, a variant of it (DoRA),
+            dropout, or a copy of the layer that trains as a whole (``modules_to_save``).
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -54,13 +54,13 @@ class MaskedLora:
             )
 
     def release(self) -> None:
-        """Let the layers compute with the whole product again."""
+        """Stop masking: the layers compute with the whole product again."""
         while self._handles:
             self._handles.pop().remove()
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """Add the masked products to the weights and take the adapters off: the base model, 2:4 as before."""
+        """Add the masked products to the weights, remove the adapters and return the base model, 2:4 as before."""
         self.release()
         merged = self.model.merge_and_unload()  # type: ignore[operator]
         for name, parameter in merged.named_parameters():
@@ -71,7 +71,7 @@ class MaskedLora:
 
 @torch.no_grad()
 def _check(name: str, layer: Any, mask: Tensor) -> None:
-    """Refuse a layer in which the merged weight would not be the one that was trained."""
+    """Refuse a layer whose merged weight would not be the trained one."""
     if not hasattr(layer, "lora_A"):
         kind = "modules_to_save trains it as a whole" if hasattr(layer, "modules_to_save") else type(layer).__module__
         raise ValueError(f"{name} has an adapter that cannot be masked ({kind}); adapt it with peft.LoraConfig")
@@ -93,7 +93,7 @@ def _check(name: str, layer: Any, mask: Tensor) -> None:
 
 
 def _without_pruned(mask: Tensor) -> Any:
-    """A forward hook that takes back what the pruned entries of the product have added."""
+    """Return a forward hook that subtracts what the pruned entries of the product have added."""
 
     def hook(layer: Any, args: tuple, output: Tensor) -> Tensor:
         if layer.merged or layer.disable_adapters:
@@ -113,5 +113,5 @@ def _without_pruned(mask: Tensor) -> Any:
 
 
 def _base_name(name: str) -> str:
-    """The name that a parameter had before peft wrapped the model."""
+    """Return the name that a parameter had before peft wrapped the model."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

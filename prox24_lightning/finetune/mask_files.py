@@ -1,4 +1,4 @@
-"""Masks to a file beside the weights, and back onto any model with those weights: train on elsewhere."""
+"""Save masks to a file, and apply them to any model with the same weights."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def save_masks(
     masks: Mapping[str, Tensor],
     info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the masks of ``weights`` with their shapes, dimensions and the hashes of the weights as they are now.
+    """Write the masks of ``weights``, with their shapes, dimensions and hashes of the present weights.
 
-    Of sharded weights the whole is gathered: every rank calls this, and the first one writes.
+    Sharded weights are gathered: every rank calls this, and the first one writes.
 
     Args:
         path: a ``.safetensors`` file; its folder is made.
-        weights: which weights, as :func:`~prox24_lightning.weights.selection.select_weights` or a callback names them.
+        weights: as :func:`~prox24_lightning.weights.selection.select_weights` or a callback returns them.
         masks: by weight name, bool, True stays; of a sharded weight this rank's part.
-        info: JSON values that a reader should know.
+        info: JSON values for readers of the file.
 
     Raises:
         ValueError: if a weight has no mask or is empty by now, or a mask is not 2:4.
@@ -70,27 +70,27 @@ def load_masks(
     expect: Expect = "pruned",
     prefix: str = "",
 ) -> MaskedParameters:
-    """Hold the masks of a file on ``model``, so that it can be trained on and stays 2:4.
+    """Apply the masks of a file to ``model`` and enforce them while it trains on.
 
-    Gradients are masked from now on, with any training loop. Give ``optimizers`` that exist already: their state is
-    masked now and the weights after each step. One made later needs no masking as long as it starts without state
-    and works entry by entry, as SGD and Adam do.
+    Gradients are masked from now on, in any training loop. Give ``optimizers`` that exist already: their state is
+    masked now, and the weights after each of their steps. An optimizer made later needs no masking if it is
+    elementwise and starts without state, as SGD and Adam do.
 
     Args:
-        model: holds every weight that the file names; more of them stay free. Sharded weights take their part.
+        model: has every weight that the file names; other weights stay dense. Sharded weights take their part.
         path: of a file that :func:`save_masks`, ``Prox24`` or ``prox24 prune`` wrote.
-        optimizers: of those weights; one, or several.
-        expect: what the model's weights must be: ``"pruned"``: zero wherever the masks say so; ``"same"``: the very
-            weights that were saved, by their hash; ``"any"``: anything, which is pruned by the masks now.
-        prefix: what the file's names have in front of the model's (``"model."`` if they were saved from a
-            LightningModule that holds ``model``).
+        optimizers: one optimizer of those weights, or several.
+        expect: condition on the model's weights. ``"pruned"``: zero wherever the masks prune; ``"same"``: equal to the
+            saved weights, by their hash; ``"any"``: none, and the masks prune them now.
+        prefix: what the names in the file have before the model's names (``"model."`` if they were saved from a
+            LightningModule with the attribute ``model``).
 
     Returns:
-        the held parameters; ``release_all()`` lets them go.
+        the masked parameters; ``release_all()`` stops masking.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`~prox24_lightning.mask.file.read_masks`; ValueError also for masks
-            that do not belong to the model, by name, before anything is changed.
+            that do not fit the model, with the name, before anything is changed.
     """
     if expect not in get_args(Expect):
         raise ValueError(f"expect={expect!r} is unknown; use one of {', '.join(get_args(Expect))}")
@@ -102,8 +102,8 @@ def load_masks(
     masked = MaskedParameters()
     for name, parameter in found.items():
         device = local_part(parameter).device
-        masked.hold(name.removeprefix(prefix), parameter, part_of(file.masks[name].mask.to(device), parameter))
-    masked.follow([optimizers] if isinstance(optimizers, Optimizer) else optimizers)
+        masked.apply(name.removeprefix(prefix), parameter, part_of(file.masks[name].mask.to(device), parameter))
+    masked.enforce([optimizers] if isinstance(optimizers, Optimizer) else optimizers)
     return masked
 
 

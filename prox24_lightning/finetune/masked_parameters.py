@@ -1,4 +1,4 @@
-"""Hold a frozen mask while training goes on: in the weights, the gradients and the optimizer's state."""
+"""Enforce frozen masks while training goes on: on weights, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from prox24_lightning.weights.sharded import local_part
 
 
 class MaskedParameters:
-    """Parameters whose pruned entries are exactly zero, and stay so.
+    """Keep the pruned entries of parameters exactly zero.
 
-    Masking gradients alone leaks: momentum gathered before the freeze brings pruned weights back. So three
-    places are masked. The optimizer's state once, when the mask is set; every gradient as it is accumulated, before
-    anything (clipping, a logged norm, a non-elementwise optimizer) reads it; and the weights after each step, a
-    cheap net under optimizers and callbacks that write weights by other ways: on a GPU it reads them, and writes only
+    Masking gradients alone leaks: momentum from before the freeze brings pruned weights back. So three places are
+    masked: the optimizer's state when the mask is set; every gradient as it is accumulated, before anything
+    (clipping, a logged norm, an optimizer that is not elementwise) reads it; and the weights after each step, against
+    optimizers and callbacks that write to pruned entries. On a GPU the last pass reads the weights, and writes only
     where a pruned entry is not zero.
 
-    Of a sharded parameter each rank masks its own part, with the mask of that part.
+    Each rank masks its own part of a sharded parameter, with the mask of that part.
     """
 
     def __init__(self) -> None:
@@ -32,13 +32,16 @@ class MaskedParameters:
         self._packed: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._handles: dict[str, RemovableHandle] = {}
-        self._followed: list[RemovableHandle] = []
+        self._step_handles: list[RemovableHandle] = []
 
-    def hold(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
+    def apply(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
         """Zero the pruned entries of ``parameter`` and its gradient, and mask every gradient from now on.
 
+        Args:
+            mask: bool, True stays; of the shape of this rank's part of ``parameter``.
+
         Raises:
-            ValueError: if the mask's shape is not the parameter's (of a sharded one: its part's).
+            ValueError: if the shapes differ.
         """
         values = local_part(parameter)
         if mask.shape != values.shape:
@@ -55,41 +58,41 @@ class MaskedParameters:
             values.masked_fill_(~self.masks[name], 0.0)
             if parameter.grad is not None:
                 local_part(parameter.grad).masked_fill_(~self.masks[name], 0.0)
-        # Another optimizer's turn may have taken the gradient away for a while (Lightning's toggle_optimizer).
-        trains = parameter.requires_grad
+        # Lightning's toggle_optimizer turns requires_grad off while another optimizer steps; hooks need it on.
+        requires_grad = parameter.requires_grad
         parameter.requires_grad_(True)
         self._handles[name] = parameter.register_post_accumulate_grad_hook(
-            lambda parameter, name=name: self._keep_only(parameter.grad, name)
+            lambda parameter, name=name: self._zero_pruned(parameter.grad, name)
         )
-        parameter.requires_grad_(trains)
+        parameter.requires_grad_(requires_grad)
 
-    def follow(self, optimizers: Iterable[Optimizer]) -> None:
+    def enforce(self, optimizers: Iterable[Optimizer]) -> None:
         """Mask the state of ``optimizers`` now, and the weights after each of their steps."""
         optimizers = list(optimizers)
         self.mask_optimizer_state(optimizers)
         for optimizer in optimizers:
-            self._followed.append(optimizer.register_step_post_hook(lambda *_: self.mask_weights()))
+            self._step_handles.append(optimizer.register_step_post_hook(lambda *_: self.mask_weights()))
 
     def release(self, name: str) -> None:
-        """Stop masking the gradients of ``name``; its weights stay as they are."""
+        """Stop masking the gradients and weights of ``name``; the mask is kept."""
         handle = self._handles.pop(name, None)
         if handle is not None:
             handle.remove()
         self._parameters.pop(name, None)
 
     def release_all(self) -> None:
-        """Release every parameter and optimizer; the masks are kept."""
+        """Stop masking every parameter and optimizer; the masks are kept."""
         for name in list(self._parameters):
             self.release(name)
-        while self._followed:
-            self._followed.pop().remove()
+        while self._step_handles:
+            self._step_handles.pop().remove()
 
     @torch.no_grad()
     def mask_weights(self, names: Iterable[str] | None = None) -> None:
-        """Zero the pruned entries of the weights (of ``names``, or of all)."""
+        """Zero the pruned entries of the weights ``names``, or of all."""
         for name in self._parameters if names is None else names:
             if name in self._parameters:
-                self._keep_only(self._parameters[name], name, mostly_zero=True)
+                self._zero_pruned(self._parameters[name], name, mostly_zero=True)
 
     @torch.no_grad()
     def mask_optimizer_state(self, optimizers: Iterable[Optimizer]) -> None:
@@ -106,9 +109,11 @@ class MaskedParameters:
                         part.masked_fill_(~self.masks[name].to(part.device), 0.0)
 
     @torch.no_grad()
-    def _keep_only(self, tensor: Tensor | None, name: str, *, mostly_zero: bool = False) -> None:
-        """Zero ``tensor``, or this rank's part of it, in place where the mask of ``name`` is False; ``mostly_zero`` if
-        it is expected to be so already."""
+    def _zero_pruned(self, tensor: Tensor | None, name: str, *, mostly_zero: bool = False) -> None:
+        """Zero ``tensor``, or this rank's part of it, in place where the mask of ``name`` is False.
+
+        ``mostly_zero``: pruned entries are expected to be zero already.
+        """
         if tensor is None:
             return
         values = local_part(tensor)

@@ -102,7 +102,7 @@ class SparsityEngine:
         self._listener.bind(optimizers)
         for weight in self.weights:
             if weight.name in self.masks:
-                self.masked.hold(weight.name, weight.parameter, self.masks[weight.name])
+                self.masked.apply(weight.name, weight.parameter, self.masks[weight.name])
         self.masked.mask_optimizer_state(optimizers)
         if self._frozen:
             return
@@ -189,7 +189,7 @@ class SparsityEngine:
         parameters = {weight.name: weight.parameter for weight in self.weights}
         for name, (mask, values) in frozen.items():
             local_part(parameters[name]).copy_(values)
-            self.masked.hold(name, parameters[name], mask)
+            self.masked.apply(name, parameters[name], mask)
         self._check_ranks({name: whole(mask, parameters[name]) for name, (mask, _) in frozen.items()})
         self.masked.mask_optimizer_state(self._optimizers)
         for callback in self.on_freeze:

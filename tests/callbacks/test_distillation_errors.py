@@ -15,9 +15,9 @@ from prox24_lightning import Distillation
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"share": 0}, "share=0 is no share of the loss"),
-        ({"share": 1.5}, "share=1.5 is no share of the loss"),
-        ({"share": float("nan")}, "share=nan is no share"),
+        ({"share": 0}, "share=0 must be above 0 and at most 1"),
+        ({"share": 1.5}, "share=1.5 must be above 0 and at most 1"),
+        ({"share": float("nan")}, "share=nan must be above 0"),
         ({"temperature": 0}, "temperature=0 must be above 0"),
         ({"temperature": -2.0}, "temperature=-2.0 must be above 0"),
         ({"features": -0.1}, "features=-0.1 must not be negative"),
@@ -132,7 +132,7 @@ def compiled_in_place():
         (Manual, {}, "Manual sets automatic_optimization=False"),
         (TwoChildren, {}, r"TwoChildren has 2 children that train \('model', 'head'\): name the one"),
         (TinyClassifier, {"module": "net"}, r"module='net' is not in TinyClassifier; .* train: 'model'"),
-        (Late, {}, r"Late has 0 children that train \(none\).*what configure_model makes comes too late"),
+        (Late, {}, r"Late has 0 children that train \(none\).*the teacher is copied before configure_model"),
         (NeverCalled, {}, "the training step never called 'model'"),
         (WithoutGradients, {}, "the training step called 'model' without gradients only"),
         (NoLogits, {}, "model: no logits in an output of type dict with answer"),

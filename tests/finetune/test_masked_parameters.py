@@ -34,7 +34,7 @@ def test_pruned_entries_stay_zero_without_the_net_under_the_step(optimizer):
     for _ in train(model, optimizer, 5, generator):
         pass
     masked, mask = MaskedParameters(), mask_24(model.weight)
-    masked.hold("weight", model.weight, mask)
+    masked.apply("weight", model.weight, mask)
     masked.mask_optimizer_state([optimizer])
     before = model.weight.detach().clone()
     for _ in train(model, optimizer, 20, generator):
@@ -54,7 +54,7 @@ def test_stale_momentum_brings_weights_back_if_the_state_is_not_masked():
     for _ in train(model, optimizer, 5, generator):
         pass
     masked, mask = MaskedParameters(), mask_24(model.weight)
-    masked.hold("weight", model.weight, mask)
+    masked.apply("weight", model.weight, mask)
     for _ in train(model, optimizer, 2, generator):
         pass
     assert (model.weight[~mask] != 0).any(), "the trap that mask_optimizer_state is there for"
@@ -66,7 +66,7 @@ def test_a_gradient_that_is_already_there_is_masked_and_accumulation_too():
     model = nn.Linear(16, 8)
     model(torch.ones(1, 16)).sum().backward()
     masked, mask = MaskedParameters(), mask_24(model.weight)
-    masked.hold("weight", model.weight, mask)
+    masked.apply("weight", model.weight, mask)
     assert (model.weight.grad[~mask] == 0).all()
     model(torch.ones(1, 16)).sum().backward()
     assert (model.weight.grad[~mask] == 0).all()
@@ -76,7 +76,7 @@ def test_a_gradient_that_is_already_there_is_masked_and_accumulation_too():
 def test_release_stops_masking_and_keeps_the_mask():
     model = nn.Linear(16, 8)
     masked, mask = MaskedParameters(), mask_24(model.weight)
-    masked.hold("weight", model.weight, mask)
+    masked.apply("weight", model.weight, mask)
     masked.release_all()
     model(torch.ones(1, 16)).sum().backward()
     assert (model.weight.grad != 0).all()
@@ -87,7 +87,7 @@ def test_only_the_named_weights_are_masked():
     first, second = nn.Linear(16, 8), nn.Linear(16, 8)
     masked = MaskedParameters()
     for name, layer in (("first", first), ("second", second)):
-        masked.hold(name, layer.weight, mask_24(layer.weight))
+        masked.apply(name, layer.weight, mask_24(layer.weight))
         with torch.no_grad():
             layer.weight.fill_(1.0)
     masked.mask_weights(["first"])
@@ -97,4 +97,4 @@ def test_only_the_named_weights_are_masked():
 
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"mask of 'weight' has shape \(8, 8\), the weight \(8, 16\)"):
-        MaskedParameters().hold("weight", nn.Linear(16, 8).weight, torch.ones(8, 8, dtype=torch.bool))
+        MaskedParameters().apply("weight", nn.Linear(16, 8).weight, torch.ones(8, 8, dtype=torch.bool))

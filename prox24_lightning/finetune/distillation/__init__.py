@@ -1,1 +1,1 @@
-"""Losses and teacher of a distillation step."""
+"""Learn from a frozen teacher: losses, comparison with the teacher, time that it takes."""

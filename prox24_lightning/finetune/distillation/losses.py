@@ -1,4 +1,4 @@
-"""Losses that pull a student towards its teacher: the distance of their logits, and of their hidden states."""
+"""Distillation losses: KL divergence of logits, squared error of outputs, relative error of hidden states."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _CHUNK = 1 << 24
-"""Logits that are worked on at a time: their float32 copies stay at 64 MiB each, whatever batch and vocabulary."""
+"""Logits per chunk: float32 copies stay at 64 MiB each, whatever batch and vocabulary."""
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Mean over all positions of ``KL(teacher || student)``, in nats (Hinton, Vinyals & Dean, arXiv 1503.02531).
+    """Return the mean over all positions of ``KL(teacher || student)``, in nats (Hinton et al., arXiv 1503.02531).
 
-    The distributions are ``softmax(logits / temperature)`` over the last dimension, and the result is multiplied by
+    The distributions are ``softmax(logits / temperature)`` over the last dimension. The result is multiplied by
     ``temperature ** 2``, so that gradients keep their size whatever the temperature.
 
-    Computed in float32 (float64 for float64 logits), chunk after chunk, with the gradient found in the same pass: what
-    is kept for the backward pass is one tensor of the student's shape and dtype, and no float32 copy of all logits
-    ever exists. The teacher gets no gradient.
+    Computed in float32 (float64 for float64 logits), chunk after chunk, with the gradient in the same pass: the
+    backward pass keeps one tensor of the student's shape and dtype, and there is never a float32 copy of all logits.
+    The teacher gets no gradient.
 
     Args:
         student_logits: ``(..., classes)``.
@@ -46,14 +46,14 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, *, tempera
 
 
 class _KLDivergence(torch.autograd.Function):
-    """d KL / d student logits = (softmax(student / T) - softmax(teacher / T)) / T for each position."""
+    """KL divergence; at each position d KL / d student logits = (softmax(student / T) - softmax(teacher / T)) / T."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         classes = student.shape[-1]
         positions = max(1, student.numel() // classes)
         compute = torch.promote_types(student.dtype, torch.float32)
-        # Not divided by the number of positions yet: in float16 the small differences would vanish.
+        # Divided by the number of positions only in backward: in float16 the small differences would vanish.
         difference = torch.empty_like(student, memory_format=torch.contiguous_format)
         total = student.new_zeros((), dtype=compute)
         rows = max(1, _CHUNK // classes)
@@ -62,7 +62,7 @@ class _KLDivergence(torch.autograd.Function):
             log_q = (student_part.to(compute) / temperature).log_softmax(-1)
             log_p = (teacher_part.to(compute) / temperature).log_softmax(-1)
             p = log_p.exp()
-            # A class that the teacher rules out (-inf) adds nothing, as in the limit p log p -> 0.
+            # A class with teacher logit -inf adds nothing: the limit of p log p.
             total += log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0).sum()
             difference_part.copy_(log_q.exp_().sub_(p))
         ctx.save_for_backward(difference)
@@ -77,7 +77,7 @@ class _KLDivergence(torch.autograd.Function):
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of outputs that are no logits (a regression), in float32.
+    """Return the mean squared error of outputs that are not logits (regression), in float32.
 
     Raises:
         ValueError: if the shapes differ.
@@ -88,7 +88,7 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """``||student - teacher||^2 / ||teacher||^2`` of two hidden states, in float32: 0 is equal, 1 as far as from zero.
+    """Return ``||student - teacher||^2 / ||teacher||^2`` of two hidden states, in float32; a zero student gives 1.
 
     Raises:
         ValueError: if the shapes differ.
@@ -101,10 +101,10 @@ def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returns.
+    """Return the logits in a model's output.
 
-    A tensor is taken as it is; otherwise the attribute or entry ``logits``, or the first floating-point tensor
-    of a tuple or list that is not a scalar (a scalar is a loss that the model has computed).
+    They are the output itself if it is a tensor, its attribute or entry ``logits``, or in a tuple or list the first
+    floating-point tensor that is not a scalar (a scalar is a loss that the model has computed).
 
     Raises:
         ValueError: if there are none.

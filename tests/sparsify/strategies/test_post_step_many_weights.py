@@ -105,13 +105,13 @@ def test_masks_hold_on_a_gpu_after_they_were_changed():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     parameter = nn.Parameter(torch.randn(16, 32, device="cuda"))
-    held = MaskedParameters()
+    masked = MaskedParameters()
     for sign in (1, -1):
         mask = mask_24(parameter.detach() * torch.arange(1.0, 33.0, device="cuda") ** sign)
-        held.hold("w", parameter, mask)
+        masked.apply("w", parameter, mask)
         with torch.no_grad():
             parameter.add_(1.0)
-        held.mask_weights()
+        masked.mask_weights()
         assert torch.equal(parameter.detach() != 0, mask & (parameter.detach() != 0))
         parameter.grad = None
         parameter.sum().backward()

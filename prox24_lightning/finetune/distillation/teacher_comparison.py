@@ -1,4 +1,4 @@
-"""One step of distillation: the student's calls recorded, the teacher asked the same, the losses between the two."""
+"""Compute the distillation losses of one training step: record the student's calls, run the teacher on them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ from prox24_lightning.finetune.distillation.losses import distillation_loss, fea
 from prox24_lightning.finetune.distillation.module_outputs import CallRecorder, RecordedCall
 from prox24_lightning.finetune.distillation.teacher import teacher_kwargs
 from prox24_lightning.utils.tensors import first_tensor
-from prox24_lightning.weights.names import clean_name
 
 OutputLoss = Literal["kl", "mse"]
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What is added to a training loss: the distance of the outputs and, where asked for, of the hidden states."""
+class LossTerms:
+    """Scalar losses to add to a training loss: of the outputs and, unless left out, of the hidden states."""
 
     output: Tensor
     features: Tensor | None
 
 
-class Distiller:
-    """Compares what ``student`` gives out with what ``teacher`` gives out on the same inputs.
+class TeacherComparison:
+    """Compare the outputs of ``student`` with those of ``teacher`` on the same inputs.
 
     Args:
-        student: called by the training step.
+        student: the module that the training step calls.
         teacher: frozen, in evaluation mode, on the student's device.
-        name: the student's, for errors.
-        loss: ``"kl"`` or ``"mse"``, of the outputs.
+        name: of the student, for error messages.
+        loss: ``"kl"`` or ``"mse"`` between the outputs.
         temperature: of ``"kl"``.
-        blocks: pairs of modules inside student and teacher by name, whose hidden states are compared too.
+        blocks: pairs of modules inside student and teacher by name, whose outputs (hidden states) are compared too.
     """
 
     def __init__(
@@ -55,25 +54,25 @@ class Distiller:
         self.temperature = temperature
         self._blocks = tuple(blocks or ())
         mine = {key: pair[0] for key, pair in (blocks or {}).items()}
-        self._student = CallRecorder(student, mine, copy_inputs=True)
-        self._asked = CallRecorder(teacher, {key: pair[1] for key, pair in (blocks or {}).items()})
+        self._student_calls = CallRecorder(student, mine, copy_inputs=True)
+        self._teacher_calls = CallRecorder(teacher, {key: pair[1] for key, pair in (blocks or {}).items()})
 
     def close(self) -> None:
-        """Take every hook away."""
-        self._student.close()
-        self._asked.close()
+        """Remove every hook."""
+        self._student_calls.close()
+        self._teacher_calls.close()
 
     @contextmanager
     def recording(self) -> Iterator[list[RecordedCall]]:
-        """The student's calls within the context."""
-        with self._student.recording() as calls:
+        """Record the student's calls within the context."""
+        with self._student_calls.recording() as calls:
             yield calls
 
-    def terms(self, calls: list[RecordedCall]) -> Terms:
-        """The losses over ``calls``, averaged; those made without gradients (a second look, say) do not count.
+    def terms(self, calls: list[RecordedCall]) -> LossTerms:
+        """Return the mean losses over ``calls``; calls without gradients (metrics, say) do not count.
 
         Raises:
-            ValueError: if there is no call to learn from, or student and teacher do not give out the same form.
+            ValueError: if no call carries gradients, or the outputs of student and teacher differ in shape.
         """
         if not calls:
             raise ValueError(
@@ -88,25 +87,25 @@ class Distiller:
         terms = [self._compare(call) for call in calls]
         output = torch.stack([term.output for term in terms]).mean()
         features = [term.features for term in terms if term.features is not None]
-        return Terms(output, torch.stack(features).mean() if features else None)
+        return LossTerms(output, torch.stack(features).mean() if features else None)
 
-    def _compare(self, call: RecordedCall) -> Terms:
-        with torch.no_grad(), self._asked.recording() as asked:
-            answer = self.teacher(*call.args, **teacher_kwargs(self.teacher, call.kwargs))
-        student, teacher = self._logits(call.output), self._logits(answer)
+    def _compare(self, call: RecordedCall) -> LossTerms:
+        with torch.no_grad(), self._teacher_calls.recording() as answers:
+            output = self.teacher(*call.args, **teacher_kwargs(self.teacher, call.kwargs))
+        student, teacher = self._logits(call.output), self._logits(output)
         try:
             if self.loss == "kl":
-                output = distillation_loss(student, teacher, temperature=self.temperature)
+                loss = distillation_loss(student, teacher, temperature=self.temperature)
             else:
-                output = squared_error(student, teacher)
+                loss = squared_error(student, teacher)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         if not self._blocks:
-            return Terms(output, None)
-        return Terms(output, torch.stack([self._distance(key, call, asked[-1]) for key in self._blocks]).mean())
+            return LossTerms(loss, None)
+        return LossTerms(loss, torch.stack([self._distance(key, call, answers[-1]) for key in self._blocks]).mean())
 
-    def _distance(self, key: str, call: RecordedCall, asked: RecordedCall) -> Tensor:
-        student, teacher = _hidden(key, call), _hidden(key, asked)
+    def _distance(self, key: str, call: RecordedCall, answer: RecordedCall) -> Tensor:
+        student, teacher = _hidden(key, call), _hidden(key, answer)
         if not student.requires_grad:
             raise ValueError(
                 f"the hidden state of block {key} carries no gradient (a frozen block, or reentrant activation "
@@ -125,7 +124,7 @@ class Distiller:
 
 
 def _hidden(key: str, call: RecordedCall) -> Tensor:
-    """The hidden state that block ``key`` gave out: a tensor, or the first entry of a tuple."""
+    """Return the hidden state in the output of block ``key``: a tensor, or the first entry of a tuple."""
     if key not in call.blocks:
         raise ValueError(f"block {key} was not called; its hidden state cannot be compared: set features=0")
     first = first_tensor(call.blocks[key])
@@ -133,26 +132,3 @@ def _hidden(key: str, call: RecordedCall) -> Tensor:
         kind = type(call.blocks[key]).__name__
         raise ValueError(f"block {key} returns {kind}, in which no hidden state is found: features=0")
     return first
-
-
-def find_student(root: nn.Module, name: str | None = None) -> tuple[str, nn.Module]:
-    """The submodule ``name`` of ``root``, or its only child with trainable parameters; with its name.
-
-    Of a compiled module it is the outer one, which is what gets called.
-
-    Raises:
-        ValueError: if there is no such module, or without a name more than one.
-    """
-    children = [key for key, child in root.named_children() if any(value.requires_grad for value in child.parameters())]
-    choices = ", ".join(repr(key) for key in children) or "none"
-    if name is None:
-        if len(children) != 1:
-            raise ValueError(
-                f"{type(root).__name__} has {len(children)} children that train ({choices}): name the one whose output "
-                "shall be distilled with module=, or put those that work together into one module"
-            )
-        (name,) = children
-    for key, module in root.named_modules():
-        if key and clean_name(key) == name:
-            return name, module
-    raise ValueError(f"module={name!r} is not in {type(root).__name__}; its children that train: {choices}")

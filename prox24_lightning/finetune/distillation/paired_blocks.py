@@ -1,4 +1,4 @@
-"""Which blocks of a teacher stand beside which of the student."""
+"""Pair the blocks of a student with those of its teacher."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import nn
 from prox24_lightning.calibration.blocks import find_blocks
 
 
-def paired_blocks(name: str, student: nn.Module, teacher: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """The repeated blocks of both, side by side, under the student's names.
+def pair_blocks(name: str, student: nn.Module, teacher: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Return pairs (student block, teacher block) in order, by the names of the student's.
 
     Raises:
-        ValueError: if there are none, their numbers differ, or a compiled graph hides their hidden states.
+        ValueError: if a model has no repeated blocks, the numbers differ, or a compiled graph hides the hidden states.
     """
     if hasattr(student, "_orig_mod") or getattr(student, "_compiled_call_impl", None) is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What share of a batch's time one part of it takes, from samples that cost nothing while the run goes on."""
+"""Measure which share of a batch's time one part of it takes, on sampled batches, without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Mark = torch.cuda.Event | float
 
 
 @dataclass(frozen=True)
-class Share:
-    """Medians over ``samples`` batches: milliseconds of the part and of the whole batch, and their ratio."""
+class TimeShare:
+    """Medians over ``samples`` batches: milliseconds of the part and of the whole batch, and their ratio in [0, 1]."""
 
     part_ms: float
     whole_ms: float
@@ -23,15 +23,15 @@ class Share:
     samples: int
 
 
-class TimeShare:
-    """Times every ``every``-th batch after the first ``warm_up``.
+class BatchTimer:
+    """Time every ``every``-th batch after the first ``warm_up``, and one part of it.
 
-    On a CUDA GPU events are put into the stream and read in :meth:`result`, so no batch waits for the GPU.
+    On a CUDA GPU the times are CUDA events, which only :meth:`result` reads: no batch waits for the GPU.
 
     Args:
         device: where the work runs.
         every, warm_up: in batches.
-        most: samples that are kept, the latest ones.
+        most: how many of the latest samples are kept.
     """
 
     def __init__(self, device: torch.device, *, every: int = 16, warm_up: int = 2, most: int = 64) -> None:
@@ -42,14 +42,14 @@ class TimeShare:
         self._samples: list[list[Mark]] = []
 
     def begin(self) -> None:
-        """A batch begins."""
+        """Start a batch."""
         since = self._batches - self._warm_up
         self._batches += 1
         self._marks = [self._mark()] if since >= 0 and since % self._every == 0 else None
 
     @contextmanager
     def part(self) -> Iterator[None]:
-        """The part of the batch whose time is asked for; may come several times in one batch."""
+        """Time the block of code as the part; several parts of one batch add up."""
         if self._marks is None:
             yield
             return
@@ -58,13 +58,13 @@ class TimeShare:
         self._marks.append(self._mark())
 
     def end(self) -> None:
-        """The batch is done; one whose part did not run is no sample."""
+        """Finish the batch. It is a sample if its part has run."""
         if self._marks is not None and len(self._marks) > 1:
             self._samples = [*self._samples[1 - self._most :], [*self._marks, self._mark()]]
         self._marks = None
 
-    def result(self) -> Share | None:
-        """The medians, or None without a sample. Waits for the GPU, once."""
+    def result(self) -> TimeShare | None:
+        """Return the medians, or None without a sample. Waits for the GPU, once."""
         if not self._samples:
             return None
         if self._device.type == "cuda":
@@ -74,7 +74,7 @@ class TimeShare:
             parts.append(sum(_milliseconds(a, b) for a, b in zip(inner[::2], inner[1::2], strict=True)))
             wholes.append(_milliseconds(first, last))
         ratio = median(part / whole if whole else 0.0 for part, whole in zip(parts, wholes, strict=True))
-        return Share(median(parts), median(wholes), ratio, len(parts))
+        return TimeShare(median(parts), median(wholes), ratio, len(parts))
 
     def _mark(self) -> Mark:
         if self._device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Put something around a LightningModule's ``training_step`` for a while."""
+"""Wrap a LightningModule's ``training_step``, and unwrap it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 def wrap_training_step(pl_module: LightningModule, around: Around) -> Callable[[], None]:
-    """Make ``pl_module.training_step(...)`` call ``around(step, args, kwargs)``, where ``step`` is what it was before.
+    """Make ``pl_module.training_step(...)`` call ``around(step, args, kwargs)`` with the former step; return the undo.
 
-    Only the instance gets the new step. Returns what undoes it; a step that somebody else has put in its place since
-    then is left alone.
+    Only the instance gets the new step. The undo leaves a step alone that somebody else has set since then.
     """
     step = pl_module.training_step
     own = vars(pl_module).get("training_step")  # of a LightningModule that was compiled, or is wrapped already
