@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from benchmarks.convert_models import MODELS, model_rows, save_models
 from benchmarks.report import result_path, write_report
 from prox24_lightning.convert import SemiStructuredLinear
-from prox24_lightning.convert.autotune.search import kernel_tables
-from prox24_lightning.convert.autotune.table import KernelTable
-from prox24_lightning.convert.benchmark.timing import capture, measure, relative_error, release_memory
-from prox24_lightning.convert.kernels.buffer_layout import random_buffer
-from prox24_lightning.convert.kernels.few_tokens.kernel import expand
+from prox24_lightning.convert.autotune.kernel_table import KernelTable
+from prox24_lightning.convert.autotune.tune import kernel_tables
+from prox24_lightning.convert.kernels.expand.kernel import expand
+from prox24_lightning.convert.kernels.packed_buffer import random_buffer
+from prox24_lightning.convert.measurement import capture, relative_error, release_memory, time_calls
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336))
 """(out_features, in_features): attention, then the up and down projections of LLaMA 2 7B and of LLaMA 3 8B."""
@@ -110,9 +110,9 @@ def layer_rows(
         used = copies if tokens < _MANY else 2
         calls = {name: _all(modules[:used], inputs) for name, modules in layers.items()}
         few = rounds if tokens < _LONG else max(2, rounds // 2)
-        eager = {name: timing.median_us for name, timing in measure(calls, calls=used, rounds=few).items()}
+        eager = {name: timing.median_us for name, timing in time_calls(calls, calls=used, rounds=few).items()}
         graphs = {name: capture(call).replay for name, call in calls.items()}
-        graph = {name: timing.median_us for name, timing in measure(graphs, calls=used, rounds=few).items()}
+        graph = {name: timing.median_us for name, timing in time_calls(graphs, calls=used, rounds=few).items()}
         rows.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),

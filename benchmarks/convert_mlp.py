@@ -23,8 +23,8 @@ from torch import nn
 from benchmarks.report import machine, result_path
 from prox24_lightning.convert import ExampleInputs, Report, Settings, run_benchmark
 from prox24_lightning.convert.benchmark.example_inputs import own_example
-from prox24_lightning.convert.benchmark.tables import print_report, write_report
-from prox24_lightning.convert.format.state_layers import layers_of
+from prox24_lightning.convert.benchmark.render import print_report, write_report
+from prox24_lightning.convert.state_dict_model import layers_of
 from prox24_lightning.mask import mask_24
 
 

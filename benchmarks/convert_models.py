@@ -20,9 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.report import write_report
 from prox24_lightning.convert import SemiStructuredLinear, convert_model
-from prox24_lightning.convert.autotune.table import KernelTable
-from prox24_lightning.convert.benchmark.timing import capture, describe, measure, relative_error, release_memory
+from prox24_lightning.convert.autotune.kernel_table import KernelTable
+from prox24_lightning.convert.measurement import capture, relative_error, release_memory, time_calls
 from prox24_lightning.mask import mask_24
+from prox24_lightning.utils.errors import describe
 
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -235,9 +236,9 @@ def _limits(
 
 def _timed(call: Callable[[], Tensor], rounds: int) -> tuple[float, float, str, Tensor]:
     logits = call().clone()
-    eager = measure({"": call}, rounds=rounds)[""].median_us / 1000
+    eager = time_calls({"": call}, rounds=rounds)[""].median_us / 1000
     try:
-        graph = measure({"": capture(call).replay}, rounds=rounds)[""].median_us / 1000
+        graph = time_calls({"": capture(call).replay}, rounds=rounds)[""].median_us / 1000
     except RuntimeError as error:
         return eager, math.nan, describe(error), logits
     return eager, graph, "", logits

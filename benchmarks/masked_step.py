@@ -19,10 +19,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.report import write_report
-from prox24_lightning.convert.autotune.algorithms import Job, search
-from prox24_lightning.convert.benchmark.timing import measure, relative_error
+from prox24_lightning.convert.autotune.cusparselt_algorithms import fastest_algorithms
+from prox24_lightning.convert.autotune.cusparselt_worker import AlgorithmJob
 from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.convert.layers.transposable_linear import TransposableForward
+from prox24_lightning.convert.measurement import relative_error, time_calls
 from prox24_lightning.mask import mask_24
 
 Shape = tuple[int, int]
@@ -119,7 +120,7 @@ def _layer_row(shape: Shape, tokens: int, found: Found, rounds: int) -> dict[str
 
         return run
 
-    times = measure({"dense": step(dense), "sparse": step(sparse)}, rounds=rounds)
+    times = time_calls({"dense": step(dense), "sparse": step(sparse)}, rounds=rounds)
     return _row(f"{shape[0]} x {shape[1]}", tokens, times, relative_error(outputs[dense], outputs[sparse]))
 
 
@@ -150,7 +151,7 @@ def _model_row(
 
         return run
 
-    times = measure({"dense": step("dense", dense), "sparse": step("sparse", sparse)}, rounds=rounds)
+    times = time_calls({"dense": step("dense", dense), "sparse": step("sparse", sparse)}, rounds=rounds)
     error = abs(float(losses["dense"][0]) / float(losses["sparse"][0]) - 1)
     return _row(f"model of {layers} layers, {width} and {inner} wide", tokens, times, error)
 
@@ -166,7 +167,7 @@ def _searched(wanted: Sequence[tuple[Shape, int]]) -> Found:
     """The fastest algorithms of cuSPARSELt, forward and backward, by shape and number of tokens."""
     device = torch.cuda.current_device()
     both = dict.fromkeys((one, tokens) for shape, tokens in wanted for one in (shape, shape[::-1]))
-    answers = search([Job("bfloat16", shape, tokens, 1, device) for shape, tokens in both])
+    answers = fastest_algorithms([AlgorithmJob("bfloat16", shape, tokens, 1, device) for shape, tokens in both])
     best = {key: Kernel("cusparselt", answer.algorithms[:1]) for key, answer in zip(both, answers, strict=True)}
     return {(shape, tokens): (best[shape, tokens], best[shape[::-1], tokens]) for shape, tokens in wanted}
 

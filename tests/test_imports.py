@@ -46,7 +46,7 @@ LAYERS = {
         ["config", "engine", "sparse_training"],
         ["controller"],
     ],
-    "convert": [["format"], ["kernels"], ["autotune"], ["layers"], [""], ["benchmark"]],
+    "convert": [["format", "measurement"], ["kernels"], ["autotune"], ["layers"], [""], ["benchmark"]],
 }
 """Layers inside a room, lowest first, by the beginning of a module's name; ``""`` stands for all that is not named."""
 

@@ -16,12 +16,13 @@ from typing_extensions import override
 
 from prox24_lightning.callbacks.prox24 import Prox24
 from prox24_lightning.convert.benchmark.example_inputs import InputCatcher, own_example
+from prox24_lightning.convert.benchmark.render import print_report, to_markdown, write_report
 from prox24_lightning.convert.benchmark.report import Report, RunMode
 from prox24_lightning.convert.benchmark.run import empty_report, run_benchmark
 from prox24_lightning.convert.benchmark.settings import Settings
-from prox24_lightning.convert.benchmark.tables import print_report, to_markdown, write_report
-from prox24_lightning.convert.benchmark.timing import describe, release_memory
 from prox24_lightning.convert.convert import convert_model, expand_model
+from prox24_lightning.convert.measurement import release_memory
+from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import cast_model
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.names import clean_name

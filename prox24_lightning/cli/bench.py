@@ -14,19 +14,19 @@ from torch import nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.convert.benchmark.example_inputs import own_example
-from prox24_lightning.convert.benchmark.generation import time_language_model
 from prox24_lightning.convert.benchmark.language_report import Workload
-from prox24_lightning.convert.benchmark.language_tables import language_figure
+from prox24_lightning.convert.benchmark.render import print_report, write_report
+from prox24_lightning.convert.benchmark.render_language import language_figure
 from prox24_lightning.convert.benchmark.report import Report, RunMode
 from prox24_lightning.convert.benchmark.run import run_benchmark
 from prox24_lightning.convert.benchmark.settings import Settings
-from prox24_lightning.convert.benchmark.tables import print_report, write_report
-from prox24_lightning.convert.benchmark.timing import describe
+from prox24_lightning.convert.benchmark.time_language_model import time_language_model
 from prox24_lightning.convert.eligibility import find_target
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.io.texts import PlainText, PythonTopics, TextSource, perplexity, token_sequences
 from prox24_lightning.utils.environment import describe_environment
+from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.files import check_folder, replacing
 
 TOKEN_COUNTS = (1, 16, 64, 1024, 4096)

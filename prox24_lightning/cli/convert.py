@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
-from prox24_lightning.convert.format.model import find_packable
+from prox24_lightning.convert.packed_model import find_packable
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source

@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
-from prox24_lightning.convert.autotune.cache import Place
-from prox24_lightning.convert.benchmark.gain import measured_gain
-from prox24_lightning.convert.benchmark.tables import STATES, Section, grouped, print_tables
+from prox24_lightning.convert.autotune.disk_cache import Machine
+from prox24_lightning.convert.benchmark.render import STATES
 from prox24_lightning.convert.doctor import Diagnosis, Gain, diagnose
 from prox24_lightning.convert.eligibility import Target, find_target
+from prox24_lightning.convert.measured_gain import measured_gain
+from prox24_lightning.convert.sections import Section, grouped, print_tables
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import load_source
 from prox24_lightning.utils.environment import describe_environment
@@ -77,7 +78,7 @@ def doctor(
 def _known_gain(target: Target | None, dtype: torch.dtype) -> Gain | None:
     if target is None or target.problem is not None:
         return None
-    return measured_gain(Place.here(torch.cuda.current_device()), dtype)
+    return measured_gain(Machine.here(torch.cuda.current_device()), dtype)
 
 
 def print_diagnosis(found: Diagnosis, console: Console) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.convert.autotune.search import kernel_tables, stored_table
-from prox24_lightning.convert.autotune.table import BUCKETS, KernelTable
+from prox24_lightning.convert.autotune.kernel_table import BUCKETS, KernelTable
+from prox24_lightning.convert.autotune.tune import kernel_tables, stored_table
 from prox24_lightning.convert.eligibility import (
     LayerVerdict,
     Target,
@@ -23,7 +23,7 @@ from prox24_lightning.convert.eligibility import (
     find_target,
     named_layers,
 )
-from prox24_lightning.convert.kernels.buffer_layout import pack_buffer
+from prox24_lightning.convert.kernels.packed_buffer import pack_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
 
@@ -41,7 +41,7 @@ class Conversion:
     """What :func:`convert_model` did: names of the converted layers, and the verdicts of those that stay dense.
 
     ``tables`` has the kernels of each shape if they were measured; see
-    :func:`~prox24_lightning.convert.autotune.report.print_kernels`.
+    :func:`~prox24_lightning.convert.kernel_report.print_kernels`.
     """
 
     converted: tuple[str, ...]
@@ -60,7 +60,7 @@ def convert_linear(
     Args:
         linear: the layer.
         name: for errors.
-        kernels: from :func:`~prox24_lightning.convert.autotune.search.kernel_tables`. None: what has been measured of
+        kernels: from :func:`~prox24_lightning.convert.autotune.tune.kernel_tables`. None: what has been measured of
             this shape on this machine before, the rest by rule.
         keep_dense: hold the dense weight too, for the numbers of tokens at which ``kernels`` names cuBLAS.
 

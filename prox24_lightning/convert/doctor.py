@@ -16,10 +16,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from prox24_lightning.convert.autotune.table import SAME
-from prox24_lightning.convert.benchmark.report import State
-from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_model
-from prox24_lightning.convert.format.weight import packed_bytes
+from prox24_lightning.convert.autotune.kernel_table import SAME
+from prox24_lightning.convert.eligibility import LayerVerdict, State, Target, check_model
+from prox24_lightning.convert.format.packed_weight import packed_bytes
 
 FEW_TOKENS = 64
 """Up to here reading a weight takes longer than multiplying by it. A token costs one operation a byte in 16 bits; by

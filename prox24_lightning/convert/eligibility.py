@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from prox24_lightning.convert.format.weight import row_chunks
+from prox24_lightning.convert.format.packed_weight import row_chunks
 from prox24_lightning.convert.onnx_check import sparse_problem
 from prox24_lightning.mask import is_24, violations_24
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.names import clean_name
 
 Backend = Literal["cusparselt", "cutlass"]
+State = Literal["sparse", "fits", "dense"]
 Role = Literal["linear", "convolution", "other"]
 
 SHAPE_MULTIPLES: dict[Backend, tuple[int, int]] = {"cusparselt": (16, 16), "cutlass": (32, 64)}

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prox24_lightning.convert.format.model import EmptyOnMeta, Packable, load_packed
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
+from prox24_lightning.convert.packed_model import EmptyOnMeta, Packable, load_packed
 from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, filling, write_text
 from prox24_lightning.utils.markdown import markdown_table
@@ -42,7 +42,7 @@ def load_folder(
         auto: the auto class of transformers that builds it (``AutoModelForCausalLM``).
         dtype: what the weights of a dense model are cast to; None keeps them as they are stored.
         device: where it goes.
-        sparse: see :func:`~prox24_lightning.convert.format.model.load_packed`; the dense model is then never there.
+        sparse: see :func:`~prox24_lightning.convert.packed_model.load_packed`; the dense model is then never there.
 
     Raises:
         FileNotFoundError: if the folder holds no packed file.
@@ -57,7 +57,7 @@ def load_folder(
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(
             f"{folder} holds {PACKED_FILE} but no config.json, so which model to build is not known: build it and fill "
-            "it with prox24_lightning.convert.format.model.load_packed"
+            "it with prox24_lightning.convert.load_packed"
         )
     config = AutoConfig.from_pretrained(str(folder))
     dtypes = [file.dtype(name) for name in file.names if file.dtype(name).is_floating_point]
@@ -98,7 +98,7 @@ def save_folder(
         folder: made if it does not exist; a failure leaves none of the new files in it. One that holds dense weights
             is refused.
         model: its weights are left alone.
-        packable: what :func:`~prox24_lightning.convert.format.model.find_packable` decided.
+        packable: what :func:`~prox24_lightning.convert.packed_model.find_packable` decided.
         source: one line on where the model came from.
         companions: tokenizer and the like; anything with ``save_pretrained``.
 
@@ -156,7 +156,7 @@ def _how_to_load(model: nn.Module) -> str:
             "ordinary model, which `from_pretrained` reads; this one it does not."
         )
     return (
-        "`prox24_lightning.convert.format.model.load_packed` fills a model of the same structure from it, exactly "
+        "`prox24_lightning.convert.load_packed` fills a model of the same structure from it, exactly "
         f"dense or, on a GPU, with sparse layers (`sparse=True`). `prox24 convert THIS_FOLDER/{PACKED_FILE} OUT "
         "--form dense` writes an ordinary `model.safetensors`."
     )

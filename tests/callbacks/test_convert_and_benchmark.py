@@ -19,10 +19,10 @@ from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 from prox24_lightning import ConvertAndBenchmark, Prox24
 from prox24_lightning.callbacks import convert_and_benchmark
 from prox24_lightning.convert import SemiStructuredLinear, Target, convert
-from prox24_lightning.convert.autotune.table import unmeasured
+from prox24_lightning.convert.autotune.kernel_table import table_by_rule
 from prox24_lightning.convert.benchmark.report import LayerOutcome
 from prox24_lightning.convert.benchmark.run import empty_report
-from prox24_lightning.convert.format.weight import unpack_24
+from prox24_lightning.convert.format.packed_weight import unpack_24
 from prox24_lightning.mask import is_24
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
@@ -332,7 +332,7 @@ def test_in_place_takes_the_memory_of_the_dense_weights(tmp_path, monkeypatch, k
 
     monkeypatch.setattr(convert_and_benchmark, "run_benchmark", chosen)
     monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
-    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: unmeasured(shape, (9, 0)))
+    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: table_by_rule(shape, (9, 0)))
     module, sparsifier = TinyModule(), prox()
     final = ConvertAndBenchmark(in_place=True, keep_dense=keep_dense, verbose=False)
     weights = {name: weight for name, weight in module.named_parameters() if name.endswith("weight")}

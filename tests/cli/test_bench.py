@@ -12,11 +12,11 @@ import torch
 from prox24_lightning.cli import bench as command
 from prox24_lightning.convert import Target, check_model
 from prox24_lightning.convert.benchmark import run
+from prox24_lightning.convert.benchmark.chip_limits import Limits
 from prox24_lightning.convert.benchmark.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
-from prox24_lightning.convert.benchmark.limits import Limits
 from prox24_lightning.convert.benchmark.report import LayerOutcome, ShapeResult
 from prox24_lightning.convert.benchmark.run import empty_report
-from prox24_lightning.convert.benchmark.timing import Timing
+from prox24_lightning.convert.measurement import Timing
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 

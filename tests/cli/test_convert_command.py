@@ -13,9 +13,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from prox24_lightning.cli import convert
-from prox24_lightning.convert.format.model import Packable
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
+from prox24_lightning.convert.packed_model import Packable
 from prox24_lightning.io import packed_folder
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.sources import load_source

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from prox24_lightning.cli import doctor as command
 from prox24_lightning.convert import Target
-from prox24_lightning.convert.autotune import cache as kernel_cache
-from prox24_lightning.convert.autotune.table import Times
+from prox24_lightning.convert.autotune import disk_cache as kernel_cache
+from prox24_lightning.convert.autotune.kernel_table import Times
 from prox24_lightning.mask import mask_24
 
 

@@ -8,9 +8,9 @@ from live_bytes import LiveBytes
 from torch import nn
 
 from prox24_lightning.convert import Target, convert, convert_model
-from prox24_lightning.convert.autotune.table import KernelTable, Row
-from prox24_lightning.convert.format import weight as packed
-from prox24_lightning.convert.kernels import buffer_layout
+from prox24_lightning.convert.autotune.kernel_table import KernelTable, Row
+from prox24_lightning.convert.format import packed_weight as packed
+from prox24_lightning.convert.kernels import packed_buffer as buffer_layout
 from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.mask import check, mask_24
 

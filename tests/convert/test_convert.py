@@ -20,9 +20,9 @@ from prox24_lightning.convert import (
     expand_linear,
     expand_model,
 )
-from prox24_lightning.convert.autotune.table import Times, choose, unmeasured
-from prox24_lightning.convert.format.weight import pack_24
-from prox24_lightning.convert.kernels.buffer_layout import buffer_bytes, to_buffer
+from prox24_lightning.convert.autotune.kernel_table import Times, choose, table_by_rule
+from prox24_lightning.convert.format.packed_weight import pack_24
+from prox24_lightning.convert.kernels.packed_buffer import buffer_bytes, to_buffer
 from prox24_lightning.mask import mask_24
 from prox24_lightning.utils.module_copy import bare_copy
 
@@ -108,7 +108,7 @@ def test_bad_token_counts_are_refused(counts):
 
 def test_expanded_layers_are_of_the_kind_that_was_there(monkeypatch):
     monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
-    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: unmeasured(shape, (9, 0)))
+    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: table_by_rule(shape, (9, 0)))
     model = nn.Sequential(pruned(Conv1D(128, 64), dim=0), pruned(nn.Linear(128, 64, bias=False))).bfloat16()
     before, rows = {**model.state_dict()}, torch.randn(3, 64).bfloat16()
     expected = model(rows)

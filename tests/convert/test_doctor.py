@@ -11,7 +11,7 @@ from torch import nn
 
 from prox24_lightning.convert import Target, check_layer
 from prox24_lightning.convert.doctor import diagnose
-from prox24_lightning.convert.format.state_layers import layers_of
+from prox24_lightning.convert.state_dict_model import layers_of
 from prox24_lightning.mask import mask_24
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")

@@ -1,4 +1,4 @@
-"""A bar while kernels are searched, which takes minutes where a machine meets shapes for the first time."""
+"""Show progress while kernels are tuned, which takes minutes for shapes that are new on a machine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typing_extensions import override
 
 
-class SearchProgress(Progress):
-    """``with SearchProgress() as bar: advance = bar.begin("timing", 12); advance()``; on a terminal only, and not while
-    something else (a trainer's bar) is being drawn there."""
+class TuningProgress(Progress):
+    """``with TuningProgress() as progress: advance = progress.begin("timing", 12); advance()``.
+
+    It draws on a terminal only, and not while something else (a trainer's bar) draws there.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
@@ -27,5 +29,5 @@ class SearchProgress(Progress):
             super().start()
 
     def begin(self, what: str, steps: int) -> Callable[[], None]:
-        """A line of its own for ``what``; the result is to be called after each of its steps."""
+        """Add a bar for ``what`` and return what to call after each of its steps."""
         return partial(self.advance, self.add_task(what, total=steps))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prox24_lightning.convert.benchmark.timing import Timing
+from prox24_lightning.convert.measurement import Timing
 
 Phase = Literal["prefill", "decode"]
 

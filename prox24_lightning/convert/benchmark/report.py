@@ -7,12 +7,12 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from prox24_lightning.convert.benchmark.chip_limits import Limits
 from prox24_lightning.convert.benchmark.language_report import LanguageReport
-from prox24_lightning.convert.benchmark.limits import Limits
-from prox24_lightning.convert.benchmark.timing import Timing
+from prox24_lightning.convert.eligibility import State
+from prox24_lightning.convert.measurement import Timing
 
 RunMode = Literal["eager", "graph"]
-State = Literal["sparse", "fits", "dense"]
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from datetime import datetime, timezone
 import torch
 from torch import nn
 
-from prox24_lightning.convert.benchmark.layers import time_shapes
-from prox24_lightning.convert.benchmark.limits import measure_limits
-from prox24_lightning.convert.benchmark.model import time_model
-from prox24_lightning.convert.benchmark.report import LayerOutcome, Report, ShapeResult, State
+from prox24_lightning.convert.benchmark.chip_limits import measure_limits
+from prox24_lightning.convert.benchmark.report import LayerOutcome, Report, ShapeResult
 from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
-from prox24_lightning.convert.benchmark.timing import describe
-from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_model, find_target
+from prox24_lightning.convert.benchmark.time_layers import time_shapes
+from prox24_lightning.convert.benchmark.time_model import time_model
+from prox24_lightning.convert.eligibility import LayerVerdict, State, Target, check_model, find_target
+from prox24_lightning.utils.errors import describe
 
 
 def run_benchmark(

@@ -1,4 +1,4 @@
-"""Read a packed model: opening it checks what it says, tensors are read and checked one by one, on any device."""
+"""Read a packed model: opening the file checks its header, and each tensor is checked when it is read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from prox24_lightning.convert.format.layout import FORMAT, SAID, VERSION, PackedEntry, header_digest, layout_bytes
-from prox24_lightning.convert.format.weight import PackedWeight, check_packed
+from prox24_lightning.convert.format.header import (
+    FORMAT,
+    HEADER_KEYS,
+    VERSION,
+    PackedEntry,
+    header_digest,
+    layout_bytes,
+)
+from prox24_lightning.convert.format.packed_weight import PackedWeight, check_packed
 from prox24_lightning.utils.checksum import checksum, tensor_bytes
 from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, json_object, open_tensors
 
@@ -18,37 +25,37 @@ _KNOWN = {text: dtype for dtype, text in DTYPE_NAMES.items()}
 
 
 class PackedFile:
-    """An open packed file: what it holds is known and checked, tensors are read when they are asked for.
+    """An open packed file with a checked header; tensors are read on demand.
 
     Args:
         path: of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no packed file, is damaged or cut short, was written by a later version, or says things
-            that cannot be true.
+        ValueError: if it is no packed file, is damaged or cut short, was written by a later version, or its header
+            contradicts itself.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._handle, metadata = open_tensors(path, what="packed file", format=FORMAT, version=VERSION)
         stored: set[str] = set(self._handle.keys())
-        said = {key: metadata.get(key, "") for key in SAID}
-        self._layout = {name: self._look(name) for name in stored}
-        if header_digest(said, self._layout) != metadata.get("sha256"):
+        header = {key: metadata.get(key, "") for key in HEADER_KEYS}
+        self._layout = {name: self._describe(name) for name in stored}
+        if header_digest(header, self._layout) != metadata.get("sha256"):
             raise ValueError(f"{path} is damaged: its checksum does not fit its header; fetch or write it again")
         try:
-            self.info = json_object(said["info"])
-            self._hashes = json_object(said["hashes"])
-            self._aliases = json_object(said["aliases"])
-            self.packed = {name: _read_entry(name, entry) for name, entry in json_object(said["packed"]).items()}
-            self._check(stored)
+            self.info = json_object(header["info"])
+            self._hashes = json_object(header["hashes"])
+            self._aliases = json_object(header["aliases"])
+            self.packed = {name: _read_entry(name, entry) for name, entry in json_object(header["packed"]).items()}
+            self._check_header(stored)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is a forged or broken packed file: {error}") from error
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name of the state dict, in order of the alphabet; tied names are all there."""
+        """Every name of the state dict, sorted; all names of tied weights are among them."""
         return tuple(sorted({*self.packed, *self._dense, *self._aliases}))
 
     @property
@@ -63,21 +70,21 @@ class PackedFile:
         return layout_bytes(self._layout)
 
     def owner(self, name: str) -> str:
-        """The name under which the tensor of ``name`` is stored: for a tied weight the first of its names."""
+        """Return the name under which the tensor is stored: for a tied weight the first of its names."""
         return self._aliases.get(name, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor of the state dict."""
+        """Return the shape of a tensor of the state dict."""
         name = self.owner(name)
         return self.packed[name].shape if name in self.packed else self._layout[name][1]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Its dtype."""
+        """Return the dtype of a tensor of the state dict."""
         name = self.owner(name)
         return self._layout[f"{name}.values" if name in self.packed else name][0]
 
     def read_packed(self, name: str, device: torch.device | str = "cpu") -> PackedWeight:
-        """A packed weight as the matrix of :attr:`PackedEntry.matrix`.
+        """Read a packed weight, as the matrix of :attr:`PackedEntry.matrix`.
 
         Raises:
             KeyError: if ``name`` is not a packed weight.
@@ -93,10 +100,10 @@ class PackedFile:
         return packed.to(device)
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """A tensor of the state dict, dense; a packed weight is expanded on ``device``.
+        """Read a tensor of the state dict, dense; a packed weight is expanded on ``device``.
 
         Raises:
-            KeyError: if there is none of that name.
+            KeyError: if there is no such name.
             ValueError: if it is damaged.
         """
         name = self.owner(name)
@@ -107,14 +114,14 @@ class PackedFile:
         return self._read(name).to(device)
 
     def state_dict(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Everything, dense; tied names hold one tensor."""
+        """Read everything, dense; tied names share one tensor."""
         found: dict[str, Tensor] = {}
         for name in self.names:
             if self.owner(name) == name:
                 found[name] = self.read(name, device)
         return {name: found[self.owner(name)] for name in self.names}
 
-    def _look(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    def _describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         view = self._handle.get_slice(name)
         if view.get_dtype() not in _KNOWN:
             raise ValueError(f"{self.path}: {name} is of type {view.get_dtype()}, which no packed file holds")
@@ -129,21 +136,21 @@ class PackedFile:
             raise ValueError(f"{self.path} is damaged: the checksum of {part} does not fit; fetch or write it again")
         return tensor
 
-    def _check(self, stored: set[str]) -> None:
-        claimed: set[str] = set()
+    def _check_header(self, stored: set[str]) -> None:
+        accounted: set[str] = set()
         for name, entry in self.packed.items():
             parts = entry.layout(name, self._layout.get(f"{name}.values", (torch.uint8, ()))[0])
-            if any(self._layout.get(part) != place for part, place in parts.items()):
+            if any(self._layout.get(part) != expected for part, expected in parts.items()):
                 found = {part: self._layout.get(part) for part in parts}
                 raise ValueError(f"{name} of shape {entry.shape} does not fit what is stored: {found}")
-            claimed |= set(parts)
-        self._dense = stored - claimed
+            accounted |= set(parts)
+        self._dense = stored - accounted
         if set(self._hashes) != stored:
             raise ValueError(f"hashes are given for {sorted(self._hashes)[:3]}, stored are {sorted(stored)[:3]}")
         whole = self._dense | set(self.packed)
         for alias, owner in self._aliases.items():
             if not isinstance(owner, str) or owner not in whole or alias in whole:
-                raise ValueError(f"{alias} is said to share the tensor {owner!r}")
+                raise ValueError(f"{alias} shares the tensor {owner!r}, which is not stored")
 
 
 def _read_entry(name: str, entry: Any) -> PackedEntry:
@@ -156,4 +163,4 @@ def _read_entry(name: str, entry: Any) -> PackedEntry:
         and len(shape) >= 2
     ):
         return PackedEntry(tuple(shape), dim)
-    raise ValueError(f"{name} has no sound shape or dim: {entry!r:.100}")
+    raise ValueError(f"{name} has no valid shape or dim: {entry!r:.100}")

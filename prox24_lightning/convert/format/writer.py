@@ -1,4 +1,4 @@
-"""Write a packed model tensor by tensor: no more memory is taken than its largest weight needs."""
+"""Write a packed model tensor by tensor: it takes no more memory than the largest weight."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prox24_lightning.convert.format.layout import FORMAT, VERSION, Layout, PackedEntry, header_digest
-from prox24_lightning.convert.format.weight import PACKED_DTYPES
+from prox24_lightning.convert.format.header import FORMAT, VERSION, Layout, PackedEntry, header_digest
+from prox24_lightning.convert.format.packed_weight import PACKED_DTYPES
 from prox24_lightning.utils.checksum import checksum, tensor_bytes
 from prox24_lightning.utils.files import replacing
 from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter
@@ -22,7 +22,7 @@ def write_packed(
     dims: Mapping[str, int],
     info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a state dict with some of its weights packed; a kill or a full disk leaves the old file or none.
+    """Write a state dict with some of its weights packed; a kill or a full disk leaves the old file, or none.
 
     Args:
         path: of the file, whose folder exists.
@@ -47,15 +47,15 @@ def write_packed(
     layout: Layout = {}
     for name, tensor in owners.items():
         parts = entries[name].layout(name, tensor.dtype) if name in entries else {}
-        for part, place in (parts or {name: (tensor.dtype, tuple(tensor.shape))}).items():
+        for part, description in (parts or {name: (tensor.dtype, tuple(tensor.shape))}).items():
             if part in layout or tensor.is_meta or tensor.dtype not in DTYPE_NAMES or hasattr(tensor, "placements"):
                 raise ValueError(
                     f"{name}: {tensor.dtype} {type(tensor).__name__} on {tensor.device} cannot be stored as {part!r}: "
                     "it has no values, is sharded, or the type or the name is not possible"
                 )
-            layout[part] = place
+            layout[part] = description
     hashes = dict.fromkeys(layout, "0" * 64)
-    said = {
+    header = {
         "version": str(VERSION),
         "packed": json.dumps({name: {"shape": entry.shape, "dim": entry.dim} for name, entry in entries.items()}),
         "aliases": json.dumps(aliases),
@@ -64,19 +64,19 @@ def write_packed(
     }
     with (
         replacing(path) as temporary,
-        TensorWriter(temporary, layout, {"format": FORMAT, **said, "sha256": "0" * 64}) as writer,
+        TensorWriter(temporary, layout, {"format": FORMAT, **header, "sha256": "0" * 64}) as writer,
     ):
         for name, tensor in owners.items():
             for part, content in _parts(name, tensor, entries.get(name)).items():
                 hashes[part] = checksum([tensor_bytes(content)])
                 writer.write(part, content)
-        said["hashes"] = json.dumps(hashes)
-        writer.finish({**said, "sha256": header_digest(said, layout)})
+        header["hashes"] = json.dumps(hashes)
+        writer.finish({**header, "sha256": header_digest(header, layout)})
     return Path(path)
 
 
 def _split_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Alias -> owner, and the owners: names of one memory, seen in one way, are one tensor."""
+    """Return alias -> owner, and the owners: names of one memory, with one shape and stride, are one tensor."""
     aliases: dict[str, str] = {}
     owners: dict[str, Tensor] = {}
     seen: dict[Any, str] = {}
@@ -84,12 +84,12 @@ def _split_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[
         if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
             owners[name] = tensor
             continue
-        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if place in seen:
-            aliases[name] = seen[place]
+        memory = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if memory in seen:
+            aliases[name] = seen[memory]
         else:
             owners[name] = tensor
-            seen[place] = name
+            seen[memory] = name
     return aliases, owners
 
 

@@ -1,1 +1,16 @@
-"""Products with a packed weight on a GPU: NVIDIA's library, the package's own kernels, and the choice between them."""
+"""Products with a packed 2:4 weight on a GPU, one folder a kernel.
+
+:mod:`.registry` chooses among them by name, and :mod:`.reference` is what they compute, in plain torch.
+
+=================  ================================================================================
+folder             kernel
+=================  ================================================================================
+few_tokens         our CUDA kernel on ``mma.sp`` for 1 to 256 tokens, Ampere and newer
+warpgroup          our CUDA kernel on ``wgmma.sp`` for 1 to 512 tokens, Hopper
+cusparselt         NVIDIA's cuSPARSELt, with a plan that is made once
+torch_cusparselt   torch's operator on cuSPARSELt, which makes a plan at every call
+expand             our CUDA kernel that makes the dense weight anew, then cuBLAS
+cublas             cuBLAS on a dense weight that is kept beside the packed one
+gather             our Triton kernel that packs a trained weight whose mask is frozen
+=================  ================================================================================
+"""

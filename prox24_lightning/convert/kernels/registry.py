@@ -1,206 +1,121 @@
-"""The ways to multiply with a packed 2:4 weight, by name, and the plain-text table that says which runs when.
+"""The kernels for products with a packed 2:4 weight by name, and the text that says which one runs when.
 
-A table is text (``"8=few:0,1,1,1,16,1,2,2 4096=cusparselt:17"``), because it is an argument of the operator that
-``torch.compile`` writes into its programs, and these outlive the process.
+That text (``"8=few:0,1,1,1,16,1,2,2,2 4096=cusparselt:17"``: up to so many tokens, this kernel) is an argument of the
+operator that ``torch.compile`` writes into its programs, and these outlive the process.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from prox24_lightning.convert.kernels.buffer_layout import padded_shape
-from prox24_lightning.convert.kernels.cusparselt import library as cusparselt
-from prox24_lightning.convert.kernels.few_tokens import kernel as few_tokens
-from prox24_lightning.convert.kernels.few_tokens.kernel import Tiling
-from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
-from prox24_lightning.convert.kernels.warpgroup.kernel import Blocking
+from prox24_lightning.convert.kernels.cublas.kernel import prepare as prepare_cublas
+from prox24_lightning.convert.kernels.cusparselt.kernel import prepare as prepare_cusparselt
+from prox24_lightning.convert.kernels.expand.kernel import prepare as prepare_expand
+from prox24_lightning.convert.kernels.few_tokens.kernel import compile_few_tokens
+from prox24_lightning.convert.kernels.few_tokens.kernel import prepare as prepare_few_tokens
+from prox24_lightning.convert.kernels.few_tokens.tiling import Tiling as FewTokensTiling
+from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
+from prox24_lightning.convert.kernels.product import Product
+from prox24_lightning.convert.kernels.torch_cusparselt.kernel import prepare as prepare_torch_cusparselt
+from prox24_lightning.convert.kernels.warpgroup.kernel import compile_warpgroup
+from prox24_lightning.convert.kernels.warpgroup.kernel import prepare as prepare_warpgroup
+from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as WarpgroupTiling
+from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
 
-Way = Literal["dense", "few", "warpgroup", "cusparselt", "torch", "expand"]
+KernelName = Literal["dense", "few", "warpgroup", "cusparselt", "torch", "expand"]
 
-Run = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
-"""(tokens, padded in_features) rows, the buffer, the dense weight if it is kept, the bias -> (tokens, out_features)."""
+_Prepare = Callable[[Sequence[int], torch.dtype, tuple[int, int], int, int], Product]
 
-_FEW_BESIDE_WARPGROUP = 16  # up to so many tokens it wins on one shape or another
-_PLANS = 4096  # kept at most: one for each layer with a bias (or shape without) and padded number of tokens
+_PREPARE: dict[KernelName, _Prepare] = {
+    "dense": prepare_cublas,
+    "few": prepare_few_tokens,
+    "warpgroup": prepare_warpgroup,
+    "cusparselt": prepare_cusparselt,
+    "torch": prepare_torch_cusparselt,
+    "expand": prepare_expand,
+}
+
+_FEW_BESIDE_WARPGROUP = 16  # up to so many tokens few_tokens wins on one shape or another
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to multiply.
+    """A kernel and its configuration.
 
     Attributes:
-        way: "dense" (cuBLAS on the kept dense weight), "few" (the package's kernel for few tokens), "warpgroup" (its
-            kernel for Hopper), "cusparselt" (with a plan of our own), "torch" (its operator, which makes a plan at
-            every call), "expand" (the dense weight made anew at every call, then cuBLAS).
-        numbers: of "few" the fields of a :class:`~prox24_lightning.convert.kernels.few_tokens.kernel.Tiling`, of "warpgroup"
-            those of a :class:`~prox24_lightning.convert.kernels.warpgroup.kernel.Blocking`; of "cusparselt" the algorithm, or
-            nothing for the library's default.
+        name: "dense" (cuBLAS on the dense weight that is kept), "few" (few_tokens), "warpgroup", "cusparselt", "torch"
+            (torch_cusparselt) or "expand"; see :mod:`prox24_lightning.convert.kernels`.
+        config: of "few" and "warpgroup" the fields of their ``Tiling``; of "cusparselt" the algorithm, or nothing for
+            the library's default; empty for the others.
     """
 
-    way: Way
-    numbers: tuple[int, ...] = ()
+    name: KernelName
+    config: tuple[int, ...] = ()
 
     @classmethod
-    def few(cls, tiling: Tiling) -> Kernel:
+    def few(cls, tiling: FewTokensTiling) -> Kernel:
         return cls("few", astuple(tiling))
 
     @classmethod
-    def warpgroup(cls, blocking: Blocking) -> Kernel:
-        return cls("warpgroup", astuple(blocking))
+    def warpgroup(cls, tiling: WarpgroupTiling) -> Kernel:
+        return cls("warpgroup", astuple(tiling))
 
     @classmethod
     def parse(cls, text: str) -> Kernel:
-        way, _, numbers = text.partition(":")
-        return cls(way, tuple(int(number) for number in numbers.split(",") if number))  # type: ignore[arg-type]
+        """Return the kernel of a text that ``str(kernel)`` has made."""
+        name, _, config = text.partition(":")
+        return cls(name, tuple(int(number) for number in config.split(",") if number))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return f"{self.way}:{','.join(map(str, self.numbers))}" if self.numbers else self.way
+        return f"{self.name}:{','.join(map(str, self.config))}" if self.config else self.name
 
 
 def own_kernels(tokens: int, capability: tuple[int, int]) -> tuple[Kernel, ...]:
-    """The package's kernels worth measuring at a number of tokens on a GPU of this compute capability."""
-    found = tuple(map(Kernel.warpgroup, warpgroup.blockings(tokens, capability)))
+    """Return the package's kernels worth measuring at a number of tokens on a GPU of this compute capability."""
+    found = tuple(map(Kernel.warpgroup, warpgroup_tilings(tokens, capability)))
     if found and tokens > _FEW_BESIDE_WARPGROUP:
         return found
-    return (*map(Kernel.few, few_tokens.tilings(tokens, capability)), *found)
+    return (*map(Kernel.few, few_tokens_tilings(tokens, capability)), *found)
 
 
 def compile_kernel(kernel: Kernel, dtype: torch.dtype, capability: tuple[int, int]) -> None:
-    """Have the program of one of the package's kernels ready; threads may compile several at once."""
-    if kernel.way == "few":
-        few_tokens.program(Tiling(*kernel.numbers), dtype, capability)
-    elif kernel.way == "warpgroup":
-        warpgroup.program(Blocking(*kernel.numbers), dtype)
+    """Compile one of the package's kernels ahead of its use; several threads may compile at once."""
+    if kernel.name == "few":
+        compile_few_tokens(FewTokensTiling(*kernel.config), dtype, capability)
+    elif kernel.name == "warpgroup":
+        compile_warpgroup(WarpgroupTiling(*kernel.config), dtype)
+
+
+def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: int, device: int) -> Product:
+    """Do all that can be done before the call: the product that is returned only allocates and launches.
+
+    Args:
+        kernel: which, and its configuration.
+        dtype: float16 or bfloat16.
+        shape: (out_features, in_features).
+        tokens: rows of the inputs.
+        device: index of the GPU.
+
+    Raises:
+        CusparseltError, CudaError: if the library or the compiler cannot be used here.
+    """
+    return _PREPARE[kernel.name](kernel.config, dtype, shape, tokens, device)
 
 
 @cache
 def parse_table(table: str) -> tuple[tuple[int, ...], tuple[Kernel, ...]]:
-    """Token counts in ascending order, and the kernel up to each; the last one serves larger counts too."""
+    """Return ascending token counts and the kernel up to each; the last kernel serves larger counts too."""
     entries = [entry.split("=") for entry in table.split()]
     return tuple(int(tokens) for tokens, _ in entries), tuple(Kernel.parse(kernel) for _, kernel in entries)
 
 
 def kernel_for(table: str, tokens: int) -> Kernel:
-    """The kernel that a table names for a number of tokens."""
+    """Return the kernel that a table names for a number of tokens."""
     counts, kernels = parse_table(table)
     return kernels[min(bisect_left(counts, tokens), len(kernels) - 1)]
-
-
-def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: int, device: int) -> Run:
-    """All that can be done before the call: what it returns only allocates and launches.
-
-    Raises:
-        CusparseltError, NvrtcError: if the library or the compiler cannot be used here.
-    """
-    out_features = shape[0]
-    rows, columns = padded_shape(shape)
-    on = torch.device("cuda", device)
-    raw_stream = torch._C._cuda_getCurrentRawStream
-
-    def dense(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        if weight is None:
-            raise RuntimeError("this layer keeps no dense weight: convert it with keep_dense=True")
-        return F.linear(inputs, weight.view(dtype), _cast(bias, dtype))
-
-    def by_torch(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        packed = buffer.view(dtype)
-        result = torch._cslt_sparse_mm(packed, _padded(inputs, tokens).t(), transpose_result=True)
-        result = result[:tokens, :out_features].contiguous()
-        return result if bias is None else result.add_(bias.to(dtype))
-
-    if kernel.way == "expand":
-        expansion = few_tokens.expansion(device)
-        blocks = few_tokens.expansion_grid(rows, columns)
-
-        def expand(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            full = torch.empty((rows, columns), dtype=dtype, device=on)
-            expansion(blocks, raw_stream(device), buffer.data_ptr(), full.data_ptr(), rows, columns)
-            if columns != shape[1]:
-                inputs, full = inputs[:, : shape[1]], full[:, : shape[1]]
-            return F.linear(inputs, full[:out_features], _cast(bias, dtype))
-
-        return expand
-    if kernel.way == "few":
-        tiling = Tiling(*kernel.numbers)
-        launch = few_tokens.product(tiling, dtype, device)
-        grid = -(-rows // tiling.rows), tiling.cluster, -(-tokens // tiling.tokens)
-
-        def few(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            out = torch.empty((tokens, out_features), dtype=dtype, device=on)
-            at = 0
-            if bias is not None:
-                bias = bias if bias.dtype == dtype else bias.to(dtype)
-                at = bias.data_ptr()
-            launch(
-                *(grid, raw_stream(device), inputs.data_ptr(), buffer.data_ptr(), at, out.data_ptr()),
-                *(tokens, rows, columns, out_features),
-            )
-            return out
-
-        return few
-    if kernel.way == "warpgroup":
-        start = warpgroup.prepare(Blocking(*kernel.numbers), dtype, shape, tokens, device)
-
-        def by_warpgroups(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            out = torch.empty((tokens, out_features), dtype=dtype, device=on)
-            bias = _cast(bias, dtype)
-            at = 0 if bias is None else bias.data_ptr()
-            start(inputs.data_ptr(), buffer.data_ptr(), at, out.data_ptr(), raw_stream(device))
-            return out
-
-        return by_warpgroups
-    if kernel.way == "cusparselt":
-        padded = -(-tokens // cusparselt.TOKEN_MULTIPLE) * cusparselt.TOKEN_MULTIPLE
-        algorithm = kernel.numbers[0] if kernel.numbers else None
-        plain = _plan(dtype, (rows, columns), padded, 0, algorithm, device)
-
-        def planned(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-            out = torch.empty((padded, rows), dtype=dtype, device=on)
-            plan = plain
-            inside = bias is not None and bias.dtype == dtype and rows == out_features
-            if bias is not None and inside:
-                plan = _plan(dtype, (rows, columns), padded, bias.data_ptr(), algorithm, device)
-            space = 0
-            if plan.workspace_bytes:
-                workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=on)
-                space = workspace.data_ptr()
-            inputs = _padded(inputs, tokens)
-            plan.run(buffer.data_ptr(), inputs.data_ptr(), out.data_ptr(), space, raw_stream(device))
-            if rows != out_features:
-                out = out[:, :out_features].contiguous()
-            out = out if padded == tokens else out[:tokens]
-            return out if bias is None or inside else out.add_(bias.to(dtype))
-
-        return planned
-    return {"dense": dense, "torch": by_torch}[kernel.way]
-
-
-@lru_cache(maxsize=_PLANS)
-def _plan(
-    dtype: torch.dtype, shape: tuple[int, int], tokens: int, bias: int, algorithm: int | None, device: int
-) -> cusparselt.Plan:
-    library = cusparselt.load()
-    try:
-        return cusparselt.Plan(library, device, dtype, shape, tokens, bias, algorithm)
-    except cusparselt.CusparseltError:
-        if algorithm is None:
-            raise
-        # An algorithm was measured at one number of tokens, and need not take every other one.
-        return cusparselt.Plan(library, device, dtype, shape, tokens, bias)
-
-
-def _padded(inputs: Tensor, tokens: int) -> Tensor:
-    missing = -tokens % cusparselt.TOKEN_MULTIPLE
-    return F.pad(inputs, (0, 0, 0, missing)) if missing else inputs
-
-
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return bias if bias is None or bias.dtype == dtype else bias.to(dtype)

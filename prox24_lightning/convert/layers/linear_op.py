@@ -1,6 +1,6 @@
-"""The product with a packed weight as one operator, opaque to ``torch.compile``, with the shape of its result.
+"""The product with a packed weight as one operator, opaque to ``torch.compile``.
 
-In eager mode the layer calls :func:`multiply` itself: going through torch's dispatcher costs more than the launch.
+In eager mode the layer calls :func:`multiply` directly: torch's dispatcher costs more than the launch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from prox24_lightning.convert.kernels.buffer_layout import padded_shape
-from prox24_lightning.convert.kernels.registry import Run, kernel_for, prepare
+from prox24_lightning.convert.kernels.packed_buffer import padded_shape
+from prox24_lightning.convert.kernels.product import Product
+from prox24_lightning.convert.kernels.registry import kernel_for, prepare
 
 _BYTES_16 = 16
-_PREPARED = 4096  # kept at most: one for each shape and number of tokens, with a plan of about 100 KB on the host
+_PREPARED = 4096  # products kept at most, one a shape and number of tokens; a plan takes about 100 KB on the host
 
 _library = library.Library("prox24", "FRAGMENT")
 _library.define(
@@ -34,11 +35,11 @@ def multiply(
     in_features: int,
     kernels: str,
 ) -> Tensor:
-    """``input @ weight.t() + bias`` for ``(..., in_features)`` input of any strides on a GPU.
+    """Return ``input @ weight.t() + bias`` for ``(..., in_features)`` input of any strides on a GPU.
 
     Args:
         input: in ``dtype``.
-        buffer: see :mod:`~prox24_lightning.convert.kernels.buffer_layout`.
+        buffer: see :mod:`~prox24_lightning.convert.kernels.packed_buffer`.
         dense: int16 (out_features, in_features), the weight's bits, if it is kept.
         bias: (out_features,) in any floating dtype.
         dtype: float16 or bfloat16.
@@ -50,26 +51,26 @@ def multiply(
         return input.new_empty(*leading, out_features)
     rows = input if len(leading) == 1 else input.reshape(tokens, in_features)
     device = buffer.device.index
-    run, missing = _prepared(kernels, dtype, out_features, in_features, tokens, device)
+    product, missing = _prepared(kernels, dtype, out_features, in_features, tokens, device)
     if missing:
         rows = F.pad(rows, (0, missing))
     elif not rows.is_contiguous() or rows.data_ptr() % _BYTES_16:
         rows = rows.clone(memory_format=torch.contiguous_format)
     if device == torch._C._cuda_getDevice():
-        out = run(rows, buffer, dense, bias)
+        out = product(rows, buffer, dense, bias)
     else:
         with torch.cuda.device(device):
-            out = run(rows, buffer, dense, bias)
+            out = product(rows, buffer, dense, bias)
     return out if len(leading) == 1 else out.view(*leading, out_features)
 
 
 @lru_cache(maxsize=_PREPARED)
 def _prepared(
     kernels: str, dtype: torch.dtype, out_features: int, in_features: int, tokens: int, device: int
-) -> tuple[Run, int]:
-    """What runs, and how many zeros each row of the input lacks for it."""
+) -> tuple[Product, int]:
+    """Return the prepared product, and by how many zeros each row of the input must be padded for it."""
     kernel = kernel_for(kernels, tokens)
-    missing = 0 if kernel.way == "dense" else padded_shape((out_features, in_features))[1] - in_features
+    missing = 0 if kernel.name == "dense" else padded_shape((out_features, in_features))[1] - in_features
     return prepare(kernel, dtype, (out_features, in_features), tokens, device), missing
 
 

@@ -1,4 +1,4 @@
-"""A linear layer that holds a packed 2:4 weight and multiplies on sparse tensor cores."""
+"""A linear layer with a packed 2:4 weight that multiplies on sparse tensor cores."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from prox24_lightning.convert.format.weight import PackedWeight, unpack_24
-from prox24_lightning.convert.kernels.buffer_layout import buffer_bytes, from_buffer
-from prox24_lightning.convert.kernels.few_tokens import kernel as few_tokens
+from prox24_lightning.convert.format.packed_weight import PackedWeight, unpack_24
+from prox24_lightning.convert.kernels.expand.kernel import expand
+from prox24_lightning.convert.kernels.packed_buffer import buffer_bytes, from_buffer
 from prox24_lightning.convert.layers.linear_op import multiply, packed_linear
 
 
 class SemiStructuredLinear(nn.Module):
-    """A linear layer whose 2:4 weight is stored as half its values plus two bits an entry kept. Forward only.
+    """A linear layer whose 2:4 weight is stored as its kept values and two bits of metadata for each; forward only.
 
     :func:`~prox24_lightning.convert.convert.convert_linear` makes them. ``packed`` is an int16 buffer
-    (:mod:`~prox24_lightning.convert.kernels.buffer_layout`), so it stays what it is under ``.to(dtype)``, ``state_dict()``
-    and ``deepcopy``. A kept dense weight is not part of the ``state_dict``: loading one makes it anew. The dtype stands
-    in the metadata of a ``state_dict``, where the versions of modules stand too, and loading refuses another one.
+    (:mod:`~prox24_lightning.convert.kernels.packed_buffer`), so ``.to(dtype)``, ``state_dict()``
+    and ``deepcopy`` leave its bits alone. A dense weight that is kept is not part of the ``state_dict``: loading one
+    makes it anew. The dtype is in the metadata of a ``state_dict``, beside the modules' versions, and loading refuses
+    another one.
 
     Args:
         packed: the buffer of the weight.
@@ -28,7 +29,7 @@ class SemiStructuredLinear(nn.Module):
         dtype: float16 or bfloat16.
         bias: (out_features,) in any floating dtype, or None.
         kernels: which kernel runs at which number of tokens
-            (:attr:`~prox24_lightning.convert.autotune.table.KernelTable.text`).
+            (:attr:`~prox24_lightning.convert.autotune.kernel_table.KernelTable.text`).
         dense: the same weight (out_features, in_features), kept for the numbers of tokens at which cuBLAS wins.
         transposed: class of the layer that was converted if that stores its weight as (in_features, out_features).
     """
@@ -62,19 +63,19 @@ class SemiStructuredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense (out_features, in_features) weight, exactly; made anew at every access unless it is kept."""
+        """The dense (out_features, in_features) weight, exactly; expanded at every access unless it is kept."""
         if self.dense is not None:
             return self.dense.view(self.dtype)
         return self._expanded()
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the packed weight, and of the dense one if it is kept; bias not counted."""
+        """Bytes of the packed weight, and of the dense one if it is kept, without the bias."""
         kept = 0 if self.dense is None else self.dense.nbytes
         return buffer_bytes((self.out_features, self.in_features)) + kept
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(..., in_features)`` to ``(..., out_features)``.
+        """Multiply ``(..., in_features)`` inputs; the result is ``(..., out_features)``.
 
         Raises:
             RuntimeError: on the CPU or another GPU than the weight's, for a dtype other than the weight's (outside
@@ -105,7 +106,7 @@ class SemiStructuredLinear(nn.Module):
 
     def _expanded(self) -> Tensor:
         if self.packed.is_cuda:
-            return few_tokens.expand(self.packed, (self.out_features, self.in_features), self.dtype).contiguous()
+            return expand(self.packed, (self.out_features, self.in_features), self.dtype).contiguous()
         return unpack_24(self.packed_weight)
 
     @override

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from prox24_lightning.convert.format.weight import PackedWeight, pack_24
-from prox24_lightning.convert.kernels.buffer_layout import MULTIPLE, to_buffer
+from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24
+from prox24_lightning.convert.kernels.packed_buffer import MULTIPLE, to_buffer
 from prox24_lightning.convert.kernels.registry import Kernel, prepare
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -63,7 +63,7 @@ class PackedPair:
 
     @property
     def buffer(self) -> Tensor:
-        """The packed weight, as :mod:`~prox24_lightning.convert.kernels.buffer_layout` lays it out."""
+        """The packed weight, as :mod:`~prox24_lightning.convert.kernels.packed_buffer` lays it out."""
         return self._rows
 
     @property
@@ -93,21 +93,16 @@ def gather_values(weight: Tensor, indices: Tensor, buffer: Tensor, *, transposed
 
     Args:
         weight: (out_features, in_features), contiguous.
-        indices: of the weight or its transpose, as :class:`~prox24_lightning.convert.format.weight.PackedWeight` has
-            them.
+        indices: those of a :class:`~prox24_lightning.convert.format.packed_weight.PackedWeight`.
         buffer: values first, row by row, in its own dtype.
     """
     rows, eighths = indices.shape
     values = buffer.view(-1)[: rows * eighths * 4].view(rows, eighths * 4)
     if weight.is_cuda:
-        from prox24_lightning.convert.kernels.gather.triton_kernel import gather
-
-        gather(weight, indices, values, transposed)
-        return
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    places = (indices[..., None] >> shifts & 3).long().view(rows, -1)
-    starts = 4 * (torch.arange(places.shape[1]) // 2)
-    values.copy_((weight.t() if transposed else weight).gather(1, starts + places))
+        from prox24_lightning.convert.kernels.gather.kernel import gather
+    else:
+        from prox24_lightning.convert.kernels.gather.reference import gather
+    gather(weight, indices, values, transposed)
 
 
 @dataclass(frozen=True)

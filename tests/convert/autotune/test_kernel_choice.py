@@ -14,14 +14,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from prox24_lightning.convert.autotune import algorithms as algorithm_search
-from prox24_lightning.convert.autotune import cache as kernel_cache
-from prox24_lightning.convert.autotune import search as kernel_search
-from prox24_lightning.convert.autotune.algorithms import Job
-from prox24_lightning.convert.autotune.cache import Place
-from prox24_lightning.convert.autotune.progress import SearchProgress
-from prox24_lightning.convert.autotune.report import in_words, print_kernels
-from prox24_lightning.convert.autotune.table import (
+from prox24_lightning.convert.autotune import cusparselt_algorithms as algorithm_search
+from prox24_lightning.convert.autotune import disk_cache as kernel_cache
+from prox24_lightning.convert.autotune import tune as kernel_search
+from prox24_lightning.convert.autotune.cusparselt_algorithms import Job
+from prox24_lightning.convert.autotune.disk_cache import Place
+from prox24_lightning.convert.autotune.kernel_table import (
     BUCKETS,
     DENSE,
     KernelTable,
@@ -29,9 +27,10 @@ from prox24_lightning.convert.autotune.table import (
     Times,
     choose,
     completed,
-    unmeasured,
+    table_by_rule,
 )
-from prox24_lightning.convert.benchmark.timing import Timing
+from prox24_lightning.convert.autotune.progress import TuningProgress
+from prox24_lightning.convert.kernel_report import in_words, print_kernels
 from prox24_lightning.convert.kernels import nvrtc
 from prox24_lightning.convert.kernels.cusparselt import library as cusparselt
 from prox24_lightning.convert.kernels.few_tokens import kernel as few_tokens
@@ -40,6 +39,7 @@ from prox24_lightning.convert.kernels.registry import Kernel, kernel_for, own_ke
 from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
 from prox24_lightning.convert.kernels.warpgroup.kernel import Blocking
 from prox24_lightning.convert.layers import linear_op
+from prox24_lightning.convert.measurement import Timing
 
 SHAPE = (4096, 1024)
 PLACE = Place("some GPU", "580.1", "2.11", "800", "abc")
@@ -105,20 +105,20 @@ def test_nothing_measured_is_an_error_with_its_reason():
 
 def test_by_rule_few_tokens_are_ours_and_many_the_librarys():
     def ways(capability):
-        table = unmeasured(SHAPE, capability)
+        table = table_by_rule(SHAPE, capability)
         return [kernel_for(table.text, tokens).way for tokens in (1, 8, 32, 200, 100_000)]
 
     assert ways((9, 0)) == [*["warpgroup"] * 4, "cusparselt"]
     assert ways((8, 0)) == ["few", "few", "few", "cusparselt", "cusparselt"]
-    without_compiler = unmeasured(SHAPE, (9, 0), "torch", own=False)
+    without_compiler = table_by_rule(SHAPE, (9, 0), "torch", own=False)
     assert [row.kernel.way for row in without_compiler.rows] == ["torch"]
-    old = unmeasured(SHAPE, (7, 5), "expand")
+    old = table_by_rule(SHAPE, (7, 5), "expand")
     assert old.text == f"{BUCKETS[-1]}=expand"
 
 
 def test_rules_fill_what_was_not_measured():
     measured = (Row(64, DENSE, 1.0, 1.0),)
-    table = KernelTable(SHAPE, completed(measured, unmeasured(SHAPE, (9, 0)).rows))
+    table = KernelTable(SHAPE, completed(measured, table_by_rule(SHAPE, (9, 0)).rows))
     assert [row.tokens for row in table.rows] == sorted({row.tokens for row in table.rows})
     assert kernel_for(table.text, 64) == DENSE
     assert kernel_for(table.text, 1).way == "warpgroup"
@@ -350,11 +350,11 @@ def test_jobs_that_are_done_are_told_once_whatever_dies():
 
 def test_a_bar_shows_how_far_the_search_is_and_leaves_other_bars_alone():
     console = Console(file=io.StringIO(), force_terminal=True)
-    with SearchProgress(console) as bar:
+    with TuningProgress(console) as bar:
         bar.begin("kernels timed", 12)()
     assert "kernels timed" in console.file.getvalue()
     assert "1/12" in console.file.getvalue()
-    with Progress(console=console), SearchProgress(console) as bar:
+    with Progress(console=console), TuningProgress(console) as bar:
         bar.begin("kernels timed", 12)()
 
 

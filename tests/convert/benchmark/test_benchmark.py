@@ -22,15 +22,16 @@ from prox24_lightning.convert import (
     convert,
     run_benchmark,
 )
-from prox24_lightning.convert.autotune.table import unmeasured
-from prox24_lightning.convert.benchmark import layers as layer_benchmark
-from prox24_lightning.convert.benchmark import model as model_benchmark
+from prox24_lightning.convert.autotune.kernel_table import table_by_rule
 from prox24_lightning.convert.benchmark import run
-from prox24_lightning.convert.benchmark.limits import Limits
+from prox24_lightning.convert.benchmark import time_layers as layer_benchmark
+from prox24_lightning.convert.benchmark import time_model as model_benchmark
+from prox24_lightning.convert.benchmark.chip_limits import Limits
+from prox24_lightning.convert.benchmark.render import print_report, to_markdown, write_report
 from prox24_lightning.convert.benchmark.report import ModelVariant, Pair, TokenResult
-from prox24_lightning.convert.benchmark.tables import print_report, to_markdown, write_report
-from prox24_lightning.convert.benchmark.timing import Timing, describe, relative_error
+from prox24_lightning.convert.measurement import Timing, relative_error
 from prox24_lightning.mask import mask_24
+from prox24_lightning.utils.errors import describe
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 LIMITS = Limits(1e9, 1e10)
@@ -137,7 +138,7 @@ def pretended_gpu(monkeypatch):
 
     def tables(shapes, dtype, *, token_counts, keep_dense, device):
         assert {1, 64} <= set(token_counts)
-        return {shape: unmeasured(shape, HOPPER.capability) for shape in shapes}
+        return {shape: table_by_rule(shape, HOPPER.capability) for shape in shapes}
 
     def forward(self, rows):
         bias = None if self.bias is None else self.bias.to(self.dtype)
@@ -149,7 +150,7 @@ def pretended_gpu(monkeypatch):
         return {name: timing(times[name]) for name in variants}
 
     monkeypatch.setattr(layer_benchmark, "kernel_tables", tables)
-    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: unmeasured(shape, HOPPER.capability))
+    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: table_by_rule(shape, HOPPER.capability))
     monkeypatch.setattr(SemiStructuredLinear, "forward", forward)
     monkeypatch.setattr(run, "find_target", lambda device=None: HOPPER)
     monkeypatch.setattr(run, "measure_limits", lambda dtype, device: LIMITS)

@@ -12,18 +12,18 @@ import torch
 import transformers as hf
 
 from prox24_lightning.convert import Settings
-from prox24_lightning.convert.benchmark import generation
-from prox24_lightning.convert.benchmark.generation import (
+from prox24_lightning.convert.benchmark import time_language_model as generation
+from prox24_lightning.convert.benchmark.chip_limits import Limits, measure_limits
+from prox24_lightning.convert.benchmark.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
+from prox24_lightning.convert.benchmark.render_language import language_figure, language_sections
+from prox24_lightning.convert.benchmark.time_language_model import (
     DecodeStep,
     linear_operations,
     linear_work,
     prefill_call,
     time_language_model,
 )
-from prox24_lightning.convert.benchmark.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
-from prox24_lightning.convert.benchmark.language_tables import language_figure, language_sections
-from prox24_lightning.convert.benchmark.limits import Limits, measure_limits
-from prox24_lightning.convert.benchmark.timing import Timing, capture
+from prox24_lightning.convert.measurement import Timing, capture
 from prox24_lightning.mask import mask_24
 
 SIZES = {

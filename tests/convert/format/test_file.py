@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prox24_lightning.convert.format.layout import header_digest
+from prox24_lightning.convert.format.header import header_digest
+from prox24_lightning.convert.format.packed_weight import pack_24
 from prox24_lightning.convert.format.reader import PackedFile
-from prox24_lightning.convert.format.weight import pack_24
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.mask import mask_24
 from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter

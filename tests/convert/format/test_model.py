@@ -8,14 +8,13 @@ import transformers as hf
 from live_bytes import LiveBytes
 from torch import nn
 
-from prox24_lightning.convert import SemiStructuredLinear, Target
-from prox24_lightning.convert.autotune.table import KernelTable, Row
-from prox24_lightning.convert.format import model as packed_model
-from prox24_lightning.convert.format import weight as packed_weight
-from prox24_lightning.convert.format.model import EmptyOnMeta, find_packable, load_packed
+from prox24_lightning.convert import SemiStructuredLinear, Target, packed_model
+from prox24_lightning.convert.autotune.kernel_table import KernelTable, Row
+from prox24_lightning.convert.format import packed_weight
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.convert.kernels.registry import Kernel
+from prox24_lightning.convert.packed_model import EmptyOnMeta, find_packable, load_packed
 from prox24_lightning.mask import is_24, mask_24
 from prox24_lightning.weights.eligibility import fit_groups
 

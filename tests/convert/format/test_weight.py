@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prox24_lightning.convert.format.weight import (
+from prox24_lightning.convert.format.packed_weight import (
     PACKED_DTYPES,
     PackedWeight,
     check_packed,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prox24_lightning.convert.format.weight import pack_24, unpack_24
-from prox24_lightning.convert.kernels.buffer_layout import (
+from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
+from prox24_lightning.convert.kernels.packed_buffer import (
     buffer_bytes,
     from_buffer,
     padded_shape,

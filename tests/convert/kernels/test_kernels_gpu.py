@@ -9,16 +9,16 @@ import torch
 from torch import library, nn
 
 from prox24_lightning.convert import convert_linear, convert_model
-from prox24_lightning.convert.autotune import cache as kernel_cache
-from prox24_lightning.convert.autotune.search import kernel_tables, stored_table
-from prox24_lightning.convert.autotune.table import DENSE, SAME
-from prox24_lightning.convert.benchmark.timing import capture
-from prox24_lightning.convert.format.weight import pack_24, unpack_24
-from prox24_lightning.convert.kernels.buffer_layout import from_buffer, padded_shape, random_buffer, to_buffer
+from prox24_lightning.convert.autotune import disk_cache as kernel_cache
+from prox24_lightning.convert.autotune.kernel_table import DENSE, SAME
+from prox24_lightning.convert.autotune.tune import kernel_tables, stored_table
+from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
 from prox24_lightning.convert.kernels.cusparselt import library as cusparselt
 from prox24_lightning.convert.kernels.few_tokens import kernel as few_tokens
+from prox24_lightning.convert.kernels.packed_buffer import from_buffer, padded_shape, random_buffer, to_buffer
 from prox24_lightning.convert.kernels.registry import Kernel, own_kernels, prepare
 from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
+from prox24_lightning.convert.measurement import capture
 from prox24_lightning.mask import mask_24
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

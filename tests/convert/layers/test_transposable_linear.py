@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from prox24_lightning.convert.format.weight import pack_24, unpack_24
-from prox24_lightning.convert.kernels.buffer_layout import from_buffer, to_buffer
+from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
+from prox24_lightning.convert.kernels.packed_buffer import from_buffer, to_buffer
 from prox24_lightning.convert.layers.transposable_linear import (
     PackedPair,
     Products,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.convert.benchmark.timing import relative_error
-from prox24_lightning.convert.format.weight import pack_24
-from prox24_lightning.convert.kernels.buffer_layout import to_buffer
+from prox24_lightning.convert.format.packed_weight import pack_24
+from prox24_lightning.convert.kernels.packed_buffer import to_buffer
 from prox24_lightning.convert.layers.transposable_linear import TransposableForward, gather_values
+from prox24_lightning.convert.measurement import relative_error
 from prox24_lightning.mask import mask_24
 
 pytestmark = pytest.mark.gpu

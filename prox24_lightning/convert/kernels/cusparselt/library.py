@@ -1,7 +1,8 @@
-"""NVIDIA's cuSPARSELt, bound with ctypes: a plan made once and used at every call.
+"""Bind NVIDIA's cuSPARSELt with ctypes, and make plans that are used at every call.
 
 torch's own operator (``torch._cslt_sparse_mm``) makes descriptors, algorithm choice and plan anew at every call, about
-600 microseconds of host work. The library is the very one that torch has loaded, so nothing else has to be installed.
+600 us of host work. The library is the one that torch has loaded, so nothing else has to be installed; there is no
+Python binding of it to depend on.
 
 A product here is ``y = x W^T + bias`` for x ``(tokens, in_features)``, W ``(out_features, in_features)`` 2:4 along its
 inputs and y ``(tokens, out_features)``, all row-major: in the library's terms W is the structured A, x read transposed
@@ -19,15 +20,17 @@ from ctypes import byref, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from prox24_lightning.convert.format.weight import pack_24, unpack_24
-from prox24_lightning.convert.kernels.buffer_layout import from_buffer, random_buffer, to_buffer
+from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
+from prox24_lightning.convert.kernels.packed_buffer import from_buffer, random_buffer, to_buffer
 
 OLDEST = 600
-"""The first version that has these numbers: major * 1000 + minor * 100 + patch."""
+"""The oldest version with these enumerations: major * 1000 + minor * 100 + patch."""
 
 TOKEN_MULTIPLE = 8
 """Tokens are padded to a multiple of this: rows of 16 bytes in 16-bit types."""
@@ -38,7 +41,7 @@ _COLUMN_MAJOR, _ROW_MAJOR = 1, 2  # cusparseOrder_t
 _NOT_TRANSPOSED, _TRANSPOSED = 0, 1  # cusparseOperation_t
 _COMPUTE_32F = 2  # cusparseComputeType
 _ALIGNMENT = 16
-_PROBE = (128, 256)  # two tiles of positions each way and more
+_PROBE = (128, 256)  # (out_features, in_features): two tiles of metadata and more in each direction
 _TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 _BIAS_POINTER = 8  # cusparseLtMatmulDescAttribute_t
 _CONFIG_ID, _CONFIG_MAX_ID = 0, 1  # cusparseLtMatmulAlgAttribute_t
@@ -50,7 +53,7 @@ class CusparseltError(RuntimeError):
 
 
 class Library:
-    """The loaded library. Every call raises :class:`CusparseltError` with the library's own words if it fails."""
+    """The loaded library. Every call raises :class:`CusparseltError` with the library's own message if it fails."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -66,11 +69,11 @@ class Library:
                 getattr(self._library, name)
         except AttributeError as error:
             raise CusparseltError(f"{path} lacks an entry: {error}") from None
-        # The only call that is made often: its arguments are converted without a look at their types.
+        # The only call that is made often: declared types make its conversion of arguments fast.
         self.multiply.argtypes = [c_void_p] * 10 + [c_int32]
 
     def handle(self, device: int) -> _Opaque:
-        """The library's state for one GPU, made at the first call."""
+        """Return the library's state for one GPU, made at the first call."""
         if device not in self._handles:
             made = _opaque()
             with torch.cuda.device(device):
@@ -79,7 +82,7 @@ class Library:
         return self._handles[device]
 
     def version(self, device: int) -> int:
-        """major * 1000 + minor * 100 + patch."""
+        """Return major * 1000 + minor * 100 + patch."""
         number = c_int()
         self.call("cusparseLtGetVersion", self.handle(device), byref(number))
         return number.value
@@ -90,8 +93,8 @@ class Library:
             self.fail(name, status)
 
     def fail(self, name: str, status: int) -> None:
-        said = self._library.cusparseLtGetErrorString(c_int(status)) or b"unknown error"
-        raise CusparseltError(f"{name}: {said.decode()} (status {status})")
+        message = self._library.cusparseLtGetErrorString(c_int(status)) or b"unknown error"
+        raise CusparseltError(f"{name}: {message.decode()} (status {status})")
 
 
 _Opaque = ctypes.Array  # of bytes: the library's structures, 512 bytes in 0.8
@@ -113,7 +116,7 @@ _ENTRIES = (
 
 
 def _opaque(size: int = 16384) -> _Opaque:
-    """Zeroed memory for one of the library's structures, on a 16-byte boundary."""
+    """Return zeroed memory for one of the library's structures, on a 16-byte boundary."""
     memory = (ctypes.c_char * (size + 16))()
     skip = -ctypes.addressof(memory) % 16
     part = (ctypes.c_char * size).from_buffer(memory, skip)
@@ -125,7 +128,7 @@ def load() -> Library:
     """Bind the library that torch has loaded, or the one of NVIDIA's wheel.
 
     Raises:
-        CusparseltError: if there is none, it is too old, or it refuses this GPU; in words for the user.
+        CusparseltError: if there is none, it is too old, or it refuses this GPU.
     """
     if not torch.backends.cusparselt.is_available():
         raise CusparseltError("torch was built without cuSPARSELt")
@@ -139,16 +142,23 @@ def load() -> Library:
     return library
 
 
-@cache
-def way(device: int) -> tuple[Literal["cusparselt", "torch", "expand"], str]:
-    """How large products are to be made on a GPU, and why not with a plan of our own.
+class Support(NamedTuple):
+    """Which kernel multiplies many tokens on a GPU, and why cuSPARSELt's plans do not; ``problem`` is "" if they do."""
 
-    "torch" is its operator, which reads the same buffer; "expand" does without cuSPARSELt. The order in which the
-    library keeps positions is not documented, so it is compared with ours first
-    (:mod:`~prox24_lightning.convert.kernels.buffer_layout`).
+    kernel: Literal["cusparselt", "torch", "expand"]
+    problem: str
+
+
+@cache
+def support(device: int) -> Support:
+    """Return the kernel for many tokens on a GPU.
+
+    It is "cusparselt" with our own plans, or else "torch" (its operator, which reads the same buffer), or else
+    "expand", which needs no cuSPARSELt. The layout of the library's metadata is not documented, so it is compared with
+    ours first (:mod:`~prox24_lightning.convert.kernels.packed_buffer`).
     """
     if not torch.backends.cusparselt.is_available():
-        return "expand", "torch was built without cuSPARSELt"
+        return Support("expand", "torch was built without cuSPARSELt")
     with torch.cuda.device(device):
         try:
             weight = unpack_24(
@@ -156,14 +166,20 @@ def way(device: int) -> tuple[Literal["cusparselt", "torch", "expand"], str]:
             )
             theirs = torch._cslt_compress(weight)
         except RuntimeError as error:
-            return "expand", f"cuSPARSELt does not run on this GPU: {str(error).splitlines()[0]}"
+            return Support("expand", f"cuSPARSELt does not run on this GPU: {str(error).splitlines()[0]}")
         if not torch.equal(theirs.view(torch.int16).flatten(), to_buffer(pack_24(weight)).flatten()):
-            return "expand", "cuSPARSELt keeps positions in an unknown order on this GPU"
+            return Support("expand", "cuSPARSELt keeps the metadata in an unknown order on this GPU")
         try:
             load()
         except CusparseltError as error:
-            return "torch", str(error)
-    return "cusparselt", ""
+            return Support("torch", str(error))
+    return Support("cusparselt", "")
+
+
+def pad_tokens(inputs: Tensor, tokens: int) -> Tensor:
+    """Return (tokens, in_features) inputs with rows of zeros up to a multiple of :data:`TOKEN_MULTIPLE`."""
+    missing = -tokens % TOKEN_MULTIPLE
+    return F.pad(inputs, (0, 0, 0, missing)) if missing else inputs
 
 
 def _find() -> str | None:
@@ -253,7 +269,7 @@ class Plan:
         self._addresses = ctypes.addressof(handle), ctypes.addressof(self._plan)
 
     def run(self, weight: int, rows: int, result: int, workspace: int, stream: int) -> None:
-        """Multiply; every argument is an address (``Tensor.data_ptr()``), ``stream`` a CUDA stream."""
+        """Launch the product; every argument is an address (``Tensor.data_ptr()``), ``stream`` a CUDA stream."""
         status = self._library.multiply(
             *self._addresses, _ONE, weight, rows, _ZERO, result, result, workspace, byref(c_void_p(stream)), 1
         )
@@ -262,7 +278,7 @@ class Plan:
 
     @property
     def algorithms(self) -> int:
-        """How many algorithms the library has for this product, numbered from 0."""
+        """Number of algorithms that the library has for this product; they are numbered from 0."""
         value = c_int()
         arguments = self._handle, self._choice, c_int(_CONFIG_MAX_ID), byref(value), c_size_t(4)
         self._library.call("cusparseLtMatmulAlgGetAttribute", *arguments)

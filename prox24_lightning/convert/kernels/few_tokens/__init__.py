@@ -1,1 +1,1 @@
-"""CUDA kernels for few tokens on mma.sp, and the expansion to a dense weight."""
+"""Our CUDA kernel for 1 to 256 tokens on the sparse tensor cores' ``mma.sp``, Ampere and newer."""

@@ -1,1 +1,1 @@
-"""Packing a weight with a frozen mask in one pass, as a Triton kernel."""
+"""Our Triton kernel that packs a weight with a frozen mask in one pass."""

@@ -1,1 +1,1 @@
-"""The Hopper kernel for 1 to 512 tokens on wgmma.sp."""
+"""Our CUDA kernel for 1 to 512 tokens on Hopper's sparse ``wgmma``."""

@@ -1,9 +1,10 @@
-"""How a packed model lies in a file: ``packed.safetensors``, a state dict with its 2:4 weights at half the size.
+"""The layout of ``packed.safetensors``: a state dict whose 2:4 weights take about half their size.
 
-A safetensors file. A 2:4 weight ``w`` is two plain tensors, ``w.values`` and ``w.indices``
-(:mod:`~prox24_lightning.convert.format.weight`); every other tensor stands there as it is. The header says in JSON the
-shape of each packed weight and the dimension of its groups, which names share one tensor, what the writer wants to say
-(``info``), one SHA-256 a tensor, and one over the header's own words.
+It is a safetensors file. A 2:4 weight ``w`` is two plain tensors, ``w.values`` and ``w.indices``
+(:mod:`~prox24_lightning.convert.format.packed_weight`); every other tensor is stored as it is. The metadata of the
+header, JSON strings, holds the shape of each packed weight and the dimension of its groups (``packed``), the names that
+share one tensor (``aliases``), whatever the writer adds (``info``), a SHA-256 of each tensor (``hashes``), and one of
+the header itself.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.format.weight import PackedWeight, pack_24, padded_width, unpack_24
+from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, padded_width, unpack_24
 from prox24_lightning.utils.checksum import checksum
 
 FORMAT = "prox24 packed"
 VERSION = 1
 
-SAID = ("version", "packed", "aliases", "hashes", "info")
-"""The header's words that its own SHA-256 covers, with name, dtype and shape of every tensor."""
+HEADER_KEYS = ("version", "packed", "aliases", "hashes", "info")
+"""The metadata that the header's own SHA-256 covers, with name, dtype and shape of every tensor."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensor name -> dtype and shape."""
@@ -41,27 +42,27 @@ class PackedEntry:
         return math.prod(self.shape[: self.dim] + self.shape[self.dim + 1 :]), self.shape[self.dim]
 
     def pack(self, weight: Tensor, name: str) -> PackedWeight:
-        """The weight as that matrix, packed."""
+        """Pack the weight as the matrix of :attr:`matrix`."""
         return pack_24(weight.movedim(self.dim, -1).reshape(self.matrix), name=name)
 
     def unpack(self, packed: PackedWeight, name: str) -> Tensor:
-        """Undo :meth:`pack`, with a contiguous result."""
+        """Undo :meth:`pack`; the result is contiguous."""
         moved = self.shape[: self.dim] + self.shape[self.dim + 1 :] + (self.shape[self.dim],)
         return unpack_24(packed, name=name).view(moved).movedim(-1, self.dim).contiguous()
 
     def layout(self, name: str, dtype: torch.dtype) -> Layout:
-        """The two tensors that hold the weight."""
+        """Return name, dtype and shape of the two tensors that store the weight."""
         rows, columns = self.matrix
         width = padded_width(columns)
         return {f"{name}.values": (dtype, (rows, width // 2)), f"{name}.indices": (torch.uint8, (rows, width // 8))}
 
 
-def header_digest(said: Mapping[str, str], layout: Layout) -> str:
-    """SHA-256 of :data:`SAID` and the layout."""
-    places = {name: (str(dtype), shape) for name, (dtype, shape) in layout.items()}
-    return checksum([[dict(said), places]])
+def header_digest(metadata: Mapping[str, str], layout: Layout) -> str:
+    """Return the SHA-256 of the metadata (:data:`HEADER_KEYS`) and the layout."""
+    tensors = {name: (str(dtype), shape) for name, (dtype, shape) in layout.items()}
+    return checksum([[dict(metadata), tensors]])
 
 
 def layout_bytes(layout: Layout) -> int:
-    """Bytes of all its tensors."""
+    """Return the bytes of all tensors of a layout."""
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())

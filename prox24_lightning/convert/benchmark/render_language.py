@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from prox24_lightning.convert.benchmark.chip_limits import Limits
 from prox24_lightning.convert.benchmark.language_report import LanguageReport, PhaseResult
-from prox24_lightning.convert.benchmark.limits import Limits
+from prox24_lightning.convert.sections import Section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Section = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
-"""A table of text: title, header, rows."""
 
 DENSE_COLOR, SPARSE_COLOR = "#6b7785", "#1f6fb4"
 

@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 
-from prox24_lightning.convert.autotune.table import Times
-from prox24_lightning.convert.kernels.few_tokens.kernel import EXPAND_SOURCE
-from prox24_lightning.convert.kernels.few_tokens.kernel import SOURCE as FEW_TOKENS_SOURCE
-from prox24_lightning.convert.kernels.nvrtc import driver_version
-from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
+from prox24_lightning.convert import kernels
+from prox24_lightning.convert.autotune.kernel_table import KernelTimes
+from prox24_lightning.convert.kernels.cuda_driver import driver_version
 from prox24_lightning.utils.files import write_text
 
 VERSION = 1
@@ -31,12 +29,9 @@ PATH_VARIABLE = "PROX24_KERNEL_CACHE"
 """Names another file than the default one."""
 
 
-_SOURCES = (FEW_TOKENS_SOURCE, warpgroup.SOURCE, Path(warpgroup.__file__), EXPAND_SOURCE)
-
-
 @dataclass(frozen=True)
-class Place:
-    """The machine and the libraries that times belong to."""
+class Machine:
+    """The GPU and the software that times belong to."""
 
     gpu: str
     driver: str
@@ -45,13 +40,13 @@ class Place:
     kernels: str
 
     @classmethod
-    def here(cls, device: int) -> Place:
+    def here(cls, device: int) -> Machine:
         return cls(
             torch.cuda.get_device_name(device),
             driver_version(),
             str(torch.__version__),
             str(torch.backends.cusparselt.version()),
-            _kernels(),
+            _kernels_digest(),
         )
 
 
@@ -62,13 +57,13 @@ def default_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prox24_lightning" / "kernels.json"
 
 
-def key(place: Place, dtype: torch.dtype, shape: tuple[int, int], tokens: int) -> str:
+def key(machine: Machine, dtype: torch.dtype, shape: tuple[int, int], tokens: int) -> str:
     """All of it as text, readable in the file."""
-    facts = [*asdict(place).values(), str(dtype).removeprefix("torch."), "x".join(map(str, shape)), str(tokens)]
+    facts = [*asdict(machine).values(), str(dtype).removeprefix("torch."), "x".join(map(str, shape)), str(tokens)]
     return " | ".join(facts)
 
 
-def read(path: Path) -> dict[str, Times]:
+def read(path: Path) -> dict[str, KernelTimes]:
     """Every entry of the file; none if it is missing, damaged, or of another version."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +74,7 @@ def read(path: Path) -> dict[str, Times]:
         return {}
 
 
-def add(path: Path, entries: dict[str, Times]) -> None:
+def add(path: Path, entries: dict[str, KernelTimes]) -> None:
     """Add to what the file holds by now; a reader never sees half of it.
 
     Two processes that write at the same moment lose the entries of one, which are measured again.
@@ -94,11 +89,11 @@ def add(path: Path, entries: dict[str, Times]) -> None:
 
 def find(
     path: Path,
-    place: Place,
+    machine: Machine,
     dtype: torch.dtype,
     shape: tuple[int, int],
     token_counts: Sequence[int] | None = None,
-) -> dict[int, Times]:
+) -> dict[int, KernelTimes]:
     """The entries there are, ascending in tokens; one without a kernel (the memory was full) counts for none.
 
     Args:
@@ -107,16 +102,18 @@ def find(
     entries = {name: entry for name, entry in read(path).items() if entry.kernels}
     if token_counts is None:
         token_counts = sorted({entry.tokens for entry in entries.values()})
-    names = {tokens: key(place, dtype, shape, tokens) for tokens in token_counts}
+    names = {tokens: key(machine, dtype, shape, tokens) for tokens in token_counts}
     return {tokens: entries[name] for tokens, name in names.items() if name in entries}
 
 
 @cache
-def _kernels() -> str:
-    """Changes with the package's kernels: what was measured with others is of no use."""
-    return sha256("".join(source.read_text() for source in _SOURCES).encode()).hexdigest()[:12]
+def _kernels_digest() -> str:
+    """Return a digest of the package's CUDA kernels: times of other kernels are of no use."""
+    folder = Path(kernels.__path__[0])
+    sources = sorted([*folder.glob("*/*.cu"), *folder.glob("warpgroup/*.py")])
+    return sha256("".join(source.read_text(encoding="utf-8") for source in sources).encode()).hexdigest()[:12]
 
 
-def _times(entry: dict[str, Any]) -> Times:
+def _times(entry: dict[str, Any]) -> KernelTimes:
     kernels = {str(name): float(us) for name, us in entry["kernels"].items()}
-    return Times(int(entry["tokens"]), float(entry["dense_us"]), kernels, tuple(map(str, entry["notes"])))
+    return KernelTimes(int(entry["tokens"]), float(entry["dense_us"]), kernels, tuple(map(str, entry["notes"])))

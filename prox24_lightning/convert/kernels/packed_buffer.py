@@ -1,10 +1,10 @@
-"""The packed weight as the GPU reads it, and back: cuSPARSELt's order of the positions, on any device.
+"""Convert a packed weight into the one buffer that all kernels read, in cuSPARSELt's layout, and back; on any device.
 
-cuSPARSELt keeps the values row by row, as the portable form does (:mod:`prox24_lightning.convert.format.weight`), and
-after them the positions of the kept entries, four bits a group, in tiles of 64 rows by 32 inputs. Within a tile, from
-the slowest to the fastest: 16 rows, then the row within its eight, the group within its four, the upper or lower four
-groups, the upper or lower eight rows. (Found by packing known patterns with cuSPARSELt 0.8.0 on an H200; a GPU test
-compares.) One buffer in this order serves cuSPARSELt and the package's own kernels.
+The buffer holds the values row by row, as the portable form does
+(:mod:`prox24_lightning.convert.format.packed_weight`), and after them the metadata, the indices of the kept entries:
+four bits a group, in tiles of 64 rows by 32 inputs. Within a tile, from the slowest to the fastest: 16 rows, then the
+row within its eight, the group within its four, the upper or lower four groups, the upper or lower eight rows. (Found
+by packing known patterns with cuSPARSELt 0.8.0 on an H200; a GPU test compares.)
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.format.weight import PackedWeight, pack_24, padded_width, unpack_24
+from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, padded_width, unpack_24
 
 MULTIPLE = 64
 """Rows and inputs are padded with zeros to a multiple of this."""
 
-ENTRIES_AT_A_TIME = 2**21
+CHUNK_ENTRIES = 2**21
 """Entries of a weight that are packed at a time, which bounds the scratch memory."""
 
-_EMPTY = 0x44  # positions 0 and 1, twice: what a group of zeros has
+_ZERO_GROUPS = 0x44  # indices 0 and 1, twice: two groups of zeros
 
 
 def padded_shape(shape: tuple[int, int]) -> tuple[int, int]:
-    """(out_features, in_features) as the buffer holds them."""
+    """Return (out_features, in_features) rounded up to multiples of :data:`MULTIPLE`."""
     rows, columns = (-(-size // MULTIPLE) * MULTIPLE for size in shape)
     return rows, columns
 
 
 def buffer_bytes(shape: tuple[int, int]) -> int:
-    """Bytes of the buffer for a 16-bit weight of ``shape``."""
+    """Return the bytes of the buffer for a 16-bit weight of ``shape``."""
     rows, columns = padded_shape(shape)
     return rows * columns * 9 // 8
 
 
 def to_buffer(packed: PackedWeight) -> Tensor:
-    """int16 (padded rows, padded inputs x 9/16): the values, then the tiles of positions.
+    """Return the buffer, int16 (padded rows, padded inputs x 9/16): the values, then the tiles of metadata.
 
     Raises:
         TypeError: if the values are not 16 bits wide.
@@ -49,7 +49,7 @@ def to_buffer(packed: PackedWeight) -> Tensor:
     buffer = packed.values.new_empty(rows * columns // 16 * 9, dtype=torch.int16)
     values = F.pad(packed.values.view(torch.int16), (0, behind // 2, 0, below))
     buffer[: rows * columns // 2] = values.flatten()
-    indices = F.pad(packed.indices, (0, behind // 8, 0, below), value=_EMPTY)
+    indices = F.pad(packed.indices, (0, behind // 8, 0, below), value=_ZERO_GROUPS)
     codes = torch.stack([indices & 15, indices >> 4], dim=-1)
     tiles = codes.view(rows // 64, 4, 2, 8, columns // 32, 2, 4).permute(0, 4, 1, 3, 6, 5, 2)
     buffer[rows * columns // 2 :] = (tiles[..., 0] | tiles[..., 1] << 4).contiguous().view(torch.int16).flatten()
@@ -57,7 +57,7 @@ def to_buffer(packed: PackedWeight) -> Tensor:
 
 
 def pack_buffer(weight: Tensor, *, name: str = "weight") -> Tensor:
-    """The buffer of a dense 2:4 weight, some rows at a time: no more memory is taken than the buffer needs.
+    """Return the buffer of a dense 2:4 weight, packed some rows at a time: little more memory is taken than its own.
 
     Args:
         weight: (out_features, in_features), float16 or bfloat16, any strides.
@@ -65,13 +65,13 @@ def pack_buffer(weight: Tensor, *, name: str = "weight") -> Tensor:
 
     Raises:
         ValueError: if the weight is not strictly 2:4.
-        RuntimeError: if what was packed is not the weight: every part is read back and compared.
+        RuntimeError: if the packed weight differs from the dense one: every part is unpacked and compared.
     """
     shape = weight.shape[0], weight.shape[1]
     rows, columns = padded_shape(shape)
     buffer = weight.new_empty(rows * columns // 16 * 9, dtype=torch.int16)
-    values, positions = buffer[: rows * columns // 2], buffer[rows * columns // 2 :]
-    step = max(1, ENTRIES_AT_A_TIME // max(columns, 1) // MULTIPLE) * MULTIPLE
+    values, metadata = buffer[: rows * columns // 2], buffer[rows * columns // 2 :]
+    step = max(1, CHUNK_ENTRIES // max(columns, 1) // MULTIPLE) * MULTIPLE
     for start in range(0, shape[0], step):
         dense = weight[start : start + step]
         part = to_buffer(pack_24(dense, name=name))
@@ -81,7 +81,7 @@ def pack_buffer(weight: Tensor, *, name: str = "weight") -> Tensor:
         at = start * columns
         flat = part.flatten()
         values[at // 2 : (at + size) // 2] = flat[: size // 2]
-        positions[at // 16 : (at + size) // 16] = flat[size // 2 :]
+        metadata[at // 16 : (at + size) // 16] = flat[size // 2 :]
     return buffer.view(rows, columns // 16 * 9)
 
 
@@ -98,7 +98,7 @@ def from_buffer(buffer: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> P
 
 
 def random_buffer(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    """A buffer of normal values in random places: a 2:4 weight to measure with, without ever holding the dense one."""
+    """Return the buffer of a random 2:4 weight of normal values, to measure with; the dense one is never made."""
     rows, columns = padded_shape(shape)
     generator = torch.Generator(device=device).manual_seed(seed)
     values = torch.randn(rows * columns // 2, generator=generator, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The table of chosen kernels for people."""
+"""Print which kernel runs when."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
-from prox24_lightning.convert.autotune.table import SAME, KernelTable, Row
-from prox24_lightning.convert.benchmark.language_tables import Section
-from prox24_lightning.convert.benchmark.tables import print_tables
+from prox24_lightning.convert.autotune.kernel_table import SAME, KernelTable, TableRow
 from prox24_lightning.convert.kernels.registry import Kernel
+from prox24_lightning.convert.sections import Section, print_tables
 
 _WORDS = {
     "dense": "cuBLAS, dense weight kept",
     "few": "own kernel, tiling {}",
-    "warpgroup": "own kernel for warpgroups, blocking {}",
+    "warpgroup": "own kernel for warpgroups, tiling {}",
     "cusparselt": "cuSPARSELt, algorithm {}",
     "torch": "torch's operator",
     "expand": "expanded, then cuBLAS",
@@ -22,7 +21,7 @@ _WORDS = {
 
 
 def kernel_section(tables: Sequence[KernelTable]) -> Section:
-    """One row a shape and number of tokens: the kernel, its time beside cuBLAS's, and what stands against it."""
+    """Return a row for each shape and number of tokens: the kernel, its time beside cuBLAS's, and notes."""
     rows = [(str(table.shape), *_cells(row)) for table in tables for row in table.rows]
     return ("Kernels", ("(out, in)", "up to tokens", "kernel", "us", "dense us", "x", "note"), rows)
 
@@ -33,11 +32,11 @@ def print_kernels(tables: Iterable[KernelTable], console: Console | None = None)
 
 
 def in_words(kernel: Kernel) -> str:
-    """A kernel for people who have not read its text."""
-    return _WORDS[kernel.way].format(",".join(map(str, kernel.numbers)) or "by default")
+    """Return a kernel in words."""
+    return _WORDS[kernel.name].format(",".join(map(str, kernel.config)) or "by default")
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: TableRow) -> tuple[str, ...]:
     notes = list(row.notes)
     if row.speedup is not None and row.speedup < SAME:
         notes.insert(0, "slower than dense: no packed kernel is faster here, and no dense weight is kept")

@@ -3,12 +3,12 @@
 // Compiled at run time with these macros: TOKENS (of a block), GROUPS (warpgroups of a block that multiply, 64 rows of
 // the weight each), CR and CS (blocks of a cluster along the rows and along the sum), STAGES (pieces of 128 inputs in
 // shared memory). After the constants stands `multiply`, the instruction wgmma.mma_async.sp.m64nTOKENSk32 with all its
-// registers by name, which warpgroup.py writes.
+// registers by name, which kernel.py generates.
 //
-// The packed weight is read where cuSPARSELt left it: the values row by row, then the positions in tiles of 64 rows by
-// 32 inputs (see gpu_layout.py). One warp has the copy engine fill the stages: the values of 64 GROUPS rows, the inputs
-// of all tokens (each block of a cluster row brings its share and hands it to all of them), and the positions. A tile of
-// positions is what four warps need for one product: warp w has the 64 bytes from 64 w on, and of these the eight bytes
+// The packed weight is read in the layout of cuSPARSELt: the values row by row, then the metadata in tiles of 64 rows by
+// 32 inputs (see packed_buffer.py). One warp has the copy engine fill the stages: the values of 64 GROUPS rows, the inputs
+// of all tokens (each block of a cluster row loads its share and multicasts it), and the metadata. A tile of
+// metadata is what four warps need for one product: warp w has the 64 bytes from 64 w on, and of these the eight bytes
 // of row r hold group c in byte 2c and group 4 + c in byte 2c + 1, row r in the lower four bits and row r + 8 in the upper.
 
 // The kernel may start while the one before it ends, and waits before it reads or writes memory.
@@ -19,13 +19,13 @@ typedef unsigned long long u64;
 
 constexpr int ROWS = GROUPS * 64;
 constexpr int THREADS = GROUPS * 128 + 32;
-constexpr int VALUES = ROWS * 128, INPUTS = TOKENS * 256, POSITIONS = GROUPS * 1024;  // bytes of a stage
-constexpr int STAGE = VALUES + INPUTS + POSITIONS;
+constexpr int VALUES = ROWS * 128, INPUTS = TOKENS * 256, METADATA = GROUPS * 1024;  // bytes of a stage
+constexpr int STAGE = VALUES + INPUTS + METADATA;
 constexpr int SHARE = TOKENS / CR;
 constexpr int STRIDE = ROWS + 4;  // of a token of partial sums in shared memory
 constexpr int SUMS = TOKENS * STRIDE * 4;
 constexpr int BARRIERS = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;  // where they lie: other blocks reach them late
-constexpr u32 ANY = 0x44444444;   // positions 0 and 1 in every group
+constexpr u32 ANY = 0x44444444;   // indices 0 and 1 in every group
 
 struct __align__(64) TensorMap {
   char bytes[128];
@@ -43,13 +43,13 @@ __device__ __forceinline__ u32 in_block(u32 address, int block) {
   return there;
 }
 
-// What was written before it is seen by all blocks of the cluster after it.
+// After this barrier all blocks of the cluster see what was written before it.
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Nothing was written that others are to see: this one does not wait for memory.
-__device__ __forceinline__ void cluster_meeting() {
+// A barrier that orders no memory accesses, for where nothing was written that other blocks read.
+__device__ __forceinline__ void cluster_barrier_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire;" ::: "memory");
 }
 
@@ -82,8 +82,9 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
   return (u64)(address >> 4 & 0x3fff) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
-// What a lane brings to the two products of 64 inputs: lanes 0 and 1 of four the first, lanes 2 and 3 the second.
-__device__ __forceinline__ u32 lane_positions(const char* tiles, int lane) {
+// The metadata that a lane supplies to the two products of 64 inputs: lanes 0 and 1 of four to the first, lanes 2 and 3
+// to the second.
+__device__ __forceinline__ u32 lane_metadata(const char* tiles, int lane) {
   const uint2 row = *(const uint2*)(tiles + (lane & 2) * 128 + lane / 4 * 8);
   u32 w = __byte_perm(row.x, row.y, lane & 1 ? 0x7531 : 0x6420);
   u32 t = (w ^ (w >> 4)) & 0x00f000f0u;  // even fours of bits to the lower half, odd ones to the upper
@@ -151,7 +152,7 @@ __device__ __forceinline__ void finish(const u16* bias, u16* y, int tokens, int 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, CS, 1)
 warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap inputs,
-          const char* __restrict__ positions, const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows,
+          const char* __restrict__ metadata, const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows,
           int columns, int outputs) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   const int pieces = (columns + 127) / 128;
@@ -166,7 +167,7 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
 #if CR > 1
-  cluster_meeting();
+  cluster_barrier_relaxed();
 #else
   __syncthreads();
 #endif
@@ -175,7 +176,7 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
   if (group == GROUPS) {
     if (lane == 0) {
       const int across = blockIdx.x % CR;
-      const char* tiles = positions + ((size_t)blockIdx.x * GROUPS * (columns / 32) + first * 4) * 256;
+      const char* tiles = metadata + ((size_t)blockIdx.x * GROUPS * (columns / 32) + first * 4) * 256;
       asm volatile("griddepcontrol.wait;" ::: "memory");
       for (int i = 0; i < count; i++) {
         const int s = i % STAGES, piece = first + i, bytes = min(1024, (columns - piece * 128) * 8);
@@ -201,13 +202,13 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
   } else if (count > 0) {
     const char* mine = memory + VALUES + INPUTS + group * 1024 + warp % 4 * 64;
     u32 where[2], where_next[2];
-    auto read_positions = [&](int i, u32 (&into)[2]) {
+    auto read_metadata = [&](int i, u32 (&into)[2]) {
       const char* tiles = mine + i % STAGES * STAGE;
-      into[0] = group < groups ? lane_positions(tiles, lane) : ANY;
-      into[1] = group < groups && (first + i) * 128 + 64 < columns ? lane_positions(tiles + 512, lane) : ANY;
+      into[0] = group < groups ? lane_metadata(tiles, lane) : ANY;
+      into[1] = group < groups && (first + i) * 128 + 64 < columns ? lane_metadata(tiles + 512, lane) : ANY;
     };
     wait(full, 0);
-    read_positions(0, where);
+    read_metadata(0, where);
     for (int i = 0; i < count; i++) {
       const u32 stage = stages + i % STAGES * STAGE;
       const u64 a = descriptor(stage + group * 8192), b = descriptor(stage + VALUES);
@@ -220,9 +221,9 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       if (i + 1 < count) {
         wait(full + (i + 1) % STAGES * 8, (i + 1) / STAGES & 1);
-        read_positions(i + 1, where_next);
+        read_metadata(i + 1, where_next);
       }
-      // The products read their positions while they run: the registers must not be those of the next ones.
+      // The products read their metadata while they run: the next ones need registers of their own.
       asm volatile("wgmma.wait_group.sync.aligned 0;" : "+r"(where[0]), "+r"(where[1]) :: "memory");
       if (lane == 0) {
 #pragma unroll
@@ -249,6 +250,6 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
   const int token = blockIdx.z * TOKENS;
   finish(bias, y + (size_t)token * outputs, min(TOKENS, tokens - token), outputs);
 #if CR * CS > 1
-  cluster_meeting();  // a block's memory is there until all have read it and have written to it
+  cluster_barrier_relaxed();  // a block's memory must live until all others have read it and written to it
 #endif
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prox24_lightning.convert.benchmark.timing import measure, release_memory
+from prox24_lightning.convert.measurement import release_memory, time_calls
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def measure_limits(dtype: torch.dtype, device: torch.device, *, rounds: int = 10
 def _copy_us(size: int, device: torch.device, rounds: int) -> float:
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return measure({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"].median_us
+    return time_calls({"copy": lambda: target.copy_(source)}, rounds=rounds)["copy"].median_us
 
 
 def _product_us(width: int, dtype: torch.dtype, device: torch.device, rounds: int) -> float:
     generator = torch.Generator(device=device).manual_seed(0)
     left, right = (torch.randn(width, width, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    return measure({"product": lambda: torch.mm(left, right, out=out)}, rounds=rounds)["product"].median_us
+    return time_calls({"product": lambda: torch.mm(left, right, out=out)}, rounds=rounds)["product"].median_us

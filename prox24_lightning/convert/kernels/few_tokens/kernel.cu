@@ -1,17 +1,17 @@
-// y = x W^T + bias for a few tokens and a packed 2:4 weight, bound by the reading of the weight.
+// y = x W^T + bias for a few tokens and a packed 2:4 weight, bound by reading the weight.
 //
 // Compiled at run time with these macros: BF16 (0: float16, 1: bfloat16), STAGED (1: the tokens pass through shared
 // memory), MT (16-row tiles of a warp), NT (8-token tiles), WR and WK (warps of a block along the rows and along the
 // sum), CS (blocks of a cluster along the sum), SPAN (neighbouring pieces of 64 inputs that a warp takes at a time), DEPTH
-// (pieces a warp has under way), RESIDENT (blocks of threads that a multiprocessor is to hold).
+// (pieces that a warp has in flight), RESIDENT (blocks that a multiprocessor holds).
 //
-// The packed weight is read where cuSPARSELt left it: the values row by row, then the positions in tiles of 64 rows by
-// 32 inputs (see gpu_layout.py). Nothing is expanded: the sparse tensor cores (mma.sp, m16n8k32) take pairs of values
-// and positions as they are. A sum does not mind its order, so a lane's operands are chosen for wide loads. Of a block of
+// The packed weight is read in the layout of cuSPARSELt: the values row by row, then the metadata in tiles of 64 rows by
+// 32 inputs (see packed_buffer.py). Nothing is expanded: the sparse tensor cores (mma.sp, m16n8k32) take pairs of values
+// and metadata as they are. A sum does not mind its order, so a lane's operands are chosen for wide loads. Of a block of
 // 64 inputs, 16 groups, lane 4 r + c reads groups 4c to 4c + 3 of rows r and r + 8, and product t (0 or 1) takes
 //   group 4c + 2t as the hardware's group c, and group 4c + 2t + 1 as its group c + 4.
-// With that, lane 4 r + c finds the positions that product c / 2 wants from it in the two words of its own number.
-// Of the tokens the hardware wants the two halves of a group in two neighbouring lanes: lane c gets half c % 2 of the
+// With that, lane 4 r + c finds the metadata that it supplies to product c / 2 in the two words of its own number.
+// Of the tokens the hardware expects the two halves of a group in two neighbouring lanes: lane c gets half c % 2 of the
 // groups of quads c / 2 and c / 2 + 2.
 
 typedef unsigned int u32;
@@ -42,9 +42,9 @@ __device__ __forceinline__ uint4 load_often(const void* address) {
   return v;
 }
 
-// d += a b, where the lanes of pair SELECTOR of each four bring the positions.
+// d += a b, where the lanes of pair SELECTOR of each four supply the metadata.
 template <int SELECTOR>
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const uint4& b, u32 positions) {
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const uint4& b, u32 metadata) {
 #if BF16
 #define TYPES "f32.bf16.bf16.f32"
 #else
@@ -53,7 +53,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const
   asm("mma.sp.sync.aligned.m16n8k32.row.col." TYPES
                " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(positions), "n"(SELECTOR));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(metadata), "n"(SELECTOR));
 }
 
 __device__ __forceinline__ float to_float(u16 v) {
@@ -79,10 +79,10 @@ __device__ __forceinline__ u16 to_half(float f) {
 // A lane's share of the weight, 16 MT rows by 64 inputs.
 struct Weight {
   uint4 upper[MT], lower[MT];  // four groups of rows r and r + 8
-  u32 words[MT];               // the positions as stored: even nibbles row r, odd ones row r + 8
+  u32 words[MT];               // the metadata as stored: even nibbles row r, odd ones row r + 8
 
   // Even nibbles to the lower half, odd ones to the upper.
-  __device__ __forceinline__ u32 positions(int i) const {
+  __device__ __forceinline__ u32 metadata(int i) const {
     u32 w = words[i];
     u32 t = (w ^ (w >> 4)) & 0x00f000f0u;
     w ^= t ^ (t << 4);
@@ -93,7 +93,7 @@ struct Weight {
 
 // Where a lane reads. Steps are constants, so that they end up in the load instructions.
 struct Source {
-  const char *upper[MT], *lower[MT], *positions;
+  const char *upper[MT], *lower[MT], *metadata;
 
   __device__ __forceinline__ Source(const u16* packed, int row, int rows, int columns, int lane, int block) {
     const u16* values = packed + (size_t)(row + lane / 4) * (columns / 2) + lane % 4 * 8 + (size_t)block * 32;
@@ -102,8 +102,8 @@ struct Source {
       upper[i] = (const char*)(values + (size_t)i * 16 * (columns / 2));
       lower[i] = (const char*)(values + (size_t)(i * 16 + 8) * (columns / 2));
     }
-    positions = (const char*)(packed + (size_t)rows * (columns / 2) + (size_t)(row / 64) * (columns / 32) * 128 +
-                              row % 64 / 16 * 32 + lane + (size_t)block * 256);
+    metadata = (const char*)(packed + (size_t)rows * (columns / 2) + (size_t)(row / 64) * (columns / 32) * 128 +
+                             row % 64 / 16 * 32 + lane + (size_t)block * 256);
   }
 
   __device__ __forceinline__ void load(Weight& w, int ahead) const {
@@ -111,7 +111,7 @@ struct Source {
     for (int i = 0; i < MT; i++) {
       w.upper[i] = load_once(upper[i] + ahead * 64);
       w.lower[i] = load_once(lower[i] + ahead * 64);
-      const char* p = positions + i * 64 + ahead * 512;
+      const char* p = metadata + i * 64 + ahead * 512;
       w.words[i] = load_word_once(p) | load_word_once(p + 256) << 16;
     }
   }
@@ -119,14 +119,14 @@ struct Source {
   __device__ __forceinline__ void advance(int by) {
 #pragma unroll
     for (int i = 0; i < MT; i++) upper[i] += by * 64, lower[i] += by * 64;
-    positions += by * 512;
+    metadata += by * 512;
   }
 };
 
 // The operands of the two products of 64 inputs, each in four registers in a row. `zero` is 0, which the compiler cannot
 // know: without the exclusive or it would collect the registers anew for every tile of tokens.
 struct Operands {
-  u32 a[MT][2][4], positions[MT];
+  u32 a[MT][2][4], metadata[MT];
 
   __device__ __forceinline__ Operands(const Weight& w, u32 zero) {
 #pragma unroll
@@ -135,16 +135,16 @@ struct Operands {
       a[i][0][2] = w.upper[i].y ^ zero, a[i][0][3] = w.lower[i].y ^ zero;
       a[i][1][0] = w.upper[i].z ^ zero, a[i][1][1] = w.lower[i].z ^ zero;
       a[i][1][2] = w.upper[i].w ^ zero, a[i][1][3] = w.lower[i].w ^ zero;
-      positions[i] = w.positions(i);
+      metadata[i] = w.metadata(i);
     }
   }
 
   __device__ __forceinline__ void multiply_into(float (&acc)[MT][NT][4], int t, const uint4& first,
                                                 const uint4& second) const {
 #pragma unroll
-    for (int i = 0; i < MT; i++) multiply<0>(acc[i][t], a[i][0], first, positions[i]);
+    for (int i = 0; i < MT; i++) multiply<0>(acc[i][t], a[i][0], first, metadata[i]);
 #pragma unroll
-    for (int i = 0; i < MT; i++) multiply<1>(acc[i][t], a[i][1], second, positions[i]);
+    for (int i = 0; i < MT; i++) multiply<1>(acc[i][t], a[i][1], second, metadata[i]);
   }
 };
 
@@ -216,11 +216,11 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
   Weight w[DEPTH];
 
 #if STAGED
-  // The threads bring the tokens' inputs of WK SPAN blocks to shared memory, sorted by the lane that will want them.
+  // The threads copy the tokens' inputs of WK SPAN blocks to shared memory, sorted by the lane that will read them.
   constexpr int SPANS = WK * SPAN;
   constexpr int PARTS = TOKENS * SPANS * 4 / (WARPS * 32);  // of a thread: 16 bytes of quad p and 16 of quad p + 2
   constexpr int BUFFER = TOKENS * SPANS * 128;
-  static_assert(PARTS > 0 && DEPTH % SPAN == 0, "too many threads, or too few blocks under way");
+  static_assert(PARTS > 0 && DEPTH % SPAN == 0, "too many threads, or too few pieces in flight");
   const int chunks = (blocks + SPANS - 1) / SPANS;
   uint4 x_next[PARTS][2];
   const char* from[PARTS];
@@ -240,7 +240,7 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
 #pragma unroll
     for (int k = 0; k < PARTS; k++) from[k] += CS * SPANS * 128;
   };
-  auto place = [&](int buffer) {
+  auto store = [&](int buffer) {
 #pragma unroll
     for (int k = 0; k < PARTS; k++) {
       const uint4 u = x_next[k][0], v = x_next[k][1];
@@ -249,14 +249,14 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
       lanes[1] = make_uint4(u.y, v.y, u.w, v.w);
     }
   };
-  constexpr int TURN = CS * SPANS;  // blocks from one of a warp's chunks to the next
+  constexpr int STEP = CS * SPANS;  // blocks from one of a warp's chunks to the next
   const int start = blockIdx.y * SPANS + wk * SPAN;
   Source source(packed, row, rows, columns, lane, start);
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
-    if (start + d / SPAN * TURN + d % SPAN < blocks) source.load(w[d], d / SPAN * TURN + d % SPAN);
+    if (start + d / SPAN * STEP + d % SPAN < blocks) source.load(w[d], d / SPAN * STEP + d % SPAN);
   fetch(blockIdx.y);
-  place(0);
+  store(0);
   fetch(blockIdx.y + CS);
   int buffer = 0;
   __syncthreads();
@@ -269,24 +269,24 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
       if (block < blocks) {
         const uint4* mine = (const uint4*)(memory + buffer * BUFFER + (wk * SPAN + d % SPAN) * NT * 1024) + lane;
         const Operands operands(w[d], zero);
-        constexpr int AHEAD = DEPTH / SPAN * TURN;
+        constexpr int AHEAD = DEPTH / SPAN * STEP;
         Weight fresh = {};  // so that the registers of the old one are free
-        if (block + AHEAD < blocks) source.load(fresh, d / SPAN * TURN + d % SPAN + AHEAD);
+        if (block + AHEAD < blocks) source.load(fresh, d / SPAN * STEP + d % SPAN + AHEAD);
         w[d] = fresh;
 #pragma unroll
         for (int t = 0; t < NT; t++) operands.multiply_into(acc, t, mine[t * 64], mine[t * 64 + 32]);
       }
       if (d % SPAN == SPAN - 1) {
         buffer ^= 1;
-        if (chunk + CS < chunks) place(buffer);
+        if (chunk + CS < chunks) store(buffer);
         if (chunk + 2 * CS < chunks) fetch(chunk + 2 * CS);
         __syncthreads();
       }
     }
-    source.advance(DEPTH / SPAN * TURN);
+    source.advance(DEPTH / SPAN * STEP);
   }
 #else
-  constexpr int TURN = SPAN * CS * WK;
+  constexpr int STEP = SPAN * CS * WK;
   uint4 own[DEPTH][NT][2];
   const int start = SPAN * (blockIdx.y * WK + wk);
   Source source(packed, row, rows, columns, lane, start);
@@ -304,11 +304,11 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
   };
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
-    if (start + d / SPAN * TURN + d % SPAN < blocks) load(d, d / SPAN * TURN + d % SPAN);
-  for (int base = start; base < blocks; base += TURN * (DEPTH / SPAN)) {
+    if (start + d / SPAN * STEP + d % SPAN < blocks) load(d, d / SPAN * STEP + d % SPAN);
+  for (int base = start; base < blocks; base += STEP * (DEPTH / SPAN)) {
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
-      const int block = base + d / SPAN * TURN + d % SPAN;
+      const int block = base + d / SPAN * STEP + d % SPAN;
       if (block < blocks) {
         const Operands operands(w[d], zero);
         uint4 b[NT][2];
@@ -316,7 +316,7 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
         for (int t = 0; t < NT; t++) {
 #pragma unroll
           for (int k = 0; k < 2; k++) {
-            // This lane holds both halves of two groups of its quad; its neighbour wants one of each, and has others.
+            // This lane holds both halves of two groups of its quad and exchanges one of each with its neighbour.
             const uint4 v = own[d][t][k];
             const u32 g0 = __shfl_xor_sync(~0u, c & 1 ? v.x : v.y, 1), g1 = __shfl_xor_sync(~0u, c & 1 ? v.z : v.w, 1);
             b[t][k] = c & 1 ? make_uint4(g0, v.y, g1, v.w) : make_uint4(v.x, g0, v.z, g1);
@@ -325,12 +325,12 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
 #pragma unroll
         for (int t = 0; t < NT; t++) operands.multiply_into(acc, t, b[t][0], b[t][1]);
       }
-      constexpr int AHEAD = TURN * (DEPTH / SPAN);
-      if (block + AHEAD < blocks) load(d, d / SPAN * TURN + d % SPAN + AHEAD);
+      constexpr int AHEAD = STEP * (DEPTH / SPAN);
+      if (block + AHEAD < blocks) load(d, d / SPAN * STEP + d % SPAN + AHEAD);
     }
-    source.advance(TURN * (DEPTH / SPAN));
+    source.advance(STEP * (DEPTH / SPAN));
 #pragma unroll
-    for (int t = 0; t < NT; t++) mine[t] += TURN * (DEPTH / SPAN) * 128;
+    for (int t = 0; t < NT; t++) mine[t] += STEP * (DEPTH / SPAN) * 128;
   }
 #endif
   finish(acc, bias, y, tokens, outputs);

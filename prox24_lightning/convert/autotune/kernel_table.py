@@ -1,28 +1,28 @@
-"""Which kernel runs a layer at which number of tokens: the choice itself, from measured times or by rule."""
+"""Choose the kernel of a layer at each number of tokens, from measured times or by rule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prox24_lightning.convert.kernels.few_tokens import kernel as few_tokens
-from prox24_lightning.convert.kernels.registry import Kernel, Way
-from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
+from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
+from prox24_lightning.convert.kernels.registry import Kernel, KernelName
+from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-"""Numbers of tokens at which layers are measured; a call goes by the next one above its own number."""
+"""Numbers of tokens at which layers are measured; a call uses the next one above its own number."""
 
 DENSE = Kernel("dense")
 
 SAME = 0.98
 """A speed-up above this counts as no slower: two measurements of one kernel differ by as much."""
 
-_FEW_TOKENS = 64  # without measurements, the kernel for few tokens up to here
+_FEW_TOKENS = 64  # without measurements, few_tokens runs up to here
 
 
 @dataclass(frozen=True)
-class Times:
-    """Microseconds of a layer at one number of tokens, replayed from a CUDA graph, its weight out of the cache.
+class KernelTimes:
+    """Microseconds of a layer at one number of tokens, replayed from a CUDA graph with its weight not in the cache.
 
     Attributes:
         tokens: rows of the input.
@@ -38,8 +38,8 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a table; ``us`` and ``dense_us`` are None where nothing was measured."""
+class TableRow:
+    """The kernel up to a number of tokens; ``us`` and ``dense_us`` (microseconds) are None where not measured."""
 
     tokens: int
     kernel: Kernel
@@ -49,6 +49,7 @@ class Row:
 
     @property
     def speedup(self) -> float | None:
+        """Dense time over the kernel's time."""
         return None if self.us is None or self.dense_us is None else self.dense_us / self.us
 
 
@@ -57,21 +58,21 @@ class KernelTable:
     """The kernels of one shape, ascending in tokens; the last row serves larger numbers too."""
 
     shape: tuple[int, int]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
     @property
     def text(self) -> str:
-        """For the operator; neighbours with one kernel share an entry."""
+        """The table as the operator's argument; neighbours with one kernel share an entry."""
         kept = [row for row, after in zip(self.rows, [*self.rows[1:], None], strict=True) if _differs(row, after)]
         return " ".join(f"{row.tokens}={row.kernel}" for row in kept)
 
-    def slower(self, token_counts: Sequence[int]) -> tuple[Row, ...]:
-        """Where the layer would be slower than the dense one: nothing packed wins, and no dense weight is kept."""
+    def slower(self, token_counts: Sequence[int]) -> tuple[TableRow, ...]:
+        """Return the rows at which the layer would be slower than dense."""
         rows = (row for row in self.rows if row.tokens in token_counts)
         return tuple(row for row in rows if row.speedup is not None and row.speedup < SAME)
 
     def decision(self, token_counts: Sequence[int]) -> str | None:
-        """Why a layer used at these numbers of tokens stays dense; None if it is to be sparse."""
+        """Return why a layer used at these numbers of tokens stays dense; None if it becomes sparse."""
         if all(row.kernel == DENSE for row in self.rows if row.tokens in token_counts):
             return "no packed kernel is faster at any of these numbers of tokens: stays dense"
         if slower := self.slower(token_counts):
@@ -80,10 +81,10 @@ class KernelTable:
         return None
 
 
-def choose(shape: tuple[int, int], times: Sequence[Times], *, keep_dense: bool = False) -> KernelTable:
-    """The fastest kernel at each number of tokens; the dense one only if its weight is kept, and where nothing wins.
+def choose(shape: tuple[int, int], times: Sequence[KernelTimes], *, keep_dense: bool = False) -> KernelTable:
+    """Choose the fastest kernel at each number of tokens; the dense one only if its weight is kept and nothing wins.
 
-    Where both are there, a packed kernel must be faster by more than two measurements of one kernel differ.
+    With a dense weight, a packed kernel must be faster by more than two measurements of one kernel differ.
 
     Raises:
         ValueError: if no packed kernel could be measured at one of them, with the reasons.
@@ -93,46 +94,46 @@ def choose(shape: tuple[int, int], times: Sequence[Times], *, keep_dense: bool =
         ranked = sorted(entry.kernels.items(), key=lambda item: item[1])
         if ranked and not (keep_dense and entry.dense_us * SAME <= ranked[0][1]):
             text, us = ranked[0]
-            rows.append(Row(entry.tokens, Kernel.parse(text), us, entry.dense_us, entry.notes))
+            rows.append(TableRow(entry.tokens, Kernel.parse(text), us, entry.dense_us, entry.notes))
         elif keep_dense:
-            rows.append(Row(entry.tokens, DENSE, entry.dense_us, entry.dense_us, entry.notes))
+            rows.append(TableRow(entry.tokens, DENSE, entry.dense_us, entry.dense_us, entry.notes))
         else:
             why = "; ".join(entry.notes) or "none fits"
             raise ValueError(f"no packed kernel runs for {shape} at {entry.tokens} tokens: {why}")
     return KernelTable(shape, tuple(rows))
 
 
-def unmeasured(
-    shape: tuple[int, int], capability: tuple[int, int], large: Way = "cusparselt", *, own: bool = True
+def table_by_rule(
+    shape: tuple[int, int], capability: tuple[int, int], many_tokens: KernelName = "cusparselt", *, own: bool = True
 ) -> KernelTable:
-    """A table by rule: the package's kernels up to some hundreds of tokens, ``large`` above.
+    """Return a table without measurements: the package's kernels up to some hundreds of tokens, a library's above.
 
     Args:
         shape: (out_features, in_features).
         capability: the GPU's compute capability.
-        large: see :func:`~prox24_lightning.convert.kernels.cusparselt.library.way`.
-        own: whether the package's kernels can be compiled here; else ``large`` takes every number of tokens.
+        many_tokens: from :func:`~prox24_lightning.convert.kernels.cusparselt.library.support`.
+        own: whether the package's kernels can be compiled here; else ``many_tokens`` takes every number of tokens.
     """
-    rows = [Row(BUCKETS[-1], Kernel(large))]
+    rows = [TableRow(BUCKETS[-1], Kernel(many_tokens))]
     for tokens in reversed(BUCKETS):
         if own and (kernel := _by_rule(shape, tokens, capability)) is not None:
-            rows.insert(0, Row(tokens, kernel))
+            rows.insert(0, TableRow(tokens, kernel))
     return KernelTable(shape, tuple(rows))
 
 
 def _by_rule(shape: tuple[int, int], tokens: int, capability: tuple[int, int]) -> Kernel | None:
-    if blockings := warpgroup.blockings(tokens, capability):
-        return Kernel.warpgroup(min(blockings, key=lambda blocking: blocking.cost(shape, tokens)))
-    tilings = few_tokens.tilings(tokens, capability) if tokens <= _FEW_TOKENS else ()
+    if warpgroup := warpgroup_tilings(tokens, capability):
+        return Kernel.warpgroup(min(warpgroup, key=lambda tiling: tiling.cost(shape, tokens)))
+    tilings = few_tokens_tilings(tokens, capability) if tokens <= _FEW_TOKENS else ()
     return Kernel.few(tilings[0]) if tilings else None
 
 
-def completed(measured: Sequence[Row], by_rule: Sequence[Row]) -> tuple[Row, ...]:
-    """The measured rows, and of the others those for numbers of tokens that have not been measured."""
+def completed(measured: Sequence[TableRow], by_rule: Sequence[TableRow]) -> tuple[TableRow, ...]:
+    """Return the measured rows, and those by rule for numbers of tokens that have not been measured."""
     known = {row.tokens for row in measured}
     rows = (*measured, *(row for row in by_rule if row.tokens not in known))
     return tuple(sorted(rows, key=lambda row: row.tokens))
 
 
-def _differs(row: Row, after: Row | None) -> bool:
+def _differs(row: TableRow, after: TableRow | None) -> bool:
     return after is None or row.kernel != after.kernel

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prox24_lightning.convert.autotune.search import stored_table
+from prox24_lightning.convert.autotune.tune import stored_table
 from prox24_lightning.convert.convert import insert_layers, target_of
 from prox24_lightning.convert.eligibility import DTYPES, check_model, named_layers
+from prox24_lightning.convert.format.packed_weight import PACKED_DTYPES
 from prox24_lightning.convert.format.reader import PackedFile
-from prox24_lightning.convert.format.weight import PACKED_DTYPES
-from prox24_lightning.convert.kernels.buffer_layout import to_buffer
+from prox24_lightning.convert.kernels.packed_buffer import to_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.mask import Violations, violations_24
 from prox24_lightning.weights.eligibility import fit_groups
@@ -119,9 +119,9 @@ def load_packed(
         model: of the structure that was written; its weights may be on the meta device. Dtypes become the file's.
         file: an open one.
         device: where the tensors go; None leaves each where the model has it (from meta: CPU).
-        sparse: packed weights are not expanded where the layer can run sparse on ``device``, a GPU: it is replaced by a
-            :class:`~prox24_lightning.convert.layers.semi_structured_linear.SemiStructuredLinear`, whose kernels are those that
-            were measured before on this machine, or go by rule. The dense model is never there.
+        sparse: packed weights are not expanded where the layer can run sparse on ``device``, a GPU: it becomes a
+            :class:`~prox24_lightning.convert.layers.semi_structured_linear.SemiStructuredLinear`, whose kernels were
+            measured before on this machine, or are chosen by rule. The dense model is never in memory.
 
     Returns:
         names of the layers that are sparse now.

@@ -1,4 +1,4 @@
-"""The weights of a state dict as layers under their own names, where the class that they came from is not at hand."""
+"""Turn a state dict into layers under their own names, where the model's class is not at hand."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _CONVOLUTIONS: dict[int, type[Any]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 def layers_of(state: Mapping[str, Tensor]) -> nn.Module:
-    """A tree of modules with a layer for every floating-point ``*.weight`` of two or more dimensions.
+    """Return a tree of modules with a layer for every floating-point ``*.weight`` of two or more dimensions.
 
-    A matrix is taken for a linear layer, more dimensions for a convolution (of one group, for what the shape tells);
-    an embedding cannot be told from a linear layer, except by a name that holds ``emb``. The tree can be judged and its
-    layers timed one by one, but it cannot be called. Every other tensor is a buffer in it: its state dict is the whole
-    state. Tensors are shared with ``state``, and layers share one weight where the state does.
+    A matrix becomes a linear layer, or an embedding if the name contains ``emb``; more dimensions become a convolution
+    with one group. The layers can be checked and timed one by one, but the tree cannot be called. Every other tensor is
+    a buffer, so the tree's state dict is the whole state. Tensors are shared with ``state``, and layers share a weight
+    where the state does.
 
     Raises:
-        ValueError: if there is no such weight, or a name cannot stand in a module.
+        ValueError: if there is no such weight, or a name is not possible in a module.
     """
     root = nn.Module()
     placed: set[str] = set()
@@ -28,9 +28,9 @@ def layers_of(state: Mapping[str, Tensor]) -> nn.Module:
         stem, _, last = name.rpartition(".")
         if last != "weight" or not stem or not weight.is_floating_point() or not 2 <= weight.dim() <= 5:
             continue
-        place = weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+        memory = weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
         layer = _layer(
-            stem, weights.setdefault(place, nn.Parameter(weight, requires_grad=False)), state.get(f"{stem}.bias")
+            stem, weights.setdefault(memory, nn.Parameter(weight, requires_grad=False)), state.get(f"{stem}.bias")
         )
         placed |= {f"{stem}.{own}" for own, _ in layer.named_parameters()}
         *path, leaf = stem.split(".")
@@ -46,7 +46,7 @@ def layers_of(state: Mapping[str, Tensor]) -> nn.Module:
         try:
             _reach(root, path).register_buffer(leaf, state[name])
         except (KeyError, AttributeError) as error:
-            raise ValueError(f"{name} cannot stand in a module: {error}") from error
+            raise ValueError(f"{name} is not possible in a module: {error}") from error
     return root
 
 

@@ -1,20 +1,17 @@
-"""A conversion report for people: Markdown for files and TensorBoard, rich tables for the terminal."""
+"""Render a conversion report: Markdown for files and TensorBoard, rich tables for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from prox24_lightning.convert.benchmark.language_tables import Section, language_sections
-from prox24_lightning.convert.benchmark.limits import Limits
-from prox24_lightning.convert.benchmark.report import Pair, Report, State
+from prox24_lightning.convert.benchmark.chip_limits import Limits
+from prox24_lightning.convert.benchmark.render_language import language_sections
+from prox24_lightning.convert.benchmark.report import Pair, Report
+from prox24_lightning.convert.eligibility import State
+from prox24_lightning.convert.sections import Section, grouped, markdown_lines, print_tables
 from prox24_lightning.utils.files import write_text
-from prox24_lightning.utils.markdown import markdown_table
-from prox24_lightning.utils.names import collapse_names
 
 STATES: dict[State, str] = {"sparse": "sparse", "fits": "would be sparse on a GPU", "dense": "dense"}
 
@@ -66,14 +63,6 @@ def _share_rows(report: Report, limits: Limits) -> list[tuple[str, ...]]:
 def _layer_rows(report: Report) -> list[tuple[str, ...]]:
     """Layers that differ in nothing but their name share a row."""
     return grouped([(x.name, (x.kind, str(x.shape), STATES[x.state], x.why)) for x in report.layers])
-
-
-def grouped(rows: Sequence[tuple[str, tuple[str, ...]]]) -> list[tuple[str, ...]]:
-    """(name, cells) -> one row for all names that share their cells: the names, then the cells."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name, cells in rows:
-        groups.setdefault(cells, []).append(name)
-    return [(collapse_names(names), *cells) for cells, names in groups.items()]
 
 
 def _shape_rows(report: Report) -> list[tuple[str, ...]]:
@@ -131,33 +120,12 @@ def to_markdown(report: Report) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def markdown_lines(tables: Sequence[Section]) -> list[str]:
-    """Tables as Markdown, each under its title."""
-    lines: list[str] = []
-    for title, header, rows in tables:
-        lines += [f"## {title}", "", markdown_table(header, rows), ""]
-    return lines
-
-
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print the report's tables and notes."""
     console = console or Console()
     if report.error:
         console.print(f"conversion and benchmark failed: {report.error}", style="red", markup=False)
     print_tables(sections(report), report.notes, console)
-
-
-def print_tables(tables: Sequence[Section], notes: Sequence[str], console: Console) -> None:
-    """Print tables, then notes."""
-    for title, header, rows in tables:
-        table = Table(title=title, title_justify="left")
-        for column in header:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
-    for note in notes:
-        console.print(note, markup=False, highlight=False)
 
 
 def write_report(report: Report, folder: Path, filename: str) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""The kept entries of a weight with a frozen mask, gathered into packed form in one pass over memory."""
+"""Gather the kept entries of a weight with a frozen mask into packed form, in one pass over memory, with Triton."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -30,19 +30,19 @@ def _gather(
     if transposed:
         # The rows of the transpose are neighbours in memory: loaded along them, stored across.
         codes = tl.load(indices + row[None, :] * (width // 4) + (value // 4)[:, None], mask=tl.trans(inside), other=0)
-        place = (codes.to(tl.int32) >> (2 * (value % 4))[:, None]) & 3
-        source = (4 * (value // 2)[:, None] + place).to(tl.int64) * stride + row[None, :]
+        index = (codes.to(tl.int32) >> (2 * (value % 4))[:, None]) & 3
+        source = (4 * (value // 2)[:, None] + index).to(tl.int64) * stride + row[None, :]
         found = tl.trans(tl.load(weight + source, mask=tl.trans(inside), other=0.0))
     else:
         codes = tl.load(indices + row[:, None] * (width // 4) + (value // 4)[None, :], mask=inside, other=0)
-        place = (codes.to(tl.int32) >> (2 * (value % 4))[None, :]) & 3
-        source = row[:, None].to(tl.int64) * stride + 4 * (value // 2)[None, :] + place
+        index = (codes.to(tl.int32) >> (2 * (value % 4))[None, :]) & 3
+        source = row[:, None].to(tl.int64) * stride + 4 * (value // 2)[None, :] + index
         found = tl.load(weight + source, mask=inside, other=0.0)
     tl.store(values + row[:, None].to(tl.int64) * width + value[None, :], found, mask=inside)
 
 
 def gather(weight: Tensor, indices: Tensor, values: Tensor, transposed: bool) -> None:
-    """See :func:`~prox24_lightning.convert.layers.transposable_linear.gather_values`; ``values`` is (rows, width)."""
+    """Write the kept entries into ``values``; arguments as in :func:`.reference.gather`, on a GPU."""
     rows, width = values.shape
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(width, _VALUES))
     with torch.cuda.device(weight.device):

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from prox24_lightning.convert.benchmark.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
 from prox24_lightning.convert.benchmark.settings import Settings
-from prox24_lightning.convert.benchmark.timing import Timing, capture, describe, measure, relative_error, release_memory
 from prox24_lightning.convert.convert import convert_model
 from prox24_lightning.convert.eligibility import named_layers
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.convert.measurement import Timing, capture, relative_error, release_memory, time_calls
+from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import bare_copy
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
@@ -176,11 +177,11 @@ def _time(model: nn.Module, ids: Tensor, workload: Workload, settings: Settings,
     call()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    eager = measure({"call": call}, rounds=settings.rounds)["call"]
+    eager = time_calls({"call": call}, rounds=settings.rounds)["call"]
     graph: Timing | None = None
     problem: str | None = None
     try:
-        graph = measure({"call": capture(call).replay}, rounds=settings.rounds)["call"]
+        graph = time_calls({"call": capture(call).replay}, rounds=settings.rounds)["call"]
     except Exception as failure:  # models may do on the host whatever they like: any of it can end the capture
         problem = describe(failure)
     return PhaseResult(workload, eager, graph, problem, peak, stored, linear_operations(model, workload))

@@ -1,4 +1,4 @@
-"""Time calls on a CUDA GPU: launched one by one (eager), or replayed as a CUDA graph (no host time)."""
+"""Measure calls on a CUDA GPU: their time, launched one by one or from a CUDA graph, and the error of their outputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Timing:
     high_us: float
 
 
-def measure(variants: Mapping[str, Call], *, calls: int = 1, rounds: int = 20) -> dict[str, Timing]:
+def time_calls(variants: Mapping[str, Call], *, calls: int = 1, rounds: int = 20) -> dict[str, Timing]:
     """Time each variant with CUDA events, in turn within every round, so that a drifting clock hits all alike.
 
     The queue is empty when a variant starts, so the time of a variant that the host cannot launch fast enough
@@ -95,12 +95,6 @@ def relative_error(reference: Tensor | Sequence[Tensor], outputs: Tensor | Seque
     difference = sum(float(part) for part, _ in parts) ** 0.5
     norm = sum(float(part) for _, part in parts) ** 0.5
     return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
-
-
-def describe(error: BaseException) -> str:
-    """One line for a report: the kind of error and its first line."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def release_memory() -> None:

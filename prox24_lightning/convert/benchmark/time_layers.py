@@ -13,15 +13,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.convert.autotune.search import kernel_tables
-from prox24_lightning.convert.autotune.table import BUCKETS, SAME, KernelTable
+from prox24_lightning.convert.autotune.kernel_table import BUCKETS, SAME, KernelTable
+from prox24_lightning.convert.autotune.tune import kernel_tables
 from prox24_lightning.convert.benchmark.report import Pair, ShapeResult, TokenResult
 from prox24_lightning.convert.benchmark.settings import Settings
-from prox24_lightning.convert.benchmark.timing import capture, describe, measure, relative_error, release_memory
 from prox24_lightning.convert.convert import convert_linear
 from prox24_lightning.convert.eligibility import LayerVerdict, named_layers
 from prox24_lightning.convert.kernels.registry import kernel_for
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.convert.measurement import capture, relative_error, release_memory, time_calls
+from prox24_lightning.utils.errors import describe
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
 LARGEST_ERROR = 2e-2
@@ -108,11 +109,11 @@ def _time_tokens(
         "sparse": lambda: _call_all(sparses, rows, turns),
     }
     calls = turns * len(denses)
-    eager = measure(variants, calls=calls, rounds=rounds)
+    eager = time_calls(variants, calls=calls, rounds=rounds)
     graph, problem = None, None
     try:
         graphs = {name: capture(call).replay for name, call in variants.items()}
-        times = measure(graphs, calls=calls, rounds=rounds)
+        times = time_calls(graphs, calls=calls, rounds=rounds)
         graph = Pair.of(times["dense"], times["sparse"])
     except RuntimeError as failure:
         problem = describe(failure)

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from prox24_lightning.convert.benchmark.report import ModelVariant, Report
 from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
-from prox24_lightning.convert.benchmark.timing import Timing, capture, describe, measure, relative_error, release_memory
 from prox24_lightning.convert.convert import convert_model, expand_model
 from prox24_lightning.convert.eligibility import named_layers
+from prox24_lightning.convert.measurement import Timing, capture, relative_error, release_memory, time_calls
+from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import bare_copy, move_inputs
 
 
@@ -72,11 +73,11 @@ def _variant(
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     error = relative_error(reference, outputs)
-    eager = measure({name: run}, rounds=settings.rounds)[name]
+    eager = time_calls({name: run}, rounds=settings.rounds)[name]
     graph: Timing | None = None
     problem: str | None = None
     try:
-        graph = measure({name: capture(run).replay}, rounds=settings.rounds)[name]
+        graph = time_calls({name: capture(run).replay}, rounds=settings.rounds)[name]
     except Exception as failure:  # models may do on the host whatever they like: any of it can end the capture
         problem = describe(failure)
     return ModelVariant(name, layers, eager, graph, problem, peak, error)

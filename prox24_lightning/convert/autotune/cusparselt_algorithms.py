@@ -1,0 +1,151 @@
+"""Find the fastest of cuSPARSELt's algorithms, in a process of its own: an algorithm can crash the process's CUDA.
+
+(cuSPARSELt 0.8.0 has answered a search for a float16 layer of 512 x 1024 with an illegal instruction on an H200.)
+The child process is :mod:`~prox24_lightning.convert.autotune.cusparselt_worker`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from prox24_lightning.convert.autotune import cusparselt_worker
+from prox24_lightning.convert.autotune.cusparselt_worker import AlgorithmJob
+
+START_SECONDS, ALGORITHM_SECONDS = 90.0, 15.0
+"""A child that writes nothing for the first at its start, when it loads torch, or for the second from then on counts
+as dead: an algorithm may hang."""
+
+_FINALISTS = 2  # so many of the fastest are returned: the caller measures them again beside the other kernels
+_CHILDREN = 16  # one more for each algorithm that crashes
+
+
+@dataclass(frozen=True)
+class FastestAlgorithms:
+    """The fastest algorithms of a job, best first; ``problem``: what went wrong with the others, or with all."""
+
+    algorithms: tuple[int, ...]
+    problem: str = ""
+
+
+@dataclass
+class _Progress:
+    job: AlgorithmJob
+    times: dict[int, float]
+    problems: list[str]
+    done: bool = False
+
+    def answer(self) -> FastestAlgorithms:
+        best = sorted(self.times, key=lambda algorithm: self.times[algorithm])[:_FINALISTS]
+        return FastestAlgorithms(tuple(best), "; ".join(self.problems))
+
+
+def fastest_algorithms(
+    jobs: Sequence[AlgorithmJob],
+    *,
+    command: Sequence[str] | None = None,
+    seconds: float | None = None,
+    on_done: Callable[[], None] = lambda: None,
+) -> list[FastestAlgorithms]:
+    """Answer every job.
+
+    A child that dies costs the algorithm it was timing, for every job of that dtype: it would go on crashing, and each
+    crash costs a process. After two in a row all further ones are left out: on an H200 cuSPARSELt 0.8.0 has 36
+    algorithms for float16 that work, and after them only algorithms that crash.
+
+    Args:
+        jobs: may be empty.
+        command: starts the child; for tests.
+        seconds: of silence after which a child counts as dead; None is :data:`START_SECONDS` at its start and
+            :data:`ALGORITHM_SECONDS` from then on.
+        on_done: called after each job.
+    """
+    command = command or (sys.executable, "-m", cusparselt_worker.__name__)
+    states = [_Progress(job, {}, []) for job in jobs]
+    for _ in range(_CHILDREN):
+        left = [state for state in states if not state.done]
+        if not left:
+            break
+        remaining = [replace(state.job, skip=(*state.job.skip, *state.times)) for state in left]
+        lines, end = _run_child(remaining, command, seconds, on_done)
+        running = None
+        for line in lines:
+            event = json.loads(line)
+            state = left[event["job"]]
+            if "done" in event:
+                state.done = True
+                state.problems += [event["problem"]] if event["problem"] else []
+            elif "us" in event:
+                state.times[event["algorithm"]] = event["us"]
+                running = None
+            else:
+                running = state, event["algorithm"]
+        if running is None:
+            for state in (state for state in left if not state.done):
+                state.done = True
+                state.problems.append(f"the search for cuSPARSELt's algorithms {end}")
+            break
+        state, algorithm = running
+        last = algorithm - 1 in state.job.skip
+        for other in states:
+            if other.job.dtype == state.job.dtype:
+                skip = (*other.job.skip, algorithm)
+                other.job = replace(other.job, skip=skip, end=algorithm if last else other.job.end)
+                more = " and the ones after it, left out," if last else ""
+                other.problems.append(f"cuSPARSELt's algorithm {algorithm}{more} {end}")
+    for state in (state for state in states if not state.done):
+        state.problems.append(f"the search for cuSPARSELt's algorithms was given up after {_CHILDREN} processes")
+    return [state.answer() for state in states]
+
+
+def _run_child(
+    jobs: Sequence[AlgorithmJob], command: Sequence[str], seconds: float | None, on_done: Callable[[], None]
+) -> tuple[list[str], str]:
+    """Return the lines that the child has written, and how it ended, in words."""
+    written: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        child = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+        text = json.dumps([asdict(job) for job in jobs])
+        threading.Thread(target=_exchange_lines, args=(child, text, written)).start()
+        lines: list[str] = []
+        limit = START_SECONDS if seconds is None else seconds
+        try:
+            while (line := written.get(timeout=limit)) is not None:
+                if line.startswith("{") and line.endswith("}"):
+                    lines.append(line)
+                    if "done" in json.loads(line):
+                        on_done()
+                limit = ALGORITHM_SECONDS if seconds is None else seconds
+            end = f"ended a process with status {child.wait()}"
+        except queue.Empty:
+            end = f"took more than {limit:.0f} seconds"
+        finally:
+            child.kill()
+            child.wait()
+        errors.seek(0)
+        messages = [line for line in errors.read().splitlines() if line.strip()]
+    if messages and not end.startswith("took"):
+        end = f"{end} ({messages[-1].strip()})"
+    return lines, end
+
+
+def _exchange_lines(child: subprocess.Popen[str], jobs: str, written: queue.SimpleQueue[str | None]) -> None:
+    """Write the jobs to the child and put each line of its answer into the queue; None marks the end."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # it may end before it has read them
+            child.stdin.write(jobs)
+        with child.stdout:
+            for line in child.stdout:
+                written.put(line.rstrip("\n"))
+    finally:
+        written.put(None)

@@ -1,0 +1,1 @@
+"""cuBLAS on a dense weight that is kept beside the packed one."""

@@ -1,0 +1,110 @@
+"""How the warpgroup kernel cuts up its work, and which tilings are worth measuring."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+from prox24_lightning.convert.kernels.packed_buffer import padded_shape
+
+CAPABILITY = (9, 0)
+"""The only compute capability: later GPUs have other instructions."""
+
+MOST_TOKENS = 512
+"""Above this, cuSPARSELt is faster."""
+
+_AT_ONCE = 128  # up to so many tokens a block best takes them all
+_SHARED = 227 * 1024  # bytes that a block can have
+_MULTIPROCESSORS = 132
+_MOST_STAGES = 12
+# Bytes that could be loaded while a block starts, and while it adds the partial sums of another block of its cluster.
+_START, _REDUCTION = 2**16, 2**15
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the work is cut up; the macros of ``kernel.cu`` in brackets.
+
+    Attributes:
+        tokens: tokens of a block (TOKENS).
+        groups: warpgroups of a block, 64 rows of the weight each (GROUPS).
+        across: neighbouring blocks along the rows that share their inputs (CR).
+        cluster: blocks along the sum (CS).
+        stages: pieces of 128 inputs in shared memory (STAGES).
+    """
+
+    tokens: int
+    groups: int
+    across: int
+    cluster: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight that a block takes."""
+        return 64 * self.groups
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the warpgroups, and one warp that loads."""
+        return 128 * self.groups + 32
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage: values, inputs, metadata."""
+        return 128 * self.rows + 256 * self.tokens + 16 * self.rows
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: the stages, in the end the partial sums; behind them two barriers a stage."""
+        return max(self.stages * self.stage_bytes, self.tokens * (self.rows + 4) * 4) + 16 * self.stages
+
+    def cost(self, shape: tuple[int, int], tokens: int) -> int:
+        """Return an estimate in bytes loaded by a multiprocessor; it ranks tilings where nothing has been measured."""
+        rows, columns = padded_shape(shape)
+        blocks = -(-rows // (self.rows * self.across)) * self.across * self.cluster * -(-tokens // self.tokens)
+        block = -(-columns // (128 * self.cluster)) * self.stage_bytes + _START + _REDUCTION * (self.cluster - 1)
+        return -(-blocks // _MULTIPROCESSORS) * block
+
+    @property
+    def macros(self) -> dict[str, int]:
+        """Macro -> value, for the compiler."""
+        return dict(zip(("TOKENS", "GROUPS", "CR", "CS", "STAGES"), astuple(self), strict=True))
+
+
+def _tiling(tokens: int, groups: int, across: int, cluster: int, resident: int = 1) -> Tiling:
+    """Return the tiling with as many stages as fit if a multiprocessor holds ``resident`` blocks."""
+    stage = Tiling(tokens, groups, across, cluster, 1).stage_bytes
+    return Tiling(tokens, groups, across, cluster, min(_MOST_STAGES, (_SHARED // resident - 1024) // (stage + 16)))
+
+
+TILINGS = tuple(
+    _tiling(tokens, *numbers)
+    for tokens, cuts in (
+        (8, ((1, 1, 2), (2, 1, 1, 2), (2, 1, 4, 2), (1, 1, 1), (1, 1, 4), (1, 1, 8))),
+        (16, ((1, 1, 2), (2, 2, 1, 2), (2, 1, 4, 2), (1, 1, 4), (1, 1, 8))),
+        (32, ((1, 1, 2), (1, 4, 1, 2), (2, 1, 1), (2, 1, 3), (1, 1, 4), (1, 1, 8))),
+        (64, ((1, 1, 2), (2, 1, 1), (2, 4, 1), (2, 2, 3), (3, 1, 2), (1, 1, 4), (1, 1, 8))),
+        (128, ((1, 1, 2), (2, 2, 1), (2, 1, 2), (2, 1, 3), (3, 1, 2), (3, 1, 1), (4, 1, 1), (1, 1, 4), (1, 1, 8))),
+        (256, ((1, 1, 2), (2, 1, 1), (2, 1, 2))),
+    )
+    for numbers in cuts
+)
+"""The tilings worth measuring: of some fifty, the fastest for each number of tokens on some shape (H200)."""
+
+
+def tilings(tokens: int, capability: tuple[int, int]) -> tuple[Tiling, ...]:
+    """Return the tilings to measure for ``tokens`` tokens; none above :data:`MOST_TOKENS` or on other GPUs than Hopper.
+
+    They are the smallest that take all tokens at once; above 128 tokens also those that take 128 at a time, and up to
+    8 also those for 16 whose neighbours share their inputs, eight tokens each.
+    """
+    if capability != CAPABILITY or tokens > MOST_TOKENS:
+        return ()
+    sizes = {tiling.tokens for tiling in TILINGS}
+    least = min((size for size in sizes if size >= tokens), default=max(sizes))
+    shared = 2 * least if least == min(sizes) else 0
+    return tuple(
+        tiling
+        for tiling in TILINGS
+        if tiling.tokens in (least, min(least, _AT_ONCE)) or (tiling.tokens == shared and tiling.across > 1)
+    )
