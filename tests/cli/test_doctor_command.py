@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from prox24_lightning.cli import doctor as command
 from prox24_lightning.convert import Target
-from prox24_lightning.convert.autotune import disk_cache as kernel_cache
-from prox24_lightning.convert.autotune.kernel_table import Times
+from prox24_lightning.convert.autotune import disk_cache as disk_cache
+from prox24_lightning.convert.autotune.kernel_table import KernelTimes
 from prox24_lightning.mask import mask_24
 
 
@@ -69,15 +69,18 @@ def test_a_gpu_that_cannot_is_exit_code_1(prox24, sparse_folder, monkeypatch):
 
 
 def test_gains_come_from_what_was_measured_on_this_gpu(prox24, sparse_folder, monkeypatch, tmp_path):
-    place = kernel_cache.Place("pretended H200", "driver", "torch", "library", "kernels")
-    times = {
-        kernel_cache.key(place, torch.bfloat16, shape, tokens): Times(tokens, 10.0, {"few:1": 10.0 / gain, "x": 99.0})
-        for shape, gain in (((16, 16), 1.25), ((32, 16), 0.5), ((16, 32), 1.5))
+    machine = disk_cache.Machine("pretended H200", "driver", "torch", "library", "kernels")
+    gains = {(16, 16): 1.25, (32, 16): 0.5, (16, 32): 1.5}
+    entries = {
+        disk_cache.key(machine, torch.bfloat16, shape, tokens): KernelTimes(
+            tokens, 10.0, {"cusparselt:1": 10.0 / gain, "expand": 99.0}
+        )
+        for shape, gain in gains.items()
         for tokens in (1, 64)
     }
-    kernel_cache.add(tmp_path / "kernels.json", times)
-    monkeypatch.setenv(kernel_cache.PATH_VARIABLE, str(tmp_path / "kernels.json"))
-    monkeypatch.setattr(kernel_cache.Place, "here", lambda device: place)
+    disk_cache.add(tmp_path / "kernels.json", entries)
+    monkeypatch.setenv(disk_cache.PATH_VARIABLE, str(tmp_path / "kernels.json"))
+    monkeypatch.setattr(disk_cache.Machine, "here", lambda device: machine)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(command, "find_target", lambda: Target("pretended H200", (9, 0), "cusparselt"))
     code, out, _ = prox24("doctor", sparse_folder, "--json", "-", "--token_counts", "[1, 33, 256]")

@@ -8,9 +8,9 @@ from live_bytes import LiveBytes
 from torch import nn
 
 from prox24_lightning.convert import Target, convert, convert_model
-from prox24_lightning.convert.autotune.kernel_table import KernelTable, Row
+from prox24_lightning.convert.autotune.kernel_table import KernelTable, TableRow
 from prox24_lightning.convert.format import packed_weight as packed
-from prox24_lightning.convert.kernels import packed_buffer as buffer_layout
+from prox24_lightning.convert.kernels import packed_buffer
 from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.mask import check, mask_24
 
@@ -31,11 +31,11 @@ def dense_model(device="cpu"):
 
 def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
     monkeypatch.setattr(convert, "target_of", lambda device: HOPPER)
-    table = KernelTable((WIDTH, WIDTH), (Row(16384, Kernel("cusparselt")),))
+    table = KernelTable((WIDTH, WIDTH), (TableRow(16384, Kernel("cusparselt")),))
     monkeypatch.setattr(convert, "stored_table", lambda *args, **options: table)
     # Parts of a size that is small beside these small layers, as the real one is beside real layers.
     monkeypatch.setattr(packed, "_CHUNK", 2**17)
-    monkeypatch.setattr(buffer_layout, "ENTRIES_AT_A_TIME", 2**17)
+    monkeypatch.setattr(packed_buffer, "CHUNK_ENTRIES", 2**17)
     monkeypatch.setattr(check, "ENTRIES_AT_A_TIME", 2**17)
     model = dense_model()
     with LiveBytes() as live:

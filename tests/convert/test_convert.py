@@ -20,7 +20,7 @@ from prox24_lightning.convert import (
     expand_linear,
     expand_model,
 )
-from prox24_lightning.convert.autotune.kernel_table import Times, choose, table_by_rule
+from prox24_lightning.convert.autotune.kernel_table import KernelTimes, choose, table_by_rule
 from prox24_lightning.convert.format.packed_weight import pack_24
 from prox24_lightning.convert.kernels.packed_buffer import buffer_bytes, to_buffer
 from prox24_lightning.mask import mask_24
@@ -72,7 +72,8 @@ def pretended_gpu(monkeypatch) -> list[tuple]:
         asked.append((tuple(shapes), dtype, options["keep_dense"]))
         us = {(128, 64): 5.0, (64, 128): 12.0}
         return {
-            s: choose(s, [Times(256, 10.0, {"cusparselt:1": us[s]})], keep_dense=options["keep_dense"]) for s in shapes
+            s: choose(s, [KernelTimes(256, 10.0, {"cusparselt:1": us[s]})], keep_dense=options["keep_dense"])
+            for s in shapes
         }
 
     monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))

@@ -1,4 +1,4 @@
-"""The kernels of converted layers on a CUDA GPU: ``pytest -m gpu tests/convert/test_kernels_gpu.py``."""
+"""The kernels of converted layers on a CUDA GPU: ``pytest -m gpu tests/convert/kernels/test_kernels_gpu.py``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import torch
 from torch import library, nn
 
 from prox24_lightning.convert import convert_linear, convert_model
-from prox24_lightning.convert.autotune import disk_cache as kernel_cache
+from prox24_lightning.convert.autotune import disk_cache
 from prox24_lightning.convert.autotune.kernel_table import DENSE, SAME
 from prox24_lightning.convert.autotune.tune import kernel_tables, stored_table
 from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
+from prox24_lightning.convert.kernels import reference
 from prox24_lightning.convert.kernels.cusparselt import library as cusparselt
-from prox24_lightning.convert.kernels.few_tokens import kernel as few_tokens
+from prox24_lightning.convert.kernels.cusparselt.library import support
+from prox24_lightning.convert.kernels.expand.kernel import expand
+from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS as FEW_TOKENS_TILINGS
+from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
 from prox24_lightning.convert.kernels.packed_buffer import from_buffer, padded_shape, random_buffer, to_buffer
 from prox24_lightning.convert.kernels.registry import Kernel, own_kernels, prepare
-from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
+from prox24_lightning.convert.kernels.warpgroup.tiling import CAPABILITY
+from prox24_lightning.convert.kernels.warpgroup.tiling import TILINGS as WARPGROUP_TILINGS
 from prox24_lightning.convert.measurement import capture
 from prox24_lightning.mask import mask_24
 
@@ -56,7 +61,7 @@ def test_the_buffer_is_cusparselts_own(dtype, shape):
     weight = pruned(shape[1], shape[0], dtype).weight
     theirs = torch._cslt_compress(weight)
     assert torch.equal(to_buffer(pack_24(weight)).flatten(), theirs.view(torch.int16).flatten())
-    assert cusparselt.way(0) == ("cusparselt", "")
+    assert support(0) == ("cusparselt", "")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,40 +69,37 @@ def test_the_buffer_is_cusparselts_own(dtype, shape):
 def test_expansion_is_exact(dtype, shape):
     weight = pruned(shape[1], shape[0], dtype).weight
     buffer = to_buffer(pack_24(weight))
-    assert torch.equal(few_tokens.expand(buffer, shape, dtype), weight)
+    assert torch.equal(expand(buffer, shape, dtype), weight)
     assert torch.equal(unpack_24(from_buffer(buffer, shape, dtype)), weight)
 
 
-@pytest.mark.parametrize("tiling", few_tokens.TILINGS, ids=str)
+@pytest.mark.parametrize("tiling", FEW_TOKENS_TILINGS, ids=str)
 def test_every_tiling_multiplies(tiling):
-    if tiling not in few_tokens.tilings(tiling.tokens, torch.cuda.get_device_capability()):
+    if tiling not in few_tokens_tilings(tiling.tokens, torch.cuda.get_device_capability()):
         pytest.skip("not for this GPU")
     for dtype, shape in ((torch.bfloat16, (320, 1088)), (torch.float16, (64, 64)), (torch.bfloat16, (1024, 4096))):
         buffer = random_buffer(shape, dtype, torch.device("cuda"), 0)
-        dense = few_tokens.expand(buffer, shape, dtype).float()
+        dense = reference.expand(buffer, shape, dtype).float()
         bias = torch.randn(shape[0], device="cuda", dtype=dtype)
-        launch = few_tokens.product(tiling, dtype, 0)
         for tokens in {1, tiling.tokens - 1, tiling.tokens, tiling.tokens + 3}:
             rows = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
-            out = torch.full((tokens, shape[0]), torch.nan, device="cuda", dtype=dtype)
-            grid = -(-shape[0] // tiling.rows), tiling.cluster, -(-tokens // tiling.tokens)
-            stream = torch.cuda.current_stream().cuda_stream
-            addresses = (tensor.data_ptr() for tensor in (rows, buffer, bias, out))
-            launch(grid, stream, *addresses, tokens, *shape, shape[0])
+            product = prepare(Kernel.few(tiling), dtype, shape, tokens, 0)
+            poison()
+            out = product(rows, buffer, None, bias)
             assert relative(out, rows.float() @ dense.t() + bias.float()) < LARGEST, (dtype, shape, tokens)
 
 
-@pytest.mark.parametrize("blocking", warpgroup.BLOCKINGS, ids=str)
-def test_every_blocking_multiplies(blocking):
-    if torch.cuda.get_device_capability() != warpgroup.CAPABILITY:
+@pytest.mark.parametrize("tiling", WARPGROUP_TILINGS, ids=str)
+def test_every_warpgroup_tiling_multiplies(tiling):
+    if torch.cuda.get_device_capability() != CAPABILITY:
         pytest.skip("not for this GPU")
-    kernel = Kernel.warpgroup(blocking)
+    kernel = Kernel.warpgroup(tiling)
     for dtype, shape in ((torch.bfloat16, (320, 1088)), (torch.float16, (64, 64)), (torch.bfloat16, (1000, 4096))):
         columns = padded_shape(shape)[1]
         buffers = [random_buffer(shape, dtype, torch.device("cuda"), seed) for seed in range(2)]
-        dense = [few_tokens.expand(buffer, shape, dtype).double() for buffer in buffers]
+        dense = [reference.expand(buffer, shape, dtype).double() for buffer in buffers]
         bias = torch.randn(shape[0], device="cuda", dtype=dtype)
-        for tokens in {1, blocking.tokens - 1, blocking.tokens, blocking.tokens + 3}:
+        for tokens in {1, tiling.tokens - 1, tiling.tokens, tiling.tokens + 3}:
             inputs = torch.randn(tokens, columns, device="cuda", dtype=dtype)
             run = prepare(kernel, dtype, shape, tokens, 0)
             poison()
@@ -110,7 +112,7 @@ def test_every_blocking_multiplies(blocking):
 @pytest.mark.parametrize("kernel", ["few", "warpgroup"])
 def test_kernels_that_start_early_wait_for_their_inputs(kernel):
     """A chain: each kernel starts while the one before it runs, and must not read what is not written yet."""
-    found = [each for each in own_kernels(16, torch.cuda.get_device_capability()) if each.way == kernel]
+    found = [each for each in own_kernels(16, torch.cuda.get_device_capability()) if each.name == kernel]
     if not found:
         pytest.skip("not for this GPU")
     shape = (2048, 2048)
@@ -119,7 +121,7 @@ def test_kernels_that_start_early_wait_for_their_inputs(kernel):
     run = prepare(found[0], torch.bfloat16, shape, 16, 0)
     expected = rows
     for buffer in buffers:
-        expected = expected @ few_tokens.expand(buffer, shape, torch.bfloat16).t()
+        expected = expected @ reference.expand(buffer, shape, torch.bfloat16).t()
     last = torch.empty_like(rows)
 
     def chain() -> None:
@@ -137,14 +139,14 @@ def test_kernels_that_start_early_wait_for_their_inputs(kernel):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 64), (112, 80), (512, 1024), (4096, 4160)])
 @pytest.mark.parametrize("bias", [None, "same", "float32"])
-def test_every_way_gives_the_dense_product(dtype, shape, bias):
+def test_every_kernel_gives_the_dense_product(dtype, shape, bias):
     layer = pruned(shape[1], shape[0], dtype, bias=bias is not None)
     converted = convert_linear(layer, keep_dense=True)
     if bias == "float32":
         converted.bias.data = converted.bias.data.float()
     rule = converted.kernels
     ours = [f"1={kernel}" for kernel in own_kernels(200, torch.cuda.get_device_capability())[-1:]]
-    for kernels in (rule, *ours, *(f"1={way}" for way in ("dense", "cusparselt", "cusparselt:0", "torch", "expand"))):
+    for kernels in (rule, *ours, *(f"1={name}" for name in ("dense", "cusparselt", "cusparselt:0", "torch", "expand"))):
         converted.kernels = kernels
         for tokens in ((1,), (7,), (3, 11), (64,), (200,), (0,), (2, 0)):
             rows = torch.randn(*tokens, shape[1], device="cuda", dtype=dtype)
@@ -242,9 +244,9 @@ def test_measured_tables_are_kept_and_used(tmp_path):
     table = kernel_tables([shape], torch.bfloat16, token_counts=counts, device=torch.device("cuda"))[shape]
     measured = time.perf_counter() - start
     assert [row.tokens for row in table.rows] == list(counts)
-    assert table.rows[0].kernel.way in ("few", "warpgroup")
-    assert table.rows[2].kernel.way in ("cusparselt", "expand")
-    known = kernel_cache.find(kernel_cache.default_path(), kernel_cache.Place.here(0), torch.bfloat16, shape, counts)
+    assert table.rows[0].kernel.name in ("few", "warpgroup")
+    assert table.rows[2].kernel.name in ("cusparselt", "expand")
+    known = disk_cache.find(disk_cache.default_path(), disk_cache.Machine.here(0), torch.bfloat16, shape, counts)
     assert any(name.startswith("cusparselt") for name in known[1024].kernels), "it was measured, whichever won"
     start = time.perf_counter()
     assert kernel_tables([shape], torch.bfloat16, token_counts=counts) == {shape: table}
@@ -277,7 +279,7 @@ def test_without_the_binding_torchs_operator_is_named(monkeypatch):
         raise cusparselt.CusparseltError("no such library")
 
     monkeypatch.setattr(cusparselt, "load", refuse)
-    cusparselt.way.cache_clear()
+    support.cache_clear()
     try:
         table = kernel_tables([(256, 512)], torch.float16, token_counts=(1024,))[256, 512]
         layer = pruned(512, 256, torch.float16)
@@ -285,6 +287,6 @@ def test_without_the_binding_torchs_operator_is_named(monkeypatch):
         converted = convert_linear(layer)
         assert relative(converted(rows), layer(rows)) < LARGEST
     finally:
-        cusparselt.way.cache_clear()
+        support.cache_clear()
     assert table.rows[0].kernel in (Kernel("torch"), Kernel("expand"))
     assert "no such library" in table.rows[0].notes[0]

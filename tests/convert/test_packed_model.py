@@ -9,7 +9,7 @@ from live_bytes import LiveBytes
 from torch import nn
 
 from prox24_lightning.convert import SemiStructuredLinear, Target, packed_model
-from prox24_lightning.convert.autotune.kernel_table import KernelTable, Row
+from prox24_lightning.convert.autotune.kernel_table import KernelTable, TableRow
 from prox24_lightning.convert.format import packed_weight
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
@@ -192,7 +192,7 @@ def test_a_buffer_that_no_file_can_give_is_refused(tmp_path):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """The CPU counts as a GPU that runs sparse layers; they are made and put in, and cannot be called."""
-    table = KernelTable((0, 0), (Row(16384, Kernel("cusparselt")),))
+    table = KernelTable((0, 0), (TableRow(16384, Kernel("cusparselt")),))
     monkeypatch.setattr(packed_model, "target_of", lambda device: Target("pretended H200", (9, 0), "cusparselt"))
     monkeypatch.setattr(packed_model, "stored_table", lambda *args, **options: table)
 

@@ -137,13 +137,13 @@ def packed():
 @pytest.mark.parametrize("indices", [0b01_00_00_11, 0b01_00_10_10, 0b00_01_11_00])
 def test_positions_that_do_not_ascend_are_refused(packed, indices):
     damaged = replace(packed, indices=torch.tensor([[indices]], dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"up: the two positions of group [01] in row 0 .* must ascend"):
+    with pytest.raises(ValueError, match=r"up: the two indices of group [01] in row 0 .* must ascend"):
         unpack_24(damaged, name="up")
 
 
 def test_a_value_behind_the_end_is_refused(packed):
     damaged = replace(packed, indices=packed.indices & 0b1111 | 0b10_00 << 4)
-    with pytest.raises(ValueError, match="up: a value lies behind the last of 6 inputs"):
+    with pytest.raises(ValueError, match="up: a value lies beyond the last of 6 inputs"):
         check_packed(damaged, name="up")
 
 

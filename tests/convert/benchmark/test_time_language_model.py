@@ -182,7 +182,7 @@ def pretended_gpu(monkeypatch):
         "synchronize": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(generation, "measure", measure)
+    monkeypatch.setattr(generation, "time_calls", measure)
     monkeypatch.setattr(generation, "release_memory", lambda: None)
     monkeypatch.setattr(generation, "capture", lambda call: SimpleNamespace(replay=call))
     monkeypatch.setattr(

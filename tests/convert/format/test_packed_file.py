@@ -189,18 +189,18 @@ def forge(path, **changes):
     [
         ({"packed": "[]"}, "its JSON is no object"),
         ({"info": "[" * 100_000}, "nested too deeply"),
-        ({"packed": {"w": 3}}, "w has no sound shape or dim"),
-        ({"packed": {"w": {"shape": [4, -8], "dim": 1}}}, "w has no sound shape or dim"),
-        ({"packed": {"w": {"shape": [True, 8], "dim": 1}}}, "w has no sound shape or dim"),
-        ({"packed": {"w": {"shape": [4, 8], "dim": 2}}}, "w has no sound shape or dim"),
-        ({"packed": {"w": {"shape": [8], "dim": 0}}}, "w has no sound shape or dim"),
-        ({"packed": {"w": {"shape": [4, 8], "dim": "1"}}}, "w has no sound shape or dim"),
+        ({"packed": {"w": 3}}, "w has no valid shape or dim"),
+        ({"packed": {"w": {"shape": [4, -8], "dim": 1}}}, "w has no valid shape or dim"),
+        ({"packed": {"w": {"shape": [True, 8], "dim": 1}}}, "w has no valid shape or dim"),
+        ({"packed": {"w": {"shape": [4, 8], "dim": 2}}}, "w has no valid shape or dim"),
+        ({"packed": {"w": {"shape": [8], "dim": 0}}}, "w has no valid shape or dim"),
+        ({"packed": {"w": {"shape": [4, 8], "dim": "1"}}}, "w has no valid shape or dim"),
         ({"packed": {"w": {"shape": [2**40, 2**30], "dim": 1}}}, "does not fit what is stored"),
         ({"packed": {"w": {"shape": [8, 8], "dim": 1}}}, "does not fit what is stored"),
         ({"packed": {"b": {"shape": [4, 8], "dim": 1}}}, "does not fit what is stored"),
-        ({"aliases": {"a": "none"}}, "a is said to share the tensor 'none'"),
-        ({"aliases": {"a": ["b"]}}, "a is said to share the tensor"),
-        ({"aliases": {"b": "w"}}, "b is said to share the tensor 'w'"),
+        ({"aliases": {"a": "none"}}, "a shares the tensor 'none'"),
+        ({"aliases": {"a": ["b"]}}, "a shares the tensor"),
+        ({"aliases": {"b": "w"}}, "b shares the tensor 'w'"),
         ({"hashes": {}}, "hashes are given for"),
     ],
 )
@@ -220,7 +220,7 @@ def test_forged_positions_are_refused(tmp_path):
         PackedFile(path).read("w")
     hashes = json.loads(metadata["hashes"])
     hashes["w.indices"] = hashlib.sha256(tensors["w.indices"].numpy().tobytes()).hexdigest()
-    with pytest.raises(ValueError, match=r"forged or broken packed file: w: the two positions of group 0 in row 1"):
+    with pytest.raises(ValueError, match=r"forged or broken packed file: w: the two indices of group 0 in row 1"):
         PackedFile(forge(path, hashes=hashes)).read("w")
 
 

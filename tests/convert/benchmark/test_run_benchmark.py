@@ -156,7 +156,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(run, "measure_limits", lambda dtype, device: LIMITS)
     monkeypatch.setattr(convert, "target_of", lambda device: HOPPER)
     for module in (layer_benchmark, model_benchmark):
-        monkeypatch.setattr(module, "measure", measure)
+        monkeypatch.setattr(module, "time_calls", measure)
         monkeypatch.setattr(module, "release_memory", lambda: None)
         monkeypatch.setattr(module, "capture", lambda call: SimpleNamespace(replay=call))
     monkeypatch.setattr(torch, "device", lambda *args: cpu)
@@ -215,7 +215,7 @@ def test_slow_layers_and_the_note_on_graphs(pretended_gpu, monkeypatch):
         times = next(calls_) or pretended_gpu
         return {name: timing(times[name]) for name in variants}
 
-    monkeypatch.setattr(layer_benchmark, "measure", measure)
+    monkeypatch.setattr(layer_benchmark, "time_calls", measure)
     net = Net()
     report = run_benchmark(net, Settings(**QUICK), inputs=whole(net))
     assert report.names("sparse") == ()

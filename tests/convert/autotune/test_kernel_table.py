@@ -1,0 +1,82 @@
+"""The choice of kernels from measured times or by rule. No GPU needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from prox24_lightning.convert.autotune.disk_cache import Machine
+from prox24_lightning.convert.autotune.kernel_table import (
+    BUCKETS,
+    DENSE,
+    KernelTable,
+    KernelTimes,
+    TableRow,
+    choose,
+    completed,
+    table_by_rule,
+)
+from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS
+from prox24_lightning.convert.kernels.registry import Kernel, kernel_for
+
+SHAPE = (4096, 1024)
+FEW = str(Kernel.few(TILINGS[0]))
+
+
+def times(tokens: int, dense: float, **kernels: float) -> KernelTimes:
+    return KernelTimes(tokens, dense, {{"few": FEW, "plan": "cusparselt:7"}[name]: us for name, us in kernels.items()})
+
+
+MACHINE = Machine("some GPU", "580.1", "2.11", "800", "abc")
+
+
+def test_the_fastest_packed_kernel_is_chosen():
+    table = choose(SHAPE, [times(1024, 10, plan=7), times(1, 10, few=5, plan=9)])
+    assert table.text == f"1={FEW} 1024=cusparselt:7"
+    assert [row.speedup for row in table.rows] == [2, 10 / 7]
+    assert table.decision((1, 1024)) is None
+
+
+def test_the_dense_weight_is_used_only_if_it_is_kept():
+    measured = [times(1, 10, few=5), times(256, 10, plan=12)]
+    without, kept = (choose(SHAPE, measured, keep_dense=keep) for keep in (False, True))
+    assert str(without.rows[1].kernel) == "cusparselt:7"
+    assert kept.rows[1].kernel == DENSE
+    assert kept.rows[1].speedup == 1
+    assert without.decision((1, 256)) == (
+        "slower (0.83 x at 256 tokens; keep_dense=True would use cuBLAS there): stays dense"
+    )
+    assert without.decision((1,)) is None, "slower only at a number of tokens that does not matter"
+    assert kept.decision((1, 256)) is None
+    assert "no packed kernel is faster" in kept.decision((256,))
+
+
+def test_neighbours_with_one_kernel_share_an_entry():
+    table = choose(SHAPE, [times(1, 10, few=5), times(8, 10, few=5), times(64, 10, plan=5), times(128, 9, plan=5)])
+    assert table.text == f"8={FEW} 128=cusparselt:7"
+
+
+def test_nothing_measured_is_an_error_with_its_reason():
+    with pytest.raises(ValueError, match=r"no packed kernel runs for \(4096, 1024\) at 64 tokens: out of luck"):
+        choose(SHAPE, [KernelTimes(64, 10.0, {}, ("out of luck",))])
+    assert choose(SHAPE, [KernelTimes(64, 10.0, {}, ("out of luck",))], keep_dense=True).rows[0].kernel == DENSE
+
+
+def test_by_rule_few_tokens_are_ours_and_many_the_librarys():
+    def ways(capability):
+        table = table_by_rule(SHAPE, capability)
+        return [kernel_for(table.text, tokens).name for tokens in (1, 8, 32, 200, 100_000)]
+
+    assert ways((9, 0)) == [*["warpgroup"] * 4, "cusparselt"]
+    assert ways((8, 0)) == ["few", "few", "few", "cusparselt", "cusparselt"]
+    without_compiler = table_by_rule(SHAPE, (9, 0), "torch", own=False)
+    assert [row.kernel.name for row in without_compiler.rows] == ["torch"]
+    old = table_by_rule(SHAPE, (7, 5), "expand")
+    assert old.text == f"{BUCKETS[-1]}=expand"
+
+
+def test_rules_fill_what_was_not_measured():
+    measured = (TableRow(64, DENSE, 1.0, 1.0),)
+    table = KernelTable(SHAPE, completed(measured, table_by_rule(SHAPE, (9, 0)).rows))
+    assert [row.tokens for row in table.rows] == sorted({row.tokens for row in table.rows})
+    assert kernel_for(table.text, 64) == DENSE
+    assert kernel_for(table.text, 1).name == "warpgroup"

@@ -1,0 +1,33 @@
+"""Timing kernels. No GPU needed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from prox24_lightning.convert.autotune import time_kernels
+from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS
+from prox24_lightning.convert.kernels.registry import Kernel
+from prox24_lightning.convert.measurement import Timing
+
+
+@pytest.mark.parametrize("offset", [1.0, float("nan")])
+def test_a_kernel_whose_products_are_wrong_is_not_timed(monkeypatch, offset):
+    weight = torch.randn(8, 128)
+    few, wrong = Kernel.few(TILINGS[0]), Kernel.few(TILINGS[1])
+
+    def prepared(kernel, *_):
+        return lambda inputs, *_: inputs @ weight.t() + (offset if kernel == wrong else 0)
+
+    def measured(variants, **_):
+        return {name: Timing(1.0, 1.0, 1.0) for name in variants}
+
+    monkeypatch.setattr(time_kernels, "prepare", prepared)
+    monkeypatch.setattr(time_kernels, "capture", lambda call: SimpleNamespace(replay=call))
+    monkeypatch.setattr(time_kernels, "time_calls", measured)
+    found = time_kernels._time_point(((8, 128), 3), torch.float32, [few, wrong], ["told"], [weight], [weight])
+    assert list(found.kernels) == [str(few)]
+    assert found.notes[0] == "told"
+    assert f"{wrong}: wrong products on this machine" in found.notes[1]

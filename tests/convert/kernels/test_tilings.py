@@ -1,0 +1,68 @@
+"""How the CUDA kernels cut up their work. No GPU needed."""
+
+from __future__ import annotations
+
+import torch
+
+from prox24_lightning.convert.kernels.few_tokens import kernel as few_tokens
+from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS, Tiling
+from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
+from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
+from prox24_lightning.convert.kernels.warpgroup.kernel import wgmma_instruction
+from prox24_lightning.convert.kernels.warpgroup.tiling import TILINGS as WARPGROUP_TILINGS
+from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as WarpgroupTiling
+from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
+
+
+def test_tilings_fit_the_tokens_and_the_gpu():
+    for tokens in (1, 8, 9, 16, 32, 64):
+        found = few_tokens_tilings(tokens, (9, 0))
+        assert found
+        assert len({tiling.tokens for tiling in found}) == 1
+        assert found[0].tokens >= tokens
+    assert all(tiling.cluster == 1 for tiling in few_tokens_tilings(1, (8, 0)))
+    assert few_tokens_tilings(1, (7, 5)) == ()
+    for tiling in TILINGS:
+        assert tiling.shared_bytes <= 227 * 1024
+        assert tiling.threads <= 1024
+        assert tiling.resident * tiling.threads <= 2048
+        assert tiling.depth % tiling.span == 0
+
+
+def test_a_tiling_says_its_macros():
+    tiling = Tiling(1, 2, 8, 4, 2, 1, 2, 4, 1)
+    names = ["STAGED", "MT", "NT", "WR", "WK", "CS", "SPAN", "DEPTH", "RESIDENT"]
+    assert tiling.macros == dict(zip(names, (1, 2, 8, 4, 2, 1, 2, 4, 1), strict=True))
+    assert all(f"{name}" in few_tokens.SOURCE.read_text() for name in names)
+    assert (tiling.tokens, tiling.rows, tiling.threads) == (64, 128, 256)
+
+
+def test_blockings_fit_the_gpu():
+    for tokens in (1, 16, 17, 64, 100, 256, 512):
+        found = warpgroup_tilings(tokens, (9, 0))
+        assert found
+        assert max(tiling.tokens for tiling in found) >= min(tokens, 256)
+        assert {tiling.tokens for tiling in found} <= {8, 16, 32, 64, 128, 256}
+    for capability in ((8, 0), (8, 9), (10, 0)):
+        assert warpgroup_tilings(64, capability) == (), "the instructions are Hopper's alone"
+    assert warpgroup_tilings(4096, (9, 0)) == ()
+    assert all(tiling.tokens == 8 or tiling.across > 1 for tiling in warpgroup_tilings(5, (9, 0)))
+    assert any(tiling.across > 1 for tiling in warpgroup_tilings(5, (9, 0))), "to share takes sixteen tokens"
+    for tiling in WARPGROUP_TILINGS:
+        assert tiling.shared_bytes <= 227 * 1024
+        assert tiling.threads <= 1024
+        assert tiling.stages >= 2
+        assert tiling.across * tiling.cluster <= 8, "the largest cluster that every GPU of the kind takes"
+        assert tiling.tokens // tiling.across % 8 == 0, "the copy engine swizzles eight rows at a time"
+        assert tiling.stage_bytes % 1024 == 0
+
+
+def test_a_blocking_says_its_macros_and_its_instruction():
+    tiling = WarpgroupTiling(64, 2, 2, 4, 3)
+    assert tiling.macros == {"TOKENS": 64, "GROUPS": 2, "CR": 2, "CS": 4, "STAGES": 3}
+    assert all(name in warpgroup.SOURCE.read_text() for name in tiling.macros)
+    assert (tiling.rows, tiling.threads, tiling.stage_bytes) == (128, 288, 128 * 128 + 64 * 256 + 2048)
+    text = wgmma_instruction(64, torch.bfloat16)
+    assert "m64n64k32.f32.bf16.bf16" in text
+    assert "float (&d)[32]" in text
+    assert text.count("+f") == 32
