@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from prox24_lightning.finetune.optimizer_state import OptimizerState
 from prox24_lightning.mask import pack_mask
 from prox24_lightning.utils.triton import why_no_triton
 from prox24_lightning.weights.sharded import local_part
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes."""
 
 
 class MaskedParameters:
@@ -33,6 +38,7 @@ class MaskedParameters:
         self._parameters: dict[str, nn.Parameter] = {}
         self._handles: dict[str, RemovableHandle] = {}
         self._step_handles: list[RemovableHandle] = []
+        self._states: dict[int, OptimizerState] = {}
 
     def apply(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
         """Zero the pruned entries of ``parameter`` and its gradient, and mask every gradient from now on.
@@ -71,7 +77,7 @@ class MaskedParameters:
         optimizers = list(optimizers)
         self.mask_optimizer_state(optimizers)
         for optimizer in optimizers:
-            self._step_handles.append(optimizer.register_step_post_hook(lambda *_: self.mask_weights()))
+            self._step_handles.append(optimizer.register_step_post_hook(lambda stepped, *_: self.after_step(stepped)))
 
     def release(self, name: str) -> None:
         """Stop masking the gradients and weights of ``name``; the mask is kept."""
@@ -86,6 +92,22 @@ class MaskedParameters:
             self.release(name)
         while self._step_handles:
             self._step_handles.pop().remove()
+        self._states.clear()
+
+    def after_step(self, optimizer: Optimizer, names: Iterable[str] | None = None) -> None:
+        """Mask the weights ``names``, or all, and the copies of weights that ``optimizer`` keeps, after its step."""
+        self.mask_weights(names)
+        state = self._state_of(optimizer)
+        if self._parameters and state.has_copies:
+            state.mask(self._masks_by_parameter(), copies_alone=True)
+
+    @contextmanager
+    def carry_writes(self, optimizers: Iterable[Optimizer]) -> Iterator[None]:
+        """Move the copies that ``optimizers`` keep of weights as the code inside of the context moves the weights."""
+        with ExitStack() as stack:
+            for optimizer in optimizers:
+                stack.enter_context(self._state_of(optimizer).carry_writes())
+            yield
 
     @torch.no_grad()
     def mask_weights(self, names: Iterable[str] | None = None) -> None:
@@ -96,17 +118,17 @@ class MaskedParameters:
 
     @torch.no_grad()
     def mask_optimizer_state(self, optimizers: Iterable[Optimizer]) -> None:
-        """Zero the pruned entries of every state tensor that has the shape of its parameter (moments, momentum)."""
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        """Zero the pruned entries of moments and of copies of the weights."""
         for optimizer in optimizers:
-            for parameter, state in optimizer.state.items():
-                name = names.get(id(parameter))
-                if name is None or not isinstance(state, Mapping):
-                    continue
-                for value in state.values():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        part = local_part(value)
-                        part.masked_fill_(~self.masks[name].to(part.device), 0.0)
+            self._state_of(optimizer).mask(self._masks_by_parameter())
+
+    def _state_of(self, optimizer: Optimizer) -> OptimizerState:
+        if id(optimizer) not in self._states:
+            self._states[id(optimizer)] = OptimizerState(optimizer)
+        return self._states[id(optimizer)]
+
+    def _masks_by_parameter(self) -> dict[Tensor, Tensor]:
+        return {parameter: self.masks[name] for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
     def _zero_pruned(self, tensor: Tensor | None, name: str, *, mostly_zero: bool = False) -> None:
@@ -121,7 +143,8 @@ class MaskedParameters:
         if mask.device != values.device:  # the model was moved since
             mask = self.masks[name] = mask.to(values.device)
         if values.device.type == "cpu":
-            values.mul_(mask)  # five times faster than masked_fill_ there
+            # Twice as fast as masked_fill_, and as exact: as integers, infinity and NaN times zero are zero.
+            values.view(_INTEGERS[values.element_size()]).mul_(mask)
             return
         if values.is_cuda and values.is_contiguous() and why_no_triton(values.device) is None:
             from prox24_lightning.mask.triton_kernel import zero_pruned_triton
