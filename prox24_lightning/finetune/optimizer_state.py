@@ -21,19 +21,21 @@ from prox24_lightning.weights.sharded import local_part
 
 Kind = Literal["moment", "copy", "other"]
 
-MOMENTS = frozenset(
-    "exp_avg exp_avg_sq max_exp_avg_sq exp_avg_var max_exp_avg_var exp_avg_diff exp_avg_slow exp_avg_fast exp_inf "
-    "momentum momentum_buffer slow_momentum square_avg grad_avg acc_delta sum prev previous_grad hessian "
-    "state1 state2 kahan_comp".split()
-)
+# fmt: off
+MOMENTS = frozenset({
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var", "exp_avg_diff", "exp_avg_slow",
+    "exp_avg_fast", "exp_inf", "momentum", "momentum_buffer", "slow_momentum", "square_avg", "grad_avg", "acc_delta",
+    "sum", "prev", "previous_grad", "hessian", "state1", "state2", "kahan_comp",
+})
 """Elementwise statistics of gradients: zero where the weight is pruned."""
 
-COPIES = frozenset(
-    "z x0 p0 x_k ax ema shadow param_exp_avg param_buffer prev_param old_p slow_param slow_params slow_buffer "
-    "slow_weights cached_params lookahead_params backup_params trac master master_param master_params master_weight "
-    "fp32_param fp32_master".split()
-)
+COPIES = frozenset({
+    "z", "x0", "p0", "x_k", "ax", "ema", "shadow", "param_exp_avg", "param_buffer", "prev_param", "old_p",
+    "slow_param", "slow_params", "slow_buffer", "slow_weights", "cached_params", "lookahead_params", "backup_params",
+    "trac", "master", "master_param", "master_params", "master_weight", "fp32_param", "fp32_master",
+})
 """Points in the space of the weight: masters, averages, slow, earlier and initial weights."""
+# fmt: on
 
 _OUTSIDE = "keeps fp32 copies of the weights outside of its state; use the trainer's mixed precision (bf16-mixed)"
 REFUSED = {

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from prox24_lightning.finetune.optimizer_state import check_optimizer
 from prox24_lightning.utils.distributed import any_rank, rank
 from prox24_lightning.utils.files import check_folder
 from prox24_lightning.weights.groups import Dim
@@ -37,16 +38,7 @@ def check_place(masks_file: str | Path | None) -> None:
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers whose steps cannot be noticed, or that a prox between steps would mislead."""
     for optimizer in optimizers:
-        if not hasattr(optimizer, "register_step_post_hook"):
-            raise ValueError(
-                f"the step hooks of torch.optim.Optimizer are needed, which {type(optimizer).__name__} lacks; "
-                "derive it from torch.optim.Optimizer"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "this cannot work with LBFGS: the prox changes weights between steps and makes its curvature "
-                "history false; use SGD, Adam or AdamW"
-            )
+        check_optimizer(optimizer)
 
 
 def optimized(selection: Selection, optimizers: Sequence[Optimizer], *, explicit: bool) -> Selection:

@@ -133,7 +133,7 @@ class SparsityEngine:
         Raises:
             RuntimeError: if the model now uses another parameter in a weight's place than the optimizers train.
         """
-        self._listener.reset()
+        self._listener.before_batch(weight.parameter for weight in self.weights)
         if has_replaced(self.weights, self._bound, self._optimizers):
             self.bind(self._optimizers)
         if not self._frozen:
@@ -150,7 +150,7 @@ class SparsityEngine:
     def _after_step(self, optimizer: Optimizer) -> None:
         self.step += 1
         owned = self._owned[id(optimizer)]
-        self.masked.mask_weights(weight.name for weight in owned)
+        self.masked.after_step(optimizer, [weight.name for weight in owned])
         if self._frozen:
             return
         if self._moments is not None and self._moments.collecting:
@@ -161,7 +161,9 @@ class SparsityEngine:
             self._freeze()
         elif self.step > self.plan.start:
             waiting = [weight for weight in owned if weight.name not in self.masks]
-            self._hold(self.strategy.after_step(self.step, waiting, self.metric_scale))
+            with self.masked.carry_writes(self._optimizers):
+                frozen = self._write(self.strategy.after_step(self.step, waiting, self.metric_scale))
+            self._hold(frozen)
 
     def _begin(self) -> None:
         self._begun = True
@@ -176,19 +178,27 @@ class SparsityEngine:
     def _freeze(self) -> None:
         """Freeze what is not frozen yet, and hold all masks from now on."""
         waiting = [weight for weight in self.weights if weight.name not in self.masks]
-        self._hold(self.strategy.finish(waiting, self.metric_scale))
+        with self.masked.carry_writes(self._optimizers):
+            frozen = self._write(self.strategy.finish(waiting, self.metric_scale))
+        self._hold(frozen)
         self._frozen = True
         self.strategy.detach()
         if self._moments is not None:
             self._moments.detach()
 
+    def _write(self, frozen: Frozen) -> Frozen:
+        """Write the values of newly frozen weights."""
+        parameters = {weight.name: weight.parameter for weight in self.weights}
+        for name, (_, values) in frozen.items():
+            local_part(parameters[name]).copy_(values)
+        return frozen
+
     def _hold(self, frozen: Frozen) -> None:
-        """Write the values of newly frozen weights and hold their masks, in the optimizer's state too."""
+        """Enforce the masks of newly frozen weights, in the optimizer's state too."""
         if not frozen:
             return
         parameters = {weight.name: weight.parameter for weight in self.weights}
-        for name, (mask, values) in frozen.items():
-            local_part(parameters[name]).copy_(values)
+        for name, (mask, _) in frozen.items():
             self.masked.apply(name, parameters[name], mask)
         self._check_ranks({name: whole(mask, parameters[name]) for name, (mask, _) in frozen.items()})
         self.masked.mask_optimizer_state(self._optimizers)

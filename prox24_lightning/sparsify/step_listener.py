@@ -77,7 +77,7 @@ class StepListener:
         self._depth.clear()
         if self._noticed:
             return
-        samples = [local_part(weight).flatten()[:_SAMPLE].float() for weight in weights]
+        samples = [local_part(weight).flatten()[:_SAMPLE].float().nan_to_num() for weight in weights]
         sample = torch.cat([part.to(samples[0].device) for part in samples]) if samples else torch.empty(0)
         if self._sample is not None and self._sample.shape == sample.shape and not torch.equal(self._sample, sample):
             self._changed_batches += 1
