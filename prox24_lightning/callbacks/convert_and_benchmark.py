@@ -1,8 +1,9 @@
-"""The final hook: what of the finished model runs on sparse tensor cores, and does it pay?"""
+"""The callback that converts and times the finished model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from typing_extensions import override
 
@@ -20,7 +22,7 @@ from prox24_lightning.convert.benchmark.render import print_report, to_markdown,
 from prox24_lightning.convert.benchmark.report import Report, RunMode
 from prox24_lightning.convert.benchmark.run import empty_report, run_benchmark
 from prox24_lightning.convert.benchmark.settings import Settings
-from prox24_lightning.convert.convert import convert_model, expand_model
+from prox24_lightning.convert.convert import convert_model
 from prox24_lightning.convert.measurement import release_memory
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import cast_model
@@ -32,33 +34,34 @@ Dtype = Literal["bfloat16", "float16"]
 
 
 class ConvertAndBenchmark(Callback):
-    """After the fit, convert a copy of the model to semi-structured 2:4 layers, time it against the dense one, report.
+    """Convert a copy of the finished model to semi-structured 2:4 layers, time it against the dense one, and report.
 
-    Every layer is checked strictly (one group with three non-zeros and it stays dense), packed, compared with the
-    dense layer and timed on the GPU at ``token_counts``, then the whole model on the inputs of one training batch. The
-    user's model is not touched: it stays dense with zeros, on its device, in its dtype, trainable. Without a GPU the
-    report says which layers would be converted on one, and why the others would not.
+    Every layer is checked strictly (one group with three non-zeros keeps it dense), packed, compared with the dense
+    layer and timed on the GPU at ``token_counts``; then the whole model is timed on the inputs of one training batch.
+    The user's model does not change: it stays dense with zeros, on its device, in its dtype, trainable. Without a GPU
+    the report names the layers that a GPU would run sparse, and the reasons of the others.
 
     Written at the end: ``<filename>.json`` and ``<filename>.md``, a table in the terminal, scalars under ``convert/``
-    to every logger, the Markdown as text to TensorBoard. Whatever goes wrong here, out of memory included, is a
-    warning and an entry in the JSON: a finished run never fails in this callback.
+    to every logger, the Markdown as text to TensorBoard. Every error here, out of memory and a full disk included,
+    becomes a warning and an entry in the JSON: a finished run never fails in this callback.
 
-    It works in ``on_fit_end``. Averaging callbacks (EMA, SWA) put their weights into the model in ``on_train_end``
-    and checkpoints are written there too, so that only here the weights are final and no checkpoint can catch a
-    converted model. The trainer has moved the module to the CPU by then; the copy goes back to the run's GPU.
+    The work is done in ``on_fit_end``: averaging callbacks (EMA, SWA) put their weights into the model in
+    ``on_train_end``, where checkpoints are written too. After that the weights are final, and no checkpoint can hold
+    a converted model. The trainer has moved the module to the CPU by then; the copy goes back to the run's GPU.
 
     Args:
         token_counts: rows of input at which each layer is timed.
         dtype: of the copy, dense and sparse alike; the libraries take 16-bit types only.
         in_place: convert the user's model itself, after measuring: it moves to the GPU, in ``dtype``, and cannot be
             trained or checkpointed as before (:func:`~prox24_lightning.convert.expand_model` brings back dense
-            layers). The optimizer's parameters of converted layers are empty then. One process only.
+            layers). The optimizer's parameters of converted layers are empty then. One process only. Where the
+            conversion fails, the model is as it was.
         dirpath: folder of the two files; None takes the logger's folder, or the trainer's ``default_root_dir``.
-        filename: their name without ending.
+        filename: name of the two files, without ending.
         only_if_faster: a layer that is slower at one of the ``token_counts`` stays dense, and so does a whole model
-            that is slower. False converts all that can be converted.
+            that is slower. False converts every layer that can run sparse.
         run_mode: the times that decide: ``"eager"`` calls, or calls replayed as a CUDA ``"graph"``.
-        keep_dense: hold the dense weights too, for the numbers of tokens at which cuBLAS is faster.
+        keep_dense: keep the dense weights too, for the numbers of tokens at which cuBLAS is faster.
         rounds: repetitions of each measurement.
         verbose: print the tables.
 
@@ -112,14 +115,17 @@ class ConvertAndBenchmark(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = None
-        # trainer.log_dir talks to all ranks, so it is asked here and not in the part that only the first one runs.
+        # trainer.log_dir is a collective call; on_fit_end runs on the first rank only.
         self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drop_catcher()
         if trainer.is_global_zero:
-            self._catcher = InputCatcher(pl_module, _linear_layers(trainer, pl_module))
+            try:
+                self._catcher = InputCatcher(pl_module, _linear_layers(trainer, pl_module))
+            except Exception as error:
+                _warn(f"ConvertAndBenchmark cannot record example inputs, only layers are timed: {describe(error)}")
 
     @override
     def on_train_batch_end(
@@ -141,7 +147,8 @@ class ConvertAndBenchmark(Callback):
         if not trainer.is_global_zero:
             return
         try:
-            self.report = self._run(trainer, pl_module)
+            with isolate_rng():
+                self.report = self._run(trainer, pl_module)
         except Exception as error:
             problem = describe(error)
             _warn(f"ConvertAndBenchmark failed, the run itself is complete: {problem}")
@@ -166,7 +173,7 @@ class ConvertAndBenchmark(Callback):
         inputs = self._catcher.inputs if self._catcher is not None else None
         inputs = inputs or own_example(pl_module)
         device = trainer.strategy.root_device
-        # What a LightningModule may hold besides its weights, and what its copy is not to drag along.
+        # A LightningModule may hold these, and a copy of it must not copy them.
         shared = [trainer, *trainer.loggers, *trainer.optimizers]
         shared += [*trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
         report = run_benchmark(
@@ -179,18 +186,15 @@ class ConvertAndBenchmark(Callback):
         )
         if inputs is None and report.shapes:
             report = report.with_note(
-                "Whole model not timed: no call of it was seen in the first batch (a compiled training step hides it), "
+                "Whole model not timed: the first batch made no call that Python sees (it is compiled, perhaps), "
                 "and the module has no example_input_array."
             )
         names = report.names("sparse")
         if self.in_place and names:
-            cast_model(pl_module, self.settings.dtype, device)
-            try:
+            with _unchanged_on_error(pl_module):
+                cast_model(pl_module, self.settings.dtype, device)
                 # Optimizers and Prox24 outlive the fit and still hold the dense weights.
                 convert_model(pl_module, names, keep_dense=self.settings.keep_dense, empty_dense=True)
-            except Exception:
-                expand_model(pl_module)
-                raise
             report = report.with_note(f"in_place: {len(names)} layers of the user's model are now sparse.")
         return report
 
@@ -205,7 +209,7 @@ class ConvertAndBenchmark(Callback):
 
     def _write(self, trainer: Trainer, report: Report) -> None:
         if _is_rehearsal(trainer) and self.dirpath is None:
-            return  # like loggers and checkpoints, which a fast_dev_run leaves no trace of
+            return  # a fast_dev_run writes no logs and no checkpoints either
         folder = self._folder or Path(trainer.default_root_dir)
         _, page = write_report(report, folder, self.filename)
         rank_zero_info(f"ConvertAndBenchmark: wrote {page} and the same as JSON")
@@ -221,8 +225,36 @@ class ConvertAndBenchmark(Callback):
                 _warn(f"ConvertAndBenchmark could not write to {type(logger).__name__}: {describe(error)}")
 
 
+@contextmanager
+def _unchanged_on_error(module: nn.Module) -> Iterator[None]:
+    """Put the submodules and tensors of ``module`` back if the block raises.
+
+    The tensors of before stay in memory until the block ends: on the CPU, where Lightning puts the model after a fit.
+    """
+    children = [(parent, dict(parent._modules)) for parent in module.modules()]
+    parameters = list(module.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    buffers = [(owner, dict(owner._buffers)) for owner in module.modules()]
+    tensors = [*parameters, *module.buffers(), *(gradient for gradient in gradients if gradient is not None)]
+    contents = [tensor.data for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for parent, before in children:
+            parent._modules.update(before)
+        for owner, before_buffers in buffers:
+            owner._buffers.update(before_buffers)
+        for parameter in parameters:
+            parameter.grad = None
+        for tensor, data in zip(tensors, contents, strict=True):
+            tensor.data = data
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        raise
+
+
 def _linear_layers(trainer: Trainer, pl_module: LightningModule) -> list[str]:
-    """The layers that Prox24 makes 2:4; without one every linear layer."""
+    """Return the layers that Prox24 prunes; without a Prox24 every linear layer."""
     chosen = [weight.module_name for callback in _sparsifiers(trainer) for weight in callback.weights]
     return chosen or [
         clean_name(name)
@@ -232,14 +264,14 @@ def _linear_layers(trainer: Trainer, pl_module: LightningModule) -> list[str]:
 
 
 def _reasons(trainer: Trainer) -> dict[str, str]:
-    """What Prox24 knows about layers that are not 2:4, by layer."""
+    """Return layer name -> why Prox24 has not pruned it."""
     reasons: dict[str, str] = {}
     for callback in _sparsifiers(trainer):
         for skipped in callback.selection.skipped:
             reasons[skipped.name.rpartition(".")[0]] = f"{callback.name} left it dense: {skipped.reason}"
     for callback in _sparsifiers(trainer):
         for weight in callback.weights:
-            reasons.pop(weight.module_name, None)  # one of two callbacks left it to the other
+            reasons.pop(weight.module_name, None)  # another Prox24 prunes it
             if callback.phase != "frozen":
                 reasons[weight.module_name] = f"{callback.name} ended in phase {callback.phase!r}, before its freeze"
     return reasons
@@ -256,5 +288,5 @@ def _sparsifiers(trainer: Trainer) -> list[Prox24]:
 def _warn(text: str) -> None:
     try:
         rank_zero_warn(text)
-    except Warning:  # warnings may be errors in the user's process; a finished run is not to fail by ours
+    except Warning:  # warnings may be errors in the user's process, and must not fail a finished run
         rank_zero_info(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from dataclasses import replace
@@ -208,6 +209,48 @@ def test_a_failure_stays_a_warning_where_warnings_are_errors(tmp_path, monkeypat
     assert trainer.state.finished
 
 
+@pytest.mark.parametrize("broken", ["log", "write", "print"])
+def test_a_full_disk_is_a_warning(tmp_path, monkeypatch, broken):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name = {"log": "to_markdown", "write": "write_report", "print": "print_report"}[broken]
+    monkeypatch.setattr(convert_and_benchmark, name, full)
+    final = ConvertAndBenchmark(verbose=broken == "print")
+    logger = TensorBoardLogger(tmp_path)
+    trainer = quiet_trainer(max_steps=4, callbacks=[final], default_root_dir=tmp_path, logger=logger)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        trainer.fit(TinyModule(), tiny_loader())
+    assert trainer.state.finished
+    assert final.report.error is None
+
+
+def test_a_model_whose_inputs_cannot_be_recorded_trains(tmp_path, monkeypatch):
+    def refused(*args):
+        raise RuntimeError("hooks are not allowed")
+
+    monkeypatch.setattr(convert_and_benchmark, "InputCatcher", refused)
+    with pytest.warns(UserWarning, match="cannot record example inputs.*hooks are not allowed"):
+        final, _, trainer = fit(tmp_path, prox())
+    assert trainer.state.finished
+    assert states(final.report)[HIDDEN][0] == "fits"
+
+
+def test_random_numbers_after_the_fit_are_those_without_the_callback(tmp_path, monkeypatch):
+    def drawing(model, settings, **_):
+        torch.rand(7)
+        return empty_report(settings)
+
+    monkeypatch.setattr(convert_and_benchmark, "run_benchmark", drawing)
+    drawn = []
+    for callbacks in ([], [ConvertAndBenchmark(verbose=False)]):
+        torch.manual_seed(0)
+        trainer = quiet_trainer(max_steps=4, callbacks=callbacks, default_root_dir=tmp_path)
+        trainer.fit(TinyModule(), tiny_loader())
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
 def test_ctrl_c_is_not_swallowed(tmp_path, monkeypatch):
     def run(*args, **kwargs):
         raise KeyboardInterrupt
@@ -348,6 +391,42 @@ def test_in_place_takes_the_memory_of_the_dense_weights(tmp_path, monkeypatch, k
     assert torch.equal(module.model[2].weight, unpack_24(module.model[2].packed_weight))
     with pytest.raises(ValueError, match=r"model\.2\.weight is empty: its layer was converted in place"):
         sparsifier.save_masks(tmp_path / "masks.safetensors")
+
+
+def test_in_place_leaves_the_model_as_it_was_where_the_conversion_fails(tmp_path, monkeypatch):
+    def chosen(model, settings, **_):
+        layers = tuple(LayerOutcome(name, "Linear", (16, 16), "sparse", "") for name in (HIDDEN, "model.0"))
+        return replace(empty_report(settings), layers=layers)
+
+    def one_then_broken(model, names, **arguments):
+        convert.convert_model(model, [HIDDEN], **arguments)
+        assert isinstance(model.model[2], SemiStructuredLinear)
+        raise RuntimeError("kernel went away")
+
+    monkeypatch.setattr(convert_and_benchmark, "run_benchmark", chosen)
+    monkeypatch.setattr(convert_and_benchmark, "convert_model", one_then_broken)
+    monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
+    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: unmeasured(shape, (9, 0)))
+    module = TinyModule()
+    module.register_buffer("scale", torch.ones(3))
+    seen = {}
+
+    class Seen(Callback):
+        def on_train_end(self, trainer, pl_module):
+            seen.update({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
+
+    parameters, layer = dict(module.named_parameters()), module.model[2]
+    final = ConvertAndBenchmark(in_place=True, verbose=False)
+    trainer = quiet_trainer(max_steps=6, callbacks=[prox(), Seen(), final], default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match="kernel went away"):
+        trainer.fit(module, tiny_loader())
+    assert module.model[2] is layer
+    assert all(parameter is parameters[name] for name, parameter in module.named_parameters())
+    assert module.state_dict().keys() == seen.keys()
+    for name, tensor in module.state_dict().items():
+        assert tensor.dtype == seen[name].dtype
+        assert torch.equal(tensor, seen[name]), name
+    module(torch.randn(2, 8)).sum().backward()
 
 
 @pytest.fixture
