@@ -105,12 +105,13 @@ def bench(
             )
         if target.problem is not None:
             raise ValueError(f"nothing runs sparse on this GPU: {target.problem}")
+        data = PythonTopics() if text is None else PlainText(text)
         source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
         if token_counts is None and _is_language_model(source):
             settings = replace(settings, token_counts=tuple(sorted({workload.tokens for workload in workloads})))
         console = Console()
         facts = describe_environment()
-        score, about = _score(source, text, sequences, length) if head == "causal_lm" else (None, None)
+        score, about = _score(source, data, sequences, length) if head == "causal_lm" else (None, None)
         report = run_benchmark(source.model, settings, inputs=own_example(source.model) if source.callable else None)
         if not report.shapes:
             raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor says why")
@@ -150,12 +151,11 @@ def _with_language(
 
 
 def _score(
-    source: Source, text: Path | None, sequences: int, length: int
+    source: Source, data: TextSource, sequences: int, length: int
 ) -> tuple[Callable[[nn.Module], float] | None, str | None]:
     """How to take the perplexity of a model, and on what; None without a tokenizer."""
     if not source.companions or not sequences:
         return None, None
-    data: TextSource = PythonTopics() if text is None else PlainText(text)
     ids = token_sequences(source.companions[0], data.texts("evaluation"), sequences, length)
     return lambda model: perplexity(model, ids), f"{data.describe()}, {sequences} x {length} tokens"
 

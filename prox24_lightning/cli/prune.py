@@ -77,16 +77,18 @@ def prune(
         console = Console()
         torch.set_float32_matmul_precision(matmul_precision)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        network, companions = model.load()
+        # Texts first: a missing or short one costs no loading of weights.
+        tokenizer = model.tokenizer()
+        ids = token_sequences(tokenizer, data.texts("calibration"), sequences, length, seed=seed)
+        held_out = None
+        if eval_sequences:
+            held_out = token_sequences(tokenizer, data.texts("evaluation"), eval_sequences, length, seed=seed)
+        network = model.model()
         # One block at a time goes to the device; a model that fits is faster there as a whole.
         if place.type != "cpu" and offload == "device":
             network.to(place)
-        tokenizer = companions[0]
-        ids = token_sequences(tokenizer, data.texts("calibration"), sequences, length, seed=seed)
-        held_out = None
         scores: dict[str, float] = {}
-        if eval_sequences:
-            held_out = token_sequences(tokenizer, data.texts("evaluation"), eval_sequences, length, seed=seed)
+        if held_out is not None:
             scores["perplexity, dense"] = perplexity(network, held_out, batch_size)
             console.print(f"held-out perplexity, dense: {scores['perplexity, dense']:.3f}")
         options: dict[str, Any] = {} if steps is None else {"steps": steps}
@@ -118,6 +120,6 @@ def prune(
             "seed": seed,
             **{key: f"{value:.3f}" for key, value in scores.items()},
         }
-        save_pruned(output, network, report, companions=companions, protocol=protocol)
+        save_pruned(output, network, report, companions=[tokenizer], protocol=protocol)
         report.plot(output / "layerwise.png")
         console.print(f"saved to {output}: load it with from_pretrained; masks, report and card lie beside it")

@@ -1,1 +1,1 @@
-"""The former home of ``packed_folder``, kept because model cards that users have published name it."""
+"""The import path of ``packed_folder`` that older model cards name."""

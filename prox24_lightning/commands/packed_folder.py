@@ -1,4 +1,4 @@
-"""``prox24_lightning.io.packed_folder`` under the name that older model cards give it."""
+"""Alias of :mod:`prox24_lightning.io.packed_folder`, for older model cards."""
 
 from prox24_lightning.io.packed_folder import is_packed_folder, load_folder, save_folder
 

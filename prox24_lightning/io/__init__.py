@@ -1,1 +1,1 @@
-"""Pretrained models, packed folders and texts: public, since users' model cards name it."""
+"""Pretrained models, packed folders and texts. Public and stable: model cards name ``io.packed_folder``."""

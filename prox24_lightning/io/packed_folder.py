@@ -1,4 +1,4 @@
-"""A packed model as a folder: ``packed.safetensors``, and what a Hugging Face model needs beside it."""
+"""Packed models as folders: ``packed.safetensors`` beside the configs and tokenizer of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKED_ENDING = ".safetensors"
 
 
 def is_packed_folder(folder: str | Path) -> bool:
-    """Whether a packed Hugging Face model lies there."""
+    """Return whether the folder holds a packed Hugging Face model."""
     return (Path(folder) / PACKED_FILE).is_file() and (Path(folder) / "config.json").is_file()
 
 
@@ -35,19 +35,19 @@ def load_folder(
     device: torch.device | str = "cpu",
     sparse: bool = False,
 ) -> Any:
-    """The model of a packed folder with exactly the stored values: dense, or on a GPU with its layers sparse.
+    """Load a packed folder with exactly the stored values: dense, or on a GPU with sparse layers.
 
     Args:
-        folder: that :func:`save_folder` wrote.
-        auto: the auto class of transformers that builds it (``AutoModelForCausalLM``).
-        dtype: what the weights of a dense model are cast to; None keeps them as they are stored.
-        device: where it goes.
-        sparse: see :func:`~prox24_lightning.convert.packed_model.load_packed`; the dense model is then never there.
+        folder: written by :func:`save_folder`.
+        auto: the auto class of transformers that builds the model (``AutoModelForCausalLM``).
+        dtype: cast the weights of a dense model to it; None keeps them as they are stored.
+        device: of the model.
+        sparse: see :func:`~prox24_lightning.convert.packed_model.load_packed`; the dense model never exists.
 
     Raises:
         FileNotFoundError: if the folder holds no packed file.
-        ValueError: if the file is damaged or does not fit the folder's config, or there is no config to build a model
-            by; for ``sparse`` without a suitable GPU or with a dtype.
+        ValueError: if the file is damaged or does not fit the folder's config, or the folder has no config; for
+            ``sparse`` without a suitable GPU or with a dtype.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -73,8 +73,8 @@ def load_folder(
 
 
 def _build(auto: Any, config: Any, dtype: torch.dtype) -> Any:
-    """The model without the memory of its weights. What it computes for itself, such as tables of positions, is as
-    from_pretrained makes it: computed in float32, then of the dtype that the model gives it."""
+    """Build the model with weights on the meta device. Buffers that it computes, such as tables of positions, are as
+    from_pretrained makes them: computed in float32, then cast to the model's dtype."""
     with EmptyOnMeta():
         precise = dict(auto.from_config(deepcopy(config), dtype=torch.float32).named_buffers())
         model = auto.from_config(config, dtype=dtype)
@@ -92,14 +92,14 @@ def save_folder(
     source: str,
     companions: Sequence[Any] = (),
 ) -> PackedFile:
-    """Write a model packed, layer by layer, with a card and, for a Hugging Face model, its configs.
+    """Write a packed model, with a card and, for a Hugging Face model, its configs.
 
     Args:
         folder: made if it does not exist; a failure leaves none of the new files in it. One that holds dense weights
             is refused.
-        model: its weights are left alone.
-        packable: what :func:`~prox24_lightning.convert.packed_model.find_packable` decided.
-        source: one line on where the model came from.
+        model: its weights do not change.
+        packable: the decisions of :func:`~prox24_lightning.convert.packed_model.find_packable`.
+        source: one line on the model's origin.
         companions: tokenizer and the like; anything with ``save_pretrained``.
 
     Returns:
@@ -107,7 +107,7 @@ def save_folder(
 
     Raises:
         ValueError: for a weight that is not 2:4 or holds NaN, by name; for a folder with dense weights.
-        RuntimeError: if what was read back is not what the model holds.
+        RuntimeError: if the file, read back, differs from the model.
     """
     folder = Path(folder)
     refuse_dense(folder)
@@ -131,10 +131,10 @@ def save_folder(
 
 
 def refuse_dense(folder: str | Path) -> None:
-    """Refuse a folder with dense weights for packed ones: which of two models in it is meant, nobody could say.
+    """Refuse to put packed weights beside dense ones, since a folder holds one model.
 
     Raises:
-        ValueError: if it does, with their name.
+        ValueError: if the folder holds dense weights, with their name.
     """
     found = sorted(path.name for pattern in DENSE_FILES for path in Path(folder).glob(pattern))
     if found:

@@ -26,14 +26,14 @@ _CONFIGS = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Source:
-    """A model and where it came from.
+    """A loaded model and its origin.
 
     Attributes:
         model: in eval mode, on the CPU.
-        companions: what is saved along with it (the tokenizer, first); empty where there is none.
+        companions: objects saved along with it, the tokenizer first.
         description: one line.
-        callable: whether it can be called: a list of layers from a bare state dict cannot.
-        pretrained: how it was loaded, if by Hugging Face.
+        callable: False for a list of layers from a bare state dict, which has no forward.
+        pretrained: how Hugging Face has loaded it; None for other files.
     """
 
     model: nn.Module
@@ -52,7 +52,7 @@ def load_source(
     dtype: Dtype = "auto",
     config: Path | None = None,
 ) -> Source:
-    """Load a model by what its name is.
+    """Load the model that ``name`` stands for.
 
     - ``x.ckpt`` (or .pt, .pth, .bin, .safetensors): a Lightning checkpoint or a state dict. With ``config``, the
       config of its run (LightningCLI saves it beside the ``checkpoints`` folder), the module itself; without, its
@@ -92,7 +92,7 @@ def _cast(model: nn.Module, dtype: Dtype) -> nn.Module:
 
 
 def _hint(checkpoint: Path) -> str:
-    """A config beside a checkpoint names classes to run, so it is used only when the user asks for it."""
+    """Name a config beside the checkpoint: it runs classes, so only the user may ask for it."""
     places = (checkpoint.parent / "config.yaml", checkpoint.parent.parent / "config.yaml")
     found = next((place for place in places if place.is_file()), None)
     return "" if found is None else f" (for the model itself: --run_config {found})"
@@ -118,7 +118,7 @@ def _state_of(path: Path) -> Mapping[str, Tensor]:
             f"{path} holds more than plain data, and loading that could run code: save its state_dict() alone. "
             f"torch says: {str(error).splitlines()[0]}"
         ) from error
-    except (EOFError, KeyError, RuntimeError) as error:  # what torch says of files that it did not write, or cut short
+    except (EOFError, KeyError, RuntimeError) as error:  # files that torch did not write, or that are cut short
         raise ValueError(f"{path} is damaged or no checkpoint: {describe(error)}") from error
     state = found.get("state_dict", found) if isinstance(found, Mapping) else None
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
@@ -131,7 +131,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _from_config(path: Path) -> nn.Module:
-    """The LightningModule of a config for ``prox24 fit``; trainer and data are left alone."""
+    """Return the LightningModule of a config for ``prox24 fit``; trainer and data are not made."""
     import yaml
     from jsonargparse import ArgumentParser
     from lightning.pytorch import LightningModule
@@ -141,7 +141,7 @@ def _from_config(path: Path) -> nn.Module:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {_one_line(error)}") from error
     if not isinstance(found, Mapping) or "model" not in found:
-        raise ValueError(f"{path} has no entry 'model': it is no config of prox24 fit")
+        raise ValueError(f"{path} has no entry 'model': it is not a config of prox24 fit")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model", required=True)
     try:

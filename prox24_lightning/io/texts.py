@@ -1,4 +1,4 @@
-"""Text in, token sequences out; and the perplexity of a language model on them."""
+"""Texts, their token sequences, and the perplexity of a language model on them."""
 
 from __future__ import annotations
 
@@ -18,31 +18,48 @@ Split = Literal["calibration", "evaluation"]
 
 
 class TextSource(ABC):
-    """Documents for calibration, and others for evaluation: no document is in both."""
+    """Documents for calibration and for evaluation; no document serves both."""
 
     @abstractmethod
     def texts(self, split: Split) -> Iterable[str]:
-        """The documents of one split, always in the same order."""
+        """Return the documents of one split, always in the same order."""
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for a model card: data, split, version."""
+        """Return one line for a model card: data, split, version."""
 
 
 class PlainText(TextSource):
-    """A UTF-8 text file, cut at empty lines into documents; all of it is for evaluation.
+    """A UTF-8 text file, cut at empty lines into documents, for evaluation only.
 
     Args:
-        path: of the file.
+        path: the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is empty or not UTF-8; for the split "calibration".
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"there is no text file {path}")
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+        self._documents = [document for document in text.split("\n\n") if document.strip()]
+        if not self._documents:
+            raise ValueError(f"{path} holds no text")
 
     @override
     def texts(self, split: Split) -> Iterable[str]:
-        documents = self.path.read_text(encoding="utf-8").split("\n\n")
-        return [document for document in documents if document.strip()] if split == "evaluation" else []
+        if split == "calibration":
+            raise ValueError(
+                f"{self.path} is text for evaluation only, so that no document serves calibration too; "
+                "name another source for calibration"
+            )
+        return self._documents
 
     @override
     def describe(self) -> str:
@@ -50,7 +67,7 @@ class PlainText(TextSource):
 
 
 class PythonTopics(TextSource):
-    """The reference topics that Python's ``help()`` shows: English that is there without a download.
+    """The reference topics of Python's ``help()``: English text without a download.
 
     Some 100,000 tokens; every fifth topic, in order of the alphabet, is for evaluation.
     """
@@ -69,21 +86,23 @@ class PythonTopics(TextSource):
 
 
 def token_sequences(tokenizer: Any, texts: Iterable[str], count: int, length: int, *, seed: int = 0) -> Tensor:
-    """``count`` sequences of ``length`` tokens: documents shuffled, joined by the end-of-text token, cut in pieces.
+    """Return ``count`` sequences of ``length`` tokens: documents shuffled, joined by the end-of-text token, and cut.
 
     Returns:
         int64 (count, length).
 
     Raises:
-        ValueError: if the texts hold fewer tokens than that.
+        ValueError: if the texts hold fewer tokens than that, or ``count`` or ``length`` is not positive.
     """
+    if count < 1 or length < 2:
+        raise ValueError(f"{count} sequences of {length} tokens are asked for; at least 1 of 2 tokens is needed")
     documents = list(texts)
     random.Random(seed).shuffle(documents)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     joint = [] if end is None else [end]
     ids: list[int] = []
     for document in documents:
-        # Long documents are cut up below, so the tokenizer's warning about the model's maximum does not apply.
+        # Documents are cut below, so the tokenizer's warning about the model's maximum length does not apply.
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + joint
         if len(ids) >= count * length:
             return torch.tensor(ids[: count * length]).view(count, length)
@@ -95,7 +114,7 @@ def token_sequences(tokenizer: Any, texts: Iterable[str], count: int, length: in
 
 @torch.no_grad()
 def perplexity(model: Any, ids: Tensor, batch_size: int = 8) -> float:
-    """exp of the mean next-token loss of a causal language model over ``ids`` (sequences, length)."""
+    """Return exp of the mean next-token loss of a causal language model over ``ids`` (sequences, length)."""
     device = next(model.parameters()).device
     metric = Perplexity().to(device)
     for part in ids.split(batch_size):
