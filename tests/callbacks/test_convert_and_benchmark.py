@@ -406,7 +406,7 @@ def test_in_place_leaves_the_model_as_it_was_where_the_conversion_fails(tmp_path
     monkeypatch.setattr(convert_and_benchmark, "run_benchmark", chosen)
     monkeypatch.setattr(convert_and_benchmark, "convert_model", one_then_broken)
     monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
-    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: unmeasured(shape, (9, 0)))
+    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: table_by_rule(shape, (9, 0)))
     module = TinyModule()
     module.register_buffer("scale", torch.ones(3))
     seen = {}

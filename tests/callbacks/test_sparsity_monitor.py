@@ -302,7 +302,8 @@ def test_a_logger_that_throws_is_reported_once(tmp_path):
         trainer, _ = fit([monitor(), prox()], logger=[Throws(tmp_path / "bad"), good])
     told = [str(entry.message) for entry in caught if "SparsityMonitor" in str(entry.message)]
     assert told == [
-        "SparsityMonitor: Throws.log_metrics failed, and the run continues without it: ConnectionError: no route to host"
+        "SparsityMonitor: Throws.log_metrics failed, and the run continues without it: "
+        "ConnectionError: no route to host"
     ]
     assert trainer.global_step == 20
     assert rows_of(good)[19]["sparsity/groups_24"] == 1.0
