@@ -64,7 +64,7 @@ def find_packable(
             if reason is None and parameter.dtype not in PACKED_DTYPES:
                 reason = f"{parameter.dtype} is not packed"
             if reason is None:
-                found = _look(parameter, dim)
+                found = _look(parameter, dim, fit_groups(module, parameter_name, parameter, "column")[1])
                 if isinstance(found, int):
                     dims[name] = found
                     continue
@@ -82,12 +82,11 @@ def find_packable(
     return Packable(dims, dense)
 
 
-def _look(weight: Tensor, dim: Any) -> int | Violations:
-    """The dimension along which the weight is 2:4, or what is wrong along its inputs, ``dim``."""
+def _look(weight: Tensor, dim: Any, other: Any) -> int | Violations:
+    """The dimension along which the weight is 2:4, or what is wrong along its inputs, ``dim``; ``other``: its outputs."""
     found = violations_24(weight, dim=dim, limit=3)
     if not found:
         return dim
-    other = 1 - dim
     if weight.shape[other] % 4 == 0 and not violations_24(weight, dim=other, limit=0):
         return other
     return found

@@ -11,10 +11,16 @@ from torch import nn
 
 from prox24_lightning.weights.eligibility import fit_groups
 from prox24_lightning.weights.groups import MATRIX_DIMS, Dim, Geometry
+from prox24_lightning.weights.heads import output_heads
 from prox24_lightning.weights.names import clean_name, matching
+from prox24_lightning.weights.used_weight import why_unknown
 
-HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "fc_out", "qa_outputs", "output_projection"})
-"""Last components of module names that are taken for output heads, which stay dense unless targeted by name."""
+_LORA = frozenset({"lora_A", "lora_B", "lora_a", "lora_b"})
+_ADAPTER = "LoRA adapter: a weight into which a 2:4 adapter is merged is not 2:4"
+_ADAPTED = (
+    "frozen (requires_grad=False) under a LoRA adapter: prune the model before get_peft_model, and keep its zeros with "
+    "prox24_lightning.finetune.MaskedLora"
+)
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,9 @@ def select_weights(
 ) -> Selection:
     """Decide which weights of ``model`` become 2:4.
 
-    Without ``targets`` every linear and convolution weight qualifies, except output heads (the model's own
-    ``get_output_embeddings()`` or a name in :data:`HEAD_NAMES`) and weights that an embedding or another
-    module shares.
+    Without ``targets`` every linear and convolution weight qualifies, except output heads
+    (:func:`~prox24_lightning.weights.heads.output_heads`), adapters, and weights that an embedding or another module
+    shares.
 
     Args:
         model: any module.
@@ -103,8 +109,10 @@ def select_weights(
     """
     if geometry not in get_args(Geometry):
         raise ValueError(f"geometry={geometry!r} is unknown; use one of {', '.join(get_args(Geometry))}")
+    _check_values(model)
     owners = _owners(model)
-    heads = _heads(model)
+    heads = {parameter for head in output_heads(model) for parameter in head.parameters()}
+    adapters = _adapter_parameters(model)
     chosen: list[GroupedWeight] = []
     skipped: list[SkippedWeight] = []
     matched: set[str] = set()
@@ -112,12 +120,6 @@ def select_weights(
 
     for module_name, module in _modules(model):
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            # An uninitialized parameter has no shape to ask for, so it is refused before anything looks at it.
-            if isinstance(parameter, torch.nn.parameter.UninitializedParameter) or parameter.is_meta:
-                raise ValueError(
-                    f"{module_name or type(module).__name__}.{parameter_name} has no values yet (lazy or meta "
-                    "parameter); run one forward pass, or materialise the model, before it is made sparse"
-                )
             if parameter.dim() < 2 or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -137,10 +139,14 @@ def select_weights(
                     reason = "not among the targets"
                 elif not by_name and len(owners[id(parameter)]) > 1:
                     reason = "tied: shared by " + " and ".join(owners[id(parameter)])
-                elif not by_name and (id(parameter) in heads or module_name.rsplit(".", 1)[-1] in HEAD_NAMES):
+                elif not by_name and parameter in heads:
                     reason = "output head"
+                elif parameter in adapters:
+                    reason = adapters[parameter]
                 elif not parameter.requires_grad:
                     reason = "frozen (requires_grad=False)"
+                elif not by_name:
+                    reason = why_unknown(module, parameter_name)
             if reason:
                 skipped.append(SkippedWeight(name, type(module).__name__, tuple(parameter.shape), reason))
             else:
@@ -154,6 +160,17 @@ def select_weights(
                     f"{label} pattern {pattern!r} matches no weight of the model; check it for typing errors"
                 )
     return Selection(tuple(chosen), tuple(skipped))
+
+
+def _check_values(model: nn.Module) -> None:
+    """Refuse parameters without values; an uninitialized one has not even a shape."""
+    for module_name, module in _modules(model):
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, torch.nn.parameter.UninitializedParameter) or parameter.is_meta:
+                raise ValueError(
+                    f"{module_name or type(module).__name__}.{parameter_name} has no values yet (lazy or meta "
+                    "parameter); run one forward pass, or materialise the model, before it is made sparse"
+                )
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -171,11 +188,15 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _heads(model: nn.Module) -> set[int]:
-    heads: set[int] = set()
-    for module in model.modules():
-        get_head = getattr(module, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
-        if isinstance(head, nn.Module):
-            heads.update(id(parameter) for parameter in head.parameters())
-    return heads
+def _adapter_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Return the parameters of adapted layers, the adapters' and the frozen base's, and why each stays dense."""
+    found: dict[nn.Parameter, str] = {}
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module) and any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
+            found.update(dict.fromkeys(module.parameters(), _ADAPTER))
+            found.update({p: _ADAPTED for p in base.parameters() if not p.requires_grad})
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if _LORA.intersection([*name.split("."), parameter_name]):
+                found[parameter] = _ADAPTER
+    return found

@@ -1,0 +1,54 @@
+"""Experts of a mixture whose weights are one 3-D parameter: (experts, out, in), or (experts, in, out).
+
+transformers 5 keeps the experts of every mixture so (``experts.gate_up_proj``, ``experts.down_proj``). Each expert's
+matrix is pruned by itself, with groups of four along the inputs of its own matrix.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+_COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_shared_experts")
+_HIDDEN = ("hidden_dim", "hidden_size", "d_model", "embed_dim", "input_size", "in_features")
+_INNER = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_dim", "ffn_hidden_size", "output_size")
+_UP = ("gate_up", "up", "gate", "w1", "w3", "fc1", "wi", "input")
+"""How parameters begin that take an expert's input; others (``down_proj``, ``w2``) take what those give."""
+
+
+def is_expert_parameter(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter of ``module`` holds one matrix for each of several experts."""
+    if parameter.dim() != 3 or not parameter.is_floating_point() or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        return False
+    counts = {getattr(module, name, None) for name in _COUNTS}
+    named = any(word in type(module).__name__.lower() for word in ("expert", "moe", "mixture"))
+    return parameter.shape[0] in counts or named
+
+
+def expert_input_dim(module: nn.Module, parameter_name: str) -> int | None:
+    """Return the dimension, 1 or 2, along which the inputs of each expert's matrix lie; None if nothing tells.
+
+    A module of transformers says so (``is_transposed``). Else the shapes of a gated pair do: the outputs of ``down`` are
+    the inputs of ``gate_up``, which has twice as many outputs as ``down`` has inputs. Else the module's own sizes.
+    """
+    transposed = getattr(module, "is_transposed", None)
+    if isinstance(transposed, bool):
+        return 1 if transposed else 2
+    shape = module.get_parameter(parameter_name).shape
+    others = [
+        parameter.shape
+        for name, parameter in module.named_parameters(recurse=False)
+        if name != parameter_name and parameter.dim() == 3
+    ]
+    for other in others:
+        for first, second in ((shape, other), (other, shape)):
+            if first[1] == 2 * second[2] and first[2] == second[1]:
+                return 2
+            if first[2] == 2 * second[1] and first[1] == second[2]:
+                return 1
+    hidden = {getattr(module, name, None) for name in _HIDDEN}
+    inner = {getattr(module, name, None) for name in _INNER}
+    inputs, outputs = (hidden, inner) if parameter_name.lower().startswith(_UP) or not others else (inner, hidden)
+    fits = {dim for dim in (1, 2) if shape[dim] in inputs and shape[3 - dim] in outputs}
+    if len(fits) == 2 and parameter_name == "weight":
+        return 2  # square, and laid out as a linear layer's
+    return fits.pop() if len(fits) == 1 else None
