@@ -114,3 +114,18 @@ class _ExpertProducts(TorchFunctionMode):
             kept = part[part.any(-1)]
             if len(kept):
                 rows.setdefault(number, []).append(kept)
+
+
+def expert_inputs_of(module: nn.Module, run: Callable[[], Any]) -> list[ExpertInputs]:
+    """Call ``run`` and return :func:`expert_inputs` of each call of ``module`` in it."""
+    found: list[ExpertInputs] = []
+
+    def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append(expert_inputs(module, args, kwargs))
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return found

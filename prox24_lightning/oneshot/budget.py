@@ -25,12 +25,13 @@ def within_budget(
 
     Args:
         flow: at the first block; it is not moved on.
-        budget: share of the weights of ``chosen``.
+        budget: share of the weights of ``chosen``; experts count, but none of them stays dense.
     """
-    losses = _sensitivities(flow, chosen, bar)
+    layers = [weight for weight in chosen if not weight.is_experts]
+    losses = _sensitivities(flow, layers, bar)
     room = budget * sum(weight.parameter.numel() for weight in chosen)
     dense: dict[str, SkippedWeight] = {}
-    for weight in sorted(chosen, key=lambda weight: -losses.get(weight.name, 0.0)):
+    for weight in sorted(layers, key=lambda weight: -losses.get(weight.name, 0.0)):
         if weight.parameter.numel() <= room:
             room -= weight.parameter.numel()
             dense[weight.name] = SkippedWeight(

@@ -23,8 +23,9 @@ from prox24_lightning.oneshot.parallel import check_same_stages
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.report import LayerRecord, LayerwiseReport
 from prox24_lightning.oneshot.storage import FinishedBlock, FinishedBlocks
+from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
-from prox24_lightning.solvers.layer import Method, Refine
+from prox24_lightning.solvers.layer import Method, Refine, Solution
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.cuda_graphs import GraphMemory
 from prox24_lightning.weights.groups import Geometry
@@ -185,20 +186,34 @@ class _Walker:
     def _prune(
         self, block: nn.Module, dense: nn.Module | None
     ) -> tuple[list[LayerRecord], dict[str, Tensor], list[SkippedWeight]]:
-        owners = {weight.module: weight for weight in self.weights}
+        owners = {weight.module: weight for weight in self.weights if not weight.is_experts}
+        experts: dict[nn.Module, list[GroupedWeight]] = {}
+        for weight in self.weights:
+            if weight.is_experts:
+                experts.setdefault(weight.module, []).append(weight)
         twins = dict(zip(block.modules(), dense.modules(), strict=True)) if dense is not None else {}
-        stages = find_input_groups(list(owners), lambda: self.flow.run(self.index, block, 0))
-        check_same_stages(stages, {layer: weight.name for layer, weight in owners.items()})
+        stages = find_input_groups([*owners, *experts], lambda: self.flow.run(self.index, block, 0))
+        check_same_stages(stages, {weight.module: weight.name for weight in self.weights})
         skipped = []
         called = {layer for stage in stages for layer in stage.layers}
-        for layer, weight in owners.items():
-            if layer not in called:
+        for weight in self.weights:
+            if weight.module not in called:
                 skipped.append(_skip(weight, "not called by the first calibration batch"))
                 self.bar.step(1, weight.module_name)
         records: list[LayerRecord] = []
         masks: dict[str, Tensor] = {}
         for stage in stages:
             runs = [partial(self.flow.run, self.index, block, number) for number in range(len(self.flow))]
+            if stage.layers[0] in experts:
+                members = experts[stage.layers[0]]
+                solved = solve_experts(members, runs, by_rows=True, **self._arguments())
+                for found in solved:
+                    records.append(self._record(found.weight, sum(found.tokens), found.solution, found.note))
+                    masks[found.weight.name] = found.mask.cpu()
+                unseen = [weight for weight in members if weight.name not in masks]
+                skipped += [_skip(weight, "experts whose products cannot be observed") for weight in unseen]
+                self.bar.step(len(members), members[0].module_name)
+                continue
             dense_runs = None
             if self.twin is not None and dense is not None:
                 dense_runs = [partial(self.twin.run, self.index, dense, number) for number in range(len(self.flow))]
@@ -217,26 +232,30 @@ class _Walker:
             moments,
             dense_target=self.settings["dense_target"],
             by_rows=True,
-            method=self.settings["method"],
-            refine=self.settings["refine"],
-            **self.solver,
+            **self._arguments(),
         )
         note = _note(moments)
         result = []
         for weight, solution in solved:
-            record = LayerRecord(
-                name=weight.name,
-                block=self.flow.blocks.names[self.index],
-                shape=tuple(weight.parameter.shape),
-                tokens=moments.tokens,
-                loss=solution.loss,
-                refined_loss=solution.refined_loss,
-                reached=solution.reached,
-                seconds=solution.seconds,
-                note=note,
-            )
+            record = self._record(weight, moments.tokens, solution, note)
             result.append((weight, record, from_matrix(weight.module, solution.mask).cpu()))
         return result
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"method": self.settings["method"], "refine": self.settings["refine"], **self.solver}
+
+    def _record(self, weight: GroupedWeight, tokens: int, solution: Solution, note: str) -> LayerRecord:
+        return LayerRecord(
+            name=weight.name,
+            block=self.flow.blocks.names[self.index],
+            shape=tuple(weight.parameter.shape),
+            tokens=tokens,
+            loss=solution.loss,
+            refined_loss=solution.refined_loss,
+            reached=solution.reached,
+            seconds=solution.seconds,
+            note=note,
+        )
 
 
 def _note(moments: HessianAccumulator) -> str:

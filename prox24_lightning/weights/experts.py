@@ -52,3 +52,13 @@ def expert_input_dim(module: nn.Module, parameter_name: str) -> int | None:
     if len(fits) == 2 and parameter_name == "weight":
         return 2  # square, and laid out as a linear layer's
     return fits.pop() if len(fits) == 1 else None
+
+
+def expert_matrices(parameter: Tensor, input_dim: int) -> Tensor:
+    """Return a 3-D parameter, or a tensor of its shape, as float32 (experts, out, in)."""
+    return parameter.detach().float().movedim(input_dim, -1)
+
+
+def from_expert_matrices(matrices: Tensor, input_dim: int) -> Tensor:
+    """Undo :func:`expert_matrices`, with a contiguous result in the dtype of ``matrices``."""
+    return matrices.movedim(-1, input_dim).contiguous()

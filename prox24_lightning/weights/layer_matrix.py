@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prox24_lightning.weights.experts import is_expert_parameter
+
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether ``module`` is Hugging Face's ``Conv1D``: a linear layer that stores its weight as (in, out)."""
@@ -28,9 +30,11 @@ def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str |
         if isinstance(module.padding, str) or module.padding_mode != "zeros":
             return f"padding {module.padding!r} ({module.padding_mode}) is not supported by the layer-wise solver"
         return None
+    if is_expert_parameter(module, module.get_parameter(parameter_name)):
+        return None
     if parameter_name == "weight" and (isinstance(module, nn.Linear) or is_transposed_linear(module)):
         return None
-    return f"{type(module).__name__}: the layer-wise solver takes Linear, Conv1d, Conv2d and transposed linear layers"
+    return f"{type(module).__name__}: the layer-wise solver takes Linear, Conv1d, Conv2d, transposed linear layers and experts"
 
 
 def as_matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:

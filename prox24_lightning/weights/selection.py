@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from prox24_lightning.weights.eligibility import fit_groups
+from prox24_lightning.weights.experts import expert_input_dim, is_expert_parameter
 from prox24_lightning.weights.groups import MATRIX_DIMS, Dim, Geometry
 from prox24_lightning.weights.heads import output_heads
 from prox24_lightning.weights.names import clean_name, matching
@@ -51,8 +52,18 @@ class GroupedWeight:
         return self.parameter.numel() // 4 * (1 if isinstance(self.dim, int) else 2)
 
     @property
+    def is_experts(self) -> bool:
+        """Whether the parameter holds one matrix for each of several experts."""
+        return is_expert_parameter(self.module, self.parameter)
+
+    @property
+    def input_dim(self) -> int:
+        """The dimension along which the inputs of each expert's matrix lie."""
+        return expert_input_dim(self.module, self.parameter_name) or 0
+
+    @property
     def matrix_dim(self) -> Dim:
-        """The groups once the weight is laid out as (out_features, in_features), whatever the layer."""
+        """The groups once the weight, or each expert's, is laid out as (out_features, in_features)."""
         return MATRIX_DIMS[self.geometry]
 
 

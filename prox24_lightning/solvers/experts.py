@@ -1,0 +1,147 @@
+"""Experts whose weights are one 3-D parameter: each expert's matrix solved on the inputs of its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.calibration.expert_inputs import expert_inputs_of
+from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.solvers.layer import Solution, solve_layer
+from prox24_lightning.solvers.parallel import solved_by_rows
+from prox24_lightning.utils.distributed import gathered_objects
+from prox24_lightning.weights.experts import expert_matrices, from_expert_matrices
+from prox24_lightning.weights.selection import GroupedWeight
+
+HESSIAN_BYTES = 2**31
+"""Memory for Hessians: so many experts are solved at a time, and the calibration inputs run once for each such part."""
+
+
+@dataclass(frozen=True)
+class SolvedExperts:
+    """A 3-D parameter whose experts are 2:4.
+
+    Attributes:
+        weight: which parameter; its values are written.
+        mask: bool, of its shape.
+        solution: of all experts' matrices, one below the other; losses count by each expert's share of the tokens.
+        tokens: of each expert. One without a token keeps its largest weights.
+    """
+
+    weight: GroupedWeight
+    mask: Tensor
+    solution: Solution
+    tokens: tuple[int, ...]
+
+    @property
+    def note(self) -> str:
+        """What the reader of a report should know; empty if every expert saw as many tokens as it has inputs."""
+        unseen = sum(count == 0 for count in self.tokens)
+        few = sum(0 < count < self.solution.weight.shape[1] for count in self.tokens)
+        notes = [f"{unseen} of {len(self.tokens)} experts saw no token: mask by magnitude"] if unseen else []
+        return "; ".join(notes + ([f"{few} experts saw fewer tokens than they have inputs"] if few else []))
+
+
+@torch.no_grad()
+def solve_experts(
+    weights: Sequence[GroupedWeight], runs: Sequence[Callable[[], Any]], *, by_rows: bool = False, **solver: Any
+) -> list[SolvedExperts]:
+    """Make the 3-D parameters of one module of experts 2:4, in the order in which the experts use them.
+
+    Each is solved on what it sees after those before it have been pruned. The outputs of the present weights are kept:
+    a router of the dense model sends other tokens, so there is nothing to compare with.
+
+    Args:
+        weights: of one module.
+        runs: each calls the model, or the block that holds the module, on one calibration batch.
+        by_rows: of several processes each solves a part of the rows.
+        solver: arguments of :func:`~prox24_lightning.solvers.layer.solve_layer`.
+
+    Returns:
+        one entry for each weight whose products were seen; the others are as they were.
+
+    Raises:
+        ValueError: as ``solve_layer`` does, by name; the parameter it is about is as it was.
+    """
+    module = weights[0].module
+    by_name = {weight.parameter_name: weight for weight in weights}
+    order = _order_of_use(module, runs, set(by_name))
+    return [_solve(by_name[name], runs, by_rows, solver) for name in order]
+
+
+def _order_of_use(module: nn.Module, runs: Sequence[Callable[[], Any]], names: set[str]) -> list[str]:
+    order: list[str] = []
+    for run in runs:
+        for found in expert_inputs_of(module, run):
+            order += [name for name in found if name in names and name not in order]
+        if len(order) == len(names):
+            break
+    together = gathered_objects(order)
+    return max(together, key=len)
+
+
+def _solve(
+    weight: GroupedWeight, runs: Sequence[Callable[[], Any]], by_rows: bool, solver: dict[str, Any]
+) -> SolvedExperts:
+    matrices = expert_matrices(weight.parameter, weight.input_dim)
+    columns = matrices.shape[2]
+    at_once = max(1, HESSIAN_BYTES // (4 * columns**2))
+    parts: list[Solution] = []
+    tokens: list[int] = []
+    for first in range(0, len(matrices), at_once):
+        some = range(first, min(first + at_once, len(matrices)))
+        hessians = _hessians(weight, runs, some, columns)
+        for expert in some:
+            tokens.append(hessians[expert].tokens)
+            parts.append(_solve_one(weight, matrices[expert], hessians[expert], expert, by_rows, solver))
+    shares = [count / max(1, sum(tokens)) for count in tokens]
+    whole = Solution.joined([_weighted(part, share) for part, share in zip(parts, shares, strict=True)])
+    solution = replace(whole, seconds=sum(part.seconds for part in parts))
+    values, mask = (
+        from_expert_matrices(flat.view_as(matrices), weight.input_dim) for flat in (solution.weight, solution.mask)
+    )
+    weight.parameter.copy_(values)
+    return SolvedExperts(weight, mask, solution, tuple(tokens))
+
+
+def _hessians(
+    weight: GroupedWeight, runs: Sequence[Callable[[], Any]], experts: range, columns: int
+) -> dict[int, HessianAccumulator]:
+    found = {expert: HessianAccumulator() for expert in experts}
+    for run in runs:
+        for inputs in expert_inputs_of(weight.module, run):
+            for expert, rows in inputs.get(weight.parameter_name, {}).items():
+                if expert in found:
+                    found[expert].add(rows)
+    for hessian in found.values():
+        hessian.all_reduce(columns, weight.parameter.device)
+    return found
+
+
+def _solve_one(
+    weight: GroupedWeight, matrix: Tensor, inputs: HessianAccumulator, expert: int, by_rows: bool, solver: dict[str, Any]
+) -> Solution:
+    name = f"{weight.name}[{expert}]"
+    if inputs.tokens:
+        hessian, arguments = inputs.hessian, solver
+    else:
+        hessian, arguments = torch.eye(matrix.shape[1], device=matrix.device), {**solver, "method": "magnitude"}
+
+    def solve(rows: Tensor) -> Solution:
+        return solve_layer(rows, hessian, dim=weight.matrix_dim, name=name, **arguments)
+
+    return solved_by_rows(matrix, solve) if by_rows and weight.matrix_dim == -1 else solve(matrix)
+
+
+def _weighted(solution: Solution, share: float) -> Solution:
+    refined = solution.refined_losses
+    return replace(
+        solution,
+        zero_losses=solution.zero_losses * share,
+        losses=solution.losses * share,
+        refined_losses=None if refined is None else refined * share,
+    )
