@@ -2,7 +2,7 @@
 
 The module of experts is called once more, by itself, on the arguments of a call that the model made. Under a mode that
 sees each product, the inputs of expert ``e`` are what its slice of the parameter is multiplied with: nothing about
-routers, activations or the order of arguments is written down here, and ``down_proj`` is seen as well as ``gate_up_proj``.
+routers, activations or arguments is written down here, and ``down_proj`` is seen as well as ``gate_up_proj``.
 """
 
 from __future__ import annotations

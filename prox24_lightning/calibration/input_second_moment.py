@@ -7,7 +7,8 @@ bare magnitude.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prox24_lightning.calibration.expert_inputs import expert_inputs
 from prox24_lightning.utils.distributed import world_size
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import gathered, local_part, part_of
+
+log = logging.getLogger(__name__)
 
 SCALE_FLOOR = 1e-3
 """Smallest scale relative to the layer's rms input; an input that never fires must not divide by zero."""
@@ -51,13 +55,40 @@ class InputSecondMoments:
         if self._handles:
             return
         self._scale.clear()
+        experts: dict[nn.Module, list[GroupedWeight]] = {}
         for name, weight in self.weights.items():
+            if weight.is_experts:
+                experts.setdefault(weight.module, []).append(weight)
+                continue
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
                 if self.collecting and torch.is_grad_enabled():
                     self._collect(name, module, args, kwargs)
 
             self._handles.append(weight.module.register_forward_pre_hook(hook, with_kwargs=True))
+        for module, weights in experts.items():
+            self._handles.append(module.register_forward_pre_hook(self._expert_hook(weights), with_kwargs=True))
+
+    def _expert_hook(self, weights: Sequence[GroupedWeight]) -> Callable[[nn.Module, tuple, dict], None]:
+        observable = True
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            nonlocal observable
+            if not (observable and self.collecting and torch.is_grad_enabled()):
+                return
+            try:
+                found = expert_inputs(module, args, kwargs)
+            except Exception as error:  # a user's forward, which may not bear to run twice, must not end the training
+                observable = False
+                log.warning(
+                    "%s cannot be run once more: its experts are pruned by magnitude (%s)", weights[0].name, error
+                )
+                return
+            for weight in weights:
+                if weight.parameter_name in found:
+                    self._add(weight.name, *_expert_squares(weight, found[weight.parameter_name]))
+
+        return hook
 
     def detach(self) -> None:
         """Remove the hooks and drop the sums that were not folded in."""
@@ -78,9 +109,13 @@ class InputSecondMoments:
             flat = flat.movedim(-spatial - 1, -1)
         flat = flat.reshape(-1, flat.shape[-1])
         squares = torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
+        self._add(name, squares, squares.new_tensor(float(flat.shape[0])))
+
+    def _add(self, name: str, squares: Tensor, count: Tensor) -> None:
+        """Add sums of squares, (in_features,) or of experts (experts, in_features), of ``count`` tokens."""
         # A batch of NaN, whose step the user or a gradient scaler skips, would stay in the running mean for ever.
         finite = torch.isfinite(squares).all()
-        squares, count = squares.where(finite, 0.0), finite * float(flat.shape[0])
+        squares, count = squares.where(finite, 0.0), finite * count
         if name in self._sum:
             self._sum[name] += squares
             self._count[name] += count
@@ -94,7 +129,7 @@ class InputSecondMoments:
         if world_size() > 1:
             means = self._means_over_ranks()
         else:
-            means = {name: total / self._count[name].clamp_min(1.0) for name, total in self._sum.items()}
+            means = {name: self._mean_of(name, total, self._count[name]) for name, total in self._sum.items()}
         known = [name for name in means if name in self._mean]
         if known:  # all layers in one launch
             olds = [self._mean[name].to(means[name].device) for name in known]
@@ -109,22 +144,32 @@ class InputSecondMoments:
         parts: list[Tensor] = []
         for name, weight in self.weights.items():
             device = local_part(weight.parameter).device
-            total = self._sum.get(name, torch.zeros(_input_size(weight), device=device))
-            parts += [total, self._count.get(name, torch.zeros((), device=device)).reshape(1)]
-        flat = torch.cat(parts)
+            rows = [len(weight.parameter)] if weight.is_experts else []
+            parts.append(self._sum.get(name, torch.zeros(*rows, _input_size(weight), device=device)))
+            parts.append(self._count.get(name, torch.zeros([*rows, 1] if rows else [], device=device)))
+        flat = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(flat)
-        totals = _pairs(flat.split([part.numel() for part in parts]))
-        return {name: total / count.clamp_min(1.0) for name, (total, count) in zip(self.weights, totals, strict=True)}
+        reduced = flat.split([part.numel() for part in parts])
+        totals = _pairs([part.view_as(like) for part, like in zip(reduced, parts, strict=True)])
+        return {name: self._mean_of(name, *found) for name, found in zip(self.weights, totals, strict=True)}
+
+    def _mean_of(self, name: str, total: Tensor, count: Tensor) -> Tensor:
+        """Return the mean squares; an expert that saw no token keeps what was known of it."""
+        mean = total / count.clamp_min(1.0)
+        old = self._mean.get(name)
+        return mean if old is None or not count.dim() else mean.where(count > 0, old.to(mean))
 
     def scale(self, name: str) -> Tensor | None:
-        """Root mean square of each input, relative to the layer's own, shaped to broadcast against the weight.
+        """Root mean square of each input, relative to the layer's (the expert's) own, to broadcast against the weight.
 
         Returns:
             float32 tensor, positive, mean square one; of a sharded weight what belongs to this rank's part. None when
             no usable input of that layer has been seen.
         """
         if name not in self._scale and (mean := self._mean.get(name)) is not None:
-            relative = (mean / mean.mean().clamp_min(torch.finfo(mean.dtype).tiny)).sqrt().clamp_min(SCALE_FLOOR)
+            whole = mean.mean(-1, keepdim=True)
+            relative = (mean / whole.clamp_min(torch.finfo(mean.dtype).tiny)).sqrt().clamp_min(SCALE_FLOOR)
+            relative = relative.where(whole > 0, 1.0) if mean.dim() > 1 else relative
             parameter = self.weights[name].parameter
             self._scale[name] = part_of(_broadcast(self.weights[name], relative), parameter)
         return self._scale.get(name)
@@ -156,13 +201,27 @@ def _layer_input(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
 
 def _input_size(weight: GroupedWeight) -> int:
     shape = weight.parameter.shape
+    if weight.is_experts:
+        return shape[weight.input_dim]
     if isinstance(weight.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return weight.module.in_channels
     return shape[0] if is_transposed_linear(weight.module) else shape[1]
 
 
+def _expert_squares(weight: GroupedWeight, inputs: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the sum of squares of each expert's inputs, (experts, in_features), and its tokens, (experts, 1)."""
+    squares = torch.zeros(len(weight.parameter), _input_size(weight), device=weight.parameter.device)
+    tokens = torch.zeros(len(squares), 1)
+    for expert, rows in inputs.items():
+        squares[expert] = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square_()
+        tokens[expert] = len(rows)
+    return squares, tokens.to(squares.device)
+
+
 def _broadcast(weight: GroupedWeight, scale: Tensor) -> Tensor:
     module, parameter = weight.module, weight.parameter
+    if weight.is_experts:
+        return scale.unsqueeze(3 - weight.input_dim)
     if is_transposed_linear(module):
         return scale.unsqueeze(-1)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

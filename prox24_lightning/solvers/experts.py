@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +49,7 @@ class SolvedExperts:
 @torch.no_grad()
 def solve_experts(
     weights: Sequence[GroupedWeight], runs: Sequence[Callable[[], Any]], *, by_rows: bool = False, **solver: Any
-) -> list[SolvedExperts]:
+) -> Iterator[SolvedExperts]:
     """Make the 3-D parameters of one module of experts 2:4, in the order in which the experts use them.
 
     Each is solved on what it sees after those before it have been pruned. The outputs of the present weights are kept:
@@ -61,8 +61,8 @@ def solve_experts(
         by_rows: of several processes each solves a part of the rows.
         solver: arguments of :func:`~prox24_lightning.solvers.layer.solve_layer`.
 
-    Returns:
-        one entry for each weight whose products were seen; the others are as they were.
+    Yields:
+        one entry for each weight whose products were seen, as soon as it is solved; the others are as they were.
 
     Raises:
         ValueError: as ``solve_layer`` does, by name; the parameter it is about is as it was.
@@ -70,7 +70,8 @@ def solve_experts(
     module = weights[0].module
     by_name = {weight.parameter_name: weight for weight in weights}
     order = _order_of_use(module, runs, set(by_name))
-    return [_solve(by_name[name], runs, by_rows, solver) for name in order]
+    for name in order:
+        yield _solve(by_name[name], runs, by_rows, solver)
 
 
 def _order_of_use(module: nn.Module, runs: Sequence[Callable[[], Any]], names: set[str]) -> list[str]:
@@ -123,7 +124,12 @@ def _hessians(
 
 
 def _solve_one(
-    weight: GroupedWeight, matrix: Tensor, inputs: HessianAccumulator, expert: int, by_rows: bool, solver: dict[str, Any]
+    weight: GroupedWeight,
+    matrix: Tensor,
+    inputs: HessianAccumulator,
+    expert: int,
+    by_rows: bool,
+    solver: dict[str, Any],
 ) -> Solution:
     name = f"{weight.name}[{expert}]"
     if inputs.tokens:

@@ -12,12 +12,12 @@ _COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", 
 _HIDDEN = ("hidden_dim", "hidden_size", "d_model", "embed_dim", "input_size", "in_features")
 _INNER = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_dim", "ffn_hidden_size", "output_size")
 _UP = ("gate_up", "up", "gate", "w1", "w3", "fc1", "wi", "input")
-"""How parameters begin that take an expert's input; others (``down_proj``, ``w2``) take what those give."""
+"""How the names of parameters begin that multiply an expert's input; others (``down_proj``, ``w2``) multiply theirs."""
 
 
 def is_expert_parameter(module: nn.Module, parameter: Tensor) -> bool:
     """Whether a parameter of ``module`` holds one matrix for each of several experts."""
-    if parameter.dim() != 3 or not parameter.is_floating_point() or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+    if parameter.dim() != 3 or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return False
     counts = {getattr(module, name, None) for name in _COUNTS}
     named = any(word in type(module).__name__.lower() for word in ("expert", "moe", "mixture"))
@@ -27,8 +27,9 @@ def is_expert_parameter(module: nn.Module, parameter: Tensor) -> bool:
 def expert_input_dim(module: nn.Module, parameter_name: str) -> int | None:
     """Return the dimension, 1 or 2, along which the inputs of each expert's matrix lie; None if nothing tells.
 
-    A module of transformers says so (``is_transposed``). Else the shapes of a gated pair do: the outputs of ``down`` are
-    the inputs of ``gate_up``, which has twice as many outputs as ``down`` has inputs. Else the module's own sizes.
+    Modules of transformers have an attribute for it, ``is_transposed``. Else the shapes of a gated pair decide: ``down``
+    has as many outputs as ``gate_up`` has inputs, and half as many inputs as ``gate_up`` has outputs. Else the sizes
+    that are the module's attributes.
     """
     transposed = getattr(module, "is_transposed", None)
     if isinstance(transposed, bool):

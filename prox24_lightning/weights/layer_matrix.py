@@ -34,7 +34,8 @@ def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str |
         return None
     if parameter_name == "weight" and (isinstance(module, nn.Linear) or is_transposed_linear(module)):
         return None
-    return f"{type(module).__name__}: the layer-wise solver takes Linear, Conv1d, Conv2d, transposed linear layers and experts"
+    kinds = "Linear, Conv1d, Conv2d, transposed linear layers and experts"
+    return f"{type(module).__name__}: the layer-wise solver takes {kinds}"
 
 
 def as_matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:

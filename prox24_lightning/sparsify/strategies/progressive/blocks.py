@@ -29,7 +29,12 @@ class Block:
         as the output sizes of its layers show.
         """
         convolutions = all(isinstance(weight.module, (nn.Conv1d, nn.Conv2d)) for weight in self.weights)
-        widths = {matrix_rows(weight.module, weight.parameter) for weight in self.weights}
+        widths = {
+            weight.parameter.shape[3 - weight.input_dim]
+            if weight.is_experts
+            else matrix_rows(weight.module, weight.parameter)
+            for weight in self.weights
+        }
         second = output.dim() > 2 and output.shape[1] in widths
         return 1 if second and (convolutions or output.shape[-1] not in widths) else -1
 

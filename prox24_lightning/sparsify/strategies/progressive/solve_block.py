@@ -12,6 +12,7 @@ from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
+from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
 from prox24_lightning.sparsify.strategies.base import Frozen
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -19,6 +20,7 @@ from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, 
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.utils.tf32 import without_tf32
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
+from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part, part_of
 
 log = logging.getLogger(__name__)
@@ -43,22 +45,28 @@ def solve_block(
         gradients: what its output's features count by; None is the same for all.
         trained: parameters that training changes; reconstruction leaves others alone.
     """
-    owners = {w.module: w for w in block.weights if why_not_solvable(w.module, w.parameter_name) is None}
+    solvable = [w for w in block.weights if why_not_solvable(w.module, w.parameter_name) is None]
+    owners = {weight.module: weight for weight in solvable if not weight.is_experts}
+    experts = {weight.module: [w for w in solvable if w.module is weight.module] for weight in solvable}
+    experts = {module: weights for module, weights in experts.items() if module not in owners}
     frozen: Frozen = {}
     runs = reruns.runs_of(block)
     if not all(gathered_objects(bool(runs))):
-        if owners:
+        if solvable:
             log.warning("%s was not called in the recorded batches; its largest weights are kept instead", block.name)
         return frozen
     dense_runs, reference = reruns.dense_runs_of(block)
     targets, dense_outputs = None, None
-    if owners and reconstruction_steps:
+    if solvable and reconstruction_steps:
         try:
             dense_outputs = None if dense_runs is None else outputs_of(block, dense_runs)
             targets = mixed(outputs_of(block, runs), dense_outputs, dense_target)
         except ValueError as error:  # its output is no tensor
             log.warning("%s is not reconstructed: %s", block.name, error)
-    for group in find_input_groups(list(owners), runs[0]):
+    for group in find_input_groups([*owners, *experts], runs[0]):
+        if group.layers[0] in experts:
+            frozen |= _solve_experts(experts[group.layers[0]], runs, prox_steps)
+            continue
         hessian = input_group_hessian(group, runs, dense_runs, reference)
         members = [owners[layer] for layer in group.layers]
         try:
@@ -74,6 +82,20 @@ def solve_block(
         masks = {name: mask for name, (mask, _) in frozen.items()}
         _reconstruct(block, runs, targets, masks, reconstruction_steps, gradients, trained)
     reruns.hand_on(block, runs, dense_runs, dense_outputs)
+    return frozen
+
+
+def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], prox_steps: int | None) -> Frozen:
+    frozen: Frozen = {}
+    try:
+        with without_tf32():
+            for solved in solve_experts(weights, runs, steps=prox_steps):
+                frozen[solved.weight.name] = solved.mask, solved.weight.parameter.detach()
+    except Exception as error:  # of the experts' forward, which is the user's
+        log.warning("%s: %s", weights[0].module_name, error)
+    for weight in weights:
+        if weight.name not in frozen:
+            log.warning("%s: its experts' inputs are not seen; their largest weights are kept instead", weight.name)
     return frozen
 
 
