@@ -27,8 +27,8 @@ def is_expert_parameter(module: nn.Module, parameter: Tensor) -> bool:
 def expert_input_dim(module: nn.Module, parameter_name: str) -> int | None:
     """Return the dimension, 1 or 2, along which the inputs of each expert's matrix lie; None if nothing tells.
 
-    Modules of transformers have an attribute for it, ``is_transposed``. Else the shapes of a gated pair decide: ``down``
-    has as many outputs as ``gate_up`` has inputs, and half as many inputs as ``gate_up`` has outputs. Else the sizes
+    Modules of transformers have an attribute for it, ``is_transposed``. Else the shapes of a gated pair decide:
+    ``down`` has as many outputs as ``gate_up`` has inputs, and half as many inputs as that has outputs. Else the sizes
     that are the module's attributes.
     """
     transposed = getattr(module, "is_transposed", None)
