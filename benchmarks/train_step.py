@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from benchmarks.report import write_report
 from prox24_lightning.prox import prox_path
 from prox24_lightning.schedules import STRENGTH_SCHEDULES
-from prox24_lightning.sparsify.controller import Sparsifier
+from prox24_lightning.sparsify.config import SparsifyConfig
+from prox24_lightning.sparsify.controller import SparsifyController
 
 NEVER = 10**9
 VOCABULARY = 50304
@@ -103,7 +104,7 @@ class Bench:
         self.device = device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
-    def step(self, sparsifier: Sparsifier | None) -> None:
+    def step(self, sparsifier: SparsifyController | None) -> None:
         """One step, without waiting for the device."""
         if sparsifier is not None:
             sparsifier.before_batch([self.optimizer])
@@ -147,7 +148,7 @@ class Bench:
 class Phase:
     """A phase that is measured: what runs in it, its weights and its times."""
 
-    def __init__(self, name: str, bench: Bench, sparsifier: Sparsifier | None) -> None:
+    def __init__(self, name: str, bench: Bench, sparsifier: SparsifyController | None) -> None:
         self.name = name
         self.sparsifier = sparsifier
         self.weights = [parameter.detach().clone() for parameter in bench.model.parameters()]
@@ -156,7 +157,7 @@ class Phase:
 
     def paused(self) -> float:
         """Seconds in which blocks were solved."""
-        return 0.0 if self.engine is None else self.engine.strategy.seconds
+        return 0.0 if self.engine is None else self.engine.strategy.solve_seconds
 
     def row(self, base: Sequence[float]) -> dict[str, Any]:
         """What was measured, against the times without Prox24 in the same rounds."""
@@ -179,15 +180,17 @@ def phases(bench: Bench, depth: int, rounds: int) -> list[Phase]:
     """All phases, the step without Prox24 first."""
     steps = FIRST + rounds * (WARM_UP + ROUND)
     growing = STRENGTH_SCHEDULES["exponential"]
-    sparsifiers = {
+    configs = {
         "without": None,
-        "dense": Sparsifier(NEVER - 2, NEVER - 1, strategy="post_step", verbose=False),
-        "sparsify, by fraction": Sparsifier(0, steps + 1, strategy="post_step", verbose=False),
-        "sparsify, by strength": Sparsifier(0, steps + 1, strategy="post_step", schedule=growing, verbose=False),
-        "sparsify, progressive": Sparsifier(0, depth * steps // SOLVED, verbose=False),
-        "frozen": Sparsifier(0, 0, strategy="post_step", verbose=False),
+        "dense": SparsifyConfig(NEVER - 2, NEVER - 1, strategy="post_step", verbose=False),
+        "sparsify, by fraction": SparsifyConfig(0, steps + 1, strategy="post_step", verbose=False),
+        "sparsify, by strength": SparsifyConfig(0, steps + 1, strategy="post_step", schedule=growing, verbose=False),
+        "sparsify, progressive": SparsifyConfig(0, depth * steps // SOLVED, verbose=False),
+        "frozen": SparsifyConfig(0, 0, strategy="post_step", verbose=False),
     }
-    return [Phase(name, bench, sparsifier) for name, sparsifier in sparsifiers.items()]
+    return [
+        Phase(name, bench, None if config is None else SparsifyController(config)) for name, config in configs.items()
+    ]
 
 
 def main(

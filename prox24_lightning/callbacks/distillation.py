@@ -30,7 +30,7 @@ from prox24_lightning.finetune import (
 )
 
 
-class Distillation(LoadedState, Callback):
+class Distillation(Callback):
     """Add to the training loss the distance of the model's outputs from those of a frozen teacher.
 
     The loss becomes ``(1 - share) * loss + share * distillation (+ features * hidden states)``. The teacher is a copy
@@ -96,7 +96,7 @@ class Distillation(LoadedState, Callback):
         self._teacher: nn.Module | None = None
         self._checksum = ""
         self._source: weakref.ref[nn.Module] | None = None
-        self._loaded: dict[str, Any] = {}
+        self._loaded = LoadedState()
         self._fresh = True
         self._comparison: TeacherComparison | None = None
         self._timer: BatchTimer | None = None
@@ -114,7 +114,7 @@ class Distillation(LoadedState, Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.begin_run(pl_module)
+        self._loaded.begin_run(pl_module)
         if stage != "fit":
             return
         others = [cb for cb in trainer.callbacks if isinstance(cb, Distillation)]  # type: ignore[attr-defined]
@@ -188,16 +188,20 @@ class Distillation(LoadedState, Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
-        self.end_run()
+        self._loaded.end_run()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
-        self.end_run()
+        self._loaded.end_run()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"teacher_checksum": self._checksum} if self._checksum else self._loaded
+        return {"teacher_checksum": self._checksum} if self._checksum else self._loaded.state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded.load(state_dict)
 
     def _require_teacher(self) -> nn.Module:
         if self._teacher is None:
@@ -206,8 +210,7 @@ class Distillation(LoadedState, Callback):
 
     def _check_origin(self, trainer: Trainer, pl_module: LightningModule, name: str, student: nn.Module) -> None:
         """Check that the teacher is the one of the checkpoint, and the one that the user means."""
-        expected = self._loaded.get("teacher_checksum")
-        self._loaded = {}
+        expected = self._loaded.take().get("teacher_checksum")
         if expected is not None and expected != self._checksum:
             raise MisconfigurationException(
                 f"Distillation: the checkpoint was written with another teacher (checksum {expected}, now "

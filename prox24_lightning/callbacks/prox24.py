@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.compatibility import check_trainer
 from prox24_lightning.callbacks.loaded_state import LoadedState
 from prox24_lightning.monitoring.selection_table import print_selection
-from prox24_lightning.sparsify.controller import Sparsifier
+from prox24_lightning.schedules import Schedule
+from prox24_lightning.sparsify.config import Metric, Refit, SparsifyConfig, StrategyName
+from prox24_lightning.sparsify.controller import SparsifyController
+from prox24_lightning.sparsify.pass_statistics import PassStatistics
+from prox24_lightning.sparsify.phases import Phase
+from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
+from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.names import clean_name
+from prox24_lightning.weights.selection import GroupedWeight, Selection
 from prox24_lightning.weights.sharded import local_part
 
 
-class Prox24(LoadedState, Sparsifier, Callback):
+class Prox24(Callback):
     """Sparsify, freeze, fine-tune: the weights of any model become 2:4 along an ordinary training run.
 
     Three phases. *dense*: nothing is touched. *sparsify*: between optimizer steps the proximal operator of the 2:4
@@ -96,8 +105,132 @@ class Prox24(LoadedState, Sparsifier, Callback):
         MisconfigurationException: before the first batch, when model, trainer and arguments do not fit together.
     """
 
-    # Lightning calls training_step, and under DDP calls it through the module, so the module itself is never called.
-    root_is_called = False
+    def __init__(
+        self,
+        start: int | float = 0.02,
+        freeze: int | float = 0.3,
+        *,
+        strategy: StrategyName = "progressive",
+        dense_target: float = 0.5,
+        reconstruction_steps: int = RECONSTRUCTION_STEPS,
+        gradient_weighting: bool = True,
+        metric: Metric = "activation",
+        schedule: str | Schedule = "auto",
+        fraction: str | Schedule = "cubic",
+        targets: Sequence[str] | None = None,
+        skip: Sequence[str] | None = None,
+        geometry: Geometry = "row",
+        refit: Refit = "none",
+        sparse_training: bool = False,
+        masks_file: str | Path | None = None,
+        name: str = "prox24",
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        config = SparsifyConfig(
+            start=start,
+            freeze=freeze,
+            strategy=strategy,
+            dense_target=dense_target,
+            reconstruction_steps=reconstruction_steps,
+            gradient_weighting=gradient_weighting,
+            metric=metric,
+            schedule=schedule,
+            fraction=fraction,
+            targets=targets,
+            skip=skip,
+            geometry=geometry,
+            refit=refit,
+            sparse_training=sparse_training,
+            masks_file=masks_file,
+            name=name,
+            verbose=verbose,
+        )
+        # Lightning calls training_step, and under DDP calls it through the module: the module itself is never called.
+        self._controller = SparsifyController(config, root_is_called=False)
+        self._loaded = LoadedState()
+
+    # What users, monitors and final hooks read.
+
+    @property
+    def config(self) -> SparsifyConfig:
+        """The arguments; a new ``config`` takes effect at the next fit."""
+        return self._controller.config
+
+    @config.setter
+    def config(self, config: SparsifyConfig) -> None:
+        self._controller.config = config
+
+    @property
+    def name(self) -> str:
+        """``name`` as it was given."""
+        return self.config.name
+
+    @property
+    def selection(self) -> Selection:
+        """The weights that become 2:4, and those that stay dense with the reason; empty before the fit starts."""
+        return self._controller.selection
+
+    @property
+    def weights(self) -> tuple[GroupedWeight, ...]:
+        """The weights that become 2:4; empty before the fit starts."""
+        return self._controller.weights
+
+    @property
+    def step(self) -> int:
+        """Finished real optimizer steps."""
+        return self._controller.step
+
+    @property
+    def phase(self) -> Phase:
+        """``"dense"``, ``"sparsify"`` or ``"frozen"``."""
+        return self._controller.phase
+
+    @property
+    def start_step(self) -> int:
+        """``start`` as a step of the present run."""
+        return self._controller.start_step
+
+    @property
+    def freeze_step(self) -> int:
+        """``freeze`` as a step of the present run."""
+        return self._controller.freeze_step
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Frozen masks by weight name (bool, True stays); empty before the freeze.
+
+        Of a weight that is sharded (FSDP2, tensor parallelism) this rank's part.
+        """
+        return self._controller.masks
+
+    @property
+    def strengths(self) -> dict[str, Tensor]:
+        """The strength last used for each weight: 0-dim tensors; empty before sparsification."""
+        return self._controller.strengths
+
+    @property
+    def pass_statistics(self) -> PassStatistics | None:
+        """Statistics from the passes that change the weights; None before a fit."""
+        return self._controller.pass_statistics
+
+    def measure_next_step(self, wanted: bool) -> None:
+        """Collect statistics of the weights, or none, in the pass that changes them after the next optimizer step."""
+        self._controller.measure_next_step(wanted)
+
+    def metric_scale(self, name: str) -> Tensor | None:
+        """Return the scale of a weight's metric now in use, which broadcasts to it; None for its own coordinates."""
+        return self._controller.metric_scale(name)
+
+    def save_masks(self, path: str | Path) -> Path:
+        """Write the frozen masks to a file that :func:`~prox24_lightning.load_masks` reads; all ranks call it.
+
+        Raises:
+            ValueError: before the freeze.
+        """
+        return self._controller.save_masks(path)
+
+    # Lightning's hooks.
 
     @property
     @override
@@ -105,8 +238,16 @@ class Prox24(LoadedState, Sparsifier, Callback):
         return self._generate_state_key(name=self.name)
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._loaded.state or self._controller.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded.load(state_dict)
+
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.begin_run(pl_module)
+        self._loaded.begin_run(pl_module)
         if stage == "fit":
             check_trainer(trainer)
 
@@ -116,48 +257,50 @@ class Prox24(LoadedState, Sparsifier, Callback):
         others = [cb for cb in trainer.callbacks if isinstance(cb, Prox24) and cb is not self]  # type: ignore[attr-defined]
         claimed = {other.name: other.selection for other in others}
         try:
-            engine = self.prepare(pl_module, trainer.optimizers, trainer.estimated_stepping_batches, claimed)
+            engine = self._controller.prepare(
+                pl_module, trainer.optimizers, trainer.estimated_stepping_batches, claimed
+            )
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
         engine.on_freeze.append(lambda: self._mask_averages(trainer))
-        if self.verbose:
+        if self.config.verbose:
             print_selection(self.selection, f"{self.name}: 2:4 from step {self.start_step} to step {self.freeze_step}")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only here is everything restored from a checkpoint, whatever the strategy.
         try:
-            self.restore(trainer.global_step)
+            self._controller.restore(self._loaded.take(), trainer.global_step)
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
-        self.bind(trainer.optimizers)
+        self._controller.bind(trainer.optimizers)
         self._mask_averages(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.before_batch(trainer.optimizers)
+        self._controller.before_batch(trainer.optimizers)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.end_sparse_training()  # what other callbacks convert or export in on_fit_end are plain layers
-        self.check_end()
-        if self.verbose and (pauses := self.pauses()):
+        self._controller.end_sparse_training()  # what other callbacks convert or export in on_fit_end are plain layers
+        self._controller.check_end()
+        if self.config.verbose and (pauses := self._controller.pauses()):
             rank_zero_info(pauses)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Averaging callbacks put their weights into the model in on_train_end; the file holds hashes of the last ones.
-        self.write_masks()
+        self._controller.write_masks()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.unbind()
-        self.end_run()
+        self._controller.unbind()
+        self._loaded.end_run()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.unbind()
-        self.end_run()
+        self._controller.unbind()
+        self._loaded.end_run()
 
     def _mask_averages(self, trainer: Trainer) -> None:
         """Mask averaged copies of the weights (EMA, SWA) too: they remember what was there before the freeze."""

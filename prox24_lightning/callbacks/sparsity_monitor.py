@@ -140,7 +140,7 @@ class SparsityMonitor(Callback):
         steps = self._finished_steps(trainer)
         for entry in self._monitored:
             if entry.pruning is not None:
-                entry.pruning.look_at_next_step(self._begun and self._due("statistics", self.every_n_steps, steps + 1))
+                entry.pruning.measure_next_step(self._begun and self._due("statistics", self.every_n_steps, steps + 1))
         if self._monitored and not self._begun:
             self._begun = True
             self._last = {"statistics": steps, "histograms": steps, "figures": steps}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,8 +12,8 @@ from prox24_lightning.mask.codes import mask_picture
 from prox24_lightning.monitoring.history import SparsityHistory
 from prox24_lightning.monitoring.statistics import SeenMask, SparsityStats, look
 from prox24_lightning.monitoring.summary import percent
+from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase
-from prox24_lightning.sparsify.strategies.base import StepLook
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part
 
@@ -32,8 +32,8 @@ class PruningState(Protocol):
     @property
     def strengths(self) -> dict[str, Tensor]: ...
     @property
-    def looks(self) -> Mapping[str, StepLook]: ...
-    def look_at_next_step(self, wanted: bool) -> None: ...
+    def pass_statistics(self) -> PassStatistics | None: ...
+    def measure_next_step(self, wanted: bool) -> None: ...
     def metric_scale(self, name: str) -> Tensor | None: ...
 
 
@@ -70,7 +70,7 @@ class MonitoredWeights:
             scale_of=self._scale,
             strengths=strengths,
             seen=self.masks,
-            looks=None if pruning is None else pruning.looks,
+            from_pass=None if pruning is None else pruning.pass_statistics,
         )
         self.history.record(steps, self.whole, self.layers)
         return is_new

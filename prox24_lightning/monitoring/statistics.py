@@ -16,7 +16,7 @@ from torch import Tensor
 from prox24_lightning.mask.codes import flipped_entries, top_two_code
 from prox24_lightning.mask.transposable import best_patterns, relative_squares
 from prox24_lightning.prox import penalty_24, prox_path
-from prox24_lightning.sparsify.strategies.base import StepLook
+from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.weights.blocks_4x4 import to_blocks
 from prox24_lightning.weights.groups import Dim, group_dims, to_groups
 from prox24_lightning.weights.selection import GroupedWeight
@@ -79,7 +79,7 @@ def look(
     scale_of: Callable[[str], Tensor | None] = lambda name: None,
     strengths: Mapping[str, Tensor] | None = None,
     seen: MutableMapping[str, SeenMask] | None = None,
-    looks: Mapping[str, StepLook] | None = None,
+    from_pass: PassStatistics | None = None,
 ) -> tuple[SparsityStats, dict[str, SparsityStats]]:
     """Statistics of all weights together and of each, with one wait for the device.
 
@@ -89,27 +89,27 @@ def look(
         strengths: weight name -> 0-dim tensor; may lack weights.
         seen: weight name -> mask of the last look, from which flips are counted; replaced by this look's. Masks seen
             with and without a scale are not compared, as the change of coordinates alone flips entries.
-        looks: weight name -> what the pass that changed the weight has seen already; may lack weights.
+        from_pass: statistics from the pass that changed the weights; may lack weights.
 
     Returns:
         the whole, and a dict by weight name in the order of ``weights``.
     """
-    strengths, seen, looks = strengths or {}, {} if seen is None else seen, looks or {}
+    strengths, seen = strengths or {}, {} if seen is None else seen
     rows, compared = [], []
     for weight in weights:
         scale = scale_of(weight.name)
-        part, step_look = local_part(weight.parameter), looks.get(weight.name)
-        from_pass = step_look.look if step_look is not None and step_look.is_of(part, scale) else None
-        if from_pass is not None and isinstance(weight.dim, int):
-            sums, code = from_pass.sums[:-1], from_pass.code.movedim(weight.dim, -1).flatten()
+        part = local_part(weight.parameter)
+        measured = None if from_pass is None else from_pass.current(weight.name, part, scale)
+        if measured is not None and isinstance(weight.dim, int):
+            sums, code = measured.sums[:-1], measured.code.movedim(weight.dim, -1).flatten()
         else:
             sums, code = weight_sums(part, dim=weight.dim, scale=scale)
         mask, last = SeenMask(code, scale is not None), seen.get(weight.name)
         comparable = last is not None and last.scaled == mask.scaled and last.code.device == code.device
         flips = sums.new_zeros(())
         if last is not None and comparable:
-            counted = from_pass is not None and last.code.data_ptr() == from_pass.before.data_ptr()
-            flips = from_pass.sums[-1] if from_pass and counted else flipped_entries(last.code, code)
+            counted = measured is not None and last.code.data_ptr() == measured.before.data_ptr()
+            flips = measured.sums[-1] if measured and counted else flipped_entries(last.code, code)
         strength = strengths[weight.name].detach().float() if weight.name in strengths else sums.new_full((), math.nan)
         extra = [flips, strength]
         rows.append(torch.cat([sums, torch.stack([value.to(sums.device) for value in extra])]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.prox.dispatch import prox_path
-from prox24_lightning.prox.statistics import NUMBERS, Look, empty_look
+from prox24_lightning.prox.statistics import NUMBERS, ProxStatistics, empty_statistics
 from prox24_lightning.weights.groups import resolve_group_dim
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ProxTogether:
         *,
         settle: bool = False,
         befores: Sequence[Tensor | None] | None = None,
-    ) -> list[Look]:
+    ) -> list[ProxStatistics]:
         """Change ``weights`` in place.
 
         Args:
@@ -70,14 +70,14 @@ class ProxTogether:
             ValueError: if a weight cannot go with the others, with its number.
         """
         self._prepare(weights, dims, scales, strengths.device)
-        looks: list[Look | None] = [None] * len(weights)
+        looks: list[ProxStatistics | None] = [None] * len(weights)
         for index, numbers, many in self._kinds:
             mine = None
             if befores is not None:
                 sums = torch.zeros((len(numbers), NUMBERS), dtype=torch.float32, device=strengths.device)
                 places = [resolve_group_dim(weights[number].shape, dims[number]) for number in numbers]
                 mine = [
-                    empty_look(weights[number], place, row, befores[number])
+                    empty_statistics(weights[number], place, row, befores[number])
                     for number, place, row in zip(numbers, places, sums, strict=True)
                 ]
                 for number, look in zip(numbers, mine, strict=True):

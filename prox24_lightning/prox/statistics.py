@@ -13,7 +13,7 @@ NUMBERS = 10
 
 
 @dataclass(frozen=True)
-class Look:
+class ProxStatistics:
     """Filled by a pass that writes its results.
 
     Attributes:
@@ -30,7 +30,7 @@ class Look:
     before: Tensor
 
 
-def empty_look(weight: Tensor, dim: int, sums: Tensor, before: Tensor | None = None) -> Look:
+def empty_statistics(weight: Tensor, dim: int, sums: Tensor, before: Tensor | None = None) -> ProxStatistics:
     """A look to be filled; ``sums`` are ten zeros, ``dim`` is non-negative."""
     code = torch.empty(group_shape(weight.shape, dim), dtype=torch.uint8, device=weight.device)
-    return Look(sums, code, code if before is None else before)
+    return ProxStatistics(sums, code, code if before is None else before)

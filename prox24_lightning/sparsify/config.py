@@ -1,71 +1,108 @@
-"""The arguments of a run as users write them: what can be refused before there is a model, is refused here."""
+"""The settings of a run as users write them, checked as far as that needs no model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from prox24_lightning.schedules import Schedule
+from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
 from prox24_lightning.sparsify.engine import Metric
 from prox24_lightning.sparsify.phases import check_step
 from prox24_lightning.sparsify.strategies.post_step.strategy import Refit
+from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
 from prox24_lightning.weights.groups import Geometry
 
 StrategyName = Literal["post_step", "progressive"]
 
 
-def check_arguments(
-    start: int | float,
-    freeze: int | float,
-    strategy: StrategyName,
-    dense_target: float,
-    reconstruction_steps: int,
-    metric: Metric,
-    schedule: str | Schedule,
-    targets: Sequence[str] | None,
-    skip: Sequence[str] | None,
-    geometry: Geometry,
-    refit: Refit,
-    sparse_training: bool,
-    masks_file: str | Path | None,
-) -> None:
-    """The arguments are those of :class:`~prox24_lightning.Prox24`.
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """The arguments of :class:`~prox24_lightning.Prox24`, which documents them.
 
     Raises:
-        ValueError, TypeError: with the value and the remedy.
+        ValueError, TypeError: for a wrong value, with the value and the remedy.
     """
-    check_step(start, "start")
-    check_step(freeze, "freeze")
-    if type(start) is type(freeze) and start > freeze:
-        raise ValueError(f"start={start!r} comes after freeze={freeze!r}; sparsification begins before the freeze")
-    for argument, value, choices in (
-        ("strategy", strategy, StrategyName),
-        ("metric", metric, Metric),
-        ("geometry", geometry, Geometry),
-        ("refit", refit, Refit),
-    ):
-        if value not in get_args(choices):
-            raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
-    if strategy == "progressive":
-        for argument, given, default in (("schedule", schedule, "auto"), ("refit", refit, "none")):
-            if given != default:
-                raise ValueError(f"{argument}={given!r} belongs to strategy='post_step'; set that too, or leave it out")
-    if not 0 <= dense_target <= 1:
-        raise ValueError(
-            f"dense_target={dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
-        )
-    if isinstance(reconstruction_steps, bool) or not isinstance(reconstruction_steps, int) or reconstruction_steps < 0:
-        raise ValueError(
-            f"reconstruction_steps={reconstruction_steps!r} must be a whole number of gradient steps a block; 0 is none"
-        )
-    if sparse_training and geometry != "block":
-        raise ValueError(
-            f"sparse_training=True needs geometry='block', not {geometry!r}: only a mask that is 2:4 both ways "
-            "lets the forward pass and the input gradient run on sparse tensor cores"
-        )
-    for argument, patterns in (("targets", targets), ("skip", skip)):
-        if isinstance(patterns, str):
-            raise TypeError(f"{argument} takes a list of patterns, got the string {patterns!r}; write [{patterns!r}]")
-    if masks_file is not None and Path(masks_file).suffix != ".safetensors":
-        raise ValueError(f"masks_file={str(masks_file)!r} must end in .safetensors, the format it is written in")
+
+    start: int | float = 0.02
+    freeze: int | float = 0.3
+    strategy: StrategyName = "progressive"
+    dense_target: float = 0.5
+    reconstruction_steps: int = RECONSTRUCTION_STEPS
+    gradient_weighting: bool = True
+    metric: Metric = "activation"
+    schedule: str | Schedule = "auto"
+    fraction: str | Schedule = "cubic"
+    targets: Sequence[str] | None = None
+    skip: Sequence[str] | None = None
+    geometry: Geometry = "row"
+    refit: Refit = "none"
+    sparse_training: bool = False
+    masks_file: str | Path | None = None
+    name: str = "prox24"
+    verbose: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_steps()
+        for argument, choices in (
+            ("strategy", StrategyName),
+            ("metric", Metric),
+            ("geometry", Geometry),
+            ("refit", Refit),
+        ):
+            if (value := getattr(self, argument)) not in get_args(choices):
+                raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
+        self._check_strategy()
+        if self.sparse_training and self.geometry != "block":
+            raise ValueError(
+                f"sparse_training=True needs geometry='block', not {self.geometry!r}: only a mask that is 2:4 both "
+                "ways lets the forward pass and the input gradient run on sparse tensor cores"
+            )
+        for argument, patterns in (("targets", self.targets), ("skip", self.skip)):
+            if isinstance(patterns, str):
+                raise TypeError(
+                    f"{argument} takes a list of patterns, got the string {patterns!r}; write [{patterns!r}]"
+                )
+        if self.masks_file is not None and Path(self.masks_file).suffix != ".safetensors":
+            raise ValueError(
+                f"masks_file={str(self.masks_file)!r} must end in .safetensors, the format it is written in"
+            )
+
+    @property
+    def strength_schedule(self) -> Schedule | None:
+        """The relative strength of ``post_step`` over the phase; None where ``fraction`` decides it."""
+        if self.schedule == "auto":
+            return None
+        return named_schedule(self.schedule, STRENGTH_SCHEDULES, "schedule")
+
+    @property
+    def fraction_schedule(self) -> Schedule:
+        """The share of groups that ``post_step`` makes 2:4 over the phase."""
+        return named_schedule(self.fraction, FRACTION_CURVES, "fraction")
+
+    def _check_steps(self) -> None:
+        check_step(self.start, "start")
+        check_step(self.freeze, "freeze")
+        if type(self.start) is type(self.freeze) and self.start > self.freeze:
+            raise ValueError(
+                f"start={self.start!r} comes after freeze={self.freeze!r}; sparsification begins before the freeze"
+            )
+
+    def _check_strategy(self) -> None:
+        if self.strategy == "progressive":
+            for argument, default in (("schedule", "auto"), ("refit", "none")):
+                if (given := getattr(self, argument)) != default:
+                    raise ValueError(
+                        f"{argument}={given!r} belongs to strategy='post_step'; set that too, or leave it out"
+                    )
+        if not 0 <= self.dense_target <= 1:
+            raise ValueError(
+                f"dense_target={self.dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
+            )
+        steps = self.reconstruction_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(
+                f"reconstruction_steps={steps!r} must be a whole number of gradient steps a block; 0 is none"
+            )
+        _ = self.strength_schedule, self.fraction_schedule  # unknown names are refused here

@@ -1,4 +1,4 @@
-"""What every host of the engine shares: the user's arguments, the checks, and the state of a run."""
+"""One run from dense to frozen, for the callback of any training framework to own and call."""
 
 from __future__ import annotations
 
@@ -13,95 +13,40 @@ from torch.optim import Optimizer
 
 from prox24_lightning.finetune import save_masks
 from prox24_lightning.mask import violations_24
-from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
 from prox24_lightning.sparsify.checks import check_optimizers, check_place, check_weights, optimized
-from prox24_lightning.sparsify.config import StrategyName, check_arguments
-from prox24_lightning.sparsify.engine import Metric, SparsityEngine
+from prox24_lightning.sparsify.config import SparsifyConfig
+from prox24_lightning.sparsify.engine import SparsityEngine
+from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase, resolve_plan
 from prox24_lightning.sparsify.sparse_training import SparseTraining
-from prox24_lightning.sparsify.strategies.base import StepLook, Strategy
-from prox24_lightning.sparsify.strategies.post_step.strategy import PostStepProx, Refit
-from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS, Progressive
+from prox24_lightning.sparsify.strategies.base import Strategy
+from prox24_lightning.sparsify.strategies.post_step.strategy import PostStepProx
+from prox24_lightning.sparsify.strategies.progressive.strategy import Progressive
 from prox24_lightning.utils.distributed import rank
-from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.selection import GroupedWeight, Selection, select_weights
 from prox24_lightning.weights.sharded import local_part, reshard
 
 
-class Sparsifier:
-    """One run from dense to frozen, for a training framework's callback to inherit from and call.
+class SparsifyController:
+    """Check, start, resume and end a run; between that the engine works on its own.
 
-    The callback decides when: :meth:`prepare` once model and optimizers exist, :meth:`restore` once a checkpoint has
-    been read, :meth:`before_batch`, :meth:`finish` and :meth:`unbind`. The arguments are those of
-    :class:`~prox24_lightning.Prox24`.
+    A callback decides when: :meth:`prepare` once model and optimizers exist, :meth:`restore` once a checkpoint has
+    been read, :meth:`bind` when training begins, :meth:`before_batch`, and at the end :meth:`check_end`,
+    :meth:`write_masks` and :meth:`unbind`.
 
-    Attributes:
+    Args:
+        config: the user's settings.
         root_is_called: whether training calls the model itself, rather than parts of it.
     """
 
-    root_is_called = True
-
-    def __init__(
-        self,
-        start: int | float = 0.02,
-        freeze: int | float = 0.3,
-        *,
-        strategy: StrategyName = "progressive",
-        dense_target: float = 0.5,
-        reconstruction_steps: int = RECONSTRUCTION_STEPS,
-        gradient_weighting: bool = True,
-        metric: Metric = "activation",
-        schedule: str | Schedule = "auto",
-        fraction: str | Schedule = "cubic",
-        targets: Sequence[str] | None = None,
-        skip: Sequence[str] | None = None,
-        geometry: Geometry = "row",
-        refit: Refit = "none",
-        sparse_training: bool = False,
-        masks_file: str | Path | None = None,
-        name: str = "prox24",
-        verbose: bool = True,
-    ) -> None:
-        super().__init__()
-        check_arguments(
-            start,
-            freeze,
-            strategy,
-            dense_target,
-            reconstruction_steps,
-            metric,
-            schedule,
-            targets,
-            skip,
-            geometry,
-            refit,
-            sparse_training,
-            masks_file,
-        )
-        self.start = start
-        self.freeze = freeze
-        self.strategy = strategy
-        self.dense_target = dense_target
-        self.reconstruction_steps = reconstruction_steps
-        self.gradient_weighting = gradient_weighting
-        self.metric = metric
-        self.schedule = None if schedule == "auto" else named_schedule(schedule, STRENGTH_SCHEDULES, "schedule")
-        self.fraction = named_schedule(fraction, FRACTION_CURVES, "fraction")
-        self.targets = targets
-        self.skip = skip
-        self.geometry = geometry
-        self.refit = refit
-        self.sparse_training = sparse_training
-        self.masks_file = masks_file
-        self.name = name
-        self.verbose = verbose
+    def __init__(self, config: SparsifyConfig, *, root_is_called: bool = True) -> None:
+        self.config = config
+        self.root_is_called = root_is_called
         self.selection = Selection((), ())
         self._engine: SparsityEngine | None = None
         self._model: weakref.ref[nn.Module] | None = None
-        self._loaded: dict[str, Any] = {}
+        self._previous: SparsityEngine | None = None  # of the last fit of this model, until restore takes it up
         self._sparse = SparseTraining()
-
-    # What monitors and final hooks read.
 
     @property
     def weights(self) -> tuple[GroupedWeight, ...]:
@@ -142,17 +87,17 @@ class Sparsifier:
         return self._require_engine().plan.freeze
 
     @property
-    def looks(self) -> dict[str, StepLook]:
-        """What the passes that changed the weights have seen of them, by weight name; of few weights, or of none."""
-        return {} if self._engine is None else self._engine.strategy.looks
+    def pass_statistics(self) -> PassStatistics | None:
+        """Statistics from the passes that change the weights; None before a fit."""
+        return None if self._engine is None else self._engine.statistics
 
-    def look_at_next_step(self, wanted: bool) -> None:
-        """Have the weights looked at, or not, in the pass that changes them after the next optimizer step."""
+    def measure_next_step(self, wanted: bool) -> None:
+        """Collect statistics of the weights, or none, in the pass that changes them after the next optimizer step."""
         if self._engine is not None:
-            self._engine.strategy.looking = wanted
+            self._engine.statistics.wanted = wanted
 
     def metric_scale(self, name: str) -> Tensor | None:
-        """Scale of the metric now in use for a weight; broadcasts to it; None for the weight's own coordinates."""
+        """Return the scale of a weight's metric now in use, which broadcasts to it; None for its own coordinates."""
         return None if self._engine is None else self._engine.metric_scale(name)
 
     def save_masks(self, path: str | Path) -> Path:
@@ -161,10 +106,9 @@ class Sparsifier:
         Raises:
             ValueError: before the freeze.
         """
-        info = {"step": self.step, "name": self.name, "strategy": self.strategy, "geometry": self.geometry}
+        config = self.config
+        info = {"step": self.step, "name": config.name, "strategy": config.strategy, "geometry": config.geometry}
         return save_masks(path, self.weights, self.masks, info)
-
-    # What the host's hooks call.
 
     def prepare(
         self,
@@ -182,41 +126,45 @@ class Sparsifier:
         Raises:
             ValueError: if model, optimizers and arguments do not fit together.
         """
+        config = self.config
         self.unbind()  # a run that was interrupted where the host has no hook for it still listens
         check_optimizers(optimizers)
-        check_place(self.masks_file)
-        selection = select_weights(model, targets=self.targets, skip=self.skip, geometry=self.geometry)
-        plan = resolve_plan(self.start, self.freeze, total_steps)
-        selection = optimized(selection, optimizers, explicit=self.targets is not None)
-        check_weights(selection, claimed, self.name)
-        if self._engine is not None and self._model is not None and self._model() is model:
-            self._loaded = self._loaded or self._engine.state_dict()
+        check_place(config.masks_file)
+        selection = select_weights(model, targets=config.targets, skip=config.skip, geometry=config.geometry)
+        plan = resolve_plan(config.start, config.freeze, total_steps)
+        selection = optimized(selection, optimizers, explicit=config.targets is not None)
+        check_weights(selection, claimed, config.name)
+        same_model = self._model is not None and self._model() is model
+        self._previous = self._previous or self._engine if same_model else None
         self.selection = selection
-        self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=self.metric)
+        self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=config.metric)
         self._model = weakref.ref(model)
-        if self.sparse_training:
+        if config.sparse_training:
             engine = self._engine
             engine.on_freeze.append(lambda: self._sparse.attach(engine.weights, engine.masks))
         return self._engine
 
-    def restore(self, global_step: int) -> None:
-        """Take over the state that was loaded; call when everything is restored, before :meth:`bind`.
+    def restore(self, state: dict[str, Any], global_step: int) -> None:
+        """Take over a checkpoint's state; call when everything else is restored, before :meth:`bind`.
 
         Args:
+            state: what :meth:`state_dict` returned; empty if there is no checkpoint, or it holds none of ours.
             global_step: the host's own count of finished steps, for a checkpoint that holds none of ours.
 
         Raises:
-            ValueError: if the state belongs to other weights, or another strategy is at work in it.
+            ValueError: if the state belongs to other weights or to another strategy.
         """
         engine = self._require_engine()
-        if self._loaded:
-            engine.load_state_dict(self._loaded)
-            self._loaded = {}
+        previous, self._previous = self._previous, None
+        if not state and previous is not None:
+            state = previous.state_dict()
+        if state:
+            engine.load_state_dict(state)
         elif global_step > engine.step:
             engine.step = global_step
             _warn(
-                f"the checkpoint holds no state of {type(self).__name__} (name={self.name!r}): it was written without "
-                f"the callback; going on from step {engine.step} as {engine.phase}, with masks still to be chosen"
+                f"the checkpoint holds no state of Prox24 (name={self.config.name!r}): it was written without the "
+                f"callback; going on from step {engine.step} as {engine.phase}, with masks still to be chosen"
             )
 
     def bind(self, optimizers: Sequence[Optimizer]) -> None:
@@ -226,7 +174,7 @@ class Sparsifier:
             reshard(model)  # a validation before the first batch may have left gathered copies
         engine = self._require_engine()
         engine.bind(optimizers)
-        if self.sparse_training:
+        if self.config.sparse_training:
             self._sparse.attach(self.weights, engine.masks)
 
     def end_sparse_training(self) -> None:
@@ -240,7 +188,7 @@ class Sparsifier:
             self._engine.unbind()
 
     def before_batch(self, optimizers: Sequence[Optimizer]) -> None:
-        """A batch begins, to be followed by a step of ``optimizers``: others than before are gone over to.
+        """Prepare for a batch; if the host has exchanged its optimizers, go on with the new ones.
 
         Raises:
             RuntimeError: if a weight was replaced by a parameter that they do not train.
@@ -264,40 +212,36 @@ class Sparsifier:
                 _warn(f"{weight.name} is frozen, yet something has written to its pruned entries: {broken}")
 
     def pauses(self) -> str | None:
-        """How long the training has stood still for solving layers, in words; None if it has not."""
+        """Return in words how long training has paused to solve layers; None if it has not."""
         strategy = self._require_engine().strategy
-        if not strategy.seconds:
+        if not strategy.solve_seconds:
             return None
         return (
-            f"{self.name}: solving layers took {strategy.seconds:.1f} s of the run, "
+            f"{self.config.name}: solving layers took {strategy.solve_seconds:.1f} s of the run, "
             f"the longest pause between two steps {strategy.longest_pause:.2f} s"
         )
 
     def write_masks(self) -> None:
         """Write ``masks_file``, if there is one and the masks are frozen; all ranks call it."""
-        if self.masks_file is not None and self.phase == "frozen":
-            self.save_masks(self.masks_file)
+        if self.config.masks_file is not None and self.phase == "frozen":
+            self.save_masks(self.config.masks_file)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs: plain types and tensors. In a distributed run all ranks call it."""
-        if self._loaded or self._engine is None:
-            return self._loaded
-        return self._engine.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a state for :meth:`restore`."""
-        self._loaded = state_dict
+        """Return all that a resumed run needs, in plain types and tensors; all ranks call it."""
+        engine = self._previous or self._engine
+        return {} if engine is None else engine.state_dict()
 
     def _make_strategy(self, model: nn.Module) -> Strategy:
-        if self.strategy == "progressive":
+        config = self.config
+        if config.strategy == "progressive":
             return Progressive(
                 model,
                 root_is_called=self.root_is_called,
-                dense_target=self.dense_target,
-                reconstruction_steps=self.reconstruction_steps,
-                gradient_weighting=self.gradient_weighting,
+                dense_target=config.dense_target,
+                reconstruction_steps=config.reconstruction_steps,
+                gradient_weighting=config.gradient_weighting,
             )
-        return PostStepProx(self.schedule, self.fraction, refit=self.refit)
+        return PostStepProx(config.strength_schedule, config.fraction_schedule, refit=config.refit)
 
     def _require_engine(self) -> SparsityEngine:
         if self._engine is None:

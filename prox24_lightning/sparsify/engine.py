@@ -13,9 +13,10 @@ from prox24_lightning.calibration.input_second_moment import InputSecondMoments
 from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.sparsify.checks import check_finite, check_same_weights, has_replaced
+from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
 from prox24_lightning.sparsify.step_listener import StepListener
-from prox24_lightning.sparsify.strategies.base import Frozen, Strategy
+from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, RunContext, Strategy
 from prox24_lightning.utils.distributed import check_same
 from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.selection import GroupedWeight
@@ -61,6 +62,7 @@ class SparsityEngine:
         self.metric = metric
         self.step = 0
         self.masked = MaskedParameters()
+        self.statistics = PassStatistics()
         self.on_freeze: list[Callable[[], None]] = []
         self._begun = False
         self._frozen = False
@@ -97,8 +99,6 @@ class SparsityEngine:
         for optimizer in optimizers:
             held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
             self._owned[id(optimizer)] = [names[key] for key in held if key in names]
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.strategy.trained = frozenset(parameter for group in groups for parameter in group["params"])
         self._listener.bind(optimizers)
         for weight in self.weights:
             if weight.name in self.masks:
@@ -106,7 +106,9 @@ class SparsityEngine:
         self.masked.mask_optimizer_state(optimizers)
         if self._frozen:
             return
-        self.strategy.attach(self.weights, self.plan)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        trained = frozenset(parameter for group in groups for parameter in group["params"])
+        self.strategy.attach(RunContext(self.weights, self.plan, self.metric_scale, trained))
         if self._moments is not None:
             self._moments.attach()
         if self.step >= self.plan.freeze:
@@ -157,13 +159,15 @@ class SparsityEngine:
             self._moments.fold()
         if self.step > self.plan.start and not self._begun:
             self._begin()
+        self.statistics.forget()
         if self.step >= self.plan.freeze:
             self._freeze()
         elif self.step > self.plan.start:
             waiting = [weight for weight in owned if weight.name not in self.masks]
+            collected = self.statistics if self.statistics.wanted else None
             with self.masked.carry_writes(self._optimizers):
-                frozen = self._write(self.strategy.after_step(self.step, waiting, self.metric_scale))
-            self._hold(frozen)
+                masks = self.strategy.after_step(OptimizerStep(self.step, waiting, collected))
+            self._enforce(masks)
 
     def _begin(self) -> None:
         self._begun = True
@@ -173,34 +177,28 @@ class SparsityEngine:
                 "activations",
                 ", ".join(missing),
             )
-        self.strategy.begin(self.weights, self.metric_scale)
+        self.strategy.begin()
 
     def _freeze(self) -> None:
-        """Freeze what is not frozen yet, and hold all masks from now on."""
+        """Freeze what is not frozen yet, and enforce all masks from now on."""
         waiting = [weight for weight in self.weights if weight.name not in self.masks]
         with self.masked.carry_writes(self._optimizers):
-            frozen = self._write(self.strategy.finish(waiting, self.metric_scale))
-        self._hold(frozen)
+            masks = self.strategy.finish(waiting)
+        self._enforce(masks)
         self._frozen = True
+        self.statistics.end()
         self.strategy.detach()
         if self._moments is not None:
             self._moments.detach()
 
-    def _write(self, frozen: Frozen) -> Frozen:
-        """Write the values of newly frozen weights."""
-        parameters = {weight.name: weight.parameter for weight in self.weights}
-        for name, (_, values) in frozen.items():
-            local_part(parameters[name]).copy_(values)
-        return frozen
-
-    def _hold(self, frozen: Frozen) -> None:
-        """Enforce the masks of newly frozen weights, in the optimizer's state too."""
-        if not frozen:
+    def _enforce(self, masks: Masks) -> None:
+        """Enforce the masks of newly frozen weights, in the optimizers' state too."""
+        if not masks:
             return
         parameters = {weight.name: weight.parameter for weight in self.weights}
-        for name, (mask, _) in frozen.items():
+        for name, mask in masks.items():
             self.masked.apply(name, parameters[name], mask)
-        self._check_ranks({name: whole(mask, parameters[name]) for name, (mask, _) in frozen.items()})
+        self._check_ranks({name: whole(mask, parameters[name]) for name, mask in masks.items()})
         self.masked.mask_optimizer_state(self._optimizers)
         for callback in self.on_freeze:
             callback()

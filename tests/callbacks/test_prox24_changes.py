@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -118,7 +120,7 @@ def test_a_fit_of_another_model_begins_anew():
     fit(callback, steps=16)
     assert callback.phase == "frozen"
     other = TinyModule()
-    callback.start, callback.freeze = 2, 10
+    callback.config = replace(callback.config, start=2, freeze=10)
     with pytest.warns(UserWarning, match="the run ended at step 5 in phase 'sparsify'"):
         fit(callback, Stop(5), steps=12, module=other)
     assert (callback.step, len(callback.masks)) == (5, 0)

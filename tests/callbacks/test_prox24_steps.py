@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def prox(**arguments):
 
 def fit(module, callback, steps, **arguments):
     trainer = quiet_trainer(max_steps=-1, max_epochs=2, callbacks=[callback], **arguments)
-    callback.freeze = steps
+    callback.config = replace(callback.config, freeze=steps)
     trainer.fit(module, tiny_loader(batches=7))
     return trainer
 
@@ -109,8 +110,7 @@ class TwoOptimizers(TinyModule):
 def test_manual_optimisation_with_two_optimizers(applied, wrapped):
     module = TwoOptimizers()
     module.wrapped = wrapped
-    callback = prox(targets=[TARGET, "model.0.weight"], metric="weight")
-    callback.freeze = 7
+    callback = prox(targets=[TARGET, "model.0.weight"], metric="weight", freeze=7)
     quiet_trainer(max_steps=-1, max_epochs=1, callbacks=[callback]).fit(module, tiny_loader(batches=7))
     assert applied == {TARGET: 4, "model.0.weight": 2}, "steps count over both optimizers; the seventh freezes"
     assert callback.step == 11

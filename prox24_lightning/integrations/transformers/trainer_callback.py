@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
 from prox24_lightning.monitoring.selection_table import print_selection
-from prox24_lightning.sparsify.controller import Sparsifier
+from prox24_lightning.schedules import Schedule
+from prox24_lightning.sparsify.config import Metric, Refit, SparsifyConfig, StrategyName
+from prox24_lightning.sparsify.controller import SparsifyController
+from prox24_lightning.sparsify.phases import Phase
+from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
 from prox24_lightning.utils.files import save_object
+from prox24_lightning.weights.groups import Geometry
+from prox24_lightning.weights.selection import GroupedWeight, Selection
 
 
-class Prox24TrainerCallback(Sparsifier, TrainerCallback):
+class Prox24TrainerCallback(TrainerCallback):
     """:class:`~prox24_lightning.Prox24` for ``transformers.Trainer``: the same arguments, phases and results.
 
     ``Trainer(..., callbacks=[Prox24TrainerCallback(start=0.5, freeze=0.8)])``. The state goes into every checkpoint
@@ -32,9 +40,83 @@ class Prox24TrainerCallback(Sparsifier, TrainerCallback):
         ValueError: before the first batch, when model, trainer and arguments do not fit together.
     """
 
-    def __init__(self, *positional: Any, resume_from: str | Path | None = None, **arguments: Any) -> None:
-        super().__init__(*positional, **arguments)
+    def __init__(
+        self,
+        start: int | float = 0.02,
+        freeze: int | float = 0.3,
+        *,
+        strategy: StrategyName = "progressive",
+        dense_target: float = 0.5,
+        reconstruction_steps: int = RECONSTRUCTION_STEPS,
+        gradient_weighting: bool = True,
+        metric: Metric = "activation",
+        schedule: str | Schedule = "auto",
+        fraction: str | Schedule = "cubic",
+        targets: Sequence[str] | None = None,
+        skip: Sequence[str] | None = None,
+        geometry: Geometry = "row",
+        refit: Refit = "none",
+        sparse_training: bool = False,
+        masks_file: str | Path | None = None,
+        name: str = "prox24",
+        verbose: bool = True,
+        resume_from: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = SparsifyConfig(
+            start=start,
+            freeze=freeze,
+            strategy=strategy,
+            dense_target=dense_target,
+            reconstruction_steps=reconstruction_steps,
+            gradient_weighting=gradient_weighting,
+            metric=metric,
+            schedule=schedule,
+            fraction=fraction,
+            targets=targets,
+            skip=skip,
+            geometry=geometry,
+            refit=refit,
+            sparse_training=sparse_training,
+            masks_file=masks_file,
+            name=name,
+            verbose=verbose,
+        )
         self.resume_from = resume_from
+        self._controller = SparsifyController(self.config)
+
+    @property
+    def selection(self) -> Selection:
+        """The weights that become 2:4, and those that stay dense with the reason; empty before training."""
+        return self._controller.selection
+
+    @property
+    def weights(self) -> tuple[GroupedWeight, ...]:
+        """The weights that become 2:4; empty before training."""
+        return self._controller.weights
+
+    @property
+    def step(self) -> int:
+        """Finished real optimizer steps."""
+        return self._controller.step
+
+    @property
+    def phase(self) -> Phase:
+        """``"dense"``, ``"sparsify"`` or ``"frozen"``."""
+        return self._controller.phase
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Frozen masks by weight name (bool, True stays); empty before the freeze."""
+        return self._controller.masks
+
+    def save_masks(self, path: str | Path) -> Path:
+        """Write the frozen masks to a file that :func:`~prox24_lightning.load_masks` reads; all ranks call it.
+
+        Raises:
+            ValueError: before the freeze.
+        """
+        return self._controller.save_masks(path)
 
     @override
     def on_train_begin(
@@ -46,28 +128,31 @@ class Prox24TrainerCallback(Sparsifier, TrainerCallback):
                 "Prox24TrainerCallback works with one process or DDP; transformers' FSDP and DeepSpeed flatten or hide "
                 "the weights: shard the model in Lightning's ModelParallelStrategy with Prox24 instead"
             )
-        engine = self.prepare(kwargs["model"], optimizers, state.max_steps, {})
+        controller = self._controller
+        engine = controller.prepare(kwargs["model"], optimizers, state.max_steps, {})
         engine.on_freeze.append(lambda: _forget_best(state))
-        if self.verbose and state.is_world_process_zero:
-            print_selection(self.selection, f"{self.name}: 2:4 from step {self.start_step} to step {self.freeze_step}")
+        if self.config.verbose and state.is_world_process_zero:
+            steps = f"from step {controller.start_step} to step {controller.freeze_step}"
+            print_selection(controller.selection, f"{self.config.name}: 2:4 {steps}")
+        loaded: dict[str, Any] = {}
         if state.global_step:
             path = self._state_file(self.resume_from or _checkpoint(args, state))
             if path.exists():
-                self.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-            elif self.step < state.global_step:
+                loaded = torch.load(path, weights_only=True, map_location="cpu")
+            else:
                 warnings.warn(f"there is no {path}; name the checkpoint's folder as resume_from", stacklevel=2)
-        self.restore(state.global_step)
-        self.bind(optimizers)
+        controller.restore(loaded, state.global_step)
+        controller.bind(optimizers)
 
     @override
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.before_batch(_bare(kwargs["optimizer"]))
+        self._controller.before_batch(_bare(kwargs["optimizer"]))
 
     @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        content = self.state_dict()
+        content = self._controller.state_dict()
         if state.is_world_process_zero:
             save_object(self._state_file(_checkpoint(args, state)), content)
 
@@ -75,13 +160,13 @@ class Prox24TrainerCallback(Sparsifier, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.unbind()
-        self.check_end()
-        self.write_masks()
+        self._controller.unbind()
+        self._controller.check_end()
+        self._controller.write_masks()
 
     def _state_file(self, checkpoint: str | Path) -> Path:
         """Beside what transformers writes into the folder of a checkpoint."""
-        return Path(checkpoint) / f"{self.name}.pt"
+        return Path(checkpoint) / f"{self.config.name}.pt"
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

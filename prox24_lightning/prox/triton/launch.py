@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from prox24_lightning.prox.statistics import Look
+from prox24_lightning.prox.statistics import ProxStatistics
 from prox24_lightning.prox.triton.critical import critical_kernel, critical_many_kernel
 from prox24_lightning.prox.triton.fused import prox_kernel, prox_many_kernel
 from prox24_lightning.weights.groups import group_shape, resolve_group_dim
@@ -137,7 +137,7 @@ def critical_24_triton(weight: Tensor, *, dim: int = -1, scale: Tensor | None = 
     return result
 
 
-def _addresses(looks: Sequence[Look]) -> tuple[Tensor, Tensor, Tensor]:
+def _addresses(looks: Sequence[ProxStatistics]) -> tuple[Tensor, Tensor, Tensor]:
     """The sums, and where the codes are, of this look and of the one before."""
     device = looks[0].sums.device
     places = [[look.code.data_ptr() for look in looks], [look.before.data_ptr() for look in looks]]
@@ -196,7 +196,7 @@ class ManyWeights:
             )
         return result
 
-    def prox(self, strengths: Tensor, *, settle: bool, looks: Sequence[Look] | None = None) -> None:
+    def prox(self, strengths: Tensor, *, settle: bool, looks: Sequence[ProxStatistics] | None = None) -> None:
         """The prox of every weight, in place, with its own of ``strengths``, float32 ``(weights,)`` on the device.
 
         ``looks``, one for each weight, are filled from the same pass; their sums are rows of one tensor.

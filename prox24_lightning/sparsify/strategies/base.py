@@ -1,4 +1,4 @@
-"""What the engine asks of a way to sparsify."""
+"""The interface between the engine, which decides when, and a strategy, which makes dense weights 2:4."""
 
 from __future__ import annotations
 
@@ -10,100 +10,115 @@ from typing import Any
 from torch import Tensor
 
 from prox24_lightning.mask import mask_24
-from prox24_lightning.prox.statistics import Look
+from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part
 
 ScaleOf = Callable[[str], Tensor | None]
-"""The scale of a weight's metric, by name; None for the weight's own coordinates."""
+"""Weight name -> scale of its metric; None for the weight's own coordinates."""
 
-Frozen = dict[str, tuple[Tensor, Tensor]]
-"""Weight name -> (mask, values), for the weights that shall be frozen now."""
+Masks = dict[str, Tensor]
+"""Weight name -> mask (bool, True stays) of a weight that is frozen from now on."""
 
 
 @dataclass(frozen=True)
-class StepLook:
-    """A look at a weight from the pass that changed it; out of date once something else has written to the weight."""
+class RunContext:
+    """What a strategy works on from :meth:`Strategy.attach` until :meth:`Strategy.detach`.
 
-    look: Look
-    scale: Tensor | None
-    version: int
+    Attributes:
+        weights: every weight that becomes 2:4, those that are frozen already included.
+        plan: the steps at which the phases begin.
+        scale_of: the scale of a weight's metric now in use.
+        trained: the parameters that the optimizers train.
+    """
 
-    def is_of(self, values: Tensor, scale: Tensor | None) -> bool:
-        """Whether it still says what ``values`` are, in the metric of ``scale``."""
-        return self.version == values._version and self.scale is scale
+    weights: tuple[GroupedWeight, ...]
+    plan: PhasePlan
+    scale_of: ScaleOf
+    trained: frozenset[Tensor] = frozenset()
 
 
-def projected(weight: GroupedWeight, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mask and values of a weight as it stands: the two largest of every four, in the metric.
+@dataclass(frozen=True)
+class OptimizerStep:
+    """An optimizer step that has just been taken in the sparsify phase.
+
+    Attributes:
+        number: finished optimizer steps, this one included.
+        weights: the weights that it changed and that are not frozen.
+        statistics: collects statistics from the pass that changes the weights; None where nobody asks for them.
+    """
+
+    number: int
+    weights: Sequence[GroupedWeight]
+    statistics: PassStatistics | None = None
+
+
+def projected_mask(weight: GroupedWeight, scale: Tensor | None) -> Tensor:
+    """Return the mask of the two largest of every four entries of a weight, in the metric.
 
     Raises:
         ValueError: with the weight's name, if it holds NaN.
     """
-    values = local_part(weight.parameter)
     try:
-        return mask_24(values, dim=weight.dim, scale=scale), values
+        return mask_24(local_part(weight.parameter), dim=weight.dim, scale=scale)
     except ValueError as error:
         raise ValueError(f"{weight.name}: {error}") from error
 
 
 class Strategy(ABC):
-    """Turns dense weights into 2:4 ones between two steps of a run; the engine says when, and holds the masks.
+    """Make dense weights 2:4 between the steps of a run.
 
-    Of a sharded weight every rank changes its own part: scales, masks and values are those of this part. All ranks call
-    every method, in the same order.
+    A strategy writes new values into the weights and returns masks; the engine enforces the masks from then on. Of a
+    sharded weight every rank changes its own part: scales and masks are those of this part. All ranks call every
+    method, in the same order.
 
     Attributes:
-        strengths: the strength last used for each weight: 0-dim tensors by name.
-        longest_pause: seconds of the longest pause that solving made between two steps of this process; 0 where nothing
-            is solved.
-        seconds: of all such pauses together.
-        looking: whether the next :meth:`after_step` shall look at the weights in the pass that changes them.
-        looks: what it has seen, by name; of weights that it changes in another way it says nothing.
-        trained: the parameters that training changes: those of its optimizers.
+        context: what the strategy works on; empty until :meth:`attach`.
+        strengths: the strength last used for each weight, 0-dim tensors by name, units 1 / (weight * scale).
+        solve_seconds: time that solving layers has taken in this process; 0 where nothing is solved.
+        longest_pause: the longest pause that solving made between two steps, in seconds.
     """
 
     def __init__(self) -> None:
+        self.context = RunContext((), PhasePlan(0, 0), lambda name: None)
         self.strengths: dict[str, Tensor] = {}
+        self.solve_seconds = 0.0
         self.longest_pause = 0.0
-        self.seconds = 0.0
-        self.looking = False
-        self.looks: dict[str, StepLook] = {}
-        self.trained: frozenset[Tensor] = frozenset()
 
     def scaled_weights(self, weights: Sequence[GroupedWeight]) -> Sequence[GroupedWeight]:
-        """Those of ``weights`` for which the strategy asks for the scale of the activation metric."""
+        """Return those of ``weights`` that need the scale of the activation metric."""
         return weights
 
-    def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:  # noqa: B027
-        """Training (again) begins with these weights: register hooks."""
+    def attach(self, context: RunContext) -> None:
+        """Register hooks: training begins, or goes on with other weights or optimizers."""
+        self.context = context
 
     def detach(self) -> None:  # noqa: B027
         """Remove every hook."""
 
     def before_batch(self, step: int) -> None:  # noqa: B027
-        """A batch begins that leads to optimizer step ``step``."""
+        """Prepare for a batch that leads to optimizer step ``step``."""
 
     @abstractmethod
-    def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
-        """The sparsify phase begins; nothing has been changed yet."""
+    def begin(self) -> None:
+        """Begin the sparsify phase; no weight has been changed yet."""
 
     @abstractmethod
-    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
-        """Optimizer step ``step`` is done; ``weights`` are those that it changed and that are not frozen.
+    def after_step(self, step: OptimizerStep) -> Masks:
+        """Change weights after an optimizer step of the sparsify phase.
 
         Returns:
-            what shall be frozen now.
+            masks of the weights that are frozen from now on.
         """
 
     @abstractmethod
-    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
-        """The phase ends: masks and values of ``weights``, all that are still unfrozen."""
+    def finish(self, weights: Sequence[GroupedWeight]) -> Masks:
+        """End the sparsify phase: make ``weights``, all that are not frozen yet, 2:4 and return their masks."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors only."""
+        """Return plain types and tensors only."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:

@@ -12,6 +12,8 @@ from prox24_lightning.monitoring.statistics import look
 from prox24_lightning.prox import settle_24
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx
+from prox24_lightning.sparsify.pass_statistics import PassStatistics
+from prox24_lightning.sparsify.strategies.base import OptimizerStep, RunContext
 from prox24_lightning.sparsify.strategies.post_step.strength import strengths_for_fraction
 from prox24_lightning.weights.selection import select_weights
 
@@ -48,8 +50,8 @@ def test_together_is_what_one_by_one_gives(by_strength):
     scales = {weights[0].name: torch.rand(256, device="cuda") + 0.5}
     schedule = STRENGTH_SCHEDULES["constant"] if by_strength else None
     strategy = PostStepProx(schedule, FRACTION_CURVES["linear"])
-    strategy.attach(weights, PhasePlan(0, 10))
-    strategy.begin(weights, scales.get)
+    strategy.attach(RunContext(weights, PhasePlan(0, 10), scales.get))
+    strategy.begin()
     start = [weight.parameter.detach().clone() for weight in weights]
     for weight in weights:
         strategy.apply(weight, 0.5, scales.get(weight.name))
@@ -57,7 +59,7 @@ def test_together_is_what_one_by_one_gives(by_strength):
     with torch.no_grad():
         for weight, values in zip(weights, start, strict=True):
             weight.parameter.copy_(values)
-    strategy.after_step(5, weights, scales.get)
+    strategy.after_step(OptimizerStep(5, weights))
     for weight, want, before in zip(weights, alone, start, strict=True):
         got = weight.parameter.detach()
         assert not torch.equal(got, before)
@@ -70,7 +72,7 @@ def test_together_is_what_one_by_one_gives(by_strength):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("by_strength", [True, False])
-def test_a_look_in_the_step_is_that_of_a_look_after_it(by_strength):
+def test_statistics_of_the_step_are_those_of_a_pass_after_it(by_strength):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
     torch.manual_seed(0)
@@ -78,14 +80,14 @@ def test_a_look_in_the_step_is_that_of_a_look_after_it(by_strength):
     weights = select_weights(model).chosen
     scales = {weights[0].name: torch.rand(256, device="cuda") + 0.5}
     strategy = PostStepProx(STRENGTH_SCHEDULES["constant"] if by_strength else None, FRACTION_CURVES["linear"])
-    strategy.attach(weights, PhasePlan(0, 10))
-    strategy.begin(weights, scales.get)
-    seen, seen_alone = {}, {}
+    strategy.attach(RunContext(weights, PhasePlan(0, 10), scales.get))
+    strategy.begin()
+    seen, seen_alone, measured = {}, {}, PassStatistics()
     for step in (3, 6):
-        strategy.looking = True
-        strategy.after_step(step, weights, scales.get)
-        assert set(strategy.looks) == {weight.name for weight in weights}
-        got, layers = look(weights, scale_of=scales.get, seen=seen, looks=strategy.looks)
+        measured.forget()
+        strategy.after_step(OptimizerStep(step, weights, measured))
+        assert all(measured.current(w.name, w.parameter, scales.get(w.name)) is not None for w in weights)
+        got, layers = look(weights, scale_of=scales.get, seen=seen, from_pass=measured)
         want, layers_alone = look(weights, scale_of=scales.get, seen=seen_alone)
         for one, other in [(got, want), *zip(layers.values(), layers_alone.values(), strict=True)]:
             assert one.zeros == pytest.approx(other.zeros)
@@ -94,10 +96,9 @@ def test_a_look_in_the_step_is_that_of_a_look_after_it(by_strength):
             assert one.mask_flips == (other.mask_flips if step == 6 else None)
     with torch.no_grad():
         weights[0].parameter.mul_(2.0)
-    assert not strategy.looks[weights[0].name].is_of(weights[0].parameter, scales[weights[0].name])
-    strategy.looking = False
-    strategy.after_step(7, weights, scales.get)
-    assert not strategy.looks
+    assert measured.current(weights[0].name, weights[0].parameter, scales[weights[0].name]) is None
+    strategy.after_step(OptimizerStep(7, weights))
+    assert all(measured.current(w.name, w.parameter, scales.get(w.name)) is None for w in weights)
 
 
 @pytest.mark.gpu

@@ -12,8 +12,8 @@ from torch import Tensor
 from prox24_lightning.prox import ProxTogether, prox_24
 from prox24_lightning.prox.many_weights import can_go_together
 from prox24_lightning.schedules import Schedule
-from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategies.base import Frozen, ScaleOf, StepLook, Strategy, projected
+from prox24_lightning.sparsify.pass_statistics import PassStatistics
+from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, Strategy, projected_mask
 from prox24_lightning.sparsify.strategies.post_step.strength import strength_for_fraction, strengths_for_fraction
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import is_sharded, local_part, part_of, whole
@@ -37,39 +37,32 @@ class PostStepProx(Strategy):
         self.strength = strength
         self.fraction = fraction
         self.refit = refit
-        self._plan = PhasePlan(0, 0)
-        self._weights: dict[str, GroupedWeight] = {}
         self._rms: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
         self._together: dict[torch.device, ProxTogether] = {}
-        self._codes: dict[tuple[str, bool], Tensor] = {}
-
-    def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:
-        self._weights = {weight.name: weight for weight in weights}
-        self._plan = plan
 
     @torch.no_grad()
-    def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
+    def begin(self) -> None:
+        weights = self.context.weights
         for weight in weights:
-            values, scale = local_part(weight.parameter).float(), scale_of(weight.name)
+            values, scale = local_part(weight.parameter).float(), self.context.scale_of(weight.name)
             values = whole(values if scale is None else values * scale, weight.parameter)
             self._rms[weight.name] = values.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         if self.refit == "restore":
             self._reference = {weight.name: local_part(weight.parameter).clone() for weight in weights}
 
     @torch.no_grad()
-    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
-        progress = self._plan.progress(step)
-        self.looks.clear()
+    def after_step(self, step: OptimizerStep) -> Masks:
+        progress = self.context.plan.progress(step.number)
         together: dict[torch.device, list[GroupedWeight]] = {}
-        for weight in weights:
+        for weight in step.weights:
             values = local_part(weight.parameter)
             if self._goes_together(weight, values):
                 together.setdefault(values.device, []).append(weight)
             else:
-                self.apply(weight, progress, scale_of(weight.name))
+                self.apply(weight, progress, self.context.scale_of(weight.name))
         for device, members in together.items():
-            self._apply_together(device, members, progress, scale_of)
+            self._apply_together(device, members, progress, step.statistics)
         return {}
 
     def _goes_together(self, weight: GroupedWeight, values: Tensor) -> bool:
@@ -78,25 +71,27 @@ class PostStepProx(Strategy):
         return isinstance(weight.dim, int) and whole_fraction and can_go_together(values)
 
     def _apply_together(
-        self, device: torch.device, weights: Sequence[GroupedWeight], progress: float, scale_of: ScaleOf
+        self,
+        device: torch.device,
+        weights: Sequence[GroupedWeight],
+        progress: float,
+        collected: PassStatistics | None,
     ) -> None:
+        names = [weight.name for weight in weights]
         values = [local_part(weight.parameter) for weight in weights]
         dims = [weight.dim for weight in weights if isinstance(weight.dim, int)]
-        scales = [scale_of(weight.name) for weight in weights]
+        scales = [self.context.scale_of(name) for name in names]
         launcher = self._together.setdefault(device, ProxTogether())
         if self.strength is None:
             fraction = self.fraction(progress)
             strengths = strengths_for_fraction(values, fraction, dims=dims, scales=scales, together=launcher)
         else:
-            strengths = self.strength(progress) / torch.stack([self._rms[weight.name] for weight in weights])
-        names = [weight.name for weight in weights]
-        befores = None
-        if self.looking:
-            befores = [self._codes.get((name, scale is None)) for name, scale in zip(names, scales, strict=True)]
-        looks = launcher(values, strengths, dims, scales, settle=self.strength is None, befores=befores)
-        for name, value, look, scale in zip(names, values, looks, scales, strict=False):  # no looks, or one for each
-            self.looks[name] = StepLook(look, scale, value._version)
-            self._codes[name, scale is None] = look.code
+            strengths = self.strength(progress) / torch.stack([self._rms[name] for name in names])
+        codes = None if collected is None else collected.previous_codes(names, scales)
+        statistics = launcher(values, strengths, dims, scales, settle=self.strength is None, befores=codes)
+        if collected is not None:
+            for name, value, scale, measured in zip(names, values, scales, statistics, strict=True):
+                collected.record(name, value, scale, measured)
         self.strengths.update(zip(names, strengths.unbind(), strict=True))
 
     def apply(self, weight: GroupedWeight, progress: float, scale: Tensor | None) -> None:
@@ -113,21 +108,21 @@ class PostStepProx(Strategy):
         self.strengths[weight.name] = strength
         prox_24(values, applied, dim=weight.dim, scale=scale, out=values)
 
-    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
-        self.looks.clear()
-        self._codes.clear()
-        frozen: Frozen = {}
+    @torch.no_grad()
+    def finish(self, weights: Sequence[GroupedWeight]) -> Masks:
+        masks = {weight.name: projected_mask(weight, self.context.scale_of(weight.name)) for weight in weights}
         for weight in weights:
-            mask, values = projected(weight, scale_of(weight.name))
-            frozen[weight.name] = mask, self._reference.pop(weight.name, values)
-        return frozen
+            if weight.name in self._reference:
+                local_part(weight.parameter).copy_(self._reference[weight.name])
+        self._reference.clear()
+        return masks
 
     def state_dict(self) -> dict[str, Any]:
-        reference = {name: whole(part, self._weights[name].parameter) for name, part in self._reference.items()}
+        parameters = {weight.name: weight.parameter for weight in self.context.weights}
+        reference = {name: whole(part, parameters[name]) for name, part in self._reference.items()}
         return {"rms": dict(self._rms), "strengths": dict(self.strengths), "reference": reference}
 
     def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:
-        self._weights = dict(weights)
         self._rms, self.strengths, reference = (
             {name: value.to(local_part(weights[name].parameter).device) for name, value in state[part].items()}
             for part in ("rms", "strengths", "reference")

@@ -14,14 +14,14 @@ from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
 from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
-from prox24_lightning.sparsify.strategies.base import Frozen
+from prox24_lightning.sparsify.strategies.base import Masks
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun, mixed, outputs_of
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.utils.tf32 import without_tf32
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
-from prox24_lightning.weights.sharded import local_part, part_of
+from prox24_lightning.weights.sharded import part_of
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ def solve_block(
     reconstruction_steps: int,
     gradients: OutputGradients | None,
     trained: Collection[Tensor],
-) -> Frozen:
-    """Masks and values of the layers of ``block`` that the solver can take; they are written into the model.
+) -> Masks:
+    """Solve the layers of ``block`` that the solver can take: write their values into the model, return their masks.
 
     Args:
         reruns: of the turn's blocks; the next of them sees this one as it is now.
@@ -49,12 +49,12 @@ def solve_block(
     owners = {weight.module: weight for weight in solvable if not weight.is_experts}
     experts = {weight.module: [w for w in solvable if w.module is weight.module] for weight in solvable}
     experts = {module: weights for module, weights in experts.items() if module not in owners}
-    frozen: Frozen = {}
+    found: Masks = {}
     runs = reruns.runs_of(block)
     if not all(gathered_objects(bool(runs))):
         if solvable:
             log.warning("%s was not called in the recorded batches; its largest weights are kept instead", block.name)
-        return frozen
+        return found
     dense_runs, reference = reruns.dense_runs_of(block)
     targets, dense_outputs = None, None
     if solvable and reconstruction_steps:
@@ -65,7 +65,7 @@ def solve_block(
             log.warning("%s is not reconstructed: %s", block.name, error)
     for group in find_input_groups([*owners, *experts], runs[0]):
         if group.layers[0] in experts:
-            frozen |= _solve_experts(experts[group.layers[0]], runs, prox_steps)
+            found |= _solve_experts(experts[group.layers[0]], runs, prox_steps)
             continue
         hessian = input_group_hessian(group, runs, dense_runs, reference)
         members = [owners[layer] for layer in group.layers]
@@ -76,27 +76,25 @@ def solve_block(
             log.warning("%s; its largest weights are kept instead", error)
             continue
         for weight, solution in solved:
-            mask = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
-            frozen[weight.name] = mask, local_part(weight.parameter)
-    if targets is not None and frozen:
-        masks = {name: mask for name, (mask, _) in frozen.items()}
-        _reconstruct(block, runs, targets, masks, reconstruction_steps, gradients, trained)
+            found[weight.name] = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
+    if targets is not None and found:
+        _reconstruct(block, runs, targets, found, reconstruction_steps, gradients, trained)
     reruns.hand_on(block, runs, dense_runs, dense_outputs)
-    return frozen
+    return found
 
 
-def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], prox_steps: int | None) -> Frozen:
-    frozen: Frozen = {}
+def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], prox_steps: int | None) -> Masks:
+    found: Masks = {}
     try:
         with without_tf32():
             for solved in solve_experts(weights, runs, steps=prox_steps):
-                frozen[solved.weight.name] = solved.mask, solved.weight.parameter.detach()
+                found[solved.weight.name] = solved.mask
     except Exception as error:  # of the experts' forward, which is the user's
         log.warning("%s: %s", weights[0].module_name, error)
     for weight in weights:
-        if weight.name not in frozen:
+        if weight.name not in found:
             log.warning("%s: its experts' inputs are not seen; their largest weights are kept instead", weight.name)
-    return frozen
+    return found
 
 
 def _reconstruct(

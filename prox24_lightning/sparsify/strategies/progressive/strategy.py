@@ -15,8 +15,7 @@ from torch import nn
 from prox24_lightning.calibration.hooked_module import HookedModule, share_of
 from prox24_lightning.calibration.outermost import outermost_modules, parts_with
 from prox24_lightning.calibration.output_gradients import OutputGradients
-from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategies.base import Frozen, ScaleOf, Strategy, projected
+from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, RunContext, Strategy, projected_mask
 from prox24_lightning.sparsify.strategies.progressive.blocks import (
     Block,
     check_same_order,
@@ -101,8 +100,6 @@ class Progressive(Strategy):
         self.prox_steps = prox_steps
         self._model = model
         self._root_is_called = root_is_called
-        self._plan = PhasePlan(0, 0)
-        self._weights: list[GroupedWeight] = []
         self._numbers = itertools.count()
         self._graph_memory = GraphMemory()
         self._hooked: list[HookedModule] = []
@@ -117,8 +114,9 @@ class Progressive(Strategy):
     def scaled_weights(self, weights: Sequence[GroupedWeight]) -> list[GroupedWeight]:
         return [weight for weight in weights if why_not_solvable(weight.module, weight.parameter_name) is not None]
 
-    def attach(self, weights: Sequence[GroupedWeight], plan: PhasePlan) -> None:
-        self._plan = plan
+    def attach(self, context: RunContext) -> None:
+        super().attach(context)
+        weights = context.weights
         state, self._loaded = self._loaded, {}
         modules = [weight.module for weight in weights]
         if state:
@@ -130,8 +128,7 @@ class Progressive(Strategy):
             found = outermost_modules(self._model, modules, root_is_called=self._root_is_called)
         if [hooked.module for hooked in self._hooked] != found:
             self._hooked = [HookedModule(module, self.batches, self._numbers) for module in found]
-        self._weights = list(weights)
-        self._blocks = cut_into_blocks(self._model, self._weights, self._hooked)
+        self._blocks = cut_into_blocks(self._model, weights, self._hooked)
         for index, hooked in enumerate(self._hooked if state else ()):
             hooked.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
             hooked.load_dense(state["dense"][index], sharded=self._sharded)
@@ -167,12 +164,12 @@ class Progressive(Strategy):
             if block.name not in self._gradients and self._reconstructs(block):
                 self._gradients[block.name] = OutputGradients(block.name, block.module, block.feature_dim)
         # The step after `start` is recorded everywhere: it shows in which order the model runs.
-        wanted = {block.hooked for block in (self._blocks if step == self._plan.start + 1 else soon)}
+        wanted = {block.hooked for block in (self._blocks if step == self.context.plan.start + 1 else soon)}
         for hooked in self._hooked:
             hooked.next_batch(hooked in wanted)
 
     @torch.no_grad()
-    def begin(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> None:
+    def begin(self) -> None:
         self._begun = True
         with ExitStack() as stack:
             for hooked in self._hooked:
@@ -192,24 +189,24 @@ class Progressive(Strategy):
             )
 
     @torch.no_grad()
-    def after_step(self, step: int, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
-        due = [block for block, turn in self._turns() if block.name not in self._done and turn <= step]
-        return self._solve_all(due, scale_of)
+    def after_step(self, step: OptimizerStep) -> Masks:
+        due = [block for block, turn in self._turns() if block.name not in self._done and turn <= step.number]
+        return self._solve_all(due)
 
     @torch.no_grad()
-    def finish(self, weights: Sequence[GroupedWeight], scale_of: ScaleOf) -> Frozen:
+    def finish(self, weights: Sequence[GroupedWeight]) -> Masks:
         if not self._begun:
-            self.begin(weights, scale_of)
-        frozen = self._solve_all([block for block in self._blocks if block.name not in self._done], scale_of)
+            self.begin()
+        masks = self._solve_all([block for block in self._blocks if block.name not in self._done])
         self.detach()
         self._hooked, self._blocks, self._order = [], [], []
-        return frozen
+        return masks
 
-    def _solve_all(self, blocks: Sequence[Block], scale_of: ScaleOf) -> Frozen:
+    def _solve_all(self, blocks: Sequence[Block]) -> Masks:
         if not blocks:
             return {}
         begin = time.perf_counter()
-        frozen: Frozen = {}
+        masks: Masks = {}
         for hooked in dict.fromkeys(block.hooked for block in blocks):
             if (left_out := hooked.leave_out_unsound()) and rank() == 0:
                 log.warning(
@@ -222,20 +219,20 @@ class Progressive(Strategy):
                 for block in together:
                     steps = self.reconstruction_steps if self._reconstructs(block) else 0
                     gradients = self._gradients.get(block.name)
-                    frozen |= solve_block(
-                        block, reruns, self.dense_target, self.prox_steps, steps, gradients, self.trained
+                    masks |= solve_block(
+                        block, reruns, self.dense_target, self.prox_steps, steps, gradients, self.context.trained
                     )
         for block in blocks:
             self._done.add(block.name)
             if (gradients := self._gradients.pop(block.name, None)) is not None:
                 gradients.detach()
             for weight in block.weights:
-                if weight.name not in frozen:
-                    frozen[weight.name] = projected(weight, scale_of(weight.name))
+                if weight.name not in masks:
+                    masks[weight.name] = projected_mask(weight, self.context.scale_of(weight.name))
         pause = time.perf_counter() - begin
-        self.seconds += pause
+        self.solve_seconds += pause
         self.longest_pause = max(self.longest_pause, pause)
-        return frozen
+        return masks
 
     def _groups(self, blocks: Sequence[Block]) -> list[list[Block]]:
         """Neighbours of one hooked, which share a pass of the recorded batches; of sharded models each for itself."""
@@ -254,21 +251,21 @@ class Progressive(Strategy):
 
     @property
     def _sharded(self) -> bool:
-        return any(is_sharded(weight.parameter) for weight in self._weights)
+        return any(is_sharded(weight.parameter) for weight in self.context.weights)
 
     def _turns(self) -> list[tuple[Block, int]]:
         """Every block and the step after which it is solved; the last one has its turn at the freeze."""
-        span, count = self._plan.freeze - self._plan.start, len(self._blocks)
+        span, count = self.context.plan.freeze - self.context.plan.start, len(self._blocks)
         turns = max(1, min(count, span // self.batches))
         numbers = [i * turns // count + 1 for i in range(count)]
         return [
-            (block, self._plan.start - (-span * number // turns))
+            (block, self.context.plan.start - (-span * number // turns))
             for block, number in zip(self._blocks, numbers, strict=True)
         ]
 
     def _descend(self) -> None:
         """A batch has passed without a call of some hooked: look at the modules inside it instead."""
-        modules = [weight.module for weight in self._weights]
+        modules = [weight.module for weight in self.context.weights]
         found = []
         for hooked in self._hooked:
             inner = [] if hooked.called else parts_with(hooked.module, modules)
@@ -279,7 +276,7 @@ class Progressive(Strategy):
         self._gradients.clear()
         kept = {hooked.module: hooked for hooked in self._hooked}
         self._hooked = [kept.get(module) or HookedModule(module, self.batches, self._numbers) for module in found]
-        self._blocks = cut_into_blocks(self._model, self._weights, self._hooked)
+        self._blocks = cut_into_blocks(self._model, self.context.weights, self._hooked)
         for hooked in self._hooked:
             hooked.attach()
 
