@@ -1,0 +1,167 @@
+"""``model.generate(...)`` of transformers, dense and converted, with and without ``accelerate_generation``.
+
+    python -m benchmarks.generate --model 8B
+
+LLaMA's shapes, random 2:4 weights, bfloat16. All four ways are called in turns in one process, so that a drifting host
+slows all alike; times are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.convert_models import build
+from benchmarks.report import RESULTS, write_report
+from prox24_lightning.convert import convert_model
+from prox24_lightning.integrations.transformers.generation import accelerate_generation
+
+
+def main(
+    model: str = "8B",
+    prompt: int = 512,
+    new: int = 128,
+    long_prompt: int = 4096,
+    batches: list[int] = [1, 8],  # noqa: B006
+    rounds: int = 5,
+    transformers_too: bool = True,
+    output: Path = RESULTS,
+    device: str = "cuda",
+) -> None:
+    """Time generation and write the table.
+
+    Args:
+        model: "tiny", "1B" or "8B".
+        prompt: tokens of the prompt.
+        new: tokens to generate.
+        long_prompt: tokens of the prompt whose time to the first token is measured.
+        batches: sequences at a time.
+        rounds: of calls in turns.
+        transformers_too: time transformers' own loop with a static cache as well.
+        output: folder for the result.
+        device: where the model runs; on a CPU nothing is converted, which tries the script out.
+    """
+    torch.manual_seed(0)
+    dense = build(model, torch.device(device))
+    converted = copy.deepcopy(dense)
+    if device == "cuda":
+        convert_model(converted, token_counts=(*batches, prompt, long_prompt))
+    models = {"dense": dense, "converted": converted}
+    rows = []
+    for batch in batches:
+        rows += _tokens_per_second(models, batch, prompt, new, rounds, transformers_too)
+    rows += _first_token(models, long_prompt, rounds)
+    note = (
+        f"LLaMA-shaped {model}, random 2:4 weights, bfloat16, greedy, {prompt} + {new} tokens; dense and converted in turns in "
+        f"one process, medians of {rounds} rounds. Device: time of all GPU work of a token, by torch's profiler."
+    )
+    write_report(output, f"generate/{model}", "generate() of transformers, dense and converted", rows, note=note)
+
+
+def _options(new: int) -> dict[str, Any]:
+    return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "cache_implementation": "static"}
+
+
+def _turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, all in turns, after two calls each that compile and capture."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 2):
+        for name, call in calls.items():
+            _wait()
+            start = perf_counter()
+            call()
+            _wait()
+            if number > 1:
+                seconds[name].append(perf_counter() - start)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def _tokens_per_second(
+    models: dict[str, nn.Module], batch: int, prompt: int, new: int, rounds: int, transformers_too: bool
+) -> list[dict[str, Any]]:
+    rows = []
+    for way in ("transformers", "accelerated")[0 if transformers_too else 1 :]:
+        handles = [accelerate_generation(one) for one in models.values()] if way == "accelerated" else []
+        ids = {name: _prompt(one, batch, prompt) for name, one in models.items()}
+        calls = {
+            f"{name} {count}": lambda one=one, name=name, count=count: one.generate(ids[name], **_options(count))
+            for name, one in models.items()
+            for count in (1, new)
+        }
+        seconds = _turns(calls, rounds)
+        device = {name: _device_seconds(calls[f"{name} {new}"], calls[f"{name} 1"], new) for name in models}
+        wall = {name: (seconds[f"{name} {new}"] - seconds[f"{name} 1"]) / (new - 1) for name in models}
+        rate = {name: batch * new / seconds[f"{name} {new}"] for name in models}
+        rows.append(
+            {
+                "loop": way,
+                "what": f"{prompt} + {new} tokens, batch {batch}",
+                "dense tokens/s": rate["dense"],
+                "converted tokens/s": rate["converted"],
+                "x": rate["converted"] / rate["dense"],
+                "ms a token, dense": 1000 * wall["dense"],
+                "ms a token, converted": 1000 * wall["converted"],
+                "wall / device, converted": wall["converted"] / device["converted"] if device["converted"] else 0.0,
+            }
+        )
+        for handle in handles:
+            handle.remove()
+        torch._dynamo.reset()
+    return rows
+
+
+def _first_token(models: dict[str, nn.Module], prompt: int, rounds: int) -> list[dict[str, Any]]:
+    handles = [accelerate_generation(one) for one in models.values()]
+    ids = {name: _prompt(one, 1, prompt) for name, one in models.items()}
+    calls = {name: lambda one=one, name=name: one.generate(ids[name], **_options(1)) for name, one in models.items()}
+    seconds = _turns(calls, rounds)
+    for handle in handles:
+        handle.remove()
+    return [
+        {
+            "loop": "accelerated",
+            "what": f"first token of {prompt}",
+            "dense tokens/s": 1 / seconds["dense"],
+            "converted tokens/s": 1 / seconds["converted"],
+            "x": seconds["dense"] / seconds["converted"],
+            "ms a token, dense": 1000 * seconds["dense"],
+            "ms a token, converted": 1000 * seconds["converted"],
+            "wall / device, converted": 0.0,
+        }
+    ]
+
+
+def _device_seconds(call: Callable[[], Any], first: Callable[[], Any], new: int) -> float:
+    """GPU seconds of one generated token: those of ``call`` without those of ``first``, by the profiler."""
+    if not torch.cuda.is_available():
+        return 0.0
+    spent = []
+    for one in (call, first):
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            one()
+            torch.cuda.synchronize()
+        spent.append(sum(event.self_device_time_total for event in found.key_averages()) / 1e6)
+    return (spent[0] - spent[1]) / (new - 1)
+
+
+def _prompt(model: Any, batch: int, length: int) -> Tensor:
+    generator = torch.Generator(device=model.device).manual_seed(batch)
+    return torch.randint(3, model.config.vocab_size, (batch, length), generator=generator, device=model.device)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    auto_cli(main)
