@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -61,8 +62,8 @@ def main(
         rows += _tokens_per_second(models, batch, prompt, new, rounds, transformers_too)
     rows += _first_token(models, long_prompt, rounds)
     note = (
-        f"LLaMA-shaped {model}, random 2:4 weights, bfloat16, greedy, {prompt} + {new} tokens; dense and converted in turns in "
-        f"one process, medians of {rounds} rounds. Device: time of all GPU work of a token, by torch's profiler."
+        f"LLaMA-shaped {model}, random 2:4 weights, bfloat16, greedy, {prompt} + {new} tokens; dense and converted in "
+        f"turns in one process, medians of {rounds} rounds. Device: all GPU work of a token, by torch's profiler."
     )
     write_report(output, f"generate/{model}", "generate() of transformers, dense and converted", rows, note=note)
 
@@ -93,7 +94,7 @@ def _tokens_per_second(
         handles = [accelerate_generation(one) for one in models.values()] if way == "accelerated" else []
         ids = {name: _prompt(one, batch, prompt) for name, one in models.items()}
         calls = {
-            f"{name} {count}": lambda one=one, name=name, count=count: one.generate(ids[name], **_options(count))
+            f"{name} {count}": partial(one.generate, ids[name], **_options(count))
             for name, one in models.items()
             for count in (1, new)
         }
@@ -122,7 +123,7 @@ def _tokens_per_second(
 def _first_token(models: dict[str, nn.Module], prompt: int, rounds: int) -> list[dict[str, Any]]:
     handles = [accelerate_generation(one) for one in models.values()]
     ids = {name: _prompt(one, 1, prompt) for name, one in models.items()}
-    calls = {name: lambda one=one, name=name: one.generate(ids[name], **_options(1)) for name, one in models.items()}
+    calls = {name: partial(one.generate, ids[name], **_options(1)) for name, one in models.items()}
     seconds = _turns(calls, rounds)
     for handle in handles:
         handle.remove()

@@ -101,7 +101,13 @@ def _flash_works(device: int, dtype: torch.dtype, features: int) -> bool:
 
 
 def attention_forward(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float | None = None, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls; ``attention_mask`` is the (batch, 1, 1, 1) count of filled positions."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

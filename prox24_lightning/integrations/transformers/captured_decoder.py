@@ -1,0 +1,169 @@
+"""One token for each sequence, again and again: a cache of fixed size and the CUDA graph that fills it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.integrations.transformers.decode_attention import NAME
+
+log = logging.getLogger(__name__)
+
+
+class FixedCache:
+    """Keys and values of every layer in tensors of fixed size, written at each sequence's own position."""
+
+    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.position = torch.zeros(batch, dtype=torch.long, device=device)
+        self._rows = torch.arange(batch, device=device)
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def fill(self, cache: Any, lengths: Tensor) -> None:
+        """Take the tokens of a prompt, without the padding on their left."""
+        if not self._layers:
+            for layer in cache.layers:
+                self._layers.append(tuple(self._empty(part) for part in (layer.keys, layer.values)))  # type: ignore[arg-type]
+        for mine, layer in zip(self._layers, cache.layers, strict=True):
+            for kept, part in zip(mine, (layer.keys, layer.values), strict=True):
+                for row, length in enumerate(lengths.tolist()):
+                    kept[row, :length] = part[row, :, part.shape[2] - length :].transpose(0, 1)
+        self.position.copy_(lengths)
+
+    def _empty(self, part: Tensor) -> Tensor:
+        batch, heads, _, features = part.shape
+        return part.new_zeros(batch, self.capacity, heads, features)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers' caches: (batch, heads, 1, features) in, all positions out."""
+        for kept, new in zip(self._layers[layer_idx], (keys, values), strict=True):
+            kept[self._rows, self.position] = new[:, :, 0]
+        kept_keys, kept_values = self._layers[layer_idx]
+        return kept_keys.transpose(1, 2), kept_values.transpose(1, 2)
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Positions are handed to the model, so that none has to be counted here."""
+        return 0
+
+
+class Decoder:
+    """One token for each of ``batch`` sequences, again and again: a CUDA graph where there is a GPU.
+
+    Args:
+        model: a decoder-only model of transformers.
+        batch: sequences.
+        capacity: tokens that a sequence may have, prompt included.
+        operations: the small operations that run compiled.
+    """
+
+    def __init__(self, model: Any, batch: int, capacity: int, operations: SmallOperations) -> None:
+        self._model = model
+        self._operations = operations
+        self._cache = FixedCache(batch, capacity, model.device)
+        self._token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+        self._captures = model.device.type == "cuda"
+
+    def fill(self, cache: Any, lengths: Tensor) -> None:
+        """Begin with the tokens of a prompt: ``cache`` as the model filled it, ``lengths`` (batch,) without padding."""
+        self._cache.fill(cache, lengths)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """The logits (batch, vocabulary) after ``tokens`` (batch,), valid until the next call."""
+        self._token.copy_(tokens.unsqueeze(1))
+        if self._captures and self._graph is None:
+            self._capture()
+        if self._graph is not None and self._logits is not None:
+            self._graph.replay()
+            return self._logits
+        with self._fixed_attention():
+            return self._step()
+
+    def _step(self) -> Tensor:
+        filled = (self._cache.position + 1).int().view(-1, 1, 1, 1)
+        logits: Tensor = self._model(
+            self._token,
+            attention_mask=filled,
+            position_ids=self._cache.position.unsqueeze(1),
+            past_key_values=self._cache,
+            use_cache=True,
+        ).logits
+        self._cache.position.add_(1)
+        return logits[:, -1]
+
+    def _capture(self) -> None:
+        before = self._cache.position.clone()
+        stream = torch.cuda.Stream()
+        try:
+            with self._fixed_attention(), self._operations.compiled(dynamic=False):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(2):  # compiles, plans, and what libraries allocate at their first call
+                        self._step()
+                        self._cache.position.copy_(before)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self._logits = self._step()
+                self._graph = graph
+        except Exception as error:  # models may do on the host whatever they like: any of it can end the capture
+            self._captures = False
+            log.warning("decoding was not captured as a CUDA graph and runs call by call: %s", error)
+        self._cache.position.copy_(before)
+
+    @contextmanager
+    def _fixed_attention(self) -> Iterator[None]:
+        before = self._model.config._attn_implementation
+        self._model.set_attn_implementation(NAME)
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(before)
+
+
+class SmallOperations:
+    """What stands between the projections of a model (norms, activations, the rotary embedding), compiled for a while.
+
+    Args:
+        model: nothing of it is changed but inside of :meth:`compiled`.
+        enabled: False compiles nothing; an attribute, so that a compiler that fails is asked once.
+    """
+
+    def __init__(self, model: nn.Module, *, enabled: bool) -> None:
+        self.enabled = enabled
+        parts = [module for module in model.modules() if type(module).__name__.endswith(("Norm", "MLP"))]
+        self._parts = [part for part in parts if part._compiled_call_impl is None]
+        homes = (sys.modules[home] for home in sorted({type(part).__module__ for part in parts}))
+        self._rotary = [(home, home.apply_rotary_pos_emb) for home in homes if hasattr(home, "apply_rotary_pos_emb")]
+        self._made: dict[bool, tuple[list[Callable[..., Any]], list[Callable[..., Any]]]] = {}
+
+    @contextmanager
+    def compiled(self, *, dynamic: bool) -> Iterator[None]:
+        """Inside, they run compiled: for one shape, or with ``dynamic`` for any number of tokens."""
+        if not self.enabled:
+            yield
+            return
+        if dynamic not in self._made:
+            self._made[dynamic] = (
+                [torch.compile(part._call_impl, dynamic=dynamic) for part in self._parts],
+                [torch.compile(function, dynamic=dynamic) for _, function in self._rotary],
+            )
+        calls, rotary = self._made[dynamic]
+        try:
+            for part, call in zip(self._parts, calls, strict=True):
+                part._compiled_call_impl = call
+            for (home, _), function in zip(self._rotary, rotary, strict=True):
+                home.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
+            yield
+        finally:
+            for part in self._parts:
+                part._compiled_call_impl = None
+            for home, function in self._rotary:
+                home.apply_rotary_pos_emb = function  # type: ignore[attr-defined]

@@ -1,0 +1,203 @@
+"""``accelerate_generation``: the same tokens as transformers' own loop, through the same ``generate``."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import transformers as hf
+
+from prox24_lightning.integrations.transformers.decode_attention import decode_attention, reference
+from prox24_lightning.integrations.transformers.generation import accelerate_generation
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+MODELS = {
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {}),
+    "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {}),
+    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config, {"head_dim": 8}),
+}
+
+
+def tiny(name="llama", **more):
+    kind, config, own = MODELS[name]
+    torch.manual_seed(0)
+    return kind(config(**SIZES, **own, **more)).eval()
+
+
+def prompts():
+    """Three prompts, two of them padded on the left."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 64, (3, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[2, :1] = 0
+    return {"input_ids": ids, "attention_mask": mask, "pad_token_id": 0}
+
+
+def generated(model, given, **options):
+    torch.manual_seed(2)
+    return model.generate(**given, **options)
+
+
+GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GREEDY,
+        {**GREEDY, "eos_token_id": [5, 6, 7, 8, 9]},
+        {**GREEDY, "max_new_tokens": 1},
+        {**GREEDY, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {**GREEDY, "cache_implementation": "static"},
+        {**GREEDY, "do_sample": True, "top_k": 5, "temperature": 0.7},
+        {"generation_config": hf.GenerationConfig(max_new_tokens=9, eos_token_id=5, pad_token_id=0)},
+        {**GREEDY, "num_beams": 3},
+        {**GREEDY, "return_dict_in_generate": True},
+        {**GREEDY, "stopping_criteria": hf.StoppingCriteriaList([lambda ids, scores: ids[:, -1] == 7])},
+    ],
+    ids=[
+        "greedy",
+        "ends",
+        "one token",
+        "processors",
+        "static",
+        "sampling",
+        "config",
+        "beams",
+        "dictionary",
+        "criteria",
+    ],
+)
+def test_the_same_tokens(options):
+    model, given = tiny(), prompts()
+    expected = generated(model, given, **options)
+    handle = accelerate_generation(model)
+    for _ in range(2):  # the second call finds the cache of the first
+        found = generated(model, given, **options)
+        if "return_dict_in_generate" in options:
+            found, expected_tokens = found.sequences, expected.sequences
+        else:
+            expected_tokens = expected
+        assert torch.equal(found, expected_tokens)
+    handle.remove()
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_other_families(name):
+    model, given = tiny(name), prompts()
+    expected = generated(model, given, **GREEDY)
+    accelerate_generation(model)
+    assert torch.equal(generated(model, given, **GREEDY), expected)
+
+
+def test_prompts_of_other_lengths_and_batches_follow_each_other():
+    model = tiny()
+    longer = torch.randint(3, 64, (1, 21))
+    calls = [prompts(), {"input_ids": longer}, {"input_ids": longer[:, :4]}, prompts()]
+    expected = [generated(model, given, **GREEDY) for given in calls]
+    accelerate_generation(model)
+    assert all(torch.equal(generated(model, g, **GREEDY), e) for g, e in zip(calls, expected, strict=True))
+
+
+def test_the_decoding_loop_is_the_accelerated_one(monkeypatch):
+    model = tiny()
+    accelerate_generation(model)
+    monkeypatch.setattr(type(model), "_sample", None)  # transformers' own loop would fail
+    assert generated(model, prompts(), **GREEDY).shape == (3, 47)
+
+
+def test_new_weights_are_seen():
+    model = tiny()
+    accelerate_generation(model)
+    generated(model, prompts(), **GREEDY)
+    other = tiny(attention_bias=False)
+    torch.manual_seed(5)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(generated(model, prompts(), **GREEDY), generated(other, prompts(), **GREEDY))
+
+
+def test_what_is_left_to_transformers_is_logged(caplog):
+    model = tiny()
+    accelerate_generation(model)
+    with caplog.at_level(logging.INFO, logger="prox24_lightning"):
+        generated(model, prompts(), **GREEDY, num_beams=2)
+    assert "beam_search is not accelerated" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: torch.nn.Linear(4, 4), "no model of transformers"),
+        (lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=8)), "parts of the context"),
+        (
+            lambda: hf.T5ForConditionalGeneration(hf.T5Config(d_model=16, d_ff=16, num_layers=1, vocab_size=8)),
+            "encoder",
+        ),
+    ],
+)
+def test_models_that_cannot_are_refused(model, reason):
+    with pytest.raises(ValueError, match=reason):
+        accelerate_generation(model())
+
+
+def test_attention_over_the_filled_positions():
+    query, (key, value) = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 2, 16, 8)
+    filled = torch.tensor([3, 16], dtype=torch.int32)
+    found = decode_attention(query, key, value, filled, 0.3)
+    for row, count in enumerate(filled.tolist()):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[row : row + 1],
+            key[row : row + 1, :, :count],
+            value[row : row + 1, :, :count],
+            scale=0.3,
+            enable_gqa=True,
+        )
+        torch.testing.assert_close(found[row : row + 1], expected.transpose(1, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_attention_on_a_gpu(batch, dtype):
+    query = torch.randn(batch, 32, 1, 128, device="cuda", dtype=dtype)
+    key, value = (torch.randn(batch, 640, 8, 128, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
+    filled = torch.randint(1, 641, (batch,), device="cuda", dtype=torch.int32)
+    found = decode_attention(query, key, value, filled, 128**-0.5)
+    torch.testing.assert_close(
+        found.float(), reference(query, key, value, filled, 128**-0.5).float(), atol=5e-3, rtol=0.02
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("converted", [False, True])
+def test_the_same_tokens_on_a_gpu(converted):
+    from prox24_lightning.convert import convert_model
+    from prox24_lightning.mask import mask_24
+
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**{**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8})
+    model = hf.LlamaForCausalLM(config).cuda().to(torch.bfloat16).eval()
+    with torch.no_grad():
+        for layer in model.model.layers.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.mul_(mask_24(layer.weight)).mul_(8)  # far apart logits, so that rounding changes no token
+        model.lm_head.weight.mul_(8)
+    if converted:
+        convert_model(model)
+    given = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in prompts().items()}
+    expected = generated(model, given, **GREEDY)
+    accelerate_generation(model)
+    for _ in range(2):
+        found = generated(model, given, **GREEDY)
+        assert (found == expected).float().mean() > 0.9
