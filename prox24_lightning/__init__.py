@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     )
     from prox24_lightning.finetune import load_masks, save_masks
     from prox24_lightning.integrations.transformers import Prox24TrainerCallback
+    from prox24_lightning.integrations.transformers.generation import accelerate_generation
+    from prox24_lightning.integrations.transformers.registration import register_with_transformers
     from prox24_lightning.mask import is_24, mask_24, transposable_mask, violations_24
     from prox24_lightning.prox import critical_strength_24, penalty_24, prox_24, prox_block
 
@@ -27,6 +29,7 @@ __all__ = [
     "Prox24",
     "Prox24TrainerCallback",
     "SparsityMonitor",
+    "accelerate_generation",
     "critical_strength_24",
     "is_24",
     "load_masks",
@@ -34,6 +37,7 @@ __all__ = [
     "penalty_24",
     "prox_24",
     "prox_block",
+    "register_with_transformers",
     "save_masks",
     "transposable_mask",
     "violations_24",
@@ -45,6 +49,7 @@ _HOMES = {
     "Prox24": "callbacks",
     "Prox24TrainerCallback": "integrations.transformers",
     "SparsityMonitor": "callbacks",
+    "accelerate_generation": "integrations.transformers.generation",
     "critical_strength_24": "prox",
     "is_24": "mask",
     "load_masks": "finetune",
@@ -52,6 +57,7 @@ _HOMES = {
     "penalty_24": "prox",
     "prox_24": "prox",
     "prox_block": "prox",
+    "register_with_transformers": "integrations.transformers.registration",
     "save_masks": "finetune",
     "transposable_mask": "mask",
     "violations_24": "mask",

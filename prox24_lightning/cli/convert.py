@@ -14,7 +14,7 @@ from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.oneshot.save import forget_quantization
-from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, check_folder, filling
+from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, check_folder, filling
 from prox24_lightning.utils.names import collapse_names
 
 
@@ -67,8 +67,7 @@ def convert(
             f"{len(written.packed)} weights packed and read back equal; "
             f"{len(packable.dense)} weights stored dense. {_reasons(packable.dense)}",
             f"tensors: {written.dense_bytes:,} bytes dense, {written.stored_bytes:,} bytes packed "
-            f"({written.stored_bytes / written.dense_bytes:.4f}); file {written.path.stat().st_size:,} bytes: "
-            f"{out / PACKED_FILE}",
+            f"({written.stored_bytes / written.dense_bytes:.4f}); in {out / written.path.name}",
             sep="\n",
             markup=False,
             highlight=False,
@@ -78,7 +77,7 @@ def convert(
 def _write_dense(out: Path, source: Source) -> None:
     model: Any = source.model
     forget_quantization(model)
-    with filling(out, instead_of=(*DENSE_FILES, PACKED_FILE)) as temporary:
+    with filling(out, instead_of=(*DENSE_FILES, *PACKED_FILES)) as temporary:
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(str(temporary))
             for companion in source.companions:

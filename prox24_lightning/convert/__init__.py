@@ -10,6 +10,7 @@ from prox24_lightning.convert.doctor import Diagnosis, diagnose
 from prox24_lightning.convert.eligibility import LayerVerdict, Target, check_layer, check_model, find_target
 from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, unpack_24
 from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.format.shards import PackedModel, open_packed
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.convert.kernel_report import print_kernels
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
@@ -25,6 +26,7 @@ __all__ = [
     "LayerVerdict",
     "OnnxNode",
     "PackedFile",
+    "PackedModel",
     "PackedWeight",
     "Report",
     "SemiStructuredLinear",
@@ -42,6 +44,7 @@ __all__ = [
     "find_target",
     "kernel_tables",
     "load_packed",
+    "open_packed",
     "pack_24",
     "print_kernels",
     "run_benchmark",

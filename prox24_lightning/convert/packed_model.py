@@ -15,6 +15,7 @@ from prox24_lightning.convert.convert import insert_layers, target_of
 from prox24_lightning.convert.eligibility import DTYPES, check_model, named_layers
 from prox24_lightning.convert.format.packed_weight import PACKED_DTYPES
 from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.format.shards import PackedModel
 from prox24_lightning.convert.kernels.packed_buffer import to_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.mask import Violations, violations_24
@@ -110,7 +111,7 @@ class EmptyOnMeta(TorchFunctionMode):
 
 @torch.no_grad()
 def load_packed(
-    model: nn.Module, file: PackedFile, *, device: torch.device | str | None = None, sparse: bool = False
+    model: nn.Module, file: PackedFile | PackedModel, *, device: torch.device | str | None = None, sparse: bool = False
 ) -> tuple[str, ...]:
     """Give ``model`` the tensors of a packed file, one after the other: each replaces the model's own.
 
@@ -141,7 +142,7 @@ def load_packed(
     return tuple(layers)
 
 
-def _check_fit(model: nn.Module, file: PackedFile) -> None:
+def _check_fit(model: nn.Module, file: PackedFile | PackedModel) -> None:
     places = {name: (held, attribute) for name, held, attribute in _places(model)}
     missing, unknown = sorted(set(places) - set(file.names)), sorted(set(file.names) - set(places))
     if missing or unknown:
@@ -157,7 +158,7 @@ def _check_fit(model: nn.Module, file: PackedFile) -> None:
 
 
 def _load_dense(
-    model: nn.Module, file: PackedFile, layers: Mapping[str, str], device: torch.device | str | None
+    model: nn.Module, file: PackedFile | PackedModel, layers: Mapping[str, str], device: torch.device | str | None
 ) -> None:
     """Read everything but the weights of ``layers``, whose modules are replaced."""
     replaced = {id(module._parameters) for name, module in named_layers(model) if name in layers}
@@ -172,7 +173,7 @@ def _load_dense(
         held[attribute] = done[owner]
 
 
-def _sparse_layers(model: nn.Module, file: PackedFile, device: torch.device) -> dict[str, str]:
+def _sparse_layers(model: nn.Module, file: PackedFile | PackedModel, device: torch.device) -> dict[str, str]:
     """Module name -> weight name of what can run sparse on ``device``."""
     target = target_of(device)
     if target is None or target.problem is not None:
@@ -189,7 +190,7 @@ def _sparse_layers(model: nn.Module, file: PackedFile, device: torch.device) -> 
 
 
 def _converted(
-    model: nn.Module, file: PackedFile, layers: Mapping[str, str], device: torch.device | str | None
+    model: nn.Module, file: PackedFile | PackedModel, layers: Mapping[str, str], device: torch.device | str | None
 ) -> Iterator[tuple[str, SemiStructuredLinear]]:
     modules = dict(named_layers(model))
     for name, weight in layers.items():

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from prox24_lightning.convert.format.reader import PackedFile
-from prox24_lightning.convert.format.writer import write_packed
+from prox24_lightning.convert.format.header import VERSION
+from prox24_lightning.convert.format.shards import PackedModel, open_packed, write_packed_files
 from prox24_lightning.convert.packed_model import EmptyOnMeta, Packable, load_packed
 from prox24_lightning.oneshot.save import forget_quantization
-from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, filling, write_text
+from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, PACKED_FILES, PACKED_INDEX, filling, write_text
 from prox24_lightning.utils.markdown import markdown_table
 from prox24_lightning.utils.module_copy import cast_model
 from prox24_lightning.weights.names import clean_name
 
 PACKED_ENDING = ".safetensors"
 
+QUANT_METHOD = "prox24"
+"""What ``config.json`` of a packed folder names as the method that transformers looks up."""
+
 
 def is_packed_folder(folder: str | Path) -> bool:
     """Return whether the folder holds a packed Hugging Face model."""
-    return (Path(folder) / PACKED_FILE).is_file() and (Path(folder) / "config.json").is_file()
+    weights = any((Path(folder) / name).is_file() for name in (PACKED_FILE, PACKED_INDEX))
+    return weights and (Path(folder) / "config.json").is_file()
 
 
 def load_folder(
@@ -53,17 +58,17 @@ def load_folder(
 
     if sparse and dtype is not None:
         raise ValueError(f"sparse=True takes the stored weights as they are: leave dtype={dtype} out")
-    file = PackedFile(Path(folder) / PACKED_FILE)
+    file = open_packed(folder)
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(
             f"{folder} holds {PACKED_FILE} but no config.json, so which model to build is not known: build it and fill "
             "it with prox24_lightning.convert.load_packed"
         )
     config = AutoConfig.from_pretrained(str(folder))
-    dtypes = [file.dtype(name) for name in file.names if file.dtype(name).is_floating_point]
-    if not dtypes:
-        raise ValueError(f"{file.path} holds no floating-point tensor, so it is not the model of {folder}/config.json")
-    model = _build(auto, config, dtype or max(set(dtypes), key=dtypes.count))
+    stored = _most_common_dtype(file)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what is loaded here are plain tensors
+    model = _build(auto, config, dtype or stored)
     load_packed(model, file, device=device, sparse=sparse)
     if dtype is not None:
         cast_model(model, dtype)
@@ -91,7 +96,8 @@ def save_folder(
     *,
     source: str,
     companions: Sequence[Any] = (),
-) -> PackedFile:
+    max_shard_bytes: int | None = None,
+) -> PackedModel:
     """Write a packed model, with a card and, for a Hugging Face model, its configs.
 
     Args:
@@ -101,33 +107,82 @@ def save_folder(
         packable: the decisions of :func:`~prox24_lightning.convert.packed_model.find_packable`.
         source: one line on the model's origin.
         companions: tokenizer and the like; anything with ``save_pretrained``.
+        max_shard_bytes: dense bytes of one file; None writes one file.
 
     Returns:
-        the written file, open.
+        the written files, open.
 
     Raises:
         ValueError: for a weight that is not 2:4 or holds NaN, by name; for a folder with dense weights.
         RuntimeError: if the file, read back, differs from the model.
     """
-    folder = Path(folder)
-    refuse_dense(folder)
     forget_quantization(model)
     state = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
-    with filling(folder) as temporary:
-        path = write_packed(temporary / PACKED_FILE, state, packable.dims, {"source": source, "model": _kind(model)})
-        file = PackedFile(path)
-        for name in file.packed:
-            if not torch.equal(file.read(name, state[name].device), state[name]):
+    info = {"source": source, "model": _kind(model), "dense": packable.dense}
+    return write_folder(folder, model, state, packable.dims, info, companions, max_shard_bytes)
+
+
+def write_folder(
+    folder: str | Path,
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    dims: Mapping[str, int],
+    info: Mapping[str, Any],
+    companions: Sequence[Any] = (),
+    max_shard_bytes: int | None = None,
+) -> PackedModel:
+    """Write the files of a packed folder.
+
+    Args:
+        folder: see :func:`save_folder`.
+        model: whose configs are written.
+        state: its dense state dict.
+        dims: the weights to pack, and the dimension along which the groups of each lie.
+        info: ``source``, ``model`` (the class) and ``dense`` (name -> reason); the header and the card hold it.
+        companions, max_shard_bytes: see :func:`save_folder`.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`save_folder`.
+    """
+    folder = Path(folder)
+    refuse_dense(folder)
+    with filling(folder, instead_of=PACKED_FILES) as temporary:
+        written = write_packed_files(temporary, state, dims, info, max_shard_bytes)
+        for name in written.packed:
+            if not torch.equal(written.read(name, state[name].device), state[name]):
                 if state[name].float().isnan().any():
                     raise ValueError(
                         f"{name} holds NaN, so the model is damaged: mend it, or store this weight dense: skip={name!r}"
                     )
-                raise RuntimeError(f"{name} read back from {path} differs from the model's")
+                raise RuntimeError(f"{name} read back from {written.path} differs from the model's")
         for part in (getattr(model, "config", None), getattr(model, "generation_config", None), *companions):
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(str(temporary))
-        write_text(temporary / "README.md", _card(file, packable, model, source))
-    return PackedFile(folder / PACKED_FILE)
+        config = temporary / "config.json"
+        if config.is_file():
+            _name_loader(config, written, str(info["model"]))
+        write_text(temporary / "README.md", _card(written, hugging_face=config.is_file()))
+    return open_packed(folder)
+
+
+def _name_loader(config: Path, written: PackedModel, model: str) -> None:
+    """Say in ``config.json`` what loads the weights, and what transformers' own ``save_pretrained`` says."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "weights_file": written.path.name,
+    }
+    content["architectures"] = [model]
+    content["dtype"] = str(_most_common_dtype(written)).removeprefix("torch.")
+    write_text(config, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _most_common_dtype(file: PackedModel) -> torch.dtype:
+    dtypes = [file.dtype(name) for name in file.names if file.dtype(name).is_floating_point]
+    if not dtypes:
+        raise ValueError(f"{file.path} holds no floating-point tensor, so it is not a model")
+    return max(sorted(set(dtypes), key=str), key=dtypes.count)
 
 
 def refuse_dense(folder: str | Path) -> None:
@@ -148,12 +203,15 @@ def _kind(model: nn.Module) -> str:
     return type(getattr(model, "_orig_mod", model)).__name__
 
 
-def _how_to_load(model: nn.Module) -> str:
-    if hasattr(getattr(model, "config", None), "save_pretrained"):
+def _how_to_load(model: str, *, hugging_face: bool) -> str:
+    if hugging_face:
         return (
-            "`prox24_lightning.io.packed_folder.load_folder` loads the model from it, exactly dense or, on a "
-            "GPU, with sparse layers (`sparse=True`). `prox24 convert THIS_FOLDER OUT --form dense` writes an "
-            "ordinary model, which `from_pretrained` reads; this one it does not."
+            "In this folder:\n\n```python\nimport transformers\n\nimport prox24_lightning\n\n"
+            "prox24_lightning.register_with_transformers()\n"
+            f'model = transformers.{model}.from_pretrained(".", device_map="auto")\n```\n\n'
+            "The auto classes of transformers load it as well. On a GPU with sparse tensor cores its 2:4 layers run on "
+            "them; on a CPU they are expanded, exactly. `prox24 convert THIS_FOLDER OUT --form dense` writes an "
+            "ordinary model, which needs nothing of this package."
         )
     return (
         "`prox24_lightning.convert.load_packed` fills a model of the same structure from it, exactly "
@@ -162,21 +220,23 @@ def _how_to_load(model: nn.Module) -> str:
     )
 
 
-def _card(file: PackedFile, packable: Packable, model: nn.Module, source: str) -> str:
+def _card(file: PackedModel, *, hugging_face: bool) -> str:
+    info = file.info
     lines = [
         "---",
+        *(["library_name: transformers"] if hugging_face else []),
         "tags: [sparse, '2:4', packed]",
         "---",
         "",
-        f"# {_kind(model)}, 2:4 sparse, packed",
+        f"# {info['model']}, 2:4 sparse, packed",
         "",
-        f"From {source}. `{PACKED_FILE}` holds {len(file.packed)} weights as two values and two 2-bit positions for "
-        f"every four entries (tensors `NAME.values` and `NAME.indices`), the others as they are: "
+        f"From {info['source']}. `{file.path.name}` holds {len(file.packed)} weights as two values and two 2-bit "
+        "positions for every four entries (tensors `NAME.values` and `NAME.indices`), the others as they are: "
         f"{file.stored_bytes:,} bytes instead of {file.dense_bytes:,} ({file.stored_bytes / file.dense_bytes:.4f}).",
         "",
-        _how_to_load(model),
+        _how_to_load(info["model"], hugging_face=hugging_face),
         "",
-        markdown_table(("stored dense", "why"), packable.dense.items()),
+        markdown_table(("stored dense", "why"), info["dense"].items()),
         "",
     ]
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from prox24_lightning.mask import MASKS_FILE, StoredMask, hash_weight, write_masks
 from prox24_lightning.oneshot.report import LayerwiseReport
-from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, filling, write_text
+from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, filling, write_text
 from prox24_lightning.utils.markdown import markdown_table
 from prox24_lightning.weights.names import clean_name
 
@@ -45,7 +45,7 @@ def save_pruned(
         name: StoredMask(mask, report.dims[name], hash_weight(weights[name])) for name, mask in report.masks.items()
     }
     info = {"settings": report.settings, "protocol": {key: str(value) for key, value in (protocol or {}).items()}}
-    with filling(folder, instead_of=(*DENSE_FILES, PACKED_FILE)) as temporary:
+    with filling(folder, instead_of=(*DENSE_FILES, *PACKED_FILES)) as temporary:
         model.save_pretrained(str(temporary))
         for companion in companions:
             companion.save_pretrained(str(temporary))

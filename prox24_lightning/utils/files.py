@@ -14,6 +14,12 @@ from typing import Any
 PACKED_FILE = "packed.safetensors"
 """The usual name of a packed model, beside its ``config.json``."""
 
+PACKED_INDEX = f"{PACKED_FILE}.index.json"
+"""Which file holds which tensor of a packed model in several files."""
+
+PACKED_FILES = (PACKED_FILE, PACKED_INDEX, "packed-*-of-*.safetensors")
+"""Patterns of the names of all packed files."""
+
 DENSE_FILES = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),

@@ -59,6 +59,11 @@ class PackedFile:
         return tuple(sorted({*self.packed, *self._dense, *self._aliases}))
 
     @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Names of the tensors in the file: two for each packed weight."""
+        return tuple(sorted(self._layout))
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the tensors as a dense state dict."""
         whole = {name: (self.dtype(name), entry.shape) for name, entry in self.packed.items()}

@@ -1,5 +1,25 @@
-"""Hugging Face transformers: the same sparsification in a ``transformers.Trainer``."""
+"""Hugging Face transformers: pruning in a ``Trainer``, packed folders in ``from_pretrained``, fast ``generate``."""
 
-from prox24_lightning.integrations.transformers.trainer_callback import Prox24TrainerCallback
+from __future__ import annotations
 
-__all__ = ["Prox24TrainerCallback"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prox24_lightning.integrations.transformers.generation import accelerate_generation
+    from prox24_lightning.integrations.transformers.registration import register_with_transformers
+    from prox24_lightning.integrations.transformers.trainer_callback import Prox24TrainerCallback
+
+__all__ = ["Prox24TrainerCallback", "accelerate_generation", "register_with_transformers"]
+
+_HOMES = {
+    "Prox24TrainerCallback": "trainer_callback",
+    "accelerate_generation": "generation",
+    "register_with_transformers": "registration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

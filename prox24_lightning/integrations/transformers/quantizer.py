@@ -1,0 +1,232 @@
+"""Load packed 2:4 folders with transformers' own ``from_pretrained``.
+
+transformers asks the quantizer that is registered for ``quantization_config.quant_method`` of ``config.json``. This one
+names the packed file as the weights to load, turns each packed weight into the exact dense weight or, on a GPU with
+sparse tensor cores, into the buffer that the kernels read, and lets ``save_pretrained`` write a packed folder again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import override
+
+from prox24_lightning.convert.autotune.tune import stored_table
+from prox24_lightning.convert.convert import insert_layers, target_of
+from prox24_lightning.convert.eligibility import DTYPES, check_model
+from prox24_lightning.convert.format.header import VERSION, PackedEntry
+from prox24_lightning.convert.format.packed_weight import PackedWeight, check_packed
+from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.kernels.packed_buffer import from_buffer, padded_shape, to_buffer
+from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.integrations.transformers.saving import push_to_hub, save_pretrained
+from prox24_lightning.io.packed_folder import QUANT_METHOD
+from prox24_lightning.utils.files import PACKED_FILE
+from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
+
+log = logging.getLogger(__name__)
+
+
+class Prox24Config(QuantizationConfigMixin):
+    """``quantization_config`` of a packed folder: the format's version and the file that holds the weights.
+
+    Args:
+        version: of the packed format.
+        weights_file: ``packed.safetensors``, or ``packed.safetensors.index.json`` of a folder in several files.
+
+    Raises:
+        ValueError: for a version that this release does not read, or a file name with a path.
+    """
+
+    def __init__(self, version: int = VERSION, weights_file: str = PACKED_FILE, **unused: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        if version != VERSION:
+            raise ValueError(
+                f"this folder is packed in version {version!r} of the format, and this release of prox24_lightning "
+                f"reads version {VERSION}: update prox24_lightning, or have the folder written again"
+            )
+        if not isinstance(weights_file, str) or not weights_file.startswith(PACKED_FILE):
+            raise ValueError(f"weights_file={weights_file!r} of the quantization_config is not a packed file")
+        self.version = version
+        self.weights_file = weights_file
+
+
+class Prox24Quantizer(HfQuantizer):
+    """transformers' view of packed 2:4 weights.
+
+    Linear layers whose device is a GPU that can run them become
+    :class:`~prox24_lightning.convert.layers.semi_structured_linear.SemiStructuredLinear`; every other packed weight is
+    expanded to the dense weight, exactly, in the dtype that ``from_pretrained`` was asked for.
+    """
+
+    requires_calibration = False
+    quantization_config: Prox24Config
+
+    def __init__(self, quantization_config: Prox24Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = True  # also when the user names the config for a folder that has none in config.json
+        self.files: list[PackedFile] = []
+        self._sparse: dict[str, tuple[str, tuple[int, int], torch.dtype]] = {}
+        self._device_map: Any = None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the writer of the files added: source, class of the model, and why weights are stored dense."""
+        return self.files[0].info
+
+    @property
+    def entries(self) -> dict[str, PackedEntry]:
+        """Packed weights of all files by name."""
+        return {name: entry for file in self.files for name, entry in file.packed.items()}
+
+    @override
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if "disk" in places:
+            raise ValueError(
+                "device_map offloads layers to disk, and packed 2:4 weights cannot be read from there layer by layer: "
+                "give every layer a GPU or the CPU"
+            )
+
+    @override
+    def update_attn_implementation(self, config: Any) -> Any:
+        # Called with the config between its reading and the search for weight files, which the config may name. Without
+        # this package from_pretrained finds no weights and says so, instead of filling a model with random values.
+        config.transformers_weights = self.quantization_config.weights_file
+        return config
+
+    @override
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        self.files = [PackedFile(path) for path in checkpoint_files or ()]
+        if not self.entries:
+            raise ValueError(f"{', '.join(map(str, checkpoint_files or ()))} holds no packed weight")
+        self._sparse = {}
+        device = _first_gpu(device_map)
+        target = None if device is None else target_of(device)
+        if target is None:
+            return
+        if target.problem is not None:
+            log.warning("%s: its 2:4 weights are expanded and run dense", target.problem)
+            return
+        dtypes = {name: file.dtype(name) for file in self.files for name in file.packed}
+        for verdict in check_model(model, target=target, values=False):
+            name = self.stored_name(f"{verdict.name}.weight", model)
+            if name is None or not verdict.name or not verdict.runs:
+                continue
+            layer = model.get_submodule(verdict.name)
+            weight = layer.get_parameter("weight")
+            along_inputs = self.entries[name].dim == (0 if is_transposed_linear(layer) else 1)
+            if along_inputs and dtypes[name] in DTYPES and weight.dtype == dtypes[name]:
+                shape = (verdict.shape[0], verdict.shape[1])
+                rows, columns = padded_shape(shape)
+                buffer = torch.empty(rows, columns // 16 * 9, dtype=torch.int16, device="meta")
+                layer.weight = nn.Parameter(buffer, requires_grad=False)
+                self._sparse[f"{verdict.name}.weight"] = verdict.name, shape, dtypes[name]
+
+    @override
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        return [WeightConverter([r"\.values$", r"\.indices$"], "", [_Unpack(self)])]
+
+    def unpack(self, name: str, values: Tensor, indices: Tensor, model: PreTrainedModel) -> Tensor:
+        """The tensor of parameter ``name`` of ``model``: the kernels' buffer, or the dense weight in its dtype."""
+        stored = self.stored_name(name, model)
+        if stored is None:
+            raise ValueError(f"{name} stands packed in the file, and its header does not name it: the file is damaged")
+        entry = self.entries[stored]
+        packed = PackedWeight(values, indices, entry.matrix)
+        check_packed(packed, name=stored)
+        if name in self._sparse:
+            return to_buffer(packed)
+        parameter = model.get_parameter_or_buffer(name)
+        return entry.unpack(packed, stored).to(parameter.dtype)
+
+    @override
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, shape, dtype in self._sparse.values():
+            self._place(model, name, shape, dtype)
+        # transformers lets no quantizer name its files, headers and card.
+        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+        model.push_to_hub = MethodType(push_to_hub, model)  # type: ignore[assignment]
+        return model
+
+    def _place(self, model: PreTrainedModel, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        """Exchange the layer whose weight holds the kernels' buffer by now."""
+        layer = model.get_submodule(name)
+        buffer = layer.get_parameter("weight").detach()
+        if buffer.is_meta:
+            raise ValueError(f"{name} is offloaded by device_map: packed 2:4 layers need their GPU's memory")
+        if not buffer.is_cuda:  # the rest of a device_map that spans GPU and CPU
+            stored = str(self.stored_name(f"{name}.weight", model))
+            layer.weight = nn.Parameter(self.entries[stored].unpack(from_buffer(buffer, shape, dtype), stored))
+            return
+        table = stored_table(shape, dtype, device=buffer.get_device())
+        kind, bias = transposed_kind(layer), getattr(layer, "bias", None)
+        converted = SemiStructuredLinear(buffer, shape, dtype, bias, table.text, transposed=kind).eval()
+        insert_layers(model, [(name, converted)])
+
+    def stored_name(self, name: str, model: PreTrainedModel) -> str | None:
+        """The name in the file of a parameter of ``model``, which may be the base of the model that was saved."""
+        prefix = f"{model.base_model_prefix}."
+        entries = self.entries
+        found = (one for one in (name, prefix + name, name.removeprefix(prefix)) if one in entries)
+        return next(found, None)
+
+    @override
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    @override
+    def is_trainable(self) -> bool:
+        return not self._sparse
+
+    @property
+    @override
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Unpack(ConversionOps):
+    """Make one parameter from the two tensors that hold it."""
+
+    def __init__(self, hf_quantizer: Prox24Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # by this name transformers knows that stored tensors must not be cast
+
+    def __deepcopy__(self, memo: Any) -> _Unpack:
+        return self  # transformers copies the operation for every weight; the quantizer is one
+
+    @override
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: Mapping[str, Any],
+        source_patterns: Sequence[str],
+        target_patterns: Sequence[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        parts = [input_dict[pattern] for pattern in source_patterns]
+        values, indices = (part[0] if isinstance(part, list) else part for part in parts)
+        return {full_layer_name: self.hf_quantizer.unpack(full_layer_name, values, indices, model)}
+
+
+def _first_gpu(device_map: Any) -> torch.device | None:
+    """The first CUDA device that ``device_map`` names; None where everything stays on the CPU."""
+    if device_map is None:
+        return None
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    devices = [torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in places]
+    return next((device for device in devices if device.type == "cuda"), None)

@@ -1,0 +1,99 @@
+"""``save_pretrained`` and ``push_to_hub`` of a model that was loaded from a packed folder: a packed folder again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor
+from transformers.utils.hub import convert_file_size_to_int
+
+from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.io.packed_folder import write_folder
+
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    max_shard_size: int | str | None = None,
+    **kwargs: Any,
+) -> None:
+    """Write ``model`` packed; a folder that was loaded and not changed is written byte for byte as it was.
+
+    Args:
+        model: loaded by the quantizer of this package.
+        save_directory: folder, made if it does not exist.
+        is_main_process: False writes nothing.
+        state_dict: dense values to write instead of the model's own.
+        push_to_hub: upload the folder afterwards; see :func:`push_to_hub`.
+        max_shard_size: of the dense tensors of one file, as transformers takes it (``"5GB"``); None writes one file.
+        kwargs: of :func:`push_to_hub`; transformers' others have no meaning here.
+
+    Raises:
+        ValueError: for a weight that is no longer 2:4, by name; for a folder with dense weights.
+    """
+    if not is_main_process:
+        return
+    state = dense_state_dict(model) if state_dict is None else dict(state_dict)
+    quantizer = model.hf_quantizer
+    stored = {name: quantizer.stored_name(name, model) for name in state}
+    dims = {name: quantizer.entries[packed].dim for name, packed in stored.items() if packed is not None}
+    info = {**quantizer.info, "model": type(model).__name__}
+    limit = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
+    write_folder(save_directory, model, state, dims, info, max_shard_bytes=limit)
+    if push_to_hub:
+        _upload(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+
+def push_to_hub(model: Any, repo_id: str, *, max_shard_size: int | str | None = None, **kwargs: Any) -> Any:
+    """Upload ``model`` as a packed folder with its card.
+
+    Args:
+        model: loaded by the quantizer of this package.
+        repo_id: ``"user/name"``.
+        max_shard_size: see :func:`save_pretrained`.
+        kwargs: ``commit_message``, ``private``, ``token``, ``revision``, ``create_pr``.
+    """
+    with TemporaryDirectory() as folder:
+        save_pretrained(model, folder, max_shard_size=max_shard_size)
+        return _upload(folder, repo_id, **kwargs)
+
+
+def dense_state_dict(model: Any) -> dict[str, Tensor]:
+    """Return the state dict with the weights of converted layers expanded, under the names of the dense model."""
+    state = dict(model.state_dict())
+    for name, layer in model.named_modules():
+        if isinstance(layer, SemiStructuredLinear):
+            del state[f"{name}.packed"]
+            weight = layer.weight
+            state[f"{name}.weight"] = weight if layer.transposed is None else weight.t().contiguous()
+    return state
+
+
+def _upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload a packed 2:4 model",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **_: Any,
+) -> Any:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    target = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(
+        folder_path=str(folder),
+        repo_id=target,
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
