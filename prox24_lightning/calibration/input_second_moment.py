@@ -67,7 +67,9 @@ class InputSecondMoments:
 
             self._handles.append(weight.module.register_forward_pre_hook(hook, with_kwargs=True))
         for module, weights in experts.items():
-            self._handles.append(module.register_forward_pre_hook(self._expert_hook(weights), with_kwargs=True))
+            # A compiled model that contains this module must not trace what is computed once more.
+            once_more = torch.compiler.disable(self._expert_hook(weights))
+            self._handles.append(module.register_forward_pre_hook(once_more, with_kwargs=True))
 
     def _expert_hook(self, weights: Sequence[GroupedWeight]) -> Callable[[nn.Module, tuple, dict], None]:
         observable = True

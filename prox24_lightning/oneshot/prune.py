@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -110,6 +111,8 @@ def prune_layerwise(
         reasons = "; ".join(sorted({weight.reason for weight in report.skipped})) or "it has no weights"
         raise ValueError(f"no weight of {type(model).__name__} can be pruned layer-wise: {reasons}")
 
+    if (experts := selection.expert_warning()) is not None:
+        warnings.warn(experts, stacklevel=2)
     begin = time.perf_counter()
     home = next(model.parameters()).device
     device = torch.device(home if device is None else device)

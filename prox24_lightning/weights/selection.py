@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -75,6 +76,7 @@ class SkippedWeight:
     kind: str
     shape: tuple[int, ...]
     reason: str
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,22 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def expert_warning(self) -> str | None:
+        """Return a warning that names experts that stay dense though nobody asked for it, None if there are none.
+
+        They are most of a mixture's weights, so the model is far from 2:4 then.
+        """
+        own = ("skip=", "not among", "frozen", "output head", "tied")
+        experts = [w for w in self.skipped if w.experts and not w.reason.startswith(own)]
+        if not experts:
+            return None
+        whole = sum(weight.parameter.numel() for weight in self.chosen) + sum(math.prod(w.shape) for w in self.skipped)
+        share = sum(math.prod(weight.shape) for weight in experts) / whole
+        more = f" and {len(experts) - 1} more" if len(experts) > 1 else ""
+        return f"{experts[0].name}{more} stay dense, {share:.0%} of the weights: {experts[0].reason}".replace(
+            "%", " %", 1
+        )
 
 
 def select_weights(
@@ -143,23 +161,24 @@ def select_weights(
             reason, dim = fit_groups(module, parameter_name, parameter, geometry)
             if reason and by_name:
                 raise ValueError(f"target {name!r} of shape {tuple(parameter.shape)} cannot be 2:4: {reason}")
+            if skips:
+                reason = f"skip={skips[0]!r}"
             if not reason:
-                if skips:
-                    reason = f"skip={skips[0]!r}"
-                elif targets is not None and not hits:
+                if targets is not None and not hits:
                     reason = "not among the targets"
                 elif not by_name and len(owners[id(parameter)]) > 1:
                     reason = "tied: shared by " + " and ".join(owners[id(parameter)])
                 elif not by_name and parameter in heads:
                     reason = "output head"
-                elif parameter in adapters:
+                elif not by_name and parameter in adapters:
                     reason = adapters[parameter]
                 elif not parameter.requires_grad:
                     reason = "frozen (requires_grad=False)"
                 elif not by_name:
                     reason = why_unknown(module, parameter_name)
             if reason:
-                skipped.append(SkippedWeight(name, type(module).__name__, tuple(parameter.shape), reason))
+                shape, experts = tuple(parameter.shape), is_expert_parameter(module, parameter)
+                skipped.append(SkippedWeight(name, type(module).__name__, shape, reason, experts))
             else:
                 sharded = parameter if hasattr(parameter, "placements") else None
                 chosen.append(GroupedWeight(name, module_name, module, parameter_name, dim, sharded, geometry))
