@@ -52,7 +52,9 @@ REFUSED = {
 """Class name -> why the weights that such an optimizer trains cannot become 2:4."""
 
 _NEAR = 0.5
-"""A tensor at less than this relative distance from its weight is a copy of it."""
+"""A tensor of unknown name at less than this relative distance from its weight is a copy of it."""
+_VERY_NEAR = 0.1
+"""The same for names that mean moments elsewhere (AccSGD's momentum_buffer is an average of weights)."""
 
 
 def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
@@ -174,7 +176,7 @@ def _kind(key: str, pairs: list[tuple[Tensor, Any]], rotated: bool) -> Kind:
     if any(not isinstance(value, Tensor) or value.shape != parameter.shape for parameter, value in pairs):
         return "other"
     parameter, value = max(pairs, key=lambda pair: pair[0].numel())
-    if key in COPIES or (key not in MOMENTS and _is_near(parameter, value)):
+    if key in COPIES or _is_near(parameter, value, _VERY_NEAR if key in MOMENTS else _NEAR):
         return "copy"
     if rotated:
         return "other"
@@ -194,12 +196,12 @@ def _is_matrix_or_container(parameter: Tensor, value: Any) -> bool:
     return not isinstance(value, (int, float, str, type(None), torch.dtype, torch.device, torch.Generator))
 
 
-def _is_near(parameter: Tensor, value: Tensor) -> bool:
+def _is_near(parameter: Tensor, value: Tensor, limit: float) -> bool:
     part = _plain_part(value, parameter)
     if part is None or not part.is_floating_point():
         return False
     weight = local_part(parameter).detach().float()
-    return bool((part.float().to(weight.device) - weight).norm() < _NEAR * weight.norm())
+    return bool((part.float().to(weight.device) - weight).norm() < limit * weight.norm())
 
 
 def _plain_part(value: Tensor, parameter: Tensor) -> Tensor | None:
@@ -213,7 +215,7 @@ def _zero(key: str, part: Tensor, state: Mapping[str, Any]) -> float | None:
     """Return what stands for zero in ``part``: of 8-bit moments (bitsandbytes) a code; None if that is not known."""
     if part.is_floating_point():
         return 0.0
-    codebook = state.get(key.replace("state", "qmap"))
+    codebook = state.get(key.replace("state", "qmap")) if key.startswith("state") else None
     return int(codebook.abs().argmin()) if isinstance(codebook, Tensor) else None
 
 

@@ -95,6 +95,22 @@ def test_only_the_named_weights_are_masked():
     assert (second.weight == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("lost", [torch.inf, -torch.inf, torch.nan])
+def test_a_gradient_or_weight_that_is_not_finite_becomes_zero_where_it_is_pruned(dtype, lost):
+    layer = nn.Linear(16, 8).to(dtype)
+    masked, mask = MaskedParameters(), mask_24(layer.weight)
+    masked.apply("weight", layer.weight, mask)
+    (layer.weight * lost).sum().backward()
+    assert (layer.weight.grad[~mask] == 0).all()
+    assert not layer.weight.grad[mask].isfinite().any()
+    with torch.no_grad():
+        layer.weight.masked_fill_(~mask, lost)
+    masked.mask_weights()
+    assert (layer.weight[~mask] == 0).all()
+    assert layer.weight[mask].isfinite().all()
+
+
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"mask of 'weight' has shape \(8, 8\), the weight \(8, 16\)"):
         MaskedParameters().apply("weight", nn.Linear(16, 8).weight, torch.ones(8, 8, dtype=torch.bool))
