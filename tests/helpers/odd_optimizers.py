@@ -70,6 +70,7 @@ class Shampoo(SGD):
 
     @torch.no_grad()
     def step(self, closure=None):
+        _run(closure)
         for p in (p for group in self.param_groups for p in group["params"] if p.ndim == 2):
             for key, outer in (("left", p.grad @ p.grad.T), ("right", p.grad.T @ p.grad)):
                 self.state[p][key] = self.state[p].get(key, 0) + outer
@@ -81,7 +82,7 @@ class Rotated(AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        super().step()
+        super().step(closure)
         for p in (p for group in self.param_groups for p in group["params"] if p.ndim == 2):
             self.state[p]["bases"] = [torch.eye(size) for size in p.shape]
 
@@ -120,6 +121,7 @@ class Orthogonal(SGD):
 
     @torch.no_grad()
     def step(self, closure=None):
+        _run(closure)
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.ndim == 2):
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
