@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import auto_cli
 
-from benchmarks.report import write_report
+from benchmarks.result_files import write_result
 from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.solvers import Method, solve_layer
 
@@ -87,7 +87,7 @@ def main(
         f"{measured_tokens} were counted and the time scaled. One block {seconds:.1f} s; {BLOCKS} blocks "
         f"{BLOCKS * seconds / 3600:.2f} h; peak {max(row['peak GiB'] for row in rows):.1f} GiB."
     )
-    write_report(output, "block_70b", "Layer-wise pruning of one LLaMA-2-70B block", rows, note=note)
+    write_result(output, "block_70b", "Layer-wise pruning of one LLaMA-2-70B block", rows, note=note)
 
 
 def _moments(inputs: int, tokens: int, device: str, chunk: int = 2**13) -> HessianAccumulator:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.convert_models import MODELS, model_rows, save_models
-from benchmarks.report import result_path, write_report
+from benchmarks.result_files import result_path, write_result
 from prox24_lightning.convert import SemiStructuredLinear
 from prox24_lightning.convert.autotune.kernel_table import KernelTable
 from prox24_lightning.convert.autotune.tune import kernel_tables
@@ -198,8 +198,8 @@ def save_grid(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
         "(out_features, in_features). Kernels are chosen by measurement beforehand; `few` with its tiling is this "
         "package's own, `cusparselt` with its algorithm NVIDIA's."
     )
-    write_report(folder, name, "Converted layers against dense ones", rows, note=note, quiet=True)
-    write_report(folder, name, "Converted layers: the figures in short", bars(rows), part="bars", quiet=True)
+    write_result(folder, name, "Converted layers against dense ones", rows, note=note, quiet=True)
+    write_result(folder, name, "Converted layers: the figures in short", bars(rows), part="bars", quiet=True)
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -253,7 +253,7 @@ def main() -> None:
             rows = grid(arguments)
             plot(result_path(arguments.output, arguments.name, ".png"), rows)
             title = "Converted layers: the figures in short"
-            write_report(arguments.output, arguments.name, title, bars(rows), part="bars")
+            write_result(arguments.output, arguments.name, title, bars(rows), part="bars")
         if arguments.part != "grid":
             found: list[dict[str, Any]] = []
             for name in arguments.models:

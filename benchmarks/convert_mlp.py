@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.report import machine, result_path
+from benchmarks.result_files import machine, result_path
 from prox24_lightning.convert import ExampleInputs, Report, Settings, run_benchmark
 from prox24_lightning.convert.benchmark.example_inputs import own_example
 from prox24_lightning.convert.benchmark.render import print_report, write_report

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.report import write_report
+from benchmarks.result_files import write_result
 from prox24_lightning.convert import SemiStructuredLinear, convert_model
 from prox24_lightning.convert.autotune.kernel_table import KernelTable
 from prox24_lightning.convert.measurement import capture, relative_error, release_memory, time_calls
@@ -252,4 +252,4 @@ def save_models(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
         "model's, from graphs; x at most: Amdahl's limit, were they as much faster as "
         f"there are fewer bytes ({_BYTES}, decoding) or products ({_PRODUCTS}, prefill). Memory: parts of dense."
     )
-    write_report(folder, name, "Whole models, dense and converted", rows, part="models", note=note)
+    write_result(folder, name, "Whole models, dense and converted", rows, part="models", note=note)

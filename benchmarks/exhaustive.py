@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from jsonargparse import auto_cli
 
-from benchmarks.report import write_report
+from benchmarks.result_files import write_result
 from prox24_lightning.solvers import Method, solve_layer
 from prox24_lightning.solvers.exhaustive import best_masks
 from prox24_lightning.solvers.loss import row_losses
@@ -69,7 +69,7 @@ def main(
         f"{layers} layers of {rows} x {INPUTS} a correlation, {tokens} tokens, seed {seed}, float64; mean gap to the "
         "optimum over all masks, in brackets the share of rows whose mask is the best one. All with masked gradient."
     )
-    write_report(output, "exhaustive", "Gap to the best 2:4 mask", table, note=note)
+    write_result(output, "exhaustive", "Gap to the best 2:4 mask", table, note=note)
 
 
 if __name__ == "__main__":

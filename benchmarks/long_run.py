@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.report import result_path, write_report
+from benchmarks.result_files import result_path, write_result
 from prox24_lightning import ConvertAndBenchmark, Prox24, SparsityMonitor
 from prox24_lightning.utils.files import replacing
 
@@ -137,7 +137,7 @@ def main(
         trainer.fit(Regression(width), data)
     rows = watch.rows
     plot = result_path(output, "long_run", ".png")
-    write_report(
+    write_result(
         output,
         "long_run",
         f"{steps:,} steps with everything on",

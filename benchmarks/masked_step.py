@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.report import write_report
+from benchmarks.result_files import write_result
 from prox24_lightning.convert.autotune.cusparselt_algorithms import fastest_algorithms
 from prox24_lightning.convert.autotune.cusparselt_worker import AlgorithmJob
 from prox24_lightning.convert.kernels.registry import Kernel
@@ -83,7 +83,7 @@ def main(
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
         console.print(row)
-        write_report(
+        write_result(
             output, "masked_step", "A training step with transposable masks, dense and sparse", rows, note=note
         )
 

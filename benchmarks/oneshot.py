@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from benchmarks.report import write_report
+from benchmarks.result_files import write_result
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.oneshot import prune_layerwise
@@ -116,7 +116,7 @@ def main(
         memory = torch.cuda.max_memory_allocated() / 2**30 if place.type == "cuda" else ""
         rows.append(row(label, report.mean_loss, seconds, memory))
         # After every row, so that a run that is cut short leaves what it has.
-        write_report(output, name, "One-shot 2:4, no training", rows, note=note)
+        write_result(output, name, "One-shot 2:4, no training", rows, note=note)
 
 
 if __name__ == "__main__":

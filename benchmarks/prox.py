@@ -19,7 +19,7 @@ from typing import Any
 import prox_cuda
 import torch
 from alternating import alternating_minimisation
-from report import result_path, write_report
+from result_files import result_path, write_result
 from torch import Tensor
 
 from prox24_lightning.prox import critical_strength_24, prox_24, prox_24_reference
@@ -57,7 +57,7 @@ def main() -> None:
         table: list[dict[str, Any]] = []
         for row in prox_cuda.rows(plan):
             table.append(row)
-            write_report(arguments.out, "prox/cuda", "The exact 2:4 prox on a GPU", table, note=CUDA_NOTE)
+            write_result(arguments.out, "prox/cuda", "The exact 2:4 prox on a GPU", table, note=CUDA_NOTE)
         prox_cuda.plot(table, result_path(arguments.out, "prox/cuda", ".png"))
         return
 
@@ -66,7 +66,7 @@ def main() -> None:
     copy = _microseconds(lambda: weight.clone(), weight, arguments.repeats)
     critical = _microseconds(lambda: critical_strength_24(weight), weight, arguments.repeats)
     rows = [_row(weight, strength, arguments.repeats, arguments.sweeps) for strength in arguments.strengths]
-    write_report(
+    write_result(
         arguments.out,
         "prox/cpu",
         f"The exact 2:4 prox on CPU, {size} x {size} float32",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jsonargparse import auto_cli
 from torch import Tensor
 
-from benchmarks.report import write_report
+from benchmarks.result_files import write_result
 from prox24_lightning.schedules import FRACTION_CURVES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx, SparsityEngine
 from prox24_lightning.weights.selection import select_weights
@@ -85,7 +85,7 @@ def main(
     sizes = (
         f"{sum(w.parameter.numel() for w in weights):,} weights in 2:4 layers, {batch_size} x {context} tokens a step"
     )
-    write_report(
+    write_result(
         output,
         "step_overhead",
         "What Prox24 adds to a training step (CPU)",

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
-from benchmarks.report import write_report
+from benchmarks.result_files import write_result
 from prox24_lightning.prox import prox_path
 from prox24_lightning.schedules import STRENGTH_SCHEDULES
 from prox24_lightning.sparsify.config import SparsifyConfig
@@ -225,7 +225,7 @@ def main(
             "same round. The schedules run from beginning to end over the rounds. The progressive phase stands still "
             "for every block that is solved, which is not part of its step."
         )
-        write_report(output, "train_step", "What Prox24 adds to a training step (GPU)", rows, note=note)
+        write_result(output, "train_step", "What Prox24 adds to a training step (GPU)", rows, note=note)
         del bench, turns
         gc.collect()
         torch.cuda.empty_cache()

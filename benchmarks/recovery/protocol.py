@@ -25,7 +25,7 @@ from rich.console import Console
 from benchmarks.recovery.rows import Row
 from benchmarks.recovery.run import execute, free_memory
 from benchmarks.recovery.task import Task
-from benchmarks.report import machine
+from benchmarks.result_files import machine
 
 WARM_UP_STEPS = 3
 

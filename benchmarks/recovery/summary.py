@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.report import write_report
+from benchmarks.result_files import write_result
 
 DENSE = "dense"
 
@@ -131,5 +131,5 @@ def finish(
     )
     found = warnings(runs)
     note += " ".join(f"Warning: {warning}." for warning in found)
-    path = write_report(output, name, title, table(runs, rows, plain), note=note)
+    path = write_result(output, name, title, table(runs, rows, plain), note=note)
     plot(runs, rows, title, path.with_suffix(".png"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -91,7 +91,6 @@ def prune(
         if held_out is not None:
             scores["perplexity, dense"] = perplexity(network, held_out, batch_size)
             console.print(f"held-out perplexity, dense: {scores['perplexity, dense']:.3f}")
-        options: dict[str, Any] = {} if steps is None else {"steps": steps}
         report = prune_layerwise(
             network,
             [{"input_ids": part} for part in ids.split(batch_size)],
@@ -106,7 +105,7 @@ def prune(
             device=place,
             offload=offload,
             work_dir=work_dir,
-            **options,
+            steps=steps,
         )
         console.print(report.table())
         if held_out is not None:

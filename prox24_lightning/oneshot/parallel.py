@@ -10,13 +10,13 @@ from prox24_lightning.calibration.input_groups import InputGroup
 from prox24_lightning.utils.distributed import gathered_objects
 
 
-def check_same_stages(stages: Sequence[InputGroup], names: Mapping[nn.Module, str]) -> None:
-    """Refuse ranks whose batches take different ways through a block: they would wait for each other for ever.
+def check_same_input_groups(groups: Sequence[InputGroup], names: Mapping[nn.Module, str]) -> None:
+    """Raise where the ranks' batches run the layers of a block in different orders, which would block all ranks.
 
     Raises:
         ValueError: on every rank.
     """
-    orders = gathered_objects([[names[layer] for layer in stage.layers] for stage in stages])
+    orders = gathered_objects([[names[layer] for layer in group.layers] for group in groups])
     if any(order != orders[0] for order in orders):
         raise ValueError(
             f"the ranks' first batches run the layers of a block in different orders (rank 0: {orders[0][:4]}...); "

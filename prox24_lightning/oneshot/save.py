@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prox24_lightning.mask import MASKS_FILE, StoredMask, hash_weight, write_masks
-from prox24_lightning.oneshot.report import LayerwiseReport
+from prox24_lightning.oneshot.pruning_report import LayerwiseReport
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, filling, write_text
 from prox24_lightning.utils.markdown import markdown_table
 from prox24_lightning.weights.names import clean_name

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.expert_inputs import expert_inputs_of
 from prox24_lightning.calibration.hessian import HessianAccumulator
-from prox24_lightning.solvers.layer import Solution, solve_layer
-from prox24_lightning.solvers.parallel import solved_by_rows
+from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.solvers.layer import Solution, solve
+from prox24_lightning.solvers.parallel import solve_rows_in_parallel
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.weights.experts import expert_matrices, from_expert_matrices
 from prox24_lightning.weights.selection import GroupedWeight
@@ -48,7 +49,11 @@ class SolvedExperts:
 
 @torch.no_grad()
 def solve_experts(
-    weights: Sequence[GroupedWeight], runs: Sequence[Callable[[], Any]], *, by_rows: bool = False, **solver: Any
+    weights: Sequence[GroupedWeight],
+    runs: Sequence[Callable[[], Any]],
+    *,
+    config: SolverConfig = SolverConfig(),  # noqa: B008 (frozen)
+    by_rows: bool = False,
 ) -> Iterator[SolvedExperts]:
     """Make the 3-D parameters of one module of experts 2:4, in the order in which the experts use them.
 
@@ -58,8 +63,8 @@ def solve_experts(
     Args:
         weights: of one module.
         runs: each calls the model, or the block that holds the module, on one calibration batch.
-        by_rows: of several processes each solves a part of the rows.
-        solver: arguments of :func:`~prox24_lightning.solvers.layer.solve_layer`.
+        config: of the solver.
+        by_rows: every rank solves a part of the rows.
 
     Yields:
         one entry for each weight whose products were seen, as soon as it is solved; the others are as they were.
@@ -71,7 +76,7 @@ def solve_experts(
     by_name = {weight.parameter_name: weight for weight in weights}
     order = _order_of_use(module, runs, set(by_name))
     for name in order:
-        yield _solve(by_name[name], runs, by_rows, solver)
+        yield _solve(by_name[name], runs, config, by_rows)
 
 
 def _order_of_use(module: nn.Module, runs: Sequence[Callable[[], Any]], names: set[str]) -> list[str]:
@@ -86,7 +91,7 @@ def _order_of_use(module: nn.Module, runs: Sequence[Callable[[], Any]], names: s
 
 
 def _solve(
-    weight: GroupedWeight, runs: Sequence[Callable[[], Any]], by_rows: bool, solver: dict[str, Any]
+    weight: GroupedWeight, runs: Sequence[Callable[[], Any]], config: SolverConfig, by_rows: bool
 ) -> SolvedExperts:
     matrices = expert_matrices(weight.parameter, weight.input_dim)
     columns = matrices.shape[2]
@@ -98,7 +103,7 @@ def _solve(
         hessians = _hessians(weight, runs, some, columns)
         for expert in some:
             tokens.append(hessians[expert].tokens)
-            parts.append(_solve_one(weight, matrices[expert], hessians[expert], expert, by_rows, solver))
+            parts.append(_solve_one(weight, matrices[expert], hessians[expert], expert, config, by_rows))
     shares = [count / max(1, sum(tokens)) for count in tokens]
     whole = Solution.joined([_weighted(part, share) for part, share in zip(parts, shares, strict=True)])
     solution = replace(whole, seconds=sum(part.seconds for part in parts))
@@ -128,19 +133,19 @@ def _solve_one(
     matrix: Tensor,
     inputs: HessianAccumulator,
     expert: int,
+    config: SolverConfig,
     by_rows: bool,
-    solver: dict[str, Any],
 ) -> Solution:
     name = f"{weight.name}[{expert}]"
     if inputs.tokens:
-        hessian, arguments = inputs.hessian, solver
+        hessian = inputs.hessian
     else:
-        hessian, arguments = torch.eye(matrix.shape[1], device=matrix.device), {**solver, "method": "magnitude"}
+        hessian, config = torch.eye(matrix.shape[1], device=matrix.device), replace(config, method="magnitude")
 
-    def solve(rows: Tensor) -> Solution:
-        return solve_layer(rows, hessian, dim=weight.matrix_dim, name=name, **arguments)
+    def solve_rows(rows: Tensor) -> Solution:
+        return solve(rows, hessian, config, dim=weight.matrix_dim, name=name)
 
-    return solved_by_rows(matrix, solve) if by_rows and weight.matrix_dim == -1 else solve(matrix)
+    return solve_rows_in_parallel(matrix, solve_rows) if by_rows and weight.matrix_dim == -1 else solve_rows(matrix)
 
 
 def _weighted(solution: Solution, share: float) -> Solution:

@@ -1,4 +1,4 @@
-"""One block of a model: the layers of a group, solved on the inputs that they see once everything before is 2:4."""
+"""Layers that share an input: their Hessian, and their solution as one stacked weight."""
 
 from __future__ import annotations
 
@@ -10,42 +10,43 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.calibration.input_groups import InputGroup, record_inputs
-from prox24_lightning.solvers.layer import Solution, solve_layer
+from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.solvers.layer import Solution, solve
 from prox24_lightning.solvers.loss import check_layer
-from prox24_lightning.solvers.parallel import solved_by_rows
+from prox24_lightning.solvers.parallel import solve_rows_in_parallel
 from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix, input_rows, matrix_columns
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import gathered, local_part, part_of, whole
 
 Run = Callable[[], Any]
-"""Calls a block once, on one recorded batch."""
+"""Calls a block once, on one calibration batch."""
 
 
 def input_group_hessian(
     group: InputGroup,
     runs: Sequence[Run],
     dense_runs: Sequence[Run] | None = None,
-    twins: Mapping[nn.Module, nn.Module] | None = None,
+    references: Mapping[nn.Module, nn.Module] | None = None,
 ) -> HessianAccumulator:
-    """Hessian of the input that the layers of ``group`` share, over all ``runs`` of their block on all ranks.
+    """Return the Hessian of the input that the layers of ``group`` share, over the ``runs`` on all ranks.
 
     Args:
-        dense_runs: the same batches through the dense copy of the block, for the cross accumulator.
-        twins: layer of the block -> its counterpart in the dense copy.
+        dense_runs: the same batches through the dense copy of the block, for ``C = X_dense^T X``.
+        references: layer of the block -> its counterpart in the dense copy.
     """
     layer = group.layers[0]
     accumulator = HessianAccumulator()
     for number, run in enumerate(runs):
         rows = [input_rows(layer, gathered(x)) for x in record_inputs(layer, run, once=group.once)]
-        if dense_runs is None or twins is None:
+        if dense_runs is None or references is None:
             for part in rows:
                 accumulator.add(part)
             continue
-        dense_inputs = record_inputs(twins[layer], dense_runs[number], once=group.once)
+        dense_inputs = record_inputs(references[layer], dense_runs[number], once=group.once)
         dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs]
         if [len(part) for part in rows] != [len(part) for part in dense_rows]:
-            # A router has sent other tokens here in the dense copy: what this layer had put out is not to be compared.
+            # A router sends other tokens here in the dense copy, so that the outputs cannot be compared.
             return input_group_hessian(group, runs)
         for part, dense_part in zip(rows, dense_rows, strict=True):
             accumulator.add(part, dense_part)
@@ -58,31 +59,31 @@ def solve_input_group(
     weights: Sequence[GroupedWeight],
     accumulator: HessianAccumulator,
     *,
+    config: SolverConfig = SolverConfig(),  # noqa: B008 (frozen)
     dense_target: float = 0.0,
     by_rows: bool = False,
-    **solver: Any,
 ) -> list[tuple[GroupedWeight, Solution]]:
     """Solve the layers of one group and write the results into them.
 
-    Layers whose groups lie along the inputs are stacked: no row's result depends on another row. Along the outputs the
-    groups of a stacked weight would span layers, and strengths go by the whole layer, so each is solved by itself.
+    Layers whose groups lie along the inputs are stacked: no row's result depends on another row. In the other
+    geometries groups of a stacked weight would span layers, and strengths depend on the whole layer, so each layer is
+    solved by itself.
 
     Args:
+        config: of the solver.
         dense_target: 0 keeps the outputs of the present weights on the present inputs, 1 aims at the outputs that the
-            layer had in the dense model, values between mix the two; needs the cross accumulator.
-        by_rows: of several processes each solves a part of the rows, where no row depends on another.
-        solver: arguments of :func:`~prox24_lightning.solvers.layer.solve_layer`.
+            layer had in the dense model, values between mix the two; needs ``C``.
+        by_rows: every rank solves a part of the rows, where no row depends on another.
 
     Raises:
         ValueError: as ``solve_layer`` does; nothing has been written then, except by layers solved before.
     """
-    # Beyond rows the groups of a stacked weight could span layers, and strengths go by the whole layer.
     if all(weight.geometry == "row" for weight in weights):
-        return _solve_stacked(weights, accumulator, -1, dense_target, by_rows, solver)
+        return _solve_stacked(weights, accumulator, config, -1, dense_target, by_rows)
     return [
         solved
         for weight in weights
-        for solved in _solve_stacked([weight], accumulator, weight.matrix_dim, dense_target, by_rows, solver)
+        for solved in _solve_stacked([weight], accumulator, config, weight.matrix_dim, dense_target, by_rows)
     ]
 
 
@@ -90,10 +91,10 @@ def solve_input_group(
 def _solve_stacked(
     weights: Sequence[GroupedWeight],
     accumulator: HessianAccumulator,
+    config: SolverConfig,
     dim: Dim,
     dense_target: float,
     by_rows: bool,
-    solver: Mapping[str, Any],
 ) -> list[tuple[GroupedWeight, Solution]]:
     matrices = [as_matrix(weight.module, whole(local_part(weight.parameter), weight.parameter)) for weight in weights]
     name = " + ".join(weight.module_name for weight in weights)
@@ -103,10 +104,10 @@ def _solve_stacked(
             check_layer(dense, found, name)
     target = output_target(dense, accumulator, dense_target)
 
-    def solve(rows: Tensor) -> Solution:
-        return solve_layer(rows, accumulator.hessian, dim=dim, name=name, **solver)
+    def solve_rows(rows: Tensor) -> Solution:
+        return solve(rows, accumulator.hessian, config, dim=dim, name=name)
 
-    solution = solved_by_rows(target, solve) if by_rows and dim == -1 else solve(target)
+    solution = solve_rows_in_parallel(target, solve_rows) if by_rows and dim == -1 else solve_rows(target)
     solved, row = [], 0
     for weight, matrix in zip(weights, matrices, strict=True):
         part = solution.rows(row, row + len(matrix))
@@ -118,7 +119,7 @@ def _solve_stacked(
 
 
 def output_target(weight: Tensor, accumulator: HessianAccumulator, share: float) -> Tensor:
-    """The weight whose outputs on the pruned model's inputs come closest to the wanted ones.
+    """Return the weight whose outputs on the pruned model's inputs come closest to the wanted ones.
 
     With ``X`` the inputs now and ``X_d`` those in the dense model, ``share`` = 1 solves ``min_T ||X T^T - X_d W^T||``:
     ``T = W + W (C - H) H^-1`` with ``C = X_d^T X / tokens``. Inputs that are all zero leave ``W``.

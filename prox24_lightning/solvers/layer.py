@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from prox24_lightning.mask import zeros_per_group
 from prox24_lightning.solvers.admm import admm
+from prox24_lightning.solvers.config import Method, Refine, SolverConfig
 from prox24_lightning.solvers.loss import check_layer, row_losses
 from prox24_lightning.solvers.magnitude import magnitude
 from prox24_lightning.solvers.masked_cg import masked_cg
@@ -19,14 +19,6 @@ from prox24_lightning.solvers.proximal_gradient import proximal_gradient
 from prox24_lightning.solvers.sparsegpt import sparsegpt
 from prox24_lightning.solvers.wanda import wanda
 from prox24_lightning.weights.groups import Dim, group_dims
-
-Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_gradient"]
-Refine = Literal["masked_gradient"]
-
-DEFAULT_STEPS = {"prox": 200, "prox_gradient": 400}
-DEFAULT_DAMPING = {"sparsegpt": 0.01}
-"""Relative to the mean diagonal, as published; all other solvers take ``RELATIVE_DAMPING`` of each diagonal entry."""
-RELATIVE_DAMPING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -107,7 +99,6 @@ def _ratio(losses: Tensor, zero_losses: Tensor) -> float:
     return float(losses.sum() / total) if total > 0 else 0.0
 
 
-@torch.no_grad()
 def solve_layer(
     weight: Tensor,
     hessian: Tensor,
@@ -145,11 +136,13 @@ def solve_layer(
     Raises:
         ValueError: for an unknown method or refinement, sizes that do not fit, and values that are not finite.
     """
-    for argument, value, known in (("method", method, get_args(Method)), ("refine", refine, (*get_args(Refine), None))):
-        if value not in known:
-            raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(map(str, known))}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps={steps} must be at least 1")
+    config = SolverConfig(method, refine, steps, momentum, damping, refine_steps, tolerance)
+    return solve(weight, hessian, config, dim=dim, name=name)
+
+
+@torch.no_grad()
+def solve(weight: Tensor, hessian: Tensor, config: SolverConfig, *, dim: Dim = -1, name: str = "layer") -> Solution:
+    """Find a 2:4 weight as :func:`solve_layer` does, with its arguments in one ``config``."""
     begin = time.perf_counter()
     dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
     hessian = hessian.detach().to(dense)
@@ -157,30 +150,35 @@ def solve_layer(
     dims = group_dims(dense.shape, dim)
     dim = dims[0] if len(dims) == 1 else (dims[0], dims[1])
 
-    method_damping = DEFAULT_DAMPING.get(method, RELATIVE_DAMPING) if damping is None else damping
-    refine_damping = RELATIVE_DAMPING if damping is None else damping
-    steps = steps or DEFAULT_STEPS.get(method, 0)
-    found = dense
-    if method == "magnitude":
+    found, damping = dense, config.method_damping
+    if config.method == "magnitude":
         mask = magnitude(dense, dim=dim)
-    elif method == "wanda":
+    elif config.method == "wanda":
         mask = wanda(dense, hessian, dim=dim)
-    elif method == "sparsegpt":
-        found, mask = sparsegpt(dense, hessian, dim=dim, damping=method_damping, name=name)
+    elif config.method == "sparsegpt":
+        found, mask = sparsegpt(dense, hessian, dim=dim, damping=damping, name=name)
     else:
-        if method == "prox":
-            found = admm(dense, hessian, dim=dim, steps=steps, damping=method_damping, name=name)
+        steps = config.method_steps
+        if config.method == "prox":
+            found = admm(dense, hessian, dim=dim, steps=steps, damping=damping, name=name)
         else:
-            found = proximal_gradient(dense, hessian, dim=dim, steps=steps, momentum=momentum, damping=method_damping)
+            momentum = config.momentum
+            found = proximal_gradient(dense, hessian, dim=dim, steps=steps, momentum=momentum, damping=damping)
         # Wanda's scores decide the few groups that the prox leaves with more than two non-zeros.
         mask = wanda(found, hessian, dim=dim)
     reached = sum(float((zeros_per_group(found, dim=one) >= 2).float().mean()) for one in dims) / len(dims)
 
     result = found * mask
     losses, refined = row_losses(result, dense, hessian), None
-    if refine is not None:
+    if config.refine is not None:
         result = masked_cg(
-            result, dense, hessian, mask, steps=refine_steps, tolerance=tolerance, damping=refine_damping
+            result,
+            dense,
+            hessian,
+            mask,
+            steps=config.refine_steps,
+            tolerance=config.tolerance,
+            damping=config.refine_damping,
         )
         refined = row_losses(result, dense, hessian)
     zero_losses = row_losses(torch.zeros_like(dense), dense, hessian)

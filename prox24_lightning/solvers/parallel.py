@@ -10,11 +10,11 @@ from prox24_lightning.solvers.layer import Solution
 from prox24_lightning.utils.distributed import gathered_objects, rank, world_size
 
 
-def solved_by_rows(matrix: Tensor, solve: Callable[[Tensor], Solution]) -> Solution:
-    """``solve(matrix)`` where every rank solves a block of rows, which must not depend on each other.
+def solve_rows_in_parallel(matrix: Tensor, solve: Callable[[Tensor], Solution]) -> Solution:
+    """Return ``solve(matrix)``, of which every rank solves a block of rows; rows must not depend on each other.
 
-    Rounding and the refinement's stopping rule see a block instead of the whole, so the result is that of one process
-    up to these, and that of the other ranks to the bit.
+    Rounding and the refinement's stopping rule apply to a block instead of the whole, so the result equals that of one
+    process up to these, and that of the other ranks to the bit.
 
     Raises:
         ValueError: on every rank, if ``solve`` raises it on one.

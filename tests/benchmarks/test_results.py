@@ -7,7 +7,7 @@ from datetime import date
 
 import pytest
 
-from benchmarks.report import RESULTS, index, result_path, write_report
+from benchmarks.result_files import RESULTS, index, result_path, write_result
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from benchmarks.report import RESULTS, index, result_path, write_report
     ],
 )
 def test_a_result_lies_in_the_folder_of_its_benchmark(tmp_path, name, part, file):
-    path = write_report(tmp_path, name, "A title", [{"size": 1, "ms": 0.5}], part=part, quiet=True)
+    path = write_result(tmp_path, name, "A title", [{"size": 1, "ms": 0.5}], part=part, quiet=True)
     assert path == tmp_path / file.format(date.today().isoformat())
     assert path.read_text().startswith("# A title\n")
     assert json.loads(result_path(tmp_path, name, ".json", part=part).read_text())["rows"] == [{"size": 1, "ms": 0.5}]
@@ -36,4 +36,4 @@ def test_the_index_links_the_newest_file_of_every_variant(tmp_path):
 
 
 def test_the_index_is_up_to_date():
-    assert (RESULTS / "README.md").read_text() == index(), "run `python -m benchmarks.report`"
+    assert (RESULTS / "README.md").read_text() == index(), "run `python -m benchmarks.result_files`"

@@ -9,7 +9,7 @@ import pytest
 from prox24_lightning.cli.main import main
 from prox24_lightning.cli.study import command as study_command
 from prox24_lightning.cli.study import models as study_models
-from prox24_lightning.cli.study.report import Part, write_study
+from prox24_lightning.cli.study.output import Part, write_study
 
 
 @pytest.fixture

@@ -5,16 +5,15 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from prox24_lightning.calibration.blocks import find_blocks
+from prox24_lightning.calibration.blocks import find_blocks, hidden_state
 from prox24_lightning.cli.main import main
 from prox24_lightning.finetune import load_masks
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.mask import is_24, read_masks
 from prox24_lightning.oneshot import prune_layerwise
-from prox24_lightning.oneshot.hidden_states import Flow
+from prox24_lightning.oneshot.block_inputs import BlockInputs
 from prox24_lightning.oneshot.save import save_pruned
-from prox24_lightning.utils.tensors import first_tensor
 
 SIZES = {
     "hidden_size": 16,
@@ -90,15 +89,16 @@ def test_the_blocks_of_t5_share_the_position_bias_of_the_first():
     model = hf.T5EncoderModel(hf.T5Config(**sizes)).eval()
     model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.data.normal_(0, 3)
     data = [{"input_ids": torch.randint(3, 64, (2, length))} for length in (12, 9)]
-    flow = Flow.begin(model, find_blocks(model), data, torch.device("cpu"), torch.device("cpu"), "device")
-    for number, batch in enumerate(data):
-        seen = []
-        hook = model.encoder.block[-1].register_forward_hook(lambda *call, seen=seen: seen.append(call[-1][0]))
-        model(**batch)
-        hook.remove()
-        for index, block in enumerate(model.encoder.block):
-            flow.hidden[number] = first_tensor(flow.run(index, block, number), "")
-        torch.testing.assert_close(flow.hidden[number], seen[0])
+    cpu = torch.device("cpu")
+    with BlockInputs.recorded(model, find_blocks(model), data, home=cpu, device=cpu, offload="device") as inputs:
+        for number, batch in enumerate(data):
+            seen = []
+            hook = model.encoder.block[-1].register_forward_hook(lambda *call, seen=seen: seen.append(call[-1][0]))
+            model(**batch)
+            hook.remove()
+            for index, block in enumerate(model.encoder.block):
+                inputs.hidden[number] = hidden_state(inputs.run(index, block, number), "")
+            torch.testing.assert_close(inputs.hidden[number], seen[0])
 
 
 def test_a_vision_transformer_keeps_its_patches_and_head_dense():

@@ -3,58 +3,12 @@ import json
 
 import pytest
 import torch
+from tiny_blocks import WIDTH, KilledError, Model, batches, killed_in, prune, seeded
 from torch import nn
 
 from prox24_lightning.calibration.blocks import find_blocks
 from prox24_lightning.mask import is_24
-from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.weights.selection import select_weights
-
-WIDTH = 16
-
-
-class Block(nn.Module):
-    def __init__(self, returns="tensor"):
-        super().__init__()
-        self.left, self.right = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24)
-        self.out = nn.Linear(24, WIDTH)
-        self.returns = returns
-
-    def forward(self, hidden_states, shift=None, *, flag=True):
-        x = self.out(torch.tanh(self.left(hidden_states)) * self.right(hidden_states))
-        x = hidden_states + x + (0 if shift is None else shift)
-        return x if self.returns == "tensor" else (x, None) if self.returns == "tuple" else {"x": x}
-
-
-class Model(nn.Module):
-    def __init__(self, returns="tensor", blocks=3):
-        super().__init__()
-        self.embed = nn.Linear(8, WIDTH)
-        self.layers = nn.ModuleList(Block(returns) for _ in range(blocks))
-        self.head = nn.Linear(WIDTH, 5)
-        self.returns = returns
-
-    def forward(self, x):
-        x = self.embed(x)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, shift=torch.tensor(0.1 * number), flag=False)
-            x = x if self.returns == "tensor" else x[0]
-        return self.head(x)
-
-
-def seeded(**kwargs):
-    torch.manual_seed(0)
-    return Model(**kwargs).eval()
-
-
-def batches(count=3, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(2, 20, 8, generator=generator) for _ in range(count)]
-
-
-def prune(model, data=None, **kwargs):
-    options = {"progress": False, "steps": 10, "dense_target": 0.0} | kwargs
-    return prune_layerwise(model, batches() if data is None else data, **options)
 
 
 def test_every_layer_of_the_blocks_is_24_and_nothing_else_moved():
@@ -72,7 +26,7 @@ def test_every_layer_of_the_blocks_is_24_and_nothing_else_moved():
     assert {weight.name for weight in report.skipped} == {"embed.weight", "head.weight"}
 
 
-def test_moments_are_those_of_the_pruned_model():
+def test_hessians_are_those_of_the_pruned_model():
     """The reported loss of every layer is reproduced from the finished model's own inputs."""
     model = seeded()
     dense = copy.deepcopy(model)
@@ -108,7 +62,7 @@ def test_blocks_that_return_tuples_give_the_same():
 
 
 def test_arguments_of_every_block_are_its_own():
-    """Block 2 is called with shift=0.2; with block 0's arguments its inputs' moments would differ."""
+    """Block 2 is called with shift=0.2; with block 0's arguments its inputs' Hessian would differ."""
     model = seeded()
     report = prune(model, refine=None, method="magnitude")
     with torch.no_grad():
@@ -119,22 +73,6 @@ def test_arguments_of_every_block_are_its_own():
     hidden = x.detach()
     assert torch.allclose(model(torch.cat(batches())), model.head(hidden), atol=1e-5)
     assert len(report.layers) == 9
-
-
-class KilledError(Exception):
-    pass
-
-
-def killed_in(module, after):
-    """Raise at the given call of a layer's forward pass."""
-    calls = []
-
-    def hook(*_):
-        calls.append(1)
-        if len(calls) > after:
-            raise KilledError
-
-    return module.register_forward_pre_hook(hook)
 
 
 @pytest.mark.parametrize("dense_target", [0.0, 0.5])
@@ -193,7 +131,7 @@ def test_blocks_of_other_arguments_are_not_taken_over(tmp_path):
 
 def test_finished_blocks_are_not_solved_again(tmp_path, monkeypatch):
     prune(seeded(), work_dir=tmp_path)
-    monkeypatch.setattr("prox24_lightning.oneshot.prune.solve_input_group", None)
+    monkeypatch.setattr("prox24_lightning.oneshot.prune_block.solve_input_group", None)
     assert len(prune(seeded(), work_dir=tmp_path).layers) == 9
 
 
@@ -217,7 +155,7 @@ def test_where_hidden_states_wait_changes_nothing(tmp_path, offload):
     prune(there, offload=str(tmp_path) if offload == "files" else offload)
     for one, two in zip(here.parameters(), there.parameters(), strict=True):
         assert torch.equal(one, two)
-    assert len(list(tmp_path.glob("hidden_*"))) == (3 if offload == "files" else 0)
+    assert not list(tmp_path.iterdir()), "files are removed at the end"
 
 
 def test_skip_and_targets_are_honoured():
@@ -362,7 +300,7 @@ class Twice(Model):
         (seeded(), {"dense_target": 2.0}, r"dense_target=2.0 must lie in \[0, 1\]"),
         (seeded(), {"data": []}, "there are no calibration batches"),
         (seeded(), {"blocks": "decoder"}, "blocks='decoder' is not a list of modules of Model; it has layers"),
-        (seeded(returns="dict"), {}, "block layers.0 returns dict; the layer-wise walk follows a tensor"),
+        (seeded(returns="dict"), {}, "block layers.0 returns dict; its hidden state must be a tensor"),
         (Twice(), {}, "block layers.0 is called twice in one forward pass"),
         (seeded().requires_grad_(False), {}, r"no weight of Model can be pruned layer-wise: frozen"),
     ],

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import socket
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_prune import batches, prune, seeded
+from tiny_blocks import batches, prune, seeded
 
-from prox24_lightning.oneshot.hidden_states import Flow
+from prox24_lightning.oneshot.block_inputs import BlockInputs
 
 CASES = {
     "prox": {"dense_target": 0.5, "steps": 10},
@@ -23,13 +24,20 @@ def work(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     seen = []
-    begin = Flow.begin
-    Flow.begin = classmethod(lambda cls, *args: seen.append(flow := begin(*args)) or flow)
+    recorded = BlockInputs.recorded
+
+    @contextmanager
+    def spy(*args, **options):
+        with recorded(*args, **options) as inputs:
+            seen.append(len(inputs))
+            yield inputs
+
+    BlockInputs.recorded = spy
     found = {}
     for name, options in CASES.items():
         model = seeded()
         report = prune(model, batches(4), work_dir=folder / name, offload=str(folder / "hidden"), **options)
-        found[name] = {"weights": model.state_dict(), "tokens": report.layers[0].tokens, "batches": len(seen[-1])}
+        found[name] = {"weights": model.state_dict(), "tokens": report.layers[0].tokens, "batches": seen[-1]}
     again = seeded()
     report = prune(again, batches(4), work_dir=folder / "prox", **CASES["prox"])
     found["again"] = {"weights": again.state_dict(), "tokens": report.layers[0].tokens, "batches": 0}

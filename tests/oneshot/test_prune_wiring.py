@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_prune import WIDTH, prune
+from tiny_blocks import WIDTH, prune
 from torch import nn
 
 

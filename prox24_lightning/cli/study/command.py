@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.cli.study.output import Part, write_study
 from prox24_lightning.cli.study.parts import PARTS, PartName
-from prox24_lightning.cli.study.report import Part, write_study
 from prox24_lightning.cli.study.sizes import SIZES
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from prox24_lightning.cli.study import figures
 from prox24_lightning.cli.study.models import minilm_layers, minilm_weights, smollm2_weights
-from prox24_lightning.cli.study.report import Part, Row, paragraph
+from prox24_lightning.cli.study.output import Part, Row, paragraph
 from prox24_lightning.cli.study.sizes import Size
 from prox24_lightning.study import ablations, failures, fractions, local_global, plane
 

@@ -12,6 +12,7 @@ from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
+from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
 from prox24_lightning.sparsify.strategies.base import Masks
@@ -71,7 +72,9 @@ def solve_block(
         members = [owners[layer] for layer in group.layers]
         try:
             with without_tf32():
-                solved = solve_input_group(members, hessian, dense_target=dense_target, steps=prox_steps)
+                solved = solve_input_group(
+                    members, hessian, config=SolverConfig(steps=prox_steps), dense_target=dense_target
+                )
         except ValueError as error:
             log.warning("%s; its largest weights are kept instead", error)
             continue
@@ -87,7 +90,7 @@ def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], p
     found: Masks = {}
     try:
         with without_tf32():
-            for solved in solve_experts(weights, runs, steps=prox_steps):
+            for solved in solve_experts(weights, runs, config=SolverConfig(steps=prox_steps)):
                 found[solved.weight.name] = solved.mask
     except Exception as error:  # of the experts' forward, which is the user's
         log.warning("%s: %s", weights[0].module_name, error)

@@ -1,6 +1,6 @@
 """Result files of the benchmarks: a dated Markdown table and the same numbers as JSON, with machine and versions.
 
-``python -m benchmarks.report`` rewrites the index, ``results/README.md``, which links the newest file of each kind.
+``python -m benchmarks.result_files`` rewrites the index, ``results/README.md``, which links the newest of each kind.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def result_path(folder: Path, name: str, ending: str, *, part: str = "") -> Path
     return folder / benchmark / f"{'_'.join(words)}{ending}"
 
 
-def write_report(
+def write_result(
     folder: Path,
     name: str,
     title: str,

@@ -1,0 +1,51 @@
+"""What a one-shot pruning run does, validated before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.weights.groups import Geometry
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Settings of :func:`~prox24_lightning.oneshot.prune_layerwise`, which documents them.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    targets: Sequence[str] | None = None
+    skip: Sequence[str] | None = None
+    geometry: Geometry = "row"
+    blocks: str | None = None
+    budget: float = 0.0
+    dense_target: float = 0.5
+    offload: str = "device"
+    work_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.budget < 1:
+            raise ValueError(f"budget={self.budget} must lie in [0, 1)")
+        if not 0 <= self.dense_target <= 1:
+            raise ValueError(f"dense_target={self.dense_target} must lie in [0, 1]")
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the result, as JSON values: limits of the solver only where they are not the default."""
+        solver = asdict(self.solver)
+        defaults = {one.name: one.default for one in fields(SolverConfig)}
+        return {
+            "method": solver.pop("method"),
+            "refine": solver.pop("refine"),
+            "targets": None if self.targets is None else list(self.targets),
+            "skip": None if self.skip is None else list(self.skip),
+            "geometry": self.geometry,
+            "budget": self.budget,
+            "dense_target": self.dense_target,
+            **{name: value for name, value in solver.items() if value != defaults[name]},
+        }

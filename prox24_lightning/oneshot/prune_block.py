@@ -1,0 +1,175 @@
+"""Prune one block: find its input groups, take their Hessians on the pruned model's inputs, solve and record."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.input_groups import find_input_groups
+from prox24_lightning.oneshot.block_inputs import BlockInputs
+from prox24_lightning.oneshot.config import PruneConfig
+from prox24_lightning.oneshot.parallel import check_same_input_groups
+from prox24_lightning.oneshot.progress import LayerProgress
+from prox24_lightning.oneshot.pruning_report import LayerRecord, LayerwiseReport
+from prox24_lightning.oneshot.work_dir import FinishedBlock, FinishedBlocks
+from prox24_lightning.solvers.experts import solve_experts
+from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
+from prox24_lightning.solvers.layer import Solution
+from prox24_lightning.weights.layer_matrix import from_matrix
+from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight
+
+logger = logging.getLogger(__name__)
+
+Runs = Sequence[Callable[[], Any]]
+"""Each calls a block on one calibration batch."""
+
+
+@dataclass
+class BlockPruner:
+    """Prunes the blocks of a model one after the other, in the order of execution.
+
+    Attributes:
+        config: of the run.
+        inputs: of the current block in the model as it is pruned.
+        dense_inputs: of the current block in the dense model; None without ``dense_target``.
+        finished: blocks of an earlier run in ``work_dir``; None without one.
+        report: receives what is pruned.
+        progress: the bar.
+    """
+
+    config: PruneConfig
+    inputs: BlockInputs
+    dense_inputs: BlockInputs | None
+    finished: FinishedBlocks | None
+    report: LayerwiseReport
+    progress: LayerProgress
+
+    def prune(self, index: int, weights: list[GroupedWeight]) -> None:
+        """Prune ``weights`` of block ``index``, or load them from a finished run, and move all inputs past it."""
+        with self.inputs.on_device(index) as block:
+            dense = self._dense_copy(index, block)
+            saved = None if self.finished is None else self.finished.load(index)
+            if saved is not None:
+                self._restore(index, weights, saved)
+            elif weights:
+                done = self._solve(index, block, dense, weights)
+                self._note(done)
+                if self.finished is not None:
+                    self.finished.save(index, done)
+            self.report.dims.update({weight.name: weight.dim for weight in weights if weight.name in self.report.masks})
+            self.inputs.advance(index, block)
+            if self.dense_inputs is not None and dense is not None:
+                self.dense_inputs.advance(index, dense)
+
+    def _dense_copy(self, index: int, block: nn.Module) -> nn.Module | None:
+        if self.dense_inputs is None:
+            return None
+        try:
+            return copy.deepcopy(block)
+        except Exception as error:  # of the user's own objects: a lock, an open file
+            name = self.inputs.blocks.names[index] or type(block).__name__
+            logger.warning("%s cannot be copied (%s): from here on the run goes on with dense_target=0", name, error)
+            self.dense_inputs = None
+            return None
+
+    def _restore(self, index: int, weights: list[GroupedWeight], saved: FinishedBlock) -> None:
+        for weight in weights:
+            if weight.name in saved.weights:
+                weight.parameter.copy_(saved.weights[weight.name])
+        self._note(saved)
+        self.report.seconds += sum(record.seconds for record in saved.records)
+        self.progress.step(len(weights), self.inputs.blocks.names[index])
+
+    def _note(self, block: FinishedBlock) -> None:
+        self.report.masks.update(block.masks)
+        self.report.layers += block.records
+        self.report.skipped += block.skipped
+
+    def _solve(
+        self, index: int, block: nn.Module, dense: nn.Module | None, weights: list[GroupedWeight]
+    ) -> FinishedBlock:
+        layers = {weight.module: weight for weight in weights if not weight.is_experts}
+        experts: dict[nn.Module, list[GroupedWeight]] = {}
+        for weight in weights:
+            if weight.is_experts:
+                experts.setdefault(weight.module, []).append(weight)
+        runs = self.inputs.runs(index, block)
+        dense_runs, references = None, None
+        if self.dense_inputs is not None and dense is not None:
+            dense_runs = self.dense_inputs.runs(index, dense)
+            references = dict(zip(block.modules(), dense.modules(), strict=True))
+        groups = find_input_groups([*layers, *experts], runs[0])
+        check_same_input_groups(groups, {weight.module: weight.name for weight in weights})
+        called = {layer for group in groups for layer in group.layers}
+        done = FinishedBlock({}, {}, [], [])
+        for weight in weights:
+            if weight.module not in called:
+                done.skipped.append(skipped_weight(weight, "not called by the first calibration batch"))
+                self.progress.step(1, weight.module_name)
+        for group in groups:
+            if group.layers[0] in experts:
+                self._solve_experts(index, experts[group.layers[0]], runs, done)
+                continue
+            hessian = input_group_hessian(group, runs, dense_runs, references)
+            members = [layers[layer] for layer in group.layers]
+            solved = solve_input_group(
+                members, hessian, config=self.config.solver, dense_target=self.config.dense_target, by_rows=True
+            )
+            for weight, solution in solved:
+                mask = from_matrix(weight.module, solution.mask)
+                self._add(done, index, weight, mask, solution, hessian.tokens, _note_on(hessian))
+                self.progress.step(1, weight.module_name)
+        return done
+
+    def _solve_experts(self, index: int, weights: list[GroupedWeight], runs: Runs, done: FinishedBlock) -> None:
+        for found in solve_experts(weights, runs, config=self.config.solver, by_rows=True):
+            self._add(done, index, found.weight, found.mask, found.solution, sum(found.tokens), found.note)
+        for weight in weights:
+            if weight.name not in done.masks:
+                done.skipped.append(skipped_weight(weight, "experts whose products cannot be observed"))
+        self.progress.step(len(weights), weights[0].module_name)
+
+    def _add(
+        self,
+        done: FinishedBlock,
+        index: int,
+        weight: GroupedWeight,
+        mask: Tensor,
+        solution: Solution,
+        tokens: int,
+        note: str,
+    ) -> None:
+        record = LayerRecord(
+            name=weight.name,
+            block=self.inputs.blocks.names[index],
+            shape=tuple(weight.parameter.shape),
+            tokens=tokens,
+            loss=solution.loss,
+            refined_loss=solution.refined_loss,
+            reached=solution.reached,
+            seconds=solution.seconds,
+            note=note,
+        )
+        done.records.append(record)
+        done.weights[weight.name] = weight.parameter
+        done.masks[weight.name] = mask.cpu()
+
+
+def skipped_weight(weight: GroupedWeight, reason: str) -> SkippedWeight:
+    """Return the report's line on a weight that stays dense."""
+    return SkippedWeight(weight.name, type(weight.module).__name__, tuple(weight.parameter.shape), reason)
+
+
+def _note_on(accumulator: HessianAccumulator) -> str:
+    hessian = accumulator.hessian
+    if not bool(hessian.diagonal().any()):
+        return "inputs are all zero: mask by magnitude"
+    if accumulator.tokens < len(hessian):
+        return f"fewer tokens ({accumulator.tokens}) than inputs ({len(hessian)})"
+    return ""

@@ -1,0 +1,64 @@
+"""How one layer is solved: the method, its refinement and their limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_gradient"]
+Refine = Literal["masked_gradient"]
+
+DEFAULT_STEPS = {"prox": 200, "prox_gradient": 400}
+SPARSEGPT_DAMPING = 0.01
+"""Relative to the mean diagonal, as published."""
+DAMPING = 1e-3
+"""Of all other solvers, relative to each diagonal entry."""
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """Settings of :func:`~prox24_lightning.solvers.layer.solve_layer`, which documents them.
+
+    Raises:
+        ValueError: for an unknown method or refinement, and for numbers out of range.
+    """
+
+    method: Method = "prox"
+    refine: Refine | None = "masked_gradient"
+    steps: int | None = None
+    momentum: float = 0.0
+    damping: float | None = None
+    refine_steps: int = 300
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        known: dict[str, tuple[Any, ...]] = {"method": get_args(Method), "refine": (*get_args(Refine), None)}
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(str, values))}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        if self.refine_steps < 1:
+            raise ValueError(f"refine_steps={self.refine_steps} must be at least 1; refine=None leaves them out")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must lie in [0, 1)")
+        for name in ("damping", "tolerance"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value} must not be negative")
+
+    @property
+    def method_steps(self) -> int:
+        """Steps of the prox methods; 0 for the others."""
+        return self.steps or DEFAULT_STEPS.get(self.method, 0)
+
+    @property
+    def method_damping(self) -> float:
+        """Damping of the method, in its own units."""
+        default = SPARSEGPT_DAMPING if self.method == "sparsegpt" else DAMPING
+        return default if self.damping is None else self.damping
+
+    @property
+    def refine_damping(self) -> float:
+        """Damping of the refinement."""
+        return DAMPING if self.damping is None else self.damping
