@@ -84,7 +84,7 @@ def gaps(
 
 
 def mean_gaps(table: Sequence[dict[str, Any]], correlation: float) -> dict[str, float]:
-    """Return the mean ``gap_refined`` of every method at one correlation, over the sizes and geometries of ``table``."""
+    """Return the mean ``gap_refined`` of every method at one correlation, over all of ``table``."""
     here: dict[str, list[float]] = {}
     for row in table:
         if row["correlation"] == correlation:
