@@ -1,4 +1,4 @@
-"""From dense with zeros to layers on sparse tensor cores: who can, the conversion itself, and whether it pays."""
+"""Turn dense layers with 2:4 zeros into layers on sparse tensor cores: eligibility, conversion, files, benchmarks."""
 
 from prox24_lightning.convert.autotune.kernel_table import KernelTable
 from prox24_lightning.convert.autotune.tune import kernel_tables

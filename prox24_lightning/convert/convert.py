@@ -1,8 +1,7 @@
-"""The one seam between a dense linear layer with zeros and a layer that runs on sparse tensor cores.
+"""Replace dense linear layers with 2:4 zeros by layers on sparse tensor cores, and back.
 
-Everything else in the package uses four functions: :func:`convert_linear`, :func:`convert_model`,
-:func:`expand_linear` and :func:`expand_model`. What a converted layer does inside (which kernel, which plan) is
-known to :class:`~prox24_lightning.convert.layers.semi_structured_linear.SemiStructuredLinear` alone.
+:func:`convert_linear` and :func:`convert_model` pack, :func:`expand_linear` and :func:`expand_model` undo it. Kernels
+and plans are known to :class:`~prox24_lightning.convert.layers.semi_structured_linear.SemiStructuredLinear` alone.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ _HOOKS = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """What :func:`convert_model` did: names of the converted layers, and the verdicts of those that stay dense.
+    """Result of :func:`convert_model`: names of the converted layers, and the verdicts of those that stay dense.
 
-    ``tables`` has the kernels of each shape if they were measured; see
+    ``tables`` holds the kernels of each shape if they were measured; see
     :func:`~prox24_lightning.convert.kernel_report.print_kernels`.
     """
 
@@ -53,21 +52,21 @@ class Conversion:
 def convert_linear(
     linear: nn.Module, *, name: str = "layer", kernels: KernelTable | None = None, keep_dense: bool = False
 ) -> SemiStructuredLinear:
-    """Pack one linear layer (``nn.Linear``, or Hugging Face's ``Conv1D``) that lives on a GPU in float16 or bfloat16.
+    """Return a sparse layer of a linear layer (``nn.Linear``, or Hugging Face's ``Conv1D``) in 16 bits on a GPU.
 
     The layer itself is not changed. The packed weight is expanded once and compared with the dense one.
 
     Args:
         linear: the layer.
         name: for errors.
-        kernels: from :func:`~prox24_lightning.convert.autotune.tune.kernel_tables`. None: what has been measured of
-            this shape on this machine before, the rest by rule.
-        keep_dense: hold the dense weight too, for the numbers of tokens at which ``kernels`` names cuBLAS.
+        kernels: from :func:`~prox24_lightning.convert.autotune.tune.kernel_tables`. None: those measured for this
+            shape on this machine before, the rest by rule.
+        keep_dense: keep the dense weight too, for the numbers of tokens at which ``kernels`` names cuBLAS.
 
     Raises:
         ValueError: if the layer cannot run sparse, with its name and every reason; among them a weight that is not
             strictly 2:4, with the first violations.
-        RuntimeError: if what was packed is not the dense weight.
+        RuntimeError: if the packed weight differs from the dense one.
     """
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
     target = target_of(weight.device) if isinstance(weight, Tensor) else None
@@ -82,7 +81,7 @@ def convert_linear(
     buffer = pack_buffer(dense, name=name)
     kept = dense.contiguous() if keep_dense else None
     layer = SemiStructuredLinear(buffer, shape, dense.dtype, bias, kernels.text, kept, transposed_kind(linear)).eval()
-    for hooks in _HOOKS:  # the same dictionaries, so that whoever holds a handle can still remove its hook
+    for hooks in _HOOKS:  # the same dictionaries, so that handles can still remove their hooks
         setattr(layer, hooks, getattr(linear, hooks))
     return layer
 
@@ -95,17 +94,17 @@ def convert_model(
     keep_dense: bool = False,
     empty_dense: bool = False,
 ) -> Conversion:
-    """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed as it goes.
+    """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed on the way.
 
     Args:
         model: on a GPU, in float16 or bfloat16. For inference: the converted layers have no backward.
         names: modules to convert. None takes every layer that can run sparse.
         token_counts: measure every shape at these numbers of tokens first (once a machine: times are kept on disk),
-            and leave layers dense that would be slower at any of them. None: nothing is measured now, and kernels are
-            chosen by what was measured before, or by rule.
-        keep_dense: hold the dense weights as well, and let cuBLAS take the numbers of tokens at which it is faster.
-        empty_dense: take the memory from the weights of the layers that were replaced, which an optimizer or anything
-            else outside the model may still hold; tied weights are never converted.
+            and leave layers dense that would be slower at any of them. None: nothing is measured, and kernels are
+            chosen from earlier measurements, or by rule.
+        keep_dense: keep the dense weights as well, and let cuBLAS take the numbers of tokens at which it is faster.
+        empty_dense: free the weights of the layers that were replaced even if an optimizer, or anything else outside
+            the model, still refers to them; tied weights are never converted.
 
     Raises:
         ValueError: if a named layer does not exist or cannot run sparse, or token_counts are not whole numbers from 1
@@ -124,28 +123,28 @@ def convert_model(
             raise ValueError(
                 f"{name} of shape {verdicts[name].shape} cannot become a sparse layer: {verdicts[name].why}"
             )
-    slots = _slots(model)
+    owners = _owners_by_name(model)
     for name in wanted:
-        if not slots[name]:
+        if not owners[name]:
             raise ValueError(f"the model is a bare {verdicts[name].kind}: pass it to convert_linear instead")
     tables: dict[tuple[torch.dtype, tuple[int, int]], KernelTable] = {}
     if token_counts is not None:
-        for dtype in {_held(slots[name]).get_parameter("weight").dtype for name in wanted}:
-            of_dtype = (name for name in wanted if _held(slots[name]).get_parameter("weight").dtype == dtype)
+        for dtype in {_module_in(owners[name]).get_parameter("weight").dtype for name in wanted}:
+            of_dtype = (name for name in wanted if _module_in(owners[name]).get_parameter("weight").dtype == dtype)
             shapes = [_pair(verdicts[name].shape) for name in of_dtype]
             counts = sorted({*token_counts, *BUCKETS})
             found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device)
             tables |= {(dtype, shape): table for shape, table in found.items()}
     converted = []
     for name in wanted:
-        layer = _held(slots[name])
+        layer = _module_in(owners[name])
         table = None
         if token_counts is not None:
             table = tables[layer.get_parameter("weight").dtype, _pair(verdicts[name].shape)]
             if (decision := table.decision(token_counts)) is not None:
                 verdicts[name] = replace(verdicts[name], machine=decision)
                 continue
-        _exchange(slots[name], convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense))
+        _exchange(owners[name], convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense))
         converted.append(name)
         if empty_dense:
             weight = layer.get_parameter("weight")
@@ -157,7 +156,7 @@ def convert_model(
 
 @torch.no_grad()
 def expand_linear(layer: SemiStructuredLinear) -> nn.Module:
-    """The dense layer with exactly the packed values, pruned weights as zeros; trainable again.
+    """Return a dense, trainable layer with exactly the packed values, zeros elsewhere.
 
     It is an ``nn.Linear``, or a ``Conv1D`` of Hugging Face where the converted layer was one.
     """
@@ -177,20 +176,22 @@ def expand_linear(layer: SemiStructuredLinear) -> nn.Module:
 
 
 def expand_model(model: nn.Module, names: Iterable[str] | None = None) -> tuple[str, ...]:
-    """Undo :func:`convert_model` in place, for every converted layer or those in ``names``; returns their names.
+    """Undo :func:`convert_model` in place, for every converted layer or those in ``names``; return their names.
 
     Raises:
         ValueError: if a named layer is not a converted one.
     """
-    slots = _slots(model)
-    converted = [name for name, places in slots.items() if places and isinstance(_held(places), SemiStructuredLinear)]
+    owners = _owners_by_name(model)
+    converted = [
+        name for name, slots in owners.items() if slots and isinstance(_module_in(slots), SemiStructuredLinear)
+    ]
     wanted = converted if names is None else list(names)
     for name in wanted:
         if name not in converted:
             raise ValueError(f"{name!r} is not a converted layer of this model")
-        layer = _held(slots[name])
+        layer = _module_in(owners[name])
         if isinstance(layer, SemiStructuredLinear):
-            _exchange(slots[name], expand_linear(layer))
+            _exchange(owners[name], expand_linear(layer))
     return tuple(wanted)
 
 
@@ -199,42 +200,43 @@ def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def insert_layers(model: nn.Module, layers: Iterable[tuple[str, SemiStructuredLinear]]) -> None:
-    """Put converted layers in the place of the modules of these names, under every name that those have.
+    """Replace the modules of these names by converted layers, under every name that the modules have.
 
     Args:
         model: changed in place.
-        layers: (name, layer) pairs; one is asked for after the other, so that they can be made as they are put in.
+        layers: (name, layer) pairs, consumed one by one, so that a generator can make each when it is needed.
     """
-    slots = _slots(model)
+    owners = _owners_by_name(model)
     for name, layer in layers:
-        _exchange(slots[name], layer)
+        _exchange(owners[name], layer)
 
 
 def target_of(device: torch.device) -> Target | None:
-    """The GPU behind a device; None for the CPU."""
+    """Return the GPU of a device; None for the CPU."""
     return find_target(device) if device.type == "cuda" else None
 
 
-_Place = tuple[nn.Module, str]
+_Slot = tuple[nn.Module, str]
+"""A parent module and the attribute that holds the child."""
 
 
-def _slots(model: nn.Module) -> dict[str, list[_Place]]:
-    """Clean module name -> every (parent, attribute) that holds the module, also under other names."""
-    places: dict[int, list[_Place]] = {}
+def _owners_by_name(model: nn.Module) -> dict[str, list[_Slot]]:
+    """Return clean module name -> every slot that holds the module, also under other names."""
+    slots: dict[int, list[_Slot]] = {}
     for parent in model.modules():
         for attribute, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, attribute))
-    return {name: places.get(id(module), []) for name, module in named_layers(model)}
+            slots.setdefault(id(child), []).append((parent, attribute))
+    return {name: slots.get(id(module), []) for name, module in named_layers(model)}
 
 
-def _held(places: list[_Place]) -> nn.Module:
-    parent, attribute = places[0]
+def _module_in(slots: list[_Slot]) -> nn.Module:
+    parent, attribute = slots[0]
     module = parent._modules[attribute]
     if module is None:
         raise AttributeError(f"{type(parent).__name__} has no submodule {attribute!r}")
     return module
 
 
-def _exchange(places: list[_Place], layer: nn.Module) -> None:
-    for parent, attribute in places:
+def _exchange(slots: list[_Slot], layer: nn.Module) -> None:
+    for parent, attribute in slots:
         parent._modules[attribute] = layer

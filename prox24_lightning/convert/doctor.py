@@ -1,9 +1,9 @@
-"""What of a model can run on sparse tensor cores, why the rest cannot, and what it would gain; no GPU is needed.
+"""Report which layers of a model can run on sparse tensor cores, why others cannot, and the gain; no GPU is needed.
 
-A gain is only *expected* where it was measured on this machine. The *limit* is arithmetic's, for kernels that are
-equally good on both sides: for few tokens a layer's time is that of reading its weight (a packed one has 0.5625 of the
-bytes in 16 bits), for many that of multiplying (sparse tensor cores skip half). For the whole model Amdahl's law is
-applied to the weights of all linear layers; attention, norms and the rest are not in it, so the truth is lower.
+A gain is *expected* only where it was measured on this machine. The *limit* assumes equally good dense and sparse
+kernels: with few tokens a layer's time is that of reading its weight (a packed one has 0.5625 of the bytes in 16 bits),
+with many that of multiplying (sparse tensor cores skip half). The whole model's gain is Amdahl's law over the weights
+of all linear layers; attention, norms and the rest are left out, so the true gain is lower.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FEW_TOKENS = 64
 their data sheets, GPUs with sparse tensor cores do 76 (RTX 3090) to 400 (L4) in the time of reading one."""
 
 Gain = Callable[[LayerVerdict, int], float | None]
-"""(layer, tokens) -> dense time over sparse time, measured on this machine; None where it was not."""
+"""(layer, tokens) -> dense time over sparse time, as measured on this machine; None where it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class LayerDiagnosis:
     Attributes:
         name, kind, shape: as in :class:`~prox24_lightning.convert.eligibility.LayerVerdict`.
         state: "sparse" (it can run sparse here), "fits" (it could on a suitable GPU), "dense".
-        why: what stands against it; "" if nothing does.
-        share: of the weights of all linear layers; 0 for other layers.
+        why: why it stays dense, and notes; "" if there are none.
+        share: share of the weights of all linear layers; 0 for other layers.
         expected: tokens -> measured gain, None where it was not measured; empty for a dense layer.
-        limit: tokens -> what the gain cannot exceed with equally good kernels; empty for a dense layer.
+        limit: tokens -> largest gain with equally good kernels; empty for a dense layer.
     """
 
     name: str
@@ -53,7 +53,7 @@ class LayerDiagnosis:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` found; ``sparse_share`` is the share of the linear weights that can be sparse."""
+    """Result of :func:`diagnose`; ``sparse_share`` is the share of the linear weights that can be sparse."""
 
     machine: dict[str, str]
     dtype: str
@@ -70,7 +70,7 @@ class Diagnosis:
         return tuple(layer for layer in self.layers if layer.state != "dense")
 
     def to_json(self) -> str:
-        """All of it, strict JSON."""
+        """Return everything as strict JSON."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
 
 
@@ -83,15 +83,15 @@ def diagnose(
     gain: Gain | None = None,
     machine: Mapping[str, str] | None = None,
 ) -> Diagnosis:
-    """Judge every layer of a model.
+    """Check every layer of a model and estimate its gain.
 
     Args:
         model: any module, on any device; unchanged.
         dtype: what the weights would be cast to.
-        target: the GPU, from :func:`~prox24_lightning.convert.eligibility.find_target`; None: judged by cuSPARSELt's
-            rules for a GPU that has sparse tensor cores.
+        target: the GPU, from :func:`~prox24_lightning.convert.eligibility.find_target`; None: cuSPARSELt's rules
+            for a GPU with sparse tensor cores.
         token_counts: rows of a layer's input at which gains are given.
-        gain: what was measured here; None: nothing was.
+        gain: gains that were measured here; None: none were.
         machine: facts for the report.
     """
     verdicts = check_model(model, dtype=dtype, target=target)
@@ -99,7 +99,7 @@ def diagnose(
     whole = max(1, sum(sizes.values()))
     layers = []
     for verdict in verdicts:
-        # Without a GPU nothing but the missing GPU speaks against a layer that fits.
+        # Without a GPU a layer that fits lacks nothing but the GPU.
         state: State = "dense"
         if verdict.runs:
             state = "sparse"
@@ -144,7 +144,7 @@ def _limit(shape: tuple[int, ...], dtype: torch.dtype, tokens: int) -> float:
 
 
 def _amdahl(layers: Sequence[LayerDiagnosis], gains: Mapping[str, float]) -> float:
-    """Dense time over the new time, if each layer takes its share of the time before."""
+    """Return dense time over the new time, if each layer takes its share of the dense time (Amdahl's law)."""
     return 1 / (1 - sum(layer.share * (1 - 1 / gains[layer.name]) for layer in layers))
 
 
@@ -152,7 +152,7 @@ def _notes(verdicts: Sequence[LayerVerdict], target: Target | None) -> list[str]
     notes = []
     if target is None:
         notes.append(
-            "No CUDA GPU here: judged by the rules of cuSPARSELt, for a GPU of compute capability 8.0 or newer."
+            "No CUDA GPU here: checked against the rules of cuSPARSELt, for a GPU of compute capability 8.0 or newer."
         )
     elif target.problem is not None:
         notes.append(f"Nothing runs sparse on this machine: {target.problem}.")
@@ -171,6 +171,6 @@ def _slow_notes(layers: Sequence[LayerDiagnosis]) -> list[str]:
     if not slow:
         return []
     return [
-        f"{slow} layers would be slower at some of these numbers of tokens: conversion leaves them dense if it is told "
-        "that these count (token_counts), unless the dense weights are kept as well (keep_dense)."
+        f"{slow} layers would be slower at some of these numbers of tokens: conversion with these "
+        "token_counts leaves them dense, unless the dense weights are kept as well (keep_dense)."
     ]

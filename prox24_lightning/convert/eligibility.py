@@ -1,8 +1,8 @@
-"""Which layers of a model can run as semi-structured 2:4 layers, and why each of the others cannot.
+"""Decide which layers of a model can run as semi-structured 2:4 layers, and why each of the others cannot.
 
-Nothing here needs a GPU: given a description of the GPU (:class:`Target`), or none, the answer is worked out from
-the layers alone. The check of the weights is strict because packing is not: a group with three non-zeros is packed
-without an error, and silently loses weights.
+No GPU is needed: the answer follows from the layers and a description of the GPU (:class:`Target`), or none. The check
+of the weights is strict because libraries are not: they pack a group with three non-zeros without an error, and lose
+one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ State = Literal["sparse", "fits", "dense"]
 Role = Literal["linear", "convolution", "other"]
 
 SHAPE_MULTIPLES: dict[Backend, tuple[int, int]] = {"cusparselt": (16, 16), "cutlass": (32, 64)}
-"""(out_features, in_features) must be multiples of these in float16 and bfloat16; a test compares them with torch's."""
+"""(out_features, in_features) must be multiples of these in 16 bits; a test compares them with torch's."""
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -38,7 +38,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(frozen=True)
 class Target:
-    """The GPU that converted layers would run on, and the library that would run them (None: neither library does)."""
+    """The GPU that converted layers would run on, and the library that would run them; None if neither can."""
 
     name: str
     capability: tuple[int, int]
@@ -61,7 +61,7 @@ def find_target(device: torch.device | int | None = None) -> Target | None:
         return None
     capability = torch.cuda.get_device_capability(device)
     backend: Backend | None = None
-    # is_available() speaks of the library that torch was built with, not of the GPU: hence `problem` above.
+    # is_available() is about the library that torch was built with, not about the GPU: hence `problem` above.
     if torch.backends.cusparselt.is_available():
         backend = "cusparselt"
     elif capability[0] == 8:
@@ -71,16 +71,16 @@ def find_target(device: torch.device | int | None = None) -> Target | None:
 
 @dataclass(frozen=True)
 class LayerVerdict:
-    """Whether one layer can run sparse.
+    """The decision on one layer.
 
     Attributes:
         name: the module's name, without ``torch.compile``'s prefix.
         kind: its class.
         shape: (out_features, in_features), or the shape of its weight where it is not a linear layer.
         bias: whether it has one.
-        reasons: why the layer itself cannot run sparse on any GPU of this kind; empty if it can.
-        machine: why this machine does not run it; None if it does.
-        note: what conversion changes beside the weight, or what is possible elsewhere.
+        reasons: why the layer cannot run sparse on any GPU of this kind; empty if it can.
+        machine: why this machine cannot run it; None if it can.
+        note: what conversion changes besides the weight, or what is possible elsewhere.
         role: "linear" (its weight is multiplied with every token), "convolution", "other" (looked up, recurrent, ...).
     """
 
@@ -95,17 +95,17 @@ class LayerVerdict:
 
     @property
     def fits(self) -> bool:
-        """The layer would run sparse on a suitable GPU."""
+        """Whether the layer runs sparse on a suitable GPU."""
         return not self.reasons
 
     @property
     def runs(self) -> bool:
-        """The layer runs sparse here."""
+        """Whether the layer runs sparse here."""
         return self.fits and self.machine is None
 
     @property
     def why(self) -> str:
-        """One line: why it stays dense, or what stands against it here."""
+        """Why the layer stays dense, in one line; "" if it does not."""
         return "; ".join(self.reasons) or self.machine or ""
 
 
@@ -116,13 +116,13 @@ def check_model(
     target: Target | None = None,
     values: bool = True,
 ) -> tuple[LayerVerdict, ...]:
-    """Judge every module of ``model`` that holds a weight of two or more dimensions.
+    """Check every module of ``model`` that has a weight of two or more dimensions.
 
     Args:
         model: any module, on any device.
-        dtype: what the weights are cast to before they are packed; None: each is judged in its own dtype.
-        target: from :func:`find_target`. None: no GPU; the layers are then judged by cuSPARSELt's rules.
-        values: False takes every weight for 2:4 without looking at it; weights may then be on the meta device.
+        dtype: what the weights are cast to before they are packed; None: each keeps its own dtype.
+        target: from :func:`find_target`. None: no GPU; cuSPARSELt's rules apply.
+        values: False takes every weight for 2:4 without reading it; weights may then be on the meta device.
     """
     owners: dict[int, list[str]] = {}
     for name, module in named_layers(model):
@@ -158,7 +158,7 @@ def check_layer(
     tied: list[str] | None = None,
     values: bool = True,
 ) -> LayerVerdict:
-    """Judge one layer; ``dtype`` None takes the weight's own. See :func:`check_model`."""
+    """Check one layer; ``dtype`` None takes the weight's own. See :func:`check_model`."""
     reasons: list[str] = []
     weight = getattr(module, "weight", None)
     structure = _structure(module, parent)
@@ -192,7 +192,7 @@ def check_layer(
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` with clean names; of a compiled module and its original only the original."""
+    """Yield ``model.named_modules()`` with clean names; of a compiled module and its original only the original."""
     for name, module in model.named_modules():
         if not hasattr(module, "_orig_mod"):
             yield clean_name(name), module
@@ -210,7 +210,7 @@ def _machine(target: Target | None) -> str | None:
 
 
 def _structure(module: nn.Module, parent: nn.Module | None) -> str | None:
-    """Why the module is not a linear layer that can be exchanged for another one."""
+    """Return why the module is not a linear layer that can be replaced; None if it is."""
     if isinstance(module, _CONVOLUTIONS):
         return "no sparse convolution kernel in torch: stays dense with zeros"
     if isinstance(module, _EMBEDDINGS):
@@ -246,15 +246,15 @@ def _rules(shape: tuple[int, ...], dtype: torch.dtype, target: Target | None) ->
 
 
 def _values(weight: Tensor, dim: int) -> Iterator[str]:
-    """``dim`` is the input dimension of the weight as it is stored."""
+    """Yield what is wrong with the values; ``dim`` is the input dimension of the weight as it is stored."""
     if weight.is_floating_point() and weight.itemsize == 1:
-        weight = weight.float()  # torch knows few operations on 8 bits
+        weight = weight.float()  # torch has few operations on 8 bits
     matrix = weight.detach() if dim == 1 else weight.detach().t()
     if not all(bool(torch.isfinite(matrix[rows]).all()) for rows in row_chunks(*matrix.shape)):
         yield "the weight holds NaN or inf"
     elif weight.shape[dim] % 4 == 0 and not is_24(weight, dim=dim):
         broken = violations_24(weight, dim=dim, limit=3)
-        mostly = broken.count > broken.groups // 2  # a dense weight: its values tell nothing
+        mostly = broken.count > broken.groups // 2  # a dense weight: its values say nothing
         shown = f"{broken.count} of {broken.groups} groups, first at {broken.first[0]}" if mostly else str(broken)
         yield f"not 2:4: {shown}"
         if weight.shape[1 - dim] % 4 == 0 and is_24(weight, dim=1 - dim):

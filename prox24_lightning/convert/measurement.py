@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from statistics import median, quantiles
 
 import torch
@@ -19,7 +18,7 @@ WARM_UPS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: the median over the rounds, and the quartiles around it."""
+    """Microseconds a call: the median over the rounds, and the lower and upper quartile."""
 
     median_us: float
     low_us: float
@@ -27,7 +26,7 @@ class Timing:
 
 
 def time_calls(variants: Mapping[str, Call], *, calls: int = 1, rounds: int = 20) -> dict[str, Timing]:
-    """Time each variant with CUDA events, in turn within every round, so that a drifting clock hits all alike.
+    """Time each variant with CUDA events, one after the other in every round, so that a drifting clock hits all alike.
 
     The queue is empty when a variant starts, so the time of a variant that the host cannot launch fast enough
     includes that host time.
@@ -58,38 +57,8 @@ def _summary(values: list[float]) -> Timing:
     return Timing(median(values), low, high)
 
 
-def capture(call: Call) -> torch.cuda.CUDAGraph:
-    """Record ``call`` as a CUDA graph, after warming it up on a side stream as torch asks.
-
-    Raises:
-        RuntimeError: if the work cannot be captured (it waits for the GPU, or allocates outside torch).
-    """
-    current = torch.cuda.current_stream()
-    side = _side_stream(torch.cuda.current_device())
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            call()
-    current.wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        # "thread_local": a data loader's pinning thread that touches CUDA meanwhile does not spoil the capture.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            call()
-    finally:
-        torch.cuda.set_stream(current)  # torch leaves its capture stream current when a capture fails
-    return graph
-
-
-@cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    # One for all captures: cuBLAS keeps a workspace of tens of MiB for every stream that it has ever seen.
-    return torch.cuda.Stream(device)
-
-
 def relative_error(reference: Tensor | Sequence[Tensor], outputs: Tensor | Sequence[Tensor]) -> float:
-    """``||outputs - reference|| / ||reference||`` in float32 over all tensors; inf where only the reference is zero."""
+    """Return ``||outputs - reference|| / ||reference||`` over all tensors, in float32; inf if only the reference is 0."""
     pairs = zip(tree_leaves(reference), tree_leaves(outputs), strict=True)
     parts = [((b.float() - a.float()).square().sum(), a.float().square().sum()) for a, b in pairs]
     difference = sum(float(part) for part, _ in parts) ** 0.5
@@ -98,7 +67,7 @@ def relative_error(reference: Tensor | Sequence[Tensor], outputs: Tensor | Seque
 
 
 def release_memory() -> None:
-    """Give the GPU memory of dropped copies back to the run."""
+    """Return the GPU memory of deleted tensors to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
-"""Which nodes of an ONNX graph have weights that TensorRT takes for 2:4 sparse.
+"""Check which nodes of an ONNX graph have weights that TensorRT accepts as 2:4 sparse.
 
-TensorRT reads dense weights with zeros and decides by itself. Its rule: for every output channel, and every kernel
+TensorRT reads dense weights with zeros and decides itself. Its rule: for every output channel, and every kernel
 position of a convolution, each four consecutive input channels hold at most two non-zeros, and their number divides
-by four. A pruned model exported as it is (``torch.onnx.export(model, inputs, path)``) keeps its zeros; this says
-whether it did. Needs the ``onnx`` package (``pip install prox24_lightning[onnx]``).
+by four. A pruned model exported as it is (``torch.onnx.export(model, inputs, path)``) keeps its zeros; this check
+confirms it. Needs the ``onnx`` package (``pip install prox24_lightning[onnx]``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class OnnxNode:
         name, kind: of the node (``"Conv"``, ``"Gemm"``, ``"MatMul"``).
         weight: name of the weight in the graph.
         shape: of the weight as stored; ``dim`` is the dimension of its input channels.
-        problem: why TensorRT would run it dense; empty if it meets the rule.
+        problem: why TensorRT runs it dense; empty if it meets the rule.
     """
 
     name: str
@@ -45,7 +45,7 @@ class OnnxNode:
 
 
 def check_onnx(model: str | Path | Any) -> list[OnnxNode]:
-    """Look at every node of a graph that multiplies by a stored weight, in the graph's order.
+    """Check every node of a graph that multiplies by a stored weight, in the graph's order.
 
     Args:
         model: path of an ``.onnx`` file (weights stored beside it are found), or an ``onnx.ModelProto``.
@@ -72,14 +72,14 @@ def check_onnx(model: str | Path | Any) -> list[OnnxNode]:
 
 
 def _channels(kind: str, dimensions: int, attributes: Mapping[str, Any]) -> int:
-    """The dimension along which the node sums: Conv (out, in, ...), Gemm (in, out) or turned, MatMul (..., in, out)."""
+    """Return the dimension of the input channels: 1 of (out, in, ...), the last but one of (..., in, out)."""
     if kind == "Conv" or (kind == "Gemm" and attributes.get("transB", 0)):
         return 1
     return max(dimensions - 2, 0)
 
 
 def sparse_problem(weight: torch.Tensor, dim: int) -> str:
-    """Why TensorRT would run a weight dense whose input channels lie along ``dim``; empty if it meets the rule."""
+    """Return why TensorRT runs a weight with input channels along ``dim`` dense; empty if it meets the rule."""
     if weight.shape[dim] % 4:
         return f"{weight.shape[dim]} input channels do not divide by 4"
     broken = violations_24(weight, dim=dim, limit=3)

@@ -1,4 +1,4 @@
-"""Which weights of a model are stored packed, and a packed file back into a model."""
+"""Choose the weights of a model that are stored packed, and load a packed file into a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prox24_lightning.weights.names import clean_name, matching
 
 @dataclass(frozen=True)
 class Packable:
-    """What :func:`find_packable` decided: weight name -> dimension of its groups; and name -> why it stays as it is."""
+    """Result of :func:`find_packable`: weight name -> dimension of its groups, and name -> why it stays dense."""
 
     dims: dict[str, int]
     dense: dict[str, str]
@@ -35,16 +35,16 @@ class Packable:
 def find_packable(
     model: nn.Module, *, targets: Sequence[str] | None = None, skip: Sequence[str] | None = None
 ) -> Packable:
-    """Every linear or convolution weight that is strictly 2:4 along its inputs, or else along its outputs.
+    """Find every linear or convolution weight that is strictly 2:4 along its inputs, or else along its outputs.
 
     Args:
-        model: on any device; nothing is changed.
+        model: on any device; unchanged.
         targets: shell patterns of weight or module names that must be packed; None takes every weight that can be.
-        skip: patterns of what is stored dense whatever it holds.
+        skip: patterns of weights or modules that are stored dense.
 
     Raises:
-        ValueError: for a target that is not 2:4 or cannot be packed; for a weight of which most groups are 2:4 but not
-            all, which is a damaged one; by name, with the first violations. For a pattern that matches nothing.
+        ValueError: for a target that is not 2:4 or cannot be packed, and for a weight of which most groups are 2:4 but
+            not all, which is damaged: with its name and the first violations. For a pattern that matches nothing.
     """
     dims: dict[str, int] = {}
     dense: dict[str, str] = {}
@@ -65,7 +65,7 @@ def find_packable(
             if reason is None and parameter.dtype not in PACKED_DTYPES:
                 reason = f"{parameter.dtype} is not packed"
             if reason is None:
-                found = _look(parameter, dim, fit_groups(module, parameter_name, parameter, "column")[1])
+                found = _groups_dim(parameter, dim, fit_groups(module, parameter_name, parameter, "column")[1])
                 if isinstance(found, int):
                     dims[name] = found
                     continue
@@ -83,8 +83,14 @@ def find_packable(
     return Packable(dims, dense)
 
 
-def _look(weight: Tensor, dim: Any, other: Any) -> int | Violations:
-    """The dimension along which the weight is 2:4, or what is wrong along its inputs, ``dim``; ``other``: its outputs."""
+def _groups_dim(weight: Tensor, dim: Any, other: Any) -> int | Violations:
+    """Return the dimension along which the weight is 2:4, or the violations along its inputs.
+
+    Args:
+        weight: a matrix, or more dimensions.
+        dim: dimension of its inputs.
+        other: dimension of its outputs.
+    """
     found = violations_24(weight, dim=dim, limit=3)
     if not found:
         return dim
@@ -94,10 +100,10 @@ def _look(weight: Tensor, dim: Any, other: Any) -> int | Violations:
 
 
 class EmptyOnMeta(TorchFunctionMode):
-    """While it is on, ``torch.empty`` makes meta tensors, so a model is built without the memory of its weights.
+    """Let ``torch.empty`` make meta tensors, so that a model is built without the memory of its weights.
 
-    Layers allocate weights with ``torch.empty``, and what they compute for themselves (rotary frequencies, position
-    numbers) by other functions: those buffers get their values.
+    Layers allocate weights with ``torch.empty``, and compute buffers (rotary frequencies, position numbers) with other
+    functions: those buffers get their values.
     """
 
     def __torch_function__(
@@ -113,18 +119,18 @@ class EmptyOnMeta(TorchFunctionMode):
 def load_packed(
     model: nn.Module, file: PackedFile | PackedModel, *, device: torch.device | str | None = None, sparse: bool = False
 ) -> tuple[str, ...]:
-    """Give ``model`` the tensors of a packed file, one after the other: each replaces the model's own.
+    """Load the tensors of a packed file into ``model``, one after the other: each replaces the model's own.
 
     Args:
-        model: of the structure that was written; its weights may be on the meta device. Dtypes become the file's.
-        file: an open one.
+        model: with the structure of the file; its weights may be on the meta device. Dtypes become the file's.
+        file: the open file.
         device: where the tensors go; None leaves each where the model has it (from meta: CPU).
         sparse: packed weights are not expanded where the layer can run sparse on ``device``, a GPU: it becomes a
             :class:`~prox24_lightning.convert.layers.semi_structured_linear.SemiStructuredLinear`, whose kernels were
             measured before on this machine, or are chosen by rule. The dense model is never in memory.
 
     Returns:
-        names of the layers that are sparse now.
+        Names of the layers that are sparse now.
 
     Raises:
         ValueError: if names or shapes differ, or a trainable parameter is stored as integers, before anything is
@@ -143,14 +149,14 @@ def load_packed(
 
 
 def _check_fit(model: nn.Module, file: PackedFile | PackedModel) -> None:
-    places = {name: (held, attribute) for name, held, attribute in _places(model)}
-    missing, unknown = sorted(set(places) - set(file.names)), sorted(set(file.names) - set(places))
+    slots = {name: (owner, attribute) for name, owner, attribute in _state_slots(model)}
+    missing, unknown = sorted(set(slots) - set(file.names)), sorted(set(file.names) - set(slots))
     if missing or unknown:
         raise ValueError(f"{file.path} is of another model: it lacks {missing[:3]}, and the model lacks {unknown[:3]}")
-    for name, (held, attribute) in places.items():
-        if file.shape(name) != tuple(held[attribute].shape):
-            raise ValueError(f"{name} has shape {tuple(held[attribute].shape)}, and {file.shape(name)} in {file.path}")
-        if held[attribute].requires_grad and not file.dtype(name).is_floating_point:
+    for name, (owner, attribute) in slots.items():
+        if file.shape(name) != tuple(owner[attribute].shape):
+            raise ValueError(f"{name} has shape {tuple(owner[attribute].shape)}, and {file.shape(name)} in {file.path}")
+        if owner[attribute].requires_grad and not file.dtype(name).is_floating_point:
             raise ValueError(
                 f"{name} is trainable in the model and stored as {file.dtype(name)} in {file.path}, which has no "
                 "gradient: call requires_grad_(False) on it first"
@@ -160,17 +166,17 @@ def _check_fit(model: nn.Module, file: PackedFile | PackedModel) -> None:
 def _load_dense(
     model: nn.Module, file: PackedFile | PackedModel, layers: Mapping[str, str], device: torch.device | str | None
 ) -> None:
-    """Read everything but the weights of ``layers``, whose modules are replaced."""
+    """Read everything except the weights of ``layers``, whose modules are replaced."""
     replaced = {id(module._parameters) for name, module in named_layers(model) if name in layers}
     done: dict[str, Tensor] = {}
-    for name, held, attribute in list(_places(model)):
-        if id(held) in replaced and attribute == "weight":
+    for name, owner, attribute in list(_state_slots(model)):
+        if id(owner) in replaced and attribute == "weight":
             continue
-        owner, old = file.owner(name), held[attribute]
-        if owner not in done:
-            new = file.read(owner, device or ("cpu" if old.is_meta else old.device))
-            done[owner] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        held[attribute] = done[owner]
+        stored, old = file.owner(name), owner[attribute]
+        if stored not in done:
+            new = file.read(stored, device or ("cpu" if old.is_meta else old.device))
+            done[stored] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        owner[attribute] = done[stored]
 
 
 def _sparse_layers(model: nn.Module, file: PackedFile | PackedModel, device: torch.device) -> dict[str, str]:
@@ -198,19 +204,19 @@ def _converted(
         table = stored_table(packed.shape, packed.dtype, device=packed.values.get_device())
         dense = modules.pop(name)
         bias, kind = getattr(dense, "bias", None), transposed_kind(dense)
-        del dense  # nothing here holds the dense layer when it is replaced
+        del dense  # no reference keeps the dense layer alive when it is replaced
         buffer = to_buffer(packed)
         yield name, SemiStructuredLinear(buffer, packed.shape, packed.dtype, bias, table.text, transposed=kind).eval()
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Name, dictionary and key of every tensor in the state dict; shared ones under each of their names."""
+def _state_slots(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield name, owning dictionary and key of each tensor of the state dict; shared ones under each of their names."""
     known = {clean_name(name) for name in model.state_dict()}
     for module_name, module in model.named_modules(remove_duplicate=False):
         if hasattr(module, "_orig_mod"):
             continue
-        for held in (module._parameters, module._buffers):
-            for attribute, tensor in held.items():
+        for owner in (module._parameters, module._buffers):
+            for attribute, tensor in owner.items():
                 name = clean_name(f"{module_name}.{attribute}" if module_name else attribute)
                 if tensor is not None and name in known:
-                    yield name, held, attribute
+                    yield name, owner, attribute

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -98,22 +99,11 @@ class GraphedStep:
         return graph
 
     def _capture(self, memory: GraphMemory) -> torch.cuda.CUDAGraph:
-        """Return the step as a graph; ``torch.cuda.graph`` would wait for the device and empty torch's cache."""
-        graph = torch.cuda.CUDAGraph()
-        pool = memory.pool(self._device)
-        with torch.cuda.stream(_side_stream(self._device)):
-            try:
-                # "thread_local": a data loader's pinning thread that touches CUDA does not spoil the capture.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                self._step()
-                graph.capture_end()
-            except BaseException:
-                with suppress(RuntimeError):  # it has ended, or ends here
-                    graph.capture_end()
-                _end_capture(self._device, pool)
-                memory.keep(self._device, None)
-                raise
-        return graph
+        try:
+            return _record(self._step, self._device, memory.pool(self._device))
+        except BaseException:
+            memory.keep(self._device, None)
+            raise
 
 
 class GraphedFunction:
@@ -148,6 +138,46 @@ class GraphedFunction:
         for place, tensor in zip(places, given, strict=True):
             place.copy_(tensor)
         run()
+
+
+def capture(step: Callable[[], object], *, warm_ups: int = 3) -> torch.cuda.CUDAGraph:
+    """Return ``step`` as a CUDA graph of the current device with memory of its own.
+
+    Args:
+        step: the work, on the current stream.
+        warm_ups: eager calls before the capture, on the capture's stream, as torch asks.
+
+    Raises:
+        RuntimeError: if the step cannot be captured: it waits for the device, or allocates outside torch.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    current, side = torch.cuda.current_stream(), _side_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(warm_ups):
+            step()
+    current.wait_stream(side)
+    torch.cuda.synchronize()
+    gc.collect()  # a tensor that is freed during the capture could end it
+    torch.cuda.empty_cache()
+    return _record(step, device, torch.cuda.graph_pool_handle())
+
+
+def _record(step: Callable[[], object], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph:
+    """Return ``step`` as a graph; ``torch.cuda.graph`` would also wait for the device and empty torch's cache."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(_side_stream(device)):
+        try:
+            # "thread_local": a data loader's pinning thread that touches CUDA does not spoil the capture.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            step()
+            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # it has ended, or ends here
+                graph.capture_end()
+            _end_capture(device, pool)
+            raise
+    return graph
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

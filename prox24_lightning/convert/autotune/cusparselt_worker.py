@@ -17,15 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
-from prox24_lightning.convert.kernels.cusparselt.library import (
-    TOKEN_MULTIPLE,
-    CusparseltError,
-    Library,
-    Plan,
-    load,
-)
+from prox24_lightning.convert.kernels.cusparselt.library import TOKEN_MULTIPLE, CusparseltError, Library, load
+from prox24_lightning.convert.kernels.cusparselt.plan import Plan
 from prox24_lightning.convert.kernels.packed_buffer import random_buffer
-from prox24_lightning.convert.measurement import capture, time_calls
+from prox24_lightning.convert.measurement import time_calls
+from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
 
 _ROUNDS = 5

@@ -24,7 +24,8 @@ from prox24_lightning.convert.kernels.expand.kernel import expand
 from prox24_lightning.convert.kernels.packed_buffer import buffer_bytes, padded_shape, random_buffer
 from prox24_lightning.convert.kernels.product import Product
 from prox24_lightning.convert.kernels.registry import Kernel, compile_kernel, own_kernels, prepare
-from prox24_lightning.convert.measurement import capture, relative_error, release_memory, time_calls
+from prox24_lightning.convert.measurement import relative_error, release_memory, time_calls
+from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
 
 _FEWEST_FOR_CUSPARSELT = 64  # tokens; below, it has never come near the package's own kernels

@@ -1,1 +1,1 @@
-"""Dense against converted, timed: layers, whole models, language models."""
+"""Time dense against converted: layers, whole models, language models."""

@@ -1,4 +1,4 @@
-"""What a GPU can do at most, measured: bytes through its memory and operations through its tensor cores."""
+"""Measure the limits of a GPU: bytes through its memory, operations through its tensor cores."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Limits:
     operations_per_second: float
 
     def floor_us(self, bytes_moved: float, operations: float) -> float:
-        """The least microseconds in which so much can be moved and computed: the longer of the two."""
+        """Return the least microseconds for moving so many bytes and computing so many operations at the same time."""
         return 1e6 * max(bytes_moved / self.bytes_per_second, operations / self.operations_per_second)
 
 
 def measure_limits(dtype: torch.dtype, device: torch.device, *, rounds: int = 10) -> Limits:
-    """Copy a GiB (or a 16th of the free memory) and multiply matrices as large as the copy's halves, up to 8192 wide.
+    """Time a copy of 1 GiB (or a 16th of the free memory) and a product of matrices of up to 8192 x 8192.
 
     Args:
         dtype: of the matrices.
         device: a CUDA GPU, the current one.
-        rounds: repetitions; medians count.
+        rounds: repetitions; the median is taken.
     """
     free, _ = torch.cuda.mem_get_info(device)
     size = min(2**30, free // 16)

@@ -1,4 +1,4 @@
-"""Catch the inputs with which a model is called, so that the whole of it can be timed on real ones later."""
+"""Catch the inputs of a model's calls, so that the whole model can be timed on them later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prox24_lightning.weights.names import clean_name
 
 
 def own_example(module: nn.Module) -> ExampleInputs | None:
-    """The ``example_input_array`` of a LightningModule; None where there is none."""
+    """Return the ``example_input_array`` of a LightningModule; None where there is none."""
     example: Any = getattr(module, "example_input_array", None)
     if example is None:
         return None
@@ -24,11 +24,11 @@ def own_example(module: nn.Module) -> ExampleInputs | None:
 
 
 class InputCatcher:
-    """Hooks on the modules that contain all of ``layers``; ``inputs`` is the best of the calls seen so far.
+    """Hook the modules that contain all of ``layers``; ``inputs`` are those of the best call so far.
 
-    Best is the outermost submodule that contains every one of the layers (``model`` in a LightningModule that wraps a
-    model, its head included), then the ones further in, then the root itself: a root knows its trainer and loggers,
-    which a copy of it cannot have. Nothing is hooked inside compiled code, where a hook would force a recompilation.
+    Best is the outermost submodule that contains all of the layers (``model`` in a LightningModule that wraps a model,
+    its head included), then the ones further in, then the root: a root refers to its trainer and loggers, which a copy
+    cannot have. Nothing is hooked inside compiled code, where a hook would force a recompilation.
 
     Args:
         model: the root.
@@ -47,23 +47,23 @@ class InputCatcher:
             self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hooks off; the inputs stay."""
+        """Remove the hooks; the inputs stay."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def _hook(self, name: str, rank: float) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.inputs is not None and rank >= self._rank:
                 return
             try:
                 args, kwargs = tree_map(_to_host, (args, kwargs))
-            except Exception:  # an exotic input is not worth a training run; the report will say that none was seen
+            except Exception:  # an input that cannot be copied must not end a run; the report has no whole model then
                 return
             self._rank = rank
             self.inputs = ExampleInputs(name, args, kwargs)
 
-        return look
+        return catch
 
 
 def _to_host(leaf: Any) -> Any:
@@ -72,7 +72,7 @@ def _to_host(leaf: Any) -> Any:
 
 
 def _ancestors(layers: Sequence[str]) -> list[str]:
-    """Names of the modules that contain all layers, the root ("") first."""
+    """Return the names of the modules that contain all layers, the root ("") first."""
     if not layers:
         return []
     paths = [layer.split(".")[:-1] for layer in layers]
@@ -83,11 +83,11 @@ def _ancestors(layers: Sequence[str]) -> list[str]:
 
 
 def _reachable(modules: dict[str, nn.Module], names: Sequence[str]) -> Iterator[str]:
-    """Those of the names, going inwards, whose call Python still sees."""
+    """Yield the names, from the outside inwards, of modules whose calls still reach Python."""
     for name in names:
         module = modules[name]
         if getattr(module, "_compiler_ctx", None) or getattr(module, "_compiled_call_impl", None) is not None:
             return
         yield name
-        if hasattr(module, "_orig_mod"):  # what torch.compile returns: its call is visible, those inside are not
+        if hasattr(module, "_orig_mod"):  # the module that torch.compile returns: calls inside it do not reach Python
             return

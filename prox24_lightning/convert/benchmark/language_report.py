@@ -1,4 +1,4 @@
-"""What was measured of a language model, dense and converted, as plain data."""
+"""Measurements of a language model, dense and converted, as plain data."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class Workload:
-    """One way to use a language model.
+    """A phase of generation with its sizes.
 
     Attributes:
-        phase: "prefill" reads ``length`` tokens of each sequence at once; "decode" makes one token more for each, with
-            the keys and values of ``length`` tokens in its cache.
-        batch: sequences at a time.
+        phase: "prefill" reads ``length`` tokens of each sequence at once; "decode" makes one more token for each, with
+            the keys and values of ``length`` tokens in the cache.
+        batch: number of sequences.
         length: tokens of each.
     """
 
@@ -27,7 +27,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens that one call handles."""
+        """Tokens of one call."""
         return self.batch * (self.length if self.phase == "prefill" else 1)
 
     def __str__(self) -> str:
@@ -39,12 +39,12 @@ class PhaseResult:
     """One workload on one variant of the model.
 
     Attributes:
-        workload: what was done.
+        workload: the phase and its sizes.
         eager: time of a plain call.
-        graph: of the call replayed from a CUDA graph; None if it cannot be captured, for ``graph_problem``.
-        peak_bytes: of GPU memory, weights included.
-        bytes_moved: the fewest that a call must: weights of linear layers as they are stored, and the cache.
-        operations: of the linear layers, as if all were dense.
+        graph: time of the call replayed from a CUDA graph; None if it cannot be captured, for ``graph_problem``.
+        peak_bytes: peak GPU memory, weights included.
+        bytes_moved: the fewest bytes that a call reads: weights of linear layers as stored, and the key-value cache.
+        operations: multiplications and additions of the linear layers, as if all were dense.
     """
 
     workload: Workload
@@ -74,11 +74,11 @@ class LanguageVariant:
 
     Attributes:
         name: "dense" or "converted".
-        sparse_layers: how many.
-        linear_bytes: of the weights of all linear layers.
-        sparse_bytes: of those that are sparse in the converted model, in this variant.
-        phases: one a workload.
-        output_error: of its logits, relative to the dense ones.
+        sparse_layers: number of sparse layers.
+        linear_bytes: bytes of the weights of all linear layers.
+        sparse_bytes: bytes, in this variant, of the layers that are sparse in the converted model.
+        phases: one result a workload.
+        output_error: error of its logits, relative to the dense ones.
         perplexity: on the given text; None without one.
     """
 
@@ -93,7 +93,7 @@ class LanguageVariant:
 
 @dataclass(frozen=True)
 class LanguageReport:
-    """Dense against converted; ``conversion_peak_bytes`` is the most memory while converting, the model included."""
+    """Dense against converted; ``conversion_peak_bytes`` is the peak memory of the conversion, model included."""
 
     dense_bytes: int
     largest_layer_bytes: int
@@ -103,7 +103,7 @@ class LanguageReport:
     variants: tuple[LanguageVariant, ...]
 
     def speedups(self, mode: str) -> dict[Workload, float]:
-        """Dense time over converted time."""
+        """Return dense time over converted time of each workload."""
         if len(self.variants) < 2:
             return {}
         dense, converted = self.variants
@@ -114,16 +114,16 @@ class LanguageReport:
         return {workload: a.median_us / b.median_us for workload, a, b in pairs if a is not None and b is not None}
 
     def scalars(self) -> dict[str, float]:
-        """Figures for loggers, keys under ``convert/``."""
+        """Return figures for loggers, with keys under ``convert/``."""
         values: dict[str, float] = {}
         for mode in ("eager", "graph"):
             for workload, speedup in self.speedups(mode).items():
-                place = f"{workload.phase}_{workload.batch}x{workload.length}"
-                values[f"convert/{mode}_{place}_speedup"] = speedup
+                label = f"{workload.phase}_{workload.batch}x{workload.length}"
+                values[f"convert/{mode}_{label}_speedup"] = speedup
         for variant in self.variants:
             for result in variant.phases:
-                place = f"{result.workload.phase}_{result.workload.batch}x{result.workload.length}"
-                values[f"convert/{place}_tokens_per_second_{variant.name}"] = (
+                label = f"{result.workload.phase}_{result.workload.batch}x{result.workload.length}"
+                values[f"convert/{label}_tokens_per_second_{variant.name}"] = (
                     1e6 * result.workload.tokens / result.best.median_us
                 )
             values[f"convert/linear_bytes_{variant.name}"] = float(variant.linear_bytes)

@@ -17,7 +17,7 @@ STATES: dict[State, str] = {"sparse": "sparse", "fits": "would be sparse on a GP
 
 
 def sections(report: Report) -> list[Section]:
-    """The report as tables of text: title, header, rows. Markdown and the terminal show the same ones."""
+    """Return the report as tables of text, the same for Markdown and the terminal."""
     tables: list[Section] = [("Layers", ("layers", "kind", "(out, in)", "state", "why"), _layer_rows(report))]
     if report.shapes:
         header = (
@@ -61,7 +61,7 @@ def _share_rows(report: Report, limits: Limits) -> list[tuple[str, ...]]:
 
 
 def _layer_rows(report: Report) -> list[tuple[str, ...]]:
-    """Layers that differ in nothing but their name share a row."""
+    """Return the rows of layers; those that differ only in their names share a row."""
     return grouped([(x.name, (x.kind, str(x.shape), STATES[x.state], x.why)) for x in report.layers])
 
 
@@ -103,13 +103,13 @@ def _model_rows(report: Report) -> list[tuple[str, ...]]:
 
 
 def to_markdown(report: Report) -> str:
-    """The whole report, with the machine, as a Markdown page."""
+    """Return the whole report, with the machine, as a Markdown page."""
     lines = ["# Dense against 2:4 semi-structured", ""]
     lines += [", ".join(f"{key} {value}" for key, value in report.machine.items()), ""]
-    judged = "is as fast or faster" if report.only_if_faster else "can run sparse (only_if_faster=False)"
+    condition = "is as fast or faster" if report.only_if_faster else "can run sparse (only_if_faster=False)"
     counts = ", ".join(map(str, report.token_counts))
     lines += [
-        f"{report.created}; {report.dtype}; a layer becomes sparse where it {judged} in {report.run_mode} mode at "
+        f"{report.created}; {report.dtype}; a layer becomes sparse where it {condition} in {report.run_mode} mode at "
         f"{counts} tokens. x: time of dense over time of sparse, above 1 sparse is faster.",
         "",
     ]

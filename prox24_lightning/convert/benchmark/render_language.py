@@ -1,4 +1,4 @@
-"""What was measured of a language model as tables of text, and as a figure."""
+"""Render the measurements of a language model as tables of text and as a figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DENSE_COLOR, SPARSE_COLOR = "#6b7785", "#1f6fb4"
 
 
 def language_sections(report: LanguageReport, limits: Limits | None) -> list[Section]:
-    """Three tables: time, what of the chip is used, and memory with quality."""
+    """Return three tables: time, use of the chip, and memory with quality."""
     return [
         (
             "Language model, milliseconds a call",
@@ -32,7 +32,7 @@ def language_sections(report: LanguageReport, limits: Limits | None) -> list[Sec
             _time_rows(report),
         ),
         (
-            "Language model, what of the chip is used",
+            "Language model, use of the chip",
             ("phase", "batch x length", "variant", "TB/s", "of limit", "TFLOP/s", "of dense limit"),
             [row for variant in report.variants for row in _use_rows(variant.name, variant.phases, limits)],
         ),
@@ -61,11 +61,11 @@ def _time_rows(report: LanguageReport) -> list[tuple[str, ...]]:
             ]
             times = [timing.median_us / 1000 for result in pair if (timing := result.timing(mode)) is not None]
             rates = [rate for result in pair if (rate := result.tokens_per_second(mode)) is not None]
-            place = f"{workload.batch} x {workload.length}"
+            sizes = f"{workload.batch} x {workload.length}"
             rows.append(
                 (
                     workload.phase,
-                    place,
+                    sizes,
                     mode,
                     *(f"{time:.3f}" for time in times),
                     f"{speedup:.2f}",
@@ -115,13 +115,13 @@ def _memory_rows(report: LanguageReport) -> list[tuple[str, ...]]:
 
 
 def language_figure(report: LanguageReport, title: str) -> Figure:
-    """Tokens a second of every workload, dense beside converted, from a CUDA graph where it could be captured."""
+    """Draw tokens a second of every workload, dense beside converted, from a CUDA graph where it could be captured."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6.0, 2.2 * len(report.variants[0].phases)), 4.2), layout="constrained")
     axes = figure.subplots(1, len(report.variants[0].phases), squeeze=False)[0]
-    for place, axis in enumerate(axes):
-        results = [variant.phases[place] for variant in report.variants]
+    for column, axis in enumerate(axes):
+        results = [variant.phases[column] for variant in report.variants]
         rates = [result.workload.tokens / result.best.median_us * 1e6 for result in results]
         bars = axis.bar(
             [variant.name for variant in report.variants], rates, color=[DENSE_COLOR, SPARSE_COLOR], width=0.6

@@ -1,4 +1,4 @@
-"""What a conversion found, as plain data: JSON for programs and a few scalars for loggers."""
+"""Results of a conversion benchmark as plain data: JSON for programs and a few scalars for loggers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RunMode = Literal["eager", "graph"]
 
 @dataclass(frozen=True)
 class Pair:
-    """Dense against sparse, timed in turns; ``speedup`` above 1: sparse is faster."""
+    """Dense against sparse, timed alternately; ``speedup`` above 1: sparse is faster."""
 
     dense: Timing
     sparse: Timing
@@ -41,7 +41,7 @@ class TokenResult:
 
     @property
     def best(self) -> Pair:
-        """Replayed from a graph if that could be, else eager: the GPU's own time, without the host's."""
+        """The times from a CUDA graph if it could be captured, without the host's time; else the eager ones."""
         return self.eager if self.graph is None else self.graph
 
     def speedup(self, mode: RunMode) -> float | None:
@@ -51,7 +51,7 @@ class TokenResult:
 
 @dataclass(frozen=True)
 class ShapeResult:
-    """Layers of one shape, timed once on the first of them: time depends on the shape, not on the values."""
+    """Layers of one shape, timed on the first of them: time depends on the shape, not on the values."""
 
     shape: tuple[int, ...]
     bias: bool
@@ -63,7 +63,7 @@ class ShapeResult:
     decision: str
 
     def limit_shares(self, result: TokenResult, limits: Limits, itemsize: int) -> tuple[float, float]:
-        """How near dense and sparse come to what the chip can do at this many tokens: the least time over the time.
+        """Return the least possible time over the measured time, dense and sparse.
 
         The least time of sparse is that of its packed bytes, and of half the operations.
         """
@@ -106,7 +106,7 @@ class LayerOutcome:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything :func:`~prox24_lightning.convert.benchmark.run.run_benchmark` found; times in microseconds."""
+    """Result of :func:`~prox24_lightning.convert.benchmark.run.run_benchmark`; times in microseconds."""
 
     created: str
     machine: dict[str, str]
@@ -130,7 +130,7 @@ class Report:
         return replace(self, notes=(*self.notes, note))
 
     def scalars(self) -> dict[str, float]:
-        """A few figures for loggers, keys under ``convert/``."""
+        """Return a few figures for loggers, with keys under ``convert/``."""
         values = {f"convert/layers_{state}": float(len(self.names(state))) for state in ("sparse", "fits", "dense")}
         values["convert/failed"] = float(self.error is not None)
         for mode in ("eager", "graph"):
@@ -161,18 +161,18 @@ class Report:
                     for result in shape.tokens
                     if result.tokens == tokens
                 ]
-                for place, name in enumerate(("dense", "sparse") if shares else ()):
-                    mean = sum(pair[place] * layers for pair, layers in shares) / sum(layers for _, layers in shares)
+                for column, name in enumerate(("dense", "sparse") if shares else ()):
+                    mean = sum(pair[column] * layers for pair, layers in shares) / sum(layers for _, layers in shares)
                     values[f"convert/limit_share_{name}_{tokens}_tokens"] = mean
         return values | (self.language.scalars() if self.language is not None else {})
 
     def to_json(self) -> str:
-        """All of it and the scalars, strict JSON."""
+        """Return everything, with the scalars, as strict JSON."""
         return json.dumps(_finite({**asdict(self), "scalars": self.scalars()}), indent=2) + "\n"
 
 
 def _finite(value: Any) -> Any:
-    """Strict JSON knows no NaN and no infinity: they become text."""
+    """Return a value for strict JSON, which has no NaN and no infinity: they become text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """Time a model dense against 2:4, decide layer by layer what becomes sparse, and report both.
 
-Dense and sparse run in one process, in turns, on the same inputs and in the same dtype. A layer that would be
-slower stays dense.
+Dense and sparse run alternately in one process, on the same inputs and in the same dtype. A layer that would be slower
+stays dense.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def run_benchmark(
     reasons: Mapping[str, str] | None = None,
     shared: Sequence[object] = (),
 ) -> Report:
-    """Judge every layer, time those that can run sparse, then the whole model; ``model`` itself is not changed.
+    """Check every layer, time those that can run sparse, then the whole model; ``model`` itself is not changed.
 
     Args:
         model: on any device, in any floating dtype.
         settings: see :class:`Settings`.
-        device: a CUDA GPU; None takes the current one. Without one the layers are judged and nothing is timed.
+        device: a CUDA GPU; None takes the current one. Without one the layers are checked and nothing is timed.
         inputs: for the whole model; None times layers only.
         reasons: layer name -> what is added to the reasons of a layer that is not 2:4.
         shared: see :func:`~prox24_lightning.utils.module_copy.bare_copy`.
@@ -76,7 +76,7 @@ def run_benchmark(
 
 
 def empty_report(settings: Settings, target: Target | None = None) -> Report:
-    """A report in which nothing has been found yet."""
+    """Return a report without results."""
     return Report(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         machine=_machine(target),

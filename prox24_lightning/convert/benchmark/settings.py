@@ -1,4 +1,4 @@
-"""How to measure a conversion, and with which inputs."""
+"""Settings of a conversion benchmark, and its inputs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Settings:
         dtype: of weights and inputs, dense and sparse alike.
         only_if_faster: keep a layer dense that is slower at any of these token counts; False converts every layer
             that can run sparse.
-        run_mode: which times decide: "eager" (a plain call; the host's work counts) or "graph" (the call replayed
+        run_mode: which times decide: "eager" (a plain call, the host's work included) or "graph" (the call replayed
             from a CUDA graph, as serving engines do).
-        keep_dense: hold the dense weight beside the packed one, and let cuBLAS take the token counts at which it is
+        keep_dense: keep the dense weight beside the packed one, and let cuBLAS take the token counts at which it is
             faster; costs 1.56 times the dense memory instead of 0.56.
         rounds: how many times each measurement is repeated; medians are reported.
     """

@@ -16,7 +16,8 @@ from prox24_lightning.convert.benchmark.settings import Settings
 from prox24_lightning.convert.convert import convert_model
 from prox24_lightning.convert.eligibility import named_layers
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
-from prox24_lightning.convert.measurement import Timing, capture, relative_error, release_memory, time_calls
+from prox24_lightning.convert.measurement import Timing, relative_error, release_memory, time_calls
+from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import bare_copy
 from prox24_lightning.weights.layer_matrix import is_transposed_linear

@@ -21,14 +21,15 @@ from prox24_lightning.convert.convert import convert_linear
 from prox24_lightning.convert.eligibility import LayerVerdict, named_layers
 from prox24_lightning.convert.kernels.registry import kernel_for
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
-from prox24_lightning.convert.measurement import capture, relative_error, release_memory, time_calls
+from prox24_lightning.convert.measurement import relative_error, release_memory, time_calls
+from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
 LARGEST_ERROR = 2e-2
 """Relative difference from dense above which a layer stays dense whatever its speed: 16-bit rounding gives 4e-3."""
 
-_CALLS = 8  # at least this many calls a measurement: the launch of a graph is not to weigh in
+_CALLS = 8  # at least so many calls a measurement, so that the launch of a graph does not count
 
 
 def time_shapes(
@@ -98,17 +99,16 @@ def _time_tokens(
     denses: Sequence[nn.Module], sparses: Sequence[SemiStructuredLinear], tokens: int, rounds: int
 ) -> TokenResult:
     width = sparses[0].in_features
-    generator = torch.Generator(device=sparses[0].packed.device).manual_seed(
-        tokens
-    )  # leaves the run's own stream alone
+    # A generator of its own, so that the run's random numbers stay as they are.
+    generator = torch.Generator(device=sparses[0].packed.device).manual_seed(tokens)
     rows = torch.randn(tokens, width, generator=generator, device=generator.device).to(sparses[0].dtype)
     error = relative_error(denses[0](rows), sparses[0](rows))
-    turns = -(-_CALLS // len(denses))
+    repeats = -(-_CALLS // len(denses))
     variants: dict[str, Callable[[], None]] = {
-        "dense": lambda: _call_all(denses, rows, turns),
-        "sparse": lambda: _call_all(sparses, rows, turns),
+        "dense": lambda: _call_all(denses, rows, repeats),
+        "sparse": lambda: _call_all(sparses, rows, repeats),
     }
-    calls = turns * len(denses)
+    calls = repeats * len(denses)
     eager = time_calls(variants, calls=calls, rounds=rounds)
     graph, problem = None, None
     try:
@@ -121,14 +121,14 @@ def _time_tokens(
     return TokenResult(tokens, Pair.of(eager["dense"], eager["sparse"]), graph, problem, error, kernel)
 
 
-def _call_all(layers: Sequence[nn.Module], rows: Tensor, turns: int) -> None:
-    for _ in range(turns):
+def _call_all(layers: Sequence[nn.Module], rows: Tensor, repeats: int) -> None:
+    for _ in range(repeats):
         for layer in layers:
             layer(rows)
 
 
 def decide(tokens: Sequence[TokenResult], settings: Settings) -> tuple[bool, str]:
-    """Whether layers with these times become sparse, and the reason in words."""
+    """Return whether layers with these times become sparse, and why."""
     wrong = [
         f"{result.output_error:.1e} at {result.tokens}" for result in tokens if not result.output_error < LARGEST_ERROR
     ]

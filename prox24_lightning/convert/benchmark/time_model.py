@@ -14,7 +14,8 @@ from prox24_lightning.convert.benchmark.report import ModelVariant, Report
 from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
 from prox24_lightning.convert.convert import convert_model, expand_model
 from prox24_lightning.convert.eligibility import named_layers
-from prox24_lightning.convert.measurement import Timing, capture, relative_error, release_memory, time_calls
+from prox24_lightning.convert.measurement import Timing, relative_error, release_memory, time_calls
+from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import bare_copy, move_inputs
 
@@ -27,7 +28,7 @@ def time_model(
     device: torch.device,
     shared: Sequence[object],
 ) -> Report:
-    """Dense, then with every layer sparse that was measured, then with those that were chosen."""
+    """Add the model's times to the report: dense, with every measured layer sparse, with the chosen ones sparse."""
     scope = f"{inputs.module_name}." if inputs.module_name else ""
     measured = [name for shape in report.shapes if shape.tokens for name in shape.layers]
     chosen = [name for shape in report.shapes if shape.sparse for name in shape.layers]
@@ -39,18 +40,18 @@ def time_model(
     try:
         part = dict(named_layers(model))[inputs.module_name]
         before = torch.cuda.memory_allocated(device)
-        twin = bare_copy(part, device=device, dtype=settings.dtype, shared=shared)
+        copied = bare_copy(part, device=device, dtype=settings.dtype, shared=shared)
         args, kwargs = move_inputs((inputs.args, dict(inputs.kwargs)), device=device, dtype=settings.dtype)
 
         def run() -> Any:
-            return twin(*args, **kwargs)
+            return copied(*args, **kwargs)
 
         reference = [leaf.clone() for leaf in _floats(run())]
         variants.append(_variant("dense", 0, run, settings, before, reference))
-        convert_model(twin, inside, keep_dense=settings.keep_dense)
+        convert_model(copied, inside, keep_dense=settings.keep_dense)
         variants.append(_variant("all_sparse", len(inside), run, settings, before, reference))
         if kept and len(kept) < len(inside):
-            expand_model(twin, [name for name in inside if name not in kept])
+            expand_model(copied, [name for name in inside if name not in kept])
             variants.append(_variant("chosen", len(kept), run, settings, before, reference))
     except Exception as error:
         report = report.with_note(f"Whole model not timed: {describe(error)}")
@@ -78,7 +79,7 @@ def _variant(
     problem: str | None = None
     try:
         graph = time_calls({name: capture(run).replay}, rounds=settings.rounds)[name]
-    except Exception as failure:  # models may do on the host whatever they like: any of it can end the capture
+    except Exception as failure:  # whatever a model does on the host can end the capture
         problem = describe(failure)
     return ModelVariant(name, layers, eager, graph, problem, peak, error)
 

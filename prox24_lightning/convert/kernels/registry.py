@@ -6,6 +6,7 @@ operator that ``torch.compile`` writes into its programs, and these outlive the 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
@@ -19,12 +20,14 @@ from prox24_lightning.convert.kernels.cusparselt.kernel import prepare as prepar
 from prox24_lightning.convert.kernels.expand.kernel import prepare as prepare_expand
 from prox24_lightning.convert.kernels.few_tokens.kernel import compile_few_tokens
 from prox24_lightning.convert.kernels.few_tokens.kernel import prepare as prepare_few_tokens
+from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS as FEW_TOKENS_TILINGS
 from prox24_lightning.convert.kernels.few_tokens.tiling import Tiling as FewTokensTiling
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
 from prox24_lightning.convert.kernels.product import Product
 from prox24_lightning.convert.kernels.torch_cusparselt.kernel import prepare as prepare_torch_cusparselt
 from prox24_lightning.convert.kernels.warpgroup.kernel import compile_warpgroup
 from prox24_lightning.convert.kernels.warpgroup.kernel import prepare as prepare_warpgroup
+from prox24_lightning.convert.kernels.warpgroup.tiling import TILINGS as WARPGROUP_TILINGS
 from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as WarpgroupTiling
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
 
@@ -41,6 +44,7 @@ _PREPARE: dict[KernelName, _Prepare] = {
     "expand": prepare_expand,
 }
 
+_ALGORITHM = re.compile(r"0|[1-9][0-9]{0,3}")
 _FEW_BESIDE_WARPGROUP = 16  # up to so many tokens few_tokens wins on one shape or another
 
 
@@ -74,6 +78,22 @@ class Kernel:
 
     def __str__(self) -> str:
         return f"{self.name}:{','.join(map(str, self.config))}" if self.config else self.name
+
+
+_OWN_KERNELS = {
+    *(str(Kernel.few(tiling)) for tiling in FEW_TOKENS_TILINGS),
+    *(str(Kernel.warpgroup(tiling)) for tiling in WARPGROUP_TILINGS),
+}
+
+
+def is_packed_kernel(text: str) -> bool:
+    """Return whether a text, from a file, names a kernel of this release that runs on a packed weight."""
+    name, _, config = text.partition(":")
+    if name in ("few", "warpgroup"):
+        return text in _OWN_KERNELS
+    if name == "cusparselt":
+        return text == name or _ALGORITHM.fullmatch(config) is not None
+    return text in ("torch", "expand")
 
 
 def own_kernels(tokens: int, capability: tuple[int, int]) -> tuple[Kernel, ...]:

@@ -1,9 +1,9 @@
-"""Training a linear layer with a frozen transposable mask: two of its three products on sparse tensor cores.
+"""Train a linear layer with a frozen transposable mask: two of its three products on sparse tensor cores.
 
 A transposable mask (``geometry="block"``) is 2:4 along the inputs and along the outputs, so both the weight and its
 transpose can be packed: the forward pass ``y = x W^T`` and the input gradient ``dx = dy W`` run sparse, the weight
-gradient ``dy^T x`` stays dense (arXiv 2102.08124). The mask is frozen, hence the positions are packed once; the values
-are gathered anew after each optimizer step, in place of the cast to 16 bits that autocast would make.
+gradient ``dy^T x`` stays dense (arXiv 2102.08124). The mask is frozen, so the metadata is packed once; the values
+are gathered after each optimizer step, instead of the cast to 16 bits that autocast would make.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 SMALLEST_WORK = 2**38
 """Tokens x inputs x outputs from which sparse products made a step faster on an H200 (benchmarks/masked_step.py)."""
 
-_MOST_PRODUCTS = 64  # numbers of tokens a layer is prepared for: each holds plans of about 100 KB on the host
+_MOST_PRODUCTS = 64  # numbers of tokens that a layer keeps products for: each has plans of about 100 KB on the host
 
 Shape = tuple[int, int]
 
@@ -45,25 +45,25 @@ class PackedPair:
         if problem := why_not(weight, mask):
             raise ValueError(problem)
         self.dtype = dtype
-        self._seen = (-1, 0)
+        self._gathered = (-1, 0)  # version and address of the weight whose values the buffers hold
         # Packed from the mask, not from the weight: a kept weight may be zero now.
-        self.forward = _positions(mask, dtype)
-        self.backward = _positions(mask.t(), dtype)
+        self.forward = _pack_mask(mask, dtype)
+        self.backward = _pack_mask(mask.t(), dtype)
         self._rows, self._columns = (to_buffer(packed) for packed in (self.forward, self.backward))
         self.refresh(weight)
 
     def refresh(self, weight: Tensor) -> None:
-        """Gather the values of ``weight``, unless it is as it was at the last call."""
-        seen = weight._version, weight.data_ptr()
-        if seen == self._seen:
+        """Gather the values of ``weight``, unless it has not changed since the last call."""
+        current = weight._version, weight.data_ptr()
+        if current == self._gathered:
             return
         gather_values(weight.detach(), self.forward.indices, self._rows.view(self.dtype), transposed=False)
         gather_values(weight.detach(), self.backward.indices, self._columns.view(self.dtype), transposed=True)
-        self._seen = seen
+        self._gathered = current
 
     @property
     def buffer(self) -> Tensor:
-        """The packed weight, as :mod:`~prox24_lightning.convert.kernels.packed_buffer` lays it out."""
+        """The packed weight, in the layout of :mod:`~prox24_lightning.convert.kernels.packed_buffer`."""
         return self._rows
 
     @property
@@ -73,18 +73,18 @@ class PackedPair:
 
 
 def why_not(weight: Tensor, mask: Tensor) -> str | None:
-    """Why a layer cannot train this way; None if it can."""
+    """Return why a layer cannot train with sparse products; None if it can."""
     if weight.dim() != 2 or any(size % MULTIPLE for size in weight.shape):
         return f"its shape {tuple(weight.shape)} is not (out, in) in multiples of {MULTIPLE}"
     if not weight.is_contiguous():
-        return "its weight does not lie row by row in memory"
+        return "its weight is not contiguous, row by row, in memory"
     for one, along in ((mask, "inputs"), (mask.t(), "outputs")):
         if not bool((one.reshape(-1, 4).sum(-1) == 2).all()):
             return f"its mask does not keep two of every four along the {along}: use geometry='block'"
     return None
 
 
-def _positions(mask: Tensor, dtype: torch.dtype) -> PackedWeight:
+def _pack_mask(mask: Tensor, dtype: torch.dtype) -> PackedWeight:
     return pack_24(mask.to(dtype).contiguous(), name="mask")
 
 
@@ -113,15 +113,17 @@ class Products:
     input_gradient: Any
 
     @staticmethod
-    def of(shape: Shape, tokens: int, dtype: torch.dtype, device: int, kernels: tuple[Kernel, Kernel]) -> Products:
-        turned = shape[1], shape[0]
+    def prepared(
+        shape: Shape, tokens: int, dtype: torch.dtype, device: int, kernels: tuple[Kernel, Kernel]
+    ) -> Products:
+        transposed = shape[1], shape[0]
         return Products(
-            prepare(kernels[0], dtype, shape, tokens, device), prepare(kernels[1], dtype, turned, tokens, device)
+            prepare(kernels[0], dtype, shape, tokens, device), prepare(kernels[1], dtype, transposed, tokens, device)
         )
 
 
-def _together(rows: Tensor) -> Tensor:
-    """The same, contiguous and on a boundary of 16 bytes, as the kernels read it."""
+def _aligned(rows: Tensor) -> Tensor:
+    """Return the rows contiguous and aligned to 16 bytes, as the kernels read them."""
     if rows.is_contiguous() and rows.data_ptr() % 16 == 0:
         return rows
     return rows.clone(memory_format=torch.contiguous_format)
@@ -141,7 +143,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _together(gradients[0])
+        gradient = _aligned(gradients[0])
         (rows,) = ctx.saved_tensors
         of_rows = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
@@ -154,20 +156,20 @@ class _Product(torch.autograd.Function):
 
 
 class TransposableForward:
-    """The ``forward`` of an ``nn.Linear`` that trains on sparse tensor cores wherever the input is on a GPU in 16 bits.
+    """The ``forward`` of an ``nn.Linear`` that trains on sparse tensor cores where the input is on a GPU in 16 bits.
 
-    Elsewhere (CPU, float32 without autocast) the layer multiplies as it always did. :meth:`attach` sets it on the
-    layer, :meth:`remove` takes it away; parameters, names and hooks stay.
+    Elsewhere (CPU, float32 without autocast) the layer multiplies densely. :meth:`attach` sets it on the layer,
+    :meth:`remove` removes it; parameters, names and hooks stay.
 
     Args:
         linear: its weight is zero outside ``mask``.
         mask: frozen and transposable.
         kernels: for the forward pass and the input gradient.
-        smallest_work: tokens x inputs x outputs below which a call is made densely, as the launches would cost more
-            than the sparse products save.
+        smallest_work: tokens x inputs x outputs below which a call is dense, because the launches would cost more than
+            the sparse products save.
 
     Raises:
-        ValueError: if the layer cannot train this way (:func:`why_not`).
+        ValueError: if the layer cannot train with sparse products (:func:`why_not`).
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class TransposableForward:
         self._products: dict[int, Products] = {}
 
     def attach(self) -> None:
-        # This object, and no function made of it: a copy of the layer gets a copy that belongs to it.
+        # The object itself, not a bound method: a deep copy of the layer then gets a copy of its own.
         self.linear.forward = self  # type: ignore[method-assign]
 
     def remove(self) -> None:
@@ -206,12 +208,12 @@ class TransposableForward:
             return F.linear(input, linear.weight, linear.bias)
         if self._pair is None or self._pair.dtype != autocast:
             self._pair, self._products = PackedPair(linear.weight, self.mask, autocast), {}
-        rows = _together(input.to(autocast).reshape(-1, linear.in_features))
+        rows = _aligned(input.to(autocast).reshape(-1, linear.in_features))
         shape = linear.out_features, linear.in_features
         if len(rows) not in self._products:
             if len(self._products) >= _MOST_PRODUCTS:
                 self._products.clear()
-            self._products[len(rows)] = Products.of(shape, len(rows), autocast, input.device.index, self.kernels)
+            self._products[len(rows)] = Products.prepared(shape, len(rows), autocast, input.device.index, self.kernels)
         with torch.autocast(kind, enabled=False):
             out = _Product.apply(rows, linear.weight, linear.bias, self._pair, self._products[len(rows)])
         return out.view(*input.shape[:-1], linear.out_features)

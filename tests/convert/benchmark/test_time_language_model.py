@@ -23,8 +23,9 @@ from prox24_lightning.convert.benchmark.time_language_model import (
     prefill_call,
     time_language_model,
 )
-from prox24_lightning.convert.measurement import Timing, capture
+from prox24_lightning.convert.measurement import Timing
 from prox24_lightning.mask import mask_24
+from prox24_lightning.utils.cuda_graphs import capture
 
 SIZES = {
     "hidden_size": 32,

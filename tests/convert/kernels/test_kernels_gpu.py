@@ -23,8 +23,8 @@ from prox24_lightning.convert.kernels.packed_buffer import from_buffer, padded_s
 from prox24_lightning.convert.kernels.registry import Kernel, own_kernels, prepare
 from prox24_lightning.convert.kernels.warpgroup.tiling import CAPABILITY
 from prox24_lightning.convert.kernels.warpgroup.tiling import TILINGS as WARPGROUP_TILINGS
-from prox24_lightning.convert.measurement import capture
 from prox24_lightning.mask import mask_24
+from prox24_lightning.utils.cuda_graphs import capture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from prox24_lightning.convert.kernels.cusparselt.library import (
     TOKEN_MULTIPLE,
     CusparseltError,
-    Plan,
     load,
     pad_tokens,
 )
+from prox24_lightning.convert.kernels.cusparselt.plan import Plan
 from prox24_lightning.convert.kernels.packed_buffer import padded_shape
 from prox24_lightning.convert.kernels.product import Product
 
