@@ -58,7 +58,7 @@ def _summary(values: list[float]) -> Timing:
 
 
 def relative_error(reference: Tensor | Sequence[Tensor], outputs: Tensor | Sequence[Tensor]) -> float:
-    """Return ``||outputs - reference|| / ||reference||`` over all tensors in float32; inf if only the reference is 0."""
+    """Return ``||outputs - reference|| / ||reference||`` over all tensors in float32; inf if only that is 0."""
     pairs = zip(tree_leaves(reference), tree_leaves(outputs), strict=True)
     parts = [((b.float() - a.float()).square().sum(), a.float().square().sum()) for a, b in pairs]
     difference = sum(float(part) for part, _ in parts) ** 0.5

@@ -180,7 +180,7 @@ def _load_dense(
 
 
 def _sparse_layers(model: nn.Module, file: PackedFile | PackedModel, device: torch.device) -> dict[str, str]:
-    """Module name -> weight name of what can run sparse on ``device``."""
+    """Return module name -> weight name of the layers that can run sparse on ``device``."""
     target = target_of(device)
     if target is None or target.problem is not None:
         raise ValueError(f"sparse=True needs a GPU with sparse tensor cores, device={device} is none")
