@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from experts import Experts, MixtureModel, expert_weights
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from prox24_lightning import Prox24
+from prox24_lightning import Prox24, is_24
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns
 from recipes.compiled_blocks import compile_blocks
 
@@ -359,3 +360,34 @@ def test_a_run_whose_model_is_called_with_odd_things_resumes(argument, tmp_path)
     trainer = quiet_trainer(max_steps=20, callbacks=[again])
     trainer.fit(Odd(Takes()), loader(6, WIDTH), ckpt_path=tmp_path / "step=10.ckpt", weights_only=True)
     assert again.phase == "frozen"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("arguments", [{"strategy": "progressive"}, {"strategy": "post_step", "geometry": "block"}])
+def test_experts_in_one_parameter_go_24(transposed, arguments, caplog):
+    model = MixtureModel(1, transposed)
+    with caplog.at_level(logging.WARNING):
+        prox = fit(model, loader(6, 8, batches=12), steps=12, reconstruction_steps=4, **arguments)
+    assert {f"model.{name}" for name in expert_weights(model)} <= set(prox.masks)
+    for weight in prox.weights:
+        dims = (weight.dim,) if isinstance(weight.dim, int) else weight.dim
+        assert all(is_24(weight.parameter, dim=dim) for dim in dims)
+        assert torch.equal(weight.parameter == 0, ~prox.masks[weight.name])
+    assert "largest weights are kept" not in caplog.text
+
+
+class Odd(Experts):
+    """An error of its own when it runs without the router's order: as it does when it is run once more."""
+
+    def forward(self, hidden, index, shares):
+        if not torch.is_grad_enabled():
+            raise RuntimeError("not now")
+        return super().forward(hidden, index, shares)
+
+
+def test_experts_that_refuse_to_run_once_more_go_24_by_magnitude(caplog):
+    model = MixtureModel(1)
+    model.blocks[0].experts.__class__ = Odd
+    fit(model, loader(6, 8), strategy="post_step")
+    assert all(is_24(parameter, dim=2) for parameter in expert_weights(model).values())
+    assert "cannot be run once more: its experts are pruned by magnitude" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from experts import MixtureModel
 from live_bytes import LiveBytes
 from torch import nn
 
@@ -115,6 +116,27 @@ def test_a_model_comes_back(tmp_path, build):
     assert inner.tied.weight is inner.embed.weight
     assert inner.same is inner.shared
     assert inner.shared.weight.requires_grad
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_are_packed_and_come_back(tmp_path, transposed):
+    model = prune(MixtureModel(transposed=transposed))
+    file = packed(tmp_path, model)
+    inputs = 1 if transposed else 2
+    assert file.packed["blocks.0.experts.gate_up_proj"].dim == inputs
+    assert file.shape("blocks.0.experts.gate_up_proj") == tuple(model.blocks[0].experts.gate_up_proj.shape)
+    assert file.stored_bytes < 0.75 * file.dense_bytes
+    twin = MixtureModel(transposed=transposed)
+    load_packed(twin, file)
+    assert equal(twin, model)
+
+
+def test_experts_that_are_24_along_their_outputs_are_packed_so():
+    model = MixtureModel(1)
+    with torch.no_grad():
+        weight = model.blocks[0].experts.down_proj
+        weight.mul_(mask_24(weight, dim=1))
+    assert find_packable(model, targets=["*.down_proj"]).dims == {"blocks.0.experts.down_proj": 1}
 
 
 LANGUAGE_MODELS = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from experts import MixtureModel
 from torch import nn
 
 from prox24_lightning import is_24, load_masks, save_masks
@@ -124,3 +125,21 @@ def test_weights_without_a_mask_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"0.weight has no mask yet"):
         save_masks(tmp_path / "m", select_weights(small_model()).chosen, {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_masks_of_experts_come_back_and_hold(tmp_path, transposed):
+    model = MixtureModel(1, transposed)
+    weights = select_weights(model).chosen
+    masks = {weight.name: mask_24(weight.parameter, dim=weight.dim) for weight in weights}
+    path = save_masks(tmp_path / "masks.safetensors", weights, masks, {})
+    copy = MixtureModel(1, transposed)
+    masked = load_masks(copy, path, expect="any")
+    optimizer = torch.optim.AdamW(copy.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        copy(torch.randn(4, 8, 8)).square().sum().backward()
+        optimizer.step()
+    for weight in select_weights(copy):
+        assert torch.equal(masked.masks[weight.name], masks[weight.name])
+        assert is_24(weight.parameter, dim=weight.dim)
