@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from prox24_lightning.convert.autotune.kernel_table import SAME
-from prox24_lightning.convert.eligibility import LayerVerdict, State, Target, check_model
+from prox24_lightning.convert.eligibility import LayerVerdict, State, Target, check_model, named_layers
 from prox24_lightning.convert.format.packed_weight import packed_bytes
+from prox24_lightning.weights.experts import expert_parameters
 
 FEW_TOKENS = 64
 """Up to here reading a weight takes longer than multiplying by it. A token costs one operation a byte in 16 bits; by
@@ -96,6 +97,7 @@ def diagnose(
     """
     verdicts = check_model(model, dtype=dtype, target=target)
     sizes = {verdict.name: math.prod(verdict.shape) for verdict in verdicts if verdict.role == "linear"}
+    sizes |= {name: sum(p.numel() for p in held) for name, m in named_layers(model) if (held := expert_parameters(m))}
     whole = max(1, sum(sizes.values()))
     layers = []
     for verdict in verdicts:

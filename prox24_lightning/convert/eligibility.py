@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from prox24_lightning.convert.format.packed_weight import row_chunks
 from prox24_lightning.convert.onnx_check import sparse_problem
 from prox24_lightning.mask import is_24, violations_24
+from prox24_lightning.weights.experts import expert_parameters
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.names import clean_name
 
@@ -223,6 +224,10 @@ def _structure(module: nn.Module, parent: nn.Module | None) -> str | None:
         return "parametrized: the stored tensor is not the weight that is used"
     if is_transposed_linear(module):
         return None
+    if expert_parameters(module):
+        return (
+            "experts in one 3-D parameter: no sparse kernel for their grouped products; a packed file holds them packed"
+        )
     if not isinstance(module, nn.Linear):
         return f"{type(module).__name__} is not a linear layer"
     if hasattr(parent, "_orig_mod"):

@@ -110,8 +110,8 @@ def prune_layerwise(
     if not chosen:
         reasons = "; ".join(sorted({weight.reason for weight in report.skipped})) or "it has no weights"
         raise ValueError(f"no weight of {type(model).__name__} can be pruned layer-wise: {reasons}")
-    if (experts := selection.expert_warning()) is not None:
-        warnings.warn(experts, stacklevel=2)
+    if (dense := selection.warning()) is not None:
+        warnings.warn(dense, stacklevel=2)
     with isolated(model), GraphMemory().shared(), LayerProgress(len(chosen), enabled=progress) as bar:
         _prune_blocks(model, batches, config, found, chosen, device, report, bar)
     if not report.layers:

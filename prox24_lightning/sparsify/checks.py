@@ -87,8 +87,8 @@ def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: 
         both = [weight.name for weight in theirs if id(weight.parameter) in mine]
         if both:
             raise ValueError(f"name={name!r} and name={other!r} both take {both[0]}; separate them by targets and skip")
-    if (experts := selection.expert_warning()) is not None and rank() == 0:
-        warnings.warn(experts, stacklevel=2)
+    if (dense := selection.warning()) is not None and rank() == 0:
+        warnings.warn(dense, stacklevel=2)
     low = sorted({str(weight.parameter.dtype) for weight in selection if weight.parameter.element_size() < 4})
     if low and rank() == 0:
         warnings.warn(

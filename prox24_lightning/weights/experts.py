@@ -24,6 +24,11 @@ def is_expert_parameter(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.shape[0] in counts or named
 
 
+def expert_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of ``module`` itself that hold one matrix for each of several experts."""
+    return [parameter for parameter in module.parameters(recurse=False) if is_expert_parameter(module, parameter)]
+
+
 def expert_input_dim(module: nn.Module, parameter_name: str) -> int | None:
     """Return the dimension, 1 or 2, along which the inputs of each expert's matrix lie; None if nothing tells.
 

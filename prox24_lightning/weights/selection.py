@@ -92,21 +92,25 @@ class Selection:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def expert_warning(self) -> str | None:
-        """Return a warning that names experts that stay dense though nobody asked for it, None if there are none.
+    def warning(self) -> str | None:
+        """Return a warning about large parts that stay dense though nobody asked for it, None if there are none.
 
-        They are most of a mixture's weights, so the model is far from 2:4 then.
+        These are experts, most of a mixture's weights, and layers under LoRA adapters. A model with such a part is far
+        from 2:4, whatever becomes of the rest.
         """
         own = ("skip=", "not among", "frozen", "output head", "tied")
         experts = [w for w in self.skipped if w.experts and not w.reason.startswith(own)]
-        if not experts:
+        adapted = [w for w in self.skipped if w.reason == _ADAPTED] if self.chosen else []
+        parts = [part for part in (experts, adapted) if part]
+        if not parts:
             return None
         whole = sum(weight.parameter.numel() for weight in self.chosen) + sum(math.prod(w.shape) for w in self.skipped)
-        share = sum(math.prod(weight.shape) for weight in experts) / whole
-        more = f" and {len(experts) - 1} more" if len(experts) > 1 else ""
-        return f"{experts[0].name}{more} stay dense, {share:.0%} of the weights: {experts[0].reason}".replace(
-            "%", " %", 1
-        )
+        texts = []
+        for part in parts:
+            share = 100 * sum(math.prod(weight.shape) for weight in part) / whole
+            more = f" and {len(part) - 1} more" if len(part) > 1 else ""
+            texts.append(f"{part[0].name}{more} stay dense, {share:.0f} % of the weights: {part[0].reason}")
+        return "; ".join(texts)
 
 
 def select_weights(

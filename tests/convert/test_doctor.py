@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from experts import MixtureModel, expert_weights
 from torch import nn
 
 from prox24_lightning.convert import Target, check_layer
@@ -133,3 +134,13 @@ def test_a_state_dict_as_layers():
     assert torch.equal(layers.get_submodule("block.up").bias, state["block.up.bias"])
     with pytest.raises(ValueError, match="no weight of two or more dimensions"):
         layers_of({"norm.weight": torch.ones(4)})
+
+
+def test_experts_in_one_parameter_count_and_stay_dense():
+    model = MixtureModel(1)
+    found = {layer.name: layer for layer in diagnose(model).layers}
+    experts = found["blocks.0.experts"]
+    assert experts.state == "dense"
+    assert "experts in one 3-D parameter: no sparse kernel" in experts.why
+    weights = sum(parameter.numel() for parameter in expert_weights(model).values())
+    assert experts.share == pytest.approx(weights / (weights + model.blocks[0].proj.weight.numel()))

@@ -54,11 +54,11 @@ def test_experts_whose_inputs_nobody_knows_stay_dense_and_are_named_with_their_s
     selection = select_weights(model)
     assert [weight.name for weight in selection] == ["0.weight"]
     assert "nothing tells which side of w1 is its input" in selection.skipped[0].reason
-    warning = selection.expert_warning()
+    warning = selection.warning()
     assert warning is not None
     assert warning.startswith("1.w1 and 1 more stay dense, 89 % of the weights: experts of Attributes")
-    assert select_weights(MixtureModel()).expert_warning() is None
-    assert select_weights(model, skip=["1.*"]).expert_warning() is None, "the user's own choice"
+    assert select_weights(MixtureModel()).warning() is None
+    assert select_weights(model, skip=["1.*"]).warning() is None, "the user's own choice"
 
 
 def test_sizes_that_do_not_divide_are_named():
