@@ -64,10 +64,11 @@ def open_tensors(path: str | Path, *, what: str, format: str, version: int) -> t
             f"{path} cannot be read as safetensors, it is damaged or another kind of file: {error}"
         ) from error
     if metadata.get("format") != format:
-        raise ValueError(f"{path} is no {what} of prox24_lightning (its format is {metadata.get('format')!r})")
+        raise ValueError(f"{path} is no {what} of prox24_lightning (its format is {metadata.get('format')!r:.50})")
     if metadata.get("version") != str(version):
         raise ValueError(
-            f"{path} is of version {metadata.get('version')!r}, this release reads {version}; update prox24_lightning"
+            f"{path} is of version {metadata.get('version')!r:.50}, this release reads {version}; "
+            "update prox24_lightning"
         )
     return handle, metadata
 

@@ -147,7 +147,7 @@ class PackedFile:
             parts = entry.layout(name, self._layout.get(f"{name}.values", (torch.uint8, ()))[0])
             if any(self._layout.get(part) != expected for part, expected in parts.items()):
                 found = {part: self._layout.get(part) for part in parts}
-                raise ValueError(f"{name} of shape {entry.shape} does not fit what is stored: {found}")
+                raise ValueError(f"{name} of shape {entry.shape!s:.100} does not fit what is stored: {found}")
             accounted |= set(parts)
         self._dense = stored - accounted
         if set(self._hashes) != stored:
@@ -155,7 +155,7 @@ class PackedFile:
         whole = self._dense | set(self.packed)
         for alias, owner in self._aliases.items():
             if not isinstance(owner, str) or owner not in whole or alias in whole:
-                raise ValueError(f"{alias} shares the tensor {owner!r}, which is not stored")
+                raise ValueError(f"{alias:.100} shares the tensor {owner!r:.100}, which is not stored")
 
 
 def _read_entry(name: str, entry: Any) -> PackedEntry:

@@ -15,6 +15,9 @@ from prox24_lightning.convert.format.packed_weight import PackedWeight
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.utils.files import PACKED_FILE, PACKED_INDEX, write_text
+from prox24_lightning.utils.safetensors_file import json_object
+
+_LONGEST_NAME = 255  # of a file
 
 
 class PackedModel:
@@ -98,7 +101,7 @@ def open_packed(path: str | Path) -> PackedModel:
 
     Raises:
         FileNotFoundError: if there is no such file, or one that the index names is missing.
-        ValueError: if a file is damaged, or the index is none.
+        ValueError: if a file is damaged, or the index is none or does not list what its files hold.
     """
     path = Path(path)
     if path.is_dir():
@@ -106,11 +109,25 @@ def open_packed(path: str | Path) -> PackedModel:
     if path.name != PACKED_INDEX:
         return PackedModel([PackedFile(path)], path)
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [path.parent / Path(name).name for name in names]
+        weight_map = json_object(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names or not all(_is_file_name(name) for name in names):
+            raise ValueError("it names no files of its folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of packed files: {error}; fetch or write the folder again") from error
-    return PackedModel([PackedFile(file) for file in files], path)
+    files = [PackedFile(path.parent / name) for name in names]
+    stored = {tensor: file.path.name for file in files for tensor in file.stored_names}
+    if differing := {tensor for tensor, _ in stored.items() ^ weight_map.items()}:
+        raise ValueError(
+            f"{path} and its files do not belong together, they differ in {min(differing):.100}: fetch or write the "
+            "folder again"
+        )
+    return PackedModel(files, path)
+
+
+def _is_file_name(name: str) -> bool:
+    """Return whether a name from an index is one of a file beside it."""
+    return Path(name).name == name and name.endswith(".safetensors") and len(name) <= _LONGEST_NAME
 
 
 def write_packed_files(
