@@ -17,6 +17,7 @@ from prox24_lightning.solvers.parallel import solve_rows_in_parallel
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.weights.experts import expert_matrices, from_expert_matrices
 from prox24_lightning.weights.selection import GroupedWeight
+from prox24_lightning.weights.sharded import local_part, part_of, whole
 
 HESSIAN_BYTES = 2**31
 """Memory for Hessians: so many experts are solved at a time, and the calibration inputs run once for each such part."""
@@ -28,7 +29,7 @@ class SolvedExperts:
 
     Attributes:
         weight: which parameter; its values are written.
-        mask: bool, of its shape.
+        mask: bool, of its shape; of a sharded parameter this rank's part.
         solution: of all experts' matrices, one below the other; losses count by each expert's share of the tokens.
         tokens: of each expert. One without a token keeps its largest weights.
     """
@@ -93,7 +94,7 @@ def _order_of_use(module: nn.Module, runs: Sequence[Callable[[], Any]], names: s
 def _solve(
     weight: GroupedWeight, runs: Sequence[Callable[[], Any]], config: SolverConfig, by_rows: bool
 ) -> SolvedExperts:
-    matrices = expert_matrices(weight.parameter, weight.input_dim)
+    matrices = expert_matrices(whole(local_part(weight.parameter), weight.parameter), weight.input_dim)
     columns = matrices.shape[2]
     at_once = max(1, HESSIAN_BYTES // (4 * columns**2))
     parts: list[Solution] = []
@@ -105,13 +106,13 @@ def _solve(
             tokens.append(hessians[expert].tokens)
             parts.append(_solve_one(weight, matrices[expert], hessians[expert], expert, config, by_rows))
     shares = [count / max(1, sum(tokens)) for count in tokens]
-    whole = Solution.joined([_weighted(part, share) for part, share in zip(parts, shares, strict=True)])
-    solution = replace(whole, seconds=sum(part.seconds for part in parts))
+    joined = Solution.joined([_weighted(part, share) for part, share in zip(parts, shares, strict=True)])
+    solution = replace(joined, seconds=sum(part.seconds for part in parts))
     values, mask = (
         from_expert_matrices(flat.view_as(matrices), weight.input_dim) for flat in (solution.weight, solution.mask)
     )
-    weight.parameter.copy_(values)
-    return SolvedExperts(weight, mask, solution, tuple(tokens))
+    local_part(weight.parameter).copy_(part_of(values, weight.parameter))
+    return SolvedExperts(weight, part_of(mask, weight.parameter), solution, tuple(tokens))
 
 
 def _hessians(
@@ -124,7 +125,7 @@ def _hessians(
                 if expert in found:
                     found[expert].add(rows)
     for hessian in found.values():
-        hessian.all_reduce(columns, weight.parameter.device)
+        hessian.all_reduce(columns, local_part(weight.parameter).device)
     return found
 
 

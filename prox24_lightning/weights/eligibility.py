@@ -9,6 +9,7 @@ from prox24_lightning.weights.groups import Dim, Geometry
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.used_weight import why_recomputed
 
+UNKNOWN_KIND = "is neither a linear layer nor a convolution"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -35,7 +36,7 @@ def fit_groups(module: nn.Module, parameter_name: str, parameter: Tensor, geomet
     elif parameter_name != "weight" or not (
         isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or is_transposed_linear(module)
     ):
-        return f"{type(module).__name__} is neither a linear layer nor a convolution", 0
+        return f"{type(module).__name__} {UNKNOWN_KIND}", 0
     if isinstance(module, _CONVOLUTIONS) and parameter.shape[1] == 1:
         return "depthwise convolution: one input channel a filter", 0
     sides = {"input": inputs, "output": outputs}

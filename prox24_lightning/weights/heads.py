@@ -36,7 +36,10 @@ def output_heads(model: nn.Module) -> set[nn.Module]:
         heads.update(_behind_base_model(module))
     heads.update(_named(model))
     heads.update(_of_classes(model))
-    heads.update(_unconsumed(_wrappers(model)[-1], heads))
+    inner = _wrappers(model)[-1]
+    taken = set(_sizes_taken(inner, heads))
+    for part in (inner, *inner.children()):
+        heads.update(_unconsumed(part, heads, taken))
     return heads
 
 
@@ -99,19 +102,19 @@ def _of_classes(model: nn.Module) -> Iterator[nn.Module]:
             yield layer
 
 
-def _unconsumed(model: nn.Module, heads: set[nn.Module]) -> Iterator[nn.Module]:
-    """Yield the last layers of a model's class whose outputs have a size that no other parameter takes.
+def _unconsumed(model: nn.Module, heads: set[nn.Module], taken: set[int]) -> Iterator[nn.Module]:
+    """Yield the last layers of a model's class whose outputs have a size that nothing else takes.
 
     Args:
         model: looked at without its wrappers.
-        heads: layers that are known as heads; they take and give nothing here.
+        heads: layers that are known as heads.
+        taken: the sizes of inputs of all that is no head.
     """
     if isinstance(model, (nn.Sequential, *_LISTS)):
         return
     layers = [layer for layer in model.modules() if _is_layer(layer)]
     direct = {getattr(child, "_orig_mod", child) for child in model.children()}
     known = not heads.isdisjoint(layers)
-    taken = set(_sizes_taken(model, heads))
     first: nn.Module | None = None
     for layer in reversed(layers):
         if layer in heads:

@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from prox24_lightning.weights.eligibility import fit_groups
+from prox24_lightning.weights.eligibility import UNKNOWN_KIND, fit_groups
 from prox24_lightning.weights.experts import expert_input_dim, is_expert_parameter
 from prox24_lightning.weights.groups import MATRIX_DIMS, Dim, Geometry
 from prox24_lightning.weights.heads import output_heads
@@ -95,16 +95,19 @@ class Selection:
     def warning(self) -> str | None:
         """Return a warning about large parts that stay dense though nobody asked for it, None if there are none.
 
-        These are experts, most of a mixture's weights, and layers under LoRA adapters. A model with such a part is far
-        from 2:4, whatever becomes of the rest.
+        These are experts (most of a mixture), layers under LoRA adapters, and modules of unknown kinds that hold a
+        tenth of the weights or more. A model with such a part is far from 2:4, whatever becomes of the rest.
         """
         own = ("skip=", "not among", "frozen", "output head", "tied")
         experts = [w for w in self.skipped if w.experts and not w.reason.startswith(own)]
         adapted = [w for w in self.skipped if w.reason == _ADAPTED] if self.chosen else []
-        parts = [part for part in (experts, adapted) if part]
+        unknown = [w for w in self.skipped if w.reason.endswith(UNKNOWN_KIND) and not w.experts]
+        whole = sum(weight.parameter.numel() for weight in self.chosen) + sum(math.prod(w.shape) for w in self.skipped)
+        if 10 * sum(math.prod(weight.shape) for weight in unknown) < whole:
+            unknown = []
+        parts = [part for part in (experts, adapted, unknown) if part]
         if not parts:
             return None
-        whole = sum(weight.parameter.numel() for weight in self.chosen) + sum(math.prod(w.shape) for w in self.skipped)
         texts = []
         for part in parts:
             share = 100 * sum(math.prod(weight.shape) for weight in part) / whole

@@ -10,6 +10,7 @@ from prox24_lightning.calibration.expert_inputs import expert_inputs
 from prox24_lightning.layerwise import prune_layerwise
 from prox24_lightning.mask import is_24, mask_24
 from prox24_lightning.solvers import experts as solve_module
+from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.layer import solve_layer
 from prox24_lightning.weights.experts import expert_matrices
@@ -33,7 +34,7 @@ def calibrated(transposed=False, batches=3, index=None):
 def test_each_expert_is_what_solve_layer_makes_of_it(transposed, method):
     mixture, weights, runs, calls = calibrated(transposed)
     dense = {weight.parameter_name: weight.parameter.detach().clone() for weight in weights}
-    for solved in solve_experts(weights, runs, method=method, **FAST):
+    for solved in solve_experts(weights, runs, config=SolverConfig(method=method, **FAST)):
         name = solved.weight.parameter_name
         seen = [expert_inputs(mixture.experts, call, {})[name] for call in calls]
         for expert, matrix in enumerate(expert_matrices(dense[name], solved.weight.input_dim)):
@@ -49,7 +50,7 @@ def test_each_expert_is_what_solve_layer_makes_of_it(transposed, method):
 def test_down_is_solved_on_what_pruned_experts_hand_on():
     mixture, weights, runs, _ = calibrated()
     orders = []
-    for solved in solve_experts(weights, runs, **FAST):
+    for solved in solve_experts(weights, runs, config=SolverConfig(**FAST)):
         orders.append(solved.weight.parameter_name)
         assert is_24(mixture.experts.gate_up_proj, dim=2)
     assert orders == ["gate_up_proj", "down_proj"]
@@ -60,7 +61,7 @@ def test_fewer_hessians_at_a_time_give_the_same(monkeypatch):
     for limit in (2**31, 1):
         monkeypatch.setattr(solve_module, "HESSIAN_BYTES", limit)
         mixture, weights, runs, _ = calibrated()
-        list(solve_experts(weights, runs, **FAST))
+        list(solve_experts(weights, runs, config=SolverConfig(**FAST)))
         results.append({name: parameter.detach().clone() for name, parameter in expert_weights(mixture).items()})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -69,7 +70,7 @@ def test_an_expert_without_tokens_keeps_its_largest_weights():
     index = torch.arange(40).remainder(2)[:, None], torch.ones(40, 1)
     mixture, weights, runs, _ = calibrated(index=index)
     dense = mixture.experts.gate_up_proj.detach().clone()
-    solved = next(iter(solve_experts(weights, runs, **FAST)))
+    solved = next(iter(solve_experts(weights, runs, config=SolverConfig(**FAST))))
     assert solved.tokens == (60, 60, 0, 0)
     assert solved.note.startswith("2 of 4 experts saw no token: mask by magnitude")
     for expert in (2, 3):
@@ -83,7 +84,7 @@ def test_block_geometry_goes_along_both_sides_of_each_matrix():
     mixture = Mixture()
     weights = [weight for weight in select_weights(mixture, geometry="block") if weight.is_experts]
     x = torch.randn(40, WIDTH)
-    for solved in solve_experts(weights, [lambda: mixture.experts(x, *mixture.route(x))], **FAST):
+    for solved in solve_experts(weights, [lambda: mixture.experts(x, *mixture.route(x))], config=SolverConfig(**FAST)):
         assert is_24(solved.weight.parameter, dim=1)
         assert is_24(solved.weight.parameter, dim=2)
 

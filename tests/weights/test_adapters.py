@@ -9,7 +9,6 @@ from torch import nn
 
 from prox24_lightning.weights.selection import select_weights
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
 
 

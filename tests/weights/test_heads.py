@@ -242,6 +242,8 @@ OWN: dict[str, tuple[nn.Module, set[str]]] = {
     "heads of attention": (Language(), {"to_tokens"}),
     "a gate is no head": (Gated(), {"down"}),
     "inside a LightningModule": (Task(TorchvisionLike()), {"model.fc"}),
+    "beside another model": (Task(TorchvisionLike(), teacher=mlp(12)), {"model.fc"}),
+    "a model whose outputs another takes": (Task(Gated(), decoder=mlp()), set()),
     "a LightningModule's own head": (
         Task(mlp(16), head=nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16))),
         {"head.1"},

@@ -148,3 +148,17 @@ def test_bad_selections_are_refused(arguments, words):
 def test_weights_without_values_are_refused(model):
     with pytest.raises(ValueError, match="has no values yet"):
         select_weights(model)
+
+
+class OwnLinear(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size, size))
+
+
+def test_a_large_part_of_an_unknown_kind_is_named_in_a_warning():
+    selection = select_weights(nn.Sequential(nn.Linear(8, 8), OwnLinear(8), OwnLinear(8)))
+    assert selection.warning() == (
+        "1.weight and 1 more stay dense, 67 % of the weights: OwnLinear is neither a linear layer nor a convolution"
+    )
+    assert select_weights(nn.Sequential(nn.Linear(32, 32), OwnLinear(4))).warning() is None
