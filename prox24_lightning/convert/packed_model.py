@@ -23,6 +23,9 @@ from prox24_lightning.weights.eligibility import fit_groups
 from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
 from prox24_lightning.weights.names import clean_name, matching
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of linear layers that servers such as vLLM run as one."""
+
 
 @dataclass(frozen=True)
 class Packable:
@@ -80,7 +83,20 @@ def find_packable(
             dense[name] = reason
     if unused:
         raise ValueError(f"{sorted(unused)[0]!r} matches no weight of the model; check it for typing errors")
+    if targets is None:
+        _keep_fused_together(dims, dense)
     return Packable(dims, dense)
+
+
+def _keep_fused_together(dims: dict[str, int], dense: dict[str, str]) -> None:
+    """Store the weights that servers run as one layer packed as a whole or dense as a whole."""
+    own = dict(dense)
+    for name in list(dims):
+        parent, _, last = name.removesuffix(".weight").rpartition(".")
+        group = next((group for group in FUSED if last in group), ())
+        if stored := [other for other in group if f"{parent}.{other}.weight" in own]:
+            dense[name] = f"servers run it as one layer with {stored[0]}, which is stored dense"
+            del dims[name]
 
 
 def _groups_dim(weight: Tensor, dim: Any, other: Any) -> int | Violations:

@@ -172,7 +172,10 @@ def _name_loader(config: Path, written: PackedModel, model: str) -> None:
         "quant_method": QUANT_METHOD,
         "version": VERSION,
         "weights_file": written.path.name,
+        "modules_to_not_convert": sorted(name.rpartition(".")[0] for name in written.info["dense"]),
     }
+    if columns := sorted(name for name, entry in written.packed.items() if entry.dim != 1):
+        content["quantization_config"]["packed_along_outputs"] = columns
     content["architectures"] = [model]
     content["dtype"] = str(_most_common_dtype(written)).removeprefix("torch.")
     write_text(config, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -42,12 +42,13 @@ class Prox24Config(QuantizationConfigMixin):
     Args:
         version: of the packed format.
         weights_file: ``packed.safetensors``, or ``packed.safetensors.index.json`` of a folder in several files.
+        entries: for other hosts (``modules_to_not_convert``, ``packed_along_outputs``); kept as they are.
 
     Raises:
         ValueError: for a version that this release does not read, or a file name with a path.
     """
 
-    def __init__(self, version: int = VERSION, weights_file: str = PACKED_FILE, **unused: Any) -> None:
+    def __init__(self, version: int = VERSION, weights_file: str = PACKED_FILE, **entries: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         if version != VERSION:
             raise ValueError(
@@ -58,6 +59,7 @@ class Prox24Config(QuantizationConfigMixin):
             raise ValueError(f"weights_file={weights_file!r} of the quantization_config is not a packed file")
         self.version = version
         self.weights_file = weights_file
+        vars(self).update({key: value for key, value in entries.items() if key != "quant_method"})
 
 
 class Prox24Quantizer(HfQuantizer):

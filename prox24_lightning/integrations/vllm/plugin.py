@@ -1,0 +1,179 @@
+"""What vLLM asks of a quantization method, for packed 2:4 weights.
+
+vLLM runs query, key and value projections, and gate and up projections, as one layer each: such a group is packed as a
+whole or dense as a whole (:func:`~prox24_lightning.convert.packed_model.find_packable` sees to it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from prox24_lightning.convert.autotune.kernel_table import BUCKETS
+from prox24_lightning.convert.autotune.tune import kernel_tables
+from prox24_lightning.convert.convert import target_of
+from prox24_lightning.convert.eligibility import check_layer
+from prox24_lightning.convert.format.header import VERSION
+from prox24_lightning.convert.format.packed_weight import PackedWeight, check_packed, unpack_24
+from prox24_lightning.convert.kernels.packed_buffer import to_buffer
+from prox24_lightning.convert.layers.linear_op import packed_linear
+from prox24_lightning.io.packed_folder import QUANT_METHOD
+
+
+@register_quantization_config(QUANT_METHOD)
+class Prox24Config(QuantizationConfig):
+    """The ``quantization_config`` of a packed folder.
+
+    Args:
+        dense: names of the linear layers that are stored dense, as Hugging Face has them.
+    """
+
+    def __init__(self, dense: list[str]) -> None:
+        super().__init__()
+        self.dense = dense
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Prox24Config:
+        """Read the entry of ``config.json``.
+
+        Raises:
+            ValueError: for a version of the format that this release does not read.
+        """
+        if config.get("version") != VERSION or "modules_to_not_convert" not in config:
+            raise ValueError(
+                f"this folder is packed in version {config.get('version')!r} of the format, and this release of "
+                f"prox24_lightning serves version {VERSION}: write the folder again with `prox24 convert`"
+            )
+        if columns := config.get("packed_along_outputs"):
+            raise ValueError(
+                f"{columns[0]} is not packed along its second dimension, which vLLM cannot load: serve the dense form "
+                "(`prox24 convert FOLDER OUT --form dense`)"
+            )
+        return cls(list(config["modules_to_not_convert"]))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.dense = hf_to_vllm_mapper.apply_list(self.dense)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        """Return how ``layer`` runs; None leaves embeddings and heads to vLLM.
+
+        Raises:
+            ValueError: for a layer of several weights of which only some are packed.
+        """
+        if not isinstance(layer, LinearBase):
+            return None
+        parent, _, last = prefix.rpartition(".")
+        members = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(last, [last])]
+        dense = [name for name in members if name in self.dense]
+        if len(dense) == len(members):
+            return UnquantizedLinearMethod()
+        if dense:
+            raise ValueError(
+                f"vLLM runs {', '.join(members)} as one layer, and {', '.join(dense)} is stored dense: write the "
+                "folder again with `prox24 convert`, which stores such a group dense as a whole"
+            )
+        return Prox24LinearMethod(prefix)
+
+
+@register_weight_loader_v2_supported_method
+class Prox24LinearMethod(LinearMethodBase):
+    """A linear layer with a packed weight: on sparse tensor cores, or expanded where there are none.
+
+    Args:
+        name: of the layer, for errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.kernels: str | None = None
+        self._dense = UnquantizedLinearMethod()
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give ``layer`` the parameters that the file's tensors are loaded into.
+
+        Raises:
+            ValueError: if a rank's part of the inputs ends inside a byte of indices.
+        """
+        rows, columns = sum(output_partition_sizes), input_size_per_partition
+        if columns % 8:
+            raise ValueError(
+                f"{self.name} has {columns} of {input_size} inputs on a rank, and packed weights are cut at multiples "
+                "of 8: choose another tensor_parallel_size"
+            )
+        # A module in the weight's place: in the file its tensors are called weight.values and weight.indices.
+        layer.weight = nn.Module()
+        for name, width, dtype in (("values", columns // 2, params_dtype), ("indices", columns // 8, torch.uint8)):
+            parameter = ModelWeightParameter(
+                data=torch.empty(rows, width, dtype=dtype),
+                input_dim=1,
+                output_dim=0,
+                weight_loader=extra_weight_attrs["weight_loader"],
+            )
+            layer.weight.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Exchange the loaded tensors for the kernels' buffer, measured for this GPU, or for the dense weight."""
+        values, indices = (layer.get_parameter(f"weight.{part}").data for part in ("values", "indices"))
+        del layer.weight
+        shape = values.shape[0], 2 * values.shape[1]
+        packed = PackedWeight(values, indices, shape)
+        check_packed(packed, name=self.name)
+        self.kernels = self._chosen_kernels(packed)
+        if self.kernels is None:
+            layer.register_parameter("weight", nn.Parameter(unpack_24(packed), requires_grad=False))
+            self._dense.process_weights_after_loading(layer)
+        else:
+            layer.register_parameter("packed", nn.Parameter(to_buffer(packed), requires_grad=False))
+
+    def _chosen_kernels(self, packed: PackedWeight) -> str | None:
+        """The kernels of this shape; None where the layer cannot run sparse or would be slower."""
+        target = target_of(packed.device)
+        with torch.device("meta"):
+            linear = nn.Linear(packed.shape[1], packed.shape[0], bias=False, dtype=packed.dtype)
+        if target is None or not check_layer(linear, name=self.name, target=target, values=False).runs:
+            return None
+        tables = kernel_tables([packed.shape], packed.dtype, token_counts=BUCKETS, device=packed.device)
+        return tables[packed.shape].text
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x @ weight.T + bias``."""
+        if self.kernels is None:
+            return self._dense.apply(layer, x, bias)
+        rows, columns = layer.output_size_per_partition, x.shape[-1]
+        return packed_linear(x, layer.packed, None, bias, x.dtype, rows, columns, self.kernels)

@@ -1,0 +1,192 @@
+"""vLLM answers from packed folders as transformers does from the dense model; run by ``make test-vllm``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+import transformers as hf  # noqa: E402
+from tiny_language import tiny_tokenizer  # noqa: E402
+
+from prox24_lightning.convert import find_packable  # noqa: E402
+from prox24_lightning.io.packed_folder import save_folder  # noqa: E402
+from prox24_lightning.mask import mask_24  # noqa: E402
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 62,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+MODELS = {
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig),
+    "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config),
+    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config),
+}
+TOKENS = 64
+
+
+def sparse_model(name, dense=()):
+    """A 2:4 model with random weights that are large enough for its tokens to differ."""
+    kind, config = MODELS[name]
+    torch.manual_seed(0)
+    model = kind(config(**SIZES, **({"head_dim": 32} if name == "qwen3" else {}))).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+            if "proj" in key and parameter.dim() == 2 and not any(part in key for part in dense):
+                parameter.mul_(mask_24(parameter))
+    return model
+
+
+def pack(folder, model):
+    save_folder(folder, model, find_packable(model), source="a test")
+    return folder
+
+
+def prompts():
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(2, 62, (length,), generator=draw).tolist() for length in (5, 9, 1, 17, 3, 8, 12, 2) * 2]
+
+
+def by_transformers(model, prompt):
+    ids = torch.tensor([prompt])
+    settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+
+
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+folder, eager, asked = sys.argv[1], sys.argv[2] == "eager", json.loads(sys.argv[3])
+llm = LLM(folder, dtype="float32", enforce_eager=eager, max_model_len=128, skip_tokenizer_init=True, seed=0)
+settings = SamplingParams(temperature=0, max_tokens={tokens}, ignore_eos=True, detokenize=False)
+answers = []
+for batch in asked:
+    found = llm.generate([dict(prompt_token_ids=prompt) for prompt in batch], settings)
+    answers.append([list(one.outputs[0].token_ids) for one in found])
+print("ANSWERS", json.dumps(answers))
+"""
+
+
+def served(folder, batches, *, eager=True):
+    """Answers of vLLM in a process of its own; its engine is another process, which finds the plugin by itself."""
+    code = SERVE.replace("{tokens}", str(TOKENS))
+    words = [sys.executable, "-c", code, str(folder), "eager" if eager else "compiled", json.dumps(batches)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=280)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
+    assert lines, (done.stdout + done.stderr)[-3000:]
+    return json.loads(lines[-1].removeprefix("ANSWERS "))
+
+
+@pytest.mark.parametrize(("name", "eager"), [("llama", True), ("qwen2", True), ("qwen3", True), ("llama", False)])
+def test_the_same_tokens_as_transformers(name, eager, tmp_path):
+    model = sparse_model(name)
+    folder = pack(tmp_path / "packed", model)
+    asked = prompts()
+    expected = [by_transformers(model, prompt) for prompt in asked]
+    batches = [asked[:1], asked[:4], asked]
+    for batch, answers in zip(batches, served(folder, batches, eager=eager), strict=True):
+        assert answers == expected[: len(batch)]
+    assert len({tuple(answer) for answer in expected}) > 8, "the prompts lead to different answers"
+
+
+def test_groups_that_run_as_one_layer_are_dense_as_a_whole(tmp_path):
+    model = sparse_model("llama", dense=("k_proj", "layers.0.mlp.up_proj"))
+    packable = find_packable(model)
+    stored = {name for name in packable.dense if "proj" in name}
+    assert "model.layers.0.self_attn.q_proj.weight" in stored
+    assert "model.layers.0.mlp.gate_proj.weight" in stored
+    assert "model.layers.1.mlp.gate_proj.weight" in packable.dims
+    folder = pack(tmp_path / "packed", model)
+    asked = prompts()[:2]
+    assert served(folder, [asked]) == [[by_transformers(model, prompt) for prompt in asked]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 9}, "packed in version 9 of the format"),
+        ({"modules_to_not_convert": ["model.layers.0.self_attn.k_proj"]}, "as one layer"),
+        ({"packed_along_outputs": ["model.layers.0.mlp.up_proj.weight"]}, "which vLLM cannot load"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(change, message, tmp_path):
+    folder = pack(tmp_path / "packed", sparse_model("llama"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AssertionError, match=message):
+        served(folder, [prompts()[:1]])
+
+
+def test_the_server_answers(tmp_path):
+    model = sparse_model("llama")
+    folder, port = pack(tmp_path / "packed", model), free_port()
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    prompt = prompts()[0]
+    expected = tokenizer.decode(by_transformers(model, prompt))
+    words = [
+        "serve",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "128",
+        "--port",
+        str(port),
+    ]
+    server = subprocess.Popen(
+        [str(Path(sys.executable).with_name("vllm")), *words, "--host", "127.0.0.1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    asked = {"model": str(folder), "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    try:
+        answer = post(f"http://127.0.0.1:{port}/v1/completions", asked, server)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    assert answer["choices"][0]["text"].split() == expected.split()
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def post(url, content, server):
+    """Ask until the server is up."""
+    request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    for _ in range(240):
+        assert server.poll() is None, server.stdout.read().decode()[-3000:]
+        try:
+            with urllib.request.urlopen(request, timeout=60) as found:
+                return json.load(found)
+        except urllib.error.URLError:
+            time.sleep(1)
+    raise TimeoutError(url)
