@@ -29,7 +29,7 @@ ROOMS = {
 }
 ROOMS["sparsify"] = {"utils", "weights", "mask", "prox", "schedules", "calibration", "solvers", "finetune", "convert"}
 ROOMS["monitoring"] = {*ROOMS["sparsify"], "sparsify"}
-ROOMS["callbacks"] = {*ROOMS["monitoring"], "monitoring"}
+ROOMS["callbacks"] = {*ROOMS["monitoring"], "monitoring", *ROOMS["io"], "io"}
 ROOMS["integrations"] = {*ROOMS["callbacks"], *ROOMS["io"], "callbacks", "io"}
 ROOMS["cli"] = set(ROOMS) - {"cli"}
 # Import paths that users' files and older READMEs name.

@@ -24,8 +24,11 @@ from prox24_lightning.convert.benchmark.run import empty_report, run_benchmark
 from prox24_lightning.convert.benchmark.settings import Settings
 from prox24_lightning.convert.convert import convert_model
 from prox24_lightning.convert.measurement import release_memory
+from prox24_lightning.convert.packed_model import find_packable
+from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.utils.errors import describe
-from prox24_lightning.utils.module_copy import cast_model
+from prox24_lightning.utils.files import check_folder
+from prox24_lightning.utils.module_copy import cast_model, frozen_copy
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.sharded import is_sharded
@@ -60,10 +63,14 @@ class ConvertAndBenchmark(Callback):
         filename: name of the two files, without ending.
         only_if_faster: a layer that is slower at one of the ``token_counts`` stays dense, and so does a whole model
             that is slower. False converts every layer that can run sparse.
-        run_mode: the times that decide: ``"eager"`` calls, or calls replayed as a CUDA ``"graph"``.
+        run_mode: the times that decide: calls replayed as a CUDA ``"graph"``, as servers and ``accelerate_generation``
+            run a model, or ``"eager"`` calls, where a busy host hides what the GPU gains. The report shows both.
         keep_dense: keep the dense weights too, for the numbers of tokens at which cuBLAS is faster.
         rounds: repetitions of each measurement.
         verbose: print the tables.
+        save_to: folder for the packed model, in ``dtype``: what the run leaves for ``from_pretrained`` and vLLM. Of a
+            module with one Hugging Face model in it, that model, with the module's ``tokenizer`` if it has one. None
+            writes none.
 
     Raises:
         ValueError: for arguments that are wrong whatever the model.
@@ -78,10 +85,11 @@ class ConvertAndBenchmark(Callback):
         dirpath: str | Path | None = None,
         filename: str = "benchmark",
         only_if_faster: bool = True,
-        run_mode: RunMode = "eager",
+        run_mode: RunMode = "graph",
         keep_dense: bool = False,
         rounds: int = 20,
         verbose: bool = True,
+        save_to: str | Path | None = None,
     ) -> None:
         super().__init__()
         if dtype not in get_args(Dtype):
@@ -100,6 +108,7 @@ class ConvertAndBenchmark(Callback):
         self.dirpath = dirpath
         self.filename = filename
         self.verbose = verbose
+        self.save_to = save_to
         self.report: Report | None = None
         self._folder: Path | None = None
         self._catcher: InputCatcher | None = None
@@ -115,6 +124,9 @@ class ConvertAndBenchmark(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = None
+        if self.save_to is not None:
+            check_folder(self.save_to)
+            refuse_dense(self.save_to)
         # trainer.log_dir is a collective call; on_fit_end runs on the first rank only.
         self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
@@ -154,7 +166,7 @@ class ConvertAndBenchmark(Callback):
             _warn(f"ConvertAndBenchmark failed, the run itself is complete: {problem}")
             self.report = replace(empty_report(self.settings), error=problem)
         self._drop_catcher()
-        for publish in (self._print, self._write, self._log):
+        for publish in (self._print, self._write, self._log, self._save):
             try:
                 publish(trainer, self.report)
             except Exception as error:
@@ -213,6 +225,21 @@ class ConvertAndBenchmark(Callback):
         folder = self._folder or Path(trainer.default_root_dir)
         _, page = write_report(report, folder, self.filename)
         rank_zero_info(f"ConvertAndBenchmark: wrote {page} and the same as JSON")
+
+    def _save(self, trainer: Trainer, report: Report) -> None:
+        if self.save_to is None or _is_rehearsal(trainer):
+            return
+        module = trainer.lightning_module
+        if any(is_sharded(parameter) for parameter in module.parameters()):
+            raise ValueError("the model is sharded over several ranks: load the saved model and run `prox24 convert`")
+        model = _hugging_face_model(module) or module
+        companions = [part for part in (getattr(module, "tokenizer", None),) if hasattr(part, "save_pretrained")]
+        copy = cast_model(frozen_copy(model, shared=[trainer, *trainer.loggers]), self.settings.dtype)
+        packable = find_packable(copy)
+        if not packable.dims:
+            raise ValueError(f"no weight is 2:4, so nothing was written to {self.save_to}")
+        written = save_folder(self.save_to, copy, packable, source="a Lightning run", companions=companions)
+        rank_zero_info(f"ConvertAndBenchmark: wrote {len(written.packed)} packed weights to {self.save_to}")
 
     def _log(self, trainer: Trainer, report: Report) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -275,6 +302,12 @@ def _reasons(trainer: Trainer) -> dict[str, str]:
             if callback.phase != "frozen":
                 reasons[weight.module_name] = f"{callback.name} ended in phase {callback.phase!r}, before its freeze"
     return reasons
+
+
+def _hugging_face_model(module: LightningModule) -> Any:
+    """Return the one Hugging Face model among the module's children; None if there is none, or more than one."""
+    found = [child for child in module.children() if hasattr(child, "save_pretrained") and hasattr(child, "config")]
+    return found[0] if len(found) == 1 else None
 
 
 def _is_rehearsal(trainer: Trainer) -> bool:

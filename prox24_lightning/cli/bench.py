@@ -48,7 +48,7 @@ def bench(
     text: Path | None = None,
     sequences: int = 16,
     length: int = 512,
-    run_mode: RunMode = "eager",
+    run_mode: RunMode = "graph",
     convert_all: bool = False,
     keep_dense: bool = False,
     rounds: int = 20,

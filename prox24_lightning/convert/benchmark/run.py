@@ -62,17 +62,32 @@ def run_benchmark(
         if inputs is not None:
             report = time_model(report, model, inputs, settings, here, shared)
     report = replace(report, layers=_outcomes(verdicts, report.shapes, reasons or {}))
-    hidden = [
-        f"{shape.shape} at {', '.join(str(result.tokens) for result in wins)} tokens"
-        for shape in report.shapes
-        if not shape.sparse and (wins := [r for r in shape.tokens if (r.speedup("graph") or 0) > 1])
-    ]
-    if hidden:
-        report = report.with_note(
-            f"Replayed from a CUDA graph, sparse wins for {'; '.join(hidden)}: measure with these token counts only "
-            "and run_mode='graph' if that is how the model is served."
+    return report.with_note(note) if (note := _other_run_mode(report)) else report
+
+
+def _other_run_mode(report: Report) -> str | None:
+    """Say which shapes the other way of running would decide otherwise, and what to do about it."""
+    graph = report.run_mode == "graph"
+    differing = []
+    for shape in report.shapes:
+        if graph:
+            counts = [r.tokens for r in shape.tokens if shape.sparse and (r.speedup("eager") or 1) < 1]
+        else:
+            counts = [r.tokens for r in shape.tokens if not shape.sparse and (r.speedup("graph") or 0) > 1]
+        if counts:
+            differing.append(f"{shape.shape} at {', '.join(map(str, counts))} tokens")
+    if not differing:
+        return None
+    shapes = "; ".join(differing)
+    if graph:
+        return (
+            f"Called one by one (eager), the host's work makes sparse slower than dense for {shapes}: run the model "
+            "from CUDA graphs (vLLM, or prox24_lightning.accelerate_generation), or decide with run_mode='eager'."
         )
-    return report
+    return (
+        f"Replayed from a CUDA graph, sparse wins for {shapes}: measure with these token counts only and "
+        "run_mode='graph' if that is how the model is served."
+    )
 
 
 def empty_report(settings: Settings, target: Target | None = None) -> Report:

@@ -31,7 +31,7 @@ class Settings:
     token_counts: tuple[int, ...] = (1, 64, 1024, 4096)
     dtype: torch.dtype = torch.bfloat16
     only_if_faster: bool = True
-    run_mode: RunMode = "eager"
+    run_mode: RunMode = "graph"
     keep_dense: bool = False
     rounds: int = 20
 

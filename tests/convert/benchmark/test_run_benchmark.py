@@ -217,7 +217,10 @@ def test_slow_layers_and_the_note_on_graphs(pretended_gpu, monkeypatch):
 
     monkeypatch.setattr(layer_benchmark, "time_calls", measure)
     net = Net()
-    report = run_benchmark(net, Settings(**QUICK), inputs=whole(net))
+    by_graph = run_benchmark(net, Settings(**QUICK), inputs=whole(net))
+    assert by_graph.names("sparse") == ("body.0", "body.2", "last")
+    assert "Called one by one (eager), the host's work makes sparse slower" in by_graph.notes[0]
+    report = run_benchmark(net, Settings(**QUICK, run_mode="eager"), inputs=whole(net))
     assert report.names("sparse") == ()
     assert {layer.name: layer.why for layer in report.layers}["last"] == (
         "slower (eager: 0.50 x at 1, 0.50 x at 64 tokens): stays dense"
@@ -231,7 +234,7 @@ def test_a_model_that_gets_slower_stays_dense_whole(pretended_gpu):
     net = Net()
     report = run_benchmark(net, Settings(**QUICK), inputs=whole(net))
     assert report.names("sparse") == ()
-    assert "the whole model is slower with it (0.91 x, eager): stays dense" in report.layers[0].why
+    assert "the whole model is slower with it (0.91 x, graph): stays dense" in report.layers[0].why
 
 
 def test_a_layer_that_cannot_be_measured_stays_dense_and_the_rest_goes_on(pretended_gpu, monkeypatch):
