@@ -229,7 +229,7 @@ def test_packed_weights_become_sparse_layers_without_being_expanded(tmp_path, pr
         attention_bias=True,
     )
     torch.manual_seed(0)
-    model = prune(hf.LlamaForCausalLM(config).bfloat16(), skip=("model.layers.1.mlp.up_proj", "lm_head"))
+    model = prune(hf.LlamaForCausalLM(config).bfloat16(), skip=("model.layers.1.mlp.down_proj", "lm_head"))
     file = packed(tmp_path, model)
     with EmptyOnMeta():
         twin = hf.LlamaForCausalLM(config)
@@ -352,3 +352,21 @@ def test_writing_and_loading_take_the_memory_of_one_layer(tmp_path):
         load_packed(model, file)
     # What was there before is freed as its successor comes.
     assert 8 * layer < loading.peak < 13 * layer
+
+
+def test_layers_that_servers_run_as_one_are_packed_together_or_not_at_all():
+    config = hf.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64
+    )
+    torch.manual_seed(0)
+    model = prune(
+        hf.LlamaForCausalLM(config), skip=("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.gate_proj", "lm_head")
+    )
+    packable = find_packable(model)
+    fused = [f"model.layers.0.self_attn.{name}.weight" for name in ("q_proj", "k_proj")] + [
+        "model.layers.1.mlp.up_proj.weight"
+    ]
+    assert all("servers run it as one layer" in packable.dense[name] for name in fused)
+    assert len(packable.dims) == 14 - 5
+    named = find_packable(model, targets=["model.layers.0.self_attn.q_proj"])
+    assert list(named.dims) == ["model.layers.0.self_attn.q_proj.weight"]
