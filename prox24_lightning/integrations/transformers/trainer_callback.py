@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 from typing_extensions import override
 
+from prox24_lightning.integrations.transformers.checkpoint_state import CheckpointState
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sparsify.config import Metric, Refit, SparsifyConfig, StrategyName
 from prox24_lightning.sparsify.controller import SparsifyController
 from prox24_lightning.sparsify.phases import Phase
 from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
-from prox24_lightning.utils.files import save_object
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.selection import GroupedWeight, Selection
 
@@ -28,9 +28,11 @@ class Prox24TrainerCallback(TrainerCallback):
     """:class:`~prox24_lightning.Prox24` for ``transformers.Trainer``: the same arguments, phases and results.
 
     ``Trainer(..., callbacks=[Prox24TrainerCallback(start=0.5, freeze=0.8)])``. The state goes into every checkpoint
-    folder and is taken up from there by ``trainer.train(resume_from_checkpoint=...)``; a folder that was moved out of
-    ``output_dir`` is named by ``resume_from``. The final masks go to ``masks_file``, or anywhere by :meth:`save_masks`.
-    The best checkpoint (``load_best_model_at_end``) is the best since the freeze: those before it are not 2:4.
+    folder, and ``trainer.train(resume_from_checkpoint=...)`` goes on from there; name a folder that was moved out of
+    ``output_dir`` by ``resume_from``. The run stops before a checkpoint with NaN or infinite weights is written. A
+    checkpoint that a kill has left without its state is refused. The final masks go to ``masks_file``, or anywhere by
+    :meth:`save_masks`. The best checkpoint (``load_best_model_at_end``) is the best since the freeze: those before it
+    are not 2:4.
 
     Args:
         resume_from: the checkpoint folder that the run is resumed from, where it is not ``output_dir/checkpoint-STEP``.
@@ -83,6 +85,8 @@ class Prox24TrainerCallback(TrainerCallback):
             verbose=verbose,
         )
         self.resume_from = resume_from
+        self._files: CheckpointState | None = None
+        self._prepared: int | None = None
         self._controller = SparsifyController(self.config)
 
     @property
@@ -134,14 +138,17 @@ class Prox24TrainerCallback(TrainerCallback):
         if self.config.verbose and state.is_world_process_zero:
             steps = f"from step {controller.start_step} to step {controller.freeze_step}"
             print_selection(controller.selection, f"{self.config.name}: 2:4 {steps}")
-        loaded: dict[str, Any] = {}
-        if state.global_step:
-            path = self._state_file(self.resume_from or _checkpoint(args, state))
-            if path.exists():
-                loaded = torch.load(path, weights_only=True, map_location="cpu")
-            else:
-                warnings.warn(f"there is no {path}; name the checkpoint's folder as resume_from", stacklevel=2)
+        self._files = CheckpointState(args.output_dir or ".", self.config.name, controller.weights)
+        loaded = self._files.read(state.global_step, self.resume_from) if state.global_step else {}
+        if state.global_step and not loaded:
+            folder = self.resume_from or self._files.folder(state.global_step)
+            warnings.warn(
+                f"there is no {self.config.name}.pt in {folder}; name the checkpoint's folder as resume_from",
+                stacklevel=2,
+            )
         controller.restore(loaded, state.global_step)
+        if state.is_world_process_zero:
+            self._files.begin(state.global_step, resumed=bool(loaded))
         controller.bind(optimizers)
 
     @override
@@ -151,10 +158,34 @@ class Prox24TrainerCallback(TrainerCallback):
         self._controller.before_batch(_bare(kwargs["optimizer"]))
 
     @override
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            self._prepare_checkpoint(state)
+
+    @override
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self._prepare_checkpoint(state)
+
+    @override
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.save_strategy == SaveStrategy.BEST:  # transformers decides between here and the checkpoint
+            self._prepare_checkpoint(state)
+
+    @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        content = self._controller.state_dict()
-        if state.is_world_process_zero:
-            save_object(self._state_file(_checkpoint(args, state)), content)
+        if self._files is None:
+            return
+        if self._prepared == state.global_step:
+            if state.is_world_process_zero:
+                self._files.finish(state.global_step)
+        else:  # a callback after this one has asked for the checkpoint
+            content = self._controller.state_dict()
+            if state.is_world_process_zero:
+                self._files.write(state.global_step, content)
+        self._prepared = None
 
     @override
     def on_train_end(
@@ -163,14 +194,16 @@ class Prox24TrainerCallback(TrainerCallback):
         self._controller.unbind()
         self._controller.check_end()
         self._controller.write_masks()
+        self._files = None
 
-    def _state_file(self, checkpoint: str | Path) -> Path:
-        """Beside what transformers writes into the folder of a checkpoint."""
-        return Path(checkpoint) / f"{self.config.name}.pt"
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+    def _prepare_checkpoint(self, state: TrainerState) -> None:
+        """Write the state for a checkpoint that transformers writes next; stop before it if weights are not finite."""
+        if self._files is None or self._prepared == state.global_step:
+            return
+        content = self._controller.state_dict()
+        if state.is_world_process_zero:
+            self._files.prepare(state.global_step, content)
+        self._prepared = state.global_step
 
 
 def _forget_best(state: TrainerState) -> None:
