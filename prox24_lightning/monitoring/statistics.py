@@ -108,7 +108,7 @@ def look(
         comparable = last is not None and last.scaled == mask.scaled and last.code.device == code.device
         flips = sums.new_zeros(())
         if last is not None and comparable:
-            counted = measured is not None and last.code.data_ptr() == measured.before.data_ptr()
+            counted = measured is not None and last.code.data_ptr() == measured.previous_code.data_ptr()
             flips = measured.sums[-1] if measured and counted else flipped_entries(last.code, code)
         strength = strengths[weight.name].detach().float() if weight.name in strengths else sums.new_full((), math.nan)
         extra = [flips, strength]

@@ -50,8 +50,8 @@ def prox_24_batched(
     shape = group_shape(weight.shape, dim)
     if not isinstance(strength, Tensor):
         strength = torch.full((), strength, dtype=compute, device=weight.device)  # a fill: no wait for the device
-    lam = strength.detach().to(weight.device, compute)
-    lam = lam.reshape(()) if lam.numel() == 1 else lam.expand(shape)
+    strength = strength.detach().to(weight.device, compute)
+    strength = strength.reshape(()) if strength.numel() == 1 else strength.expand(shape)
     source, target = quarters(weight, dim), quarters(out.detach(), dim)
     scales = None if scale is None else quarters(scale.detach().to(compute).expand(weight.shape), dim)
     for part in chunks(shape, chunk or chunk_size(weight)):
@@ -60,9 +60,9 @@ def prox_24_batched(
         piece = view.shape
         # Not clone(): a copy that turns (groups, 4) into (4, groups) takes three times as long as arithmetic that does.
         signed = torch.mul(view, 1.0, out=torch.empty(piece, dtype=compute, device=weight.device)).view(4, -1)
-        lam_here = lam if lam.dim() == 0 else lam[part].reshape(-1)
+        strength_here = strength if strength.dim() == 0 else strength[part].reshape(-1)
         scale_here = None if scales is None else scales[where].reshape(4, -1)
-        result = _prox_chunk(signed, lam_here, scale_here, compact=weight.device.type == "cpu")
+        result = _prox_chunk(signed, strength_here, scale_here, compact=weight.device.type == "cpu")
         target[where].copy_(result.view(piece))
     return out
 
@@ -97,26 +97,26 @@ def keep_freed_memory() -> None:
     torch.empty(1 << 24, dtype=torch.uint8)
 
 
-def _prox_chunk(weight: Tensor, lam: Tensor, scale: Tensor | None, *, compact: bool) -> Tensor:
-    """The prox of ``weight`` (4, groups), contiguous; ``lam`` is (groups,) or 0-dim, ``scale`` like ``weight``."""
+def _prox_chunk(weight: Tensor, strength: Tensor, scale: Tensor | None, *, compact: bool) -> Tensor:
+    """The prox of ``weight`` (4, groups), contiguous; ``strength`` is (groups,) or 0-dim, ``scale`` like ``weight``."""
     magnitude = weight.abs()
     y = magnitude if scale is None else magnitude * scale
     if compact and not bool(y.amax().isfinite()):
         # The few groups with an infinity or a NaN go the way that allows for them.
         at = (~y.isfinite()).any(dim=0).nonzero().squeeze(1)
-        lam_at = lam if lam.dim() == 0 else lam.index_select(0, at)
+        strength_at = strength if strength.dim() == 0 else strength.index_select(0, at)
         scale_at = None if scale is None else scale.index_select(1, at)
-        special = _prox_chunk(weight.index_select(1, at), lam_at, scale_at, compact=False)
-        result = _prox_chunk(weight.index_fill(1, at, 0.0), lam, scale, compact=True)
+        special = _prox_chunk(weight.index_select(1, at), strength_at, scale_at, compact=False)
+        result = _prox_chunk(weight.index_fill(1, at, 0.0), strength, scale, compact=True)
         _put(result, at, special)
         return result
     if compact:
-        shrink = _shrink_compact(y, lam)
+        shrink = _shrink_compact(y, strength)
     else:
         ordered = sort_four(y)
-        shrink = _by_rank(y, _shrink_sorted(ordered, lam, compact=False))
+        shrink = _by_rank(y, _shrink_sorted(ordered, strength, compact=False))
         magnitude = torch.where(shrink == _pruned(y), 0.0, magnitude)  # an infinite entry would survive the subtraction
-        broken = ~((ordered[0] >= 0) & (lam >= 0))
+        broken = ~((ordered[0] >= 0) & (strength >= 0))
         if scale is not None:
             broken |= ~((scale > 0) & (scale < torch.inf)).all(dim=0)
         shrink = shrink.masked_fill_(broken, torch.nan)
@@ -130,16 +130,16 @@ def _pruned(y: Tensor) -> float:
     return torch.finfo(y.dtype).max
 
 
-def _capped(y: Tensor, lam: Tensor) -> Tensor:
-    """``lam * y`` with 0 * inf = 0: strength 0 leaves an infinite entry alone, an infinite strength leaves a zero."""
-    return (y * lam).nan_to_num_(nan=0.0, posinf=CAP).clamp_max_(CAP)
+def _capped(y: Tensor, strength: Tensor) -> Tensor:
+    """``strength * y`` with 0 * inf = 0: strength 0 leaves an infinite entry alone, an infinite strength leaves a zero."""
+    return (y * strength).nan_to_num_(nan=0.0, posinf=CAP).clamp_max_(CAP)
 
 
-def _shrink_compact(y: Tensor, lam: Tensor) -> Tensor:
+def _shrink_compact(y: Tensor, strength: Tensor) -> Tensor:
     """How much each entry of ``y`` (4, groups) shrinks: solve only the groups that the cheap tests leave open."""
     ordered = sort_four(y)
     y1, y2, y3, _ = ordered
-    v1, v2, v3 = _capped(y1, lam), _capped(y2, lam), _capped(y3, lam)
+    v1, v2, v3 = _capped(y1, strength), _capped(y2, strength), _capped(y3, strength)
     # Each test is sufficient for two entries; the last one is also necessary where v1^2 + v2^2 <= 1.
     square = torch.addcmul(v1 * v1, v2, v2)
     two = indicator(torch.ge, v1, ALWAYS_TWO)
@@ -148,7 +148,7 @@ def _shrink_compact(y: Tensor, lam: Tensor) -> Tensor:
     two = torch.maximum(two, indicator(torch.le, least, v1.mul_(y2)))
     settled = int(two.sum())
     if settled < (1 - WORTHWHILE) * two.numel():
-        return _by_value(y, ordered, lam)
+        return _by_value(y, ordered, strength)
     shrink = indicator(torch.lt, y, y2).mul_(_pruned(y))
     tie = indicator(torch.eq, y2, y3).mul_(two).mul_(y3)
     if bool(tie.any()):
@@ -157,16 +157,16 @@ def _shrink_compact(y: Tensor, lam: Tensor) -> Tensor:
     if settled < two.numel():
         index = (two == 0).nonzero().squeeze(1)
         some = y.index_select(1, index)
-        lam = lam if lam.dim() == 0 else lam.index_select(0, index)
-        _put(shrink, index, _by_value(some, sort_four(some), lam))
+        strength = strength if strength.dim() == 0 else strength.index_select(0, index)
+        _put(shrink, index, _by_value(some, sort_four(some), strength))
     return shrink
 
 
-def _by_value(y: Tensor, ordered: tuple[Tensor, ...], lam: Tensor) -> Tensor:
+def _by_value(y: Tensor, ordered: tuple[Tensor, ...], strength: Tensor) -> Tensor:
     """Shrinkage in the order of ``y``, by comparing each entry with the sorted ones; where one of two equals is pruned,
     by rank."""
     y1, y2, y3, y4 = ordered
-    s1, s2, s3, s4 = _shrink_sorted(ordered, lam, compact=True)
+    s1, s2, s3, s4 = _shrink_sorted(ordered, strength, compact=True)
     step2, step3, step4 = s2 - s1, s3 - s2, s4 - s3
     shrink = indicator(torch.lt, y, y1).mul_(step2).add_(s1)
     shrink.addcmul_(indicator(torch.lt, y, y2), step3).addcmul_(indicator(torch.lt, y, y3), step4)
@@ -199,15 +199,15 @@ def _put(rows: Tensor | Sequence[Tensor], index: Tensor, values: Tensor | Sequen
         row.scatter_(0, index, value)  # a quarter of the time of index_copy_
 
 
-def _shrink_sorted(ordered: tuple[Tensor, ...], lam: Tensor, *, compact: bool) -> list[Tensor]:
+def _shrink_sorted(ordered: tuple[Tensor, ...], strength: Tensor, *, compact: bool) -> list[Tensor]:
     """How much each of four sorted entries shrinks: the exact answer for every group.
 
-    Where lam multiplies one factor only (``v1 * y2``), it is so that products of small numbers do not underflow.
+    Where strength multiplies one factor only (``v1 * y2``), it is so that products of small numbers do not underflow.
     """
     y1, y2, y3, y4 = ordered
-    v1, v2, v3, v4 = (_capped(y, lam) for y in ordered)
+    v1, v2, v3, v4 = (_capped(y, strength) for y in ordered)
     w1, w2, w3, gain3 = three_sparse(v1, v2, v3, compact=compact)
-    # For v1^2 + v2^2 <= 1 the third entry survives exactly if y3 > lam y1 y2. From ALWAYS_TWO on none does, and capped
+    # For v1^2 + v2^2 <= 1 the third entry survives exactly if y3 > strength y1 y2. From ALWAYS_TWO on none does, and capped
     # entries no longer say which is the larger.
     three = indicator(torch.lt, gain3, 0.0).mul_(indicator(torch.lt, v1, ALWAYS_TWO))
     small = indicator(torch.le, torch.addcmul(v1 * v1, v2, v2), 1.0)
@@ -217,8 +217,8 @@ def _shrink_sorted(ordered: tuple[Tensor, ...], lam: Tensor, *, compact: bool) -
     # any at strength 0. For v1 + v2 + v3 <= 1 the objective is convex on the box [0, v]: there dense wins exactly if
     # the objective falls as the fourth entry leaves 0 at the 3-sparse point. Elsewhere a bound rules most groups out.
     sure = indicator(torch.ge, y4, torch.addcmul(v1 * y2, v1 + v2, y3)).mul_(indicator(torch.gt, y4, 0.0))
-    if lam.dim() or not compact:
-        sure = torch.maximum(sure, indicator(torch.eq, lam, 0.0))
+    if strength.dim() or not compact:
+        sure = torch.maximum(sure, indicator(torch.eq, strength, 0.0))
     convex = indicator(torch.le, (v1 + v2).add_(v3), 1.0)
     falls = indicator(torch.gt, v4, torch.addcmul(w1 * w2, w1 + w2, w3))
     d2, d3 = v2 - v4, v3 - v4
@@ -236,13 +236,13 @@ def _shrink_sorted(ordered: tuple[Tensor, ...], lam: Tensor, *, compact: bool) -
         w1, w2, w3, w4, four = _with_dense(v1, v2, v3, v4, w1, w2, w3, gain3, candidate, sure, compact=compact)
     three = torch.maximum(three, four)
 
-    lam = lam.clamp_min(torch.finfo(lam.dtype).tiny)
+    strength = strength.clamp_min(torch.finfo(strength.dtype).tiny)
     pair, product = w3 + w4, w3 * w4
-    s1 = torch.addcmul(product, w2, pair).div_(lam).mul_(three)
-    s2 = torch.addcmul(product, w1, pair).div_(lam).mul_(three)
+    s1 = torch.addcmul(product, w2, pair).div_(strength).mul_(three)
+    s2 = torch.addcmul(product, w1, pair).div_(strength).mul_(three)
     both, product = w1 + w2, w1 * w2
-    s3 = torch.addcmul(product, both, w4).div_(lam).mul_(three).add_((1 - three).mul_(_pruned(y1)))
-    s4 = torch.addcmul(product, both, w3).div_(lam).mul_(four).add_((1 - four).mul_(_pruned(y1)))
+    s3 = torch.addcmul(product, both, w4).div_(strength).mul_(three).add_((1 - three).mul_(_pruned(y1)))
+    s4 = torch.addcmul(product, both, w3).div_(strength).mul_(four).add_((1 - four).mul_(_pruned(y1)))
     return [s1, s2, s3, s4]
 
 

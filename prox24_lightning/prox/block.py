@@ -85,7 +85,7 @@ def prox_blocks(
     first, second = group_dims(weight.shape, dims)
     source = to_blocks(weight.detach(), (first, second))
     factor = None if scale is None else to_blocks(scale.detach().expand(weight.shape), (first, second)).to(compute)
-    lam = per_block(strength.detach().to(weight.device, compute), weight.shape, (first, second))
+    strength = per_block(strength.detach().to(weight.device, compute), weight.shape, (first, second))
     result = torch.empty(source.shape, dtype=weight.dtype, device=weight.device)
     size = CHUNK.get(weight.device.type, CHUNK["cuda"])
     for begin in range(0, source.shape[2], size):
@@ -93,7 +93,7 @@ def prox_blocks(
         given = source[:, :, part].to(compute)
         scaled = given if factor is None else given * factor[:, :, part]
         y = scaled.abs().contiguous()
-        best = solve_blocks(y, lam[part], prox, method=method, steps=steps, sweeps=sweeps)
+        best = solve_blocks(y, strength[part], prox, method=method, steps=steps, sweeps=sweeps)
         found = torch.copysign(best, scaled) if factor is None else torch.copysign(best, scaled) / factor[:, :, part]
         # What was not touched is what was given, bit for bit; what was pruned is +0.
         found = torch.where(best == y, given, torch.where(best == 0, 0.0, found))

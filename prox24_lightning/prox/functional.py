@@ -2,7 +2,7 @@
 
 ``prox_24`` runs one fused Triton kernel where it can (contiguous float32, bfloat16 and float16 weights on a CUDA GPU
 of compute capability 8.0 or newer) and batched torch operations elsewhere; :func:`prox_path` says which path runs,
-:func:`why_batched` why. :class:`ProxTogether` takes all the weights of a model in one launch.
+:func:`why_batched` why. :class:`~prox24_lightning.prox.MultiTensorProx` takes all the weights of a model in one launch.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def settle_24(
             from prox24_lightning.prox.triton.launch import prox_24_triton
 
             return prox_24_triton(weight, strength, dim=dim, scale=scale, out=out, settle=True)
-        lam = _as_tensor(strength, weight)
+        strength = _as_tensor(strength, weight)
         critical = critical_strength_24(weight, dim=dim, scale=scale)
-        return prox_24_batched(weight, torch.where(critical > lam, 0.0, lam), dim=dim, scale=scale, out=out)
+        return prox_24_batched(weight, torch.where(critical > strength, 0.0, strength), dim=dim, scale=scale, out=out)
 
 
 def prox_block(
@@ -189,8 +189,8 @@ def block_convergence(
     check_method(method, steps, 0)
     if method == "descent":
         raise ValueError("method='descent' has no splitting to trace; use 'dykstra' or 'averaged'")
-    lam = _as_tensor(strength, blocks).expand(blocks.shape[2])
-    return trace_blocks(blocks.abs(), lam, _line_prox(blocks), method, steps)
+    strength = _as_tensor(strength, blocks).expand(blocks.shape[2])
+    return trace_blocks(blocks.abs(), strength, _line_prox(blocks), method, steps)
 
 
 def _line_prox(weight: Tensor) -> Callable[..., Tensor]:

@@ -39,13 +39,13 @@ def prox_24_reference(
     scaled = original if scale is None else original * scale.to(torch.float64)
     groups = to_groups(scaled, dim)
     shape = group_shape(weight.shape, dim)
-    lam = torch.as_tensor(strength, dtype=torch.float64, device=weight.device).expand(shape)
-    lam = lam.movedim(dim, -1).unsqueeze(-1)
+    strength = torch.as_tensor(strength, dtype=torch.float64, device=weight.device).expand(shape)
+    strength = strength.movedim(dim, -1).unsqueeze(-1)
 
     # Stable sort: among equal magnitudes the earlier position counts as the larger.
     sorted_abs, order = groups.abs().sort(dim=-1, descending=True, stable=True)
-    shrink, keep = _shrink_sorted(sorted_abs, lam)
-    keep |= lam == 0  # also where an infinite entry makes every comparison undefined
+    shrink, keep = _shrink_sorted(sorted_abs, strength)
+    keep |= strength == 0  # also where an infinite entry makes every comparison undefined
     shrink = torch.empty_like(shrink).scatter_(-1, order, shrink)
     keep = torch.empty_like(keep).scatter_(-1, order, keep)
 
@@ -58,15 +58,15 @@ def prox_24_reference(
     return result.masked_fill(nan, torch.nan)
 
 
-def _shrink_sorted(y: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+def _shrink_sorted(y: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     """For sorted magnitudes ``y`` (..., 4): how much each kept entry shrinks, and which entries are kept."""
-    # "Lambda units": v = lam * y, W = lam * w turn the problem into the one with strength 1. 0 * inf counts as 0:
+    # "Lambda units": v = strength * y, W = strength * w turn the problem into the one with strength 1. 0 * inf counts as 0:
     # strength 0 leaves an infinite entry alone, and an infinite strength leaves a zero alone.
-    v = (lam * y).nan_to_num(nan=0.0, posinf=torch.inf)
+    v = (strength * y).nan_to_num(nan=0.0, posinf=torch.inf)
     v1, v2, v3, _ = v.unbind(-1)
     y1, y2, y3, y4 = y.unbind(-1)
 
-    # For v1^2 + v2^2 <= 1 the third entry survives exactly if y3 > lam y1 y2; lam multiplies one factor only, so
+    # For v1^2 + v2^2 <= 1 the third entry survives exactly if y3 > strength y1 y2; strength multiplies one factor only, so
     # that the comparison does not underflow. Beyond that the jump of the cubic equation decides.
     three_w, three_wins, three_gain = _three_sparse(v)
     three_wins = torch.where(v1**2 + v2**2 <= 1, y3 > v1 * y2, three_wins)
@@ -81,14 +81,14 @@ def _shrink_sorted(y: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     always = torch.ones_like(three_wins)
 
     w = torch.where(dense_wins.unsqueeze(-1), dense_w, three_w)
-    # The stationary point in shift form, w_i = y_i - e2(others) / lam, is exact where lam |y| -> 0. Where the map
+    # The stationary point in shift form, w_i = y_i - e2(others) / strength, is exact where strength |y| -> 0. Where the map
     # contracts, a few rounds of it take away the absolute error of c + x_i.
     small = (v1 + v2 + v3 <= 0.5).unsqueeze(-1)
     support = torch.stack([always, always, always, dense_wins], dim=-1)
     for _ in range(50):
         w = torch.where(small & support, (v - _shifts(w)).clamp_min(0.0), w)
     e2 = _shifts(w)
-    shrink = torch.where(three_wins.unsqueeze(-1), e2, 0.0) / torch.where(lam > 0, lam, 1.0)
+    shrink = torch.where(three_wins.unsqueeze(-1), e2, 0.0) / torch.where(strength > 0, strength, 1.0)
     return shrink, torch.stack([always, always, three_wins, dense_wins], dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""What a pass of the prox can say of its results, so that to watch them costs no pass of its own."""
+"""Statistics of a weight that a pass of the prox gathers on its way, so that they cost no pass of their own."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from torch import Tensor
 
 from prox24_lightning.weights.groups import group_shape
 
-NUMBERS = 10
+SUMS = 10
 
 
 @dataclass(frozen=True)
 class ProxStatistics:
-    """Filled by a pass that writes its results.
+    """Statistics of the results of a prox, filled by the pass that writes them.
 
     Attributes:
         sums: float32 ``(10,)``: squares, squares in the metric, those of the two smallest of each group, penalty in the
-            metric, groups with 0, 1, 2, 3, 4 zeros, and how many entries of the top-two mask differ from ``before``.
-        code: uint8, of :func:`~prox24_lightning.weights.groups.group_shape`: bit i is set if entry i is one of the two largest
-            of its group, in the metric.
-        before: the code of another look at this weight, or ``code`` itself where there is none: the flips then mean
-            nothing.
+            metric, groups with 0, 1, 2, 3, 4 zeros, and the number of entries in which the top-two mask differs from
+            ``previous_code``.
+        code: uint8, of :func:`~prox24_lightning.weights.groups.group_shape`: bit i is set if entry i is one of the two
+            largest of its group, in the metric.
+        previous_code: ``code`` of earlier statistics of this weight, or ``code`` itself where there are none: the last
+            of the sums then means nothing.
     """
 
     sums: Tensor
     code: Tensor
-    before: Tensor
+    previous_code: Tensor
 
 
-def empty_statistics(weight: Tensor, dim: int, sums: Tensor, before: Tensor | None = None) -> ProxStatistics:
-    """A look to be filled; ``sums`` are ten zeros, ``dim`` is non-negative."""
+def empty_statistics(weight: Tensor, dim: int, sums: Tensor, previous_code: Tensor | None = None) -> ProxStatistics:
+    """Return statistics to be filled; ``sums`` are ten zeros, ``dim`` is non-negative."""
     code = torch.empty(group_shape(weight.shape, dim), dtype=torch.uint8, device=weight.device)
-    return ProxStatistics(sums, code, code if before is None else before)
+    return ProxStatistics(sums, code, code if previous_code is None else previous_code)

@@ -215,7 +215,7 @@ def test_a_type_that_torch_lacks_is_refused(tmp_path):
         read_masks(path)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_flipped_bits_are_refused_or_change_nothing(whole_file, data):
     content, path = whole_file
@@ -226,7 +226,7 @@ def test_flipped_bits_are_refused_or_change_nothing(whole_file, data):
     assert file is None or (same(file.masks, some_masks()) and file.info == {"step": 3})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_file_cut_short_or_with_bytes_put_in_is_refused(whole_file, data):
     content, path = whole_file
@@ -237,7 +237,7 @@ def test_a_file_cut_short_or_with_bytes_put_in_is_refused(whole_file, data):
     assert file is None or same(file.masks, some_masks())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(content=st.binary(max_size=200))
 def test_bytes_of_any_kind_are_refused(whole_file, content):
     assert read_or_refuse(content, whole_file[1]) is None

@@ -61,7 +61,7 @@ def test_path_without_gathering_gives_the_same(strength):
 finite = st.floats(-4, 4, width=32)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.lists(finite, min_size=4, max_size=4), st.floats(0.01, 20), st.permutations(range(4)))
 def test_sign_and_permutation_equivariance(values, strength, order):
     y = torch.tensor(values)
@@ -71,7 +71,7 @@ def test_sign_and_permutation_equivariance(values, strength, order):
         assert torch.equal(prox_24(y[list(order)], strength), w[list(order)])
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(st.lists(finite, min_size=4, max_size=4), st.floats(0.01, 20), st.sampled_from([2.0**-20, 0.25, 8.0, 2.0**20]))
 def test_scaling_of_the_weight_and_the_strength(values, strength, factor):
     y = torch.tensor(values, dtype=torch.float64)

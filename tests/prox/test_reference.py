@@ -34,7 +34,7 @@ def test_weights_equal_the_certified_ones_where_they_are_unique(golden):
 entry = st.one_of(st.floats(-2, 2), st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0]), st.floats(0.9, 1.1))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(st.lists(entry, min_size=4, max_size=4), st.sampled_from([0.05, 0.3, 0.7, 1.0, 1.2, 3.0]))
 def test_no_stationary_point_of_any_face_is_better(values, strength):
     y = torch.tensor([values], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The strength at which a group becomes 2:4: the equations of ``critical.py`` as Triton kernels, in float32."""
+"""The strength at which a group becomes 2:4: the equations of ``prox/critical.py`` as a Triton kernel, in float32."""
 
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: N803
@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prox24_lightning.prox.triton.memory import SIZES, coordinates, larger, load_groups, read_row, scaled, smaller
+from prox24_lightning.prox.triton.arguments import SIZES, Layout, Strides, Tensors, Variant
+from prox24_lightning.prox.triton.memory import coordinates, larger, load_groups, scaled, smaller
 
 _TINY = tl.constexpr(2.0**-126)
 _STEPS = tl.constexpr(3)
@@ -26,48 +27,37 @@ def critical_kernel(
     scale_along,
     scale_behind,
     HAS_SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
+    LAST_DIM: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of every group of one weight."""
+    """The critical strength of every group of one weight."""
     begin = tl.program_id(0) * BLOCK
     group = tl.arange(0, BLOCK)
     inside = group < groups - begin
-    tensors = (weight, weight, 0.0, scale)
-    shape = (length, inner, (scale_before, scale_along, scale_behind), (scale_before, scale_along, scale_behind))
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False, False)
-    tl.store(result + begin.to(tl.int64) + group, _critical(tensors, shape, begin, group, inside, kind), mask=inside)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def critical_many_kernel(
-    table,
-    like,
-    result,
-    samples,
-    HAS_SCALE: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Of ``samples`` groups of each weight, a row of ``table`` each; an odd stride does not stay in the same
-    columns."""
-    number = tl.program_id(0)
-    weight, scale, groups, _, shape = read_row(table, number, like)
-    sample = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    group = (sample * (tl.maximum(groups // samples, 1) | 1) % groups).to(tl.int64)
-    kind: tl.constexpr = (True, HAS_SCALE, ROWS, WIDE, False, False, False)
-    begin = tl.zeros((), tl.int32)
-    found = _critical((weight, weight, 0.0, scale), shape, begin, group, sample < samples, kind)
-    tl.store(result + number * samples + sample, found, mask=sample < samples)
+    tensors = Tensors(weight, weight, 0.0, scale, scale, scale, scale, None)
+    strides = Strides(scale_before, scale_along, scale_behind)
+    layout = Layout(length, inner, strides, strides)
+    variant: tl.constexpr = Variant(
+        one_strength=True,
+        has_scale=HAS_SCALE,
+        last_dim=LAST_DIM,
+        wide=WIDE,
+        settle=False,
+        pairs=False,
+        vectors=False,
+        statistics=False,
+    )
+    found = critical_strengths(tensors, layout, begin, group, inside, variant)
+    tl.store(result + begin.to(tl.int64) + group, found, mask=inside)
 
 
 @triton.jit
-def _critical(tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    x0, x1, x2, x3 = load_groups(tensors[0], shape, begin, group, inside, KIND)
-    _, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND)
+def critical_strengths(tensors, layout, begin, group, inside, VARIANT: tl.constexpr):
+    """The critical strength of each group; see :func:`~prox24_lightning.prox.critical_strength_24`."""
+    x0, x1, x2, x3 = load_groups(tensors.source, layout, begin, group, inside, VARIANT)
+    _, c0, c1, c2, c3 = coordinates(tensors, layout, begin, group, inside, VARIANT)
+    y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, VARIANT)
     high0, low0, high1, low1 = larger(y0, y2), smaller(y0, y2), larger(y1, y3), smaller(y1, y3)
     first, middle0, middle1 = larger(high0, high1), smaller(high0, high1), larger(low0, low1)
     second, third = larger(middle0, middle1), smaller(middle0, middle1)

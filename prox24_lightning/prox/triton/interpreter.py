@@ -1,40 +1,23 @@
-"""The walk of the fused kernel without a queue, for Triton's interpreter, which has no instructions of a GPU."""
+"""Triton's interpreter, which needs no GPU: what stands in for the instructions of a GPU there.
 
-# mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803
+It runs the walk, the queue, the screening and the solvers that GPUs run. Left out are what only moves data faster
+(prefetching, bfloat16 pairs, stores of whole groups), and the few instructions in ``roots.py`` are written in Triton.
+"""
 
 from __future__ import annotations
 
-import triton
+import os
+
+import torch
 import triton.language as tl
+from torch import Tensor
 
-from prox24_lightning.prox.triton.memory import chosen, coordinates, load_groups, store_groups
-from prox24_lightning.prox.triton.settle import are_simple, may_change, other, settle, simple
-from prox24_lightning.prox.triton.statistics import add_sums, look_at_results, no_sums
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+SLOT = tl.constexpr(6)
+"""32-bit numbers of a slot of the queue: four entries, the number of the group, and one more value."""
 
 
-@triton.jit
-def walk_plainly(tensors, shape, groups, begin, step, KIND: tl.constexpr, TILE: tl.constexpr):
-    """The prox of every ``step``-th tile from ``begin`` on: each group by all solvers."""
-    group = tl.arange(0, TILE)
-    sums = no_sums(TILE)
-    while begin < groups:
-        inside = group < groups - begin
-        words = load_groups(tensors[0], shape, begin, group, inside, KIND)
-        kept, waits, largest = settle(words, tensors, shape, begin, group, inside, KIND)
-        lam, c0, c1, c2, c3 = coordinates(tensors, shape, begin, group, inside, KIND)
-        solved, left, root = other(words, lam, c0, c1, c2, c3, lam, KIND, False)
-        if KIND[4]:
-            waits = waits & may_change(largest)
-        else:
-            dense, _, _ = other(words, lam, c0, c1, c2, c3, root, KIND, True)
-            easy, _ = are_simple(words, largest, c0, c1, c2, c3, KIND)
-            easily = simple(words, None, lam, c0, c1, c2, c3, waits & easy, KIND)
-            solved = chosen(easy, easily, chosen(left, dense, solved, KIND), KIND)
-        kept = chosen(waits, solved, kept, KIND)
-        store_groups(tensors[1], shape, begin, group, inside, kept, KIND)
-        if KIND[6]:
-            sums = look_at_results(sums, tensors, shape, begin, group, inside, kept, KIND)
-        begin += step
-    if KIND[6]:
-        add_sums(tensors[4], sums)
+def queue_memory(slots: int, device: torch.device) -> Tensor | None:
+    """Memory for the queue of a program in the interpreter, which runs one at a time; None on a GPU."""
+    return torch.empty(slots * SLOT.value, dtype=torch.float32, device=device) if INTERPRETED.value else None

@@ -1,9 +1,6 @@
 """How the kernels reach a group of four in memory, its strength and its scales.
 
-``shape`` is (groups along the dimension, entries behind it, strides of the strength, strides of the scale), the strides
-each before, along and behind the dimension. ``KIND`` is (one strength, has scale, groups along the last dimension,
-64-bit addresses, settle only, words that are pairs as in ``triton_pairs.py``, look at the results, groups along the
-last dimension of float32 that are aligned).
+A group is held as words: its four entries in float32, or two pairs of bfloat16 entries (``bf16_pairs.py``).
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -14,11 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prox24_lightning.prox.triton.arguments import COLUMNS, Layout, Strides
 from prox24_lightning.prox.triton.bf16_pairs import closed, opened
-
-SIZES = ["groups", "chunk", "programs", "length", "samples"]
-SIZES += [f"{tensor}_{where}" for tensor in ("strength", "scale") for where in ("before", "along", "behind")]
-"""Arguments of kernels that are not worth a variant of their own where they are 1 or divide by 16."""
+from prox24_lightning.prox.triton.interpreter import INTERPRETED
 
 _STORE = tl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p, $6, 0; @p st.global.v4.f32 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0; }"
@@ -31,46 +26,47 @@ _LINE = tl.constexpr(128)
 
 @triton.jit
 def read_row(table, number, like):
-    """Weight, scale, groups, programs, and shape of one of many weights of the dtype of ``like``."""
-    row = table + number * 10
+    """Weight, scale, groups, programs, first program and layout of one of many weights of the dtype of ``like``."""
+    row = table + number * COLUMNS
     weight = tl.multiple_of(tl.load(row).to(like.dtype, bitcast=True), 16)
     scale = tl.load(row + 1).to(tl.pointer_type(tl.float32), bitcast=True)
     groups, programs = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32)
     length, inner = tl.load(row + 4).to(tl.int32), tl.load(row + 5).to(tl.int32)
-    strides = (tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32))
-    return weight, scale, groups, programs, (length, inner, strides, strides)
+    strides = Strides(tl.load(row + 6).to(tl.int32), tl.load(row + 7).to(tl.int32), tl.load(row + 8).to(tl.int32))
+    first = tl.load(row + 9).to(tl.int32)
+    return weight, scale, groups, programs, first, Layout(length, inner, strides, strides)
 
 
 @triton.jit
-def _parts(shape, begin, group, KIND: tl.constexpr):
-    """Where a group is before, along and behind its dimension."""
+def _parts(layout, begin, group, VARIANT: tl.constexpr):
+    """The index of a group before, along and behind its dimension."""
     row, behind = begin + group, tl.zeros_like(begin + group)
-    if not KIND[2]:
-        number, inner = row, shape[1]
+    if not VARIANT.last_dim:
+        number, inner = row, layout.inner
         row = number // inner
         behind = number - row * inner
-    before = row // shape[0]
-    return before, row - before * shape[0], behind
+    before = row // layout.length
+    return before, row - before * layout.length, behind
 
 
 @triton.jit
-def _at(shape, begin, group, KIND: tl.constexpr):
+def _at(layout, begin, group, VARIANT: tl.constexpr):
     number = begin + group
-    row = number // shape[1]
-    behind = number - row * shape[1]
-    if KIND[3]:
+    row = number // layout.inner
+    behind = number - row * layout.inner
+    if VARIANT.wide:
         row = row.to(tl.int64)
-    return row * 4 * shape[1] + behind
+    return row * 4 * layout.inner + behind
 
 
 @triton.jit
-def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
-    """The words of each group: two pairs, or its four entries in float32."""
-    if KIND[2]:
-        words = words_of(load_rows(source, begin, group, inside, KIND), KIND)
+def load_groups(source, layout, begin, group, inside, VARIANT: tl.constexpr):
+    """Load the words of each group."""
+    if VARIANT.last_dim:
+        words = words_of(load_rows(source, begin, group, inside, VARIANT), VARIANT)
     else:
-        first = source + _at(shape, begin, group, KIND)
-        inner = shape[1]
+        first = source + _at(layout, begin, group, VARIANT)
+        inner = layout.inner
         x0, x1 = _load_entry(first, inside), _load_entry(first + inner, inside)
         x2, x3 = _load_entry(first + 2 * inner, inside), _load_entry(first + 3 * inner, inside)
         words = (x0, x1, x2, x3)
@@ -78,18 +74,20 @@ def load_groups(source, shape, begin, group, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_tile(source, begin, group, left, KIND: tl.constexpr):
-    """As :func:`load_rows`, all groups of a tile of which ``left`` exist, and zeros."""
+def load_tile(source, begin, group, left, VARIANT: tl.constexpr):
+    """As :func:`load_rows`, for a tile of which ``left`` groups exist; zeros for the others."""
     if left >= group.shape[0]:
-        values = load_rows(source, begin, group, None, KIND)
+        values = load_rows(source, begin, group, None, VARIANT)
     else:
-        values = load_rows(source, begin, group, group < left, KIND)
+        values = load_rows(source, begin, group, group < left, VARIANT)
     return values
 
 
 @triton.jit
 def fetch_tile(source, begin, left, TILE: tl.constexpr):
-    """Have a tile of groups along the last dimension brought into the cache of the device."""
+    """Ask for a tile of groups along the last dimension to be brought into the cache of the device."""
+    if INTERPRETED:
+        return
     size: tl.constexpr = source.dtype.element_ty.primitive_bitwidth // 2
     line = tl.arange(0, 32)
     place = (source + begin.to(tl.int64) * 4).to(tl.int64) + line * _LINE
@@ -98,20 +96,20 @@ def fetch_tile(source, begin, left, TILE: tl.constexpr):
 
 
 @triton.jit
-def store_tile(target, shape, begin, group, left, words, KIND: tl.constexpr):
-    """As :func:`store_groups`, those of a tile that exist."""
-    if not KIND[2]:
-        store_groups(target, shape, begin, group, group < left, words, KIND)
+def store_tile(target, layout, begin, group, left, words, VARIANT: tl.constexpr):
+    """As :func:`store_groups`, for a tile of which ``left`` groups exist."""
+    if not VARIANT.last_dim:
+        store_groups(target, layout, begin, group, group < left, words, VARIANT)
     elif left >= group.shape[0]:
-        _store_rows(target, begin, group, None, words, KIND)
+        _store_rows(target, begin, group, None, words, VARIANT)
     else:
-        _store_rows(target, begin, group, group < left, words, KIND)
+        _store_rows(target, begin, group, group < left, words, VARIANT)
 
 
 @triton.jit
-def load_rows(source, begin, group, inside, KIND: tl.constexpr):
-    """Groups along the last dimension as they are in memory, for :func:`words_of`."""
-    if KIND[5]:
+def load_rows(source, begin, group, inside, VARIANT: tl.constexpr):
+    """Load groups along the last dimension as they are in memory, for :func:`words_of`."""
+    if VARIANT.pairs:
         entries, offsets = source.to(tl.pointer_type(tl.int64), bitcast=True) + begin.to(tl.int64), group
     else:
         entries, offsets = source + begin.to(tl.int64) * 4, group[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -121,8 +119,8 @@ def load_rows(source, begin, group, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def words_of(values, KIND: tl.constexpr):
-    if KIND[5]:
+def words_of(values, VARIANT: tl.constexpr):
+    if VARIANT.pairs:
         words = (values.to(tl.int32), (values >> 32).to(tl.int32))
     else:
         even, odd = tl.split(tl.reshape(values.to(tl.float32), [values.shape[0], 2, 2]))
@@ -133,18 +131,18 @@ def words_of(values, KIND: tl.constexpr):
 
 
 @triton.jit
-def entries_of(words, KIND: tl.constexpr):
+def entries_of(words, VARIANT: tl.constexpr):
     """The four entries of each group, in float32."""
     entries = words
-    if KIND[5]:
+    if VARIANT.pairs:
         entries = opened(words)
     return entries
 
 
 @triton.jit
-def as_words(entries, KIND: tl.constexpr):
+def as_words(entries, VARIANT: tl.constexpr):
     words = entries
-    if KIND[5]:
+    if VARIANT.pairs:
         words = closed(entries)
     return words
 
@@ -160,27 +158,27 @@ def _load_entry(pointer, inside):
 
 
 @triton.jit
-def chosen(which, a, b, KIND: tl.constexpr):
+def chosen(which, a, b, VARIANT: tl.constexpr):
     """The words ``a`` of some groups and ``b`` of the others."""
     words = (tl.where(which, a[0], b[0]), tl.where(which, a[1], b[1]))
-    if not KIND[5]:
+    if not VARIANT.pairs:
         words = (words[0], words[1], tl.where(which, a[2], b[2]), tl.where(which, a[3], b[3]))
     return words
 
 
 @triton.jit
-def store_groups(target, shape, begin, group, inside, words, KIND: tl.constexpr):
-    if KIND[7]:
+def store_groups(target, layout, begin, group, inside, words, VARIANT: tl.constexpr):
+    if VARIANT.vectors:
         # Not with two dimensions, for which Triton would give the group another layout, and work it out a second time.
         place = (target + (begin + group).to(tl.int64) * 4).to(tl.int64)
         operands = [place, words[0], words[1], words[2], words[3], inside.to(tl.int32)]
         tl.inline_asm_elementwise(_STORE, "=r,l,f,f,f,f,r", operands, tl.int32, is_pure=False, pack=1)
-    elif KIND[2]:
-        _store_rows(target, begin, group, inside, words, KIND)
+    elif VARIANT.last_dim:
+        _store_rows(target, begin, group, inside, words, VARIANT)
     else:
         kind = target.dtype.element_ty
-        first = target + _at(shape, begin, group, KIND)
-        inner = shape[1]
+        first = target + _at(layout, begin, group, VARIANT)
+        inner = layout.inner
         tl.store(first, words[0].to(kind), mask=inside)
         tl.store(first + inner, words[1].to(kind), mask=inside)
         tl.store(first + 2 * inner, words[2].to(kind), mask=inside)
@@ -188,10 +186,10 @@ def store_groups(target, shape, begin, group, inside, words, KIND: tl.constexpr)
 
 
 @triton.jit
-def _store_rows(target, begin, group, inside, words, KIND: tl.constexpr):
-    if KIND[3]:
+def _store_rows(target, begin, group, inside, words, VARIANT: tl.constexpr):
+    if VARIANT.wide:
         group = group.to(tl.int64)
-    if KIND[5]:
+    if VARIANT.pairs:
         entries, offsets = target.to(tl.pointer_type(tl.int64), bitcast=True) + begin.to(tl.int64), group
         values = words[0].to(tl.uint32, bitcast=True).to(tl.int64) | (words[1].to(tl.int64) << 32)
     else:
@@ -204,27 +202,26 @@ def _store_rows(target, begin, group, inside, words, KIND: tl.constexpr):
 
 
 @triton.jit
-def coordinates(tensors, shape, begin, group, inside, KIND: tl.constexpr):
-    """The strength and the four scales of each group; NaN where they are not allowed. Where there is one strength,
-    ``tensors`` holds it rather than its place: nothing then has to be loaded again after a store."""
-    if KIND[0]:
-        lam = tensors[2] + tl.zeros(group.shape, tl.float32)
+def coordinates(tensors, layout, begin, group, inside, VARIANT: tl.constexpr):
+    """The strength and the four scales of each group; NaN where they are not allowed."""
+    if VARIANT.one_strength:
+        strength = tensors.strength + tl.zeros(group.shape, tl.float32)
     else:
-        before, along, behind = _parts(shape, begin, group, KIND)
-        strides = shape[2]
-        at = before * strides[0] + along * strides[1] + behind * strides[2]
-        lam = tl.load(tensors[2] + at, mask=inside, other=0.0)
-    lam = tl.where(lam >= 0, lam, float("nan"))
+        before, along, behind = _parts(layout, begin, group, VARIANT)
+        strides = layout.strength_strides
+        at = before * strides.before + along * strides.along + behind * strides.behind
+        strength = tl.load(tensors.strength + at, mask=inside, other=0.0)
+    strength = tl.where(strength >= 0, strength, float("nan"))
     c0, c1, c2, c3 = 1.0, 1.0, 1.0, 1.0
-    if KIND[1]:
-        before, along, behind = _parts(shape, begin, group, KIND)
-        strides = shape[3]
-        first = tensors[3] + before * strides[0] + along * 4 * strides[1] + behind * strides[2]
+    if VARIANT.has_scale:
+        before, along, behind = _parts(layout, begin, group, VARIANT)
+        strides = layout.scale_strides
+        first = tensors.scale + before * strides.before + along * 4 * strides.along + behind * strides.behind
         c0 = _allowed(tl.load(first, mask=inside, other=1.0))
-        c1 = _allowed(tl.load(first + strides[1], mask=inside, other=1.0))
-        c2 = _allowed(tl.load(first + 2 * strides[1], mask=inside, other=1.0))
-        c3 = _allowed(tl.load(first + 3 * strides[1], mask=inside, other=1.0))
-    return lam, c0, c1, c2, c3
+        c1 = _allowed(tl.load(first + strides.along, mask=inside, other=1.0))
+        c2 = _allowed(tl.load(first + 2 * strides.along, mask=inside, other=1.0))
+        c3 = _allowed(tl.load(first + 3 * strides.along, mask=inside, other=1.0))
+    return strength, c0, c1, c2, c3
 
 
 @triton.jit
@@ -243,8 +240,8 @@ def smaller(a, b):
 
 
 @triton.jit
-def scaled(x0, x1, x2, x3, c0, c1, c2, c3, KIND: tl.constexpr):
+def scaled(x0, x1, x2, x3, c0, c1, c2, c3, VARIANT: tl.constexpr):
     y0, y1, y2, y3 = tl.abs(x0), tl.abs(x1), tl.abs(x2), tl.abs(x3)
-    if KIND[1]:
+    if VARIANT.has_scale:
         y0, y1, y2, y3 = y0 * c0, y1 * c1, y2 * c2, y3 * c3
     return y0, y1, y2, y3

@@ -8,16 +8,15 @@ Divisions and roots are the hardware's approximate instructions, to about 1e-7.
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
+from prox24_lightning.prox.triton.interpreter import INTERPRETED
+
 ALWAYS_TWO = tl.constexpr((1 + 2**0.5) / 2)
 PRUNED = tl.constexpr(float("inf"))
-"""How much an entry "shrinks" that goes."""
+"""How much a pruned entry "shrinks"."""
 _CAP = tl.constexpr(4.0)
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _TINY = tl.constexpr(1e-30)
 _FLAT = tl.constexpr(1e-9)
 """Squares of slopes below this may be rounding, next to a singular Hessian: steps are as short as if they were this."""
@@ -26,19 +25,19 @@ _DENSE_STEPS = tl.constexpr(3)
 
 
 @triton.jit
-def shrink_sorted(y1, y2, y3, y4, lam, u, DENSE: tl.constexpr):
+def shrink_sorted(y1, y2, y3, y4, strength, u, DENSE: tl.constexpr):
     """How much each sorted entry shrinks, PRUNED for those that go; where a dense point was left out that may be
     better; and the root of the 3-sparse equation. With ``DENSE`` that root is ``u``, and the dense point is found."""
-    part = lam * (1 / _CAP)
+    part = strength * (1 / _CAP)
     v1, v2, v3, v4 = _capped(y1, part), _capped(y2, part), _capped(y3, part), _capped(y4, part)
     square = v1 * v1 + v2 * v2
     two = (v1 >= ALWAYS_TWO) | (square >= 1 + 4 / 3 * v3 * v3) | (y3 * tl.maximum(1.0, (1 + square) / 2) <= v1 * y2)
-    unsettled = (two == 0) | (lam == 0)
+    unsettled = (two == 0) | (strength == 0)
     if not DENSE:
         u = _three_sparse(v1, v2, v3)
     w1, w2, gain3 = _pair(u, v1, v2, v3)
     three = ((gain3 < 0) | (square <= 1)) & unsettled
-    sure = ((y4 >= v1 * y2 + v2 * y3 + v3 * y1) & (y4 > 0)) | (lam == 0)
+    sure = ((y4 >= v1 * y2 + v2 * y3 + v3 * y1) & (y4 > 0)) | (strength == 0)
     convex = v1 + v2 + v3 <= 1
     d1, d2, d3 = v1 - v4, v2 - v4, v3 - v4
     w3, w4 = u, tl.zeros_like(u)
@@ -55,7 +54,7 @@ def shrink_sorted(y1, y2, y3, y4, lam, u, DENSE: tl.constexpr):
         bound = tl.where(convex, w1 * w2 + (w1 + w2) * u, l1 * l2 + l2 * l3 + l3 * l1)
         four = tl.zeros_like(three)
         left = (sure | ((v4 > bound) & three)) & unsettled
-    inverse = tl.minimum(1 / tl.where(lam > 0, lam, 1.0), 3e38)
+    inverse = tl.minimum(1 / tl.where(strength > 0, strength, 1.0), 3e38)
     pair, product = w3 + w4, w3 * w4
     s1 = tl.where(three, _over(w2 * pair + product, inverse), 0.0)
     s2 = tl.where(three, _over(w1 * pair + product, inverse), 0.0)
@@ -84,7 +83,7 @@ def _capped(y, part):
     """``_CAP * part * y``, at most ``_CAP``; 0 for NaN."""
     if INTERPRETED:
         v = part * y
-        return _CAP * tl.where(v == v, tl.minimum(v, 1.0), 0.0)
+        return tl.where(v == v, tl.minimum(v, 1.0), 0.0) * _CAP  # a constant on the left would stay one
     return _CAP * tl.inline_asm_elementwise(
         "mul.sat.f32 $0, $1, $2;", "=f,f,f", [y, part], tl.float32, is_pure=True, pack=1
     )

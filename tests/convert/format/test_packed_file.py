@@ -249,7 +249,7 @@ def read_or_refuse(data, path):
         return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_flipped_bits_are_refused_or_change_nothing(whole_file, data):
     whole, path = whole_file
@@ -260,7 +260,7 @@ def test_flipped_bits_are_refused_or_change_nothing(whole_file, data):
     assert found is None or (same(found[0], some_tensors()[0]) and found[1] == {"step": 3})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_a_file_cut_short_or_with_bytes_put_in_is_refused(whole_file, data):
     whole, path = whole_file
@@ -271,7 +271,7 @@ def test_a_file_cut_short_or_with_bytes_put_in_is_refused(whole_file, data):
     assert found is None or same(found[0], some_tensors()[0])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.binary(max_size=200))
 def test_bytes_of_any_kind_are_refused(whole_file, data):
     assert read_or_refuse(data, whole_file[1]) is None

@@ -44,7 +44,7 @@ def weights_24(draw):
 
 
 @given(weight=weights_24())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_unpacking_gives_every_bit_back_but_the_sign_of_dropped_zeros(weight):
     packed = pack_24(weight)
     back = unpack_24(packed)
@@ -56,7 +56,7 @@ def test_unpacking_gives_every_bit_back_but_the_sign_of_dropped_zeros(weight):
 
 
 @given(weight=weights_24())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_positions_ascend_and_packing_again_gives_the_same_bytes(weight):
     packed = pack_24(weight)
     places = torch.stack([packed.indices >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)

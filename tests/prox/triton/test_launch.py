@@ -8,7 +8,7 @@ import torch
 from brute import GAP, GOLDEN, hard_groups, relative_gap
 
 from prox24_lightning.mask.codes import flipped_entries
-from prox24_lightning.prox import ProxTogether, prox_24, prox_24_reference, prox_path, settle_24, why_batched
+from prox24_lightning.prox import MultiTensorProx, prox_24, prox_24_reference, prox_path, settle_24, why_batched
 
 pytestmark = pytest.mark.gpu
 
@@ -127,50 +127,50 @@ def test_many_weights_together_in_one_launch_a_kind():
     scales = [None, None, torch.linspace(0.3, 3, 32, device="cuda"), None, None]
     want = [prox_24(w, s, dim=d, scale=c) for w, s, d, c in zip(weights, strengths, dims, scales, strict=True)]
     mine = [weight.clone() for weight in weights]
-    together = ProxTogether()
-    together(mine, strengths, dims, scales)
-    assert together.launches == 4
+    prox = MultiTensorProx()
+    prox(mine, strengths, dims, scales)
+    assert prox.launches == 4
     for got, expected in zip(mine, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        together(mine, strengths, dims, scales)
+        prox(mine, strengths, dims, scales)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        together(mine, strengths, dims, scales)
+        prox(mine, strengths, dims, scales)
     for weight, start in zip(mine, weights, strict=True):
         weight.copy_(start)
     graph.replay()
     for got, expected in zip(mine, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
     with pytest.raises(ValueError, match="weight 1 cannot go with the others"):
-        together([mine[0], mine[1].double()], strengths[:2], [-1, -1], [None, None])
+        prox([mine[0], mine[1].double()], strengths[:2], [-1, -1], [None, None])
 
 
 @pytest.mark.parametrize("settle", [False, True])
-def test_a_look_from_the_same_pass_is_that_of_a_pass_of_its_own(settle):
+def test_statistics_of_the_same_pass_are_those_of_a_pass_of_their_own(settle):
     from prox24_lightning.prox.triton.statistics_pass import group_sums
 
     y = hard_groups(60_000, seed=29).clamp(-30, 30).float().cuda()
     weights = [y[:32768].reshape(256, 512), y[32768:49152].reshape(512, 128), y[49152:].reshape(-1, 32).bfloat16()]
     dims, scales = [1, 0, -1], [torch.linspace(0.3, 3, 512, device="cuda"), None, None]
-    mine, plain, together = [w.clone() for w in weights], [w.clone() for w in weights], ProxTogether()
+    mine, plain, prox = [w.clone() for w in weights], [w.clone() for w in weights], MultiTensorProx()
     codes = [None, None, None]
     for strengths in (torch.tensor([0.3, 0.7, 1.1], device="cuda"), torch.tensor([0.5, 0.9, 1.2], device="cuda")):
-        assert ProxTogether()(plain, strengths, dims, scales, settle=settle) == []
-        looks = together(mine, strengths, dims, scales, settle=settle, befores=codes)
-        for look, weight, want, dim, scale, before in zip(looks, mine, plain, dims, scales, codes, strict=True):
+        assert MultiTensorProx()(plain, strengths, dims, scales, settle=settle) == []
+        found = prox(mine, strengths, dims, scales, settle=settle, previous_codes=codes)
+        for one, weight, want, dim, scale, before in zip(found, mine, plain, dims, scales, codes, strict=True):
             torch.testing.assert_close(weight, want, rtol=1e-2, atol=1e-4)  # bfloat16 may be rounded the other way
             sums, code = group_sums(weight, dim=dim, scale=scale)
-            assert torch.equal(look.code.movedim(dim, -1).flatten(), code)
-            torch.testing.assert_close(look.sums[:9], sums, rtol=1e-4, atol=1e-3)
-            assert torch.equal(look.sums[4:9], sums[4:9])
+            assert torch.equal(one.code.movedim(dim, -1).flatten(), code)
+            torch.testing.assert_close(one.sums[:9], sums, rtol=1e-4, atol=1e-3)
+            assert torch.equal(one.sums[4:9], sums[4:9])
             if before is not None:
-                assert look.sums[9] == flipped_entries(before, look.code)
-        codes = [look.code for look in looks]
+                assert one.sums[9] == flipped_entries(before, one.code)
+        codes = [one.code for one in found]
 
 
 def test_compiled():

@@ -1,4 +1,4 @@
-"""The plain strategy: the prox after every optimizer step, with a strength that grows."""
+"""``post_step``: the prox after every optimizer step, with a strength that grows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prox24_lightning.prox import ProxTogether, prox_24
-from prox24_lightning.prox.many_weights import can_go_together
+from prox24_lightning.prox import MultiTensorProx, prox_24
+from prox24_lightning.prox.multi_tensor import fits_multi_tensor
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, Strategy, projected_mask
@@ -22,24 +22,26 @@ Refit = Literal["none", "restore"]
 
 
 class PostStepProx(Strategy):
-    """Proximal gradient with the user's optimizer as the gradient step.
+    """Proximal gradient descent with the user's optimizer as the gradient step.
 
     Args:
-        strength: relative strength at every progress; the prox uses it divided by the rms of the weight (in
-            the metric's coordinates) at the start of the phase. None finds the strength from ``fraction``.
-        fraction: share of groups that shall be 2:4 at every progress, used when ``strength`` is None.
-        refit: surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` puts the values back that
-            they had before the first prox.
+        strength_schedule: progress -> strength in units of 1 / rms of the weight (in the metric) at the start of the
+            phase. None takes the strength from ``fraction_schedule``.
+        fraction_schedule: progress -> share of the groups that are 2:4, used where ``strength_schedule`` is None.
+        refit: surviving weights at the freeze: ``"none"`` leaves them, ``"restore"`` gives them the values that they
+            had before the first prox.
     """
 
-    def __init__(self, strength: Schedule | None, fraction: Schedule, *, refit: Refit = "none") -> None:
+    def __init__(
+        self, strength_schedule: Schedule | None, fraction_schedule: Schedule, *, refit: Refit = "none"
+    ) -> None:
         super().__init__()
-        self.strength = strength
-        self.fraction = fraction
+        self.strength_schedule = strength_schedule
+        self.fraction_schedule = fraction_schedule
         self.refit = refit
         self._rms: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
-        self._together: dict[torch.device, ProxTogether] = {}
+        self._multi_tensor: dict[torch.device, MultiTensorProx] = {}
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -54,23 +56,23 @@ class PostStepProx(Strategy):
     @torch.no_grad()
     def after_step(self, step: OptimizerStep) -> Masks:
         progress = self.context.plan.progress(step.number)
-        together: dict[torch.device, list[GroupedWeight]] = {}
+        by_device: dict[torch.device, list[GroupedWeight]] = {}
         for weight in step.weights:
             values = local_part(weight.parameter)
-            if self._goes_together(weight, values):
-                together.setdefault(values.device, []).append(weight)
+            if self._fits_multi_tensor(weight, values):
+                by_device.setdefault(values.device, []).append(weight)
             else:
                 self.apply(weight, progress, self.context.scale_of(weight.name))
-        for device, members in together.items():
-            self._apply_together(device, members, progress, step.statistics)
+        for device, members in by_device.items():
+            self._apply_multi_tensor(device, members, progress, step.statistics)
         return {}
 
-    def _goes_together(self, weight: GroupedWeight, values: Tensor) -> bool:
+    def _fits_multi_tensor(self, weight: GroupedWeight, values: Tensor) -> bool:
         """Whether one launch takes the weight along with others; not where a quantile over all ranks is needed."""
-        whole_fraction = self.strength is not None or not is_sharded(weight.parameter)
-        return isinstance(weight.dim, int) and whole_fraction and can_go_together(values)
+        local = self.strength_schedule is not None or not is_sharded(weight.parameter)
+        return isinstance(weight.dim, int) and local and fits_multi_tensor(values)
 
-    def _apply_together(
+    def _apply_multi_tensor(
         self,
         device: torch.device,
         weights: Sequence[GroupedWeight],
@@ -81,30 +83,30 @@ class PostStepProx(Strategy):
         values = [local_part(weight.parameter) for weight in weights]
         dims = [weight.dim for weight in weights if isinstance(weight.dim, int)]
         scales = [self.context.scale_of(name) for name in names]
-        launcher = self._together.setdefault(device, ProxTogether())
-        if self.strength is None:
-            fraction = self.fraction(progress)
-            strengths = strengths_for_fraction(values, fraction, dims=dims, scales=scales, together=launcher)
+        prox = self._multi_tensor.setdefault(device, MultiTensorProx())
+        if self.strength_schedule is None:
+            fraction = self.fraction_schedule(progress)
+            strengths = strengths_for_fraction(values, fraction, dims=dims, scales=scales, multi_tensor=prox)
         else:
-            strengths = self.strength(progress) / torch.stack([self._rms[name] for name in names])
+            strengths = self.strength_schedule(progress) / torch.stack([self._rms[name] for name in names])
         codes = None if collected is None else collected.previous_codes(names, scales)
-        statistics = launcher(values, strengths, dims, scales, settle=self.strength is None, befores=codes)
+        statistics = prox(values, strengths, dims, scales, settle=self.strength_schedule is None, previous_codes=codes)
         if collected is not None:
             for name, value, scale, measured in zip(names, values, scales, statistics, strict=True):
                 collected.record(name, value, scale, measured)
         self.strengths.update(zip(names, strengths.unbind(), strict=True))
 
     def apply(self, weight: GroupedWeight, progress: float, scale: Tensor | None) -> None:
-        """One prox on ``weight``, in place."""
+        """Apply the prox to ``weight``, in place."""
         parameter = weight.parameter
         values = local_part(parameter)
-        if self.strength is None:
+        if self.strength_schedule is None:
             gather = partial(whole, like=parameter, groups_along=weight.dim) if is_sharded(parameter) else None
             strength, applied = strength_for_fraction(
-                values, self.fraction(progress), dim=weight.dim, scale=scale, gather=gather
+                values, self.fraction_schedule(progress), dim=weight.dim, scale=scale, gather=gather
             )
         else:
-            strength = applied = self.strength(progress) / self._rms[weight.name]
+            strength = applied = self.strength_schedule(progress) / self._rms[weight.name]
         self.strengths[weight.name] = strength
         prox_24(values, applied, dim=weight.dim, scale=scale, out=values)
 

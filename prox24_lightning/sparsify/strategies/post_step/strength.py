@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from prox24_lightning.prox import ProxTogether, critical_strength_24
+from prox24_lightning.prox import MultiTensorProx, critical_strength_24
 from prox24_lightning.weights.groups import Dim, group_dims, resolve_group_dim
 
 SAMPLED_GROUPS = 65536
@@ -76,7 +76,7 @@ def strengths_for_fraction(
     *,
     dims: Sequence[int],
     scales: Sequence[Tensor | None],
-    together: ProxTogether | None = None,
+    multi_tensor: MultiTensorProx | None = None,
 ) -> Tensor:
     """As :func:`strength_for_fraction`, for many weights in a few operations, from a sample of the groups of each.
 
@@ -87,7 +87,7 @@ def strengths_for_fraction(
         fraction: share of the groups of each in [0, 1].
         dims: dimension of the groups of each.
         scales: the metric of each, or None.
-        together: takes the sample of all weights in one launch, where it can take the weights at all.
+        multi_tensor: takes the sample of all weights in one launch, where it can take the weights at all.
 
     Returns:
         float32 ``(weights,)``, units 1 / (weight * scale). No host synchronisation.
@@ -100,10 +100,10 @@ def strengths_for_fraction(
     rank = math.ceil(fraction * SAMPLED_TOGETHER)
     if rank == 0:
         return torch.zeros(len(weights), device=weights[0].device)
-    if together is None:
+    if multi_tensor is None:
         critical = _sampled_critical(weights, dims, scales)
     else:
-        critical = together.critical(weights, dims, scales, SAMPLED_TOGETHER)
+        critical = multi_tensor.critical(weights, dims, scales, SAMPLED_TOGETHER)
     return critical.kthvalue(rank, dim=1).values * (1 + 1e-5)
 
 

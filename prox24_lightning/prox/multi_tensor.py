@@ -1,4 +1,4 @@
-"""The prox of all the weights of a model in place, in as few launches as there are kinds of weights."""
+"""The prox of many weights in place, in as few launches as there are kinds of weights."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.prox.dispatch import prox_path
-from prox24_lightning.prox.statistics import NUMBERS, ProxStatistics, empty_statistics
+from prox24_lightning.prox.statistics import SUMS, ProxStatistics, empty_statistics
 from prox24_lightning.weights.groups import resolve_group_dim
 
 if TYPE_CHECKING:
-    from prox24_lightning.prox.triton.launch import ManyWeights
+    from prox24_lightning.prox.triton.multi_tensor import WeightTable
 
 ALIGNMENT = 16
-"""Bytes: the kernel of many weights reads as many at a time."""
+"""Bytes that the kernel reads at a time."""
 
 
-def can_go_together(weight: Tensor) -> bool:
-    """Whether :class:`ProxTogether` takes ``weight``: if the fused kernel does, and its memory is aligned."""
+def fits_multi_tensor(weight: Tensor) -> bool:
+    """Whether :class:`MultiTensorProx` takes ``weight``: if the fused kernel does, and its memory is aligned."""
     return prox_path(weight) == "triton" and weight.data_ptr() % ALIGNMENT == 0 and weight.numel() > 0
 
 
-class ProxTogether:
+class MultiTensorProx:
     """``prox_24`` (or ``settle_24``) of many weights in place: one launch for each dtype and direction of groups.
 
-    Where the weights are is written to the device once, and anew when a weight has moved or others come. Once that is
-    done a call neither waits for the device nor copies from the host, so that it can be captured in a CUDA graph.
+    The addresses of the weights are written to the device once, and again when a weight has moved or others come. Once
+    that is done a call neither waits for the device nor copies from the host, so that it can be captured in a CUDA
+    graph.
 
     Attributes:
         launches: how many the last call took.
@@ -37,7 +38,7 @@ class ProxTogether:
     def __init__(self) -> None:
         self.launches = 0
         self._key: Hashable = None
-        self._kinds: list[tuple[Tensor | None, list[int], ManyWeights]] = []
+        self._kinds: list[tuple[Tensor | None, list[int], WeightTable]] = []
         self._seen: list[tuple[Tensor, int]] = []
 
     @torch.no_grad()
@@ -49,50 +50,50 @@ class ProxTogether:
         scales: Sequence[Tensor | None],
         *,
         settle: bool = False,
-        befores: Sequence[Tensor | None] | None = None,
+        previous_codes: Sequence[Tensor | None] | None = None,
     ) -> list[ProxStatistics]:
-        """Change ``weights`` in place.
+        """Apply the prox to ``weights`` in place.
 
         Args:
-            weights: such as :func:`can_go_together` takes, all on the device of ``strengths``.
+            weights: such as :func:`fits_multi_tensor` takes, all on the device of ``strengths``.
             strengths: float32 ``(weights,)``: one each, units as for :func:`~prox24_lightning.prox.prox_24`. Values are
-                not looked at; a weight with a negative or NaN one becomes NaN.
+                not checked; a weight with a negative or NaN one becomes NaN.
             dims: dimension of the groups of each.
             scales: scale of each, or None; float32, broadcasting to the weight.
             settle: as :func:`~prox24_lightning.prox.settle_24`, not as ``prox_24``.
-            befores: asks for a look at the results from the same pass: the code of the last look at each weight, from
-                which the flips of the mask are counted, or None.
+            previous_codes: asks for statistics of the results from the same pass: the code of the last statistics of
+                each weight, from which the flips of the mask are counted, or None.
 
         Returns:
-            the looks, one for each weight; none if ``befores`` is None.
+            statistics, one for each weight; none if ``previous_codes`` is None.
 
         Raises:
             ValueError: if a weight cannot go with the others, with its number.
         """
         self._prepare(weights, dims, scales, strengths.device)
-        looks: list[ProxStatistics | None] = [None] * len(weights)
-        for index, numbers, many in self._kinds:
+        statistics: list[ProxStatistics | None] = [None] * len(weights)
+        for index, numbers, table in self._kinds:
             mine = None
-            if befores is not None:
-                sums = torch.zeros((len(numbers), NUMBERS), dtype=torch.float32, device=strengths.device)
+            if previous_codes is not None:
+                sums = torch.zeros((len(numbers), SUMS), dtype=torch.float32, device=strengths.device)
                 places = [resolve_group_dim(weights[number].shape, dims[number]) for number in numbers]
                 mine = [
-                    empty_statistics(weights[number], place, row, befores[number])
+                    empty_statistics(weights[number], place, row, previous_codes[number])
                     for number, place, row in zip(numbers, places, sums, strict=True)
                 ]
-                for number, look in zip(numbers, mine, strict=True):
-                    looks[number] = look
-            many.prox(strengths if index is None else strengths[index], settle=settle, looks=mine)
+                for number, one in zip(numbers, mine, strict=True):
+                    statistics[number] = one
+            table.prox(strengths if index is None else strengths[index], settle=settle, statistics=mine)
         self.launches = len(self._kinds)
-        return [look for look in looks if look is not None]
+        return [one for one in statistics if one is not None]
 
     @torch.no_grad()
     def critical(
         self, weights: Sequence[Tensor], dims: Sequence[int], scales: Sequence[Tensor | None], samples: int
     ) -> Tensor:
-        """The :func:`~prox24_lightning.prox.critical_strength_24` of ``samples`` groups spread over each weight.
+        """Return the :func:`~prox24_lightning.prox.critical_strength_24` of ``samples`` groups spread over each weight.
 
-        Where there are fewer groups they are taken in turn. Arguments and errors as in a call.
+        Where there are fewer groups they repeat. Arguments and errors as in a call.
 
         Returns:
             float32 ``(weights, samples)``, units 1 / (weight * scale).
@@ -100,11 +101,11 @@ class ProxTogether:
         device = weights[0].device
         self._prepare(weights, dims, scales, device)
         found = torch.empty((len(weights), samples), dtype=torch.float32, device=device)
-        for index, _, many in self._kinds:
+        for index, _, table in self._kinds:
             if index is None:
-                many.critical(found)
+                table.critical(found)
             else:
-                found[index] = many.critical(found.new_empty((len(index), samples)))
+                found[index] = table.critical(found.new_empty((len(index), samples)))
         self.launches = len(self._kinds)
         return found
 
@@ -115,7 +116,7 @@ class ProxTogether:
         scales: Sequence[Tensor | None],
         device: torch.device,
     ) -> None:
-        """Bring the tables on the device up to date, and the scales where they have changed."""
+        """Update the tables on the device, and the scales that have changed."""
         key = tuple(
             (weight.data_ptr(), weight.dtype, weight.shape, dim, None if scale is None else scale.shape)
             for weight, dim, scale in zip(weights, dims, scales, strict=True)
@@ -133,22 +134,22 @@ class ProxTogether:
         if unchanged and not capturing:  # a graph copies what the scales are when it is replayed
             return
         self._seen = seen
-        for _, numbers, many in self._kinds:
-            if many.scales is not None:
+        for _, numbers, table in self._kinds:
+            if table.scales is not None:
                 new = [scale for number in numbers if (scale := scales[number]) is not None]
                 torch._foreach_copy_(
-                    many.scales, [scale.expand_as(own) for scale, own in zip(new, many.scales, strict=True)]
+                    table.scales, [scale.expand_as(own) for scale, own in zip(new, table.scales, strict=True)]
                 )
 
     def _sort(
         self, weights: Sequence[Tensor], dims: Sequence[int], scales: Sequence[Tensor | None], device: torch.device
-    ) -> list[tuple[Tensor | None, list[int], ManyWeights]]:
-        from prox24_lightning.prox.triton.launch import ManyWeights
+    ) -> list[tuple[Tensor | None, list[int], WeightTable]]:
+        from prox24_lightning.prox.triton.multi_tensor import WeightTable
 
         kinds: dict[Hashable, list[int]] = {}
         places = [resolve_group_dim(weight.shape, dim) for weight, dim in zip(weights, dims, strict=True)]
         for number, (weight, place, scale) in enumerate(zip(weights, places, scales, strict=True)):
-            if weight.device != device or not can_go_together(weight):
+            if weight.device != device or not fits_multi_tensor(weight):
                 raise ValueError(f"weight {number} cannot go with the others on {device}; use prox_24 for it")
             kind = (weight.dtype, weight.shape[place + 1 :].numel() == 1, scale is not None)
             kinds.setdefault(kind, []).append(number)
@@ -157,12 +158,12 @@ class ProxTogether:
             index = None if len(kinds) == 1 else torch.tensor(numbers).to(device, non_blocking=True)
             own = [_own_scale(scale, weights[i]) for i in numbers if (scale := scales[i]) is not None]
             chosen = [weights[number] for number in numbers]
-            result.append((index, numbers, ManyWeights(chosen, [places[i] for i in numbers], own or None)))
+            result.append((index, numbers, WeightTable(chosen, [places[i] for i in numbers], own or None)))
         return result
 
 
 def _own_scale(scale: Tensor, weight: Tensor) -> Tensor:
-    """Memory for the scale that stays where it is; in full for a weight of more than two dimensions, whose strides the
+    """Memory of the table's own for a scale; expanded for a weight of more than two dimensions, whose strides the
     kernel cannot follow otherwise."""
     shape = scale.shape if weight.dim() <= 2 else weight.shape
     return torch.empty(shape, dtype=torch.float32, device=weight.device)
