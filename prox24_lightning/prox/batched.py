@@ -131,7 +131,7 @@ def _pruned(y: Tensor) -> float:
 
 
 def _capped(y: Tensor, strength: Tensor) -> Tensor:
-    """``strength * y`` with 0 * inf = 0: strength 0 leaves an infinite entry alone, an infinite strength leaves a zero."""
+    """``strength * y`` with 0 * inf = 0: strength 0 leaves an infinite entry alone, an infinite one leaves a zero."""
     return (y * strength).nan_to_num_(nan=0.0, posinf=CAP).clamp_max_(CAP)
 
 
@@ -207,8 +207,8 @@ def _shrink_sorted(ordered: tuple[Tensor, ...], strength: Tensor, *, compact: bo
     y1, y2, y3, y4 = ordered
     v1, v2, v3, v4 = (_capped(y, strength) for y in ordered)
     w1, w2, w3, gain3 = three_sparse(v1, v2, v3, compact=compact)
-    # For v1^2 + v2^2 <= 1 the third entry survives exactly if y3 > strength y1 y2. From ALWAYS_TWO on none does, and capped
-    # entries no longer say which is the larger.
+    # For v1^2 + v2^2 <= 1 the third entry survives exactly if y3 > v1 y2. From ALWAYS_TWO on none does, and which of
+    # two capped entries is the larger is lost.
     three = indicator(torch.lt, gain3, 0.0).mul_(indicator(torch.lt, v1, ALWAYS_TWO))
     small = indicator(torch.le, torch.addcmul(v1 * v1, v2, v2), 1.0)
     three = torch.lerp(three, indicator(torch.gt, y3, v1 * y2), small)

@@ -60,13 +60,13 @@ def prox_24_reference(
 
 def _shrink_sorted(y: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     """For sorted magnitudes ``y`` (..., 4): how much each kept entry shrinks, and which entries are kept."""
-    # "Lambda units": v = strength * y, W = strength * w turn the problem into the one with strength 1. 0 * inf counts as 0:
-    # strength 0 leaves an infinite entry alone, and an infinite strength leaves a zero alone.
+    # "Lambda units": v = strength * y, W = strength * w turn the problem into the one with strength 1. 0 * inf counts
+    # as 0: strength 0 leaves an infinite entry alone, and an infinite strength leaves a zero alone.
     v = (strength * y).nan_to_num(nan=0.0, posinf=torch.inf)
     v1, v2, v3, _ = v.unbind(-1)
     y1, y2, y3, y4 = y.unbind(-1)
 
-    # For v1^2 + v2^2 <= 1 the third entry survives exactly if y3 > strength y1 y2; strength multiplies one factor only, so
+    # For v1^2 + v2^2 <= 1 the third entry survives exactly if y3 > v1 y2; the strength multiplies one factor only, so
     # that the comparison does not underflow. Beyond that the jump of the cubic equation decides.
     three_w, three_wins, three_gain = _three_sparse(v)
     three_wins = torch.where(v1**2 + v2**2 <= 1, y3 > v1 * y2, three_wins)
@@ -81,8 +81,8 @@ def _shrink_sorted(y: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     always = torch.ones_like(three_wins)
 
     w = torch.where(dense_wins.unsqueeze(-1), dense_w, three_w)
-    # The stationary point in shift form, w_i = y_i - e2(others) / strength, is exact where strength |y| -> 0. Where the map
-    # contracts, a few rounds of it take away the absolute error of c + x_i.
+    # The stationary point in shift form, w_i = y_i - e2(others) / strength, is exact as strength |y| -> 0. Where the
+    # map contracts, a few rounds of it take away the absolute error of c + x_i.
     small = (v1 + v2 + v3 <= 0.5).unsqueeze(-1)
     support = torch.stack([always, always, always, dense_wins], dim=-1)
     for _ in range(50):

@@ -87,7 +87,8 @@ class WeightTable:
     def prox(self, strengths: Tensor, *, settle: bool, statistics: Sequence[ProxStatistics] | None = None) -> None:
         """Apply the prox to every weight, in place, each with its own strength.
 
-        ``strengths`` are float32 ``(weights,)`` on the device. ``statistics``, one for each weight, are filled from the same pass; their sums are rows of one tensor.
+        ``strengths`` are float32 ``(weights,)`` on the device. ``statistics``, one for each weight, are filled from the
+        same pass; their sums are rows of one tensor.
         """
         launch = self.launch if statistics is None else Launch(registers=STATISTICS_REGISTERS)
         with torch.cuda.device_of(strengths):

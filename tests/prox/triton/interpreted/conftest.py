@@ -31,6 +31,6 @@ def many(groups, monkeypatch):
     from prox24_lightning.prox import multi_tensor
 
     monkeypatch.setattr(multi_tensor, "fits_multi_tensor", lambda weight: True)
-    y = groups.clamp(-30, 30)
-    weights = [y[:512].reshape(32, 64).clone(), y[512:768].reshape(64, 16).clone(), y[768:].reshape(-1, 8).clone()]
+    y = groups[:300].clamp(-30, 30)
+    weights = [y[:128].reshape(8, 64).clone(), y[128:192].reshape(32, 8).clone(), y[192:].reshape(-1, 8).clone()]
     return weights, [1, 0, 1], [torch.linspace(0.3, 3, 64), None, None], torch.tensor([0.3, 0.7, 1.1])
