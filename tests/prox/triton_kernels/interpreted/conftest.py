@@ -1,4 +1,4 @@
-"""Tests of the Triton kernels on a CPU: ``TRITON_INTERPRET=1 pytest tests/prox/triton/interpreted``."""
+"""Tests of the Triton kernels on a CPU: ``TRITON_INTERPRET=1 pytest tests/prox/triton_kernels/interpreted``."""
 
 from __future__ import annotations
 
