@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny_runs import quiet_trainer
 from torch import nn
 from transformers import GPT2Config, GPT2Model
 
-from prox24_lightning import is_24
+from prox24_lightning import Prox24, Prox24TrainerCallback, is_24
 from prox24_lightning.finetune import MaskedLora
 from prox24_lightning.mask import mask_24
 from prox24_lightning.weights.selection import select_weights
@@ -137,3 +141,26 @@ def test_another_kind_of_adapter_is_refused():
     masks = pruned(model)
     with pytest.raises(ValueError, match=r"0 has an adapter that cannot be masked \(peft.tuners.loha.layer\)"):
         MaskedLora(peft.get_peft_model(model, peft.LoHaConfig(r=2, target_modules=["0"])), masks)
+
+
+def test_a_model_with_adapters_alone_is_refused_in_both_hosts_with_the_remedy(tmp_path):
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = adapted()[0]
+
+        def training_step(self, batch, batch_idx):
+            return self.model(batch).square().sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = [{"input": torch.randn(8)} for _ in range(4)]
+    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(
+        adapted()[0], arguments, train_dataset=data, callbacks=[Prox24TrainerCallback(1, 2, verbose=False)]
+    )
+    with pytest.raises(ValueError, match=r"LoRA adapter: prune the model before .*finetune.MaskedLora"):
+        trainer.train()
+    with pytest.raises(MisconfigurationException, match=r"LoRA adapter: prune the model before .*MaskedLora"):
+        quiet_trainer(max_steps=4, callbacks=[Prox24(1, 2, verbose=False)]).fit(Module(), [torch.randn(4, 8)])

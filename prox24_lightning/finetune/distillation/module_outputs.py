@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class CallRecorder:
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._calls is not None:
-            self._inputs.append(tree_map(_copied, (args, kwargs)))
+            self._inputs.append(tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs)))
 
     def _after_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._calls is not None:
@@ -86,7 +86,3 @@ class CallRecorder:
     def _after_block(self, name: str, output: Any) -> None:
         if self._calls is not None:
             self._outputs[name] = output
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
