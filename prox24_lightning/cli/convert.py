@@ -95,5 +95,5 @@ def _save_state(path: Path, model: nn.Module) -> None:
 def _reasons(dense: dict[str, str]) -> str:
     groups: dict[str, list[str]] = {}
     for name, why in dense.items():
-        groups.setdefault(why.partition(":")[0], []).append(name)
+        groups.setdefault(why.partition(": ")[0], []).append(name)  # not ":" alone, as in 2:4
     return "; ".join(f"{collapse_names(names)}: {why}" for why, names in groups.items())

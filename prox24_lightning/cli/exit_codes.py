@@ -1,4 +1,4 @@
-"""Errors of a command whose exit code means something: one line for what a user can mend, and always code 2."""
+"""Exit codes of the commands: errors are one line where a user can mend them, and code 2."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ERROR = 2
 def errors_as_exit(command: str) -> Iterator[None]:
     """Turn an exception into a message on stderr and exit code 2.
 
-    Python's own code for an exception is 1, which would say "nothing found" here. What cannot be the user's doing is
-    shown with its traceback.
+    Python's own code for an exception is 1, which means "nothing found" here. Errors that a user cannot cause are
+    printed with their traceback.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The ``prox24`` command: a table of names, each run by a function that is imported only when it is asked for."""
+"""The ``prox24`` command: a table of names, and for each a function that is imported when it runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from importlib import import_module
 
 from prox24_lightning import __version__
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a shell: 128 and the number of the signal."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -20,7 +23,7 @@ class Command:
         summary: what the command does.
         target: ``module:function``. The function takes the words after the command's name.
         typed: instead, the function has typed parameters, and jsonargparse makes the command line from them.
-        positional: those parameters that have no default are words without a name.
+        positional: parameters without a default are words without a name.
     """
 
     summary: str
@@ -36,7 +39,16 @@ class Command:
             return
         from jsonargparse import auto_cli
 
-        auto_cli(entry, args=words, prog=f"prox24 {name}", as_positional=self.positional)
+        from prox24_lightning.cli.parsers import CommandParser
+
+        auto_cli(
+            entry,
+            args=words,
+            prog=f"prox24 {name}",
+            as_positional=self.positional,
+            parser_class=CommandParser,
+            allow_abbrev=False,
+        )
 
 
 COMMANDS = {
@@ -118,7 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A console script does not have the working directory on its path, where users keep the classes they name in YAML.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    COMMANDS[name].run(name, rest)
+    try:
+        COMMANDS[name].run(name, rest)
+    except KeyboardInterrupt:
+        print(f"prox24 {name}: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
+
+from prox24_lightning.cli.exit_codes import ERROR
+from prox24_lightning.cli.parsers import TrainerParser, refuse
 
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
 
 class Prox24CLI(LightningCLI):
-    """LightningCLI whose model and data are named by class path, and whose words may come from a program."""
+    """LightningCLI whose model and data are class paths, and whose words a program may pass."""
 
     def __init__(self, words: list[str], *, name: str, run: bool = True, **options: Any) -> None:
         super().__init__(
@@ -34,15 +40,30 @@ class Prox24CLI(LightningCLI):
         return {name: skipped[name] for name in ("fit", "validate", "test")}
 
     @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = TrainerParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="path of a YAML file")
+        return parser
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if "Does not validate against" not in str(error):  # as jsonargparse reports a value that a class refuses
+                raise
+            refuse(self.parser.prog, str(error))
+
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        # The words are handed over by our own dispatcher; LightningCLI would warn that sys.argv holds some too.
+        # The words come from our own dispatcher; LightningCLI would warn that sys.argv holds some too.
         if not isinstance(args, list):
             raise TypeError(f"expected a list of command line words, got {type(args).__name__}")
         self.config = parser.parse_args(args)
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Say that a checkpoint is missing before the model is made."""
+        """Refuse a checkpoint that does not exist before the model is made."""
         subcommand = self.config.get("subcommand")
         path = self.config[subcommand].get("ckpt_path") if subcommand else None
         if path is None or "://" in str(path) or str(path).split(":")[0] in _NAMED_CHECKPOINTS:
@@ -53,14 +74,22 @@ class Prox24CLI(LightningCLI):
 
 def fit(words: list[str]) -> None:
     """Train."""
-    Prox24CLI(["fit", *words], name="prox24")
+    _run("fit", words)
 
 
 def validate(words: list[str]) -> None:
     """Score on the validation data."""
-    Prox24CLI(["validate", *words], name="prox24")
+    _run("validate", words)
 
 
 def test(words: list[str]) -> None:
     """Score on the test data."""
-    Prox24CLI(["test", *words], name="prox24")
+    _run("test", words)
+
+
+def _run(command: str, words: list[str]) -> None:
+    try:
+        Prox24CLI([command, *words], name="prox24")
+    except MisconfigurationException as error:  # settings that cannot work together
+        print(f"prox24 {command}: {error}", file=sys.stderr)
+        raise SystemExit(ERROR) from error

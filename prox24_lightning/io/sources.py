@@ -17,6 +17,7 @@ from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.state_dict_model import layers_of
 from prox24_lightning.io.packed_folder import PACKED_ENDING
 from prox24_lightning.io.pretrained import Dtype, Head, Pretrained
+from prox24_lightning.utils.config_errors import first_reason
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import cast_model
 
@@ -147,7 +148,7 @@ def _from_config(path: Path) -> nn.Module:
     try:
         parsed = parser.parse_object({"model": found["model"]})
     except ArgumentError as error:
-        raise ValueError(f"the entry 'model' of {path} makes no module: {_one_line(error)}") from error
+        raise ValueError(f"the entry 'model' of {path} makes no module: {first_reason(str(error))}") from error
     module = parser.instantiate_classes(parsed).model
     module.configure_model()
     return module

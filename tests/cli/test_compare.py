@@ -160,8 +160,9 @@ def test_finished_rows_are_on_disk_before_the_next_run(tmp_path, monkeypatch):
         return run(words, variant, *rest)
 
     monkeypatch.setattr(compare_module, "_run", stop_at_asp)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         main(words(tmp_path, "--variants", "dense", "asp"))
+    assert stopped.value.code == 130
     assert [row["variant"] for row in results(tmp_path)] == ["dense"]
 
 

@@ -195,7 +195,7 @@ def test_a_model_that_lacks_weights_is_refused(prox24, sparse_folder, tmp_path):
     code, out, err = prox24("doctor", folder)
     assert code == 2
     assert out == ""
-    assert "lacks 1 tensors of LlamaForCausalLM, model.layers.1.mlp.up_proj.weight: the files are of another" in err
+    assert "lacks 1 tensors of LlamaForCausalLM, model.layers.1.mlp.up_proj.weight: its files belong to another" in err
     assert "now --head causal_lm" in err
 
 

@@ -1,0 +1,92 @@
+"""What ends a command: one sentence on stderr, and an exit code."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from prox24_lightning.cli import convert, main
+
+MODEL = "lightning.pytorch.demos.boring_classes.BoringModel"
+
+
+def config(tmp_path, **changes):
+    path = tmp_path / "run.yaml"
+    callback = {"class_path": "prox24_lightning.Prox24", "init_args": {"start": 0.2, **changes.pop("prox24", {})}}
+    trainer = {"max_steps": 2, "accelerator": "cpu", "logger": False, "callbacks": [callback], **changes}
+    path.write_text(yaml.safe_dump({"seed_everything": 0, "model": {"class_path": MODEL}, "trainer": trainer}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_steps": "lots"}, "trainer.max_steps: expected int, got lots"),
+        (
+            {"prox24": {"strategy": "progresive"}},
+            "strategy: expected one of 'post_step', 'progressive', got progresive",
+        ),
+        ({"prox24": {"strat": "post_step"}}, "Option 'strat' is not accepted"),
+        ({"prox24": {"start": 0.9, "freeze": 0.5}}, "start=0.9 comes after freeze=0.5; sparsification begins before"),
+        ({"prox24": {"targets": ["modle.*"]}}, "targets pattern 'modle.*' matches no weight"),
+    ],
+)
+def test_a_config_that_cannot_work_ends_in_one_sentence(prox24, tmp_path, changes, sentence):
+    code, _, err = prox24("fit", "--config", config(tmp_path, **changes))
+    assert code == 2
+    [line] = [line for line in err.splitlines() if line.startswith("prox24")]
+    assert sentence in line
+    assert "Traceback" not in err
+    assert "usage:" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["doctor"], "prox24 doctor: the following arguments are required: model"),
+        (["doctor", "x", "--token_counts", "a"], "prox24 doctor: token_counts: expected list or null, got a"),
+        (["prune", "--model.nam", "x"], "prox24 prune: unrecognized arguments: --model.nam"),
+        (["fit", "--config", "gone.yaml"], "prox24 fit: config: File does not exist"),
+    ],
+)
+def test_words_that_cannot_work_end_in_one_sentence(prox24, words, sentence):
+    code, _, err = prox24(*words)
+    assert code == 2
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_error_of_the_users_class_keeps_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "broken_net.py").write_text(
+        "from lightning.pytorch.demos.boring_classes import BoringModel\n"
+        "class Net(BoringModel):\n"
+        "    def __init__(self):\n"
+        "        [][0]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(IndexError, match="list index out of range"):
+        main.main(
+            [
+                "fit",
+                "--seed_everything=0",
+                "--model",
+                "broken_net.Net",
+                "--trainer.max_steps=1",
+                "--trainer.accelerator=cpu",
+            ]
+        )
+
+
+def test_ctrl_c_ends_in_one_line(prox24, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "load_source", interrupted)
+    code, out, err = prox24("convert", "gpt2", "out")
+    assert (code, out, err) == (130, "", "prox24 convert: interrupted\n")
+
+
+def test_a_reason_is_not_cut():
+    assert convert._reasons({"a.weight": "not 2:4: group 3 has three", "b.weight": "not 2:4: group 1"}) == (
+        "a.weight, b.weight: not 2:4"
+    )
