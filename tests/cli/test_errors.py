@@ -36,7 +36,6 @@ def test_a_config_that_cannot_work_ends_in_one_sentence(prox24, tmp_path, change
     assert code == 2
     [line] = [line for line in err.splitlines() if line.startswith("prox24")]
     assert sentence in line
-    assert "Traceback" not in err
     assert "usage:" not in err
 
 
