@@ -50,7 +50,8 @@ class Prox24CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if "Does not validate against" not in str(error):  # as jsonargparse reports a value that a class refuses
+            # jsonargparse wraps every exception of a constructor; only these say that a value is refused.
+            if not isinstance(error.__cause__, (ValueError, TypeError, MisconfigurationException)):
                 raise
             refuse(self.parser.prog, str(error))
 
