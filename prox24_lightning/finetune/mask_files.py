@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prox24_lightning.finetune.masked_parameters import MaskedParameters
+from prox24_lightning.finetune.optimizer_state import masters_of
 from prox24_lightning.mask.file import StoredMask, hash_weight, read_masks, write_masks
 from prox24_lightning.utils.distributed import on_first, rank
 from prox24_lightning.weights.names import clean_name
@@ -99,11 +100,13 @@ def load_masks(
     found = {name: _match(name, stored, parameters, prefix, path) for name, stored in file.masks.items()}
     for name, parameter in found.items():
         _check_values(name, file.masks[name], parameter, expect, path)
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     masked = MaskedParameters()
+    masked.masters = masters_of(optimizers, found.values())
     for name, parameter in found.items():
         device = local_part(parameter).device
         masked.apply(name.removeprefix(prefix), parameter, part_of(file.masks[name].mask.to(device), parameter))
-    masked.enforce([optimizers] if isinstance(optimizers, Optimizer) else optimizers)
+    masked.enforce(optimizers)
     return masked
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.finetune.optimizer_state import OptimizerState
+from prox24_lightning.finetune.optimizer_state import OptimizerState, masters_of, wrapped_optimizers
 from prox24_lightning.mask import pack_mask
 from prox24_lightning.utils.triton import why_no_triton
 from prox24_lightning.weights.sharded import local_part
@@ -29,10 +29,15 @@ class MaskedParameters:
     where a pruned entry is not zero.
 
     Each rank masks its own part of a sharded parameter, with the mask of that part.
+
+    Attributes:
+        masks: by name, bool, True stays.
+        masters: parameter -> the tensor that an optimizer trains in its place (an fp32 master), and that is masked too.
     """
 
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
+        self.masters: Mapping[Tensor, Tensor] = {}
         self._pruned: dict[str, Tensor] = {}
         self._packed: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
@@ -75,9 +80,12 @@ class MaskedParameters:
     def enforce(self, optimizers: Iterable[Optimizer]) -> None:
         """Mask the state of ``optimizers`` now, and the weights after each of their steps."""
         optimizers = list(optimizers)
+        self.masters = self.masters or masters_of(optimizers, self._parameters.values())
         self.mask_optimizer_state(optimizers)
         for optimizer in optimizers:
-            self._step_handles.append(optimizer.register_step_post_hook(lambda stepped, *_: self.after_step(stepped)))
+            for part in wrapped_optimizers(optimizer):  # SAM steps the optimizer that it wraps alone
+                hook = part.register_step_post_hook(lambda *_, outer=optimizer: self.after_step(outer))
+                self._step_handles.append(hook)
 
     def release(self, name: str) -> None:
         """Stop masking the gradients and weights of ``name``; the mask is kept."""
@@ -124,7 +132,7 @@ class MaskedParameters:
 
     def _state_of(self, optimizer: Optimizer) -> OptimizerState:
         if id(optimizer) not in self._states:
-            self._states[id(optimizer)] = OptimizerState(optimizer)
+            self._states[id(optimizer)] = OptimizerState(optimizer, self.masters)
         return self._states[id(optimizer)]
 
     def _masks_by_parameter(self) -> dict[Tensor, Tensor]:

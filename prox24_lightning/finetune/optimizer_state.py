@@ -67,6 +67,25 @@ def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
     return found
 
 
+def masters_of(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Return the tensors that optimizers train in the place of ``parameters``: fp32 masters that they copy from.
+
+    Each is a tensor of the parameter's shape and, rounded to its dtype, values; of parameters that are trained
+    themselves there is none.
+    """
+    trained = [tensor for optimizer in optimizers for group in optimizer.param_groups for tensor in group["params"]]
+    own, known = dict.fromkeys(parameters), set(trained)
+    untrained = [parameter for parameter in own if parameter not in known]
+    spare = [tensor for tensor in trained if tensor not in own]
+    found: dict[Tensor, Tensor] = {}
+    for parameter in untrained:
+        for index, tensor in enumerate(spare):
+            if tensor.shape == parameter.shape and _is_master(tensor, parameter):
+                found[parameter] = spare.pop(index)
+                break
+    return found
+
+
 def check_optimizer(optimizer: Optimizer) -> None:
     """Refuse optimizers whose steps cannot be noticed, or that would undo or misread a prox between steps.
 
@@ -89,10 +108,15 @@ class OptimizerState:
     """The state of an optimizer and of those that it wraps, by what it means for each weight.
 
     Kinds are determined again whenever the state has grown, since most optimizers fill it in their first step.
+
+    Args:
+        optimizer: the outermost one.
+        masters: parameter -> the tensor that is trained in its place, as :func:`masters_of` returns them.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, masters: Mapping[Tensor, Tensor] | None = None) -> None:
         self._parts = wrapped_optimizers(optimizer)
+        self._parameters = {master: parameter for parameter, master in (masters or {}).items()}
         self._kinds: dict[str, Kind] = {}
         self._size: list[tuple[int, int]] = []
 
@@ -147,15 +171,22 @@ class OptimizerState:
 
     def _entries(self) -> Iterator[tuple[Tensor, str, Any, Mapping[str, Any]]]:
         """Parameter, key, value and the whole state of the parameter."""
+        for master, parameter in self._parameters.items():
+            yield parameter, "master", master, {}
         for mapping in {id(part.state): part.state for part in self._parts}.values():  # wrappers may share theirs
             for owner, state in mapping.items():
                 if not isinstance(state, Mapping):
                     continue
                 for key, value in state.items():
                     if isinstance(owner, Tensor):
-                        yield owner, str(key), value, state
+                        yield self._parameters.get(owner, owner), str(key), value, state
                     elif isinstance(key, Tensor):  # a state by purpose and then by parameter
                         yield key, str(owner), value, {}
+
+
+def _is_master(tensor: Tensor, parameter: Tensor) -> bool:
+    master, weight = local_part(tensor), local_part(parameter)
+    return master.shape == weight.shape and torch.equal(master.to(weight.device, weight.dtype), weight)
 
 
 def _size(state: Mapping[Any, Any]) -> tuple[int, int]:

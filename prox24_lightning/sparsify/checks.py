@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from prox24_lightning.finetune.optimizer_state import check_optimizer
+from prox24_lightning.finetune.optimizer_state import check_optimizer, masters_of
 from prox24_lightning.utils.distributed import any_rank, rank
 from prox24_lightning.utils.files import check_folder
 from prox24_lightning.weights.groups import Dim
@@ -48,9 +48,10 @@ def optimized(selection: Selection, optimizers: Sequence[Optimizer], *, explicit
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    masters = masters_of(optimizers, [weight.parameter for weight in selection])
     chosen, skipped = [], list(selection.skipped)
     for weight in selection.chosen:
-        count = holders.get(id(weight.parameter), 0)
+        count = holders.get(id(masters.get(weight.parameter, weight.parameter)), 0)
         if count > 1:
             raise ValueError(
                 f"{weight.name} is held by {count} optimizers, so the prox would follow neither; "

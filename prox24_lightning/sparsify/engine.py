@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from prox24_lightning.calibration.input_second_moment import InputSecondMoments
 from prox24_lightning.finetune import MaskedParameters
+from prox24_lightning.finetune.optimizer_state import masters_of
 from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.sparsify.checks import check_finite, check_same_weights, has_replaced
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
@@ -95,7 +96,9 @@ class SparsityEngine:
         self.unbind()
         self._optimizers = tuple(optimizers)
         self._bound = {weight.name: weight.parameter for weight in self.weights}
-        names = {id(weight.parameter): weight for weight in self.weights}
+        self.masked.masters = masters_of(optimizers, [weight.parameter for weight in self.weights])
+        trained_as = self.masked.masters.get
+        names = {id(trained_as(weight.parameter, weight.parameter)): weight for weight in self.weights}
         for optimizer in optimizers:
             held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
             self._owned[id(optimizer)] = [names[key] for key in held if key in names]
@@ -107,7 +110,7 @@ class SparsityEngine:
         if self._frozen:
             return
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        trained = frozenset(parameter for group in groups for parameter in group["params"])
+        trained = frozenset([*self.masked.masters, *(parameter for group in groups for parameter in group["params"])])
         self.strategy.attach(RunContext(self.weights, self.plan, self.metric_scale, trained))
         if self._moments is not None:
             self._moments.attach()

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from odd_optimizers import Masters, Orthogonal, Rotated, ScheduleFree, Shampoo, SharpnessAware, SlowWeights
+from odd_optimizers import (
+    Masters,
+    Orthogonal,
+    OuterMasters,
+    Rotated,
+    ScheduleFree,
+    Shampoo,
+    SharpnessAware,
+    SlowWeights,
+)
 from torch import nn
 
-from prox24_lightning.finetune import MaskedParameters
-from prox24_lightning.finetune.optimizer_state import OptimizerState, check_optimizer, wrapped_optimizers
+from prox24_lightning.finetune import MaskedParameters, load_masks, save_masks
+from prox24_lightning.finetune.optimizer_state import OptimizerState, check_optimizer, masters_of, wrapped_optimizers
 from prox24_lightning.mask import mask_24
+from prox24_lightning.weights.selection import select_weights
 
 ADAM = {"step": "other", "exp_avg": "moment", "exp_avg_sq": "moment"}
 KINDS = {
@@ -163,6 +173,51 @@ def test_the_zero_of_eight_bit_moments_is_a_code():
         assert (codes[state["state1"][gone].int()] == 0).all()
         assert (state["state1"][~gone] == 200).all()
         assert (state["flags"] == 3).all()
+
+
+def test_masters_are_found_by_their_values():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(4, 8).bfloat16()) for _ in range(3)]
+    outside = OuterMasters(weights[:2], lr=0.1)
+    own = torch.optim.SGD([weights[2], nn.Parameter(torch.randn(4, 8))], lr=0.1)
+    masters = masters_of([own, outside], weights)
+    assert {id(weight): id(master) for weight, master in masters.items()} == dict(
+        zip(map(id, weights), map(id, outside.param_groups[0]["params"]), strict=False)
+    )
+
+
+def test_masks_of_a_file_reach_masters_and_their_moments(tmp_path):
+    model = nn.Linear(16, 8, bias=False)
+    optimizer = OuterMasters(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(4, 16)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    mask = mask_24(model.weight.detach())
+    save_masks(tmp_path / "masks.safetensors", select_weights(model), {"weight": mask})
+    load_masks(model, tmp_path / "masks.safetensors", optimizers=optimizer, expect="any")
+    (master,) = optimizer.param_groups[0]["params"]
+    for _ in range(3):
+        assert (master[~mask] == 0).all()
+        assert (optimizer.state[master]["momentum_buffer"][~mask] == 0).all()
+        step()
+        assert (model.weight[~mask] == 0).all()
+
+
+def test_enforced_masks_follow_the_half_steps_of_a_wrapper():
+    model = nn.Linear(16, 8, bias=False)
+    sam = SharpnessAware(model.parameters(), Orthogonal, lr=0.1)
+    masked, mask = MaskedParameters(), mask_24(model.weight.detach())
+    masked.apply("weight", model.weight, mask)
+    masked.enforce([sam])
+    for _ in range(3):
+        for half in (sam.first_step, sam.second_step):
+            model(torch.randn(4, 16)).square().sum().backward()
+            half()
+        assert (model.weight[~mask] == 0).all()
 
 
 def test_wrapped_optimizers_are_found_once():

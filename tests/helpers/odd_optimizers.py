@@ -24,6 +24,28 @@ class Masters(SGD):
                 p.copy_(master.sub_(p.grad.float(), alpha=group["lr"]))
 
 
+class OuterMasters(SGD):
+    """Trains fp32 copies of the weights by their own gradients, and copies them into the weights after each step."""
+
+    def __init__(self, params, **arguments):
+        self.weights = list(params)
+        super().__init__([p.detach().float().clone().requires_grad_() for p in self.weights], **arguments)
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.weights:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        _run(closure)
+        masters = self.param_groups[0]["params"]
+        for p, master in zip(self.weights, masters, strict=True):
+            master.grad = p.grad.float()
+        super().step()
+        for p, master in zip(self.weights, masters, strict=True):
+            p.copy_(master)
+
+
 class SlowWeights(Optimizer):
     """Lookahead (arXiv 1907.08610): wraps an optimizer, goes half way back to slow weights in every fifth step."""
 
