@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from prox24_lightning.utils.files import replacing
+from prox24_lightning.utils.sampling import spread_sample
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part
 
@@ -124,6 +124,4 @@ def _x(steps: int) -> int:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    flat = weight.detach().flatten()
-    # An odd stride samples all four positions of the groups.
-    return flat[:: math.ceil(flat.numel() / HISTOGRAM_SAMPLE) | 1].float()
+    return spread_sample(weight.detach(), HISTOGRAM_SAMPLE).float()

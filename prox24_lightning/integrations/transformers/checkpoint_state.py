@@ -16,6 +16,7 @@ import torch
 
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.files import save_object, write_text
+from prox24_lightning.utils.sampling import spread_sample
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part
 
@@ -112,8 +113,7 @@ class CheckpointState:
     def _checksum(self) -> str:
         parts = []
         for weight in self._weights:
-            values = local_part(weight.parameter).flatten()
-            parts += [weight.name, values[:: max(1, values.numel() // _SAMPLES)]]
+            parts += [weight.name, spread_sample(local_part(weight.parameter), _SAMPLES)]
         return checksum(parts)
 
 

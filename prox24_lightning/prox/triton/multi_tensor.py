@@ -28,6 +28,7 @@ from prox24_lightning.prox.triton.launch import (
     strided,
 )
 from prox24_lightning.prox.triton.memory import read_row
+from prox24_lightning.utils.sampling import sample_stride
 
 STATISTICS_REGISTERS = 96
 """Registers a thread at most where statistics are gathered too."""
@@ -64,17 +65,24 @@ class WeightTable:
             rows.append([*place, *strides, len(owners)])
             owners += [number] * programs
         self.wide = any(weight.numel() >= WIDE for weight in weights)
+        self._sample_strides: dict[int, Tensor] = {}
         self._table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
         self._owners = torch.tensor(owners, dtype=torch.int32).to(device, non_blocking=True)
 
     def critical(self, result: Tensor) -> Tensor:
         """Fill ``result``, float32 ``(weights, samples)``, with the critical strengths of groups spread over each."""
         weights, samples = result.shape
+        if samples not in self._sample_strides:
+            strides = [sample_stride(weight.numel() // 4, samples) for weight in self.weights]
+            self._sample_strides[samples] = torch.tensor(strides, dtype=torch.int32).to(
+                result.device, non_blocking=True
+            )
         with torch.cuda.device_of(result):
             critical_many_kernel[(weights, triton.cdiv(samples, CRITICAL_BLOCK))](
                 self._table,
                 self.weights[0],
                 result,
+                self._sample_strides[samples],
                 samples,
                 HAS_SCALE=self.scales is not None,
                 LAST_DIM=self.last_dim,
@@ -166,18 +174,19 @@ def critical_many_kernel(
     table,
     like,
     result,
+    strides,
     samples,
     HAS_SCALE: tl.constexpr,
     LAST_DIM: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The critical strengths of ``samples`` groups of each weight, a row of ``table`` each; an odd stride does not stay
-    in the same columns."""
+    """The critical strengths of ``samples`` groups of each weight: a row of ``table`` each, and in ``strides`` for each
+    the distance between its sampled groups."""
     number = tl.program_id(0)
     weight, scale, groups, _, _, layout = read_row(table, number, like)
     sample = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    group = (sample * (tl.maximum(groups // samples, 1) | 1) % groups).to(tl.int64)
+    group = (sample * tl.load(strides + number) % groups).to(tl.int64)
     variant: tl.constexpr = Variant(
         one_strength=True,
         has_scale=HAS_SCALE,

@@ -1,4 +1,4 @@
-"""The plain strategy with the fused kernel: ``pytest -m gpu tests/sparsify``; its sampled strengths need no GPU."""
+"""``post_step`` with one launch for all weights: ``pytest -m gpu tests/sparsify``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.mask import mask_24, zeros_per_group
 from prox24_lightning.monitoring.statistics import look
-from prox24_lightning.prox import settle_24
+from prox24_lightning.prox import MultiTensorProx, settle_24
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
@@ -18,13 +18,18 @@ from prox24_lightning.sparsify.strategies.post_step.strength import strengths_fo
 from prox24_lightning.weights.selection import select_weights
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("fraction", [0.2, 0.8, 1.0])
 def test_a_sampled_strength_settles_the_wanted_share_of_each_weight(fraction):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
     torch.manual_seed(0)
     weights = [torch.randn(256, 512) * 0.02, torch.randn(64, 96), torch.randn(512, 256) * 3, torch.randn(16, 8, 3, 3)]
-    dims = [1, 1, 0, 1]
-    scales = [torch.rand(512) + 0.5, None, torch.rand(256) + 0.5, None]
-    strengths = strengths_for_fraction(weights, fraction, dims=dims, scales=scales)
+    weights[0] *= torch.where(torch.arange(512) // 4 % 2 == 0, 100.0, 1.0)
+    weights, dims = [weight.cuda() for weight in weights], [1, 1, 0, 1]
+    scales = [torch.rand(512).cuda() + 0.5, None, torch.rand(256).cuda() + 0.5, None]
+    prox = MultiTensorProx()
+    strengths = strengths_for_fraction(weights, fraction, dims=dims, scales=scales, multi_tensor=prox)
     assert strengths.shape == (4,)
     for weight, strength, dim, scale in zip(weights, strengths, dims, scales, strict=True):
         settled = settle_24(weight, strength, dim=dim, scale=scale)
@@ -32,11 +37,11 @@ def test_a_sampled_strength_settles_the_wanted_share_of_each_weight(fraction):
         assert share == pytest.approx(fraction, abs=0.01)
 
 
-def test_fraction_zero_meets_nobody_and_a_bad_one_is_refused():
-    weights = [torch.randn(16, 16)]
-    assert strengths_for_fraction(weights, 0.0, dims=[1], scales=[None]).tolist() == [0.0]
+def test_fraction_zero_needs_no_strength_and_a_bad_one_is_refused():
+    settings = {"dims": [1], "scales": [None], "multi_tensor": MultiTensorProx()}
+    assert strengths_for_fraction([torch.randn(16, 16)], 0.0, **settings).tolist() == [0.0]
     with pytest.raises(ValueError, match="fraction must lie in"):
-        strengths_for_fraction(weights, 1.2, dims=[1], scales=[None])
+        strengths_for_fraction([torch.randn(16, 16)], 1.2, **settings)
 
 
 @pytest.mark.gpu

@@ -51,3 +51,19 @@ def test_groups_that_are_24_already_count():
 def test_fractions_outside_of_the_unit_interval_are_refused(fraction):
     with pytest.raises(ValueError, match="fraction must lie in"):
         strength_for_fraction(torch.randn(4, 4), fraction)
+
+
+@pytest.mark.parametrize("dim", [0, 1, (0, 1)])
+@pytest.mark.parametrize("stride", [16, 64])
+def test_strengths_that_depend_on_the_column_or_the_row_are_sampled_evenly(monkeypatch, dim, stride):
+    """A sample of every 16th group would meet only the columns, or the rows, in which entries are a hundred times as
+    large: it would find them all 2:4 at a hundredth of the strength."""
+    import prox24_lightning.sparsify.strategies.post_step.strength as module
+
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    number = torch.arange(1024) // 4
+    weight *= torch.where(number % stride == 0, 100.0, 1.0).view(*((-1, 1) if dim == 0 else (1, -1)))
+    groups = weight.numel() // (4 if isinstance(dim, int) else 16)
+    monkeypatch.setattr(module, "SAMPLED_GROUPS", groups // stride)
+    _, strengths = strength_for_fraction(weight, 0.5, dim=dim)
+    assert (strengths > 0).double().mean().item() == pytest.approx(0.5, abs=0.05)

@@ -34,6 +34,13 @@ def test_statistics_of_the_same_pass(many):
         codes = [one.code for one in found]
 
 
+def test_the_sample_meets_every_column_evenly(many):
+    weight = torch.tensor([1.0, 0.9, 0.8, 0.7]).repeat(64, 16)
+    weight *= torch.where(torch.arange(64) // 4 % 4 == 0, 100.0, 1.0)  # every fourth group of a row
+    sampled = MultiTensorProx().critical([weight], [1], [None], 256)
+    assert (sampled < 0.1).float().mean() == 0.25
+
+
 def test_sampled_critical_strengths_are_those_of_groups_of_the_weight(many):
     weights, dims, scales, _ = many
     sampled = MultiTensorProx().critical(weights, dims, scales, 64)
