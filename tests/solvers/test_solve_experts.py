@@ -37,12 +37,16 @@ def test_each_expert_is_what_solve_layer_makes_of_it(transposed, method):
     for solved in solve_experts(weights, runs, config=SolverConfig(method=method, **FAST)):
         name = solved.weight.parameter_name
         seen = [expert_inputs(mixture.experts, call, {})[name] for call in calls]
+        lost, whole = 0.0, 0.0
         for expert, matrix in enumerate(expert_matrices(dense[name], solved.weight.input_dim)):
             rows = torch.cat([inputs[expert] for inputs in seen])
             expected = solve_layer(matrix, rows.T @ rows / len(rows), method=method, **FAST)
             mine = expert_matrices(solved.weight.parameter, solved.weight.input_dim)[expert]
             assert torch.allclose(mine, expected.weight, atol=1e-4)
             assert solved.tokens[expert] == len(rows)
+            lost += float((rows @ (mine - matrix).T).square().sum())
+            whole += float((rows @ matrix.T).square().sum())
+        assert solved.solution.refined_loss == pytest.approx(lost / whole, rel=1e-3), "tokens count, not experts"
         assert torch.equal(solved.mask, solved.weight.parameter != 0)
         assert is_24(solved.weight.parameter, dim=solved.weight.dim)
 
