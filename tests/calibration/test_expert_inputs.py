@@ -140,8 +140,12 @@ def test_an_expert_without_tokens_keeps_what_was_known_and_an_unknown_one_counts
     moments = observed(mixture, (first, zero, shares))
     before = moments.scale("experts.gate_up_proj").clone()
     assert torch.equal(before[1:], torch.ones(EXPERTS - 1, 1, WIDTH))
-    moments = observed(mixture, (first, zero, shares), (torch.randn(10, WIDTH), one, shares))
-    assert torch.equal(moments.scale("experts.gate_up_proj")[0], before[0])
+    second = torch.randn(10, WIDTH)
+    batches = [(first, zero, shares), (second, zero, shares)]
+    without = observed(mixture, *batches).scale("experts.gate_up_proj")
+    between = observed(mixture, batches[0], (second, one, shares), batches[1]).scale("experts.gate_up_proj")
+    assert torch.equal(between[0], without[0])
+    assert not torch.equal(between[0], before[0])
 
 
 def test_experts_that_cannot_run_twice_end_no_training(caplog):
