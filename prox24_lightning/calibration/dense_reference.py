@@ -1,4 +1,4 @@
-"""A sharded module as it was: FSDP2 modules cannot be copied, so the old values take turns in the module itself."""
+"""The dense reference of a sharded module: its values. FSDP2 modules cannot be copied, so the values change places."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ class DenseWeights:
 
     def __init__(self, module: nn.Module) -> None:
         reshard(module)
-        self._tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self._values = {name: local_part(tensor).clone() for name, tensor in self._tensors.items()}
+        self._module = module
+        self._values = {name: local_part(tensor).clone() for name, tensor in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
 
     @contextmanager
     def in_place(self, part: nn.Module) -> Iterator[None]:
         """``part`` of the module has the old values inside the block."""
         inside = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
-        names = [name for name, tensor in self._tensors.items() if id(tensor) in inside]
+        names = [name for name, tensor in self._tensors().items() if id(tensor) in inside]
         self._exchange(names)
         try:
             yield
@@ -34,22 +37,24 @@ class DenseWeights:
 
     @torch.no_grad()
     def _exchange(self, names: list[str]) -> None:
+        tensors = self._tensors()
         for name in names:
-            values = local_part(self._tensors[name])
+            values = local_part(tensors[name])
             now = values.clone()
             values.copy_(self._values[name])
             self._values[name] = now
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole values on the first rank's CPU; nothing on the others, who help to gather them."""
-        gathered = {}
+        gathered, tensors = {}, self._tensors()
         for name, value in self._values.items():
-            tensor = whole(value, self._tensors[name])
+            tensor = whole(value, tensors[name])
             if rank() == 0:
                 gathered[name] = tensor.cpu()
         return gathered
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the values of :meth:`state_dict`, whole on every rank."""
+        tensors = self._tensors()
         for name, value in self._values.items():
-            value.copy_(part_of(state[name].to(value.device), self._tensors[name]))
+            value.copy_(part_of(state[name].to(value.device), tensors[name]))

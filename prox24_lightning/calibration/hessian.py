@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,6 +54,18 @@ class HessianAccumulator:
     def cross(self) -> Tensor | None:
         """``C``, or None if no dense inputs were given."""
         return None if self._cross is None else self._cross / max(1, self.tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums of this rank, on the CPU."""
+        sums = {"sum": self._sum, "cross": self._cross}
+        return {"tokens": self.tokens, **{name: value.cpu() for name, value in sums.items() if value is not None}}
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        """Take over the sums that :meth:`state_dict` gave on one or more ranks."""
+        self.tokens = sum(state["tokens"] for state in states)
+        for name in ("sum", "cross"):
+            values = [state[name].to(device) for state in states if name in state]
+            setattr(self, f"_{name}", torch.stack(values).sum(0) if values else None)
 
     def all_reduce(self, columns: int, device: torch.device) -> None:
         """Add up the sums of all ranks of the process group, if there is one; a rank that counted nothing adds zeros.

@@ -45,11 +45,11 @@ def inner_calls(
     last: tuple[nn.Module | None, Tensor | None, int] = None, None, 0
     known: dict[int, tuple[Tensor, int]] = {}
     order: list[nn.Module] = []
-    once = False
+    once, draws = False, False
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal known
-        call = ModuleCall.record(module, args, kwargs)
+        call = ModuleCall.record(module, args, kwargs, random=draws)
         before_it, hidden, version = last
         linked = before_it is before.get(module) and hidden is not None and hidden._version == version
         place = call.place_of(hidden) if linked else None
@@ -72,7 +72,7 @@ def inner_calls(
     handles += [inner.register_forward_hook(leave) for inner in inners[:-1]]
     try:
         for number, call in enumerate(calls):
-            last = None, None, 0
+            last, draws = (None, None, 0), call.random is not None
             with suppress(_LastReached):
                 call(outer)
             # The first rerun goes to its end and shows whether later ones may stop early.
@@ -83,7 +83,8 @@ def inner_calls(
     chain = {}
     for inner in inners[1:] if once else ():
         places = {call.place for call in found[inner]}
-        if len(places) == 1 and None not in places:
+        as_often = len(found[inner]) == len(found[inners[0]])  # not so where a model skips blocks in some batches
+        if len(places) == 1 and None not in places and as_often:
             chain[inner] = InnerCalls(found[inner], chained=True)
     return {inners[0]: InnerCalls(found[inners[0]]), **chain}
 

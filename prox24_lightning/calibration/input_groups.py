@@ -1,7 +1,8 @@
-"""Which layers of a block share an input, in what order the block calls them, and what that input is."""
+"""Which layers share an input, in what order they are called, and what that input is."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.calibration.hooks import remove_all
 from prox24_lightning.weights.sharded import local_part
 
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Layers of one block that share an input, and so a Hessian.
+    """Layers that share an input, and so a Hessian.
 
     ``once``: they are called once a forward pass, so a rerun may stop there.
     """
@@ -24,54 +26,65 @@ class InputGroup:
     once: bool
 
 
-def find_input_groups(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[InputGroup]:
-    """Call ``run`` and return the input groups of ``layers``, in the order of their first calls.
+class InputGroupFinder:
+    """Sorts layers into input groups as they are called, in the order of their first calls.
 
     Linear layers that get the very same tensor form one group. A layer that is not called is in none.
-    """
-    groups: list[list[nn.Module]] = []
-    # The tensors are held, so that no address is used twice while the pass runs.
-    inputs: list[tuple[Tensor, int]] = []
-    calls: dict[nn.Module, int] = {}
 
-    def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls[layer] = calls.get(layer, 0) + 1
-        if calls[layer] > 1:
+    Args:
+        hold: keep the inputs while the finder lives, so that no address is used twice. Else an input that is gone
+            begins a group of its own when it comes again.
+    """
+
+    def __init__(self, *, hold: bool) -> None:
+        self._hold = hold
+        self._groups: list[list[nn.Module]] = []
+        self._inputs: list[tuple[Callable[[], Tensor | None], int]] = []
+        self._calls: dict[nn.Module, int] = {}
+
+    def note(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Take a call of a layer into account."""
+        self._calls[layer] = self._calls.get(layer, 0) + 1
+        if self._calls[layer] > 1:
             return
-        x = local_part(layer_input(args, kwargs))
-        for group, (known, version) in zip(groups, inputs, strict=True):
-            # Every empty tensor has the address 0.
-            same = x.numel() > 0 and known.data_ptr() == x.data_ptr()
-            same = same and known.shape == x.shape and known.stride() == x.stride()
+        given = layer_input(args, kwargs)
+        for group, (reference, version) in zip(self._groups, self._inputs, strict=True):
             linear = isinstance(layer, nn.Linear) and isinstance(group[0], nn.Linear)
-            if same and linear and version == x._version:
+            known = reference()
+            if linear and known is not None and known._version == version and _same_memory(known, given):
                 group.append(layer)
                 return
-        groups.append([layer])
-        inputs.append((x, x._version))
+        self._groups.append([layer])
+        self._inputs.append(((lambda: given) if self._hold else weakref.ref(given), given._version))
 
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    @property
+    def groups(self) -> list[InputGroup]:
+        """The groups of the layers that have been called."""
+        return [InputGroup(tuple(group), all(self._calls[layer] == 1 for layer in group)) for group in self._groups]
+
+
+def find_input_groups(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[InputGroup]:
+    """Call ``run`` and return the input groups of ``layers``; see :class:`InputGroupFinder`."""
+    finder = InputGroupFinder(hold=True)
+    handles = [layer.register_forward_pre_hook(finder.note, with_kwargs=True) for layer in layers]
     try:
-        with torch.no_grad():
-            run()
+        run()
     finally:
-        for handle in handles:
-            handle.remove()
-    return [InputGroup(tuple(group), all(calls[layer] == 1 for layer in group)) for group in groups]
+        remove_all(handles)
+    return finder.groups
 
 
 def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a linear or convolution layer was called with."""
+    """Return the tensor that a linear or convolution layer was called with."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-class _InputSeen(Exception):  # noqa: N818 (it ends a pass early, and is no error)
+class _InputSeen(Exception):  # noqa: N818 (it ends a rerun early, and is no error)
     pass
 
 
-@torch.no_grad()
 def record_inputs(layer: nn.Module, run: Callable[[], Any], *, once: bool) -> list[Tensor]:
-    """Call ``run`` and return what ``layer`` was called with; ``once`` stops the pass there."""
+    """Call ``run`` and return what ``layer`` was called with; ``once`` stops the rerun there."""
     found: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -87,3 +100,14 @@ def record_inputs(layer: nn.Module, run: Callable[[], Any], *, once: bool) -> li
     finally:
         handle.remove()
     return found
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    one, other = local_part(one), local_part(other)
+    if one.layout is not torch.strided or other.layout is not torch.strided:
+        return False
+    # Every empty tensor has the address 0.
+    same = one.numel() > 0 and one.data_ptr() == other.data_ptr()
+    return same and one.shape == other.shape and one.stride() == other.stride()

@@ -1,4 +1,4 @@
-"""Streaming second moments of layer inputs: how strongly each input of a layer is driven.
+"""The input second moment of layers, the diagonal of the Hessian, as a running mean over training batches.
 
 The prox and the masks can work in coordinates scaled by the root mean square of the inputs. There a weight
 counts by what it contributes to the layer's output (the diagonal of H = X^T X / tokens) rather than by its
@@ -8,7 +8,8 @@ bare magnitude.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.calibration.expert_inputs import expert_inputs
+from prox24_lightning.calibration.hooks import before_call, inside_compiled
 from prox24_lightning.utils.distributed import world_size
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.selection import GroupedWeight
@@ -38,50 +40,76 @@ class InputSecondMoments:
     Args:
         weights: where to look.
         decay: share of the old mean that stays at each fold, in [0, 1).
+        model: what holds the weights, if parts of it may be compiled.
     """
 
-    def __init__(self, weights: Sequence[GroupedWeight], *, decay: float = 0.9) -> None:
+    def __init__(self, weights: Sequence[GroupedWeight], *, decay: float = 0.9, model: nn.Module | None = None) -> None:
         self.weights = {weight.name: weight for weight in weights}
         self.decay = decay
-        self.collecting = False
+        self._model = model
+        self._compiled: set[nn.Module] = set()
+        self._attached = self._collecting = False
         self._mean: dict[str, Tensor] = {}
         self._scale: dict[str, Tensor] = {}
         self._sum: dict[str, Tensor] = {}
         self._count: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[nn.Module, RemovableHandle] = {}
+        self._unobservable: set[nn.Module] = set()
+
+    @property
+    def collecting(self) -> bool:
+        """Whether the inputs of the batch that now passes are summed up; set when it begins and ends."""
+        return self._collecting
+
+    @collecting.setter
+    def collecting(self, collecting: bool) -> None:
+        self._collecting = collecting
+        if not self._attached:
+            return
+        if collecting:
+            self._hook(weight.module for weight in self.weights.values())
+        else:
+            self._unhook(module for module in self._handles if module not in self._compiled)
 
     def attach(self) -> None:
-        """Register the hooks; a second call changes nothing."""
-        if self._handles:
-            return
-        self._scale.clear()
-        experts: dict[nn.Module, list[GroupedWeight]] = {}
-        for name, weight in self.weights.items():
-            if weight.is_experts:
-                experts.setdefault(weight.module, []).append(weight)
+        """Register the hooks that compiled code has to find; those of other modules are there while it collects."""
+        if not self._attached:
+            self._scale.clear()
+        self._attached = True
+        self._compiled = inside_compiled(self._model) if self._model is not None else set()
+        self._hook(weight.module for weight in self.weights.values() if weight.module in self._compiled)
+
+    def _hook(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            if module in self._handles:
                 continue
+            weights = [weight for weight in self.weights.values() if weight.module is module]
+            experts = [weight for weight in weights if weight.is_experts]
+            listener = self._expert_hook(experts) if experts else partial(self._listen, [w.name for w in weights])
+            self._handles[module] = before_call(module, listener)
 
-            def hook(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
-                if self.collecting and torch.is_grad_enabled():
-                    self._collect(name, module, args, kwargs)
+    def _unhook(self, modules: Iterable[nn.Module]) -> None:
+        for module in list(modules):
+            self._handles.pop(module).remove()
 
-            self._handles.append(weight.module.register_forward_pre_hook(hook, with_kwargs=True))
-        for module, weights in experts.items():
-            # A compiled model that contains this module must not trace what is computed once more.
-            once_more = torch.compiler.disable(self._expert_hook(weights))
-            self._handles.append(module.register_forward_pre_hook(once_more, with_kwargs=True))
+    def _listen(self, names: Sequence[str], module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.collecting or not torch.is_grad_enabled() or module in self._unobservable:
+            return
+        try:
+            for name in names:
+                self._collect(name, module, args, kwargs)
+        except Exception as error:  # an input of another kind must not end the training
+            self._unobservable.add(module)
+            log.warning("the inputs of %s are not counted: %s", names[0], error)
 
     def _expert_hook(self, weights: Sequence[GroupedWeight]) -> Callable[[nn.Module, tuple, dict], None]:
-        observable = True
-
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            nonlocal observable
-            if not (observable and self.collecting and torch.is_grad_enabled()):
+            if module in self._unobservable or not (self.collecting and torch.is_grad_enabled()):
                 return
             try:
                 found = expert_inputs(module, args, kwargs)
             except Exception as error:  # a user's forward, which may not bear to run twice, must not end the training
-                observable = False
+                self._unobservable.add(module)
                 log.warning(
                     "%s cannot be run once more: its experts are pruned by magnitude (%s)", weights[0].name, error
                 )
@@ -94,9 +122,8 @@ class InputSecondMoments:
 
     def detach(self) -> None:
         """Remove the hooks and drop the sums that were not folded in."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._collecting = self._attached = False
+        self._unhook(self._handles)
         self._sum.clear()
         self._count.clear()
 
@@ -110,7 +137,7 @@ class InputSecondMoments:
             spatial = len(module.kernel_size)
             flat = flat.movedim(-spatial - 1, -1)
         flat = flat.reshape(-1, flat.shape[-1])
-        squares = torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square_()
+        squares = torch.linalg.vector_norm(flat, dim=0, dtype=_wide(flat)).square_().float()
         self._add(name, squares, squares.new_tensor(float(flat.shape[0])))
 
     def _add(self, name: str, squares: Tensor, count: Tensor) -> None:
@@ -215,7 +242,7 @@ def _expert_squares(weight: GroupedWeight, inputs: Mapping[int, Tensor]) -> tupl
     squares = torch.zeros(len(weight.parameter), _input_size(weight), device=weight.parameter.device)
     tokens = torch.zeros(len(squares), 1)
     for expert, rows in inputs.items():
-        squares[expert] = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square_()
+        squares[expert] = torch.linalg.vector_norm(rows, dim=0, dtype=_wide(rows)).square_().float()
         tokens[expert] = len(rows)
     return squares, tokens.to(squares.device)
 
@@ -236,3 +263,8 @@ def _broadcast(weight: GroupedWeight, scale: Tensor) -> Tensor:
 
 def _pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(parts[i], parts[i + 1]) for i in range(0, len(parts), 2)]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype to sum in: float32, or float64 for tensors of that."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.utils.tensors import map_tensors, to_device
-from prox24_lightning.weights.sharded import is_sharded
-
-_PLAIN = (bool, int, float, str, type(None), Tensor, nn.Parameter)
-"""Themselves, no classes made of them: a checkpoint that holds such a class cannot be read without pickle's code."""
+from prox24_lightning.calibration.arguments import copied_arguments, form_of, is_plain, leaves_of, with_leaves
+from prox24_lightning.calibration.random_state import RandomState
+from prox24_lightning.utils.tensors import to_device
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,8 @@ class ModuleCall:
         autocast_cache: whether autocast kept its casts: under another setting compiled code is compiled again.
         number: the place of the call in the order of all recorded calls.
         place: position or name of the hidden state, whose place holds None; None: the arguments are whole.
+        random: the states of the random number generators when the call was made, from which it is made again;
+            None: it draws no random numbers.
     """
 
     args: tuple
@@ -33,24 +33,36 @@ class ModuleCall:
     autocast_cache: bool = False
     number: int = 0
     place: int | str | None = None
+    random: RandomState | None = None
 
     @classmethod
-    def record(cls, module: nn.Module, args: tuple, kwargs: dict[str, Any], number: int = 0) -> ModuleCall:
-        """Return the call that is being made now, with the very tensors it is made with."""
-        kind = device_of(module).type
+    def record(
+        cls, module: nn.Module, args: tuple, kwargs: dict[str, Any], number: int = 0, *, random: bool = False
+    ) -> ModuleCall:
+        """Return the call that is being made now, with the very tensors it is made with.
+
+        Args:
+            random: with the states of the random number generators.
+        """
+        device = device_of(module)
+        kind = device.type
         return cls(
             tuple(no_cache(value) for value in args),
             {key: no_cache(value) for key, value in kwargs.items()},
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
             torch.is_autocast_cache_enabled(),
             number,
+            random=RandomState.now(device) if random else None,
         )
 
     def __call__(self, module: nn.Module) -> Any:
-        """Make the call, with copies of the tensors: the module may change them in place."""
-        kind = device_of(module).type
+        """Make the call, with copies of the arguments: the module may write into them."""
+        device = device_of(module)
+        kind = device.type
         enabled = self.autocast is not None
-        args, kwargs = map_tensors(torch.clone, (self.args, self.kwargs))
+        args, kwargs = copied_arguments((self.args, self.kwargs), detach=False)
+        if self.random is not None:
+            self.random.restore(device)
         with torch.autocast(kind, dtype=self.autocast, enabled=enabled, cache_enabled=self.autocast_cache):
             return module(*args, **kwargs)
 
@@ -100,25 +112,53 @@ class ModuleCall:
         return replace(self, args=args, kwargs=kwargs)
 
     def copied(self) -> ModuleCall:
-        """Return the call with copies of all tensors, which later changes in place do not reach."""
-        args, kwargs = map_tensors(lambda tensor: tensor.detach().clone(), (self.args, self.kwargs))
+        """Return the call with copies of its arguments, which later changes in place do not reach.
+
+        Raises:
+            ValueError: for arguments that cannot be copied.
+        """
+        args, kwargs = copied_arguments((self.args, self.kwargs))
         return replace(self, args=args, kwargs=kwargs)
 
     @property
-    def plain(self) -> bool:
-        """Whether a checkpoint can hold the arguments: tensors, numbers, text, and containers of them."""
-        return _is_plain(self.args) and _is_plain(self.kwargs)
+    def form(self) -> str:
+        """How the arguments are built: :func:`~prox24_lightning.calibration.arguments.form_of`."""
+        return form_of((self.args, self.kwargs))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types and tensors."""
-        autocast = {"autocast": str(self.autocast).removeprefix("torch."), "autocast_cache": self.autocast_cache}
-        return {"args": list(self.args), "kwargs": self.kwargs, **autocast}
+        """Return plain types and tensors. Arguments of the user's classes are taken apart, and need a template."""
+        state: dict[str, Any] = {
+            "autocast": str(self.autocast).removeprefix("torch."),
+            "autocast_cache": self.autocast_cache,
+            "random": None if self.random is None else self.random.state_dict(),
+        }
+        arguments = to_device((self.args, self.kwargs), "cpu")
+        if is_plain(arguments[0]) and is_plain(arguments[1]):
+            return {**state, "args": list(arguments[0]), "kwargs": arguments[1]}
+        return {**state, "form": self.form, "leaves": leaves_of(arguments)}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> ModuleCall:
-        """Undo :meth:`state_dict`, with the tensors on ``device``."""
-        args, kwargs = to_device((tuple(state["args"]), state["kwargs"]), device)
-        return cls(args, kwargs, getattr(torch, state["autocast"], None), state["autocast_cache"])
+    def from_state_dict(
+        cls, state: dict[str, Any], device: torch.device, template: ModuleCall | None = None
+    ) -> ModuleCall | None:
+        """Undo :meth:`state_dict`, with the tensors on ``device``.
+
+        Args:
+            template: a call whose arguments have the same form, if the state holds them taken apart: classes come from
+                the running program, never from a file.
+
+        Returns:
+            None if a template is needed, and is not given or has another form.
+        """
+        if "args" in state:
+            args, kwargs = to_device((tuple(state["args"]), state["kwargs"]), device)
+        elif template is not None and template.form == state["form"]:
+            args, kwargs = with_leaves((template.args, template.kwargs), state["leaves"], device)
+        else:
+            return None
+        random = None if state["random"] is None else RandomState.from_state_dict(state["random"])
+        autocast = getattr(torch, state["autocast"], None)
+        return cls(args, kwargs, autocast, state["autocast_cache"], random=random)
 
 
 def no_cache(value: Any) -> Any:
@@ -130,11 +170,3 @@ def no_cache(value: Any) -> Any:
 def device_of(module: nn.Module) -> torch.device:
     """Return the device of the module's first parameter; the CPU if it has none."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) is dict:
-        return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    if type(value) in (tuple, list):
-        return all(map(_is_plain, value))
-    return type(value) in _PLAIN and not (isinstance(value, Tensor) and is_sharded(value))

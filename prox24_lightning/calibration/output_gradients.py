@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.calibration.blocks import hidden_state
+from prox24_lightning.calibration.hooks import after_call
 from prox24_lightning.utils.distributed import mean_over_ranks
 
 _SMALLEST = 1e-30
@@ -24,7 +26,7 @@ class OutputGradients:
 
     Args:
         name: of the module.
-        module: listened to until :meth:`detach`.
+        module: hooked from :meth:`begin_batch` to :meth:`end_batch`.
         feature_dim: along which dimension of an output features lie.
         total: of an earlier run.
 
@@ -38,10 +40,19 @@ class OutputGradients:
         self.name = name
         self.total = total
         self._feature_dim = feature_dim
-        self._handle = module.register_forward_hook(torch.compiler.disable(self._listen))
+        self._module = module
+        self._handle: RemovableHandle | None = None
 
-    def detach(self) -> None:
-        self._handle.remove()
+    def begin_batch(self) -> None:
+        """A training batch begins: its gradients count."""
+        if self._handle is None:
+            self._handle = after_call(self._module, self._listen)
+
+    def end_batch(self) -> None:
+        """The training batch has ended."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def weights(self, features: int, device: torch.device) -> Tensor:
         """What a unit of squared error in each feature counts: (features,), mean 1; the same on every rank."""
@@ -50,7 +61,7 @@ class OutputGradients:
             found = self.total.to(device)
         return mean_over_ranks(found / found.mean().clamp_min(_SMALLEST))
 
-    def _listen(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _listen(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
         with suppress(ValueError):  # an output of another kind: such a block is not reconstructed

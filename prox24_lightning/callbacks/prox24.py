@@ -17,7 +17,7 @@ from prox24_lightning.callbacks.compatibility import check_trainer
 from prox24_lightning.callbacks.loaded_state import LoadedState
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
-from prox24_lightning.sparsify.config import Metric, Refit, SparsifyConfig, StrategyName
+from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, SparsifyConfig, StrategyName
 from prox24_lightning.sparsify.controller import SparsifyController
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase
@@ -73,6 +73,9 @@ class Prox24(Callback):
             layers have been solved, by the error of the block's output; 0 leaves them out.
         gradient_weighting: (``progressive``) in these steps the features of a block's output count by the squared
             gradients that the last training batches sent through them; False counts all the same.
+        calibration: (``progressive``) ``"auto"`` runs the last training batches again through the model if it gives the
+            same outputs then, else sums each layer's Hessian up from the training batches as they pass, and says so in
+            one warning. ``"stream"`` always does the latter, ``"magnitude"`` keeps the largest weights.
         metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` measures a weight by
             what it adds to the layer's output, in coordinates scaled by the running rms of each input; ``"weight"`` by
             its magnitude.
@@ -114,6 +117,7 @@ class Prox24(Callback):
         dense_target: float = 0.5,
         reconstruction_steps: int = RECONSTRUCTION_STEPS,
         gradient_weighting: bool = True,
+        calibration: CalibrationMode = "auto",
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -134,6 +138,7 @@ class Prox24(Callback):
             dense_target=dense_target,
             reconstruction_steps=reconstruction_steps,
             gradient_weighting=gradient_weighting,
+            calibration=calibration,
             metric=metric,
             schedule=schedule,
             fraction=fraction,
@@ -279,6 +284,12 @@ class Prox24(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._controller.before_batch(trainer.optimizers)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._controller.after_batch()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,12 +14,12 @@ from prox24_lightning.utils.cuda_graphs import GraphedFunction
 from prox24_lightning.utils.distributed import mean_over_ranks, world_size
 
 Forward = Callable[[Any], Tensor]
-"""Calls the block once, on one recorded batch; its output, (..., features)."""
+"""Calls the block once, on one calibration batch, and returns its output, (..., features)."""
 
 LEARNING_RATE = 1.2e-2
 """Largest step, relative to the rms of each tensor."""
 _SMALLEST_RMS = 1e-2
-"""Taken for tensors below it: a bias may begin at zero, and shall move."""
+"""Taken for tensors below it: a bias may begin at zero, and has to move."""
 _ATTEMPTS = 3
 _SHRINKAGE = 0.25
 """Of the step size from one attempt to the next, while the error does not fall."""
@@ -31,10 +31,10 @@ _EPSILON = 1e-12
 
 
 def relative_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Squared error of each token relative to the token's own energy, averaged over tokens.
+    """Return the squared error of each token relative to the token's squared norm, averaged over tokens.
 
     What reads a block's output normalises each token first, so that the few tokens of huge norm which language models
-    have (arXiv 2402.17762) shall not count for more than the others.
+    have (arXiv 2402.17762) do not count for more than the others.
 
     Args:
         output, target: (..., features).
@@ -62,11 +62,12 @@ def reconstruct_block(
     trained: Collection[Tensor] | None = None,
     feature_weights: Tensor | None = None,
     learning_rate: float = LEARNING_RATE,
+    graphed: bool = True,
 ) -> tuple[float, float]:
-    """Lower the error of a block's output by Adam on all its parameters, the pruned weights held at zero.
+    """Lower the error of a block's output by Adam on all its parameters; pruned weights stay zero.
 
     The layer-wise solver answers each layer for its own output alone. Here the layers of a block answer together, its
-    norms and biases too, for what the block hands on (block reconstruction: arXiv 2102.05426; of pruned language
+    norms and biases too, for what the block returns (block reconstruction: arXiv 2102.05426; of pruned language
     models: arXiv 2402.12419). Each step takes one batch; the step size rises for a few steps and falls as a cosine.
 
     In a distributed run every rank has its own batches, as many as the others, and gradients are averaged.
@@ -76,11 +77,12 @@ def reconstruct_block(
         masks: bool, by the names of those of them that are pruned.
         forward: calls the block on one of ``batches``.
         batches: tensors and other values, in tuples, lists and dictionaries as they come.
-        targets: what each of them shall give.
+        targets: the output that each of them is to give.
         steps: how many.
         trained: parameters that may change; None: those that ask for gradients.
         feature_weights: (features,), what a unit of squared error in each feature counts; None is 1 for all.
         learning_rate: relative to the rms of each parameter; where the error does not fall, smaller ones are tried.
+        graphed: steps may be captured as a CUDA graph; False where ``forward`` draws random numbers.
 
     Returns:
         the mean relative error before and after. Where it did not fall, the parameters are as they were.
@@ -94,24 +96,29 @@ def reconstruct_block(
     def error_of(batch: Any, target: Tensor, weights: Tensor) -> Tensor:
         return relative_error(forward(batch), target, weights)
 
-    with _stand_ins(block, trained) as parameters:
+    with _own_parameters(block, trained) as parameters:
         before = [parameter.detach().clone() for parameter in parameters.values()]
         first = _mean_error(error_of, parts)
-        for attempt in range(_ATTEMPTS if parameters else 0):
-            _descend(parameters, masks, error_of, parts, steps, learning_rate * _SHRINKAGE**attempt)
-            last = _mean_error(error_of, parts)
-            if last < first:
-                return first, last
+        try:
+            for attempt in range(_ATTEMPTS if parameters else 0):
+                rate = learning_rate * _SHRINKAGE**attempt
+                _descend(parameters, masks, error_of, parts, steps, rate, graphed=graphed)
+                last = _mean_error(error_of, parts)
+                if last < first:
+                    return first, last
+                _write(parameters, before)
+        except BaseException:
             _write(parameters, before)
+            raise
         return first, first
 
 
 @contextmanager
-def _stand_ins(block: nn.Module, trained: Collection[Tensor] | None) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters of ``block`` that may change, by name; for the time being others that share their memory.
+def _own_parameters(block: nn.Module, trained: Collection[Tensor] | None) -> Iterator[dict[str, nn.Parameter]]:
+    """Put other parameters, which share their memory, in the places of those of ``block`` that may change; by name.
 
-    Of a parameter that a training step has just used autograd remembers on which stream that was, and makes it wait for
-    the gradients, which no recording of them allows. Nor do hooks of the training see the stand-ins.
+    Autograd remembers on which stream a training step has used a parameter, and makes that stream wait for gradients,
+    which no graph capture allows. Nor do hooks of the training see the others.
     """
     places = [
         (owner, name, parameter)
@@ -137,6 +144,8 @@ def _descend(
     parts: Sequence[tuple[Any, Tensor, Tensor]],
     steps: int,
     learning_rate: float,
+    *,
+    graphed: bool,
 ) -> None:
     values = list(parameters.values())
     # Of 16-bit parameters the steps would be lost in rounding.
@@ -159,8 +168,8 @@ def _descend(
         optimizer.step()
         _write(parameters, masters)
 
-    # Alone on a GPU its hundreds of small kernels are recorded once.
-    run = GraphedFunction(step, masters[0].device) if world_size() == 1 else step
+    # Alone on a GPU its hundreds of small kernels are captured once.
+    run = GraphedFunction(step, masters[0].device) if graphed and world_size() == 1 else step
     for number in range(steps):
         rise = min(1.0, (number + 1) / (min(_WARM_UP, steps // 4) + 1))
         size.fill_(rise * 0.5 * (1 + math.cos(math.pi * number / steps)))

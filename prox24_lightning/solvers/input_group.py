@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +29,32 @@ def input_group_hessian(
     runs: Sequence[Run],
     dense_runs: Sequence[Run] | None = None,
     references: Mapping[nn.Module, nn.Module] | None = None,
+    *,
+    attempt: Callable[[Callable[[], HessianAccumulator]], HessianAccumulator] | None = None,
 ) -> HessianAccumulator:
-    """Return the Hessian of the input that the layers of ``group`` share, over the ``runs`` on all ranks.
+    """Return the Hessian of the input that the layers of ``group`` share, over all ``runs`` on all ranks.
 
     Args:
-        dense_runs: the same batches through the dense copy of the block, for ``C = X_dense^T X``.
-        references: layer of the block -> its counterpart in the dense copy.
+        group: the layers.
+        runs: each calls the block that holds the layers on one calibration batch.
+        dense_runs: the same batches through the dense reference of the block, for the cross products.
+        references: layer of the block -> the same in the dense reference.
+        attempt: makes the runs of this rank, before the ranks add up what they have found; None makes them as they are.
     """
+    layer = group.layers[0]
+    made = partial(_local_hessian, group, runs, dense_runs, references)
+    accumulator = made() if attempt is None else attempt(made)
+    weight = layer.get_parameter("weight")
+    accumulator.all_reduce(matrix_columns(layer), local_part(weight).device)
+    return accumulator
+
+
+def _local_hessian(
+    group: InputGroup,
+    runs: Sequence[Run],
+    dense_runs: Sequence[Run] | None,
+    references: Mapping[nn.Module, nn.Module] | None,
+) -> HessianAccumulator:
     layer = group.layers[0]
     accumulator = HessianAccumulator()
     for number, run in enumerate(runs):
@@ -46,12 +66,10 @@ def input_group_hessian(
         dense_inputs = record_inputs(references[layer], dense_runs[number], once=group.once)
         dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs]
         if [len(part) for part in rows] != [len(part) for part in dense_rows]:
-            # A router sends other tokens here in the dense copy, so that the outputs cannot be compared.
-            return input_group_hessian(group, runs)
+            # A router sends other tokens here in the dense reference: the layer's outputs there cannot be compared.
+            return _local_hessian(group, runs, None, None)
         for part, dense_part in zip(rows, dense_rows, strict=True):
             accumulator.add(part, dense_part)
-    weight = layer.get_parameter("weight")
-    accumulator.all_reduce(matrix_columns(layer), local_part(weight).device)
     return accumulator
 
 

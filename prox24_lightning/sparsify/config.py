@@ -11,6 +11,7 @@ from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Sche
 from prox24_lightning.sparsify.engine import Metric
 from prox24_lightning.sparsify.phases import check_step
 from prox24_lightning.sparsify.strategies.post_step.strategy import Refit
+from prox24_lightning.sparsify.strategies.progressive.calibration import CalibrationMode
 from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
 from prox24_lightning.weights.groups import Geometry
 
@@ -31,6 +32,7 @@ class SparsifyConfig:
     dense_target: float = 0.5
     reconstruction_steps: int = RECONSTRUCTION_STEPS
     gradient_weighting: bool = True
+    calibration: CalibrationMode = "auto"
     metric: Metric = "activation"
     schedule: str | Schedule = "auto"
     fraction: str | Schedule = "cubic"
@@ -50,6 +52,7 @@ class SparsifyConfig:
             ("metric", Metric),
             ("geometry", Geometry),
             ("refit", Refit),
+            ("calibration", CalibrationMode),
         ):
             if (value := getattr(self, argument)) not in get_args(choices):
                 raise ValueError(f"{argument}={value!r} is unknown; use one of {', '.join(get_args(choices))}")

@@ -137,7 +137,7 @@ class SparsifyController:
         same_model = self._model is not None and self._model() is model
         self._previous = self._previous or self._engine if same_model else None
         self.selection = selection
-        self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=config.metric)
+        self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=config.metric, model=model)
         self._model = weakref.ref(model)
         if config.sparse_training:
             engine = self._engine
@@ -199,6 +199,10 @@ class SparsifyController:
             self.bind(optimizers)
         engine.before_batch()
 
+    def after_batch(self) -> None:
+        """The batch has ended: validation and other calls of the model are no training."""
+        self._require_engine().after_batch()
+
     def check_end(self) -> None:
         """Warn if the run ended before the freeze, or something has written to the pruned entries."""
         if self.phase != "frozen":
@@ -240,6 +244,7 @@ class SparsifyController:
                 dense_target=config.dense_target,
                 reconstruction_steps=config.reconstruction_steps,
                 gradient_weighting=config.gradient_weighting,
+                calibration=config.calibration,
             )
         return PostStepProx(config.strength_schedule, config.fraction_schedule, refit=config.refit)
 

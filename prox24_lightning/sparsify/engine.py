@@ -25,7 +25,7 @@ from prox24_lightning.weights.sharded import local_part, part_of, whole
 
 Metric = Literal["weight", "activation"]
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 MOMENT_WARMUP = 32
 """Steps before ``start`` from which layer inputs are looked at."""
 MOMENT_EVERY = 4
@@ -38,13 +38,15 @@ class SparsityEngine:
     """Takes ``weights`` from dense to frozen 2:4 as their optimizers step.
 
     A host (a training framework's callback) binds the optimizers when training starts, calls :meth:`before_batch`
-    before each batch, and unbinds at the end. Everything else follows from the optimizers' own steps.
+    before each batch and :meth:`after_batch` after it, and unbinds at the end. Everything else follows from the
+    optimizers' own steps.
 
     Args:
         weights: the parameters that shall be 2:4.
         plan: the steps at which the phases begin; one step is one real step of any bound optimizer.
         strategy: how weights become 2:4 in the sparsify phase.
         metric: coordinates of the prox and the masks: the weights', or scaled by the rms of each layer input.
+        model: what holds the weights, if parts of it may be compiled: hooks must be there before that happens.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class SparsityEngine:
         strategy: Strategy,
         *,
         metric: Metric = "weight",
+        model: nn.Module | None = None,
     ) -> None:
         if metric not in get_args(Metric):
             raise ValueError(f"metric={metric!r} is unknown; use one of {', '.join(get_args(Metric))}")
@@ -68,7 +71,7 @@ class SparsityEngine:
         self._begun = False
         self._frozen = False
         scaled = strategy.scaled_weights(self.weights) if metric == "activation" else ()
-        self._moments = InputSecondMoments(scaled) if scaled else None
+        self._moments = InputSecondMoments(scaled, model=model) if scaled else None
         self._listener = StepListener(self._after_step)
         self._owned: dict[int, list[GroupedWeight]] = {}
         self._optimizers: tuple[Optimizer, ...] = ()
@@ -145,6 +148,13 @@ class SparsityEngine:
             self.strategy.before_batch(self.step + 1)
         if self._moments is not None:
             self._moments.collecting = self._wants_moments(self.step + 1)
+
+    def after_batch(self) -> None:
+        """The batch has ended: what the model is called with until the next one begins is no training."""
+        if not self._frozen:
+            self.strategy.after_batch()
+        if self._moments is not None:
+            self._moments.collecting = False
 
     def _wants_moments(self, step: int) -> bool:
         if self._frozen or step > self.plan.freeze or step <= self.plan.start - MOMENT_WARMUP:

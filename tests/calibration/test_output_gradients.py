@@ -17,6 +17,7 @@ def layer():
 
 def test_weights_are_the_mean_squared_gradients_of_each_feature(layer):
     found = OutputGradients("layer", layer, lambda output: -1)
+    found.begin_batch()
     sums = torch.zeros(6)
     for scale in (1.0, 1e-6):  # a batch counts the same whatever the scale of its loss
         output = layer(torch.randn(3, 5, 4))
@@ -51,10 +52,12 @@ def test_an_output_that_is_no_tensor_is_let_pass_and_detached_hears_nothing():
 
     named = Named(4, 6)
     found = OutputGradients("named", named, lambda output: -1)
+    found.begin_batch()
     named(torch.randn(3, 4))["x"].sum().backward()
     assert found.total is None
     layer = nn.Linear(4, 6)
     found = OutputGradients("layer", layer, lambda output: -1)
-    found.detach()
+    found.begin_batch()
+    found.end_batch()
     layer(torch.randn(3, 4)).sum().backward()
     assert found.total is None

@@ -16,7 +16,7 @@ from typing_extensions import override
 from prox24_lightning.integrations.transformers.checkpoint_state import CheckpointState
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
-from prox24_lightning.sparsify.config import Metric, Refit, SparsifyConfig, StrategyName
+from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, SparsifyConfig, StrategyName
 from prox24_lightning.sparsify.controller import SparsifyController
 from prox24_lightning.sparsify.phases import Phase
 from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
@@ -51,6 +51,7 @@ class Prox24TrainerCallback(TrainerCallback):
         dense_target: float = 0.5,
         reconstruction_steps: int = RECONSTRUCTION_STEPS,
         gradient_weighting: bool = True,
+        calibration: CalibrationMode = "auto",
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -72,6 +73,7 @@ class Prox24TrainerCallback(TrainerCallback):
             dense_target=dense_target,
             reconstruction_steps=reconstruction_steps,
             gradient_weighting=gradient_weighting,
+            calibration=calibration,
             metric=metric,
             schedule=schedule,
             fraction=fraction,
@@ -159,6 +161,7 @@ class Prox24TrainerCallback(TrainerCallback):
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._controller.after_batch()
         if control.should_save:
             self._prepare_checkpoint(state)
 

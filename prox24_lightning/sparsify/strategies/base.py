@@ -100,6 +100,9 @@ class Strategy(ABC):
     def before_batch(self, step: int) -> None:  # noqa: B027
         """Prepare for a batch that leads to optimizer step ``step``."""
 
+    def after_batch(self) -> None:  # noqa: B027
+        """The batch has ended: what the model is called with now is no training."""
+
     @abstractmethod
     def begin(self) -> None:
         """Begin the sparsify phase; no weight has been changed yet."""

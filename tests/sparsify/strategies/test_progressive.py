@@ -107,10 +107,10 @@ def test_a_batch_that_is_not_finite_is_left_out(bad, caplog):
 
 def test_masks_of_minus_infinity_are_sound():
     hooked = HookedModule(nn.Identity(), batches=2)
-    hooked.attach()
     for value in (float("-inf"), 0.0):
-        hooked.next_batch(True)
+        hooked.begin_batch(record=True)
         hooked.module(torch.tensor([value, 1.0]))
+        hooked.end_batch()
     assert hooked.leave_out_unsound() == 0
     assert len(hooked.calls) == 2
 

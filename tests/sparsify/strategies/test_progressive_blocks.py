@@ -137,17 +137,26 @@ def test_a_block_goes_as_a_whole_and_loose_layers_in_their_place():
     assert turns == [{"embed.weight"}, inside[0], inside[1], inside[2], {"out.weight"}]
 
 
+class Counted(nn.Linear):
+    passes = 0
+
+    def forward(self, x):
+        Counted.passes += not torch.is_grad_enabled()
+        return super().forward(x)
+
+
 def test_blocks_that_share_a_turn_share_the_passes_of_the_batches():
     passes = []
     for plan in (PhasePlan(3, 3), PhasePlan(0, 24)):
         model = Blocks()
         engine = engine_for(model, plan, dense_target=0.0, reconstruction_steps=0)
-        calls = []
-        model.embed.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        model.embed.__class__ = Counted
+        Counted.passes = 0
         train(model, engine, batches(plan.freeze + 1))
-        passes.append(calls.count(False))
-    # One pass for the order; then three batches in one turn, or in each of three turns the last eight.
-    assert passes == [1 + 3, 1 + 3 * 8]
+        passes.append(Counted.passes)
+    # Three to see that the model can be called again, one for the order; then three batches in one pruning step, or in
+    # each of three the last eight.
+    assert passes == [3 + 1 + 3, 3 + 1 + 3 * 8]
 
 
 def test_gradient_weighting_can_be_turned_off_and_changes_the_values_alone():
@@ -184,7 +193,7 @@ def test_a_run_resumed_between_recorded_batches_ends_like_the_unbroken_one(tmp_p
     run(*whole, data)
     first = parts()
     run(*first, data[:10])
-    assert first[1].strategy.state_dict()["gradients"][0], "in the middle of what a turn gathers"
+    assert first[1].strategy.state_dict()["calibration"]["gradients"][0], "in the middle of what a block gathers"
     torch.save([first[0].state_dict(), first[1].state_dict()], tmp_path / "state.pt")
     model, engine, optimizer = parts()
     weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -205,7 +214,7 @@ def test_parts_that_are_called_one_by_one():
     )
     seen = train(model, engine, batches(12), call=model.training_step, lr=0.1)
     assert seen[-2] - seen[-3] == {"second.weight"}
-    assert [site["called"] for site in engine.strategy.state_dict()["calls"][0]] == []
+    assert engine.strategy.state_dict()["calibration"] == {}, "nothing is kept after the freeze"
 
 
 def test_a_part_that_is_never_called_is_looked_into():
@@ -216,9 +225,9 @@ def test_a_part_that_is_never_called_is_looked_into():
         Progressive(model, root_is_called=False, prox_steps=STEPS, batches=1),
     )
     train(model, engine, batches(5), call=model.training_step, lr=0.1)
-    state = engine.strategy.state_dict()
+    state = engine.strategy.state_dict()["calibration"]
     assert state["hooked"] == ["inner.blocks.0", "inner.blocks.1", "inner.blocks.2"]
-    assert all(site["called"] for site in state["calls"][0])
+    assert all(hooked["called"] for hooked in state["calls"][0])
     assert len(engine.masks) == 6, "two of three blocks have had their turn"
 
 
@@ -231,7 +240,7 @@ def test_validation_is_not_recorded():
     with torch.no_grad():
         model(batches(1)[0])
     model(batches(2)[1]).sum().backward()
-    assert [len(batch) for batch in engine.strategy.state_dict()["calls"][0][0]["batches"]] == [1]
+    assert [len(batch) for batch in engine.strategy.state_dict()["calibration"]["calls"][0][0]["batches"]] == [1]
 
 
 def test_what_is_recorded_is_out_of_reach_of_changes_in_place():
@@ -242,7 +251,7 @@ def test_what_is_recorded_is_out_of_reach_of_changes_in_place():
     x = batches(1)[0]
     model(x)
     x.zero_()
-    recorded = engine.strategy.state_dict()["calls"][0][0]["batches"][0][0]["args"][0]
+    recorded = engine.strategy.state_dict()["calibration"]["calls"][0][0]["batches"][0][0]["args"][0]
     assert recorded.abs().sum() > 0
 
 

@@ -17,12 +17,19 @@ from prox24_lightning.weights.selection import GroupedWeight
 
 @dataclass(frozen=True)
 class Block:
-    """Weights that become 2:4 together: those of a block of the model, or of a layer outside the repeated blocks."""
+    """Weights that become 2:4 together: those of a block of the model, of a layer, or of layers that share an input.
+
+    Attributes:
+        name: of the module, in the model.
+        module: the block, or the first of the layers.
+        weights: those to prune.
+        hooked: the hooked module that holds the block; None where nothing is called again.
+    """
 
     name: str
     module: nn.Module
     weights: tuple[GroupedWeight, ...]
-    hooked: HookedModule
+    hooked: HookedModule | None = None
 
     def feature_dim(self, output: Tensor) -> int:
         """Return the dimension of its output along which features lie: the last, or the second of images and the like,
@@ -68,15 +75,17 @@ def check_same_order(blocks: Sequence[Block]) -> None:
         )
 
 
-def order_of_blocks(blocks: Sequence[Block]) -> list[str]:
-    """Return the names of the blocks in the order in which the model runs them, by the first recorded calls.
+def order_of_blocks(hooked: HookedModule, blocks: Sequence[Block]) -> list[str]:
+    """Return the names of the blocks inside ``hooked`` in the order in which the recorded calls reach them.
 
-    Blocks that were not called are left out.
+    One rerun of a call; of further calls only while there are blocks that none has reached. Those are left out.
     """
+    inside = {block.module: block.name for block in blocks}
     order: list[str] = []
-    called = {block.hooked for block in blocks if block.hooked.calls}
-    for hooked in sorted(called, key=lambda one: one.calls[0].number):
-        inside = {block.module: block.name for block in blocks if block.hooked is hooked}
-        with hooked.rerunning():
-            order += [inside[module] for module in order_of_first_calls(hooked.calls[0], hooked.module, inside)]
+    with hooked.rerunning():
+        for call in hooked.calls:
+            reached = [inside[module] for module in order_of_first_calls(call, hooked.module, inside)]
+            order += [name for name in reached if name not in order]
+            if len(order) == len(inside):
+                break
     return order

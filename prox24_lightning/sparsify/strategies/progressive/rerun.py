@@ -1,4 +1,4 @@
-"""The recorded batches once more through blocks that share a turn: as the model is now, and as its dense copy was."""
+"""Calls of neighbouring blocks on the recorded batches: in the model as it is now, and in its dense reference."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.dense_reference import DenseWeights
+from prox24_lightning.calibration.hooked_module import HookedModule
 from prox24_lightning.calibration.inner_calls import inner_calls
-from prox24_lightning.calibration.module_call import ModuleCall
+from prox24_lightning.calibration.module_call import ModuleCall, device_of
+from prox24_lightning.calibration.random_state import RandomState
 from prox24_lightning.solvers.input_group import Run
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.weights.sharded import runnable
@@ -21,7 +23,7 @@ from prox24_lightning.weights.sharded import runnable
 
 @dataclass(frozen=True)
 class BlockRun:
-    """One call of a module of ``model``, as it is when it is made."""
+    """One call of a module of ``model``, on the weights that it has when the call is made."""
 
     model: nn.Module
     call: ModuleCall
@@ -32,18 +34,25 @@ class BlockRun:
             return self.call(self.module)
 
     def arguments(self) -> tuple[Any, ...]:
-        """What :meth:`with_arguments` takes. The hidden state asks for its gradient, as it does in training, so that
-        what was compiled there serves here."""
+        """Return what :meth:`with_arguments` takes. The hidden state asks for its gradient, as it does in training, so
+        that what was compiled there serves here."""
         call = self.call
         with suppress(ValueError):  # without a floating tensor there is nothing to ask for
             place = call.hidden_place("")
             call = call.with_argument(place, call.argument(place).detach().requires_grad_())
-        return call.args, call.kwargs, call.autocast, call.autocast_cache
+        return call.args, call.kwargs, call.autocast, call.autocast_cache, call.random
 
     def with_arguments(self, arguments: tuple[Any, ...]) -> BlockRun:
-        """The same call with those of another."""
-        args, kwargs, autocast, cache = arguments
-        return replace(self, call=ModuleCall(args, kwargs, autocast, autocast_cache=cache))
+        """Return the same call with those of another."""
+        args, kwargs, autocast, cache, random = arguments
+        return replace(self, call=ModuleCall(args, kwargs, autocast, cache, random=random))
+
+    def draws(self) -> bool:
+        """Whether the call draws random numbers."""
+        if self.call.random is None:
+            return False
+        self()
+        return not self.call.random.same_as(RandomState.now(device_of(self.module)))
 
 
 class BlockReruns:
@@ -54,83 +63,90 @@ class BlockReruns:
 
     Args:
         model: what holds the hooked module.
-        blocks: of one hooked module, in the order in which they run; they are to be asked for in this order.
+        hooked: the hooked module that holds the blocks.
+        blocks: in the order in which they run; they are to be asked for in this order.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
+    def __init__(self, model: nn.Module, hooked: HookedModule, blocks: Sequence[Block]) -> None:
         self._model = model
-        self._hooked = blocks[0].hooked
-        self._now = _Path(self._hooked.module, blocks, self._hooked.calls, partial(runnable, model))
-        self._copy: _Path | None = None
-        if isinstance(self._hooked.dense, nn.Module):
-            self._reference = self._hooked.reference_of()
-            self._copy = _Path(self._hooked.dense, blocks, self._hooked.calls, lambda _: nullcontext(), self._reference)
+        self._hooked = hooked
+        calls = hooked.calls
+        modules = {block.name: block.module for block in blocks}
+        self._now = _Path(hooked.module, modules, calls, partial(runnable, model))
+        self._dense: _Path | None = None
+        if isinstance(hooked.reference, nn.Module):
+            self._counterparts = hooked.counterparts()
+            modules = {block.name: self._counterparts[block.module] for block in blocks}
+            self._dense = _Path(hooked.reference, modules, calls, lambda _: nullcontext())
 
     def runs_of(self, block: Block) -> list[BlockRun]:
-        """Calls of the block in the model as it is now."""
+        """Return the calls of the block in the model as it is now."""
         return [BlockRun(self._model, call, block.module) for call in self._now.calls_of(block)]
 
     def dense_runs_of(self, block: Block) -> tuple[list[Run] | None, dict[nn.Module, nn.Module] | None]:
-        """The same in the dense reference, and the counterparts of its modules there; None without a reference."""
-        if self._copy is not None:
-            return [
-                partial(call, self._reference[block.module]) for call in self._copy.calls_of(block)
-            ], self._reference
-        dense = self._hooked.dense
-        if not isinstance(dense, DenseWeights):
+        """Return the same in the dense reference, and the counterparts of its modules; None without a reference."""
+        if self._dense is not None:
+            module = self._counterparts[block.module]
+            return [partial(call, module) for call in self._dense.calls_of(block)], self._counterparts
+        reference = self._hooked.reference
+        if not isinstance(reference, DenseWeights):
             return None, None
-        with dense.in_place(self._hooked.module), runnable(self._model, self._hooked.module):
+        with reference.in_place(self._hooked.module), runnable(self._model, self._hooked.module):
             calls = inner_calls(self._hooked.module, [block.module], self._hooked.calls)[block.module].calls
-        return [
-            partial(_run_dense, self._model, dense, call, block.module) for call in calls
-        ], self._hooked.reference_of()
+        runs = [partial(_run_dense, self._model, reference, call, block.module) for call in calls]
+        return runs, self._hooked.counterparts()
 
-    def hand_on(
+    def pass_on(
         self,
         block: Block,
         runs: Sequence[Run],
         dense_runs: Sequence[Run] | None,
         dense_outputs: Sequence[Tensor] | None = None,
     ) -> None:
-        """The block is solved: what it hands on reaches the next. ``dense_outputs`` where they are known already."""
-        if self._now.wants(block):
+        """The block is solved: its outputs reach the next one. ``dense_outputs`` where they are known already."""
+        if self._now.is_chained(block):
             self._now.outputs = outputs_of(block, runs)
-        if self._copy is not None and dense_runs is not None and self._copy.wants(block):
-            self._copy.outputs = list(dense_outputs or outputs_of(block, dense_runs))
+        if self._dense is not None and dense_runs is not None and self._dense.is_chained(block):
+            self._dense.outputs = list(dense_outputs or outputs_of(block, dense_runs))
 
 
 def outputs_of(block: Block, runs: Sequence[Run]) -> list[Tensor]:
-    """What the block hands on in each of ``runs``."""
+    """Return the hidden state that the block returns in each of ``runs``."""
     return [hidden_state(run(), block.name).detach() for run in runs]
 
 
 def mixed(outputs: Sequence[Tensor], dense_outputs: Sequence[Tensor] | None, dense_target: float) -> list[Tensor]:
-    """What a block shall hand on for each batch: its output as it is now, mixed with the dense copy's."""
+    """Return what a block is to return for each batch: its outputs now, mixed with those of the dense reference."""
     if dense_outputs is None:
         return list(outputs)
     return [now.lerp(dense.to(now), dense_target) for now, dense in zip(outputs, dense_outputs, strict=True)]
 
 
 class _Path:
-    """One way of recorded calls from block to block."""
+    """The way of recorded calls from block to block, in one of the two models.
+
+    Args:
+        outer: what the calls are made of.
+        modules: the blocks inside, by name.
+        running: makes ``outer`` callable.
+    """
 
     def __init__(
         self,
         outer: nn.Module,
-        blocks: Sequence[Block],
+        modules: dict[str, nn.Module],
         calls: Sequence[ModuleCall],
         running: Callable[[nn.Module], AbstractContextManager[Any]],
-        reference: dict[nn.Module, nn.Module] | None = None,
     ) -> None:
         self.outputs: list[Tensor] | None = None
         self._outer, self._calls, self._running = outer, calls, running
-        self._modules = {block.name: reference[block.module] if reference else block.module for block in blocks}
-        self._next = dict(zip(list(self._modules), list(self._modules)[1:], strict=False))
+        self._modules = modules
+        self._next = dict(zip(list(modules), list(modules)[1:], strict=False))
         with running(outer):
-            self._inner = inner_calls(outer, list(self._modules.values()), calls)
+            self._inner = inner_calls(outer, list(modules.values()), calls)
 
-    def wants(self, block: Block) -> bool:
-        """Whether the next block takes what this one hands on."""
+    def is_chained(self, block: Block) -> bool:
+        """Whether the next block takes what this one returns."""
         following = self._next.get(block.name)
         return following is not None and self._modules[following] in self._inner
 

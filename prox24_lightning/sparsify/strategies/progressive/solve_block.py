@@ -1,12 +1,15 @@
-"""One block at its turn: its layers solved one after the other, then the whole of it refined by what it hands on."""
+"""Solve one block: its layers one after the other, then all of it together by the error of its output."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.input_groups import find_input_groups
@@ -14,15 +17,17 @@ from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import solve_experts
-from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
+from prox24_lightning.solvers.input_group import Run, input_group_hessian, solve_input_group
 from prox24_lightning.sparsify.strategies.base import Masks
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
+from prox24_lightning.sparsify.strategies.progressive.calibration import SolveSettings
+from prox24_lightning.sparsify.strategies.progressive.errors import on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun, mixed, outputs_of
-from prox24_lightning.utils.distributed import gathered_objects
+from prox24_lightning.utils.distributed import gathered_objects, world_size
 from prox24_lightning.utils.tf32 import without_tf32
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
-from prox24_lightning.weights.sharded import part_of
+from prox24_lightning.weights.sharded import is_sharded, part_of
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +35,7 @@ log = logging.getLogger(__name__)
 def solve_block(
     block: Block,
     reruns: BlockReruns,
-    dense_target: float,
-    prox_steps: int | None,
+    settings: SolveSettings,
     reconstruction_steps: int,
     gradients: OutputGradients | None,
     trained: Collection[Tensor],
@@ -39,41 +43,41 @@ def solve_block(
     """Solve the layers of ``block`` that the solver can take: write their values into the model, return their masks.
 
     Args:
-        reruns: of the turn's blocks; the next of them sees this one as it is now.
-        dense_target: share of the dense copy's outputs in what layers and block shall give.
-        prox_steps: a layer; None is the solver's own default.
-        reconstruction_steps: of the whole block; 0 leaves them out.
+        reruns: of the block and its neighbours; the next of them sees this one as it is now.
+        settings: how it is solved.
+        reconstruction_steps: gradient steps on the whole block; 0 leaves them out.
         gradients: what its output's features count by; None is the same for all.
         trained: parameters that training changes; reconstruction leaves others alone.
+
+    Raises:
+        RerunError: if the block cannot be called again; its layers may be half solved.
     """
     solvable = [w for w in block.weights if why_not_solvable(w.module, w.parameter_name) is None]
     owners = {weight.module: weight for weight in solvable if not weight.is_experts}
     experts = {weight.module: [w for w in solvable if w.module is weight.module] for weight in solvable}
     experts = {module: weights for module, weights in experts.items() if module not in owners}
+    # Reruns of a sharded model make collective calls of their own.
+    attempt = _direct if any(is_sharded(weight.parameter) for weight in block.weights) else on_all_ranks
     found: Masks = {}
-    runs = reruns.runs_of(block)
+    runs = attempt(lambda: _calls(block, reruns))
     if not all(gathered_objects(bool(runs))):
         if solvable:
             log.warning("%s was not called in the recorded batches; its largest weights are kept instead", block.name)
         return found
-    dense_runs, reference = reruns.dense_runs_of(block)
+    dense_runs, counterparts = attempt(lambda: reruns.dense_runs_of(block))
     targets, dense_outputs = None, None
     if solvable and reconstruction_steps:
-        try:
-            dense_outputs = None if dense_runs is None else outputs_of(block, dense_runs)
-            targets = mixed(outputs_of(block, runs), dense_outputs, dense_target)
-        except ValueError as error:  # its output is no tensor
-            log.warning("%s is not reconstructed: %s", block.name, error)
-    for group in find_input_groups([*owners, *experts], runs[0]):
+        targets, dense_outputs = attempt(partial(_targets, block, runs, dense_runs, settings.dense_target))
+    for group in attempt(lambda: find_input_groups([*owners, *experts], runs[0])):
         if group.layers[0] in experts:
-            found |= _solve_experts(experts[group.layers[0]], runs, prox_steps)
+            found |= _solve_experts(experts[group.layers[0]], runs, settings.prox_steps)
             continue
-        hessian = input_group_hessian(group, runs, dense_runs, reference)
+        hessian = input_group_hessian(group, runs, dense_runs, counterparts, attempt=attempt)
         members = [owners[layer] for layer in group.layers]
         try:
             with without_tf32():
                 solved = solve_input_group(
-                    members, hessian, config=SolverConfig(steps=prox_steps), dense_target=dense_target
+                    members, hessian, config=SolverConfig(steps=settings.prox_steps), dense_target=settings.dense_target
                 )
         except ValueError as error:
             log.warning("%s; its largest weights are kept instead", error)
@@ -82,8 +86,32 @@ def solve_block(
             found[weight.name] = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
     if targets is not None and found:
         _reconstruct(block, runs, targets, found, reconstruction_steps, gradients, trained)
-    reruns.hand_on(block, runs, dense_runs, dense_outputs)
+    attempt(lambda: reruns.pass_on(block, runs, dense_runs, dense_outputs))
     return found
+
+
+def _direct(action: Any) -> Any:
+    return action()
+
+
+def _calls(block: Block, reruns: BlockReruns) -> list[BlockRun]:
+    """The calls of the block, with random states only where it draws random numbers."""
+    runs = reruns.runs_of(block)
+    if runs and not runs[0].draws():
+        runs = [replace(run, call=replace(run.call, random=None)) for run in runs]
+    return runs
+
+
+def _targets(
+    block: Block, runs: Sequence[Run], dense_runs: Sequence[Run] | None, dense_target: float
+) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """What the block is to return in each run, and what the dense reference returns; None where that is no tensor."""
+    try:
+        dense_outputs = None if dense_runs is None else outputs_of(block, dense_runs)
+        return mixed(outputs_of(block, runs), dense_outputs, dense_target), dense_outputs
+    except ValueError as error:
+        log.warning("%s is not reconstructed: %s", block.name, error)
+        return None, None
 
 
 def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], prox_steps: int | None) -> Masks:
@@ -123,11 +151,31 @@ def _reconstruct(
     batches = [run.arguments() for run in runs]
     weights = None
     if gradients is not None:
-        gradients.detach()  # those of the steps below are none of training
         sizes = {target.shape[-1] for target in targets}
         weights = gradients.weights(sizes.pop(), targets[0].device) if len(sizes) == 1 else None
-    with block.hooked.as_trained(block.module):
-        before, after = reconstruct_block(
-            block.module, masks, forward, batches, targets, steps=steps, trained=trained, feature_weights=weights
-        )
+    try:
+        with torch.compiler.set_stance("default"):  # what training compiled of the block serves here
+            on_all_ranks(partial(_check_gradients, forward, batches[0], list(parameters.values())))
+            before, after = reconstruct_block(
+                block.module,
+                masks,
+                forward,
+                batches,
+                targets,
+                steps=steps,
+                trained=trained,
+                feature_weights=weights,
+                graphed=all(run.call.random is None for run in runs),
+            )
+    except Exception as error:  # of the user's forward under gradients
+        log.warning("%s is not reconstructed: %s", block.name, error)
+        return
     log.info("%s: relative error of the output %.5f, %.5f after reconstruction", block.name, before, after)
+
+
+def _check_gradients(forward: Any, arguments: tuple[Any, ...], parameters: Sequence[nn.Parameter]) -> None:
+    """Fail where a reconstruction would, before the ranks wait for each other in it."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if world_size() > 1 and trained:
+        with torch.enable_grad():
+            torch.autograd.grad(forward(arguments).float().sum(), trained, allow_unused=True)

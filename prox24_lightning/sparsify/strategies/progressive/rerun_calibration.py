@@ -1,0 +1,305 @@
+"""Calibrate by running the last training batches again, through the model as it is now and through its dense form."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from prox24_lightning.calibration.hooked_module import HookedModule, share_of
+from prox24_lightning.calibration.hooks import inside_compiled
+from prox24_lightning.calibration.outermost import outermost_modules, parts_with
+from prox24_lightning.calibration.output_gradients import OutputGradients
+from prox24_lightning.calibration.reproduction import RerunSettings
+from prox24_lightning.sparsify.strategies.base import Masks, RunContext
+from prox24_lightning.sparsify.strategies.progressive.blocks import (
+    Block,
+    check_same_order,
+    cut_into_blocks,
+    order_of_blocks,
+)
+from prox24_lightning.sparsify.strategies.progressive.calibration import Calibration, SolveSettings
+from prox24_lightning.sparsify.strategies.progressive.errors import on_all_ranks
+from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns
+from prox24_lightning.sparsify.strategies.progressive.solve_block import solve_block
+from prox24_lightning.utils.cuda_graphs import GraphMemory
+from prox24_lightning.utils.distributed import gathered_objects, gathered_on_first, rank
+from prox24_lightning.utils.module_copy import bare_copy
+from prox24_lightning.utils.tensors import map_tensors
+from prox24_lightning.weights.sharded import is_sharded, runnable
+
+log = logging.getLogger(__name__)
+
+_SHARED = 4
+"""So many blocks at most share one rerun of the recorded batches: what it finds for each is kept meanwhile."""
+_ORDERED_BY = 16
+"""So many batches at most are recorded to see in which order the model runs."""
+
+
+class RerunCalibration(Calibration):
+    """Hooks the outermost modules that training calls, records their last calls, and makes them again.
+
+    Args:
+        root_is_called: whether training calls ``model`` itself, rather than parts of it.
+    """
+
+    def __init__(self, model: nn.Module, settings: SolveSettings, *, root_is_called: bool) -> None:
+        super().__init__(model, settings)
+        self._root_is_called = root_is_called
+        self._numbers = itertools.count()
+        self._graph_memory = GraphMemory()
+        self._hooked: list[HookedModule] = []
+        self._parts: dict[HookedModule, list[HookedModule]] = {}
+        self._order: list[str] = []
+        self._ordering = 0
+        self._with_reference = settings.dense_target > 0
+        self._gradients: dict[str, OutputGradients] = {}
+        self._batches = 0
+
+    def attach(self, context: RunContext, state: dict[str, Any]) -> None:
+        self.context = context
+        if state:
+            names = dict(self.model.named_modules())
+            found = [names[name] for name in state["hooked"]]
+        elif self._hooked:
+            found = [hooked.module for hooked in self._hooked]
+        else:
+            modules = [weight.module for weight in context.weights]
+            found = outermost_modules(self.model, modules, root_is_called=self._root_is_called)
+        if [hooked.module for hooked in self._hooked] != found:
+            self._hooked = self._hook(found)
+        self.blocks = cut_into_blocks(self.model, context.weights, self._hooked)
+        for index, hooked in enumerate(self._hooked if state else ()):
+            hooked.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
+            hooked.load_reference(state["reference"][index], sharded=self._sharded)
+        totals = {name: found.total for name, found in self._gradients.items()}
+        if state:
+            totals = state["gradients"][rank() % len(state["gradients"])]
+            self._ordering = state["ordering"]
+            self._with_reference = state["with_reference"]
+        self._gradients = {
+            block.name: OutputGradients(block.name, block.module, block.feature_dim, totals[block.name])
+            for block in self.blocks
+            if block.name in totals
+        }
+        self._arrange(state.get("order", self._order))
+        for hooked in self._hooked:
+            hooked.attach()
+
+    def detach(self) -> None:
+        for hooked in self._all_hooked():
+            hooked.detach()
+        for gradients in self._gradients.values():
+            gradients.end_batch()
+        self._graph_memory.release()
+
+    def begin_batch(self, due: Collection[str], *, everything: bool) -> None:
+        if self._batches:
+            self._look_deeper()
+        self._batches += 1
+        for block in self.blocks if self.settings.gradient_weighting else ():
+            if block.name in due and block.name not in self._gradients and self._reconstructs(block):
+                self._gradients[block.name] = OutputGradients(block.name, block.module, block.feature_dim)
+        unplaced = 0 < self._ordering <= _ORDERED_BY and len(self._order) < len(self.blocks)
+        wanted = {block.hooked for block in self.blocks if block.name in due or everything or unplaced}
+        for hooked in self._all_hooked():
+            tried = hooked.settings is not None or hooked.problem is not None or self._sharded
+            hooked.begin_batch(record=hooked in wanted, trial=not tried)
+        for gradients in self._gradients.values():
+            gradients.begin_batch()
+
+    def end_batch(self) -> None:
+        for hooked in self._all_hooked():
+            hooked.end_batch()
+        for gradients in self._gradients.values():
+            gradients.end_batch()
+
+    def verdict(self) -> str | None:
+        """Return why the model cannot be called again; None if it can, "" if that is not known yet."""
+        problems = [hooked.problem for hooked in self._hooked if hooked.problem is not None]
+        if problems:
+            return problems[0]
+        waiting = [hooked for hooked in self._hooked if hooked.settings is None and not self._sharded]
+        return "" if waiting or not all(hooked.called for hooked in self._hooked) else None
+
+    def reference_problem(self) -> str | None:
+        """Return why there can be no dense reference, None if nothing is known to be in its way. All ranks call it."""
+        if not self._with_reference:
+            return None
+        problem = None
+        if len(self._hooked) > 1:
+            # Only of a single hooked module the inputs do not depend on what is pruned.
+            kind = type(self._hooked[0].module).__name__
+            problem = (
+                f"training calls {len(self._hooked)} parts of the model ({kind}, ...) rather than one that holds all "
+                "of them"
+            )
+        elif self._hooked and not self._sharded:
+            try:
+                bare_copy(self._hooked[0].module, device=torch.device("meta"))
+            except Exception as error:  # of the user's classes
+                problem = f"the model cannot be copied ({type(error).__name__}: {error})"
+        problem = next((found for found in gathered_objects(problem) if found), None)
+        self._with_reference = problem is None
+        return problem
+
+    def begin(self) -> str | None:
+        """Find the order of the blocks, and keep the dense reference; return why there is none after all.
+
+        Raises:
+            RerunError: if the model cannot be called again.
+        """
+        self._place()
+        check_same_order(self.blocks)
+        if not self._with_reference or not self.blocks or len(self._hooked) != 1:
+            return None
+        hooked, problem = self._hooked[0], None
+        try:
+            hooked.keep_reference(sharded=self._sharded)
+            if not self._sharded:
+                hooked.check_reference()
+        except Exception as error:  # of the user's classes
+            problem = f"{type(error).__name__}: {error}"
+        problem = next((found for found in gathered_objects(problem) if found), None)
+        if problem is not None:
+            hooked.reference, self._with_reference = None, False
+        return problem
+
+    def after_step(self) -> None:
+        """Go on placing blocks that no recorded batch has reached yet."""
+        if 0 < self._ordering < _ORDERED_BY and len(self._order) < len(self.blocks):
+            self._place()
+
+    def solve(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Masks]]:
+        for hooked in dict.fromkeys(block.hooked for block in blocks):
+            if hooked is not None and (left_out := hooked.leave_out_unsound()) and rank() == 0:
+                log.warning(
+                    "NaN or infinity in %d of the last training batches: blocks are solved without them", left_out
+                )
+        for together in self._neighbours(blocks):
+            hooked = together[0].hooked
+            assert hooked is not None
+            with hooked.rerunning(), self._graph_memory.shared():
+                make = partial(BlockReruns, self.model, hooked, together)
+                reruns = make() if self._sharded else on_all_ranks(make)
+                for block in together:
+                    gradients = self._gradients.get(block.name)
+                    steps = self.settings.reconstruction_steps if self._reconstructs(block) else 0
+                    masks = solve_block(block, reruns, self.settings, steps, gradients, self.context.trained)
+                    yield block, masks
+                    if (gradients := self._gradients.pop(block.name, None)) is not None:
+                        gradients.end_batch()
+
+    def _place(self) -> None:
+        self._ordering += 1
+        called = [hooked for hooked in self._hooked if hooked.calls]
+        with ExitStack() as stack:
+            for hooked in self._hooked:
+                stack.enter_context(runnable(self.model, hooked.module))
+
+            def find() -> list[str]:
+                order: list[str] = []
+                for hooked in sorted(called, key=lambda one: one.calls[0].number):
+                    order += order_of_blocks(hooked, [block for block in self.blocks if block.hooked is hooked])
+                return order
+
+            found = find() if self._sharded else on_all_ranks(find)
+        self._arrange([*self._order, *(name for name in found if name not in self._order)])
+
+    def _neighbours(self, blocks: Sequence[Block]) -> list[list[Block]]:
+        """Neighbours in one hooked module, which share reruns of the recorded batches; of sharded models one by one."""
+        groups: list[list[Block]] = []
+        for block in blocks:
+            last = groups[-1] if groups else []
+            if last and last[-1].hooked is block.hooked and len(last) < _SHARED and not self._sharded:
+                last.append(block)
+            else:
+                groups.append([block])
+        return groups
+
+    def _reconstructs(self, block: Block) -> bool:
+        outside = any(weight.module is block.module for weight in block.weights)
+        return self.settings.reconstruction_steps > 0 and not outside and not self._sharded
+
+    @property
+    def _sharded(self) -> bool:
+        return any(is_sharded(weight.parameter) for weight in self.context.weights)
+
+    def _hook(self, modules: Sequence[nn.Module]) -> list[HookedModule]:
+        compiled = inside_compiled(self.model)
+        kept = {hooked.module: hooked for hooked in self._all_hooked()}
+        made = []
+        for module in modules:
+            hooked = kept.get(module)
+            if hooked is None:
+                hooked = HookedModule(module, self.settings.batches, self._numbers, compiled=module in compiled)
+                if self._sharded:
+                    hooked.settings = RerunSettings()
+            made.append(hooked)
+        return made
+
+    def _all_hooked(self) -> list[HookedModule]:
+        return [*self._hooked, *(part for parts in self._parts.values() for part in parts)]
+
+    def _look_deeper(self) -> None:
+        """Hook the parts of a module that training has not called so far; take them instead once they are called."""
+        modules = [weight.module for weight in self.context.weights]
+        found: list[HookedModule] = []
+        for hooked in self._hooked:
+            parts = self._parts.get(hooked, [])
+            if hooked.called:
+                for part in self._parts.pop(hooked, []):
+                    part.detach()
+            elif any(part.called for part in parts):
+                hooked.detach()
+                found += self._parts.pop(hooked)
+                continue
+            elif not parts and (inner := parts_with(hooked.module, modules)):
+                self._parts[hooked] = self._hook(inner)
+                for part in self._parts[hooked]:
+                    part.attach()
+            elif parts:
+                self._parts[hooked] = self._deeper(parts, modules)
+            found.append(hooked)
+        if found != self._hooked:
+            for gradients in self._gradients.values():
+                gradients.end_batch()
+            self._gradients.clear()
+            self._hooked = found
+            self.blocks = cut_into_blocks(self.model, self.context.weights, self._hooked)
+
+    def _deeper(self, parts: list[HookedModule], modules: Sequence[nn.Module]) -> list[HookedModule]:
+        """The parts of modules of which none has been called either."""
+        inner: list[HookedModule] = []
+        for part in parts:
+            below = self._hook(parts_with(part.module, modules))
+            if below:
+                part.detach()
+            inner += below or [part]
+        for part in inner:
+            part.attach()
+        return inner
+
+    def _arrange(self, order: Sequence[str]) -> None:
+        place = {name: position for position, name in enumerate(order)}
+        self._order = list(order)
+        self.blocks.sort(key=lambda block: place.get(block.name, len(place)))
+
+    def state_dict(self) -> dict[str, Any]:
+        names = {module: name for name, module in self.model.named_modules()}
+        totals = {name: found.total for name, found in self._gradients.items()}
+        return {
+            "order": list(self._order),
+            "ordering": self._ordering,
+            "with_reference": self._with_reference,
+            "hooked": [names[hooked.module] for hooked in self._hooked],
+            "calls": gathered_on_first([hooked.state_dict() for hooked in self._hooked]),
+            "reference": [hooked.reference_state() for hooked in self._hooked],
+            "gradients": gathered_on_first(map_tensors(lambda total: total.cpu(), totals)),
+        }
