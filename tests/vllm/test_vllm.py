@@ -20,8 +20,10 @@ vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: m
 
 import transformers as hf  # noqa: E402
 from tiny_language import tiny_tokenizer  # noqa: E402
+from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
 from prox24_lightning.convert import find_packable  # noqa: E402
+from prox24_lightning.integrations.vllm import plugin  # noqa: E402
 from prox24_lightning.io.packed_folder import save_folder  # noqa: E402
 from prox24_lightning.mask import mask_24  # noqa: E402
 
@@ -127,17 +129,24 @@ def test_groups_that_run_as_one_layer_are_dense_as_a_whole(tmp_path):
     ("change", "message"),
     [
         ({"version": 9}, "packed in version 9 of the format"),
-        ({"modules_to_not_convert": ["model.layers.0.self_attn.k_proj"]}, "as one layer"),
         ({"packed_along_outputs": ["model.layers.0.mlp.up_proj.weight"]}, "which vLLM cannot load"),
     ],
 )
-def test_what_cannot_be_served_is_one_sentence(change, message, tmp_path):
+def test_folders_that_cannot_be_served_are_refused(change, message, tmp_path):
     folder = pack(tmp_path / "packed", sparse_model("llama"))
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"].update(change)
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(AssertionError, match=message):
-        served(folder, [prompts()[:1]])
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    plugin.Prox24Config.from_config(config)
+    with pytest.raises(ValueError, match=message):
+        plugin.Prox24Config.from_config({**config, **change})
+
+
+def test_a_group_that_is_packed_in_part_is_refused():
+    config = plugin.Prox24Config(["model.layers.0.self_attn.k_proj"])
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    layer = LinearBase.__new__(LinearBase)
+    with pytest.raises(ValueError, match=r"as one layer, and model\.layers\.0\.self_attn\.k_proj is stored dense"):
+        config.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")
+    assert config.get_quant_method(torch.nn.Embedding(2, 2), "model.embed_tokens") is None
 
 
 def test_the_server_answers(tmp_path):
