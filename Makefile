@@ -60,7 +60,7 @@ test: $(STAMP)
 
 test-vllm: $(VLLM_STAMP)
 	@echo "== tests: vLLM serves packed folders (its CPU build)"
-	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest tests/vllm $(PYTEST_ARGS)
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest tests/serving $(PYTEST_ARGS)
 
 # vLLM pins transformers and torch's CPU build, so it has an environment of its own. Its packages for sound and video are left out.
 $(VLLM_STAMP): pyproject.toml
@@ -69,7 +69,7 @@ $(VLLM_STAMP): pyproject.toml
 	rm -f $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(VLLM_TORCH)" wheel "setuptools>=77"
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps "$(VLLM)"
-	$(VLLM_BIN)/python tests/vllm/requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python tests/serving/requirements.py > $(VLLM_VENV)/requirements.txt
 	$(VLLM_BIN)/python -m pip install --quiet --requirement $(VLLM_VENV)/requirements.txt
 	$(VLLM_BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $(VLLM_STAMP)

@@ -99,12 +99,16 @@ class Prox24Quantizer(HfQuantizer):
                 "give every layer a GPU or the CPU"
             )
 
-    @override
     def update_attn_implementation(self, config: Any) -> Any:
-        # Called with the config between its reading and the search for weight files, which the config may name. Without
-        # this package from_pretrained finds no weights and says so, instead of filling a model with random values.
+        """Name the weight files: called with the config after it is read and before the files are searched.
+
+        Without this package ``from_pretrained`` finds no weights and says so, instead of filling a model with random
+        values. Older releases of transformers call :meth:`update_tp_plan` there.
+        """
         config.transformers_weights = self.quantization_config.weights_file
         return config
+
+    update_tp_plan = update_attn_implementation
 
     @override
     def _process_model_before_weight_loading(

@@ -19,7 +19,7 @@ def register_with_transformers() -> None:
         raise ImportError(
             f"loading packed folders by from_pretrained needs transformers 5.15 or newer: {error}"
         ) from error
-    if not hasattr(HfQuantizer, "update_attn_implementation"):
+    if not any(hasattr(HfQuantizer, hook) for hook in ("update_attn_implementation", "update_tp_plan")):
         raise ImportError(
             "loading packed folders by from_pretrained needs transformers 5.15 or newer: update transformers"
         )
