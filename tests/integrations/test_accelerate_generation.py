@@ -181,7 +181,7 @@ def test_attention_on_a_gpu(batch, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("converted", [False, True])
-def test_the_same_tokens_on_a_gpu(converted):
+def test_tokens_on_a_gpu_are_those_of_one_pass_over_the_whole_sequence(converted):
     from prox24_lightning.convert import convert_model
     from prox24_lightning.mask import mask_24
 
@@ -191,13 +191,17 @@ def test_the_same_tokens_on_a_gpu(converted):
     with torch.no_grad():
         for layer in model.model.layers.modules():
             if isinstance(layer, torch.nn.Linear):
-                layer.weight.mul_(mask_24(layer.weight)).mul_(8)  # far apart logits, so that rounding changes no token
-        model.lm_head.weight.mul_(8)
+                layer.weight.mul_(mask_24(layer.weight))
     if converted:
         convert_model(model)
     given = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in prompts().items()}
-    expected = generated(model, given, **GREEDY)
     accelerate_generation(model)
-    for _ in range(2):
+    for _ in range(2):  # captured, then replayed
         found = generated(model, given, **GREEDY)
-        assert (found == expected).float().mean() > 0.9
+        mask = torch.cat([given["attention_mask"], given["attention_mask"].new_ones(3, 40)], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        with torch.no_grad():
+            logits = model(found, attention_mask=mask, position_ids=positions).logits[:, 6:-1].float()
+        chosen = logits.gather(-1, found[:, 7:, None]).squeeze(-1)
+        # Rounding may exchange two tokens of nearly the same logit; a wrong cache would be off by several deviations.
+        assert (logits.amax(-1) - chosen).max() < 0.15 * logits.std()

@@ -337,7 +337,9 @@ def test_json_is_strict_when_a_number_is_not_finite(tmp_path):
 def test_a_benchmark_on_the_gpu():
     torch.manual_seed(0)
     net = Net()
-    report = run_benchmark(net, Settings(token_counts=(3, 256), rounds=3, only_if_faster=False), inputs=whole(net))
+    report = run_benchmark(
+        net, Settings(token_counts=(3, 256), rounds=3, only_if_faster=False, run_mode="eager"), inputs=whole(net)
+    )
     assert [verdict.name for verdict in check_model(net) if verdict.fits] == ["body.0", "body.2", "last"]
     assert report.notes == ()
     assert report.names("sparse") == ("body.0", "body.2", "last")

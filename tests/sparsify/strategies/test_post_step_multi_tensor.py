@@ -102,7 +102,7 @@ def test_statistics_of_the_step_are_those_of_a_pass_after_it(by_strength):
     with torch.no_grad():
         weights[0].parameter.mul_(2.0)
     assert measured.current(weights[0].name, weights[0].parameter, scales[weights[0].name]) is None
-    strategy.after_step(OptimizerStep(7, weights))
+    measured.forget()
     assert all(measured.current(w.name, w.parameter, scales.get(w.name)) is None for w in weights)
 
 
