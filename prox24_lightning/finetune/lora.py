@@ -45,7 +45,7 @@ class MaskedLora:
             _check(name, layer, mask)
             adapted.append((layer, mask))
         self._handles: list[RemovableHandle] = [
-            layer.register_forward_hook(_without_pruned(mask)) for layer, mask in adapted
+            layer.register_forward_hook(_MaskedProduct(mask)) for layer, mask in adapted
         ]
         if not self._handles:
             raise ValueError(
@@ -92,24 +92,26 @@ def _check(name: str, layer: Any, mask: Tensor) -> None:
         )
 
 
-def _without_pruned(mask: Tensor) -> Any:
-    """Return a forward hook that subtracts what the pruned entries of the product have added."""
+class _MaskedProduct:
+    """Forward hook that subtracts what the pruned entries of the product have added; copies and pickles keep it."""
 
-    def hook(layer: Any, args: tuple, output: Tensor) -> Tensor:
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = mask
+
+    def __call__(self, layer: Any, args: tuple, output: Tensor) -> Tensor:
         if layer.merged or layer.disable_adapters:
             return output
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
                 inputs = args[0]
-                pruned = layer.get_delta_weight(adapter).masked_fill(mask.to(inputs.device), 0.0).to(inputs.dtype)
+                kept = self._mask.to(inputs.device)
+                pruned = layer.get_delta_weight(adapter).masked_fill(kept, 0.0).to(inputs.dtype)
                 base = layer.get_base_layer()
                 if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                     output = output - base._conv_forward(inputs, pruned, None)
                 else:
                     output = output - F.linear(inputs, pruned.T if is_transposed_linear(base) else pruned)
         return output
-
-    return hook
 
 
 def _base_name(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 
 import pytest
@@ -480,3 +481,32 @@ def test_on_a_gpu():
     assert devices == ["cuda"]
     assert next(callback.teacher.parameters()).device.type == "cpu", "its memory is given back after the fit"
     assert 0 < callback.time_share.ratio < 1
+
+
+class Copied(Callback):
+    """Copies and pickles the module in mid-run."""
+
+    def __init__(self):
+        self.copies = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            buffer = io.BytesIO()
+            trainer_of_module, pl_module.trainer = pl_module.trainer, None
+            torch.save(pl_module, buffer)
+            self.copies.append(copy.deepcopy(pl_module))
+            pl_module.trainer = trainer_of_module
+            self.copies.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False))
+
+
+@pytest.mark.parametrize("features", [0.0, 1.0])
+def test_copies_and_pickles_of_the_module_are_free_of_the_callback(features):
+    module, copied = ResidualClassifier(), Copied()
+    fit(module, distillation(features=features), copied)
+    batch = next(iter(tiny_loader()))
+    for other in copied.copies:
+        before = F.cross_entropy(other.model(batch[0]), batch[1].argmax(-1))
+        torch.testing.assert_close(other.training_step(batch, 0), before)
+        with torch.no_grad():
+            other.model.head.weight.mul_(2.0)
+        assert not torch.equal(other.training_step(batch, 0), before), "the step of the copy is its own"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from odd_optimizers import Masters, Orthogonal, OuterMasters, ScheduleFree, SharpnessAware, SlowWeights
-from tiny_runs import TinyModule, quiet_trainer, tiny_loader
+from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24
 from prox24_lightning.mask import is_24
@@ -141,3 +142,20 @@ def test_a_preconditioner_is_no_moment_of_the_weight(width):
     outer = trainer.optimizers[0].state[module.model[2].weight]["pre_cond_0"]
     assert (outer != 0).all()
     assert torch.linalg.eigvalsh(outer)[0] > -1e-6
+
+
+@pytest.mark.parametrize("step", [6, 9])
+@pytest.mark.parametrize("name", ["masters", "schedule-free"])
+def test_a_resumed_run_equals_the_unbroken_one(tmp_path, name, step):
+    def run(resume=None):
+        torch.manual_seed(0)
+        module = Module(lambda p, lr: REMEMBERING[name](p, lr=0.05))
+        checkpoint = ModelCheckpoint(tmp_path / str(resume is None), every_n_train_steps=step, save_top_k=-1, filename="{step}")
+        callbacks = [Prox24(4, 8, targets=TARGETS, verbose=False), checkpoint]
+        trainer = quiet_trainer(max_steps=12, max_epochs=-1, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(module, StatefulLoader(tiny_loader(batches=12)), ckpt_path=resume)
+        return {**module.state_dict(), **trainer.optimizers[0].state_dict()["state"][0]}
+
+    whole = run()
+    again = run(tmp_path / "True" / f"step={step}.ckpt")
+    assert [key for key in whole if not torch.equal(whole[key], again[key])] == []

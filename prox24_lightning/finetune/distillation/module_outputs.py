@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,23 @@ class RecordedCall:
     kwargs: dict[str, Any]
     output: Any
     blocks: dict[str, Any]
+
+
+class _Hook:
+    """Calls ``listener``; does nothing once it is copied or pickled with its module."""
+
+    def __init__(self, listener: Callable[..., None] | None = None) -> None:
+        self._listener = listener
+
+    def __call__(self, *call: Any) -> None:
+        if self._listener is not None:
+            self._listener(*call)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 class CallRecorder:
@@ -42,17 +60,14 @@ class CallRecorder:
         self._calls: list[RecordedCall] | None = None
         self._outputs: dict[str, Any] = {}
         self._inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._handles = [module.register_forward_hook(self._after_call, with_kwargs=True)]
+        self._handles = [module.register_forward_hook(_Hook(self._after_call), with_kwargs=True)]
         if copy_inputs:
-            before: Callable[..., None] = self._before_call
+            before: Callable[..., None] = _Hook(self._before_call)
             if getattr(module, "_compiled_call_impl", None) is not None:
                 before = torch.compiler.disable(before)  # module.compile() would make a graph of the copies
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         for name, block in (blocks or {}).items():
-            handle = block.register_forward_hook(
-                lambda _module, _args, output, name=name: self._after_block(name, output)
-            )
-            self._handles.append(handle)
+            self._handles.append(block.register_forward_hook(_Hook(partial(self._after_block, name))))
 
     def close(self) -> None:
         """Remove every hook."""
@@ -83,6 +98,6 @@ class CallRecorder:
             self._calls.append(RecordedCall(args, kwargs, output, self._outputs))
             self._outputs = {}
 
-    def _after_block(self, name: str, output: Any) -> None:
+    def _after_block(self, name: str, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._calls is not None:
             self._outputs[name] = output
