@@ -17,6 +17,7 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.result_files import write_result
+from prox24_lightning.io.near_duplicates import check_apart
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.oneshot import prune_layerwise
@@ -79,11 +80,15 @@ def main(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, (tokenizer, *_) = model.load()
     network.to(place)
-    ids = token_sequences(tokenizer, data.texts("calibration"), sequences, length, seed=seed)
+    calibration = list(data.texts("calibration"))
+    evaluation = {"stdlib": list(data.texts("evaluation")), "libraries": list(other.texts("evaluation"))}
+    apart = check_apart(evaluation, calibration)
+    print(apart)
+    ids = token_sequences(tokenizer, calibration, sequences, length, seed=seed)
     batches = [{"input_ids": part} for part in ids.split(batch_size)]
     held_out = {
-        "ppl stdlib": token_sequences(tokenizer, data.texts("evaluation"), eval_sequences, length, seed=seed),
-        "ppl libraries": token_sequences(tokenizer, other.texts("evaluation"), eval_sequences, length, seed=seed),
+        f"ppl {name}": token_sequences(tokenizer, texts, eval_sequences, length, seed=seed)
+        for name, texts in evaluation.items()
     }
     dense = {key: value.clone() for key, value in network.state_dict().items()}
 
@@ -94,7 +99,7 @@ def main(
     note = (
         f"{model.describe()}; calibration {sequences} x {length} tokens of {data.describe()}, seed {seed}; "
         f"evaluation {eval_sequences} x {length} tokens each, second column {other.describe()}. "
-        f"Options of every row: {options or 'defaults'}. Local loss is on each run's own inputs."
+        f"Options of every row: {options or 'defaults'}. Local loss is on each run's own inputs. {apart}."
     )
     rows = [row("dense", 0.0, "", "")]
     # The first call pays for loading libraries and compiling kernels; it is not counted.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
+from prox24_lightning.io.near_duplicates import check_apart
 from recipes.optim import adamw_with_cosine
-from recipes.stdlib_text import in_validation, stdlib_documents
+from recipes.stdlib_text import held_out_documents, stdlib_documents
 
 BYTES = 256
 
@@ -136,10 +137,12 @@ class ByteLM(LightningModule):
 class PythonText(LightningDataModule):
     """Documents of Python's own text as blocks of ``context + 1`` bytes, split by document.
 
+    Documents that repeat each other's passages are on one side of the split.
+
     Args:
         context: bytes the model reads; a block holds one more, the last target.
         batch_size: blocks a batch.
-        validation: fraction of the documents held out for validation and test.
+        validation: fraction of the text held out for validation and test.
         max_validation_blocks: so many of the held-out blocks are for validation, the others for test; None takes
             all for both.
         num_workers: processes that load batches; the blocks lie in memory, so 0 is fast.
@@ -158,7 +161,8 @@ class PythonText(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         documents = Dataset.from_list([{"name": d.name, "text": d.text} for d in stdlib_documents()])
-        held_out = [in_validation(name, self.hparams["validation"]) for name in documents["name"]]
+        names = held_out_documents(stdlib_documents(), self.hparams["validation"])
+        held_out = [name in names for name in documents["name"]]
         blocks = self._blocks(documents.select(np.flatnonzero(held_out)))
         cut = self.hparams["max_validation_blocks"]
         if cut is not None and cut >= len(blocks):
@@ -169,6 +173,16 @@ class PythonText(LightningDataModule):
         self.held_out = blocks if cut is None else blocks.select(range(cut))
         self.test = blocks if cut is None else blocks.select(range(cut, len(blocks)))
         self.training = self._blocks(documents.select(np.flatnonzero(np.logical_not(held_out))))
+
+    def check_texts(self) -> str:
+        """Return a line with the measured overlap of held-out and training text.
+
+        Raises:
+            ValueError: if they share a window of words.
+        """
+        names = held_out_documents(stdlib_documents(), self.hparams["validation"])
+        parts = {held: [d.text for d in stdlib_documents() if (d.name in names) == held] for held in (True, False)}
+        return check_apart({"test": parts[True]}, parts[False])
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.training, shuffle=True, drop_last=True)

@@ -9,29 +9,28 @@ from itertools import islice
 from pathlib import Path
 from platform import python_version
 
+from prox24_lightning.io.near_duplicates import all_windows, held_out_names, shares_window
 from prox24_lightning.io.texts import Split, TextSource
-from recipes.stdlib_text import in_validation, read_documents, stdlib_documents
+from recipes.stdlib_text import read_documents, stdlib_documents, stdlib_held_out
 
 
 class PythonDocs(TextSource):
     """Docstrings and reference topics of the standard library; works offline, about 500,000 tokens.
 
     Args:
-        held_out: share of the documents (source files, topics) that is kept for evaluation.
+        held_out: share of the text that is kept for evaluation: whole documents (source files, topics), and
+            near-duplicates together.
     """
 
     def __init__(self, held_out: float = 0.2) -> None:
         self.held_out = held_out
 
     def texts(self, split: Split) -> Iterable[str]:
-        wanted = split == "evaluation"
-        documents = (
-            document for document in stdlib_documents() if in_validation(document.name, self.held_out) == wanted
-        )
-        return [document.text for document in documents]
+        held_out, wanted = stdlib_held_out(self.held_out), split == "evaluation"
+        return [document.text for document in stdlib_documents() if (document.name in held_out) == wanted]
 
     def describe(self) -> str:
-        return f"docstrings and topics of Python {python_version()}, {self.held_out:.0%} of the files held out"
+        return f"docstrings and topics of Python {python_version()}, {self.held_out:.0%} held out by content"
 
 
 class LibraryDocs(TextSource):
@@ -39,7 +38,8 @@ class LibraryDocs(TextSource):
 
     Args:
         packages: import names; each must be installed.
-        held_out: share of the source files that is kept for evaluation.
+        held_out: largest share of the text that is kept for evaluation: whole source files, and near-duplicates
+            together. Files that share passages with the standard library are left out of both splits.
     """
 
     def __init__(self, packages: tuple[str, ...] = ("numpy", "matplotlib"), held_out: float = 0.5) -> None:
@@ -47,20 +47,21 @@ class LibraryDocs(TextSource):
         self.held_out = held_out
 
     def texts(self, split: Split) -> Iterable[str]:
-        wanted = split == "evaluation"
-        texts = []
+        known = all_windows(document.text for document in stdlib_documents())
+        texts: dict[str, str] = {}
         for package in self.packages:
             spec = find_spec(package)
             if spec is None or spec.origin is None:
                 raise ValueError(f"data.packages names {package!r}, which is not installed")
             for document in read_documents(Path(spec.origin).parent):
-                if in_validation(document.name, self.held_out) == wanted:
-                    texts.append(document.text)
-        return texts
+                if not shares_window(document.text, known):
+                    texts[f"{package}/{document.name}"] = document.text
+        held_out = held_out_names(texts, self.held_out)
+        return [text for name, text in texts.items() if (name in held_out) == (split == "evaluation")]
 
     def describe(self) -> str:
         names = ", ".join(f"{package} {version(package)}" for package in self.packages)
-        return f"docstrings of {names}, {self.held_out:.0%} of the files held out"
+        return f"docstrings of {names}, {self.held_out:.0%} held out by content"
 
 
 class HubText(TextSource):

@@ -6,6 +6,7 @@ import zlib
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
+from prox24_lightning.io.near_duplicates import all_windows, shares_window
 from recipes.stdlib_text import Document, stdlib_documents
 
 # Packages with many docstrings that every Python from 3.10 on has; Debian's leaves out tkinter and idlelib.
@@ -28,7 +29,8 @@ def package_passages(
 ) -> DatasetDict:
     """Docstrings labelled by their package, as ``{"train", "validation"}`` with columns ``text`` and ``label``.
 
-    The split is by source file: no file gives passages to both parts.
+    The split is by source file: no file gives passages to both parts. Of the passages to train on, those that share a
+    window of words with a held-out one are left out: many files repeat each other's docstrings.
 
     Args:
         validation: at most this fraction of a package's passages is held out.
@@ -39,7 +41,7 @@ def package_passages(
     Raises:
         ValueError: if a package has passages in only one file, or none.
     """
-    rows: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    found: dict[str, dict[str, list[str]]] = {"train": {}, "validation": {}}
     for package in PACKAGES:
         files = {
             document.name: [text for text in document.passages if len(text) >= shortest]
@@ -47,12 +49,17 @@ def package_passages(
             if document.package == package
         }
         held_out = _held_out(files, validation)
-        for part in rows:
+        for part, packages in found.items():
             names = [name for name in files if (name in held_out) == (part == "validation")]
-            passages = [text for name in names for text in files[name]]
-            if not passages:
+            packages[package] = [text for name in names for text in files[name]]
+    windows = all_windows(text for passages in found["validation"].values() for text in passages)
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    for part, packages in found.items():
+        for package, passages in packages.items():
+            kept = [text for text in passages if part == "validation" or not shares_window(text, windows)]
+            if not kept:
                 raise ValueError(f"package {package!r} has no passages for the {part} part")
-            rows[part] += [{"text": text, "label": package} for text in passages[:at_most]]
+            rows[part] += [{"text": text, "label": package} for text in kept[:at_most]]
     features = Features({"text": Value("string"), "label": ClassLabel(names=list(PACKAGES))})
     return DatasetDict({part: Dataset.from_list(rows[part], features=features) for part in rows})
 

@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from platform import python_version
 
+from prox24_lightning.io.near_duplicates import all_windows, shares_window
 from prox24_lightning.io.texts import Split, TextSource
-from recipes.stdlib_text import in_validation
+from recipes.stdlib_text import stdlib_documents, stdlib_held_out
 
 LIBRARIES = (
     "torch",
@@ -34,11 +35,14 @@ _SHORTEST = 500
 class PythonSources(TextSource):
     """Source files with their docstrings and comments; works offline, about 60 million tokens in a full environment.
 
+    Files to train on that share a window of words with any evaluation text are left out, whatever library they are in
+    (:mod:`prox24_lightning.io.near_duplicates`): copied modules, licences, boilerplate.
+
     Args:
         libraries: import names whose files are trained on, with the standard library's; those not installed are
             left out, and :meth:`describe` says which were read.
-        held_out: import names whose files are for evaluation only, so that no copied passage is in both.
-        held_out_share: share of the standard library's files that is left out as well: the files whose docstrings
+        held_out: import names whose files are for evaluation only.
+        held_out_share: share of the standard library's text that is left out as well: the files whose docstrings
             :class:`~recipes.calibration_text.PythonDocs` keeps for evaluation by the same share.
     """
 
@@ -55,20 +59,24 @@ class PythonSources(TextSource):
         self.held_out_share = held_out_share
 
     def texts(self, split: Split) -> Iterable[str]:
+        evaluation = [text for name in self.held_out for _, text in _sources(_folder(name, required=True))]
         if split == "evaluation":
-            return [text for name in self.held_out for _, text in _sources(_folder(name, required=True))]
+            return evaluation
+        held_out = stdlib_held_out(self.held_out_share)
+        docs = (document.text for document in stdlib_documents() if document.name in held_out)
+        windows = all_windows([*evaluation, *docs])
         standard = _sources(Path(sysconfig.get_path("stdlib")))
-        found = [text for name, text in standard if not in_validation(name, self.held_out_share)]
+        found = [text for name, text in standard if name not in held_out]
         for library in self.libraries:
             found += [text for _, text in _sources(_folder(library))]
-        return found
+        return [text for text in found if not shares_window(text, windows)]
 
     def describe(self) -> str:
         trained = ", ".join(_named(library) for library in self.libraries if _folder(library) is not None)
         held_out = ", ".join(_named(library) for library in self.held_out)
         return (
-            f"source files of Python {python_version()} without {self.held_out_share:.0%} of them, and of {trained}; "
-            f"for evaluation {held_out}"
+            f"source files of Python {python_version()} without {self.held_out_share:.0%} of them, and of {trained}, "
+            f"none of them near-duplicates of evaluation text; for evaluation {held_out}"
         )
 
 

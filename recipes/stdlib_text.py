@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 import sysconfig
 import warnings
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from prox24_lightning.io.near_duplicates import held_out_names
 
 _LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"})
 
@@ -59,9 +60,15 @@ def read_documents(root: Path) -> tuple[Document, ...]:
     return tuple(documents)
 
 
-def in_validation(name: str, fraction: float) -> bool:
-    """Whether the document called ``name`` belongs to the validation part: a stable hash, ``fraction`` of all names."""
-    return zlib.crc32(name.encode()) < fraction * 2**32
+def held_out_documents(documents: tuple[Document, ...], fraction: float) -> frozenset[str]:
+    """Return the names of the documents that are held out: ``fraction`` of the text, near-duplicates together."""
+    return held_out_names({document.name: document.text for document in documents}, fraction)
+
+
+@lru_cache
+def stdlib_held_out(fraction: float) -> frozenset[str]:
+    """Return :func:`held_out_documents` of the standard library, computed once a process."""
+    return held_out_documents(stdlib_documents(), fraction)
 
 
 def _docstrings(path: Path) -> tuple[str, ...]:

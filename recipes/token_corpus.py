@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,8 @@ import numpy as np
 from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prox24_lightning.io.texts import Split, TextSource
+from prox24_lightning.utils.checksum import checksum
+from prox24_lightning.utils.files import replacing
 
 CHARACTERS_A_BATCH = 2_000_000
 """Documents are tokenised together until they hold as many characters: enough for all cores, little for memory."""
@@ -59,13 +58,12 @@ def source_tokens(
     if cache is None:
         return token_stream(tokenizer, source.texts(split), label=label, progress=progress)
     identity = [label, split, str(tokenizer.name_or_path), len(tokenizer)]
-    path = cache / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.npy"
+    path = cache / f"{checksum([identity])[:24]}.npy"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         stream = token_stream(tokenizer, source.texts(split), label=label, progress=progress)
-        unfinished = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(unfinished, stream)
-        unfinished.replace(path)  # whole or not at all, whoever else is writing
+        with replacing(path) as temporary:
+            np.save(temporary, stream)
     return np.load(path, mmap_mode="r")
 
 

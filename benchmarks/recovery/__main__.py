@@ -105,6 +105,8 @@ def main(
     if long:
         name += "_long" if "/" in name else "/long"
     results = Results(runs or runs_path(output, name))
+    apart = task.check_texts()
+    print(apart)
     task.data(0).prepare_data()  # once, before several processes ask for it
     found, rates, failed = compare(
         task,
@@ -117,7 +119,7 @@ def main(
         results,
         until,
     )
-    note = f"{settings_line(task)}; AdamW, cosine; {jobs} at a time. "
+    note = f"{settings_line(task)}; AdamW, cosine; {jobs} at a time; {apart}. "
     if lrs:
         note += (
             f"Learning rate of each row: the best of {lrs} on seed {search_seed} by the loss on the text `search` "

@@ -15,8 +15,11 @@ from torch.utils.data import DataLoader, default_collate
 from typing_extensions import override
 
 from benchmarks.recovery.task import Task
+from prox24_lightning.io.near_duplicates import check_apart
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource
+from prox24_lightning.utils.checksum import checksum
+from prox24_lightning.utils.files import write_text
 from recipes.causal_lm import CausalLM
 from recipes.text_tokens import TextTokens
 
@@ -95,6 +98,18 @@ class LanguageModel(Task):
             seed=seed,
             cache=self.cache,
         )
+
+    @override
+    def check_texts(self) -> str:
+        """Check once for each cache, since it reads the whole training text."""
+        facts = [self.training.describe(), *(source.describe() for source in self.evaluation.values())]
+        known = self.cache / f"{checksum([facts])[:24]}.apart.txt"
+        if not known.exists():
+            held_out = {name: source.texts("evaluation") for name, source in self.evaluation.items()}
+            line = check_apart(held_out, self.training.texts("calibration"))
+            self.cache.mkdir(parents=True, exist_ok=True)
+            write_text(known, line)
+        return known.read_text(encoding="utf-8")
 
     @override
     def trainer(self) -> dict[str, Any]:

@@ -41,9 +41,13 @@ def main(
     task = Recipe.of(recipe)
     name = f"recovery/{recipe.stem}"
     results = Results(runs or runs_path(output, name))
+    apart = task.check_texts()
+    if apart is not None:
+        print(apart)
     found, _, failed = compare(task, chosen, seeds, None, None, 0, jobs, results)
     title = f"Recovery: {recipe.stem} from scratch"
-    finish(found, list(chosen), task.plain, output, name, title, f"{settings_line(task)}; {jobs} at a time. ")
+    note = "; ".join(filter(None, (settings_line(task), f"{jobs} at a time", apart))) + ". "
+    finish(found, list(chosen), task.plain, output, name, title, note)
     if failed:
         raise SystemExit(f"{failed} runs failed; the same command tries them again")
 

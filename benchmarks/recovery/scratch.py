@@ -13,6 +13,10 @@ from typing_extensions import override
 
 from benchmarks.recovery.rows import Row
 from benchmarks.recovery.task import Task
+from recipes.bytelm import PythonText
+
+SPLIT = "near-duplicates on one side"
+"""Part of a run's identity: runs of another split of the text do not count."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Recipe(Task):
     @override
     def identity(self) -> dict[str, Any]:
         parts = {name: self._read()[name] for name in ("model", "data")}
-        return {"config": self.config.stem, "steps": self.steps, **parts, "prox24": self._prox24()}
+        split = {"split": SPLIT} if isinstance(self.data(0), PythonText) else {}
+        return {"config": self.config.stem, "steps": self.steps, **parts, "prox24": self._prox24(), **split}
 
     @override
     def module(self, lr: float | None) -> LightningModule:
@@ -40,6 +45,11 @@ class Recipe(Task):
     @override
     def data(self, seed: int) -> LightningDataModule:
         return _made(self._read()["data"], {})
+
+    @override
+    def check_texts(self) -> str | None:
+        data = self.data(0)
+        return data.check_texts() if isinstance(data, PythonText) else None
 
     @override
     def trainer(self) -> dict[str, Any]:

@@ -40,6 +40,14 @@ class Task(ABC):
     def losses(self, scores: dict[str, float]) -> dict[str, float]:
         """Loss by text, of what was logged for the reported part."""
 
+    def check_texts(self) -> str | None:
+        """Return a line with the measured overlap of held-out and training text; None for a task without text.
+
+        Raises:
+            ValueError: if they share a window of words.
+        """
+        return None
+
     def search_loss(self, scores: dict[str, float]) -> float:
         """The loss that learning rates are chosen by."""
         raise ValueError(f"{type(self).__name__} holds no text apart for choosing learning rates; leave lrs out")

@@ -14,6 +14,8 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 from typing_extensions import override
 
+from prox24_lightning.io.near_duplicates import held_out_names
+
 Split = Literal["calibration", "evaluation"]
 
 
@@ -69,16 +71,18 @@ class PlainText(TextSource):
 class PythonTopics(TextSource):
     """The reference topics of Python's ``help()``: English text without a download.
 
-    Some 100,000 tokens; every fifth topic, in order of the alphabet, is for evaluation.
+    Some 100,000 tokens; a fifth of them is for evaluation, near-duplicates all on one side.
     """
 
     @override
     def texts(self, split: Split) -> Iterable[str]:
         from pydoc_data.topics import topics
 
-        wanted = split == "evaluation"
         # Some texts stand under several names.
-        return [text for place, text in enumerate(sorted(set(topics.values()))) if (place % 5 == 0) == wanted]
+        named = {text: name for name, text in sorted(topics.items(), reverse=True)}
+        documents = {name: text for text, name in named.items()}
+        held_out = held_out_names(documents, 0.2)
+        return [text for name, text in sorted(documents.items()) if (name in held_out) == (split == "evaluation")]
 
     @override
     def describe(self) -> str:

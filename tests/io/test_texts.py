@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_language import tiny_tokenizer
 
+from prox24_lightning.io.near_duplicates import overlaps
 from prox24_lightning.io.texts import PlainText, PythonTopics, token_sequences
 
 
@@ -26,7 +27,8 @@ def test_topics_of_python_are_split():
     topics = PythonTopics()
     evaluation, calibration = (set(topics.texts(split)) for split in ("evaluation", "calibration"))
     assert not evaluation & calibration
-    assert 3 * len(evaluation) < len(calibration) < 5 * len(evaluation)
+    assert overlaps({"topics": evaluation}, calibration) == {"topics": 0.0}
+    assert 3 < sum(map(len, calibration)) / sum(map(len, evaluation)) < 6
     assert sum(map(len, evaluation)) > 50_000
     assert topics.describe().startswith("help topics of Python 3.")
 

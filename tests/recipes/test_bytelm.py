@@ -7,7 +7,7 @@ import torch
 
 from recipes import bytelm
 from recipes.bytelm import ByteGPT, ByteLM, PythonText
-from recipes.stdlib_text import Document, in_validation
+from recipes.stdlib_text import Document, held_out_documents
 
 
 @pytest.fixture
@@ -52,8 +52,9 @@ def test_width_that_does_not_divide_by_heads_is_refused():
 def test_blocks_hold_the_documents_of_each_part_in_order(text):
     data = PythonText(context=15, validation=0.3)
     data.setup("fit")
+    names = held_out_documents(text, 0.3)
     for blocks, held_out in ((data.training, False), (data.held_out, True)):
-        expected = stream(document for document in text if in_validation(document.name, 0.3) == held_out)
+        expected = stream(document for document in text if (document.name in names) == held_out)
         found = bytes(torch.stack(list(blocks["bytes"])).flatten().tolist())
         assert expected.startswith(found)
         assert len(expected) - len(found) < 16

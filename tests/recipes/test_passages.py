@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from prox24_lightning.io.near_duplicates import overlaps
 from recipes.passages import PACKAGES, package_passages
 from recipes.stdlib_text import Document, stdlib_documents
 
@@ -61,3 +62,8 @@ def test_this_python_has_enough_of_every_package():
         counts = Counter(parts[part]["label"])
         assert len(counts) == len(PACKAGES)
         assert min(counts.values()) >= least
+
+
+def test_no_passage_is_trained_on_whose_near_duplicate_is_held_out():
+    parts = package_passages(documents=stdlib_documents())
+    assert overlaps({"validation": parts["validation"]["text"]}, parts["train"]["text"]) == {"validation": 0.0}

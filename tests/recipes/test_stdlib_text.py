@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from recipes.stdlib_text import in_validation, read_documents, stdlib_documents
+from prox24_lightning.io.near_duplicates import overlaps
+from recipes.stdlib_text import read_documents, stdlib_documents, stdlib_held_out
 
 
 @pytest.fixture
@@ -60,15 +61,10 @@ def test_the_real_library_is_read_without_importing_it():
     assert "email/message.py" in {document.name for document in documents}
 
 
-def test_split_is_stable_and_close_to_the_fraction():
-    names = [f"package{i}/module.py" for i in range(4000)]
-    held_out = [name for name in names if in_validation(name, 0.25)]
-    assert 900 < len(held_out) < 1100
-    assert in_validation("asyncio/tasks.py", 0.5) is False
-    assert in_validation("asyncio/queues.py", 0.5) is True
-
-
-def test_split_grows_with_the_fraction():
-    names = [f"m{i}" for i in range(500)]
-    small = {name for name in names if in_validation(name, 0.1)}
-    assert small < {name for name in names if in_validation(name, 0.3)}
+@pytest.mark.parametrize("fraction", [0.1, 0.2])
+def test_the_split_keeps_near_duplicates_on_one_side_and_comes_close_to_the_fraction(fraction):
+    held_out = stdlib_held_out(fraction)
+    parts = {held: [d.text for d in stdlib_documents() if (d.name in held_out) == held] for held in (True, False)}
+    assert overlaps({"held out": parts[True]}, parts[False]) == {"held out": 0.0}
+    sizes = {held: sum(map(len, texts)) for held, texts in parts.items()}
+    assert sizes[True] / sum(sizes.values()) == pytest.approx(fraction, rel=0.05)
