@@ -35,7 +35,7 @@ def package_passages(
     Args:
         validation: at most this fraction of a package's passages is held out.
         at_most: passages a package, so that no class outweighs the rest.
-        shortest: characters; shorter passages say too little and are left out.
+        shortest: characters; shorter passages are left out.
         documents: where the passages come from; default: this Python's standard library.
 
     Raises:

@@ -40,7 +40,7 @@ class PythonSources(TextSource):
 
     Args:
         libraries: import names whose files are trained on, with the standard library's; those not installed are
-            left out, and :meth:`describe` says which were read.
+            left out, and :meth:`describe` names those that were read.
         held_out: import names whose files are for evaluation only.
         held_out_share: share of the standard library's text that is left out as well: the files whose docstrings
             :class:`~recipes.calibration_text.PythonDocs` keeps for evaluation by the same share.

@@ -22,7 +22,7 @@ def token_stream(tokenizer: Any, texts: Iterable[str], *, label: str = "text", p
 
     Args:
         tokenizer: of transformers; a fast one uses all cores.
-        label: what the progress bar says.
+        label: of the progress bar.
         progress: show it.
 
     Raises:
@@ -37,7 +37,7 @@ def token_stream(tokenizer: Any, texts: Iterable[str], *, label: str = "text", p
     with Progress(*columns, disable=not progress, transient=True) as bar:
         task = bar.add_task(f"tokenising {label}", total=sum(map(len, documents)))
         for batch in _batches(documents):
-            # Long documents are cut up later, so the tokenizer's warning about the model's maximum does not apply.
+            # Documents are cut later, so the tokenizer's warning about the model's maximum length does not apply.
             encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
             for ids in encoded["input_ids"]:
                 parts += [np.array(ids, dtype), joint]

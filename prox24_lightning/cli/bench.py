@@ -53,11 +53,11 @@ def bench(
     keep_dense: bool = False,
     rounds: int = 20,
 ) -> None:
-    """Time a 2:4 model dense and converted in one process on the GPU, and check that it says the same.
+    """Time a 2:4 model dense and converted in one process on the GPU, and compare their outputs.
 
     Every layer that can run sparse is timed at the token counts. A language model is then timed as a whole: prefill of
-    one prompt, decoding at each batch size; in eager mode and replayed from CUDA graphs; with peak memory, what of the
-    chip's measured limits is used, the error of its logits and its perplexity. Written: bench.json, bench.md, and for a
+    one prompt, decoding at each batch size; in eager mode and replayed from CUDA graphs; with peak memory, the share of
+    the chip's measured limits, the error of the logits and the perplexity. Written: bench.json, bench.md, and for a
     language model bench.png.
 
     Exit code 0: measured. 2: an error; no GPU, and a model with nothing to convert, are errors.
@@ -68,10 +68,10 @@ def bench(
         out: folder for the results.
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
-        head: which auto class of transformers loads a Hugging Face model.
-        weights: dtype in which it is loaded; auto is its own.
-        run_config: config of the run that a checkpoint comes from, whose classes are made; null reads weights alone.
-        dtype: what dense and sparse run in.
+        head: auto class of transformers that loads a Hugging Face model.
+        weights: dtype of loading; auto is the model's own.
+        run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
+        dtype: of dense and sparse layers.
         token_counts: rows of input at which layers are timed, and at none of which a converted one may be slower; null:
             those of the workloads (batches and prefill), without a language model 1, 16, 64, 1024, 4096.
         prefill: tokens of the prompt.
@@ -82,7 +82,7 @@ def bench(
         length: tokens of each.
         run_mode: the times that decide what is converted: eager calls, or calls replayed from a CUDA graph.
         convert_all: convert what can be, faster or not.
-        keep_dense: hold the dense weights too, for the numbers of tokens at which cuBLAS is faster.
+        keep_dense: keep the dense weights too, for the numbers of tokens at which cuBLAS is faster.
         rounds: repetitions of each measurement.
     """
     with errors_as_exit("bench"):
@@ -101,7 +101,7 @@ def bench(
         target = find_target()
         if target is None:
             raise ValueError(
-                "there is no CUDA GPU here, so nothing can be timed; prox24 doctor says what could run sparse"
+                "there is no CUDA GPU here, so nothing can be timed; prox24 doctor lists what could run sparse"
             )
         if target.problem is not None:
             raise ValueError(f"nothing runs sparse on this GPU: {target.problem}")
@@ -114,7 +114,7 @@ def bench(
         score, about = _score(source, data, sequences, length) if head == "causal_lm" else (None, None)
         report = run_benchmark(source.model, settings, inputs=own_example(source.model) if source.callable else None)
         if not report.shapes:
-            raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor says why")
+            raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor gives the reasons")
         report = replace(report, machine={"model": source.description, **facts, **report.machine})
         names = report.names("sparse")
         if _is_language_model(source) and names:
@@ -145,7 +145,7 @@ def _with_language(
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         found = time_language_model(model, names, workloads, settings, device, score=score, text=about)
-    except (RuntimeError, ValueError, IndexError) as error:  # the layers' table is worth keeping
+    except (RuntimeError, ValueError, IndexError) as error:  # keep the table of layers
         return report.with_note(f"Language model not timed: {describe(error)}")
     return replace(report, language=found)
 
@@ -153,7 +153,7 @@ def _with_language(
 def _score(
     source: Source, data: TextSource, sequences: int, length: int
 ) -> tuple[Callable[[nn.Module], float] | None, str | None]:
-    """How to take the perplexity of a model, and on what; None without a tokenizer."""
+    """Return a function that computes the perplexity of a model, and its text; None without a tokenizer."""
     if not source.companions or not sequences:
         return None, None
     ids = token_sequences(source.companions[0], data.texts("evaluation"), sequences, length)

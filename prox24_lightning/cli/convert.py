@@ -1,4 +1,4 @@
-"""``prox24 convert MODEL OUT``: a 2:4 model as a packed folder of about half the size, or such a folder dense again."""
+"""``prox24 convert MODEL OUT``: write a 2:4 model packed, at about half the size, or a packed one dense again."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def convert(
 ) -> None:
     """Check a 2:4 model, pack its weights one by one and write them, with configs, tokenizer and a card.
 
-    A weight that is not 2:4 stays dense in the file and is listed; one that is so in most of its groups only is damaged
-    and refused. Exit code 2: an error, and nothing was written.
+    A weight that is not 2:4 stays dense in the file and is listed. One that is 2:4 in most of its groups only is
+    damaged, and refused. Exit code 2: an error, and nothing was written.
 
     Args:
         model: Hugging Face name or folder, packed folder or file, checkpoint (.ckpt, .pt, .safetensors), or config
@@ -43,9 +43,9 @@ def convert(
         form: packed, or dense (with zeros) to turn a packed folder back into an ordinary one.
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
-        head: which auto class of transformers loads a Hugging Face model.
-        weights: dtype in which it is stored; auto is its own.
-        run_config: config of the run that a checkpoint comes from, whose classes are made; null reads weights alone.
+        head: auto class of transformers that loads a Hugging Face model.
+        weights: dtype of storage; auto is the model's own.
+        run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
         targets: patterns of weights or modules that must be packed; null packs all that can be.
         skip: patterns of weights or modules that are stored dense.
     """

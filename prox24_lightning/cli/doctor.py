@@ -1,4 +1,4 @@
-"""``prox24 doctor MODEL``: what runs on sparse tensor cores, why the rest does not, and what it would gain."""
+"""``prox24 doctor MODEL``: which layers can run on sparse tensor cores, why others cannot, and the gain."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def doctor(
     token_counts: list[int] | None = None,
     json: str | None = None,
 ) -> None:
-    """Say of every layer why it can or cannot run sparse, and what the model would gain.
+    """List every layer with the reason why it can or cannot run sparse, and the expected gain.
 
     Exit code 0: at least one layer can run sparse on this machine's GPU or, where there is none, on a suitable one.
     1: no layer can. 2: an error.
@@ -43,10 +43,10 @@ def doctor(
             (.yaml).
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
-        head: which auto class of transformers loads a Hugging Face model.
-        weights: dtype in which it is loaded; auto is its own.
-        run_config: config of the run that a checkpoint comes from, whose classes are made; null reads weights alone.
-        dtype: what the layers would run in.
+        head: auto class of transformers that loads a Hugging Face model.
+        weights: dtype of loading; auto is the model's own.
+        run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
+        dtype: of the layers.
         token_counts: rows of a layer's input at which gains are given; null: 1, 16, 64, 1024, 4096.
         json: file for the diagnosis as JSON; - prints it, and the table to stderr.
     """
@@ -82,7 +82,7 @@ def _known_gain(target: Target | None, dtype: torch.dtype) -> Gain | None:
 
 
 def print_diagnosis(found: Diagnosis, console: Console) -> None:
-    """Two tables: the layers with their reasons, and the gains of those that can be sparse."""
+    """Print two tables: the layers with their reasons, and the gains of those that can be sparse."""
     able = found.able
     tables: list[Section] = [
         (

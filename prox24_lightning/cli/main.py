@@ -52,7 +52,7 @@ class Command:
 
 
 COMMANDS = {
-    "fit": Command("train as a YAML says (LightningCLI)", "prox24_lightning.cli.trainer:fit"),
+    "fit": Command("train from a YAML (LightningCLI)", "prox24_lightning.cli.trainer:fit"),
     "validate": Command("score a model or checkpoint on the validation data", "prox24_lightning.cli.trainer:validate"),
     "test": Command("score a model or checkpoint on the test data", "prox24_lightning.cli.trainer:test"),
     "compare": Command(

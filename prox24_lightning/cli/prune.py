@@ -47,10 +47,10 @@ def prune(
 
     Args:
         model: which model, and how to load it.
-        data: where calibration and evaluation text come from.
+        data: source of calibration and evaluation text.
         output: folder of the pruned model, its masks, report and card.
         method: how masks are chosen.
-        refine: what is done to the surviving weights afterwards; null for nothing.
+        refine: how the kept weights are refitted with the mask fixed; null for not at all.
         geometry: groups of four along inputs (row), outputs (column), or both in every 4 x 4 block (block).
         targets: patterns of names; null takes every linear layer of the blocks.
         skip: patterns of names that stay dense.
@@ -62,10 +62,10 @@ def prune(
         length: tokens a sequence.
         batch_size: sequences a batch.
         eval_sequences: sequences of held-out text for the perplexity before and after; 0 for none.
-        seed: which text is drawn.
+        seed: of the choice of texts.
         device: where blocks are solved; null is cuda if there is one, else cpu.
-        offload: where hidden states wait: device, cpu, or a folder.
-        work_dir: folder for finished blocks, so that a killed run goes on; null keeps nothing.
+        offload: where hidden states are kept: device, cpu, or a folder.
+        work_dir: folder for finished blocks, from which a killed run resumes; null keeps nothing.
         matmul_precision: high allows TF32 on GPUs that have it.
     """
     with errors_as_exit("prune"):
@@ -84,7 +84,7 @@ def prune(
         if eval_sequences:
             held_out = token_sequences(tokenizer, data.texts("evaluation"), eval_sequences, length, seed=seed)
         network = model.model()
-        # One block at a time goes to the device; a model that fits is faster there as a whole.
+        # One block at a time goes to the device; a whole model there is faster, if it fits.
         if place.type != "cpu" and offload == "device":
             network.to(place)
         scores: dict[str, float] = {}

@@ -117,7 +117,7 @@ def _state_of(path: Path) -> Mapping[str, Tensor]:
     except UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than plain data, and loading that could run code: save its state_dict() alone. "
-            f"torch says: {str(error).splitlines()[0]}"
+            f"torch's error: {str(error).splitlines()[0]}"
         ) from error
     except (EOFError, KeyError, RuntimeError) as error:  # files that torch did not write, or that are cut short
         raise ValueError(f"{path} is damaged or no checkpoint: {describe(error)}") from error

@@ -41,7 +41,7 @@ def prox24(capsys):
             main([str(word) for word in words])
         except SystemExit as stop:
             code = stop.code
-        told = capsys.readouterr()
-        return code, told.out, told.err
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     return run

@@ -24,9 +24,9 @@ HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 @pytest.mark.parametrize(
     "target, model, words, message",
     [
-        (None, "sparse", [], "there is no CUDA GPU here, so nothing can be timed; prox24 doctor says what could"),
+        (None, "sparse", [], "there is no CUDA GPU here, so nothing can be timed; prox24 doctor lists what could"),
         (Target("P100", (6, 0), "cusparselt"), "sparse", [], "nothing runs sparse on this GPU: P100 has compute"),
-        (HOPPER, "dense", [], "can run sparse here; prox24 doctor says why"),
+        (HOPPER, "dense", [], "can run sparse here; prox24 doctor gives the reasons"),
         (HOPPER, "sparse", ["--prefill", "0"], "prefill, context, batches and length must be 1 or more"),
         (HOPPER, "sparse", ["--batches", "[0]"], "prefill, context, batches and length must be 1 or more"),
         (HOPPER, "sparse", ["--token_counts", "[-1]"], "token_counts=.* must be one or more whole numbers"),
@@ -100,7 +100,7 @@ QUICK = ("--sequences", 2, "--length", 8)
 def test_a_language_model_gives_tables_json_and_a_plot(prox24, pretended, sparse_folder, tmp_path):
     out = tmp_path / "out"
     words = ("--out", out, "--prefill", 16, "--context", 8, "--batches", "[1, 4]", "--token_counts", "[2]")
-    code, told, _ = prox24("bench", sparse_folder, *words, *QUICK)
+    code, printed, _ = prox24("bench", sparse_folder, *words, *QUICK)
     assert code == 0
     assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.md", "bench.png"]
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -117,8 +117,8 @@ def test_a_language_model_gives_tables_json_and_a_plot(prox24, pretended, sparse
     assert dense["perplexity"] == converted["perplexity"] > 1
     page = (out / "bench.md").read_text()
     assert "| decode | 4 x 8 | graph | 0.010 | 0.005 | 2.00 | 400,000 | 800,000 |" in page
-    assert "milliseconds a call" in " ".join(told.split())
-    assert str(out / "bench.png") in told.replace("\n", "")
+    assert "milliseconds a call" in " ".join(printed.split())
+    assert str(out / "bench.png") in printed.replace("\n", "")
 
 
 def test_perplexity_is_taken_on_a_text_of_the_users(prox24, pretended, sparse_folder, tmp_path):
@@ -137,19 +137,19 @@ def test_perplexity_is_taken_on_a_text_of_the_users(prox24, pretended, sparse_fo
 )
 def test_a_language_model_that_fails_keeps_the_layers_table(prox24, pretended, sparse_folder, tmp_path, error, words):
     pretended["fails"] = error
-    code, told, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", "--sequences", 0)
+    code, printed, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", "--sequences", 0)
     assert code == 0
-    assert f"Language model not timed: {words}" in " ".join(told.split())
+    assert f"Language model not timed: {words}" in " ".join(printed.split())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md"]
     assert pretended["text"] is None
 
 
 def test_where_nothing_wins_it_says_so(prox24, pretended, sparse_folder, tmp_path):
     pretended["wins"] = False
-    code, told, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", *QUICK)
+    code, printed, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", *QUICK)
     assert code == 0
     assert "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is" in " ".join(
-        told.split()
+        printed.split()
     )
     assert "names" not in pretended
     assert pretended["settings"].token_counts == (1, 8, 1024), "those of the workloads"

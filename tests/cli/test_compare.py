@@ -166,11 +166,11 @@ def test_finished_rows_are_on_disk_before_the_next_run(tmp_path, monkeypatch):
     assert [row["variant"] for row in results(tmp_path)] == ["dense"]
 
 
-def test_a_metric_that_is_never_logged_is_told_before_training(tmp_path, monkeypatch, prox24):
+def test_a_metric_that_is_never_logged_is_refused_before_training(tmp_path, monkeypatch, prox24):
     monkeypatch.setattr(compare_module, "_run", lambda *args: pytest.fail("trained"))
-    code, _, told = prox24(*words(tmp_path, "--metric", "val_f1", "--mode", "max"))
+    code, _, printed = prox24(*words(tmp_path, "--metric", "val_f1", "--mode", "max"))
     assert code == 2
-    assert "validation logged no 'val_f1', only val_acc, val_loss" in told
+    assert "validation logged no 'val_f1', only val_acc, val_loss" in printed
     assert not list(tmp_path.glob("*/*")), "nothing is left behind"
 
 
@@ -195,32 +195,32 @@ def edited(tmp_path):
 
 
 def test_a_config_without_prox24_is_refused(tmp_path, edited, prox24):
-    code, _, told = prox24(*words(tmp_path, config=edited("Prox24")))
+    code, _, printed = prox24(*words(tmp_path, config=edited("Prox24")))
     assert code == 2
-    assert told.startswith("prox24 compare: the config has no Prox24 callback")
+    assert printed.startswith("prox24 compare: the config has no Prox24 callback")
 
 
 def test_an_unknown_metric_is_refused_before_the_first_run(tmp_path, edited, prox24):
-    code, _, told = prox24(*words(tmp_path, config=edited("ModelCheckpoint")))
+    code, _, printed = prox24(*words(tmp_path, config=edited("ModelCheckpoint")))
     assert code == 2
-    assert "add --metric NAME --mode min or max" in told
-    code, _, told = prox24(*words(tmp_path, "--metric", "val_loss"))
+    assert "add --metric NAME --mode min or max" in printed
+    code, _, printed = prox24(*words(tmp_path, "--metric", "val_loss"))
     assert code == 2
-    assert "add --mode min or max" in told
+    assert "add --mode min or max" in printed
 
 
 def test_asp_at_outside_the_run_is_refused(tmp_path, prox24):
-    code, _, told = prox24(*words(tmp_path, "--asp_at", "1.5"))
+    code, _, printed = prox24(*words(tmp_path, "--asp_at", "1.5"))
     assert code == 2
-    assert told.startswith("prox24 compare: asp_at=1.5 must lie between 0")
+    assert printed.startswith("prox24 compare: asp_at=1.5 must lie between 0")
 
 
 def test_a_folder_that_cannot_be_made_is_named_in_one_line(tmp_path, prox24):
     (tmp_path / "file").touch()
-    code, _, told = prox24(*words(tmp_path / "file" / "results"))
+    code, _, printed = prox24(*words(tmp_path / "file" / "results"))
     assert code == 2
-    assert "Traceback" not in told
-    assert str(tmp_path / "file" / "results") in told
+    assert "Traceback" not in printed
+    assert str(tmp_path / "file" / "results") in printed
 
 
 def test_default_output_is_named_after_the_config():

@@ -87,7 +87,7 @@ def test_fit_finds_a_class_in_the_working_directory(in_empty_folder):
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test"])
-def test_a_missing_checkpoint_is_told_before_the_model_is_made(subcommand, capsys):
+def test_a_missing_checkpoint_is_refused_before_the_model_is_made(subcommand, capsys):
     model = "lightning.pytorch.demos.boring_classes.BoringModel"
     with pytest.raises(SystemExit) as stopped:
         main.main([subcommand, f"--model={model}", "--ckpt_path=gone.ckpt"])

@@ -51,10 +51,10 @@ def test_an_unknown_part_is_refused(tmp_path, capsys):
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_computed(tmp_path, monkeypatch, prox24):
     monkeypatch.setitem(study_command.PARTS, "plane", None)
     (tmp_path / "file").touch()
-    code, _, told = prox24("study", "--output", tmp_path / "file" / "report", "--parts", "[plane]", "--size", "tiny")
+    code, _, printed = prox24("study", "--output", tmp_path / "file" / "report", "--parts", "[plane]", "--size", "tiny")
     assert code == 2
-    assert told.startswith("prox24 study: ")
-    assert str(tmp_path / "file" / "report") in told
+    assert printed.startswith("prox24 study: ")
+    assert str(tmp_path / "file" / "report") in printed
 
 
 def test_equal_figures_give_equal_files(tmp_path):

@@ -1,7 +1,7 @@
 """``prox24 compare``: dense, one-shot magnitude (the ASP recipe) and Prox24 from one config, at equal steps.
 
-Any config that ``prox24 fit`` takes will do if it has a Prox24 callback. Every variant starts from the same seed, sees
-the same batches (their checksums are compared) and takes the same number of optimizer steps; only the pruning differs:
+It takes every config of ``prox24 fit`` with a Prox24 callback. Each variant starts from the same seed, gets the same
+batches (their checksums are compared) and takes the same number of optimizer steps; only the pruning differs:
 
 - ``dense``: without Prox24.
 - ``asp``: all weights pruned at once by magnitude, ``--asp_at`` of the way, then masked fine-tuning.
@@ -48,7 +48,7 @@ Split = Literal["validation", "test"]
 
 
 class CompareCLI(Prox24CLI):
-    """Parses ``fit``'s options plus those of ``compare``; instantiates only when it is given an edit of the config."""
+    """Parser of ``fit``'s options and those of ``compare``; instantiates classes only with an edit of the config."""
 
     def __init__(self, words: list[str], edit: Callable[[Namespace], None] | None = None) -> None:
         self._edit = edit
@@ -146,7 +146,7 @@ def _check_metric(words: list[str], metric: str, split: Split) -> None:
     """Score the untrained model on one batch: a metric that is never logged would cost the training of every variant.
 
     Raises:
-        ValueError: if it is not logged. What else goes wrong the runs themselves will tell.
+        ValueError: if it is not logged. Other errors are left to the runs.
     """
 
     def edit(config: Namespace) -> None:
@@ -170,7 +170,7 @@ def _known(metric: str, scores: dict[str, float], split: Split) -> float:
 
 
 def _guarded_run(words: list[str], variant: Variant, seed: int, metric: str, split: Split, output: Path) -> Run:
-    """One run; a crash becomes a row that says so, so that the finished rows are not lost."""
+    """Return one run; a crash becomes a failed row, so that the finished rows are kept."""
     try:
         return _run(words, variant, seed, metric, split, output)
     except Exception as error:
@@ -200,7 +200,7 @@ def _run(words: list[str], variant: Variant, seed: int, metric: str, split: Spli
     trainer = cli.trainer
     trainer.callbacks.append(record)  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
     fit_options = {key: cli.config_init.get(key) for key in ("ckpt_path", "weights_only") if key in cli.config_init}
-    # Constructors may have drawn random numbers; from here on every variant draws the same ones.
+    # Constructors may have drawn random numbers; from here on every variant draws the same.
     seed_everything(seed, workers=True, verbose=False)
     trainer.fit(cli.model, datamodule=cli.datamodule, **fit_options)
     steps = trainer.global_step
@@ -211,7 +211,7 @@ def _run(words: list[str], variant: Variant, seed: int, metric: str, split: Spli
 
 
 def _score(trainer: Trainer, model: LightningModule, datamodule: Any, split: Split) -> dict[str, float]:
-    # The weights as the run left them, not a checkpoint: the best one may stem from before the freeze.
+    # The final weights, not a checkpoint: the best one may stem from before the freeze.
     score = trainer.validate if split == "validation" else trainer.test
     scores: dict[str, float] = {}
     for logged in score(model, datamodule=datamodule, verbose=False):
@@ -221,7 +221,7 @@ def _score(trainer: Trainer, model: LightningModule, datamodule: Any, split: Spl
 
 @torch.no_grad()
 def _groups_24(model: LightningModule, selections: list[dict[str, Any]]) -> tuple[int, int]:
-    """How many groups of the weights that Prox24 would take are 2:4, and how many there are, whatever the variant.
+    """Count the 2:4 groups, and all groups, of the weights that Prox24 would prune, whatever the variant.
 
     Groups lie along the dimensions of Prox24's geometry.
     """
@@ -232,7 +232,7 @@ def _groups_24(model: LightningModule, selections: list[dict[str, Any]]) -> tupl
 
 
 def _metric(options: Namespace) -> tuple[str, Literal["min", "max"]]:
-    """The metric and its direction: as given, else what ModelCheckpoint monitors, on the split asked for."""
+    """Return the metric and its direction: as given, else those of ModelCheckpoint, on the split asked for."""
     if options.metric and options.mode:
         return options.metric, options.mode
     for entry in callback_entries(options):
@@ -243,16 +243,16 @@ def _metric(options: Namespace) -> tuple[str, Literal["min", "max"]]:
                 name = monitor if options.split == "validation" else _test_name(monitor)
                 return name, options.mode or ("max" if arguments.get("mode") == "max" else "min")
     missing = "--mode min or max" if options.metric else "--metric NAME --mode min or max"
-    raise ValueError(f"no ModelCheckpoint of the config says what to compare by; add {missing}")
+    raise ValueError(f"no ModelCheckpoint of the config names the metric to compare by; add {missing}")
 
 
 def _test_name(monitor: str) -> str:
-    """What a validation metric is called on the test data: ``val_acc``, ``val/acc``, ``acc/valid``, or just ``acc``."""
+    """Return the test data's name of a validation metric (``val_acc``, ``val/acc``, ``acc/valid``, or just ``acc``)."""
     name, found = re.subn(r"(?<![a-zA-Z])(val|valid|validation)(?![a-zA-Z])", "test", monitor, count=1)
     return name if found else f"test_{monitor}"
 
 
 def _default_output(options: Namespace) -> Path:
-    """A new folder for every comparison, so that no log mixes with an older one."""
+    """Return a new folder, so that no log mixes with an older one."""
     stem = Path(str(options.config[-1])).stem if options.get("config") else "comparison"
     return Path("runs") / stem / datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -1,4 +1,4 @@
-"""What a comparison found: its rows, the table, and the files that keep them."""
+"""The rows of a comparison, as a table and as files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass
 class Comparison:
-    """Rows of a comparison by one metric, and what is needed to repeat it."""
+    """Rows of a comparison by one metric, with the command, config and machine."""
 
     metric: str
     mode: Literal["min", "max"]
@@ -57,7 +57,7 @@ class Comparison:
         return cls(metric, mode, command, config, describe_environment())
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """One row a variant: label, metric, 2:4 groups, seconds, seeds. Spread is the sample standard deviation."""
+        """Return one row a variant: label, metric, 2:4 groups, seconds, seeds; spreads are sample standard deviations."""
         rows = []
         for variant in VARIANTS:
             runs = [run for run in self.runs if run.variant == variant]
@@ -93,7 +93,7 @@ class Comparison:
         return table
 
     def warnings(self) -> list[str]:
-        """What would make the comparison unfair or incomplete."""
+        """Return what makes the comparison unfair or incomplete."""
         found = [f"{run.variant}, seed {run.seed} failed: {run.error}" for run in self.runs if run.error]
         for seed in sorted({run.seed for run in self.runs}):
             done = [run for run in self.runs if run.seed == seed and run.error is None]
@@ -111,7 +111,7 @@ class Comparison:
     def write(self, folder: Path) -> None:
         """Write ``comparison.json`` and ``comparison.md``; each is replaced whole, so a crash leaves the old one.
 
-        A score that is NaN or infinite, which JSON has no word for, is null there.
+        A score that is NaN or infinite, which JSON cannot express, is null there.
         """
         found = asdict(self)
         for run in found["runs"]:

@@ -1,4 +1,4 @@
-"""How one parsed config becomes the config of each variant of a comparison. Every function edits in place."""
+"""Edit one parsed config, in place, into the config of each variant of a comparison."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _KEPT_BY_ASP = ("targets", "skip", "geometry", "name", "verbose")
 
 
 def loaded_class(entry: Namespace) -> type:
-    """The class that an entry ``{class_path, init_args}`` names."""
+    """Return the class that an entry ``{class_path, init_args}`` names."""
     module, name = entry.class_path.rsplit(".", 1)
     return getattr(import_module(module), name)
 
 
 def callback_entries(config: Namespace) -> list[Namespace]:
-    """The entries of ``trainer.callbacks``; a single entry counts as a list of one."""
+    """Return the entries of ``trainer.callbacks``; a single entry counts as a list of one."""
     return _entries(config.trainer.callbacks)
 
 
 def without_pruning(config: Namespace) -> None:
-    """Dense: drop every Prox24. A SparsityMonitor stays: it costs every variant the same, and its curves compare."""
+    """Drop every Prox24. A SparsityMonitor stays: it costs every variant the same, and its curves compare."""
     config.trainer.callbacks = [
         entry for entry in callback_entries(config) if not issubclass(loaded_class(entry), Prox24)
     ]
 
 
 def with_one_shot_magnitude(config: Namespace, at: float) -> None:
-    """The ASP recipe: each Prox24 prunes the same weights by magnitude, all at once, ``at`` of the way."""
+    """Let each Prox24 prune the same weights by magnitude, all at once, ``at`` of the run (the ASP recipe)."""
     edited = []
     for entry in callback_entries(config):
         if issubclass(loaded_class(entry), Prox24):
@@ -46,7 +46,7 @@ def with_one_shot_magnitude(config: Namespace, at: float) -> None:
 
 
 def without_conversion(config: Namespace) -> None:
-    """A comparison times training, so nothing is converted or benchmarked at its end."""
+    """Drop ConvertAndBenchmark, since a comparison times training."""
     config.trainer.callbacks = [
         entry for entry in callback_entries(config) if loaded_class(entry).__name__ != "ConvertAndBenchmark"
     ]
@@ -56,7 +56,7 @@ def separate_outputs(config: Namespace, output: Path, variant: str, seed: int) -
     """Give the run its own logs, checkpoints and mask files: ``output/variant/seedN``.
 
     TensorBoard and CSV loggers are redirected, and TensorBoard is what a config without a choice gets. Other loggers
-    keep their settings: how they name runs is theirs.
+    keep their settings, as they name runs in their own ways.
     """
     place = {"save_dir": str(output), "name": variant, "version": f"seed{seed}"}
     folder = output / variant / f"seed{seed}"

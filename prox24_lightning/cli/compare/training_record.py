@@ -1,4 +1,4 @@
-"""What a comparison records of each run: how long the training took, and a checksum over the data that it saw."""
+"""The training time of a run, and a checksum of its training data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prox24_lightning.utils.checksum import checksum
 
 
 class TrainingRecord(Callback):
-    """Two facts about a fit, read after it.
+    """Record two facts about a fit.
 
     ``seconds`` lasts from the first training batch to the end of training, validation inside it included, loading
     of data and sanity checks before it left out. ``checksum`` is a SHA-256 over every tensor of every
