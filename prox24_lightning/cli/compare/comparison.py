@@ -57,7 +57,7 @@ class Comparison:
         return cls(metric, mode, command, config, describe_environment())
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Return one row a variant: label, metric, 2:4 groups, seconds, seeds; spreads are sample standard deviations."""
+        """Return one row a variant: label, metric, 2:4 groups, seconds, seeds. Spread: sample standard deviation."""
         rows = []
         for variant in VARIANTS:
             runs = [run for run in self.runs if run.variant == variant]
