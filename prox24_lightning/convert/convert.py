@@ -20,10 +20,10 @@ from prox24_lightning.convert.eligibility import (
     check_layer,
     check_model,
     find_target,
-    named_layers,
 )
 from prox24_lightning.convert.kernels.packed_buffer import pack_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.convert.module_slots import exchange, module_in, slots_by_name
 from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
 
 _HOOKS = (
@@ -123,28 +123,28 @@ def convert_model(
             raise ValueError(
                 f"{name} of shape {verdicts[name].shape} cannot become a sparse layer: {verdicts[name].why}"
             )
-    owners = _owners_by_name(model)
+    slots = slots_by_name(model)
     for name in wanted:
-        if not owners[name]:
+        if not slots[name]:
             raise ValueError(f"the model is a bare {verdicts[name].kind}: pass it to convert_linear instead")
     tables: dict[tuple[torch.dtype, tuple[int, int]], KernelTable] = {}
     if token_counts is not None:
-        for dtype in {_module_in(owners[name]).get_parameter("weight").dtype for name in wanted}:
-            of_dtype = (name for name in wanted if _module_in(owners[name]).get_parameter("weight").dtype == dtype)
+        for dtype in {module_in(slots[name]).get_parameter("weight").dtype for name in wanted}:
+            of_dtype = (name for name in wanted if module_in(slots[name]).get_parameter("weight").dtype == dtype)
             shapes = [_pair(verdicts[name].shape) for name in of_dtype]
             counts = sorted({*token_counts, *BUCKETS})
             found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device)
             tables |= {(dtype, shape): table for shape, table in found.items()}
     converted = []
     for name in wanted:
-        layer = _module_in(owners[name])
+        layer = module_in(slots[name])
         table = None
         if token_counts is not None:
             table = tables[layer.get_parameter("weight").dtype, _pair(verdicts[name].shape)]
             if (decision := table.decision(token_counts)) is not None:
                 verdicts[name] = replace(verdicts[name], machine=decision)
                 continue
-        _exchange(owners[name], convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense))
+        exchange(slots[name], convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense))
         converted.append(name)
         if empty_dense:
             weight = layer.get_parameter("weight")
@@ -181,17 +181,15 @@ def expand_model(model: nn.Module, names: Iterable[str] | None = None) -> tuple[
     Raises:
         ValueError: if a named layer is not a converted one.
     """
-    owners = _owners_by_name(model)
-    converted = [
-        name for name, slots in owners.items() if slots and isinstance(_module_in(slots), SemiStructuredLinear)
-    ]
+    slots = slots_by_name(model)
+    converted = [name for name, held in slots.items() if held and isinstance(module_in(held), SemiStructuredLinear)]
     wanted = converted if names is None else list(names)
     for name in wanted:
         if name not in converted:
             raise ValueError(f"{name!r} is not a converted layer of this model")
-        layer = _module_in(owners[name])
+        layer = module_in(slots[name])
         if isinstance(layer, SemiStructuredLinear):
-            _exchange(owners[name], expand_linear(layer))
+            exchange(slots[name], expand_linear(layer))
     return tuple(wanted)
 
 
@@ -199,44 +197,18 @@ def _pair(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def insert_layers(model: nn.Module, layers: Iterable[tuple[str, SemiStructuredLinear]]) -> None:
-    """Replace the modules of these names by converted layers, under every name that the modules have.
+def insert_layers(model: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Replace the modules of these names by other layers, under every name that the modules have.
 
     Args:
         model: changed in place.
         layers: (name, layer) pairs, consumed one by one, so that a generator can make each when it is needed.
     """
-    owners = _owners_by_name(model)
+    slots = slots_by_name(model)
     for name, layer in layers:
-        _exchange(owners[name], layer)
+        exchange(slots[name], layer)
 
 
 def target_of(device: torch.device) -> Target | None:
     """Return the GPU of a device; None for the CPU."""
     return find_target(device) if device.type == "cuda" else None
-
-
-_Slot = tuple[nn.Module, str]
-"""A parent module and the attribute that holds the child."""
-
-
-def _owners_by_name(model: nn.Module) -> dict[str, list[_Slot]]:
-    """Return clean module name -> every slot that holds the module, also under other names."""
-    slots: dict[int, list[_Slot]] = {}
-    for parent in model.modules():
-        for attribute, child in parent._modules.items():
-            slots.setdefault(id(child), []).append((parent, attribute))
-    return {name: slots.get(id(module), []) for name, module in named_layers(model)}
-
-
-def _module_in(slots: list[_Slot]) -> nn.Module:
-    parent, attribute = slots[0]
-    module = parent._modules[attribute]
-    if module is None:
-        raise AttributeError(f"{type(parent).__name__} has no submodule {attribute!r}")
-    return module
-
-
-def _exchange(slots: list[_Slot], layer: nn.Module) -> None:
-    for parent, attribute in slots:
-        parent._modules[attribute] = layer

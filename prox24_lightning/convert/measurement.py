@@ -25,8 +25,16 @@ class Timing:
     high_us: float
 
 
-def time_calls(variants: Mapping[str, Call], *, calls: int = 1, rounds: int = 20) -> dict[str, Timing]:
-    """Time each variant with CUDA events, one after the other in every round, so that a drifting clock hits all alike.
+def time_calls(
+    variants: Mapping[str, Call],
+    *,
+    calls: int = 1,
+    rounds: int = 20,
+    prepare: Callable[[str], None] = lambda variant: None,
+) -> dict[str, Timing]:
+    """Time each variant with CUDA events, in turn within every round, so that a drifting machine hits all alike.
+
+    Every second round runs in reverse order: a steady drift within a round then cancels out.
 
     The queue is empty when a variant starts, so the time of a variant that the host cannot launch fast enough
     includes that host time.
@@ -35,13 +43,17 @@ def time_calls(variants: Mapping[str, Call], *, calls: int = 1, rounds: int = 20
         variants: name -> callable that does the work ``calls`` times on the current stream.
         calls: the times are divided by this.
         rounds: at least 2.
+        prepare: called with a variant's name before each of its calls, outside of their time.
     """
-    for call in variants.values():
+    for name, call in variants.items():
+        prepare(name)
         for _ in range(WARM_UPS):
             call()
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, call in variants.items():
+    order = list(variants.items())
+    for number in range(rounds):
+        for name, call in order if number % 2 == 0 else reversed(order):
+            prepare(name)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             start.record()

@@ -93,7 +93,11 @@ class LanguageVariant:
 
 @dataclass(frozen=True)
 class LanguageReport:
-    """Dense against converted; ``conversion_peak_bytes`` is the peak memory of the conversion, model included."""
+    """Dense against converted.
+
+    ``conversion_peak_bytes`` is the peak memory of the conversion, model included; ``timed_in_turn`` is False if dense
+    and converted layers did not fit into memory together, and were timed one after the other.
+    """
 
     dense_bytes: int
     largest_layer_bytes: int
@@ -101,6 +105,7 @@ class LanguageReport:
     conversion_seconds: float
     text: str | None
     variants: tuple[LanguageVariant, ...]
+    timed_in_turn: bool = True
 
     def speedups(self, mode: str) -> dict[Workload, float]:
         """Return dense time over converted time of each workload."""

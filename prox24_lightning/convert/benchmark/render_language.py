@@ -18,7 +18,8 @@ def language_sections(report: LanguageReport, limits: Limits | None) -> list[Sec
     """Return three tables: time, use of the chip, and memory with quality."""
     return [
         (
-            "Language model, milliseconds a call",
+            "Language model, milliseconds a call"
+            + ("" if report.timed_in_turn else " (one after the other: both did not fit into memory together)"),
             (
                 "phase",
                 "batch x length",

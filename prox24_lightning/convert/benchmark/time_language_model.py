@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.convert.benchmark.alternating import LayerSets, module_bytes, peak_bytes, time_alternating
 from prox24_lightning.convert.benchmark.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
 from prox24_lightning.convert.benchmark.settings import Settings
-from prox24_lightning.convert.convert import convert_model
+from prox24_lightning.convert.convert import convert_model, insert_layers
 from prox24_lightning.convert.eligibility import named_layers
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
-from prox24_lightning.convert.measurement import Timing, relative_error, release_memory, time_calls
-from prox24_lightning.utils.cuda_graphs import capture
-from prox24_lightning.utils.errors import describe
+from prox24_lightning.convert.measurement import relative_error, release_memory
 from prox24_lightning.utils.module_copy import bare_copy
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
@@ -37,7 +38,7 @@ def time_language_model(
     score: Callable[[nn.Module], float] | None = None,
     text: str | None = None,
 ) -> LanguageReport:
-    """Measure a copy of ``model`` on the GPU, convert it layer by layer, measure it again.
+    """Convert a copy of ``model`` on the GPU, and time it with its dense and its converted layers in turn.
 
     Args:
         model: callable as ``model(input_ids, past_key_values=..., use_cache=True)``; unchanged.
@@ -51,42 +52,52 @@ def time_language_model(
     Raises:
         ValueError: for a model that keeps no cache of layers.
     """
-    before = torch.cuda.memory_allocated(device)
-    twin = bare_copy(model, device=device, dtype=settings.dtype)
+    copied = bare_copy(model, device=device, dtype=settings.dtype)
     chosen = set(names)
-    largest = max(layer.get_parameter("weight").nbytes for name, layer in named_layers(twin) if name in chosen)
-    vocabulary = twin.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    largest = max(layer.get_parameter("weight").nbytes for name, layer in named_layers(copied) if name in chosen)
+    vocabulary = copied.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     generator = torch.Generator(device=device).manual_seed(0)
     batch, length = max(w.batch for w in workloads), max(w.length for w in workloads)
     size = max(batch, _COMPARED[0]), max(length, _COMPARED[1])
     ids = torch.randint(vocabulary, size, generator=generator, device=device)
-    reference = _logits(twin, ids)
+    reference = _logits(copied, ids)
 
-    def measured(name: str, count: int) -> LanguageVariant:
-        now = dict(named_layers(twin))
+    def variant(name: str, count: int) -> LanguageVariant:
+        layers = dict(named_layers(copied))
         return LanguageVariant(
             name,
             count,
-            linear_work(twin)[0],
-            sum(_linear_bytes(now[layer]) for layer in names),
-            tuple(_time(twin, ids, workload, settings, before) for workload in workloads),
-            relative_error(reference, _logits(twin, ids)),
-            None if score is None else score(twin),
+            linear_work(copied)[0],
+            sum(_linear_bytes(layers[layer]) for layer in names),
+            (),
+            relative_error(reference, _logits(copied, ids)),
+            None if score is None else score(copied),
         )
 
-    dense = measured("dense", 0)
+    dense = variant("dense", 0)
     release_memory()
-    # Of the tensors themselves: what is allocated by now holds the libraries' workspaces too.
-    dense_bytes = sum(tensor.nbytes for tensor in {*twin.parameters(), *twin.buffers()})
+    # Of the tensors themselves: what is allocated by now includes the libraries' workspaces.
+    dense_bytes = module_bytes(copied)
     allocated = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats()
     start = perf_counter()
-    convert_model(twin, names, keep_dense=settings.keep_dense)
+    convert_model(copied, names, keep_dense=settings.keep_dense)
     torch.cuda.synchronize()
     seconds = perf_counter() - start
     peak = torch.cuda.max_memory_allocated() - allocated + dense_bytes
-    converted = measured("converted", len(names))
-    return LanguageReport(dense_bytes, largest, peak, seconds, text, (dense, converted))
+    converted = variant("converted", len(names))
+    source = dict(named_layers(model))
+    phases: dict[str, tuple[PhaseResult, ...]] | None = None
+    with suppress(torch.OutOfMemoryError):
+        dense_layers = {name: bare_copy(source[name], device=device, dtype=settings.dtype) for name in names}
+        phases = _time_in_turn(copied, dense_layers, workloads, ids, settings)
+    dense_layers = {}
+    in_turn = phases is not None
+    if phases is None:
+        release_memory()
+        phases = _time_one_by_one(copied, source, names, workloads, ids, settings)
+    variants = replace(dense, phases=phases["dense"]), replace(converted, phases=phases["converted"])
+    return LanguageReport(dense_bytes, largest, peak, seconds, text, variants, in_turn)
 
 
 class DecodeStep:
@@ -164,25 +175,61 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return model(ids[: _COMPARED[0], : _COMPARED[1]], use_cache=False).logits.float()
 
 
-def _time(model: nn.Module, ids: Tensor, workload: Workload, settings: Settings, before: int) -> PhaseResult:
-    prompt = ids[: workload.batch, : workload.length].contiguous()
-    release_memory()
-    stored, _ = linear_work(model)
-    call: Callable[[], Tensor]
-    if workload.phase == "decode":
-        call = DecodeStep(model, prompt)
-        stored += call.cache_bytes
-    else:
-        call = prefill_call(model, prompt)
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    eager = time_calls({"call": call}, rounds=settings.rounds)["call"]
-    graph: Timing | None = None
-    problem: str | None = None
+def _time_in_turn(
+    converted: nn.Module,
+    dense_layers: Mapping[str, nn.Module],
+    workloads: Sequence[Workload],
+    ids: Tensor,
+    settings: Settings,
+) -> dict[str, tuple[PhaseResult, ...]]:
+    sparse_layers = {name: layer for name, layer in named_layers(converted) if name in dense_layers}
+    layers = LayerSets(converted, {"dense": dense_layers, "converted": sparse_layers})
     try:
-        graph = time_calls({"call": capture(call).replay}, rounds=settings.rounds)["call"]
-    except Exception as failure:  # models may do on the host whatever they like: any of it can end the capture
-        problem = describe(failure)
-    return PhaseResult(workload, eager, graph, problem, peak, stored, linear_operations(model, workload))
+        results = [_time(layers, ("dense", "converted"), ids, workload, settings) for workload in workloads]
+    finally:
+        layers.use("converted")
+    return {name: tuple(result[name] for result in results) for name in ("dense", "converted")}
+
+
+def _time_one_by_one(
+    converted: nn.Module,
+    source: Mapping[str, nn.Module],
+    names: Sequence[str],
+    workloads: Sequence[Workload],
+    ids: Tensor,
+    settings: Settings,
+) -> dict[str, tuple[PhaseResult, ...]]:
+    """Time the converted model, then the dense one, without ever keeping a layer in both forms."""
+
+    def timed(name: str) -> tuple[PhaseResult, ...]:
+        layers = LayerSets(converted, {name: {}})
+        return tuple(_time(layers, [name], ids, workload, settings)[name] for workload in workloads)
+
+    phases = {"converted": timed("converted")}
+    dense = ((name, bare_copy(source[name], device=ids.device, dtype=settings.dtype)) for name in names)
+    insert_layers(converted, dense)
+    return {**phases, "dense": timed("dense")}
+
+
+def _time(
+    layers: LayerSets, variants: Sequence[str], ids: Tensor, workload: Workload, settings: Settings
+) -> dict[str, PhaseResult]:
+    model = layers.model
+    prompt = ids[: workload.batch, : workload.length].contiguous()
+
+    def make() -> Callable[[], Tensor]:
+        return DecodeStep(model, prompt) if workload.phase == "decode" else prefill_call(model, prompt)
+
+    calls: dict[str, Callable[[], Tensor]] = {}
+    peaks, moved, work = {}, {}, {}
+    for name in variants:
+        layers.use(name)
+        calls[name], peaks[name] = peak_bytes(model, make)
+        call = calls[name]
+        moved[name] = linear_work(model)[0] + (call.cache_bytes if isinstance(call, DecodeStep) else 0)
+        work[name] = linear_operations(model, workload)
+    times = time_alternating(calls, layers.use, settings.rounds)
+    return {
+        name: PhaseResult(workload, found.eager, found.graph, found.graph_problem, peaks[name], moved[name], work[name])
+        for name, found in times.items()
+    }

@@ -1,8 +1,9 @@
-"""Time a whole model dense, with every possible layer sparse, and with the chosen ones."""
+"""Time a whole model dense, with every possible layer sparse, and with the chosen ones, in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prox24_lightning.convert.benchmark.alternating import LayerSets, peak_bytes, time_alternating
 from prox24_lightning.convert.benchmark.report import ModelVariant, Report
 from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
 from prox24_lightning.convert.convert import convert_model, expand_model
 from prox24_lightning.convert.eligibility import named_layers
-from prox24_lightning.convert.measurement import Timing, relative_error, release_memory, time_calls
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.convert.measurement import relative_error, release_memory
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import bare_copy, move_inputs
 
@@ -39,20 +41,21 @@ def time_model(
     variants: list[ModelVariant] = []
     try:
         part = dict(named_layers(model))[inputs.module_name]
-        before = torch.cuda.memory_allocated(device)
-        copied = bare_copy(part, device=device, dtype=settings.dtype, shared=shared)
         args, kwargs = move_inputs((inputs.args, dict(inputs.kwargs)), device=device, dtype=settings.dtype)
 
-        def run() -> Any:
-            return copied(*args, **kwargs)
+        def copied() -> tuple[nn.Module, Callable[[], Any]]:
+            module = bare_copy(part, device=device, dtype=settings.dtype, shared=shared)
+            return module, lambda: module(*args, **kwargs)
 
-        reference = [leaf.clone() for leaf in _floats(run())]
-        variants.append(_variant("dense", 0, run, settings, before, reference))
-        convert_model(copied, inside, keep_dense=settings.keep_dense)
-        variants.append(_variant("all_sparse", len(inside), run, settings, before, reference))
-        if kept and len(kept) < len(inside):
-            expand_model(copied, [name for name in inside if name not in kept])
-            variants.append(_variant("chosen", len(kept), run, settings, before, reference))
+        with suppress(torch.OutOfMemoryError):
+            variants = _time_in_turn(*copied(), inside, kept, settings)
+        if not variants:
+            release_memory()
+            variants = _time_one_by_one(*copied(), inside, kept, settings)
+            report = report.with_note(
+                "Whole model: dense and sparse layers did not fit into memory together, so the variants were timed one "
+                "after the other; a machine whose speed drifts shows in x."
+            )
     except Exception as error:
         report = report.with_note(f"Whole model not timed: {describe(error)}")
     report = replace(report, model=tuple(variants), model_scope=inputs.module_name)
@@ -65,23 +68,51 @@ def time_model(
     return report
 
 
-def _variant(
-    name: str, layers: int, run: Callable[[], Any], settings: Settings, before: int, reference: Sequence[Tensor]
-) -> ModelVariant:
-    release_memory()
-    torch.cuda.reset_peak_memory_stats()
-    outputs = _floats(run())
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    error = relative_error(reference, outputs)
-    eager = time_calls({name: run}, rounds=settings.rounds)[name]
-    graph: Timing | None = None
-    problem: str | None = None
-    try:
-        graph = time_calls({name: capture(run).replay}, rounds=settings.rounds)[name]
-    except Exception as failure:  # whatever a model does on the host can end the capture
-        problem = describe(failure)
-    return ModelVariant(name, layers, eager, graph, problem, peak, error)
+def _time_in_turn(
+    module: nn.Module, run: Callable[[], Any], inside: Sequence[str], kept: Sequence[str], settings: Settings
+) -> list[ModelVariant]:
+    reference = [leaf.clone() for leaf in _floats(run())]
+    dense = {name: layer for name, layer in named_layers(module) if name in set(inside)}
+    convert_model(module, inside, keep_dense=settings.keep_dense)
+    sparse = {name: layer for name, layer in named_layers(module) if name in set(inside)}
+    sets = {"dense": dense, "all_sparse": sparse}
+    if kept and len(kept) < len(inside):
+        sets["chosen"] = {name: (sparse if name in set(kept) else dense)[name] for name in inside}
+    return _time_variants(LayerSets(module, sets), sets, run, settings, reference)
+
+
+def _time_one_by_one(
+    module: nn.Module, run: Callable[[], Any], inside: Sequence[str], kept: Sequence[str], settings: Settings
+) -> list[ModelVariant]:
+    """Time the variants without ever keeping a layer in two forms."""
+    reference = [leaf.clone() for leaf in _floats(run())]
+
+    def timed(name: str) -> list[ModelVariant]:
+        return _time_variants(LayerSets(module, {name: {}}), [name], run, settings, reference)
+
+    variants = timed("dense")
+    convert_model(module, inside, keep_dense=settings.keep_dense)
+    variants += timed("all_sparse")
+    if kept and len(kept) < len(inside):
+        expand_model(module, [name for name in inside if name not in kept])
+        variants += timed("chosen")
+    return variants
+
+
+def _time_variants(
+    layers: LayerSets, names: Iterable[str], run: Callable[[], Any], settings: Settings, reference: Sequence[Tensor]
+) -> list[ModelVariant]:
+    peaks, errors, counts = {}, {}, {}
+    for name in names:
+        layers.use(name)
+        _, peaks[name] = peak_bytes(layers.model, lambda: run)
+        errors[name] = relative_error(reference, _floats(run()))
+        counts[name] = sum(isinstance(module, SemiStructuredLinear) for module in layers.model.modules())
+    times = time_alternating(dict.fromkeys(names, run), layers.use, settings.rounds)
+    return [
+        ModelVariant(name, counts[name], found.eager, found.graph, found.graph_problem, peaks[name], errors[name])
+        for name, found in times.items()
+    ]
 
 
 def _floats(outputs: Any) -> list[Tensor]:

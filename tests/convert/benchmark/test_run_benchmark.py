@@ -23,9 +23,8 @@ from prox24_lightning.convert import (
     run_benchmark,
 )
 from prox24_lightning.convert.autotune.kernel_table import table_by_rule
-from prox24_lightning.convert.benchmark import run
+from prox24_lightning.convert.benchmark import alternating, run, time_model
 from prox24_lightning.convert.benchmark import time_layers as layer_benchmark
-from prox24_lightning.convert.benchmark import time_model as model_benchmark
 from prox24_lightning.convert.benchmark.chip_limits import Limits
 from prox24_lightning.convert.benchmark.render import print_report, to_markdown, write_report
 from prox24_lightning.convert.benchmark.report import ModelVariant, Pair, TokenResult
@@ -144,8 +143,9 @@ def pretended_gpu(monkeypatch):
         bias = None if self.bias is None else self.bias.to(self.dtype)
         return nn.functional.linear(rows, self.weight, bias)
 
-    def measure(variants, *, calls=1, rounds=20):
-        for call in variants.values():
+    def measure(variants, *, calls=1, rounds=20, prepare=lambda name: None):
+        for name, call in variants.items():
+            prepare(name)
             call()
         return {name: timing(times[name]) for name in variants}
 
@@ -155,7 +155,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(run, "find_target", lambda device=None: HOPPER)
     monkeypatch.setattr(run, "measure_limits", lambda dtype, device: LIMITS)
     monkeypatch.setattr(convert, "target_of", lambda device: HOPPER)
-    for module in (layer_benchmark, model_benchmark):
+    for module in (layer_benchmark, alternating):
         monkeypatch.setattr(module, "time_calls", measure)
         monkeypatch.setattr(module, "release_memory", lambda: None)
         monkeypatch.setattr(module, "capture", lambda call: SimpleNamespace(replay=call))
@@ -268,6 +268,27 @@ def test_some_layers_chosen(pretended_gpu, monkeypatch):
         ("all_sparse", 3),
         ("chosen", 2),
     ]
+
+
+def test_without_memory_for_dense_and_sparse_layers_the_variants_follow_one_another(pretended_gpu, monkeypatch):
+    original = time_model.time_alternating
+
+    def time_alternating(calls, use, rounds):
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(calls, use, rounds)
+
+    monkeypatch.setattr(time_model, "time_alternating", time_alternating)
+    decisions = iter([(True, "sparse"), (False, "slower")])
+    monkeypatch.setattr(layer_benchmark, "decide", lambda tokens, settings: next(decisions))
+    net = Net()
+    report = run_benchmark(net, Settings(**QUICK), inputs=whole(net))
+    assert [(variant.name, variant.sparse_layers) for variant in report.model] == [
+        ("dense", 0),
+        ("all_sparse", 3),
+        ("chosen", 2),
+    ]
+    assert "timed one after the other" in report.notes[0]
 
 
 def test_a_hugging_face_model_with_transposed_layers(pretended_gpu):

@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 
 from prox24_lightning.convert import Settings
+from prox24_lightning.convert.benchmark import alternating
 from prox24_lightning.convert.benchmark import time_language_model as generation
 from prox24_lightning.convert.benchmark.chip_limits import Limits, measure_limits
 from prox24_lightning.convert.benchmark.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
@@ -168,24 +169,26 @@ def test_the_floor_is_the_longer_of_moving_and_computing():
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """Memory is counted by a made-up rule, calls are made once and take as long as it says, graphs are calls."""
-    state = SimpleNamespace(times=iter([10.0, 5.0] * 10), converted=[])
+    state = SimpleNamespace(converted=[])
 
-    def measure(variants, *, rounds):
-        for call in variants.values():
+    def measure(variants, *, rounds, prepare=None):
+        for name, call in variants.items():
+            if prepare is not None:
+                prepare(name)
             call()
-        return {name: timing(next(state.times)) for name in variants}
+        return {name: timing(10.0 if prepare is not None else 5.0) for name in variants}
 
-    memory = iter([100, 3100])
     for name, value in {
-        "memory_allocated": lambda device=None: next(memory),
+        "memory_allocated": lambda device=None: 3100,
         "max_memory_allocated": lambda device=None: 3700,
         "reset_peak_memory_stats": lambda: None,
         "synchronize": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(generation, "time_calls", measure)
-    monkeypatch.setattr(generation, "release_memory", lambda: None)
-    monkeypatch.setattr(generation, "capture", lambda call: SimpleNamespace(replay=call))
+    monkeypatch.setattr(alternating, "time_calls", measure)
+    monkeypatch.setattr(alternating, "capture", lambda call: SimpleNamespace(replay=call))
+    for module in (alternating, generation):
+        monkeypatch.setattr(module, "release_memory", lambda: None)
     monkeypatch.setattr(
         generation,
         "convert_model",
@@ -246,11 +249,66 @@ def test_what_is_converted_is_not_kept_beside_it(pretended_gpu, monkeypatch):
     assert alive == [[], [None] * len(NAMES)]
 
 
+def test_dense_and_converted_layers_take_turns_in_one_model(pretended_gpu, monkeypatch):
+    def convert(model, names, **options):
+        for name in names:
+            layer = model.get_submodule(name)
+            layer.converted = True
+
+    used = []
+
+    def measure(variants, *, rounds, prepare=None):
+        for _ in range(rounds if prepare is not None else 0):
+            for name, call in variants.items():
+                prepare(name)
+                used.append((name, [hasattr(seen[0].get_submodule(layer), "converted") for layer in NAMES]))
+                call()
+        return {name: timing(1.0) for name in variants}
+
+    seen = []
+    monkeypatch.setattr(generation, "convert_model", convert)
+    monkeypatch.setattr(alternating, "time_calls", measure)
+    found = measured(MODELS["llama"](), score=lambda model: seen.append(model) or 1.0)
+    assert found.timed_in_turn
+    assert used == [("dense", [False] * 6), ("converted", [True] * 6)] * 2 * 2, "two rounds of two workloads"
+    assert all(hasattr(seen[0].get_submodule(layer), "converted") for layer in NAMES)
+
+
+def test_without_memory_for_both_they_are_timed_one_after_the_other(pretended_gpu, monkeypatch):
+    def convert(model, names, **options):
+        for name in names:
+            model.get_submodule(name).converted = True
+
+    copies, order = [], []
+
+    def copied(module, **options):
+        made = copy.deepcopy(module).to(options["dtype"])
+        copies.append(made)
+        if len(copies) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return made
+
+    def measure(variants, *, rounds, prepare=None):
+        if prepare is not None:
+            order.append((*variants, hasattr(copies[0].get_submodule(NAMES[0]), "converted")))
+        return {name: timing(1.0) for name in variants}
+
+    monkeypatch.setattr(generation, "convert_model", convert)
+    monkeypatch.setattr(generation, "bare_copy", copied)
+    monkeypatch.setattr(alternating, "time_calls", measure)
+    found = measured(MODELS["llama"]())
+    assert not found.timed_in_turn
+    assert order == [("converted", True)] * 2 + [("dense", False)] * 2
+    assert [variant.name for variant in found.variants] == ["dense", "converted"]
+    assert all(len(variant.phases) == 2 for variant in found.variants)
+    assert "one after the other" in language_sections(found, None)[0][0]
+
+
 def test_what_cannot_be_captured_is_timed_eagerly(pretended_gpu, monkeypatch):
     def capture(call):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(generation, "capture", capture)
+    monkeypatch.setattr(alternating, "capture", capture)
     found = measured(MODELS["llama"]())
     assert found.variants[0].phases[0].graph is None
     assert found.variants[0].phases[0].graph_problem.startswith("RuntimeError: operation not permitted")
