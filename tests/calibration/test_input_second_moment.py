@@ -39,6 +39,19 @@ def test_batches_are_mixed_with_the_decay():
     assert torch.allclose(moments.scale("0.weight"), (mean / mean.mean()).sqrt().unsqueeze(0))
 
 
+def test_a_scale_that_was_asked_for_before_is_not_kept_when_moments_are_folded():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4))
+    moments = watch(model, decay=0.5)
+    found = []
+    for x in (torch.randn(16, 8), torch.randn(16, 8) * torch.arange(1.0, 9.0)):
+        model(x)
+        moments.fold()
+        found.append(moments.scale("0.weight"))
+        assert moments.scale("0.weight") is found[-1]  # the same tensor until moments change
+    assert not torch.allclose(found[0], found[1], rtol=0.1)
+
+
 def test_a_transposed_layer_gets_a_column():
     x = torch.randn(20, 8)
     model = nn.Sequential(Conv1D(4, 8))

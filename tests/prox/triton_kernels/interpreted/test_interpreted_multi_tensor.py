@@ -20,6 +20,18 @@ def test_every_weight_gets_its_own_prox(many):
         torch.testing.assert_close(got, prox_24(weight, strength, dim=dim, scale=scale), rtol=2e-4, atol=2e-4)
 
 
+def test_scales_that_have_changed_are_taken_over(many):
+    weights, dims, scales, strengths = many
+    prox = MultiTensorProx()
+    prox([weight.clone() for weight in weights], strengths, dims, scales)
+    for change in (lambda scale: scale.flip(0), lambda scale: scale.mul_(2.0)):  # another tensor, the same in place
+        scales[0] = change(scales[0])
+        mine = [weight.clone() for weight in weights]
+        prox(mine, strengths, dims, scales)
+        want = prox_24(weights[0], strengths[0], dim=dims[0], scale=scales[0])
+        torch.testing.assert_close(mine[0], want, rtol=2e-4, atol=2e-4)
+
+
 def test_statistics_of_the_same_pass(many):
     weights, dims, scales, strengths = many
     prox, codes = MultiTensorProx(), [None, None, None]
