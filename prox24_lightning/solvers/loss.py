@@ -13,8 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SCALE_FLOOR = 1e-3
-"""Smallest rms of an input relative to the layer's; an input that never fires must not divide by zero."""
+from prox24_lightning.calibration.input_second_moment import SCALE_FLOOR
 
 
 def row_losses(weight: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:

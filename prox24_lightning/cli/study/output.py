@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prox24_lightning.utils.environment import describe_environment
-from prox24_lightning.utils.files import write_text
+from prox24_lightning.utils.files import replacing, write_text
 from prox24_lightning.utils.markdown import markdown_table
 
 if TYPE_CHECKING:
@@ -58,8 +58,11 @@ def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
             lines += [paragraph, ""]
         if part.figure is not None:
             for ending in ("png", "svg"):
-                with rc_context({"svg.hashsalt": part.name}):  # names inside the file, random otherwise
-                    part.figure.savefig(folder / f"{part.name}.{ending}", metadata=_undated(ending))
+                with (
+                    rc_context({"svg.hashsalt": part.name}),  # names inside the file, random otherwise
+                    replacing(folder / f"{part.name}.{ending}") as temporary,
+                ):
+                    part.figure.savefig(temporary, metadata=_undated(ending))
             lines += [f"![{part.title}]({part.name}.png)", ""]
         for heading, rows in part.shown.items():
             lines += [f"**{heading}**", "", markdown_table(list(rows[0]), (row.values() for row in rows)), ""]
@@ -76,7 +79,7 @@ def write_study(folder: Path, parts: Sequence[Part], settings: Row) -> Path:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write rows that share their keys as CSV, numbers in full."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
