@@ -241,3 +241,56 @@ def test_a_file_cut_short_or_with_bytes_put_in_is_refused(whole_file, data):
 @given(content=st.binary(max_size=200))
 def test_bytes_of_any_kind_are_refused(whole_file, content):
     assert read_or_refuse(content, whole_file[1]) is None
+
+
+WIDE = (2**62).to_bytes(8, "little")
+ODD_HEADERS = [
+    {"data_offsets": [0, 2**60]},
+    {"data_offsets": [-1, 4]},
+    {"data_offsets": [4, 0]},
+    {"data_offsets": [1, 5]},
+    {"shape": [2**62, 4]},
+    {"shape": [2**31, 2**31, 2**31]},
+    {"shape": [-4]},
+    {"shape": ["4"]},
+    {"dtype": "F64"},
+    {"dtype": "F4"},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_HEADERS, ids=str)
+def test_a_header_that_contradicts_the_file_is_refused(tmp_path, odd):
+    raw = write_masks(tmp_path / "m", {"w": StoredMask(torch.zeros(4, 8, dtype=torch.bool), 1)}).read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header["w"].update(odd)
+    text = json.dumps(header).encode()
+    (tmp_path / "m").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    with pytest.raises(ValueError, match="m cannot be read as safetensors|m is damaged"):
+        read_masks(tmp_path / "m")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(8), WIDE, WIDE + b"{}", (10**8).to_bytes(8, "little") + b"{" * 1000])
+def test_a_file_that_is_all_header_or_none_is_refused(tmp_path, content):
+    (tmp_path / "m").write_bytes(content)
+    with pytest.raises(ValueError, match="m cannot be read as safetensors"):
+        read_masks(tmp_path / "m")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*GOOD, "w"]), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200)
+@given(shape=json_values, dim=json_values, digest=json_values, dtype=st.sampled_from([torch.uint8, torch.float32]))
+def test_entries_of_any_kind_with_a_right_checksum_are_refused_or_sound(whole_file, shape, dim, digest, dtype):
+    entries = {"w": {"shape": shape, "dim": dim, "weight_sha256": digest}}
+    path = forged(whole_file[1].with_name("forged"), entries, {"w": torch.zeros(2, dtype=dtype)})
+    try:
+        masks = read_masks(path).masks
+    except ValueError:
+        return
+    assert masks["w"].mask.shape == tuple(shape)
