@@ -7,6 +7,7 @@ matrix is pruned by itself, with groups of four along the inputs of its own matr
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _COUNTS = ("num_experts", "n_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_shared_experts")
 _HIDDEN = ("hidden_dim", "hidden_size", "d_model", "embed_dim", "input_size", "in_features")
@@ -17,7 +18,7 @@ _UP = ("gate_up", "up", "gate", "w1", "w3", "fc1", "wi", "input")
 
 def is_expert_parameter(module: nn.Module, parameter: Tensor) -> bool:
     """Whether a parameter of ``module`` holds one matrix for each of several experts."""
-    if parameter.dim() != 3 or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+    if is_lazy(parameter) or parameter.dim() != 3 or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return False
     counts = {getattr(module, name, None) for name in _COUNTS}
     named = any(word in type(module).__name__.lower() for word in ("expert", "moe", "mixture"))
