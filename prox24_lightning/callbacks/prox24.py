@@ -13,8 +13,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
+from prox24_lightning.callbacks.best_records import BestRecords
 from prox24_lightning.callbacks.compatibility import check_trainer
 from prox24_lightning.callbacks.loaded_state import LoadedState
+from prox24_lightning.callbacks.run_length import RunLength
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, SparsifyConfig, StrategyName
@@ -154,6 +156,8 @@ class Prox24(Callback):
         # Lightning calls training_step, and under DDP calls it through the module: the module itself is never called.
         self._controller = SparsifyController(config, root_is_called=False)
         self._loaded = LoadedState()
+        self._records: BestRecords | None = None
+        self._length: RunLength | None = None
 
     # What users, monitors and final hooks read.
 
@@ -244,7 +248,9 @@ class Prox24(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._loaded.state or self._controller.state_dict()
+        if self._loaded.state or not (state := self._controller.state_dict()):
+            return self._loaded.state
+        return state if self._length is None else {**state, "run_length": self._length.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -262,28 +268,56 @@ class Prox24(Callback):
         others = [cb for cb in trainer.callbacks if isinstance(cb, Prox24) and cb is not self]  # type: ignore[attr-defined]
         claimed = {other.name: other.selection for other in others}
         try:
+            length = self._length = RunLength(trainer, pl_module)
             engine = self._controller.prepare(
-                pl_module, trainer.optimizers, trainer.estimated_stepping_batches, claimed
+                pl_module, trainer.optimizers, length.total, claimed, exact=length.is_exact
             )
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
-        engine.on_freeze.append(lambda: self._mask_averages(trainer))
+        records = self._records = BestRecords(trainer, pl_module)
+        engine.on_masks.append(lambda: self._mask_averages(trainer))
+        # With several Prox24 the model is 2:4 when the last of them is frozen.
+        engine.on_frozen.append(lambda: records.restart() if all(o.phase == "frozen" for o in others) else None)
         if self.config.verbose:
             print_selection(self.selection, f"{self.name}: 2:4 from step {self.start_step} to step {self.freeze_step}")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only here is everything restored from a checkpoint, whatever the strategy.
-        try:
-            self._controller.restore(self._loaded.take(), trainer.global_step)
-        except ValueError as error:
-            raise MisconfigurationException(f"Prox24: {error}") from error
+        self._restore(trainer)
+        if self._length is not None:
+            self._controller.change_length(self._length.total)
         self._controller.bind(trainer.optimizers)
         self._mask_averages(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._controller.before_batch(trainer.optimizers)
+        assert self._length is not None
+        self._length.update(self.step)
+        self._controller.before_batch(trainer.optimizers, self._length.total)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._length is not None and not self._length.is_exact and self._length.is_last_batch():
+            self._controller.freeze_now()  # the length was an estimate
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            if self._records is not None and not trainer.sanity_checking:
+                self._records.forget_stale()
+        else:
+            self._controller.check_loaded(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._controller.check_loaded(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._controller.check_loaded(pl_module)
 
     @override
     def on_train_batch_end(
@@ -295,11 +329,15 @@ class Prox24(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._controller.end_sparse_training()  # what other callbacks convert or export in on_fit_end are plain layers
         self._controller.check_end()
+        if self.phase == "frozen" and self._records is not None:
+            self._records.save_missing()
         if self.config.verbose and (pauses := self._controller.pauses()):
             rank_zero_info(pauses)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._controller.is_restored:  # a checkpoint of the last step: there was nothing to train
+            self._restore(trainer)
         # Averaging callbacks put their weights into the model in on_train_end; the file holds hashes of the last ones.
         self._controller.write_masks()
 
@@ -312,6 +350,15 @@ class Prox24(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._controller.unbind()
         self._loaded.end_run()
+
+    def _restore(self, trainer: Trainer) -> None:
+        state = self._loaded.take()
+        if self._length is not None and "run_length" in state:
+            self._length.load_state_dict(state["run_length"])
+        try:
+            self._controller.restore(state, trainer.global_step)
+        except ValueError as error:
+            raise MisconfigurationException(f"Prox24: {error}") from error
 
     def _mask_averages(self, trainer: Trainer) -> None:
         """Mask averaged copies of the weights (EMA, SWA) too: they remember what was there before the freeze."""

@@ -37,6 +37,10 @@ class SparsifyController:
     Args:
         config: the user's settings.
         root_is_called: whether training calls the model itself, rather than parts of it.
+
+    Attributes:
+        selection: the weights that become 2:4, and those that stay dense with the reason; empty before :meth:`prepare`.
+        is_restored: whether :meth:`restore` has been called since :meth:`prepare`.
     """
 
     def __init__(self, config: SparsifyConfig, *, root_is_called: bool = True) -> None:
@@ -47,6 +51,8 @@ class SparsifyController:
         self._model: weakref.ref[nn.Module] | None = None
         self._previous: SparsityEngine | None = None  # of the last fit of this model, until restore takes it up
         self._sparse = SparseTraining()
+        self._total_steps: int | float = 0
+        self.is_restored = True
 
     @property
     def weights(self) -> tuple[GroupedWeight, ...]:
@@ -116,12 +122,15 @@ class SparsifyController:
         optimizers: Sequence[Optimizer],
         total_steps: int | float,
         claimed: Mapping[str, Selection],
+        *,
+        exact: bool = True,
     ) -> SparsityEngine:
         """Choose the weights and make the engine. A second fit of the same model goes on where the first stopped.
 
         Args:
             total_steps: length of the run; ``inf`` or negative if it is not known.
             claimed: weights of other instances, by their names.
+            exact: whether ``total_steps`` is exact; otherwise :meth:`before_batch` gets better estimates.
 
         Raises:
             ValueError: if model, optimizers and arguments do not fit together.
@@ -131,7 +140,8 @@ class SparsifyController:
         check_optimizers(optimizers)
         check_place(config.masks_file)
         selection = select_weights(model, targets=config.targets, skip=config.skip, geometry=config.geometry)
-        plan = resolve_plan(config.start, config.freeze, total_steps)
+        plan = resolve_plan(config.start, config.freeze, total_steps, exact=exact)
+        self._total_steps = total_steps
         selection = optimized(selection, optimizers, explicit=config.targets is not None)
         check_weights(selection, claimed, config.name)
         same_model = self._model is not None and self._model() is model
@@ -139,9 +149,10 @@ class SparsifyController:
         self.selection = selection
         self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=config.metric, model=model)
         self._model = weakref.ref(model)
+        self.is_restored = False
         if config.sparse_training:
             engine = self._engine
-            engine.on_freeze.append(lambda: self._sparse.attach(engine.weights, engine.masks))
+            engine.on_masks.append(lambda: self._sparse.attach(engine.weights, engine.masks))
         return self._engine
 
     def restore(self, state: dict[str, Any], global_step: int) -> None:
@@ -155,6 +166,7 @@ class SparsifyController:
             ValueError: if the state belongs to other weights or to another strategy.
         """
         engine = self._require_engine()
+        self.is_restored = True
         previous, self._previous = self._previous, None
         if not state and previous is not None:
             state = previous.state_dict()
@@ -164,7 +176,8 @@ class SparsifyController:
             engine.step = global_step
             _warn(
                 f"the checkpoint holds no state of Prox24 (name={self.config.name!r}): it was written without the "
-                f"callback; going on from step {engine.step} as {engine.phase}, with masks still to be chosen"
+                f"callback; going on from step {engine.step} as {engine.plan.phase(engine.step)}, with masks "
+                "still to be chosen"
             )
 
     def bind(self, optimizers: Sequence[Optimizer]) -> None:
@@ -187,8 +200,11 @@ class SparsifyController:
         if self._engine is not None:
             self._engine.unbind()
 
-    def before_batch(self, optimizers: Sequence[Optimizer]) -> None:
+    def before_batch(self, optimizers: Sequence[Optimizer], total_steps: int | float | None = None) -> None:
         """Prepare for a batch; if the host has exchanged its optimizers, go on with the new ones.
+
+        Args:
+            total_steps: length of the run as it is estimated now; None if that has not changed.
 
         Raises:
             RuntimeError: if a weight was replaced by a parameter that they do not train.
@@ -197,11 +213,24 @@ class SparsifyController:
         if not engine.is_bound_to(optimizers):
             _warn("the optimizers were replaced during the run; going on with the new ones, their state masked")
             self.bind(optimizers)
+        if total_steps is not None:
+            self.change_length(total_steps)
         engine.before_batch()
 
     def after_batch(self) -> None:
         """The batch has ended: validation and other calls of the model are no training."""
         self._require_engine().after_batch()
+
+    def change_length(self, total_steps: int | float) -> None:
+        """Lay the phases out anew, if the run is estimated to have another number of steps than before."""
+        if total_steps != self._total_steps:
+            self._total_steps = total_steps
+            plan = resolve_plan(self.config.start, self.config.freeze, total_steps, exact=False)
+            self._require_engine().change_plan(plan)
+
+    def freeze_now(self) -> None:
+        """Freeze what is not frozen yet: the run, whose length was an estimate, ends here."""
+        self._require_engine().freeze_now()
 
     def check_end(self) -> None:
         """Warn if the run ended before the freeze, or something has written to the pruned entries."""
@@ -214,6 +243,17 @@ class SparsifyController:
         for weight in self.weights:
             if broken := violations_24(local_part(weight.parameter), dim=weight.dim):
                 _warn(f"{weight.name} is frozen, yet something has written to its pruned entries: {broken}")
+
+    def check_loaded(self, model: nn.Module) -> None:
+        """Warn if the weights of the trained model have been exchanged for those of a checkpoint that is not 2:4."""
+        if self.phase != "frozen" or self._model is None or self._model() is not model:
+            return
+        dense = [w.name for w in self.weights if violations_24(local_part(w.parameter), dim=w.dim)]
+        if dense:
+            _warn(
+                f"the model is not 2:4 now ({dense[0]} and {len(dense) - 1} more): a checkpoint from before the freeze "
+                f"at step {self.freeze_step} has been loaded; load one that was written after it"
+            )
 
     def pauses(self) -> str | None:
         """Return in words how long training has paused to solve layers; None if it has not."""

@@ -17,7 +17,7 @@ from prox24_lightning.sparsify.checks import check_finite, check_same_weights, h
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
 from prox24_lightning.sparsify.step_listener import StepListener
-from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, RunContext, Strategy
+from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, RunContext, Strategy, projected_mask
 from prox24_lightning.utils.distributed import check_same
 from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.selection import GroupedWeight
@@ -65,10 +65,13 @@ class SparsityEngine:
         self.strategy = strategy
         self.metric = metric
         self.step = 0
+        self._batch_step = 0  # the step to which the last batch led
         self.masked = MaskedParameters()
         self.statistics = PassStatistics()
-        self.on_freeze: list[Callable[[], None]] = []
+        self.on_masks: list[Callable[[], None]] = []  # called after weights got their masks: block after block
+        self.on_frozen: list[Callable[[], None]] = []  # called once, when every weight has its mask
         self._begun = False
+        self._start = plan.start  # as it was when the phase began
         self._frozen = False
         scaled = strategy.scaled_weights(self.weights) if metric == "activation" else ()
         self._moments = InputSecondMoments(scaled, model=model) if scaled else None
@@ -79,8 +82,10 @@ class SparsityEngine:
 
     @property
     def phase(self) -> Phase:
-        """The phase that the finished steps have led to."""
-        return "frozen" if self._frozen else self.plan.phase(self.step)
+        """The phase that the run is in; ``"frozen"`` only once every weight has its mask."""
+        if self._frozen:
+            return "frozen"
+        return "sparsify" if self.step > self.plan.start or self._begun else "dense"
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -148,6 +153,24 @@ class SparsityEngine:
             self.strategy.before_batch(self.step + 1)
         if self._moments is not None:
             self._moments.collecting = self._wants_moments(self.step + 1)
+        self._batch_step = self.step + 1
+
+    def change_plan(self, plan: PhasePlan) -> None:
+        """Go on with other steps for the phases. What has begun stays begun, and what is frozen stays frozen."""
+        if self._frozen or plan == self.plan:
+            return
+        if self._begun:
+            plan = PhasePlan(self._start, max(plan.freeze, self._start))
+        self.plan = plan
+        self.strategy.change_plan(plan)
+
+    def freeze_now(self) -> None:
+        """Freeze what is not frozen yet, whatever the plan: the run ends here."""
+        if self._frozen:
+            return
+        if not self._begun:
+            self._begin()
+        self._freeze()
 
     def after_batch(self) -> None:
         """The batch has ended: what the model is called with until the next one begins is no training."""
@@ -159,8 +182,10 @@ class SparsityEngine:
     def _wants_moments(self, step: int) -> bool:
         if self._frozen or step > self.plan.freeze or step <= self.plan.start - MOMENT_WARMUP:
             return False
-        # Every step until something has been seen, so that a run of few steps has moments as well.
-        return step % MOMENT_EVERY == 0 or step <= min(MOMENT_EVERY, self.plan.freeze)
+        # Every step until something has been seen, so that a run of few steps has moments as well. Several optimizers
+        # may take more than one step a batch.
+        passed = step // MOMENT_EVERY > self._batch_step // MOMENT_EVERY
+        return passed or step % MOMENT_EVERY == 0 or step <= min(MOMENT_EVERY, self.plan.freeze)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         self.step += 1
@@ -183,7 +208,6 @@ class SparsityEngine:
             self._enforce(masks)
 
     def _begin(self) -> None:
-        self._begun = True
         if self._moments is not None and (missing := self._moments.missing()):
             log.warning(
                 "no inputs were seen for %s: the metric of these weights is their own magnitude, not their layers' "
@@ -191,18 +215,24 @@ class SparsityEngine:
                 ", ".join(missing),
             )
         self.strategy.begin()
+        self._begun, self._start = True, self.plan.start
 
     def _freeze(self) -> None:
         """Freeze what is not frozen yet, and enforce all masks from now on."""
         waiting = [weight for weight in self.weights if weight.name not in self.masks]
         with self.masked.carry_writes(self._optimizers):
             masks = self.strategy.finish(waiting)
+            for weight in waiting:  # solved before an interrupt that came before its mask
+                if weight.name not in masks:
+                    masks[weight.name] = projected_mask(weight, self.metric_scale(weight.name))
         self._enforce(masks)
-        self._frozen = True
+        self._frozen = True  # only now: an interrupt in the middle of the solve leaves the phase as it was
         self.statistics.end()
         self.strategy.detach()
         if self._moments is not None:
             self._moments.detach()
+        for callback in self.on_frozen:
+            callback()
 
     def _enforce(self, masks: Masks) -> None:
         """Enforce the masks of newly frozen weights, in the optimizers' state too."""
@@ -213,7 +243,7 @@ class SparsityEngine:
             self.masked.apply(name, parameters[name], mask)
         self._check_ranks({name: whole(mask, parameters[name]) for name, mask in masks.items()})
         self.masked.mask_optimizer_state(self._optimizers)
-        for callback in self.on_freeze:
+        for callback in self.on_masks:
             callback()
 
     def _check_ranks(self, masks: dict[str, Tensor]) -> None:
@@ -235,6 +265,8 @@ class SparsityEngine:
         return {
             "version": STATE_VERSION,
             "step": self.step,
+            "batch_step": self._batch_step,
+            "start": self.plan.start,
             "phase": self.phase,
             "begun": self._begun,
             "weights": self._dims(),
@@ -271,8 +303,8 @@ class SparsityEngine:
                 f"the checkpoint was written while {kind} was making the weights 2:4, and {mine} cannot go on from "
                 "there; keep the strategy until the freeze, or resume from a checkpoint before start"
             )
-        self.step = state["step"]
-        self._begun = state["begun"]
+        self.step, self._batch_step = state["step"], state["batch_step"]
+        self._begun, self._start = state["begun"], state["start"]
         self._frozen = state["phase"] == "frozen"
         for name, packed in masks.items():
             parameter = weights[name].parameter

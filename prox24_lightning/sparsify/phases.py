@@ -47,13 +47,14 @@ def check_step(value: int | float, argument: str) -> None:
         )
 
 
-def resolve_plan(start: int | float, freeze: int | float, total: int | float) -> PhasePlan:
+def resolve_plan(start: int | float, freeze: int | float, total: int | float, *, exact: bool = True) -> PhasePlan:
     """Turn ``start`` and ``freeze`` into steps of a run of ``total`` optimizer steps.
 
     Args:
         start: int step, or float fraction of ``total``.
         freeze: likewise.
         total: length of the run; ``inf`` or a negative number when it is not known.
+        exact: whether ``total`` is exact; phases beyond an estimate end with it instead of being refused.
 
     Raises:
         ValueError: if a fraction is asked of a run of unknown length, ``freeze`` lies beyond the run, or ``start``
@@ -69,6 +70,8 @@ def resolve_plan(start: int | float, freeze: int | float, total: int | float) ->
                 f"set Trainer(max_steps=...), or give {argument} as an int number of optimizer steps"
             )
     first, last = (round(value * total) if isinstance(value, float) else value for value in (start, freeze))
+    if known and not exact:
+        first, last = (min(step, math.floor(total)) for step in (first, last))
     if known and last > total:
         raise ValueError(
             f"freeze={freeze!r} is beyond the run, which has {int(total)} optimizer steps: the weights would never "

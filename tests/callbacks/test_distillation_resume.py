@@ -7,8 +7,8 @@ import torch
 from distilled_runs import TinyClassifier, distillation
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_prox24_resume import STEPS as BATCHES
-from test_prox24_resume import assert_same, everything
+from resumed_runs import STEPS as BATCHES
+from resumed_runs import assert_same, everything
 from tiny_runs import StatefulLoader, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24

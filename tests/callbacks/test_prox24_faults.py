@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Callback
-from test_prox24_resume import FREEZE, START, STEPS, assert_same, everything, run
-from tiny_runs import TinyModule, quiet_trainer, tiny_loader
+from resumed_runs import FREEZE, START, STEPS, assert_same, everything, run
+from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
 from torch import nn
 
 from prox24_lightning import Prox24
 from prox24_lightning.mask import is_24
+from prox24_lightning.sparsify import PostStepProx, Progressive
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
@@ -153,3 +154,39 @@ def test_ctrl_c_removes_the_hooks():
 
 def test_the_steps_of_this_file_hit_each_phase():
     assert 0 < STEP_IN["dense"] <= START < STEP_IN["sparsify"] < FREEZE < STEP_IN["frozen"] < STEPS
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize(
+    "strategy, where", [("progressive", "finish"), ("post_step", "finish"), ("progressive", "begin")]
+)
+def test_an_interrupt_in_the_freeze_leaves_the_phase_as_it_was(monkeypatch, tmp_path, error, strategy, where):
+    """A second fit, and a resume from what was saved on the way out, end 2:4."""
+    kind = {"progressive": Progressive, "post_step": PostStepProx}[strategy]
+    original = getattr(kind, where)
+    stopped = []
+
+    def stop_once(self, *args):
+        if stopped:
+            return original(self, *args)
+        stopped.append(True)
+        raise error("stop")
+
+    monkeypatch.setattr(kind, where, stop_once)
+    callback, module = prox(strategy=strategy), TinyModule()
+
+    class Save(Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    with pytest.raises((error, SystemExit)):
+        fit(callback, Save(), module=module)
+    assert callback.phase != "frozen"
+    fit(callback, module=module)
+    assert callback.phase == "frozen"
+    assert all(is_24(weight.parameter) for weight in callback.weights)
+    resumed, other = prox(strategy=strategy), TinyModule()
+    loader = StatefulLoader(tiny_loader(12))
+    quiet_trainer(max_steps=12, callbacks=[resumed]).fit(other, loader, ckpt_path=tmp_path / "stopped.ckpt")
+    assert resumed.phase == "frozen"
+    assert all(is_24(weight.parameter) for weight in resumed.weights)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed_runs import MOMENTS, kills
-from test_prox24_resume import FREEZE, SETTINGS, START, assert_same
+from resumed_runs import FREEZE, SETTINGS, START, assert_same
 
 
 @pytest.fixture(scope="module")

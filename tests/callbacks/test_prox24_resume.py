@@ -4,73 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from resumed_runs import FREEZE, SETTINGS, START, STEPS, assert_same, everything, run
 from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
 
-from prox24_lightning import Prox24
+from prox24_lightning import Prox24, load_masks
 
 pytestmark = [
     # Each run writes its checkpoints into a folder of its own.
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
-
-START, FREEZE, STEPS = 8, 24, 32
-
-
-SETTINGS = {
-    "progressive": {},
-    "activation": {"strategy": "post_step"},
-    "weight": {"strategy": "post_step", "metric": "weight"},
-    "relative": {"strategy": "post_step", "schedule": "exponential"},
-    "restore": {"strategy": "post_step", "refit": "restore"},
-    "block": {"strategy": "post_step", "geometry": "block"},
-    "progressive_block": {"geometry": "block"},
-}
-
-
-def callbacks(setting, folder):
-    return [
-        Prox24(START, FREEZE, verbose=False, targets=["model.0", "model.2"], **SETTINGS[setting]),
-        ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"),
-    ]
-
-
-def run(setting, folder, steps=STEPS, resume=None, more=()):
-    seed_everything(0, verbose=False)
-    trainer = quiet_trainer(
-        max_steps=steps, max_epochs=-1, callbacks=[*callbacks(setting, folder), *more], enable_checkpointing=True
-    )
-    module = TinyModule()
-    trainer.fit(module, StatefulLoader(tiny_loader(STEPS)), ckpt_path=resume)
-    return trainer, module
-
-
-def everything(trainer, module):
-    """Weights, optimizer state, and all that the callback keeps, in one flat dict."""
-    state = {f"weight {name}": value for name, value in module.state_dict().items()}
-    for index, entry in trainer.optimizers[0].state_dict()["state"].items():
-        state.update({f"optimizer {index} {key}": torch.as_tensor(value) for key, value in entry.items()})
-    return {**state, **flat(trainer.callbacks[0].state_dict(), "prox")}
-
-
-def flat(value, path):
-    """Every leaf of nested dicts under its path: tensors as they are, the rest as text."""
-    if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in flat(part, f"{path}/{key}").items()}
-    return {path: value if torch.is_tensor(value) else torch.tensor(list(repr(value).encode()))}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not different
 
 
 @pytest.fixture(scope="module", params=list(SETTINGS))
@@ -100,8 +49,8 @@ def test_resume_in_a_new_process(unbroken, tmp_path):
     for step in (13, 29):  # while sparsifying, and frozen
         target = tmp_path / f"{step}.pt"
         code = (
-            f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent / 'helpers')!r}]\n"
-            f"import torch, test_prox24_resume as t\n"
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent / 'helpers')!r})\n"
+            f"import torch, resumed_runs as t\n"
             f"r = t.run({setting!r}, {str(tmp_path)!r}, resume={str(folder / f'step={step}.ckpt')!r})\n"
             f"torch.save(t.everything(*r), {str(target)!r})"
         )
@@ -140,3 +89,17 @@ def test_masks_of_other_weights_are_refused(frozen_checkpoint, targets, words):
         quiet_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[prox]).fit(
             TinyModule(), StatefulLoader(tiny_loader(STEPS)), ckpt_path=frozen_checkpoint
         )
+
+
+def test_a_checkpoint_of_the_last_step_still_gives_the_masks_file(tmp_path):
+    run("weight", tmp_path)
+    prox = Prox24(
+        START, FREEZE, strategy="post_step", metric="weight", verbose=False, masks_file=tmp_path / "m.safetensors"
+    )
+    prox.config = replace(prox.config, targets=["model.0", "model.2"])
+    module = TinyModule()
+    quiet_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[prox]).fit(
+        module, StatefulLoader(tiny_loader(STEPS)), ckpt_path=tmp_path / f"step={STEPS}.ckpt"
+    )
+    assert (prox.phase, prox.step) == ("frozen", STEPS)
+    assert load_masks(module, tmp_path / "m.safetensors")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback
-from test_prox24_resume import FREEZE, SETTINGS, START, STEPS, everything, run
+from resumed_runs import FREEZE, SETTINGS, START, STEPS, everything, run
 
 MOMENTS = ("forward", "backward", "step", "saving")
 

@@ -136,7 +136,7 @@ class Prox24TrainerCallback(TrainerCallback):
             )
         controller = self._controller
         engine = controller.prepare(kwargs["model"], optimizers, state.max_steps, {})
-        engine.on_freeze.append(lambda: _forget_best(state))
+        engine.on_frozen.append(lambda: _forget_best(state))
         if self.config.verbose and state.is_world_process_zero:
             steps = f"from step {controller.start_step} to step {controller.freeze_step}"
             print_selection(controller.selection, f"{self.config.name}: 2:4 {steps}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -93,6 +93,10 @@ class Strategy(ABC):
     def attach(self, context: RunContext) -> None:
         """Register hooks: training begins, or goes on with other weights or optimizers."""
         self.context = context
+
+    def change_plan(self, plan: PhasePlan) -> None:
+        """Go on with other steps for the phases: the length of the run has become better known."""
+        self.context = replace(self.context, plan=plan)
 
     def detach(self) -> None:  # noqa: B027
         """Remove every hook."""
