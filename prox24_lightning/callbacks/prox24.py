@@ -300,6 +300,7 @@ class Prox24(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._controller.after_batch()
         if self._length is not None and not self._length.is_exact and self._length.is_last_batch():
             self._controller.freeze_now()  # the length was an estimate
 
@@ -318,12 +319,6 @@ class Prox24(Callback):
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._controller.check_loaded(pl_module)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._controller.after_batch()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
