@@ -73,6 +73,8 @@ FINETUNING: dict[str, Row] = {
     "proxsparse": Row(peer="proxsparse"),
     "prox24 post_step": Row(prox24=True, arguments={"strategy": "post_step"}),
     "prox24": Row(prox24=True),
+    "prox24 streamed": Row(prox24=True, arguments={"calibration": "stream"}),
+    "prox24 by magnitude": Row(prox24=True, arguments={"calibration": "magnitude"}),
     "dense distilled": Row(distillation=0.5),
     "sparsegpt+mg distilled": _one_shot("sparsegpt", distillation=0.5),
     "prox24 distilled": Row(prox24=True, distillation=0.5),
@@ -86,6 +88,8 @@ SCRATCH: dict[str, Row] = {
     "gradual magnitude": Row(peer="gradual_magnitude", arguments={"start": 0.2, "freeze": 0.8}),
     "prox24 post_step": Row(prox24=True, arguments={"strategy": "post_step"}),
     "prox24": Row(prox24=True),
+    "prox24 streamed": Row(prox24=True, arguments={"calibration": "stream"}),
+    "prox24 by magnitude": Row(prox24=True, arguments={"calibration": "magnitude"}),
 }
 """Rows for a run from scratch; "asp" prunes by magnitude at half of the run."""
 

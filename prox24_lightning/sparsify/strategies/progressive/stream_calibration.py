@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -48,11 +49,10 @@ class StreamCalibration(Calibration):
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._hessians: dict[str, StreamedHessian] = {}
         self._groups: list[list[str]] = []
-        self._compiled: set[nn.Module] = set()
+        self._eager = ExitStack()
 
     def attach(self, context: RunContext, state: dict[str, Any]) -> None:
         self.context = context
-        self._compiled = inside_compiled(self.model)
         if state:
             self._batches = state["batches"]
             self._groups = [list(group) for group in state["groups"]]
@@ -64,16 +64,9 @@ class StreamCalibration(Calibration):
             if block is not None and saved:
                 streamed = self._hessians.setdefault(name, StreamedHessian(block.module))
                 streamed.accumulator.load_state_dict(saved, local_part(block.weights[0].parameter).device)
-        if self._listening:
-            for module in self._waiting():
-                if module in self._compiled:
-                    self._hook(module)
 
     def detach(self) -> None:
-        remove_all(self._handles.values())
-        self._handles.clear()
-        for streamed in self._hessians.values():
-            streamed.end_batch()
+        self.end_batch()
 
     def begin_batch(self, due: Collection[str], *, everything: bool) -> None:
         if self._listening:
@@ -86,10 +79,14 @@ class StreamCalibration(Calibration):
             if block.name in due and _solvable(block):
                 streamed = self._hessians.setdefault(block.name, StreamedHessian(block.module))
                 streamed.begin_batch()
+        if (self._listening or due) and inside_compiled(self.model):
+            # Hooks that were not there when code was compiled are not run by it.
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
 
     def end_batch(self) -> None:
-        for module in [module for module in self._handles if module not in self._compiled or not self._listening]:
-            self._handles.pop(module).remove()
+        self._eager.close()
+        remove_all(self._handles.values())
+        self._handles.clear()
         for streamed in self._hessians.values():
             streamed.end_batch()
 
