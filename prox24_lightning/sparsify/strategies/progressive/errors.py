@@ -10,6 +10,12 @@ from prox24_lightning.utils.distributed import gathered_objects
 T = TypeVar("T")
 
 
+def described(error: Exception) -> str:
+    """Return the class of an error and the beginning of its first line."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {first[:160]}"
+
+
 class RerunError(RuntimeError):
     """The model could not be called again, on this rank or on another one; every rank raises it."""
 
@@ -24,8 +30,7 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     try:
         result = action()
     except Exception as error:  # of the user's forward
-        first = str(error).splitlines()[0] if str(error) else ""
-        problem = f"{type(error).__name__}: {first[:200]}"
+        problem = f"the model failed when it was called again ({described(error)})"
     problems = [found for found in gathered_objects(problem) if found is not None]
     if problems:
         raise RerunError(problems[0])

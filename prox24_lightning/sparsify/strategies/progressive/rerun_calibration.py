@@ -25,7 +25,7 @@ from prox24_lightning.sparsify.strategies.progressive.blocks import (
     order_of_blocks,
 )
 from prox24_lightning.sparsify.strategies.progressive.calibration import Calibration, SolveSettings
-from prox24_lightning.sparsify.strategies.progressive.errors import on_all_ranks
+from prox24_lightning.sparsify.strategies.progressive.errors import described, on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns
 from prox24_lightning.sparsify.strategies.progressive.solve_block import solve_block
 from prox24_lightning.utils.cuda_graphs import GraphMemory
@@ -144,7 +144,7 @@ class RerunCalibration(Calibration):
             try:
                 bare_copy(self._hooked[0].module, device=torch.device("meta"))
             except Exception as error:  # of the user's classes
-                problem = f"the model cannot be copied ({type(error).__name__}: {error})"
+                problem = f"the model cannot be copied ({described(error)})"
         problem = next((found for found in gathered_objects(problem) if found), None)
         self._with_reference = problem is None
         return problem
@@ -165,7 +165,7 @@ class RerunCalibration(Calibration):
             if not self._sharded:
                 hooked.check_reference()
         except Exception as error:  # of the user's classes
-            problem = f"{type(error).__name__}: {error}"
+            problem = f"the copy of the model cannot be called ({described(error)})"
         problem = next((found for found in gathered_objects(problem) if found), None)
         if problem is not None:
             hooked.reference, self._with_reference = None, False
