@@ -9,7 +9,7 @@ from torch import nn
 
 from prox24_lightning.convert import Target, convert, convert_model
 from prox24_lightning.convert.autotune.kernel_table import KernelTable, TableRow
-from prox24_lightning.convert.format import packed_weight as packed
+from prox24_lightning.convert.format import packed_weight
 from prox24_lightning.convert.kernels import packed_buffer
 from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.mask import check, mask_24
@@ -34,7 +34,7 @@ def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
     table = KernelTable((WIDTH, WIDTH), (TableRow(16384, Kernel("cusparselt")),))
     monkeypatch.setattr(convert, "stored_table", lambda *args, **options: table)
     # Parts of a size that is small beside these small layers, as the real one is beside real layers.
-    monkeypatch.setattr(packed, "_CHUNK", 2**17)
+    monkeypatch.setattr(packed_weight, "CHUNK_ENTRIES", 2**17)
     monkeypatch.setattr(packed_buffer, "CHUNK_ENTRIES", 2**17)
     monkeypatch.setattr(check, "ENTRIES_AT_A_TIME", 2**17)
     model = dense_model()
@@ -49,7 +49,7 @@ def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
 def test_a_head_that_stays_dense_is_looked_at_in_parts(monkeypatch):
     monkeypatch.setattr(convert, "target_of", lambda device: HOPPER)
     monkeypatch.setattr(check, "ENTRIES_AT_A_TIME", 2**17)
-    monkeypatch.setattr(packed, "_CHUNK", 2**17)
+    monkeypatch.setattr(packed_weight, "CHUNK_ENTRIES", 2**17)
     head = nn.Linear(WIDTH, 8 * WIDTH, bias=False).bfloat16()
     with LiveBytes() as live:
         live.count([head.weight.detach()])

@@ -41,7 +41,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
-def test_a_weight_with_one_violation_is_refused_by_name_and_place():
+def test_a_weight_with_one_violation_is_refused_by_name_and_position():
     layer = pruned(nn.Linear(64, 32))
     with torch.no_grad():
         layer.weight[3, 8:12] = torch.tensor([1.0, 2.0, 3.0, 0.0])
@@ -149,7 +149,7 @@ def packed_layer(bias: torch.Tensor | None = None, dense: bool = False) -> tuple
     )
 
 
-def test_a_converted_layer_without_its_gpu_says_so():
+def test_a_converted_layer_refuses_inputs_on_other_devices():
     _, layer = packed_layer()
     with pytest.raises(RuntimeError, match="runs on CUDA only; input is on cpu, weight on cpu"):
         layer(torch.zeros(2, 72, dtype=torch.bfloat16))

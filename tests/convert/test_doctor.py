@@ -71,7 +71,7 @@ def test_measured_gains_are_expected_ones():
 
 
 @pytest.mark.parametrize("gain, notes", [(0.97, 1), (0.99, 0), (2.0, 0)])
-def test_it_says_when_a_layer_would_be_slower(gain, notes):
+def test_layers_that_would_be_slower_are_noted(gain, notes):
     found = diagnose(net(), target=HOPPER, gain=lambda verdict, tokens: gain if tokens == 16 else 1.5)
     assert sum("2 layers would be slower at some" in note for note in found.notes) == notes
 

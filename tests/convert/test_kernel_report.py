@@ -23,7 +23,7 @@ def times(tokens: int, dense: float, **kernels: float) -> KernelTimes:
     return KernelTimes(tokens, dense, {{"few": FEW, "plan": "cusparselt:7"}[name]: us for name, us in kernels.items()})
 
 
-def test_the_table_for_people():
+def test_the_table_of_kernels():
     table = choose(SHAPE, [times(1, 10, few=5), replace(times(256, 10, plan=12), notes=("algorithm 3 died",))])
     console = Console(width=240, record=True, file=io.StringIO())
     print_kernels([table], console)

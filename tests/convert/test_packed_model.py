@@ -297,7 +297,7 @@ def test_weights_that_only_the_file_ties_are_both_loaded(tmp_path, pretended_gpu
 
 
 def test_sparse_layers_replace_the_dense_ones_of_a_model_one_by_one(tmp_path, pretended_gpu, monkeypatch):
-    monkeypatch.setattr(packed_weight, "_CHUNK", 2**16)
+    monkeypatch.setattr(packed_weight, "CHUNK_ENTRIES", 2**16)
     model = prune(nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(8))).bfloat16())
     file, layer = packed(tmp_path, model), 2 * 1024 * 1024
     with LiveBytes() as live:

@@ -68,7 +68,7 @@ def _time_all(
             kernels, notes = others[point]
             copies = _copies(shape, device, point[1])
             candidates = [*own[point], *kernels]
-            results[point] = _time_point(point, dtype, candidates, notes, weights[:copies], buffers[:copies])
+            results[point] = time_point(point, dtype, candidates, notes, weights[:copies], buffers[:copies])
             advance()
         del buffers, weights
         release_memory()
@@ -116,7 +116,7 @@ def _other_kernels(
     return found
 
 
-def _time_point(
+def time_point(
     point: Point,
     dtype: torch.dtype,
     kernels: Sequence[Kernel],
@@ -124,6 +124,16 @@ def _time_point(
     weights: Sequence[Tensor],
     buffers: Sequence[Tensor],
 ) -> KernelTimes:
+    """Time cuBLAS and some kernels at one point; a kernel with wrong products is left out, with a note.
+
+    Args:
+        point: shape and number of tokens.
+        dtype: float16 or bfloat16.
+        kernels: the candidates.
+        notes: notes to begin with.
+        weights: dense (out_features, in_features) weights, which rotate.
+        buffers: the same weights packed.
+    """
     shape, tokens = point
     device = buffers[0].device
     inputs = torch.randn(tokens, shape[1], device=device, dtype=dtype)

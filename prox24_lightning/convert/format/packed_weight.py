@@ -29,8 +29,10 @@ PACKED_DTYPES = (
 )
 """The dtypes that can be packed: those in which all bits but the sign are zero for a zero, and int8."""
 
+CHUNK_ENTRIES = 2**21
+"""Entries of a weight that are packed or unpacked at a time, which bounds the scratch memory."""
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**21  # entries in work at a time, which bounds the scratch memory
 _NOT_24 = 255
 
 
@@ -192,7 +194,7 @@ def row_chunks(rows: int, width: int) -> list[slice]:
     """Return slices of rows with so few entries that scratch tensors of their size are small."""
     if not width:
         return []
-    step = max(1, _CHUNK // width)
+    step = max(1, CHUNK_ENTRIES // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

@@ -13,13 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, padded_width, unpack_24
+from prox24_lightning.convert.format.packed_weight import CHUNK_ENTRIES, PackedWeight, pack_24, padded_width, unpack_24
 
 MULTIPLE = 64
 """Rows and inputs are padded with zeros to a multiple of this."""
-
-CHUNK_ENTRIES = 2**21
-"""Entries of a weight that are packed at a time, which bounds the scratch memory."""
 
 _ZERO_GROUPS = 0x44  # indices 0 and 1, twice: two groups of zeros
 

@@ -76,7 +76,7 @@ def test_an_algorithm_that_hangs_costs_less_than_a_start(monkeypatch):
     assert "algorithm 2 took more than 3 seconds" in answers[0].problem
 
 
-def test_jobs_that_are_done_are_told_once_whatever_dies():
+def test_each_job_is_reported_once_whatever_dies():
     told = []
     fastest_algorithms(JOBS, command=child("os._exit(134)"), on_done=lambda: told.append(1))
     assert len(told) == len(JOBS)
@@ -89,7 +89,7 @@ def test_a_child_that_works_may_take_long():
     assert [answer.algorithms for answer in answers] == [(3, 2)] * 3
 
 
-def test_a_child_that_never_starts_is_said():
+def test_a_child_that_never_starts_is_a_problem():
     answers = fastest_algorithms(JOBS, command=[sys.executable, "-c", "raise SystemExit('no module')"])
     assert [answer.algorithms for answer in answers] == [(), (), ()]
     assert answers[2].problem == "the search for cuSPARSELt's algorithms ended a process with status 1 (no module)"

@@ -239,7 +239,7 @@ def test_without_a_home_the_cache_is_a_temporary_file(monkeypatch):
     assert disk_cache.default_path().parts[-2:] == ("prox24_lightning", "kernels.json")
 
 
-def test_the_place_of_the_cache(monkeypatch, tmp_path):
+def test_the_path_of_the_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("PROX24_KERNEL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert disk_cache.default_path() == tmp_path / "prox24_lightning" / "kernels.json"

@@ -61,7 +61,7 @@ def test_nothing_measured_is_an_error_with_its_reason():
     assert choose(SHAPE, [KernelTimes(64, 10.0, {}, ("out of luck",))], keep_dense=True).rows[0].kernel == DENSE
 
 
-def test_by_rule_few_tokens_are_ours_and_many_the_librarys():
+def test_by_rule_own_kernels_take_few_tokens_and_the_library_many():
     def ways(capability):
         table = table_by_rule(SHAPE, capability)
         return [kernel_for(table.text, tokens).name for tokens in (1, 8, 32, 200, 100_000)]

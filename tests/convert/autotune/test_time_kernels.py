@@ -27,7 +27,7 @@ def test_a_kernel_whose_products_are_wrong_is_not_timed(monkeypatch, offset):
     monkeypatch.setattr(time_kernels, "prepare", prepared)
     monkeypatch.setattr(time_kernels, "capture", lambda call: SimpleNamespace(replay=call))
     monkeypatch.setattr(time_kernels, "time_calls", measured)
-    found = time_kernels._time_point(((8, 128), 3), torch.float32, [few, wrong], ["told"], [weight], [weight])
+    found = time_kernels.time_point(((8, 128), 3), torch.float32, [few, wrong], ["a note"], [weight], [weight])
     assert list(found.kernels) == [str(few)]
-    assert found.notes[0] == "told"
+    assert found.notes[0] == "a note"
     assert f"{wrong}: wrong products on this machine" in found.notes[1]

@@ -119,7 +119,7 @@ def test_describe_keeps_the_first_line():
     assert describe(MemoryError()) == "MemoryError"
 
 
-def test_without_a_gpu_it_says_what_it_would_do():
+def test_without_a_gpu_layers_are_checked_only():
     report = run_benchmark(Net(), Settings(), device=torch.device("cpu"), reasons={"head": "left dense: output head"})
     assert report.names("fits") == ("body.0", "body.2", "last")
     assert report.names("sparse") == ()
@@ -179,7 +179,7 @@ def whole(net: nn.Module) -> ExampleInputs:
     return ExampleInputs("", (torch.randn(4, 5, 32),), {"scale": 0.5})
 
 
-def test_the_whole_way(pretended_gpu):
+def test_layers_and_model_are_timed_and_chosen(pretended_gpu):
     net = Net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     report = run_benchmark(net, Settings(**QUICK), inputs=whole(net))

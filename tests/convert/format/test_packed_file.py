@@ -215,7 +215,7 @@ def test_forged_headers_with_a_right_checksum_are_refused(tmp_path, changes, wor
     assert len(str(error.value)) < 1000
 
 
-def test_forged_positions_are_refused(tmp_path):
+def test_forged_indices_are_refused(tmp_path):
     path = write_packed(tmp_path / "p", {"w": pruned(4, 8), "b": torch.zeros(3)}, {"w": 1})
     metadata, tensors = content(path)
     tensors["w.indices"][1] = 0

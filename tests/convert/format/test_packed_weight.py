@@ -57,7 +57,7 @@ def test_unpacking_gives_every_bit_back_but_the_sign_of_dropped_zeros(weight):
 
 @given(weight=weights_24())
 @settings(max_examples=100)
-def test_positions_ascend_and_packing_again_gives_the_same_bytes(weight):
+def test_indices_ascend_and_packing_again_gives_the_same_bytes(weight):
     packed = pack_24(weight)
     places = torch.stack([packed.indices >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
     assert bool((places[..., 0] < places[..., 1]).all())
@@ -135,13 +135,13 @@ def packed():
 
 
 @pytest.mark.parametrize("indices", [0b01_00_00_11, 0b01_00_10_10, 0b00_01_11_00])
-def test_positions_that_do_not_ascend_are_refused(packed, indices):
+def test_indices_that_do_not_ascend_are_refused(packed, indices):
     damaged = replace(packed, indices=torch.tensor([[indices]], dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"up: the two indices of group [01] in row 0 .* must ascend"):
         unpack_24(damaged, name="up")
 
 
-def test_a_value_behind_the_end_is_refused(packed):
+def test_a_value_beyond_the_end_is_refused(packed):
     damaged = replace(packed, indices=packed.indices & 0b1111 | 0b10_00 << 4)
     with pytest.raises(ValueError, match="up: a value lies beyond the last of 6 inputs"):
         check_packed(damaged, name="up")

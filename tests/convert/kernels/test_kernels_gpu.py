@@ -157,6 +157,9 @@ def test_every_kernel_gives_the_dense_product(dtype, shape, bias):
             assert found.is_contiguous()
             if found.numel():
                 assert relative(found, expected) < LARGEST, (kernels, tokens)
+                flat = rows.reshape(-1, shape[1])
+                plain = reference.linear(flat, converted.packed, converted.bias, dtype, shape)
+                assert relative(found.reshape(plain.shape), plain) < LARGEST, (kernels, tokens)
 
 
 def test_a_token_gives_the_same_alone_and_among_others():

@@ -56,7 +56,7 @@ def test_values_come_first_row_by_row():
         (80, 0, 4096 + 128),
     ],
 )
-def test_positions_lie_where_cusparselt_puts_them(row, group, nibble):
+def test_metadata_lies_where_cusparselt_puts_it(row, group, nibble):
     weight = torch.zeros(128, 256, dtype=torch.bfloat16)
     weight[row, 4 * group + 2 : 4 * group + 4] = 1
     tiles = to_buffer(pack_24(weight)).flatten()[128 * 128 :].view(torch.uint8)
@@ -65,7 +65,7 @@ def test_positions_lie_where_cusparselt_puts_them(row, group, nibble):
     assert nibbles[nibble] == 0b1110
 
 
-def test_padding_is_zeros_in_the_first_two_places():
+def test_padding_is_zeros_with_the_indices_0_and_1():
     buffer = to_buffer(pack_24(pruned(1, 4))).flatten()
     assert padded_shape((1, 4)) == (64, 64)
     assert int((buffer[: 64 * 32] != 0).sum()) <= 2

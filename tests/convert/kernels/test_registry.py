@@ -15,7 +15,7 @@ def test_a_kernel_is_its_text(text):
     assert str(Kernel.parse(text)) == text
 
 
-def test_a_call_goes_by_the_next_count_above_its_own():
+def test_a_call_uses_the_next_count_above_its_own():
     table = f"8={FEW} 64=cusparselt:3 1024=cusparselt"
     assert parse_table(table)[0] == (8, 64, 1024)
     found = [str(kernel_for(table, tokens)) for tokens in (1, 8, 9, 64, 65, 1024, 5000)]

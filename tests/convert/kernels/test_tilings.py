@@ -14,7 +14,7 @@ from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as Warpgrou
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
 
 
-def test_tilings_fit_the_tokens_and_the_gpu():
+def test_few_tokens_tilings_fit_the_tokens_and_the_gpu():
     for tokens in (1, 8, 9, 16, 32, 64):
         found = few_tokens_tilings(tokens, (9, 0))
         assert found
@@ -29,7 +29,7 @@ def test_tilings_fit_the_tokens_and_the_gpu():
         assert tiling.depth % tiling.span == 0
 
 
-def test_a_tiling_says_its_macros():
+def test_macros_of_a_few_tokens_tiling():
     tiling = Tiling(1, 2, 8, 4, 2, 1, 2, 4, 1)
     names = ["STAGED", "MT", "NT", "WR", "WK", "CS", "SPAN", "DEPTH", "RESIDENT"]
     assert tiling.macros == dict(zip(names, (1, 2, 8, 4, 2, 1, 2, 4, 1), strict=True))
@@ -37,7 +37,7 @@ def test_a_tiling_says_its_macros():
     assert (tiling.tokens, tiling.rows, tiling.threads) == (64, 128, 256)
 
 
-def test_blockings_fit_the_gpu():
+def test_warpgroup_tilings_fit_the_gpu():
     for tokens in (1, 16, 17, 64, 100, 256, 512):
         found = warpgroup_tilings(tokens, (9, 0))
         assert found
@@ -57,7 +57,7 @@ def test_blockings_fit_the_gpu():
         assert tiling.stage_bytes % 1024 == 0
 
 
-def test_a_blocking_says_its_macros_and_its_instruction():
+def test_macros_and_instruction_of_a_warpgroup_tiling():
     tiling = WarpgroupTiling(64, 2, 2, 4, 3)
     assert tiling.macros == {"TOKENS": 64, "GROUPS": 2, "CR": 2, "CS": 4, "STAGES": 3}
     assert all(name in warpgroup.SOURCE.read_text() for name in tiling.macros)
