@@ -23,6 +23,7 @@ def python_blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path):
     [block, *_] = python_blocks(README)
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)

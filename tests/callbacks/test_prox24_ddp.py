@@ -10,6 +10,8 @@ from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 from prox24_lightning import Prox24
 from prox24_lightning.mask import is_24
 
+pytestmark = pytest.mark.slow
+
 
 class SaveRank(Callback):
     """Writes what each rank ended with: with spawned processes nothing else comes back."""

@@ -11,6 +11,8 @@ import torch
 from killed_runs import MOMENTS, kills
 from resumed_runs import FREEZE, SETTINGS, START, assert_same
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -23,7 +23,7 @@ from prox24_lightning.sparsify.checks import check_weights
 from prox24_lightning.utils.distributed import check_same
 from prox24_lightning.weights.selection import select_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")]
 
 RUNS = [(sharding, strategy) for sharding in ("fsdp2", "tensor") for strategy in ("progressive", "post_step")]
 SAVED = {("fsdp2", "progressive"): True, ("fsdp2", "post_step"): False, ("tensor", "post_step"): True}

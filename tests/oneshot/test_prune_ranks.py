@@ -13,6 +13,8 @@ from tiny_blocks import batches, prune, seeded
 
 from prox24_lightning.oneshot.block_inputs import BlockInputs
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "prox": {"dense_target": 0.5, "steps": 10},
     "wanda": {"method": "wanda", "budget": 0.2},

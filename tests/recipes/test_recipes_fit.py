@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from prox24_lightning.cli.main import main
 from prox24_lightning.mask import is_24
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 TINY = {
