@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prox24_lightning.finetune.masked_parameters import MaskedParameters
-from prox24_lightning.finetune.optimizer_state import masters_of
+from prox24_lightning.finetune.optimizers import masters_of
 from prox24_lightning.mask.file import StoredMask, hash_weight, read_masks, write_masks
 from prox24_lightning.utils.distributed import on_first, rank
 from prox24_lightning.weights.names import clean_name

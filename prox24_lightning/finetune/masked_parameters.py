@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.finetune.optimizer_state import OptimizerState, masters_of, wrapped_optimizers
+from prox24_lightning.finetune.optimizer_state import OptimizerState
+from prox24_lightning.finetune.optimizers import masters_of, wrapped_optimizers
 from prox24_lightning.mask import pack_mask
 from prox24_lightning.utils.triton import why_no_triton
 from prox24_lightning.weights.sharded import local_part

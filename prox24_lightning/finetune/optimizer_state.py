@@ -1,9 +1,10 @@
 """Classify the tensors that optimizers keep for a weight: elementwise moments, copies of the weight, and others.
 
 Masks reach moments and copies, and the values that a prox or a solver writes into a weight reach its copies: otherwise
-fp32 masters, Lookahead's slow weights or schedule-free's ``z`` bring the old values back. Preconditioners, factored and
-projected statistics are left alone: a zero there has another meaning, and the mask of the weight after each step is
-enough. Names decide where they are known, else shapes and values do.
+fp32 masters, Lookahead's slow weights or schedule-free's ``z`` bring the old values back, whether they lie in the
+state, in an attribute or in the place of the weights. Preconditioners, factored and projected statistics are left
+alone: a zero there has another meaning, and the mask of the weight after each step is enough. Names decide where they
+are known, else shapes and values do.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prox24_lightning.finetune.optimizers import copies_in_attributes, wrapped_optimizers
 from prox24_lightning.weights.sharded import local_part
 
 Kind = Literal["moment", "copy", "other"]
@@ -37,71 +39,10 @@ COPIES = frozenset({
 """Points in the space of the weight: masters, averages, slow, earlier and initial weights."""
 # fmt: on
 
-_OUTSIDE = "keeps fp32 copies of the weights outside of its state; use the trainer's mixed precision (bf16-mixed)"
-REFUSED = {
-    "LBFGS": "has a curvature history, which a prox between steps makes false",
-    "FTRL": "computes weights from sums of gradients alone and would bring pruned ones back",
-    "Lomo": "steps inside of the backward pass, where no step can be noticed",
-    "AdaLomo": "steps inside of the backward pass, where no step can be noticed",
-    "FP16_Optimizer": _OUTSIDE,
-    "FP16Optimizer": _OUTSIDE,
-    "SafeFP16Optimizer": _OUTSIDE,
-    "DistributedFusedAdam": _OUTSIDE,
-    "DistributedFusedLAMB": _OUTSIDE,
-}
-"""Class name -> why the weights that such an optimizer trains cannot become 2:4."""
-
 _NEAR = 0.5
 """A tensor of unknown name at less than this relative distance from its weight is a copy of it."""
 _VERY_NEAR = 0.1
 """The same for names that mean moments elsewhere (AccSGD's momentum_buffer is an average of weights)."""
-
-
-def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
-    """Return ``optimizer`` and all optimizers that it wraps (SAM's base, Lookahead's inner one), outermost first."""
-    found = [optimizer]
-    for outer in found:
-        for value in vars(outer).values():
-            entries = value.values() if isinstance(value, Mapping) else value if _is_sequence(value) else [value]
-            found += [e for e in entries if isinstance(e, Optimizer) and not any(e is known for known in found)]
-    return found
-
-
-def masters_of(optimizers: Iterable[Optimizer], parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """Return the tensors that optimizers train in the place of ``parameters``: fp32 masters that they copy from.
-
-    Each is a tensor of the parameter's shape and, rounded to its dtype, values; of parameters that are trained
-    themselves there is none.
-    """
-    trained = [tensor for optimizer in optimizers for group in optimizer.param_groups for tensor in group["params"]]
-    own, known = dict.fromkeys(parameters), set(trained)
-    untrained = [parameter for parameter in own if parameter not in known]
-    spare = [tensor for tensor in trained if tensor not in own]
-    found: dict[Tensor, Tensor] = {}
-    for parameter in untrained:
-        for index, tensor in enumerate(spare):
-            if tensor.shape == parameter.shape and _is_master(tensor, parameter):
-                found[parameter] = spare.pop(index)
-                break
-    return found
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse optimizers whose steps cannot be noticed, or that would undo or misread a prox between steps.
-
-    Raises:
-        ValueError: with the name and the remedy.
-    """
-    for part in wrapped_optimizers(optimizer):
-        name = type(part).__name__
-        if not hasattr(part, "_optimizer_step_post_hooks"):
-            raise ValueError(
-                f"the step hooks of torch.optim.Optimizer are needed, which {name} lacks; derive it from "
-                "torch.optim.Optimizer and call its __init__"
-            )
-        for base in type(part).__mro__:
-            if reason := REFUSED.get(base.__name__):
-                raise ValueError(f"this cannot work with {base.__name__}: it {reason}; use SGD, Adam or AdamW")
 
 
 class OptimizerState:
@@ -117,6 +58,8 @@ class OptimizerState:
     def __init__(self, optimizer: Optimizer, masters: Mapping[Tensor, Tensor] | None = None) -> None:
         self._parts = wrapped_optimizers(optimizer)
         self._parameters = {master: parameter for parameter, master in (masters or {}).items()}
+        self._outside = [(parameter, master) for master, parameter in self._parameters.items()]
+        self._outside += copies_in_attributes(self._parts, self._parameters)
         self._kinds: dict[str, Kind] = {}
         self._size: list[tuple[int, int]] = []
 
@@ -171,8 +114,8 @@ class OptimizerState:
 
     def _entries(self) -> Iterator[tuple[Tensor, str, Any, Mapping[str, Any]]]:
         """Parameter, key, value and the whole state of the parameter."""
-        for master, parameter in self._parameters.items():
-            yield parameter, "master", master, {}
+        for parameter, copy in self._outside:
+            yield parameter, "master", copy, {}
         for mapping in {id(part.state): part.state for part in self._parts}.values():  # wrappers may share theirs
             for owner, state in mapping.items():
                 if not isinstance(state, Mapping):
@@ -182,11 +125,6 @@ class OptimizerState:
                         yield self._parameters.get(owner, owner), str(key), value, state
                     elif isinstance(key, Tensor):  # a state by purpose and then by parameter
                         yield key, str(owner), value, {}
-
-
-def _is_master(tensor: Tensor, parameter: Tensor) -> bool:
-    master, weight = local_part(tensor), local_part(parameter)
-    return master.shape == weight.shape and torch.equal(master.to(weight.device, weight.dtype), weight)
 
 
 def _size(state: Mapping[Any, Any]) -> tuple[int, int]:

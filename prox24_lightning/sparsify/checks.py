@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from prox24_lightning.finetune.optimizer_state import check_optimizer, masters_of
+from prox24_lightning.finetune.optimizers import check_optimizer, masters_of
 from prox24_lightning.utils.distributed import any_rank, rank
 from prox24_lightning.utils.files import check_folder
 from prox24_lightning.weights.groups import Dim

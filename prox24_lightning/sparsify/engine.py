@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from prox24_lightning.calibration.input_second_moment import InputSecondMoments
 from prox24_lightning.finetune import MaskedParameters
-from prox24_lightning.finetune.optimizer_state import masters_of
+from prox24_lightning.finetune.optimizers import masters_of
 from prox24_lightning.mask import pack_mask, unpack_mask
 from prox24_lightning.sparsify.checks import check_finite, check_same_weights, has_replaced
 from prox24_lightning.sparsify.pass_statistics import PassStatistics

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.finetune.optimizer_state import wrapped_optimizers
+from prox24_lightning.finetune.optimizers import wrapped_optimizers
 from prox24_lightning.weights.sharded import local_part
 
 PATIENCE = 3
@@ -79,7 +79,8 @@ class StepListener:
             return
         samples = [local_part(weight).flatten()[:_SAMPLE].float().nan_to_num() for weight in weights]
         sample = torch.cat([part.to(samples[0].device) for part in samples]) if samples else torch.empty(0)
-        if self._sample is not None and self._sample.shape == sample.shape and not torch.equal(self._sample, sample):
+        # Modules may normalise their weights in forward, which rounds them anew.
+        if self._sample is not None and self._sample.shape == sample.shape and not torch.allclose(self._sample, sample):
             self._changed_batches += 1
         self._sample = sample
         if self._changed_batches >= PATIENCE:

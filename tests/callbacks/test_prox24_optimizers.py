@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch import Callback
-from odd_optimizers import Masters, Orthogonal, OuterMasters, ScheduleFree, SharpnessAware, SlowWeights
+from odd_optimizers import MasterList, Masters, Orthogonal, OuterMasters, ScheduleFree, SharpnessAware, SlowWeights
 from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24
@@ -26,6 +26,7 @@ def public(package, name, *wrapped):
 
 REMEMBERING = {
     "masters": Masters,
+    "masters in a list": MasterList,
     "masters outside of the model": lambda p, lr: OuterMasters(p, lr=lr, momentum=0.9),
     "slow weights": lambda p, lr: SlowWeights(torch.optim.AdamW(p, lr=lr)),
     "schedule-free": ScheduleFree,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from odd_optimizers import (
+    MasterList,
     Masters,
     Orthogonal,
     OuterMasters,
@@ -17,7 +18,8 @@ from odd_optimizers import (
 from torch import nn
 
 from prox24_lightning.finetune import MaskedParameters, load_masks, save_masks
-from prox24_lightning.finetune.optimizer_state import OptimizerState, check_optimizer, masters_of, wrapped_optimizers
+from prox24_lightning.finetune.optimizer_state import OptimizerState
+from prox24_lightning.finetune.optimizers import check_optimizer, masters_of, wrapped_optimizers
 from prox24_lightning.mask import mask_24
 from prox24_lightning.weights.selection import select_weights
 
@@ -184,6 +186,19 @@ def test_masters_are_found_by_their_values():
     assert {id(weight): id(master) for weight, master in masters.items()} == dict(
         zip(map(id, weights), map(id, outside.param_groups[0]["params"]), strict=False)
     )
+
+
+def test_masters_in_an_attribute_follow_all_parameters_that_are_written():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer in model:
+        nn.init.zeros_(layer.bias)
+    optimizer = MasterList(model.parameters(), lr=0.0)
+    state = OptimizerState(optimizer)
+    assert state.kinds == {"master": "copy"}
+    with torch.no_grad(), state.carry_writes():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(number)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), optimizer.fp32[0], strict=True))
 
 
 def test_masks_of_a_file_reach_masters_and_their_moments(tmp_path):

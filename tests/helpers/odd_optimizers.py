@@ -46,6 +46,21 @@ class OuterMasters(SGD):
             p.copy_(master)
 
 
+class MasterList(SGD):
+    """Keeps fp32 masters in a list beside its state, as older mixed-precision optimizers do."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.fp32 = [[p.detach().float().clone() for p in group["params"]] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        _run(closure)
+        for group, masters in zip(self.param_groups, self.fp32, strict=True):
+            for p, master in zip(group["params"], masters, strict=True):
+                p.copy_(master.sub_(p.grad.float(), alpha=group["lr"]))
+
+
 class SlowWeights(Optimizer):
     """Lookahead (arXiv 1907.08610): wraps an optimizer, goes half way back to slow weights in every fifth step."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -210,10 +211,10 @@ class Prox24TrainerCallback(TrainerCallback):
 
 
 def _forget_best(state: TrainerState) -> None:
-    """What was best so far is not 2:4: it must neither be loaded at the end nor be kept in the place of what is."""
+    """Forget the best checkpoint so far, which is not 2:4: it must neither be loaded at the end nor outlive others."""
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def _bare(optimizer: Any) -> list[Optimizer]:
-    """The optimizer inside accelerate's wrapper, whose own steps it may skip."""
-    return [getattr(optimizer, "optimizer", optimizer)]
+    """Return the optimizer inside accelerate's wrapper, which may skip its steps."""
+    return [optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer]
