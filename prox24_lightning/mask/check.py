@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prox24_lightning.weights.groups import Dim, chunks, group_dims, group_shape, quarters, to_groups
+from prox24_lightning.weights.groups import Dim, check_weight, chunks, group_dims, group_shape, quarters, to_groups
 
 ENTRIES_AT_A_TIME = 2**21
 """Bounds the scratch memory to some 4 MB, whatever the shape."""
@@ -56,6 +56,7 @@ def is_24(weight: Tensor, *, dim: Dim = -1) -> bool:
     Raises:
         ValueError: for a size along ``dim`` that does not divide by 4.
     """
+    check_weight(weight, "is_24")
     return all(
         bool((_zeros(part) >= 2).all())
         for one in group_dims(weight.shape, dim)
@@ -71,6 +72,7 @@ def violations_24(weight: Tensor, *, dim: Dim = -1, limit: int = 5) -> Violation
     Raises:
         ValueError: for a size along ``dim`` that does not divide by 4.
     """
+    check_weight(weight, "violations_24")
     parts = [_violations(weight, one, limit) for one in group_dims(weight.shape, dim)]
     return Violations(
         count=sum(part.count for part in parts),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from prox24_lightning.mask.transposable import refuse_nan, transposable_mask
-from prox24_lightning.weights.groups import Dim, from_groups, to_groups
+from prox24_lightning.weights.groups import Dim, check_weight, from_groups, to_groups
 
 
 def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Tensor:
-    """The 2:4 mask that keeps the two largest scores ``|weight * scale|`` of every group of four.
+    """Return the 2:4 mask that keeps the two largest scores ``|weight * scale|`` of every group of four.
 
     It solves ``argmin_m ||scale * (weight - m * weight)||^2`` over masks with exactly two ones a group: the
     Euclidean projection onto 2:4 without ``scale``, and the projection in the metric of the layer's inputs
@@ -28,7 +28,11 @@ def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Te
 
     Raises:
         ValueError: if the size along ``dim`` does not divide by 4 or ``weight`` holds NaN.
+        TypeError: for what is not a tensor, and under ``torch.vmap``.
     """
+    check_weight(weight, "mask_24")
+    if torch.compiler.is_compiling():
+        return _compiled_mask_24(weight.detach(), [dim] if isinstance(dim, int) else list(dim), scale)
     if not isinstance(dim, int):
         return transposable_mask(weight, dims=dim, scale=scale)
     score = weight.detach() if scale is None else weight.detach() * scale
@@ -45,3 +49,17 @@ def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Te
             beaten[j] = beaten[j] + (1 - later_wins)
     keep = torch.stack([torch.as_tensor(count) < 2 for count in beaten], dim=-1)
     return from_groups(keep, dim)
+
+
+@library.custom_op(
+    "prox24_lightning::mask_24", mutates_args=(), schema="(Tensor weight, int[] dims, Tensor? scale) -> Tensor"
+)
+def _compiled_mask_24(weight: Tensor, dims: list[int], scale: Tensor | None) -> Tensor:
+    """``mask_24`` as torch.compile sees it: one operation, whose check for NaN happens when it runs."""
+    dim = dims[0] if len(dims) == 1 else (dims[0], dims[1])
+    return mask_24(weight, dim=dim, scale=scale).contiguous()
+
+
+@_compiled_mask_24.register_fake
+def _(weight: Tensor, dims: list[int], scale: Tensor | None) -> Tensor:
+    return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)

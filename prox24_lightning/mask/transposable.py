@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.weights.blocks_4x4 import BLOCK_DIMS, from_blocks, to_blocks
+from prox24_lightning.weights.groups import check_weight
 
 CHUNK = 1 << 16
 """Blocks a matrix product: 90 float64 sums each, 47 MB."""
@@ -66,7 +67,7 @@ def transposable_mask(weight: Tensor, *, dims: tuple[int, int] = BLOCK_DIMS, sca
 
     It solves ``argmin_m ||scale * (weight - m * weight)||^2`` over these 90 masks exactly, by trying all: by
     magnitude, or, with ``scale``, in the metric of the layer's inputs. Both the forward product and the one for the
-    gradient of the inputs then run on sparse tensor cores. A mask of seven entries can keep more energy than the best
+    gradient of the inputs then run on sparse tensor cores. A mask of seven entries can retain more than the best
     of eight, but leaves one weight less to fine-tune; masks for training have eight.
 
     Args:
@@ -81,6 +82,7 @@ def transposable_mask(weight: Tensor, *, dims: tuple[int, int] = BLOCK_DIMS, sca
     Raises:
         ValueError: if a size does not divide by 4 or ``weight`` holds NaN.
     """
+    check_weight(weight, "transposable_mask")
     values = weight.detach() if scale is None else weight.detach() * scale
     blocks = to_blocks(values, dims).abs()
     refuse_nan(blocks, weight.shape, "transposable")

@@ -8,7 +8,7 @@ from torch import Tensor
 from prox24_lightning.prox.batched import chunk_size, keep_freed_memory, sort_four
 from prox24_lightning.prox.dispatch import prox_path
 from prox24_lightning.prox.roots import indicator
-from prox24_lightning.weights.groups import chunks, group_shape, quarters, resolve_group_dim
+from prox24_lightning.weights.groups import check_weight, chunks, group_shape, quarters, resolve_group_dim
 
 NEWTON = {torch.float32: 3, torch.float64: 5}
 """Newton steps: relative error of the strength 1e-2, 1e-3, 1e-5, 2e-9 after 0, 1, 2, 3."""
@@ -35,6 +35,7 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
         ValueError: for a dtype that is not a real floating one, or a size along ``dim`` that does not divide by
             4. One dimension only: 4 x 4 blocks have no such formula.
     """
+    check_weight(weight, "critical_strength_24")
     if not weight.is_floating_point():
         raise ValueError(f"critical_strength_24 needs a real floating-point weight, got {weight.dtype}")
     if prox_path(weight) == "triton":

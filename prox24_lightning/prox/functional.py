@@ -18,7 +18,7 @@ from prox24_lightning.prox.block import BlockMethod, BlockTrace, check_method, p
 from prox24_lightning.prox.critical import critical_strength_24
 from prox24_lightning.prox.dispatch import prox_path
 from prox24_lightning.weights.blocks_4x4 import BLOCK_DIMS, block_shape
-from prox24_lightning.weights.groups import Dim, group_shape, resolve_group_dim
+from prox24_lightning.weights.groups import Dim, check_weight, group_shape, resolve_group_dim
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -56,14 +56,16 @@ def prox_24(
     Raises:
         ValueError: for a dtype that is not one of the four, a bad ``dim``, a ``strength`` or ``scale`` that does not
             broadcast, an ``out`` that does not match, and a negative or NaN strength or a scale that is not
-            positive. Values of CUDA tensors are not looked at, as that would wait for the device: where
-            they are bad the group comes back as NaN.
+            positive. Values of CUDA tensors are not checked, as that would wait for the device: where they are bad the
+            group comes back as NaN.
+        TypeError: for what is not a tensor, and under ``torch.vmap``.
     """
     if not isinstance(dim, int):
         return prox_block(weight, strength, dims=dim, scale=scale, out=out)
+    check_weight(weight, "prox_24")
     _check_dtype(weight)
     if torch.compiler.is_compiling():
-        result = _compiled_prox_24(weight.detach(), _as_tensor(strength, weight), dim, scale)
+        result = _compiled_prox_24(weight.detach(), _as_tensor(strength, weight), dim, scale, False)
         return result if out is None else out.copy_(result)
     _check(weight, group_shape(weight.shape, resolve_group_dim(weight.shape, dim)), strength, scale, out)
     with torch.no_grad():
@@ -77,15 +79,49 @@ def prox_24(
 @library.custom_op(
     "prox24_lightning::prox_24",
     mutates_args=(),
-    schema="(Tensor weight, Tensor strength, int dim, Tensor? scale) -> Tensor",
+    schema="(Tensor weight, Tensor strength, int dim, Tensor? scale, bool settle) -> Tensor",
 )
-def _compiled_prox_24(weight: Tensor, strength: Tensor, dim: int, scale: Tensor | None) -> Tensor:
-    """``prox_24`` as torch.compile sees it: one operation, whose checks and choice of a path happen when it runs."""
-    return prox_24(weight, strength, dim=dim, scale=scale, out=torch.empty_like(weight).contiguous())
+def _compiled_prox_24(weight: Tensor, strength: Tensor, dim: int, scale: Tensor | None, settle: bool) -> Tensor:
+    """``prox_24`` and ``settle_24`` as torch.compile sees them: one operation, whose checks happen when it runs."""
+    out = torch.empty_like(weight).contiguous()
+    return (settle_24 if settle else prox_24)(weight, strength, dim=dim, scale=scale, out=out)
 
 
 @_compiled_prox_24.register_fake
-def _(weight: Tensor, strength: Tensor, dim: int, scale: Tensor | None) -> Tensor:
+def _(weight: Tensor, strength: Tensor, dim: int, scale: Tensor | None, settle: bool) -> Tensor:
+    return torch.empty_like(weight).contiguous()
+
+
+@library.custom_op(
+    "prox24_lightning::prox_block",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor strength, int[] dims, Tensor? scale, str method, int steps, int sweeps) -> Tensor",
+)
+def _compiled_prox_block(
+    weight: Tensor,
+    strength: Tensor,
+    dims: list[int],
+    scale: Tensor | None,
+    method: BlockMethod,
+    steps: int,
+    sweeps: int,
+) -> Tensor:
+    """``prox_block`` as torch.compile sees it."""
+    pair = dims[0], dims[1]
+    out = torch.empty_like(weight).contiguous()
+    return prox_block(weight, strength, dims=pair, scale=scale, out=out, method=method, steps=steps, sweeps=sweeps)
+
+
+@_compiled_prox_block.register_fake
+def _(
+    weight: Tensor,
+    strength: Tensor,
+    dims: list[int],
+    scale: Tensor | None,
+    method: BlockMethod,
+    steps: int,
+    sweeps: int,
+) -> Tensor:
     return torch.empty_like(weight).contiguous()
 
 
@@ -109,9 +145,13 @@ def settle_24(
         ``out``, or a new tensor like ``weight``; every entry is that of ``weight`` or +0.0.
 
     Raises:
-        ValueError: as :func:`prox_24`.
+        ValueError, TypeError: as :func:`prox_24`.
     """
+    check_weight(weight, "settle_24")
     _check_dtype(weight)
+    if torch.compiler.is_compiling():
+        result = _compiled_prox_24(weight.detach(), _as_tensor(strength, weight), dim, scale, True)
+        return result if out is None else out.copy_(result)
     _check(weight, group_shape(weight.shape, resolve_group_dim(weight.shape, dim)), strength, scale, out)
     with torch.no_grad():
         if prox_path(weight) == "triton" and (out is None or out.is_contiguous()):
@@ -159,8 +199,13 @@ def prox_block(
     Raises:
         ValueError: as :func:`prox_24`, and for an unknown method.
     """
+    check_weight(weight, "prox_block")
     check_method(method, steps, sweeps)
     _check_dtype(weight)
+    if torch.compiler.is_compiling():
+        strength = _as_tensor(strength, weight)
+        result = _compiled_prox_block(weight.detach(), strength, list(dims), scale, method, steps, sweeps)
+        return result if out is None else out.copy_(result)
     _check(weight, block_shape(weight.shape, dims), strength, scale, out)
     with torch.no_grad():
         result = prox_blocks(

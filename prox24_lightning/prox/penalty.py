@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prox24_lightning.weights.groups import Dim, group_dims, resolve_group_dim
+from prox24_lightning.weights.groups import Dim, check_weight, group_dims, resolve_group_dim
 
 
 def penalty_24(
     weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None, reduce: Literal["sum", "none"] = "sum"
 ) -> Tensor:
-    """``r(w) = |w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|`` for every group of four (arXiv 2501.18015).
+    """Return ``r(w) = |w1 w2 w3| + |w2 w3 w4| + |w3 w4 w1| + |w4 w1 w2|`` for every group of four (arXiv 2501.18015).
 
     Differentiable by autograd, in ``weight`` and in ``scale``.
 
@@ -34,6 +34,7 @@ def penalty_24(
     """
     if reduce not in ("sum", "none"):
         raise ValueError(f"reduce={reduce!r} is unknown; use 'sum' or 'none'")
+    check_weight(weight, "penalty_24", vmap=True)
     if not weight.is_floating_point():
         raise ValueError(f"penalty_24 needs a real floating-point weight, got {weight.dtype}")
     if not isinstance(dim, int):

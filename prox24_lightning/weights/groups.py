@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Geometry = Literal["row", "column", "block"]
@@ -22,6 +23,24 @@ Dim = int | tuple[int, int]
 
 MATRIX_DIMS: dict[Geometry, Dim] = {"row": -1, "column": 0, "block": (0, 1)}
 """Geometry -> where the groups lie once the weight is laid out as (out_features, in_features)."""
+
+
+def check_weight(weight: object, function: str, *, vmap: bool = False) -> None:
+    """Refuse what the tensor functions cannot work on; ``vmap``: whether ``function`` runs under ``torch.vmap``.
+
+    Raises:
+        TypeError: for anything but a tensor (a numpy array, say), and for a tensor of ``torch.vmap``.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"{function} takes a torch.Tensor, got {type(weight).__module__}.{type(weight).__qualname__}; use "
+            "torch.as_tensor"
+        )
+    if not (vmap or torch.compiler.is_compiling()) and torch._C._functorch.is_batchedtensor(weight):
+        raise TypeError(
+            f"{function} does not run under torch.vmap; call it on the stacked weights, whose groups lie along the "
+            "same dimension"
+        )
 
 
 def resolve_group_dim(shape: Sequence[int], dim: int) -> int:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prox24_lightning.mask import is_24, mask_24
+from prox24_lightning.mask import is_24, mask_24, transposable_mask, violations_24
 
 
 def test_the_two_largest_of_four_stay():
@@ -49,3 +50,20 @@ def test_no_other_mask_keeps_more_energy(values):
 def test_nan_is_refused():
     with pytest.raises(ValueError, match="1 scores of a weight of shape"):
         mask_24(torch.tensor([[1.0, float("nan"), 2.0, 3.0]]))
+
+
+@pytest.mark.parametrize("dim", [0, 1, (0, 1)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_whole_graphs_hold_the_mask(dim, scaled):
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    scale = torch.linspace(0.5, 2, 8) if scaled else None
+    compiled = torch.compile(lambda w: w * mask_24(w, dim=dim, scale=scale), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(weight), weight * mask_24(weight, dim=dim, scale=scale))
+
+
+@pytest.mark.parametrize("function", [mask_24, is_24, violations_24, transposable_mask])
+def test_numpy_arrays_and_vmap_are_refused_with_the_remedy(function):
+    with pytest.raises(TypeError, match=r"takes a torch.Tensor, got numpy.ndarray; use torch.as_tensor"):
+        function(np.zeros((8, 8), np.float32))
+    with pytest.raises(TypeError, match="does not run under torch.vmap; call it on the stacked weights"):
+        torch.vmap(function)(torch.randn(2, 8, 8))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from brute import hard_groups
@@ -231,3 +232,43 @@ def test_compiled_is_the_same_and_one_operation():
 
 def test_why_the_batched_path_runs():
     assert why_batched(weight(8, 8)) == "the weight is on cpu, and the fused kernel runs on CUDA GPUs"
+
+
+@pytest.mark.parametrize("dim", [0, 1, (0, 1)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_whole_graphs_hold_the_prox_of_every_geometry(dim, scaled):
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    scale = torch.linspace(0.5, 2, 8) if scaled else None
+    compiled = torch.compile(lambda w: prox_24(w, 0.6, dim=dim, scale=scale) * 2, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(weight), prox_24(weight, 0.6, dim=dim, scale=scale) * 2)
+
+
+def test_whole_graphs_hold_settling():
+    weight = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda w: settle_24(w, 0.6) * 2, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(weight), settle_24(weight, 0.6) * 2)
+
+
+TENSOR_FUNCTIONS = [
+    lambda w: prox_24(w, 0.5),
+    lambda w: prox_24(w, 0.5, dim=(0, 1)),
+    lambda w: settle_24(w, 0.5),
+    critical_strength_24,
+]
+
+
+@pytest.mark.parametrize("function", [*TENSOR_FUNCTIONS, penalty_24])
+def test_numpy_arrays_are_refused_with_the_remedy(function):
+    with pytest.raises(TypeError, match=r"takes a torch.Tensor, got numpy.ndarray; use torch.as_tensor"):
+        function(np.zeros((8, 8), np.float32))
+
+
+@pytest.mark.parametrize("function", TENSOR_FUNCTIONS)
+def test_vmap_is_refused_with_the_remedy(function):
+    with pytest.raises(TypeError, match="does not run under torch.vmap; call it on the stacked weights"):
+        torch.vmap(function)(torch.randn(2, 8, 8))
+
+
+def test_the_penalty_runs_under_vmap():
+    weights = torch.randn(3, 8, 8)
+    assert torch.equal(torch.vmap(penalty_24)(weights), torch.stack([penalty_24(weight) for weight in weights]))
