@@ -23,9 +23,10 @@ from prox24_lightning.weights.sharded import is_sharded
 ExpertInputs = dict[str, dict[int, Tensor]]
 """Parameter name -> expert -> its inputs, (tokens, in_features); experts without a token are left out."""
 
-_TAKEN = (Tensor.__getitem__, Tensor.select, torch.select, Tensor.unbind, torch.unbind)
-_KEPT = (Tensor.t, Tensor.transpose, Tensor.to, Tensor.type_as, Tensor.contiguous, torch.t, torch.transpose)
-_KEPT += (Tensor.T.__get__, Tensor.mT.__get__, Tensor.float, Tensor.bfloat16, Tensor.half)
+_SLICES: tuple[Any, ...] = (Tensor.__getitem__, Tensor.select, torch.select, Tensor.unbind, torch.unbind)
+_VIEWS: tuple[Any, ...] = (Tensor.t, Tensor.transpose, torch.t, torch.transpose, Tensor.contiguous)
+_VIEWS += tuple(getattr(Tensor, name).__get__ for name in ("T", "mT"))
+_CASTS: tuple[Any, ...] = (Tensor.to, Tensor.type_as, Tensor.float, Tensor.bfloat16, Tensor.half)
 _PRODUCTS = (F.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm)
 
 
@@ -83,9 +84,9 @@ class _ExpertProducts(TorchFunctionMode):
         origin = self._origins.get(id(args[0])) if args else None
         if origin is not None:
             _, name, expert = origin
-            if func in _TAKEN and expert is None:
+            if func in _SLICES and expert is None:
                 self._take(func, args, kwargs or {}, name, result)
-            elif func in _KEPT and isinstance(result, Tensor):
+            elif func in (*_VIEWS, *_CASTS) and isinstance(result, Tensor):
                 self._origins[id(result)] = result, name, expert
         return result
 

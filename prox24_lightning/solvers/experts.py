@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.calibration.expert_hessians import ExpertHessians
 from prox24_lightning.calibration.expert_inputs import expert_inputs_of
 from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.solvers.config import SolverConfig
@@ -94,17 +95,42 @@ def _order_of_use(module: nn.Module, runs: Sequence[Callable[[], Any]], names: s
 def _solve(
     weight: GroupedWeight, runs: Sequence[Callable[[], Any]], config: SolverConfig, by_rows: bool
 ) -> SolvedExperts:
-    matrices = expert_matrices(whole(local_part(weight.parameter), weight.parameter), weight.input_dim)
-    columns = matrices.shape[2]
+    count, columns = len(weight.parameter), weight.parameter.shape[weight.input_dim]
     at_once = max(1, HESSIAN_BYTES // (4 * columns**2))
+
+    def hessians() -> Iterator[ExpertHessians]:
+        for first in range(0, count, at_once):
+            found = ExpertHessians(range(first, min(first + at_once, count)))
+            for run in runs:
+                for inputs in expert_inputs_of(weight.module, run):
+                    found.add(inputs.get(weight.parameter_name, {}))
+            found.all_reduce(columns, local_part(weight.parameter).device)
+            yield found
+
+    return _solve_parts(weight, hessians(), config, by_rows)
+
+
+@torch.no_grad()
+def solve_expert_weight(weight: GroupedWeight, hessians: ExpertHessians, *, config: SolverConfig) -> SolvedExperts:
+    """Make one 3-D parameter 2:4, given the Hessians of all its experts' inputs, and write it.
+
+    Raises:
+        ValueError: as ``solve`` does, by name; nothing has been written then.
+    """
+    return _solve_parts(weight, [hessians], config, by_rows=False)
+
+
+def _solve_parts(
+    weight: GroupedWeight, hessians: Iterable[ExpertHessians], config: SolverConfig, by_rows: bool
+) -> SolvedExperts:
+    """Solve the experts part by part; Hessians of one part are freed before those of the next are made."""
+    matrices = expert_matrices(whole(local_part(weight.parameter), weight.parameter), weight.input_dim)
     parts: list[Solution] = []
     tokens: list[int] = []
-    for first in range(0, len(matrices), at_once):
-        some = range(first, min(first + at_once, len(matrices)))
-        hessians = _hessians(weight, runs, some, columns)
-        for expert in some:
-            tokens.append(hessians[expert].tokens)
-            parts.append(_solve_one(weight, matrices[expert], hessians[expert], expert, config, by_rows))
+    for some in hessians:
+        for expert, hessian in some.by_expert.items():
+            tokens.append(hessian.tokens)
+            parts.append(_solve_one(weight, matrices[expert], hessian, expert, config, by_rows))
     shares = [count / max(1, sum(tokens)) for count in tokens]
     joined = Solution.joined([_weighted(part, share) for part, share in zip(parts, shares, strict=True)])
     solution = replace(joined, seconds=sum(part.seconds for part in parts))
@@ -113,20 +139,6 @@ def _solve(
     )
     local_part(weight.parameter).copy_(part_of(values, weight.parameter))
     return SolvedExperts(weight, part_of(mask, weight.parameter), solution, tuple(tokens))
-
-
-def _hessians(
-    weight: GroupedWeight, runs: Sequence[Callable[[], Any]], experts: range, columns: int
-) -> dict[int, HessianAccumulator]:
-    found = {expert: HessianAccumulator() for expert in experts}
-    for run in runs:
-        for inputs in expert_inputs_of(weight.module, run):
-            for expert, rows in inputs.get(weight.parameter_name, {}).items():
-                if expert in found:
-                    found[expert].add(rows)
-    for hessian in found.values():
-        hessian.all_reduce(columns, local_part(weight.parameter).device)
-    return found
 
 
 def _solve_one(

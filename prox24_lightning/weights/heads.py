@@ -156,8 +156,9 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
     shape = layer.get_parameter("weight").shape if "weight" in layer._parameters else (0, 0)
     if is_transposed_linear(layer):
         return shape[0], shape[1]
-    inputs = getattr(layer, "in_features", None) or getattr(layer, "in_channels", shape[1])
-    return inputs, getattr(layer, "out_features", None) or getattr(layer, "out_channels", shape[0])
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return int(getattr(layer, "in_channels", shape[1])), int(getattr(layer, "out_channels", shape[0]))
 
 
 def _wrappers(model: nn.Module) -> list[nn.Module]:

@@ -126,8 +126,8 @@ def _copy_with(module: nn.Module, weight: Tensor) -> nn.Module:
     return layer.eval()
 
 
-def _test_input(module: nn.Module, weight: Tensor, tokens: tuple[int, ...]) -> Tensor:
+def _test_input(module: Any, weight: Tensor, tokens: tuple[int, ...]) -> Tensor:
     if isinstance(module, nn.Linear):
-        return weight.new_ones(*tokens, module.in_features)
+        return weight.new_ones((*tokens, module.in_features))
     span = [(kernel - 1) * step + 1 for kernel, step in zip(module.kernel_size, module.dilation, strict=True)]
-    return weight.new_ones(1, module.in_channels, *span)
+    return weight.new_ones((1, module.in_channels, *span))

@@ -9,6 +9,7 @@ import transformers as tf
 from experts import EXPERTS, INNER, WIDTH, Experts, Mixture
 from torch import nn
 
+from prox24_lightning.calibration.expert_hessians import ExpertHessians
 from prox24_lightning.calibration.expert_inputs import expert_inputs, expert_inputs_of
 from prox24_lightning.calibration.input_second_moment import InputSecondMoments
 from prox24_lightning.weights.selection import select_weights
@@ -157,3 +158,14 @@ def test_experts_that_cannot_run_twice_end_no_training(caplog):
     moments = observed(mixture, (x, *mixture.route(x)), (x, *mixture.route(x)))
     assert moments.scale("experts.down_proj") is None
     assert caplog.text.count("cannot be run once more") == 1
+
+
+def test_hessians_of_experts_are_saved_and_come_back():
+    first, second = ExpertHessians(range(3)), ExpertHessians(range(3))
+    rows = torch.randn(6, WIDTH)
+    first.add({0: rows, 2: rows[:2], 7: rows})
+    assert first.tokens == 8
+    second.load_state_dict([first.state_dict(), first.state_dict()], torch.device("cpu"))
+    assert second.tokens == 16
+    assert torch.allclose(second.by_expert[0].hessian, rows.T @ rows / 6)
+    assert second.by_expert[1].tokens == 0

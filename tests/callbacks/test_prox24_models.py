@@ -360,7 +360,9 @@ def test_a_run_whose_model_is_called_with_odd_things_resumes(argument, tmp_path)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("arguments", [{"strategy": "progressive"}, {"strategy": "post_step", "geometry": "block"}])
+@pytest.mark.parametrize(
+    "arguments", [{"calibration": "auto"}, {"calibration": "stream"}, {"strategy": "post_step", "geometry": "block"}]
+)
 def test_experts_in_one_parameter_go_24(transposed, arguments, caplog):
     model = MixtureModel(1, transposed)
     with caplog.at_level(logging.WARNING):
@@ -371,6 +373,7 @@ def test_experts_in_one_parameter_go_24(transposed, arguments, caplog):
         assert all(is_24(weight.parameter, dim=dim) for dim in dims)
         assert torch.equal(weight.parameter == 0, ~prox.masks[weight.name])
     assert "largest weights are kept" not in caplog.text
+    assert "once more" not in caplog.text
 
 
 class Odd(Experts):

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from prox24_lightning.calibration.expert_hessians import ExpertHessians
 from prox24_lightning.calibration.hooks import before_call, in_backward, inside_compiled, remove_all
 from prox24_lightning.calibration.input_groups import InputGroupFinder
 from prox24_lightning.calibration.streamed_hessian import StreamedHessian
 from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.solvers.experts import solve_expert_weight
 from prox24_lightning.solvers.input_group import solve_input_group
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -62,7 +64,7 @@ class StreamCalibration(Calibration):
             saved = [sums[name] for sums in state["sums"][rank() :: world_size()] if name in sums]
             block = by_name.get(name)
             if block is not None and saved:
-                streamed = self._hessians.setdefault(name, StreamedHessian(block.module))
+                streamed = self._hessians.setdefault(name, StreamedHessian(block.weights[0]))
                 streamed.accumulator.load_state_dict(saved, local_part(block.weights[0].parameter).device)
 
     def detach(self) -> None:
@@ -77,7 +79,7 @@ class StreamCalibration(Calibration):
                 self._hook(module)
         for block in self.blocks:
             if block.name in due and _solvable(block):
-                streamed = self._hessians.setdefault(block.name, StreamedHessian(block.module))
+                streamed = self._hessians.setdefault(block.name, StreamedHessian(block.weights[0]))
                 streamed.begin_batch()
         if (self._listening or due) and inside_compiled(self.model):
             # Hooks that were not there when code was compiled are not run by it.
@@ -95,22 +97,25 @@ class StreamCalibration(Calibration):
             yield block, self._solve(block)
 
     def _solve(self, block: Block) -> Masks:
-        streamed = self._hessians.pop(block.name, None) or StreamedHessian(block.module)
+        streamed = self._hessians.pop(block.name, None) or StreamedHessian(block.weights[0])
         streamed.end_batch()
         if not self._listen or not _solvable(block):
             return {}
         accumulator = streamed.accumulator
-        accumulator.all_reduce(matrix_columns(block.module), local_part(block.weights[0].parameter).device)
+        first = block.weights[0]
+        columns = first.parameter.shape[first.input_dim] if first.is_experts else matrix_columns(block.module)
+        accumulator.all_reduce(columns, local_part(first.parameter).device)
         names = " + ".join(weight.module_name for weight in block.weights)
         if not accumulator.tokens:
             why = streamed.problem or "no training batch before its pruning step calls it"
             log.warning("%s: its inputs were not seen (%s); its largest weights are kept instead", names, why)
             return {}
+        config = SolverConfig(steps=self.settings.prox_steps)
         try:
             with without_tf32():
-                solved = solve_input_group(
-                    block.weights, accumulator, config=SolverConfig(steps=self.settings.prox_steps)
-                )
+                if isinstance(accumulator, ExpertHessians):
+                    return {first.name: solve_expert_weight(first, accumulator, config=config).mask}
+                solved = solve_input_group(block.weights, accumulator, config=config)
         except ValueError as error:
             log.warning("%s; its largest weights are kept instead", error)
             return {}
@@ -163,10 +168,10 @@ class StreamCalibration(Calibration):
 
 def _by_kind(weights: Sequence[GroupedWeight]) -> Iterator[list[GroupedWeight]]:
     """Those of an input group that are solved together, and every other weight alone."""
-    together = [weight for weight in weights if _is_solvable(weight)]
+    together = [weight for weight in weights if _is_solvable(weight) and not weight.is_experts]
     if together:
         yield together
-    yield from ([weight] for weight in weights if not _is_solvable(weight))
+    yield from ([weight] for weight in weights if weight.is_experts or not _is_solvable(weight))
 
 
 def _block(weights: Sequence[GroupedWeight]) -> Block:
@@ -178,4 +183,4 @@ def _solvable(block: Block) -> bool:
 
 
 def _is_solvable(weight: GroupedWeight) -> bool:
-    return not weight.is_experts and why_not_solvable(weight.module, weight.parameter_name) is None
+    return why_not_solvable(weight.module, weight.parameter_name) is None
