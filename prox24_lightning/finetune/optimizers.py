@@ -30,11 +30,9 @@ def wrapped_optimizers(optimizer: Optimizer) -> list[Optimizer]:
     """Return ``optimizer`` and all optimizers that it wraps (SAM's base, Lookahead's inner one), outermost first."""
     found = [optimizer]
     for outer in found:
-        for value in vars(outer).values():
-            entries = (
-                value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
-            )
-            found += [e for e in entries if isinstance(e, Optimizer) and not any(e is known for known in found)]
+        for leaf in tree_leaves(vars(outer)):
+            if isinstance(leaf, Optimizer) and not any(leaf is known for known in found):
+                found.append(leaf)
     return found
 
 
