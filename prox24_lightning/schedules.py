@@ -1,7 +1,7 @@
 """Pure functions of progress: how a value moves while the sparsification phase runs from 0 to 1.
 
 One family serves two purposes: the prox's strength (relative to a layer's weight scale), and the fraction of
-groups that ``schedule="auto"`` wants to be 2:4.
+groups that are 2:4 under ``schedule="auto"``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 class Schedule(ABC):
-    """A value for every progress in [0, 1]; calling it outside of that range gives the value of the nearer end."""
+    """A value for every progress in [0, 1]; outside of that range, the value of the nearer end."""
 
     def __call__(self, progress: float) -> float:
         return self.at(min(max(progress, 0.0), 1.0))
@@ -98,7 +98,7 @@ FRACTION_CURVES: dict[str, Schedule] = {"linear": Linear(), "cubic": Cubic()}
 
 
 def named_schedule(value: str | Schedule, table: dict[str, Schedule], argument: str) -> Schedule:
-    """Look a schedule up by name; a schedule object passes through.
+    """Return the schedule of this name; a schedule object passes through.
 
     Raises:
         ValueError: for a name that is not in ``table``; ``argument`` names the setting.

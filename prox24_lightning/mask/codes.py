@@ -1,4 +1,4 @@
-"""The mask that a weight would get now, as one byte a group: to count changes, and to be looked at."""
+"""The mask that a weight would get now, as one byte a group: to count changes, and as a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prox24_lightning.weights.groups import Dim, group_dims, to_groups
 
 
 def top_two_code(score: Tensor) -> Tensor:
-    """Which two of every four entries are the largest, as one byte a group: bit i is set if entry i is.
+    """Return which two of every four entries are the largest, as one byte a group: bit i is set if entry i is.
 
     The rule is that of :func:`~prox24_lightning.mask.mask_24`, among equals the earlier position, without its check for
     NaN, which would wait for the device.
@@ -33,7 +33,7 @@ def top_two_code(score: Tensor) -> Tensor:
 
 
 def flipped_entries(before: Tensor, after: Tensor) -> Tensor:
-    """Number of mask entries in which two results of :func:`top_two_code` differ: float32, 0-dim."""
+    """Return the number of mask entries in which two results of :func:`top_two_code` differ: float32, 0-dim."""
     changed = before ^ after
     pairs = (changed & 5) + ((changed >> 1) & 5)
     return ((pairs & 3) + (pairs >> 2)).sum(dtype=torch.float32)
@@ -42,7 +42,7 @@ def flipped_entries(before: Tensor, after: Tensor) -> Tensor:
 def mask_picture(
     weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None, rows: int = 48, columns: int = 48
 ) -> Tensor:
-    """The corner of a weight as it stands in the way to 2:4, its groups running from left to right.
+    """Return a picture of the corner of a weight on its way to 2:4, groups running from left to right.
 
     With a pair of dimensions (4 x 4 blocks) the first runs downwards and the second from left to right.
 

@@ -20,8 +20,9 @@ RESOLUTION = 40
 
 @cache
 def transposable_patterns(device: torch.device, at_most: bool = False) -> Tensor:
-    """All 90 4 x 4 masks with two ones in every row and column: float64 (90, 4, 4), those that keep early positions
-    first.
+    """Return all 90 4 x 4 masks with two ones in every row and column: float64 (90, 4, 4).
+
+    Those that keep early positions come first.
 
     With ``at_most`` the 96 of seven entries follow: a row and a column that meet in their only entry cannot take
     an eighth. These 186 are all maximal masks with at most two ones in every row and column.
@@ -38,7 +39,7 @@ def transposable_patterns(device: torch.device, at_most: bool = False) -> Tensor
 
 
 def best_patterns(score: Tensor, at_most: bool = False) -> Tensor:
-    """The :func:`transposable_patterns` with the largest sum of scores: any score, not only squares.
+    """Return the :func:`transposable_patterns` with the largest sum of scores: any score, not only squares.
 
     Ties, up to 2^-40 of a block's largest score, go to the earlier pattern. As sums are exact, the order in which a
     device adds does not matter: every device and every rank gives the same mask.
@@ -63,7 +64,7 @@ def best_patterns(score: Tensor, at_most: bool = False) -> Tensor:
 
 
 def transposable_mask(weight: Tensor, *, dims: tuple[int, int] = BLOCK_DIMS, scale: Tensor | None = None) -> Tensor:
-    """The mask of two of four in every row and column of each 4 x 4 block that keeps most of ``(weight * scale)^2``.
+    """Return the mask of two of four in every row and column of each 4 x 4 block that keeps most of the squares.
 
     It solves ``argmin_m ||scale * (weight - m * weight)||^2`` over these 90 masks exactly, by trying all: by
     magnitude, or, with ``scale``, in the metric of the layer's inputs. Both the forward product and the one for the
@@ -90,8 +91,10 @@ def transposable_mask(weight: Tensor, *, dims: tuple[int, int] = BLOCK_DIMS, sca
 
 
 def refuse_nan(scores: Tensor, shape: torch.Size, kind: str) -> None:
-    """Raises:
-    ValueError: if a mask of this ``kind`` is to be chosen by ``scores`` of which some are NaN.
+    """Refuse scores with NaN.
+
+    Raises:
+        ValueError: if some of the ``scores`` for a mask of this ``kind`` are NaN.
     """
     if torch.isnan(scores).any():
         raise ValueError(
@@ -101,7 +104,7 @@ def refuse_nan(scores: Tensor, shape: torch.Size, kind: str) -> None:
 
 
 def relative_squares(blocks: Tensor) -> Tensor:
-    """Squares of (4, 4, blocks) over the largest of each block, in float64: no overflow, no underflow of what
+    """Return squares of (4, 4, blocks) over the largest of each block, in float64: no overflow, no underflow of what
     counts."""
     values = blocks.double().abs().clamp_max(torch.finfo(torch.float64).max)
     largest = values.amax((0, 1))

@@ -1,8 +1,8 @@
 """The exact 2:4 proximal operator in batched torch operations, for any device and dtype.
 
 Memory is bounded by working on chunks of groups. On CPU only the groups that need it are solved: cheap tests
-settle most groups, and the rest is gathered. On other devices gathering would wait for the device to say how
-many there are, so every group of a chunk is solved and the answer selected: more arithmetic, no wait.
+settle most groups, and the rest is gathered. On other devices gathering would wait for the device to count
+them, so every group of a chunk is solved and the answer selected: more arithmetic, no wait.
 """
 
 from __future__ import annotations
@@ -68,15 +68,18 @@ def prox_24_batched(
 
 
 def chunk_size(weight: Tensor) -> int:
-    """Groups a chunk. Some 40 values of the computing dtype are alive for each, so a share of all groups: a small one
-    on CPU, where chunks should fit the cache; a larger one elsewhere, as every operation is a launch."""
+    """Return the number of groups of a chunk.
+
+    Some 40 values of the computing dtype are alive for each, so a chunk is a share of all groups: a small one on CPU,
+    where chunks should fit the cache; a larger one elsewhere, as every operation is a launch.
+    """
     on_cpu = weight.device.type == "cpu"
     share = weight.numel() // (64 if on_cpu else 16) // (4 if weight.element_size() < 4 else 1)
     return min(CHUNK, max(SMALLEST, share)) if on_cpu else max(CHUNK, share)
 
 
 def sort_four(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four entries (first dimension) of each group, largest first. A NaN spreads to all four."""
+    """Return the four entries (first dimension) of each group, largest first. A NaN spreads to all four."""
     high, low = torch.maximum(y[:2], y[2:]), torch.minimum(y[:2], y[2:])
     middle_high, middle_low = torch.minimum(high[0], high[1]), torch.maximum(low[0], low[1])
     return (
@@ -89,7 +92,7 @@ def sort_four(y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @cache
 def keep_freed_memory() -> None:
-    """Once a process: let the C library keep freed blocks instead of returning them to the system.
+    """Let the C library keep freed blocks instead of returning them to the system; once a process.
 
     glibc maps every block above 128 kB afresh until a larger one has been freed, and the page faults
     of that cost more than the arithmetic. Freeing one block of 16 MB, never touched, moves the threshold.

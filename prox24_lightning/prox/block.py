@@ -1,4 +1,4 @@
-"""The prox of the block geometry: 4 x 4 blocks that shall be 2:4 along rows and columns at once.
+"""The prox of the block geometry: 4 x 4 blocks that become 2:4 along rows and columns at once.
 
     argmin_W 1/2 ||W - Y||^2 + strength * (sum of r over the 4 rows + sum of r over the 4 columns)
 
@@ -45,7 +45,7 @@ CHUNK = {"cpu": 1 << 15, "cuda": 1 << 20}
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """How a splitting converges: one value a step, over all blocks.
+    """Convergence of a splitting: one value a step, over all blocks.
 
     Attributes:
         objective: mean objective of a block.
@@ -60,8 +60,10 @@ class BlockTrace:
 
 
 def check_method(method: str, steps: int, sweeps: int) -> None:
-    """Raises:
-    ValueError: for an unknown method, or numbers of steps that do nothing.
+    """Refuse bad arguments.
+
+    Raises:
+        ValueError: for an unknown method, or numbers of steps that do nothing.
     """
     if method not in get_args(BlockMethod):
         raise ValueError(f"method={method!r} is unknown; use one of {', '.join(get_args(BlockMethod))}")
@@ -80,7 +82,7 @@ def prox_blocks(
     steps: int = 5,
     sweeps: int = 2,
 ) -> Tensor:
-    """As :func:`prox24_lightning.prox.prox_block`, which checks the arguments first and hands in the row prox."""
+    """As :func:`prox24_lightning.prox.prox_block`, which checks the arguments and passes the row prox."""
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
     first, second = group_dims(weight.shape, dims)
     source = to_blocks(weight.detach(), (first, second))
@@ -95,7 +97,7 @@ def prox_blocks(
         y = scaled.abs().contiguous()
         best = solve_blocks(y, strength[part], prox, method=method, steps=steps, sweeps=sweeps)
         found = torch.copysign(best, scaled) if factor is None else torch.copysign(best, scaled) / factor[:, :, part]
-        # What was not touched is what was given, bit for bit; what was pruned is +0.
+        # Untouched entries stay bit for bit; pruned ones are +0.
         found = torch.where(best == y, given, torch.where(best == 0, 0.0, found))
         result[:, :, part] = found.to(weight.dtype)
     return from_blocks(result, weight.shape, (first, second))
@@ -104,7 +106,7 @@ def prox_blocks(
 def solve_blocks(
     y: Tensor, strength: Tensor, prox: Prox, *, method: BlockMethod = "dykstra", steps: int = 5, sweeps: int = 2
 ) -> Tensor:
-    """The guarded result for magnitudes ``y`` (4, 4, blocks) and ``strength`` (blocks,): same shape as ``y``."""
+    """Return the guarded result for magnitudes ``y`` (4, 4, blocks) and ``strength`` (blocks,): same shape as ``y``."""
     finite = strength.clamp_max(torch.finfo(y.dtype).max)
     found = y
     if method != "descent":
@@ -119,7 +121,7 @@ def solve_blocks(
 def splitting(
     y: Tensor, strength: Tensor, prox: Prox, method: BlockMethod, steps: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each step's iterate, and what the row prox and the column prox gave; all (4, 4, blocks)."""
+    """Yield the iterate of each step, and the results of its row prox and column prox; all (4, 4, blocks)."""
     if method == "dykstra":
         x, rows_rest, columns_rest = y, torch.zeros_like(y), torch.zeros_like(y)
         for _ in range(steps):
@@ -141,7 +143,7 @@ def splitting(
 
 
 def descend(w: Tensor, y: Tensor, strength: Tensor, prox: Prox, sweeps: int) -> Tensor:
-    """Exact minimisation over one row, then one column, of every block at a time: never raises the objective."""
+    """Minimise exactly over one row, then one column, of every block at a time: never raises the objective."""
     w = w.clone()
     for _ in range(sweeps):
         for rows in (True, False):
@@ -156,14 +158,14 @@ def descend(w: Tensor, y: Tensor, strength: Tensor, prox: Prox, sweeps: int) -> 
 
 
 def block_objective(w: Tensor, y: Tensor, strength: Tensor) -> Tensor:
-    """``1/2 ||w - y||^2 + strength * penalty`` of every block, in float64: (blocks,)."""
+    """Return ``1/2 ||w - y||^2 + strength * penalty`` of every block, in float64: (blocks,)."""
     w, y = w.double(), y.double()
     penalty = penalty_24(w, dim=0, reduce="none").sum((0, 1)) + penalty_24(w, dim=1, reduce="none").sum((0, 1))
     return 0.5 * (w - y).square().sum((0, 1)) + strength.double() * penalty
 
 
 def trace_blocks(y: Tensor, strength: Tensor, prox: Prox, method: BlockMethod, steps: int) -> BlockTrace:
-    """How the splitting of magnitudes ``y`` (4, 4, blocks) converges, before descent and guard. Waits for the
+    """Record how the splitting of magnitudes ``y`` (4, 4, blocks) converges, before descent and guard. Waits for the
     device."""
     trace = BlockTrace([], [], [])
     size, last = y.square().mean().sqrt().clamp_min(torch.finfo(y.dtype).tiny), y

@@ -15,7 +15,7 @@ NEWTON = {torch.float32: 3, torch.float64: 5}
 
 
 def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None = None) -> Tensor:
-    """The smallest strength at which :func:`~prox24_lightning.prox.prox_24` makes each group 2:4.
+    """Return the smallest strength at which :func:`~prox24_lightning.prox.prox_24` makes each group 2:4.
 
     For sorted magnitudes ``y1 >= y2 >= y3 >= y4`` it does not depend on ``y4``: a dense point never beats two entries
     unless a 3-sparse one does. It is ``y3 / (y1 y2)`` where the third entry reaches zero continuously, and a root of

@@ -8,11 +8,11 @@ from torch import Tensor
 from prox24_lightning.utils.triton import why_no_triton
 
 LARGEST = (1 << 33) - (1 << 24)
-"""Entries of a weight from which on the kernel cannot number its groups."""
+"""Number of entries from which on the kernel cannot number the groups of a weight."""
 
 
 def prox_path(weight: Tensor) -> str:
-    """Which implementation :func:`~prox24_lightning.prox.prox_24` runs for ``weight``: ``"triton"`` or ``"batched"``.
+    """Return which implementation :func:`~prox24_lightning.prox.prox_24` runs: ``"triton"`` or ``"batched"``.
 
     The fused Triton kernels take contiguous float32, bfloat16 and float16 weights on a CUDA GPU of compute capability
     8.0 or newer. An ``out`` that is not contiguous also takes the batched path.
@@ -21,7 +21,7 @@ def prox_path(weight: Tensor) -> str:
 
 
 def why_batched(weight: Tensor) -> str | None:
-    """Why the fused kernels do not take ``weight``, in words; None if they do."""
+    """Return the reason why the fused kernels do not take ``weight``; None if they do."""
     if not weight.is_cuda:
         return f"the weight is on {weight.device}, and the fused kernel runs on CUDA GPUs"
     if weight.dtype == torch.float64:

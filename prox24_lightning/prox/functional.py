@@ -1,4 +1,4 @@
-"""The 2:4 proximal operator, its penalty, and the strength at which a group becomes 2:4.
+"""The public functions of the prox: checks of the arguments, the choice of a path, and what torch.compile sees.
 
 ``prox_24`` runs one fused Triton kernel where it can (contiguous float32, bfloat16 and float16 weights on a CUDA GPU
 of compute capability 8.0 or newer) and batched torch operations elsewhere; :func:`prox_path` says which path runs,
@@ -177,10 +177,10 @@ def prox_block(
     """Minimise ``1/2 ||w - weight||^2 + strength * (r over rows + r over columns)`` for every 4 x 4 block, by
     splitting.
 
-    At full strength a block keeps *at most* two entries in every row and column: seven entries may keep more than any
-    eight. No closed form is known; ``prox/block.py`` says how it is split and why no block ends with a worse objective
-    than its exact projection. The row and column steps run the fused
-    kernels where :func:`prox_path` says so. No wait for the device.
+    At full strength a block keeps *at most* two entries in every row and column: seven entries may retain more than any
+    eight. No closed form is known; ``prox/block.py`` explains the splitting, and why no block ends with a worse
+    objective than its exact projection. The row and column steps run on the :func:`prox_path` of the weight. No wait
+    for the device.
 
     Args:
         weight: as for :func:`prox_24`; both sizes along ``dims`` divide by 4.
@@ -225,8 +225,7 @@ def prox_block(
 def block_convergence(
     blocks: Tensor, strength: float | Tensor, *, method: BlockMethod = "dykstra", steps: int = 50
 ) -> BlockTrace:
-    """How the splitting alone converges on magnitudes of (4, 4, blocks), step by step; ``strength`` one value or
-    (blocks,).
+    """Trace the splitting alone on magnitudes of (4, 4, blocks), step by step; ``strength`` one value or (blocks,).
 
     Raises:
         ValueError: for the method ``"descent"``, which has no splitting, and for bad arguments.
@@ -239,7 +238,7 @@ def block_convergence(
 
 
 def _line_prox(weight: Tensor) -> Callable[..., Tensor]:
-    """The row prox for the lines of blocks. On CPU in long chunks: a sweep has eight prox of a quarter of the
+    """Return the row prox for the lines of blocks. On CPU in long chunks: a sweep has eight prox of a quarter of the
     weight."""
     return partial(prox_24_batched, chunk=CHUNK) if weight.device.type == "cpu" else prox_24
 

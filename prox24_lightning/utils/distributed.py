@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of processes; 1 without a process group."""
+    """Return the number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's number, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -53,7 +53,7 @@ def on_first(action: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception) -> Exception:
-    """``error``, or one that says the same where it cannot be pickled for the other ranks."""
+    """Return ``error``, or one of the same text where it cannot be pickled for the other ranks."""
     if world_size() == 1:
         return error
     try:
@@ -64,7 +64,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def gathered_objects(value: T) -> list[T]:
-    """Every rank's ``value``, on every rank; plain Python objects."""
+    """Return every rank's ``value``, on every rank; plain Python objects."""
     if world_size() == 1:
         return [value]
     found: list[T] = [value] * world_size()
@@ -73,7 +73,7 @@ def gathered_objects(value: T) -> list[T]:
 
 
 def gathered_on_first(value: T) -> list[T]:
-    """Every rank's ``value`` on the first rank, its own alone on the others: for what is large, and saved there."""
+    """Return every rank's ``value`` on the first rank, its own alone on the others: for large values to save."""
     if world_size() == 1:
         return [value]
     found: list[T] | None = [value] * world_size() if rank() == 0 else None
@@ -82,7 +82,7 @@ def gathered_on_first(value: T) -> list[T]:
 
 
 def stacked(tensor: Tensor) -> Tensor:
-    """The ranks' tensors of one shape and dtype, stacked along a new first dimension, on every rank."""
+    """Return the ranks' tensors of one shape and dtype, stacked along a new first dimension, on every rank."""
     if world_size() == 1:
         return tensor.unsqueeze(0)
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
@@ -91,7 +91,7 @@ def stacked(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of the ranks' tensors of one shape, written into ``tensor``."""
+    """Return the mean of the ranks' tensors of one shape, written into ``tensor``."""
     if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.SUM)
         tensor.div_(world_size())
@@ -99,7 +99,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool, device: torch.device | str) -> bool:
-    """Whether ``flag`` is true on at least one rank; ``device`` is one that the process group can talk over."""
+    """Return whether ``flag`` is true on at least one rank; the process group communicates over ``device``."""
     if world_size() == 1:
         return flag
     found = torch.tensor(int(flag), device=device)
@@ -112,8 +112,8 @@ def check_same(tensors: Mapping[str, Tensor], what: str, device: torch.device | 
 
     Args:
         tensors: by name, the same names on every rank.
-        what: what they are, for the message.
-        device: one that the process group can talk over.
+        what: their kind, for the message.
+        device: one that the process group communicates over.
 
     Raises:
         RuntimeError: on every rank, with the first name whose tensors differ and the ranks that have them.

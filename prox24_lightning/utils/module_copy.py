@@ -1,4 +1,4 @@
-"""A copy of a module to measure or to learn from: in evaluation mode, without gradients, hooks or compilation."""
+"""Copies of modules, to measure or as a dense reference: evaluation mode, no gradients, hooks or compilation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def bare_copy(
 
 
 def frozen_copy(module: nn.Module, *, shared: Sequence[object] = ()) -> nn.Module:
-    """A copy of ``module`` that never changes: evaluation mode, no gradients, no hooks, not compiled, no caches kept.
+    """Return a copy of ``module`` that never changes: evaluation mode, no gradients, hooks, compilation or caches.
 
     Args:
         module: unchanged afterwards; each tensor is copied where it lies.
@@ -75,7 +75,7 @@ def frozen_copy(module: nn.Module, *, shared: Sequence[object] = ()) -> nn.Modul
     """
     for name, parameter in module.named_parameters():
         if parameter.is_meta or nn.parameter.is_lazy(parameter):
-            raise ValueError(f"{name} has no values yet, so there is nothing to learn from; give it some first")
+            raise ValueError(f"{name} has no values yet, so there is nothing to copy; load or initialise it first")
     copy = bare_copy(module, shared=shared)
     for part in copy.modules():
         # A forward set on the instance (compiled, say) is a function over the original, and would run the student.
@@ -89,7 +89,7 @@ def frozen_copy(module: nn.Module, *, shared: Sequence[object] = ()) -> nn.Modul
 
 
 def cast_model(module: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-    """``module.to(device, dtype)``, in place, but for :func:`float32_tables`."""
+    """Move and cast ``module``, as ``module.to(device, dtype)`` does in place, but for :func:`float32_tables`."""
     tables = [(held, name, held[name]) for held, name in float32_tables(module)]
     module.to(device=device, dtype=dtype)
     for held, name, table in tables:
@@ -98,7 +98,7 @@ def cast_model(module: nn.Module, dtype: torch.dtype, device: torch.device | Non
 
 
 def float32_tables(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Dictionary and key of the buffers that models of transformers keep in float32 whatever their weights are.
+    """Yield dictionary and key of the buffers that models of transformers keep in float32 whatever their weights are.
 
     Rotary frequencies and GPT-J's table of positions: rounded to 16 bits, they would turn late positions wrongly.
     """
@@ -111,7 +111,7 @@ def float32_tables(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def move_inputs(inputs: Any, *, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Nested inputs on ``device``, floating-point tensors in ``dtype``; other objects move by their ``.to``, if any."""
+    """Move nested inputs to ``device``, floating-point tensors to ``dtype``; other objects by their ``.to``, if any."""
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -127,7 +127,7 @@ def _cast(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None
 
 @contextmanager
 def _bare(module: nn.Module) -> Iterator[nn.Module]:
-    """The module without hooks and compilation for as long as the context lasts."""
+    """Yield the module without hooks and compilation, which come back when the context ends."""
     undo: list[tuple[dict[str, Any], str, Any]] = []
 
     def replace(holder: dict[str, Any], key: str, value: Any) -> None:

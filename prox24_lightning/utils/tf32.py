@@ -1,4 +1,4 @@
-"""Float32 products of matrices on GPUs: whether they may be rounded to TF32, and how to do without it for a while."""
+"""TF32 rounding of float32 matrix products on GPUs: whether it is allowed, and a context without it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 
 def allows_tf32() -> bool:
-    """Whether the inputs of float32 products on CUDA devices may be rounded to ten bits."""
+    """Return whether the inputs of float32 products on CUDA devices may be rounded to ten bits."""
     matmul = torch.backends.cuda.matmul
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Whole float32 products: training may do with less, the solver of a layer ends at a higher loss.
+    """Compute float32 products in full precision; with less the solver of a layer ends at a higher loss.
 
-    Compiled code is made anew under another setting, so it is not to be run inside.
+    Do not run compiled code inside: it would be compiled again for another setting.
     """
     matmul = torch.backends.cuda.matmul
     # Torch 2.9 has a setting for each library; read or set by its older name, the two must agree.

@@ -10,7 +10,7 @@ import torch
 
 @functools.cache
 def why_no_triton(device: torch.device) -> str | None:
-    """Why no fused kernel runs on the CUDA device, in words; None if they do."""
+    """Return the reason why fused kernels do not run on the CUDA device; None if they do."""
     if torch.version.hip is not None:
         return "this PyTorch is built for ROCm, and the fused kernel was only tried on CUDA"
     if importlib.util.find_spec("triton") is None:
