@@ -196,7 +196,7 @@ def _draw_zeros(axes: Axes, history: SparsityHistory) -> None:
 
 
 def _draw_retained_norm(axes: Axes, history: SparsityHistory) -> None:
-    whole, lowest = history.series["energy_kept"], history.series["lowest_energy_kept"]
+    whole, lowest = history.series["retained_squared_norm"], history.series["lowest_retained_squared_norm"]
     marker = _marker(history)
     lines = axes.plot(history.steps, whole, color=BLUE, linewidth=1.8, marker=marker, label="retained squared norm")
     lines += axes.plot(

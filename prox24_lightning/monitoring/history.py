@@ -10,8 +10,14 @@ import torch
 
 from prox24_lightning.monitoring.statistics import SparsityStats
 
-STATE_VERSION = 1
-SERIES = (*(f"zeros_{count}" for count in range(5)), "energy_kept", "lowest_energy_kept", "mask_flips", "strength")
+STATE_VERSION = 2
+SERIES = (
+    *(f"zeros_{count}" for count in range(5)),
+    "retained_squared_norm",
+    "lowest_retained_squared_norm",
+    "mask_flips",
+    "strength",
+)
 """Statistics kept of each step besides the 2:4 fraction of every layer; NaN where there is none."""
 
 
@@ -52,8 +58,8 @@ class SparsityHistory:
         if tuple(layers) != self.layers:
             raise ValueError(f"statistics of {list(layers)} do not fit a history of {list(self.layers)}")
         row = {f"zeros_{count}": share for count, share in enumerate(whole.zeros)}
-        row["energy_kept"] = whole.energy_kept
-        row["lowest_energy_kept"] = min(layer.energy_kept for layer in layers.values())
+        row["retained_squared_norm"] = whole.retained_squared_norm
+        row["lowest_retained_squared_norm"] = min(layer.retained_squared_norm for layer in layers.values())
         row["mask_flips"] = math.nan if whole.mask_flips is None else whole.mask_flips
         row["strength"] = math.nan if whole.strength is None else whole.strength
         if self.steps and step < self.steps[-1]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prox24_lightning.mask.codes import mask_picture
 from prox24_lightning.monitoring.history import SparsityHistory
-from prox24_lightning.monitoring.statistics import SeenMask, SparsityStats, look
+from prox24_lightning.monitoring.statistics import MeasuredMask, SparsityStats, measure_sparsity
 from prox24_lightning.monitoring.summary import percent
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase
@@ -19,7 +19,7 @@ from prox24_lightning.weights.sharded import local_part
 
 PHASES = ("dense", "sparsify", "frozen")
 """In the order of their numbers in the log."""
-METRICS = ("groups_24", "energy_kept", "penalty", "rms", "mask_flips", "strength")
+METRICS = ("groups_24", "retained_squared_norm", "penalty", "rms", "mask_flips", "strength")
 
 
 class PruningState(Protocol):
@@ -57,7 +57,7 @@ class MonitoredWeights:
     history: SparsityHistory
     whole: SparsityStats | None = None
     layers: dict[str, SparsityStats] = field(default_factory=dict)
-    masks: dict[str, SeenMask] = field(default_factory=dict)
+    masks: dict[str, MeasuredMask] = field(default_factory=dict)
 
     def measure(self, steps: int) -> bool:
         """Compute the statistics after ``steps`` steps and record them; return False if that step was recorded."""
@@ -65,11 +65,11 @@ class MonitoredWeights:
         pruning = self.pruning
         # A frozen weight has no strength: the one still stored was last used before the freeze.
         strengths = None if pruning is None or pruning.phase == "frozen" else pruning.strengths
-        self.whole, self.layers = look(
+        self.whole, self.layers = measure_sparsity(
             self.weights,
             scale_of=self._scale,
             strengths=strengths,
-            seen=self.masks,
+            last_masks=self.masks,
             from_pass=None if pruning is None else pruning.pass_statistics,
         )
         self.history.record(steps, self.whole, self.layers)

@@ -1,6 +1,6 @@
-"""How sparse the weights are, and at what price: a handful of numbers a layer, read from the device in one go.
+"""Statistics of the weights' sparsity: a few numbers a layer, read from the device in one transfer.
 
-Nothing here waits for the device except :func:`look`, which does so once for all weights together.
+Only :func:`measure_sparsity` waits for the device, once for all weights together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prox24_lightning.weights.sharded import local_part
 
 @dataclass(frozen=True)
 class SparsityStats:
-    """What one look at a weight, or at several taken together, has found.
+    """Statistics of one weight, or of several taken together.
 
     "In the metric" means: of ``weight * scale``, the coordinates in which masks are chosen.
 
@@ -33,21 +33,21 @@ class SparsityStats:
         groups: number of groups of four; in the block geometry those along both dimensions, so that everything that is
             counted by groups or entries counts both directions.
         zeros: share of the groups with exactly 0, 1, 2, 3, 4 zeros; they add up to one.
-        energy_kept: sum of squares of the two largest entries of every group over that of all, in the metric: what
-            projecting the weight now would keep (in the block geometry the best transposable mask). 1.0 for a weight
-            of zeros.
+        retained_squared_norm: squared norm of the two largest entries of every group over that of all, in the metric,
+            which is the share that a projection now would keep (in the block geometry by the best transposable mask).
+            1.0 for a weight of zeros.
         penalty: mean of the penalty r (arXiv 2501.18015) over the groups, in the metric, relative to the cube of
             the rms there, so that layers compare. About 2.0 for Gaussian weights, 0 for a 2:4 weight.
         rms: root mean square of the weight itself, zeros included.
-        mask_flips: share of entries of the top-two mask, in the metric, that differ from the look before; None
-            where there is none to compare with.
+        mask_flips: share of entries of the top-two mask, in the metric, that differ from the measurement before;
+            None for the first.
         strength: strength of the prox last used, units 1 / (weight * scale); the median over several weights;
             None before there is one.
     """
 
     groups: int
     zeros: tuple[float, ...]
-    energy_kept: float
+    retained_squared_norm: float
     penalty: float
     rms: float
     mask_flips: float | None = None
@@ -65,36 +65,36 @@ class SparsityStats:
 
 
 @dataclass(frozen=True)
-class SeenMask:
-    """The top-two mask of a weight at a look: one byte a group, and whether a scale was in use."""
+class MeasuredMask:
+    """The top-two mask of a measured weight: one byte a group, and whether a scale was in use."""
 
     code: Tensor
     scaled: bool
 
 
 @torch.no_grad()
-def look(
+def measure_sparsity(
     weights: Sequence[GroupedWeight],
     *,
     scale_of: Callable[[str], Tensor | None] = lambda name: None,
     strengths: Mapping[str, Tensor] | None = None,
-    seen: MutableMapping[str, SeenMask] | None = None,
+    last_masks: MutableMapping[str, MeasuredMask] | None = None,
     from_pass: PassStatistics | None = None,
 ) -> tuple[SparsityStats, dict[str, SparsityStats]]:
-    """Statistics of all weights together and of each, with one wait for the device.
+    """Return the statistics of all weights together and of each, with one wait for the device.
 
     Args:
-        weights: at least one; of a sharded weight this rank's part is looked at, which must not be empty.
+        weights: at least one; of a sharded weight this rank's part is measured, which must not be empty.
         scale_of: weight name -> scale of the metric, broadcasting to the weight, or None.
         strengths: weight name -> 0-dim tensor; may lack weights.
-        seen: weight name -> mask of the last look, from which flips are counted; replaced by this look's. Masks seen
-            with and without a scale are not compared, as the change of coordinates alone flips entries.
+        last_masks: weight name -> mask of the last measurement, from which flips are counted; replaced by the present
+            mask. Masks with and without a scale are not compared, as the change of coordinates alone flips entries.
         from_pass: statistics from the pass that changed the weights; may lack weights.
 
     Returns:
         the whole, and a dict by weight name in the order of ``weights``.
     """
-    strengths, seen = strengths or {}, {} if seen is None else seen
+    strengths, last_masks = strengths or {}, {} if last_masks is None else last_masks
     rows, compared = [], []
     for weight in weights:
         scale = scale_of(weight.name)
@@ -104,7 +104,7 @@ def look(
             sums, code = measured.sums[:-1], measured.code.movedim(weight.dim, -1).flatten()
         else:
             sums, code = weight_sums(part, dim=weight.dim, scale=scale)
-        mask, last = SeenMask(code, scale is not None), seen.get(weight.name)
+        mask, last = MeasuredMask(code, scale is not None), last_masks.get(weight.name)
         comparable = last is not None and last.scaled == mask.scaled and last.code.device == code.device
         flips = sums.new_zeros(())
         if last is not None and comparable:
@@ -114,7 +114,7 @@ def look(
         extra = [flips, strength]
         rows.append(torch.cat([sums, torch.stack([value.to(sums.device) for value in extra])]))
         compared.append(comparable)
-        seen[weight.name] = mask
+        last_masks[weight.name] = mask
     device = rows[0].device
     values = torch.stack([row.to(device, non_blocking=True) for row in rows]).tolist()
     layers = {
@@ -125,12 +125,12 @@ def look(
 
 
 def _local_groups(weight: GroupedWeight) -> int:
-    """Groups in this rank's part of the weight: of a sharded one, as large a share as of its entries."""
+    """Return the number of groups in this rank's part of the weight, in proportion to its entries."""
     return weight.groups * local_part(weight.parameter).numel() // weight.parameter.numel()
 
 
 def weight_sums(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The sums behind :class:`SparsityStats` for one weight, left on its device.
+    """Return the sums behind :class:`SparsityStats` for one weight, on its device.
 
     Args:
         weight: any floating dtype, any strides; its size along ``dim`` divides by 4.
@@ -147,7 +147,7 @@ def weight_sums(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -
         from prox24_lightning.prox.triton.statistics_pass import group_sums
 
         return group_sums(weight, dim=dim, scale=scale)
-    # One pass lays the first, second, third and fourth entries of all groups in rows; all that follows is contiguous.
+    # One pass lays the first, second, third and fourth entries of all groups in rows, so the rest is contiguous.
     dims = group_dims(weight.shape, dim)
     entries = torch.cat([_in_rows(weight, one) for one in dims], 1).float()
     zeros = (entries == 0).view(torch.uint8)
@@ -165,16 +165,16 @@ def weight_sums(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -
 
 
 def _lost_by_groups(in_metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Squares (4, groups) -> the sum of the two smallest of every group, and the code of the top-two mask."""
+    """Return the sum of the two smallest squares of every group, and the code of the top-two mask, from (4, groups)."""
     high, low = torch.maximum(in_metric[0::2], in_metric[1::2]), torch.minimum(in_metric[0::2], in_metric[1::2])
-    # The two smallest rather than the two largest: where nothing is lost the sum is zero, with no rounding error.
+    # The sum of the two smallest is exactly zero for a 2:4 group; one minus the two largest has a rounding error.
     lost = torch.minimum(low[0], low[1])
     lost += torch.minimum(torch.minimum(high[0], high[1]), torch.maximum(low[0], low[1]))
     return lost.sum(), top_two_code(in_metric)
 
 
 def _lost_by_blocks(weight: Tensor, scale: Tensor | None, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The squares outside the best transposable mask, counted along both directions, and the codes of the mask's
+    """Return the squares outside the best transposable mask, counted along both directions, and the codes of the mask's
     columns and rows."""
     values = weight.float() if scale is None else weight.float() * scale.detach()
     blocks = to_blocks(values, dims)
@@ -186,7 +186,7 @@ def _lost_by_blocks(weight: Tensor, scale: Tensor | None, dims: tuple[int, int])
 
 
 def _in_rows(tensor: Tensor, dim: int) -> Tensor:
-    """A fresh ``(4, groups)``: row i holds the i-th entry of every group."""
+    """Return a new ``(4, groups)``, whose row i is the i-th entry of every group."""
     return torch.stack(to_groups(tensor, dim).unbind(-1)).flatten(1)
 
 
@@ -196,7 +196,7 @@ def _stats(row: Sequence[float], groups: int, compared: bool) -> SparsityStats:
     return SparsityStats(
         groups=groups,
         zeros=tuple(count / groups for count in zeros),
-        energy_kept=1 - lost / in_metric if in_metric else 1.0,
+        retained_squared_norm=1 - lost / in_metric if in_metric else 1.0,
         penalty=penalty / groups / (in_metric / entries) ** 1.5 if in_metric else 0.0,
         rms=math.sqrt(squares / entries),
         mask_flips=flips / entries if compared else None,
@@ -209,6 +209,6 @@ def _together(rows: Sequence[Sequence[float]], layers: Sequence[SparsityStats], 
     totals = [sum(column) for column in zip(*rows, strict=True)]
     strengths = [layer.strength for layer in layers if layer.strength is not None]
     whole = _stats([*totals[:-1], median(strengths) if strengths else math.nan], groups, compared)
-    # Sums of cubes of layers of different scales do not add up to anything comparable; their relative values do.
+    # Sums of cubes do not compare between layers of different scales; their relative values do.
     penalty = sum(layer.penalty * layer.groups for layer in layers) / groups
     return SparsityStats(**{**vars(whole), "penalty": penalty})

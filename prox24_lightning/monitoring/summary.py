@@ -32,7 +32,7 @@ def summary_table(layers: Mapping[str, SparsityStats], shapes: Mapping[str, tupl
             " x ".join(map(str, name[1])),
             f"{groups:,}",
             percent(1.0 if done else fraction),
-            percent(min(layer.energy_kept for layer in members)),
+            percent(min(layer.retained_squared_norm for layer in members)),
             percent(zeros),
             style="green" if done else "yellow",
         )

@@ -20,7 +20,7 @@ from torch import nn
 from prox24_lightning import Prox24, SparsityMonitor
 from prox24_lightning.mask import mask_24
 from prox24_lightning.monitoring import monitored_weights
-from prox24_lightning.monitoring.statistics import SparsityStats, look
+from prox24_lightning.monitoring.statistics import SparsityStats, measure_sparsity
 from prox24_lightning.monitoring.summary import dense_warning, percent, summary_table
 
 LAYERS = ["model.0.weight", "model.2.weight", "model.4.weight"]
@@ -48,9 +48,9 @@ def measured(monkeypatch):
 
     def counted(weights, **kwargs):
         taken.append(weights[0].parameter.detach().clone())
-        return look(weights, **kwargs)
+        return measure_sparsity(weights, **kwargs)
 
-    monkeypatch.setattr(monitored_weights, "look", counted)
+    monkeypatch.setattr(monitored_weights, "measure_sparsity", counted)
     return taken
 
 
@@ -75,13 +75,13 @@ def test_csv_columns(tmp_path):
     assert [rows[step]["sparsity/step"] for step in rows] == [0, 5, 10, 12, 15, 20]
     for row in rows.values():
         assert sum(row[f"sparsity/groups_with_{count}_zeros"] for count in range(5)) == pytest.approx(1.0)
-        assert {"sparsity/energy_kept", "sparsity/penalty", "sparsity/rms"} <= row.keys()
+        assert {"sparsity/retained_squared_norm", "sparsity/penalty", "sparsity/rms"} <= row.keys()
     assert "sparsity/mask_flips" not in rows[0]
     assert 0 < rows[9]["sparsity/mask_flips"] < 1
     assert rows[14]["sparsity/mask_flips"] == rows[19]["sparsity/mask_flips"] == 0
     assert [step for step in rows if "sparsity/strength" in rows[step]] == [4, 9]
     layer = {key.rsplit("/", 1)[1] for key in rows[9] if key.startswith("sparsity_layers/model.2/")}
-    assert layer == {"groups_24", "energy_kept", "penalty", "rms", "mask_flips", "strength"}
+    assert layer == {"groups_24", "retained_squared_norm", "penalty", "rms", "mask_flips", "strength"}
 
 
 def test_numbers_are_those_of_the_model(tmp_path):
@@ -109,7 +109,7 @@ def test_it_measures_in_the_metric_of_prox24(tmp_path):
     spy = Spy()
     fit([monitor(), callback, spy], logger=logger)
     assert callback.metric_scale("model.2.weight") is not None
-    assert rows_of(logger)[9]["sparsity_layers/model.2/energy_kept"] == pytest.approx(spy.expected)
+    assert rows_of(logger)[9]["sparsity_layers/model.2/retained_squared_norm"] == pytest.approx(spy.expected)
 
 
 def test_layers_can_be_left_out(tmp_path):
@@ -490,7 +490,9 @@ def test_bad_arguments(arguments, message):
 
 
 def stats(fraction):
-    return SparsityStats(groups=10, zeros=(1 - fraction, 0, fraction, 0, 0), energy_kept=0.9, penalty=1.0, rms=1.0)
+    return SparsityStats(
+        groups=10, zeros=(1 - fraction, 0, fraction, 0, 0), retained_squared_norm=0.9, penalty=1.0, rms=1.0
+    )
 
 
 def test_the_closing_table_is_printed(capsys):

@@ -8,7 +8,7 @@ from torch import nn
 
 from prox24_lightning.mask import is_24, transposable_mask
 from prox24_lightning.mask.codes import mask_picture
-from prox24_lightning.monitoring.statistics import look
+from prox24_lightning.monitoring.statistics import measure_sparsity
 from prox24_lightning.prox import prox_24
 from prox24_lightning.sparsify import strength_for_fraction
 from prox24_lightning.weights.blocks_4x4 import to_blocks
@@ -30,38 +30,38 @@ def random(seed=0, shape=(16, 24)):
 def test_groups_of_both_directions_are_counted():
     weight = torch.zeros(4, 4)
     weight[0] = 1.0
-    whole, _ = look(blocked(weight))
+    whole, _ = measure_sparsity(blocked(weight))
     assert whole.groups == 8
     assert whole.zeros == (1 / 8, 0, 0, 4 / 8, 3 / 8), "one full row; every column has one entry"
     assert whole.sparsity == 12 / 16
     assert whole.rms == pytest.approx(0.5)
 
 
-def test_energy_kept_and_flips_are_those_of_the_transposable_mask():
+def test_retained_squared_norm_and_flips_are_those_of_the_transposable_mask():
     weight, seen = random(), {}
     mask = transposable_mask(weight)
-    first, _ = look(blocked(weight), seen=seen)
-    assert first.energy_kept == pytest.approx(float((weight * mask).square().sum() / weight.square().sum()))
+    first, _ = measure_sparsity(blocked(weight), last_masks=seen)
+    assert first.retained_squared_norm == pytest.approx(float((weight * mask).square().sum() / weight.square().sum()))
     other = random(1)
-    second, _ = look(blocked(other), seen=seen)
+    second, _ = measure_sparsity(blocked(other), last_masks=seen)
     assert second.mask_flips == pytest.approx(float((mask != transposable_mask(other)).float().mean()))
-    done, _ = look(blocked(weight * mask))
-    assert (done.groups_24, done.energy_kept) == (1.0, 1.0)
+    done, _ = measure_sparsity(blocked(weight * mask))
+    assert (done.groups_24, done.retained_squared_norm) == (1.0, 1.0)
 
 
 def test_the_metric_decides_what_is_kept():
     weight, scale = random(), torch.linspace(0.1, 3.0, 24)
     mask = transposable_mask(weight, scale=scale)
-    whole, _ = look(blocked(weight), scale_of=lambda name: scale)
+    whole, _ = measure_sparsity(blocked(weight), scale_of=lambda name: scale)
     kept = (weight * scale * mask).square().sum() / (weight * scale).square().sum()
-    assert whole.energy_kept == pytest.approx(float(kept))
+    assert whole.retained_squared_norm == pytest.approx(float(kept))
 
 
 def test_nan_is_reported_and_not_raised():
     weight = random()
     weight[0, 0] = torch.nan
-    whole, _ = look(blocked(weight))
-    assert whole.energy_kept != whole.energy_kept
+    whole, _ = measure_sparsity(blocked(weight))
+    assert whole.retained_squared_norm != whole.retained_squared_norm
     assert mask_picture(weight, dim=BOTH).shape == (16, 24)
 
 

@@ -20,7 +20,7 @@ def stats(fraction, flips=None, strength=None):
     return SparsityStats(
         groups=8,
         zeros=zeros,
-        energy_kept=0.8 + 0.2 * fraction,
+        retained_squared_norm=0.8 + 0.2 * fraction,
         penalty=1.0,
         rms=1.0,
         mask_flips=flips,
@@ -108,8 +108,8 @@ def test_zeros_add_up_to_all_groups(drawn):
 def test_energy_and_flips(drawn):
     record, figure, _ = drawn
     axes = panel(figure, "squared norm retained")
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), record.series["energy_kept"])
-    np.testing.assert_allclose(axes.lines[1].get_ydata(), record.series["lowest_energy_kept"])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), record.series["retained_squared_norm"])
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), record.series["lowest_retained_squared_norm"])
     (flips,) = (a for a in figure.axes if any(line.get_label().startswith("mask flips") for line in a.lines))
     np.testing.assert_array_equal(flips.lines[0].get_ydata(), [np.nan, 0.1, 0.1, 0.1])
 
@@ -130,7 +130,7 @@ def test_nothing_to_draw_is_refused():
 
 def test_not_a_number_does_not_stop_the_drawing():
     record = SparsityHistory(LAYERS[:1])
-    nan = SparsityStats(groups=8, zeros=(1.0, 0, 0, 0, 0), energy_kept=np.nan, penalty=1.0, rms=1.0)
+    nan = SparsityStats(groups=8, zeros=(1.0, 0, 0, 0, 0), retained_squared_norm=np.nan, penalty=1.0, rms=1.0)
     record.record(0, nan, {LAYERS[0]: nan})
     assert rendered(overview_figure(record)).max() == 255
 

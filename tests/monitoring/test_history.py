@@ -18,7 +18,7 @@ LAYERS = ("a.weight", "b.weight")
 def stats(fraction=0.5, flips=None, strength=None):
     zeros = (1 - fraction, 0.0, fraction, 0.0, 0.0)
     return SparsityStats(
-        groups=8, zeros=zeros, energy_kept=0.9, penalty=1.0, rms=1.0, mask_flips=flips, strength=strength
+        groups=8, zeros=zeros, retained_squared_norm=0.9, penalty=1.0, rms=1.0, mask_flips=flips, strength=strength
     )
 
 
@@ -39,9 +39,9 @@ def test_steps_in_order():
 
 def test_the_worst_layer_is_kept():
     history = SparsityHistory(LAYERS)
-    worst = SparsityStats(groups=8, zeros=(1.0, 0, 0, 0, 0), energy_kept=0.5, penalty=1.0, rms=1.0)
+    worst = SparsityStats(groups=8, zeros=(1.0, 0, 0, 0, 0), retained_squared_norm=0.5, penalty=1.0, rms=1.0)
     history.record(0, stats(), {"a.weight": stats(), "b.weight": worst})
-    assert history.series["lowest_energy_kept"] == [0.5]
+    assert history.series["lowest_retained_squared_norm"] == [0.5]
 
 
 def test_a_second_record_of_a_step_replaces_the_first_and_keeps_its_flips():

@@ -1,4 +1,4 @@
-"""Numbers of a look, against weights worked out by hand."""
+"""Numbers of a measure_sparsity, against weights worked out by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from prox24_lightning.mask import mask_24
 from prox24_lightning.mask.codes import flipped_entries, mask_picture, top_two_code
-from prox24_lightning.monitoring.statistics import look, weight_sums
+from prox24_lightning.monitoring.statistics import measure_sparsity, weight_sums
 from prox24_lightning.weights.groups import to_groups
 from prox24_lightning.weights.selection import select_weights
 
@@ -30,83 +30,83 @@ HAND = linear([[1.0, 2.0, 3.0, 4.0, 0.0, 1.0, 0.0, 1.0], [0.0, 2.0, 2.0, 2.0, 0.
 
 
 def test_groups_by_number_of_zeros():
-    whole, _ = look(chosen(HAND))
+    whole, _ = measure_sparsity(chosen(HAND))
     assert whole.zeros == (0.25, 0.25, 0.25, 0.25, 0.0)
     assert whole.groups_24 == 0.5
     assert whole.sparsity == (0 + 2 + 1 + 3) / 16
 
 
-def test_energy_kept_by_the_top_two():
-    whole, _ = look(chosen(HAND))
-    assert whole.energy_kept == pytest.approx((25 + 2 + 8 + 9) / (30 + 2 + 12 + 9))
+def test_retained_squared_norm_by_the_top_two():
+    whole, _ = measure_sparsity(chosen(HAND))
+    assert whole.retained_squared_norm == pytest.approx((25 + 2 + 8 + 9) / (30 + 2 + 12 + 9))
 
 
 def test_energy_of_a_24_weight_is_kept_exactly():
     weight = torch.randn(64, 64)
     layer = nn.Linear(64, 64, bias=False)
     layer.weight.data = weight * mask_24(weight)
-    assert look(chosen(layer))[0].energy_kept == 1.0
+    assert measure_sparsity(chosen(layer))[0].retained_squared_norm == 1.0
 
 
 def test_scale_of_the_weights():
-    assert look(chosen(HAND))[0].rms == pytest.approx(math.sqrt(53 / 16))
+    assert measure_sparsity(chosen(HAND))[0].rms == pytest.approx(math.sqrt(53 / 16))
 
 
 def test_penalty_is_relative_to_the_weights_scale():
-    whole, _ = look(chosen(HAND))
+    whole, _ = measure_sparsity(chosen(HAND))
     assert whole.penalty == pytest.approx(((6 + 24 + 12 + 8) + 8) / 4 / (53 / 16) ** 1.5)
     larger = linear((1000 * HAND.weight.detach()).tolist())
-    assert look(chosen(larger))[0].penalty == pytest.approx(whole.penalty)
+    assert measure_sparsity(chosen(larger))[0].penalty == pytest.approx(whole.penalty)
 
 
 def test_penalty_of_a_gaussian_weight_is_near_two():
     layer = nn.Linear(512, 256, bias=False)
     nn.init.normal_(layer.weight, std=0.02, generator=torch.Generator().manual_seed(0))
-    assert look(chosen(layer))[0].penalty == pytest.approx(4 * (2 / math.pi) ** 1.5, rel=0.02)
+    assert measure_sparsity(chosen(layer))[0].penalty == pytest.approx(4 * (2 / math.pi) ** 1.5, rel=0.02)
 
 
 def test_the_metric_scales_what_counts_but_not_the_weights_size():
     layer = linear([[1.0, 1.0, 1.0, 2.0]])
     scale = torch.tensor([[3.0, 2.0, 1.0, 0.0625]])
-    whole, _ = look(chosen(layer), scale_of=lambda name: scale)
-    assert whole.energy_kept == pytest.approx(13 / (14 + 1 / 64))
+    whole, _ = measure_sparsity(chosen(layer), scale_of=lambda name: scale)
+    assert whole.retained_squared_norm == pytest.approx(13 / (14 + 1 / 64))
     assert whole.rms == pytest.approx(math.sqrt(7 / 4))
 
 
 def test_strength_of_the_model_is_the_median_of_the_layers():
     weights = chosen(*(nn.Linear(4, 4) for _ in range(4)))
     strengths = {weights[i].name: torch.tensor(float(i)) for i in (0, 1, 3)}
-    whole, layers = look(weights, strengths=strengths)
+    whole, layers = measure_sparsity(weights, strengths=strengths)
     assert whole.strength == 1.0
     assert [layer.strength for layer in layers.values()] == [0.0, 1.0, None, 3.0]
 
 
 def test_no_strength_yet():
-    assert look(chosen(HAND))[0].strength is None
+    assert measure_sparsity(chosen(HAND))[0].strength is None
 
 
 def test_mask_flips_since_the_last_look():
     layer = linear([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
     weights, seen = chosen(layer), {}
-    assert look(weights, seen=seen)[0].mask_flips is None
+    assert measure_sparsity(weights, last_masks=seen)[0].mask_flips is None
     layer.weight.data[0, 0] = 5.0  # {3, 4} becomes {1, 4}: two entries change
-    assert look(weights, seen=seen)[0].mask_flips == 2 / 8
-    assert look(weights, seen=seen)[0].mask_flips == 0.0
+    assert measure_sparsity(weights, last_masks=seen)[0].mask_flips == 2 / 8
+    assert measure_sparsity(weights, last_masks=seen)[0].mask_flips == 0.0
 
 
 def test_flips_are_not_counted_across_the_first_scale():
     weights, seen = chosen(HAND), {}
-    look(weights, seen=seen)
+    measure_sparsity(weights, last_masks=seen)
     scale = torch.rand(1, 8) + 0.5
-    assert look(weights, scale_of=lambda name: scale, seen=seen)[0].mask_flips is None
-    assert look(weights, scale_of=lambda name: scale, seen=seen)[0].mask_flips == 0.0
+    assert measure_sparsity(weights, scale_of=lambda name: scale, last_masks=seen)[0].mask_flips is None
+    assert measure_sparsity(weights, scale_of=lambda name: scale, last_masks=seen)[0].mask_flips == 0.0
 
 
 def test_the_whole_weighs_layers_by_their_groups():
     dense, empty = linear([[1.0, 1.0, 1.0, 1.0]] * 3), linear([[0.0, 0.0, 0.0, 0.0]])
-    whole, layers = look(chosen(dense, empty))
+    whole, layers = measure_sparsity(chosen(dense, empty))
     assert whole.groups_24 == 0.25
-    assert layers["1.weight"].energy_kept == 1.0
+    assert layers["1.weight"].retained_squared_norm == 1.0
     assert layers["1.weight"].penalty == 0.0
     assert whole.penalty == pytest.approx(0.75 * 4)
 
@@ -118,14 +118,14 @@ def test_one_group_in_a_million_shows():
     assert sums[4:].tolist() == [0, 1, 0, 0, 999_999]
     layer = nn.Linear(4000, 1000, bias=False)
     layer.weight.data = weight
-    assert look(chosen(layer))[0].groups_24 < 1
+    assert measure_sparsity(chosen(layer))[0].groups_24 < 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype):
     layer = nn.Linear(8, 2, bias=False, dtype=dtype)
     layer.weight.data = HAND.weight.detach().to(dtype)
-    assert look(chosen(layer))[0] == look(chosen(HAND))[0]
+    assert measure_sparsity(chosen(layer))[0] == measure_sparsity(chosen(HAND))[0]
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 6, 3), nn.Conv1d(16, 4, 2, groups=2)])
@@ -135,17 +135,17 @@ def test_convolutions_group_along_their_input_channels(layer):
     flat = layer.weight.detach().movedim(1, -1).flatten(0, -2)
     linear_layer = nn.Linear(flat.shape[1], flat.shape[0], bias=False)
     linear_layer.weight.data = flat.contiguous()
-    whole, reference = look([weight])[0], look(chosen(linear_layer))[0]
+    whole, reference = measure_sparsity([weight])[0], measure_sparsity(chosen(linear_layer))[0]
     assert whole.zeros == reference.zeros
-    assert (whole.energy_kept, whole.penalty, whole.rms) == pytest.approx(
-        (reference.energy_kept, reference.penalty, reference.rms)
+    assert (whole.retained_squared_norm, whole.penalty, whole.rms) == pytest.approx(
+        (reference.retained_squared_norm, reference.penalty, reference.rms)
     )
     assert whole.zeros[2] > 0
 
 
 def test_nan_is_reported_and_not_raised():
     layer = linear([[math.nan, 1.0, 0.0, 0.0]])
-    whole, _ = look(chosen(layer))
+    whole, _ = measure_sparsity(chosen(layer))
     assert math.isnan(whole.rms)
     assert whole.groups_24 == 1.0
 
@@ -176,7 +176,7 @@ def test_one_read_from_the_device_for_all_layers(monkeypatch):
     weights = chosen(*(nn.Linear(8, 8) for _ in range(6)))
     seen = {}
     strengths = {weight.name: torch.tensor(1.0) for weight in weights}
-    look(weights, strengths=strengths, seen=seen)
+    measure_sparsity(weights, strengths=strengths, last_masks=seen)
     reads = []
     for method in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"):
         original = getattr(torch.Tensor, method)
@@ -186,5 +186,5 @@ def test_one_read_from_the_device_for_all_layers(monkeypatch):
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, method, spy)
-    look(weights, strengths=strengths, seen=seen)
+    measure_sparsity(weights, strengths=strengths, last_masks=seen)
     assert reads == ["tolist"]

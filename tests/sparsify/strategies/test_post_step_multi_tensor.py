@@ -8,7 +8,7 @@ from torch import nn
 
 from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.mask import mask_24, zeros_per_group
-from prox24_lightning.monitoring.statistics import look
+from prox24_lightning.monitoring.statistics import measure_sparsity
 from prox24_lightning.prox import MultiTensorProx, settle_24
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx
@@ -92,12 +92,14 @@ def test_statistics_of_the_step_are_those_of_a_pass_after_it(by_strength):
         measured.forget()
         strategy.after_step(OptimizerStep(step, weights, measured))
         assert all(measured.current(w.name, w.parameter, scales.get(w.name)) is not None for w in weights)
-        got, layers = look(weights, scale_of=scales.get, seen=seen, from_pass=measured)
-        want, layers_alone = look(weights, scale_of=scales.get, seen=seen_alone)
+        got, layers = measure_sparsity(weights, scale_of=scales.get, last_masks=seen, from_pass=measured)
+        want, layers_alone = measure_sparsity(weights, scale_of=scales.get, last_masks=seen_alone)
         for one, other in [(got, want), *zip(layers.values(), layers_alone.values(), strict=True)]:
             assert one.zeros == pytest.approx(other.zeros)
             assert one.penalty == pytest.approx(other.penalty, rel=1e-4)
-            assert (one.energy_kept, one.rms) == pytest.approx((other.energy_kept, other.rms), rel=1e-4)
+            assert (one.retained_squared_norm, one.rms) == pytest.approx(
+                (other.retained_squared_norm, other.rms), rel=1e-4
+            )
             assert one.mask_flips == (other.mask_flips if step == 6 else None)
     with torch.no_grad():
         weights[0].parameter.mul_(2.0)
