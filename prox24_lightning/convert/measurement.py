@@ -9,7 +9,8 @@ from statistics import median, quantiles
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from prox24_lightning.utils.tensors import tensors_in
 
 Call = Callable[[], object]
 
@@ -71,7 +72,7 @@ def _summary(values: list[float]) -> Timing:
 
 def relative_error(reference: Tensor | Sequence[Tensor], outputs: Tensor | Sequence[Tensor]) -> float:
     """Return ``||outputs - reference|| / ||reference||`` over all tensors in float32; inf if only that is 0."""
-    pairs = zip(tree_leaves(reference), tree_leaves(outputs), strict=True)
+    pairs = zip(tensors_in(reference), tensors_in(outputs), strict=True)
     parts = [((b.float() - a.float()).square().sum(), a.float().square().sum()) for a, b in pairs]
     difference = sum(float(part) for part, _ in parts) ** 0.5
     norm = sum(float(part) for _, part in parts) ** 0.5

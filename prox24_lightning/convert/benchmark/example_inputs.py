@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.convert.benchmark.settings import ExampleInputs
+from prox24_lightning.utils.tensors import map_tensors
 from prox24_lightning.weights.names import clean_name
 
 
@@ -57,7 +57,7 @@ class InputCatcher:
             if self.inputs is not None and rank >= self._rank:
                 return
             try:
-                args, kwargs = tree_map(_to_host, (args, kwargs))
+                args, kwargs = map_tensors(_to_host, (args, kwargs))
             except Exception:  # an input that cannot be copied must not end a run; the report has no whole model then
                 return
             self._rank = rank
@@ -66,9 +66,9 @@ class InputCatcher:
         return catch
 
 
-def _to_host(leaf: Any) -> Any:
-    # A copy, because a model may write into its inputs; on the CPU, where it takes nothing from the training.
-    return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf
+def _to_host(tensor: Tensor) -> Tensor:
+    # A copy, because a model may write into its inputs; on the CPU, where it takes no memory from the training.
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _ancestors(layers: Sequence[str]) -> list[str]:

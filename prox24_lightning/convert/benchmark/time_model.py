@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from prox24_lightning.convert.benchmark.alternating import LayerSets, peak_bytes, time_alternating
 from prox24_lightning.convert.benchmark.report import ModelVariant, Report
@@ -20,6 +19,7 @@ from prox24_lightning.convert.layers.semi_structured_linear import SemiStructure
 from prox24_lightning.convert.measurement import relative_error, release_memory
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import bare_copy, move_inputs
+from prox24_lightning.utils.tensors import tensors_in
 
 
 def time_model(
@@ -116,7 +116,7 @@ def _time_variants(
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    found = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    found = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
     if not found:
         raise ValueError(f"the model returned {type(outputs).__name__} without a floating-point tensor to compare")
     return found
