@@ -30,7 +30,8 @@ class SparsityMonitor(Callback):
 
     Logged under ``<name>/`` (``<name>/<name of the Prox24>/`` if there are several), with Lightning's own x-axis:
     ``groups_24`` share of 2:4 groups, ``groups_with_0_zeros`` to ``groups_with_4_zeros``, ``retained_squared_norm``,
-    ``penalty``, ``rms``, ``mask_flips``, ``strength`` (see :class:`~prox24_lightning.monitoring.statistics.SparsityStats`),
+    ``penalty``, ``rms``, ``mask_flips``, ``strength``
+    (see :class:`~prox24_lightning.monitoring.statistics.SparsityStats`),
     ``phase`` (0 dense, 1 sparsify, 2 frozen) and ``step`` (real optimizer steps, as Prox24 counts them); for each layer
     under ``<name>_layers/<weight>/``.
 
