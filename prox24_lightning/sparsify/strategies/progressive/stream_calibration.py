@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.calibration.expert_hessians import ExpertHessians
+from prox24_lightning.calibration.experts.hessians import ExpertHessians
 from prox24_lightning.calibration.hooks import before_call, in_backward, inside_compiled, remove_all
 from prox24_lightning.calibration.input_groups import InputGroupFinder
 from prox24_lightning.calibration.streamed_hessian import StreamedHessian
