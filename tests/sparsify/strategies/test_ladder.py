@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -458,4 +459,13 @@ def test_a_model_whose_copy_computes_something_else_has_no_dense_reference(caplo
 
     engine = run(Registered(), plain)
     assert engine.phase == "frozen"
+    assert "dense_target=0.5 has no effect" in caplog.text
+
+
+def test_a_model_that_cannot_be_copied_has_no_dense_reference(caplog):
+    model = Net()
+    model.lock = threading.Lock()
+    engine = run(model, plain)
+    assert engine.phase == "frozen"
+    assert all(is_24(weight.parameter) for weight in engine.weights)
     assert "dense_target=0.5 has no effect" in caplog.text
