@@ -200,7 +200,7 @@ def _wait_for_lock(stack: ExitStack, path: Path) -> None:
 @cache
 def _warn_once(path: Path, problem: str) -> None:
     """Warn of a problem once a process: the file is read for each layer."""
-    log.warning("the kernel cache %s is not used: %s; kernels are measured again, or chosen by rule", path, problem)
+    log.warning("damaged kernel cache %s: %s; these kernels are measured again, or chosen by rule", path, problem)
 
 
 @cache

@@ -46,8 +46,8 @@ def time_language_model(
         workloads: what is timed.
         settings: dtype, rounds and whether the dense weights are kept.
         device: a CUDA GPU, the current one.
-        score: perplexity of a model; None for no text.
-        text: what it is the perplexity of.
+        score: function that returns the perplexity of a model; None for none.
+        text: name of the text, for the report.
 
     Raises:
         ValueError: for a model that keeps no cache of layers.
@@ -101,10 +101,10 @@ def time_language_model(
 
 
 class DecodeStep:
-    """A call that makes the logits of one more token for each sequence of ``prompt``, again and again the same.
+    """A call that computes the logits of one more token for each sequence of ``prompt``, the same at every call.
 
-    Every call begins with the cache as the prompt left it: the layers of the cache are copied as objects, which
-    costs no GPU work, and those of transformers put new tensors in place of the old ones.
+    Every call begins with the key-value cache of the prompt: the layers of the cache are copied as objects, which costs
+    no GPU work, because those of transformers replace their tensors instead of writing into them.
 
     Raises:
         ValueError: if the model returns no cache of layers.
@@ -132,13 +132,13 @@ class DecodeStep:
 
 
 def prefill_call(model: Any, prompt: Tensor) -> Callable[[], Tensor]:
-    """A call that reads ``prompt`` into a new cache and makes the logits of its last token."""
+    """Return a call that reads ``prompt`` into a new key-value cache and computes the logits of its last token."""
     options = _last_logits_only(model)
     return lambda: model(prompt, use_cache=True, **options).logits
 
 
 def linear_work(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the weights of all linear layers as they are stored, and how many weights they stand for."""
+    """Return the bytes of the weights of all linear layers as stored, and the number of dense weights."""
     layers = [layer for _, layer in named_layers(model)]
     weights = 0
     for layer in layers:
@@ -150,8 +150,10 @@ def linear_work(model: nn.Module) -> tuple[int, int]:
 
 
 def linear_operations(model: Any, workload: Workload) -> int:
-    """Multiplications and additions of all linear layers in one call. In prefill a head that is asked for the last
-    logits alone multiplies one token a sequence."""
+    """Return the multiplications and additions of all linear layers in one call.
+
+    In prefill a head that computes the last logits alone multiplies one token a sequence.
+    """
     skipped = 0
     if workload.phase == "prefill" and _last_logits_only(model):
         head = model.get_output_embeddings()
@@ -167,7 +169,7 @@ def _linear_bytes(layer: nn.Module) -> int:
 
 
 def _last_logits_only(model: Any) -> dict[str, int]:
-    """As generation does: the logits of a long prompt would take more memory than the model."""
+    """Return the options for the last logits alone, as in generation: those of a long prompt may exceed the model."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 

@@ -164,7 +164,7 @@ def write_packed_files(
 
 
 def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
-    """Names in groups of at most ``max_bytes``, in order; names of one tensor stay together."""
+    """Return the names in groups of at most ``max_bytes``, in order; names of one tensor stay together."""
     groups: list[list[str]] = [[]]
     size = 0
     home: dict[int, list[str]] = {}
