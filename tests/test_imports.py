@@ -38,7 +38,7 @@ ROOMS["layerwise"] = {*ROOMS["oneshot"], "oneshot"}
 """Room -> the rooms that it may load."""
 
 LAYERS = {
-    "prox": [["penalty", "roots", "statistics"], ["reference", "batched", "block", "triton"], ["dispatch"], [""]],
+    "prox": [["checks", "penalty", "roots", "statistics"], ["reference", "batched", "block", "triton"], ["dispatch"], [""]],
     "sparsify": [
         ["phases", "step_listener", "checks", "pass_statistics"],
         ["strategies.base"],

@@ -15,12 +15,11 @@ from torch import Tensor, library
 
 from prox24_lightning.prox.batched import CHUNK, prox_24_batched
 from prox24_lightning.prox.block import BlockMethod, BlockTrace, check_method, prox_blocks, trace_blocks
+from prox24_lightning.prox.checks import as_tensor, check_arguments, check_dtype
 from prox24_lightning.prox.critical import critical_strength_24
 from prox24_lightning.prox.dispatch import prox_path
 from prox24_lightning.weights.blocks_4x4 import BLOCK_DIMS, block_shape
 from prox24_lightning.weights.groups import Dim, check_weight, group_shape, resolve_group_dim
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def prox_24(
@@ -63,11 +62,11 @@ def prox_24(
     if not isinstance(dim, int):
         return prox_block(weight, strength, dims=dim, scale=scale, out=out)
     check_weight(weight, "prox_24")
-    _check_dtype(weight)
+    check_dtype(weight)
     if torch.compiler.is_compiling():
-        result = _compiled_prox_24(weight.detach(), _as_tensor(strength, weight), dim, scale, False)
+        result = _compiled_prox_24(weight.detach(), as_tensor(strength, weight), dim, scale, False)
         return result if out is None else out.copy_(result)
-    _check(weight, group_shape(weight.shape, resolve_group_dim(weight.shape, dim)), strength, scale, out)
+    check_arguments(weight, group_shape(weight.shape, resolve_group_dim(weight.shape, dim)), strength, scale, out)
     with torch.no_grad():
         if prox_path(weight) == "triton" and (out is None or out.is_contiguous()):
             from prox24_lightning.prox.triton.launch import prox_24_triton
@@ -148,17 +147,17 @@ def settle_24(
         ValueError, TypeError: as :func:`prox_24`.
     """
     check_weight(weight, "settle_24")
-    _check_dtype(weight)
+    check_dtype(weight)
     if torch.compiler.is_compiling():
-        result = _compiled_prox_24(weight.detach(), _as_tensor(strength, weight), dim, scale, True)
+        result = _compiled_prox_24(weight.detach(), as_tensor(strength, weight), dim, scale, True)
         return result if out is None else out.copy_(result)
-    _check(weight, group_shape(weight.shape, resolve_group_dim(weight.shape, dim)), strength, scale, out)
+    check_arguments(weight, group_shape(weight.shape, resolve_group_dim(weight.shape, dim)), strength, scale, out)
     with torch.no_grad():
         if prox_path(weight) == "triton" and (out is None or out.is_contiguous()):
             from prox24_lightning.prox.triton.launch import prox_24_triton
 
             return prox_24_triton(weight, strength, dim=dim, scale=scale, out=out, settle=True)
-        strength = _as_tensor(strength, weight)
+        strength = as_tensor(strength, weight)
         critical = critical_strength_24(weight, dim=dim, scale=scale)
         return prox_24_batched(weight, torch.where(critical > strength, 0.0, strength), dim=dim, scale=scale, out=out)
 
@@ -201,16 +200,16 @@ def prox_block(
     """
     check_weight(weight, "prox_block")
     check_method(method, steps, sweeps)
-    _check_dtype(weight)
+    check_dtype(weight)
     if torch.compiler.is_compiling():
-        strength = _as_tensor(strength, weight)
+        strength = as_tensor(strength, weight)
         result = _compiled_prox_block(weight.detach(), strength, list(dims), scale, method, steps, sweeps)
         return result if out is None else out.copy_(result)
-    _check(weight, block_shape(weight.shape, dims), strength, scale, out)
+    check_arguments(weight, block_shape(weight.shape, dims), strength, scale, out)
     with torch.no_grad():
         result = prox_blocks(
             weight,
-            _as_tensor(strength, weight),
+            as_tensor(strength, weight),
             _line_prox(weight),
             dims=dims,
             scale=scale,
@@ -233,7 +232,7 @@ def block_convergence(
     check_method(method, steps, 0)
     if method == "descent":
         raise ValueError("method='descent' has no splitting to trace; use 'dykstra' or 'averaged'")
-    strength = _as_tensor(strength, blocks).expand(blocks.shape[2])
+    strength = as_tensor(strength, blocks).expand(blocks.shape[2])
     return trace_blocks(blocks.abs(), strength, _line_prox(blocks), method, steps)
 
 
@@ -241,60 +240,3 @@ def _line_prox(weight: Tensor) -> Callable[..., Tensor]:
     """Return the row prox for the lines of blocks. On CPU in long chunks: a sweep has eight prox of a quarter of the
     weight."""
     return partial(prox_24_batched, chunk=CHUNK) if weight.device.type == "cpu" else prox_24
-
-
-def _as_tensor(strength: float | Tensor, weight: Tensor) -> Tensor:
-    if isinstance(strength, Tensor):
-        return strength
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return torch.full((), strength, dtype=compute, device=weight.device)  # a fill: no wait for the device
-
-
-def _check_dtype(weight: Tensor) -> None:
-    if weight.dtype not in _DTYPES:
-        raise ValueError(f"prox_24 needs a float16, bfloat16, float32 or float64 weight, got {weight.dtype}")
-
-
-def _check(
-    weight: Tensor, shape: tuple[int, ...], strength: float | Tensor, scale: Tensor | None, out: Tensor | None
-) -> None:
-    _check_strength(strength, shape, weight)
-    if scale is not None:
-        _check_scale(scale, weight)
-    if out is not None and (out.shape, out.dtype, out.device) != (weight.shape, weight.dtype, weight.device):
-        raise ValueError(
-            f"out has shape {tuple(out.shape)}, {out.dtype} on {out.device}, but the weight has shape "
-            f"{tuple(weight.shape)}, {weight.dtype} on {weight.device}; pass a tensor like the weight"
-        )
-
-
-def _check_strength(strength: float | Tensor, shape: tuple[int, ...], weight: Tensor) -> None:
-    if isinstance(strength, Tensor):
-        if not _broadcasts(strength, shape):
-            raise ValueError(
-                f"strength of shape {tuple(strength.shape)} does not broadcast against the groups' shape {shape} of a "
-                f"weight of shape {tuple(weight.shape)}; use (rows, 1) for one strength a row"
-            )
-        if strength.device.type == "cpu" and not bool((strength >= 0).all()):
-            raise ValueError(f"strength must be >= 0, but its smallest entry is {strength.min().item()}")
-    elif not strength >= 0:
-        raise ValueError(f"strength={strength} must be >= 0")
-
-
-def _check_scale(scale: Tensor, weight: Tensor) -> None:
-    if not _broadcasts(scale, weight.shape):
-        raise ValueError(
-            f"scale of shape {tuple(scale.shape)} does not broadcast to the weight's shape {tuple(weight.shape)}; use "
-            "(in_features,) for one value an input"
-        )
-    if scale.device.type == "cpu" and not bool(((scale > 0) & (scale < torch.inf)).all()):
-        raise ValueError(
-            f"scale must be positive and finite, but it ranges from {scale.min().item()} to {scale.max().item()}; "
-            "clamp it away from zero (an input that is always zero has no scale)"
-        )
-
-
-def _broadcasts(tensor: Tensor, shape: tuple[int, ...] | torch.Size) -> bool:
-    if tensor.dim() > len(shape):
-        return False
-    return all(a in (1, b) for a, b in zip(reversed(tensor.shape), reversed(shape), strict=False))

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from prox24_lightning.convert import kernels
 from prox24_lightning.convert.autotune.kernel_table import KernelTimes
 from prox24_lightning.convert.kernels.cuda_driver import driver_version
 from prox24_lightning.convert.kernels.registry import is_packed_kernel
+from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.file_lock import locked
 from prox24_lightning.utils.files import write_text
@@ -208,4 +208,4 @@ def _kernels_digest() -> str:
     """Return a digest of the package's CUDA kernels: times of other kernels are of no use."""
     folder = Path(kernels.__path__[0])
     sources = sorted([*folder.glob("*/*.cu"), *folder.glob("warpgroup/*.py")])
-    return sha256("".join(source.read_text(encoding="utf-8") for source in sources).encode()).hexdigest()[:12]
+    return checksum(source.read_text(encoding="utf-8") for source in sources)[:12]
