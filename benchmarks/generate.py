@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.convert_models import build
-from benchmarks.report import RESULTS, write_report
+from benchmarks.result_files import RESULTS, write_result
 from prox24_lightning.convert import convert_model
 from prox24_lightning.integrations.transformers.generation import accelerate_generation
 
@@ -65,7 +65,7 @@ def main(
         f"LLaMA-shaped {model}, random 2:4 weights, bfloat16, greedy, {prompt} + {new} tokens; dense and converted in "
         f"turns in one process, medians of {rounds} rounds. Device: all GPU work of a token, by torch's profiler."
     )
-    write_report(output, f"generate/{model}", "generate() of transformers, dense and converted", rows, note=note)
+    write_result(output, f"generate/{model}", "generate() of transformers, dense and converted", rows, note=note)
 
 
 def _options(new: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Peer(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._listener.reset()
+        self._listener.before_batch(weight.parameter for weight in self.weights)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -106,12 +106,12 @@ def given(settings, **options):
 
 def test_the_command_writes_table_plot_and_runs_and_does_nothing_twice(settings, tmp_path, monkeypatch):
     main(output=tmp_path, **given(settings))
-    (page,) = tmp_path.glob("*_recovery.md")
+    (page,) = tmp_path.glob("recovery/*.md")
     text = page.read_text()
     assert "| magnitude |" in text
     assert "60 chains of words" in text
     assert page.with_suffix(".png").stat().st_size > 5000
-    assert len((tmp_path / "recovery.runs.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "recovery" / "recovery.runs.jsonl").read_text().splitlines()) == 2
 
     ran = []
     true = protocol.execute
@@ -132,27 +132,27 @@ def test_the_command_writes_table_plot_and_runs_and_does_nothing_twice(settings,
 
 def test_the_table_is_made_again_from_the_runs_alone(settings, tmp_path):
     main(output=tmp_path, **given(settings, rates={"dense": 1e-3}))
-    (page,) = tmp_path.glob("*_recovery.md")
+    (page,) = tmp_path.glob("recovery/*.md")
     page.unlink()
-    again(tmp_path / "recovery.runs.jsonl", tmp_path, lr=1e-2, rates={"dense": 1e-3}, note="Told by hand.")
+    again(tmp_path / "recovery" / "recovery.runs.jsonl", tmp_path, lr=1e-2, rates={"dense": 1e-3}, note="Told by hand.")
     text = page.read_text()
     assert "| magnitude |" in text
     assert "| dense |" in text
     assert "Told by hand." in text
     assert "'dense': 0.001" in text
     with pytest.raises(ValueError, match="holds no run of the rows"):
-        again(tmp_path / "recovery.runs.jsonl", tmp_path, lr=1e-2, rows=["dense"])
+        again(tmp_path / "recovery" / "recovery.runs.jsonl", tmp_path, lr=1e-2, rows=["dense"])
 
 
 def test_nothing_begins_once_the_time_is_up(settings, tmp_path, capsys):
     main(output=tmp_path, **given(settings, minutes=0.0))
-    assert not (tmp_path / "recovery.runs.jsonl").exists()
+    assert not (tmp_path / "recovery" / "recovery.runs.jsonl").exists()
     assert "left for later" in capsys.readouterr().out
 
 
 def test_long_is_four_times_the_steps_in_files_of_its_own(settings, tmp_path):
     main(output=tmp_path, **given(settings, steps=2, long=True, rows=["dense"]))
-    (line,) = (tmp_path / "recovery_long.runs.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "recovery" / "long.runs.jsonl").read_text().splitlines()
     assert json.loads(line)["steps"] == 8
 
 
@@ -270,7 +270,7 @@ def test_recipes_run_from_scratch_by_the_same_protocol(config, tmp_path):
         text = text.replace(long, short)
     (tmp_path / f"{config}.yaml").write_text(text)
     recipes(tmp_path / f"{config}.yaml", output=tmp_path, seeds=[0], rows=["dense", "asp", "sr-ste", "prox24"])
-    lines = (tmp_path / f"recovery_{config}.runs.jsonl").read_text().splitlines()
+    lines = (tmp_path / "recovery" / f"{config}.runs.jsonl").read_text().splitlines()
     shares = {found["row"]: found["share_24"] for found in map(json.loads, lines)}
     assert shares == {"dense": 0.0, "asp": 1.0, "sr-ste": 1.0, "prox24": 1.0}
 
