@@ -160,9 +160,9 @@ def _descend(
         with torch.enable_grad():
             gradients = torch.autograd.grad(error_of(*part), values, materialize_grads=True)
         for name, master, gradient in zip(parameters, masters, gradients, strict=True):
-            master.grad = mean_over_ranks(gradient.float())
-            if name in masks:
-                master.grad.mul_(masks[name])
+            gradient = mean_over_ranks(gradient.float())
+            # Filled, not multiplied: an infinite gradient of a pruned weight must not become NaN.
+            master.grad = torch.where(masks[name], gradient, 0.0) if name in masks else gradient
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             torch.mul(rate, size, out=group["lr"])
         optimizer.step()

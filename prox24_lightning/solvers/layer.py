@@ -168,7 +168,7 @@ def solve(weight: Tensor, hessian: Tensor, config: SolverConfig, *, dim: Dim = -
         mask = wanda(found, hessian, dim=dim)
     reached = sum(float((zeros_per_group(found, dim=one) >= 2).float().mean()) for one in dims) / len(dims)
 
-    result = found * mask
+    result = torch.where(mask, found, 0.0)
     losses, refined = row_losses(result, dense, hessian), None
     if config.refine is not None:
         result = masked_cg(

@@ -63,4 +63,4 @@ def sparsegpt(
             errors[:, i] = error
             part[:, i:].addr_(error, factor[i, i:], alpha=-1)
         rest[:, stop:].addmm_(errors, upper[start:stop, stop:], alpha=-1)
-    return rest * mask, mask
+    return torch.where(mask, rest, 0.0), mask

@@ -1,1 +1,1 @@
-"""What every room stands on: files, processes, tables, copies of modules."""
+"""Helpers that every room uses: files, checksums, processes, tables, copies of modules."""

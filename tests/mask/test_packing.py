@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prox24_lightning.mask import pack_mask, unpack_mask
+from prox24_lightning.mask import pack_mask, packing, unpack_mask
 
 
 @given(st.lists(st.integers(0, 7), min_size=0, max_size=3), st.integers(0, 2**31))
@@ -42,3 +42,12 @@ def test_wrong_types_are_refused():
         pack_mask(torch.ones(4))
     with pytest.raises(TypeError, match="takes packed uint8"):
         unpack_mask(torch.ones(1), (4,))
+
+
+@pytest.mark.parametrize("size", [1, 8, 23, 24, 25, 48, 50])
+def test_part_by_part_the_same_bytes(size, monkeypatch):
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(size)) < 0.5
+    whole = pack_mask(mask)
+    monkeypatch.setattr(packing, "BYTES_AT_A_TIME", 3)
+    assert torch.equal(pack_mask(mask), whole)
+    assert torch.equal(unpack_mask(whole, (size,)), mask)
