@@ -40,7 +40,7 @@ ROOMS["layerwise"] = {*ROOMS["oneshot"], "oneshot"}
 LAYERS = {
     "prox": [["checks", "penalty", "roots", "statistics"], ["reference", "batched", "block", "triton"], ["dispatch"], [""]],
     "sparsify": [
-        ["phases", "step_listener", "checks", "pass_statistics"],
+        ["phases", "step_listener", "checks", "pass_statistics", "model_watch"],
         ["strategies.base"],
         ["strategies.post_step", "strategies.progressive"],
         ["config", "engine", "sparse_training"],

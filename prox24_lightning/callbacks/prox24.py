@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
+from prox24_lightning.callbacks.averaged_copies import AveragedCopies
 from prox24_lightning.callbacks.best_records import BestRecords
 from prox24_lightning.callbacks.compatibility import check_trainer
 from prox24_lightning.callbacks.loaded_state import LoadedState
@@ -25,9 +25,7 @@ from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase
 from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
 from prox24_lightning.weights.groups import Geometry
-from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.selection import GroupedWeight, Selection
-from prox24_lightning.weights.sharded import local_part
 
 
 class Prox24(Callback):
@@ -158,6 +156,7 @@ class Prox24(Callback):
         self._loaded = LoadedState()
         self._records: BestRecords | None = None
         self._length: RunLength | None = None
+        self._copies: AveragedCopies | None = None
 
     # What users, monitors and final hooks read.
 
@@ -275,7 +274,7 @@ class Prox24(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
         records = self._records = BestRecords(trainer, pl_module)
-        engine.on_masks.append(lambda: self._mask_averages(trainer))
+        engine.on_masks.append(self._mask_averages)
         # With several Prox24 the model is 2:4 when the last of them is frozen.
         engine.on_frozen.append(lambda: records.restart() if all(o.phase == "frozen" for o in others) else None)
         if self.config.verbose:
@@ -287,12 +286,14 @@ class Prox24(Callback):
         self._restore(trainer)
         if self._length is not None:
             self._controller.change_length(self._length.total)
+        self._copies = AveragedCopies(trainer, pl_module)
         self._controller.bind(trainer.optimizers)
-        self._mask_averages(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._length is not None
+        if self._copies is not None and not self._copies.has_looked:
+            self._copies.find(self.weights)  # the module may have made its average in on_train_start
         self._length.update(self.step)
         self._controller.before_batch(trainer.optimizers, self._length.total)
 
@@ -307,6 +308,7 @@ class Prox24(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
+            self._mask_averages()
             if self._records is not None and not trainer.sanity_checking:
                 self._records.forget_stale()
         else:
@@ -323,6 +325,7 @@ class Prox24(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._controller.end_sparse_training()  # what other callbacks convert or export in on_fit_end are plain layers
+        self._mask_averages()
         self._controller.check_end()
         if self.phase == "frozen" and self._records is not None:
             self._records.save_missing()
@@ -335,6 +338,10 @@ class Prox24(Callback):
             self._restore(trainer)
         # Averaging callbacks put their weights into the model in on_train_end; the file holds hashes of the last ones.
         self._controller.write_masks()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._mask_averages()  # in place: the checkpoint holds these very tensors
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -355,15 +362,6 @@ class Prox24(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
 
-    def _mask_averages(self, trainer: Trainer) -> None:
-        """Mask averaged copies of the weights (EMA, SWA) too: they remember what was there before the freeze."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            average = getattr(callback, "_average_model", None)
-            if not isinstance(average, nn.Module) or not self.masks:
-                continue
-            copies = {clean_name(name).removeprefix("module."): value for name, value in average.named_parameters()}
-            for name, mask in self.masks.items():
-                if name in copies:
-                    values = local_part(copies[name])
-                    with torch.no_grad():
-                        values.masked_fill_(~mask.to(values.device), 0.0)
+    def _mask_averages(self) -> None:
+        if self._copies is not None and self.masks:
+            self._copies.mask(self.weights, self.masks)

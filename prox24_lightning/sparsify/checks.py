@@ -21,6 +21,9 @@ from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.selection import GroupedWeight, Selection, SkippedWeight
 from prox24_lightning.weights.sharded import cut_groups, local_part
 
+NOT_OPTIMIZED = "in no optimizer"
+"""The reason for which a weight stays dense."""
+
 
 def check_place(masks_file: str | Path | None) -> None:
     """Refuse a file that could not be written at the end of the run."""
@@ -63,7 +66,7 @@ def optimized(selection: Selection, optimizers: Sequence[Optimizer], *, explicit
         if explicit:
             raise ValueError(f"target {weight.name} is in no optimizer; give it to one, or add it to skip")
         shape = tuple(weight.parameter.shape)
-        skipped.append(SkippedWeight(weight.name, type(weight.module).__name__, shape, "in no optimizer"))
+        skipped.append(SkippedWeight(weight.name, type(weight.module).__name__, shape, NOT_OPTIMIZED))
     return Selection(tuple(chosen), tuple(skipped))
 
 
@@ -97,6 +100,23 @@ def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: 
             "lost; train in mixed precision (bf16-mixed) to keep float32 weights",
             stacklevel=2,
         )
+
+
+def check_followed(gone: Sequence[GroupedWeight], selection: Selection) -> None:
+    """Refuse layers that have been exchanged for others which would be pruned, if an optimizer trained them.
+
+    Args:
+        gone: weights that are in the model no more, or cannot be 2:4 any more.
+        selection: of the model as it is now.
+    """
+    untrained = {weight.name for weight in selection.skipped if weight.reason == NOT_OPTIMIZED}
+    for weight in gone:
+        if weight.name in untrained:
+            raise RuntimeError(
+                f"{weight.name} has been replaced, its whole layer by another one, since training began, and the "
+                "optimizers have not followed: they would train what the model no longer uses; replace it in the "
+                "optimizer's param_groups as well, or change the model before fit"
+            )
 
 
 def check_same_weights(saved: Mapping[str, Dim], mine: Mapping[str, Dim]) -> None:

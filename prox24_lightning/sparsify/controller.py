@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from prox24_lightning.finetune import save_masks
 from prox24_lightning.mask import violations_24
-from prox24_lightning.sparsify.checks import check_optimizers, check_place, check_weights, optimized
+from prox24_lightning.sparsify.checks import check_followed, check_optimizers, check_place, check_weights, optimized
 from prox24_lightning.sparsify.config import SparsifyConfig
 from prox24_lightning.sparsify.engine import SparsityEngine
+from prox24_lightning.sparsify.model_watch import ModelWatch
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
-from prox24_lightning.sparsify.phases import Phase, resolve_plan
+from prox24_lightning.sparsify.phases import Phase, PhasePlan, resolve_plan
 from prox24_lightning.sparsify.sparse_training import SparseTraining
 from prox24_lightning.sparsify.strategies.base import Strategy
 from prox24_lightning.sparsify.strategies.post_step.strategy import PostStepProx
@@ -51,6 +52,8 @@ class SparsifyController:
         self._model: weakref.ref[nn.Module] | None = None
         self._previous: SparsityEngine | None = None  # of the last fit of this model, until restore takes it up
         self._sparse = SparseTraining()
+        self._watch: ModelWatch | None = None
+        self._claimed: frozenset[str] = frozenset()
         self._total_steps: int | float = 0
         self.is_restored = True
 
@@ -144,6 +147,7 @@ class SparsifyController:
         self._total_steps = total_steps
         selection = optimized(selection, optimizers, explicit=config.targets is not None)
         check_weights(selection, claimed, config.name)
+        self._claimed = frozenset(weight.name for other in claimed.values() for weight in other)
         same_model = self._model is not None and self._model() is model
         self._previous = self._previous or self._engine if same_model else None
         self.selection = selection
@@ -187,6 +191,8 @@ class SparsifyController:
             reshard(model)  # a validation before the first batch may have left gathered copies
         engine = self._require_engine()
         engine.bind(optimizers)
+        if self._model is not None and (model := self._model()) is not None:
+            self._watch = ModelWatch(model, self.weights, optimizers)
         if self.config.sparse_training:
             self._sparse.attach(self.weights, engine.masks)
 
@@ -213,6 +219,8 @@ class SparsifyController:
         if not engine.is_bound_to(optimizers):
             _warn("the optimizers were replaced during the run; going on with the new ones, their state masked")
             self.bind(optimizers)
+        if self._watch is not None and self._watch.has_changed(optimizers):
+            self._follow_model(optimizers)
         if total_steps is not None:
             self.change_length(total_steps)
         engine.before_batch()
@@ -220,6 +228,57 @@ class SparsifyController:
     def after_batch(self) -> None:
         """The batch has ended: validation and other calls of the model are no training."""
         self._require_engine().after_batch()
+
+    def _follow_model(self, optimizers: Sequence[Optimizer]) -> None:
+        """Go on with the layers that the model has now, and with those that have begun to train.
+
+        Raises:
+            RuntimeError: if a layer was exchanged and no optimizer trains the new one.
+        """
+        model, engine, config = None if self._model is None else self._model(), self._require_engine(), self.config
+        if model is None:
+            return
+        self._watch = ModelWatch(model, (), optimizers)  # what cannot be followed is said once
+        try:
+            selection = select_weights(model, targets=config.targets, skip=config.skip, geometry=config.geometry)
+            selection = optimized(selection, optimizers, explicit=False)
+        except ValueError as error:
+            _warn(f"the model has changed at step {self.step}, and {self.config.name} cannot follow: {error}")
+            return
+        now = {weight.name: weight for weight in selection.chosen if weight.name not in self._claimed}
+        before = {weight.name: weight for weight in self.weights}
+        held = set(model.modules())
+        gone = [w for w in self.weights if w.name not in now and w.module not in held]
+        check_followed(gone, selection)
+        changed = [name for name, weight in now.items() if weight.module is not before.get(name, weight).module]
+        new = [name for name in now if name not in before]
+        # A weight that does not train just now is kept: it may have begun before, and its turn comes again.
+        followed = {w.name: now.get(w.name, w) for w in self.weights if w not in gone} | {
+            name: now[name] for name in new
+        }
+        if gone:
+            reasons = {weight.name: weight.reason for weight in selection.skipped}
+            lost = ", ".join(f"{w.name} ({reasons.get(w.name, 'no longer in the model')})" for w in gone)
+            _warn(f"layers were exchanged at step {self.step} for some that stay dense: {lost}")
+        if (gone or changed or new) and followed:
+            if changed or new:
+                _warn(f"from step {self.step} on also these weights become 2:4: {', '.join([*changed, *new])}")
+            self.selection = Selection(tuple(followed.values()), selection.skipped)
+            self._sparse.remove()
+            engine.follow(self.weights, self._strategy_to_go_on(model), self._plan_to_go_on())
+            self.bind(optimizers)
+
+    def _strategy_to_go_on(self, model: nn.Module) -> Strategy:
+        """Return the strategy in use, or a fresh one where it is made for the modules that the model had."""
+        strategy = self._require_engine().strategy
+        return strategy if isinstance(strategy, PostStepProx) else self._make_strategy(model)
+
+    def _plan_to_go_on(self) -> PhasePlan:
+        """Return the present plan; what joins late is pruned in what is left of the phase, one step at least."""
+        engine = self._require_engine()
+        if engine.phase == "dense" or (engine.phase == "sparsify" and isinstance(engine.strategy, PostStepProx)):
+            return engine.plan
+        return PhasePlan(engine.step, max(engine.plan.freeze, engine.step + 1))
 
     def change_length(self, total_steps: int | float) -> None:
         """Lay the phases out anew, if the run is estimated to have another number of steps than before."""

@@ -73,8 +73,9 @@ class SparsityEngine:
         self._begun = False
         self._start = plan.start  # as it was when the phase began
         self._frozen = False
-        scaled = strategy.scaled_weights(self.weights) if metric == "activation" else ()
-        self._moments = InputSecondMoments(scaled, model=model) if scaled else None
+        self._model = model
+        self._settled: frozenset[str] = frozenset()  # frozen before the strategy was exchanged: not its business
+        self._moments = self._make_moments()
         self._listener = StepListener(self._after_step)
         self._owned: dict[int, list[GroupedWeight]] = {}
         self._optimizers: tuple[Optimizer, ...] = ()
@@ -94,6 +95,10 @@ class SparsityEngine:
         Of a sharded weight this rank's part.
         """
         return self.masked.masks
+
+    def _make_moments(self) -> InputSecondMoments | None:
+        scaled = self.strategy.scaled_weights(self.weights) if self.metric == "activation" else ()
+        return InputSecondMoments(scaled, model=self._model) if scaled else None
 
     def metric_scale(self, name: str) -> Tensor | None:
         """The scale of a weight's metric now in use; None where it is the weight's own coordinates."""
@@ -119,7 +124,8 @@ class SparsityEngine:
             return
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         trained = frozenset([*self.masked.masters, *(parameter for group in groups for parameter in group["params"])])
-        self.strategy.attach(RunContext(self.weights, self.plan, self.metric_scale, trained))
+        weights = tuple(weight for weight in self.weights if weight.name not in self._settled)
+        self.strategy.attach(RunContext(weights, self.plan, self.metric_scale, trained))
         if self._moments is not None:
             self._moments.attach()
         if self.step >= self.plan.freeze:
@@ -154,6 +160,30 @@ class SparsityEngine:
         if self._moments is not None:
             self._moments.collecting = self._wants_moments(self.step + 1)
         self._batch_step = self.step + 1
+
+    def follow(self, weights: Sequence[GroupedWeight], strategy: Strategy, plan: PhasePlan) -> None:
+        """Go on with other weights: layers of the model were exchanged, or have begun to train. Call :meth:`bind` then.
+
+        Masks stay with the weights that have the same name and shape. Where others have none yet the sparsify phase
+        begins once more, for these alone.
+
+        Args:
+            weights: all weights that are or become 2:4.
+            strategy: the one in use, or a fresh one.
+            plan: the steps of the phases.
+        """
+        self.unbind()
+        shapes = {weight.name: local_part(weight.parameter).shape for weight in weights}
+        for name in [name for name, mask in self.masks.items() if shapes.get(name) != mask.shape]:
+            del self.masked.masks[name]
+        means = None if self._moments is None else self._moments.state_dict()
+        self.weights, self.strategy, self.plan = tuple(weights), strategy, plan
+        self._moments = self._make_moments()
+        if self._moments is not None and means is not None:
+            self._moments.load_state_dict(means)
+        if len(self.masks) < len(self.weights):
+            self._settled = frozenset(self.masks)
+            self._begun = self._frozen = False
 
     def change_plan(self, plan: PhasePlan) -> None:
         """Go on with other steps for the phases. What has begun stays begun, and what is frozen stays frozen."""
@@ -269,6 +299,7 @@ class SparsityEngine:
             "start": self.plan.start,
             "phase": self.phase,
             "begun": self._begun,
+            "settled": sorted(self._settled),
             "weights": self._dims(),
             "masks": {name: {"bits": pack_mask(mask), "shape": list(mask.shape)} for name, mask in masks.items()},
             "strategy": {"kind": type(self.strategy).__name__, **self.strategy.state_dict()},
@@ -305,7 +336,7 @@ class SparsityEngine:
             )
         self.step, self._batch_step = state["step"], state["batch_step"]
         self._begun, self._start = state["begun"], state["start"]
-        self._frozen = state["phase"] == "frozen"
+        self._frozen, self._settled = state["phase"] == "frozen", frozenset(state["settled"])
         for name, packed in masks.items():
             parameter = weights[name].parameter
             mask = unpack_mask(packed["bits"], packed["shape"]).to(local_part(parameter).device)

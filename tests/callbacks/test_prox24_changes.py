@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
+from torch import nn
 
 from prox24_lightning import Prox24, load_masks
 from prox24_lightning.mask import is_24
@@ -215,3 +216,67 @@ def test_a_masks_file_that_cannot_be_written_is_refused_before_the_first_batch(t
 def test_the_masks_file_must_say_its_format():
     with pytest.raises(ValueError, match="masks_file='masks.pt' must end in .safetensors"):
         Prox24(masks_file="masks.pt")
+
+
+class Swap(Callback):
+    """Exchanges a layer, and its parameters in the optimizer if ``follow``."""
+
+    def __init__(self, step, make=lambda: nn.Linear(16, 16), follow=True):
+        self.step, self.make, self.follow = step, make, follow
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step != self.step:
+            return
+        old, new = pl_module.model[2], self.make()
+        pl_module.model[2] = new
+        group = trainer.optimizers[0].param_groups[0]
+        if self.follow:
+            kept = [p for p in group["params"] if all(p is not q for q in old.parameters())]
+            group["params"] = [*kept, *new.parameters()]
+
+
+@pytest.mark.parametrize("strategy, refit", [("progressive", "none"), ("post_step", "none"), ("post_step", "restore")])
+@pytest.mark.parametrize("step", [2, 8, 16])
+def test_a_layer_that_is_exchanged_is_followed(strategy, refit, step):
+    callback, module = prox(start=4, freeze=12, strategy=strategy, refit=refit, targets=None), TinyModule("sgd")
+    with pytest.warns(UserWarning, match="also these weights become 2:4: model.2.weight"):
+        fit(callback, Swap(step), steps=24, module=module)
+    assert callback.phase == "frozen"
+    assert is_24(module.model[2].weight)
+    assert {weight.module for weight in callback.weights} >= {module.model[2]}
+
+
+@pytest.mark.parametrize("step", [2, 8, 16])
+def test_a_layer_that_is_exchanged_without_the_optimizer_stops_the_run_by_name(step):
+    with pytest.raises(RuntimeError, match="model.2.weight has been replaced, its whole layer by another one"):
+        fit(prox(start=4, freeze=12), Swap(step, follow=False), steps=24, module=TinyModule("sgd"))
+
+
+@pytest.mark.parametrize("step", [2, 8, 16])
+def test_a_layer_that_gives_way_to_one_that_cannot_be_sparse_is_named(step):
+    callback, module = prox(start=4, freeze=12, targets=None), TinyModule("sgd")
+    with pytest.warns(UserWarning, match=r"for some that stay dense: model.2.weight \(no longer in the model\)"):
+        fit(callback, Swap(step, make=nn.Identity), steps=24, module=module)
+    assert callback.phase == "frozen"
+    assert "model.2.weight" not in callback.masks
+
+
+@pytest.mark.parametrize("strategy", ["progressive", "post_step"])
+@pytest.mark.parametrize("epoch", [1, 3, 5], ids=["dense", "sparsify", "frozen"])
+def test_layers_that_begin_to_train_join(strategy, epoch):
+    class Backbone(TinyModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = self.model[:2], nn.Sequential(*self.model[2:])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 0.01)
+
+    unfreeze = BackboneFinetuning(unfreeze_backbone_at_epoch=epoch, lambda_func=lambda _: 1.0, verbose=False)
+    callback, module = prox(start=8, freeze=16, strategy=strategy, targets=None), Backbone()
+    trainer = quiet_trainer(max_steps=-1, max_epochs=7, callbacks=[unfreeze, callback])
+    with pytest.warns(UserWarning, match="also these weights become 2:4: .*backbone.0.weight|model.0.weight"):
+        trainer.fit(module, tiny_loader(4))
+    assert callback.phase == "frozen"
+    assert is_24(module.backbone[0].weight)
+    assert is_24(module.head[0].weight)

@@ -13,7 +13,7 @@ from prox24_lightning.prox import MultiTensorProx, prox_24
 from prox24_lightning.prox.multi_tensor import fits_multi_tensor
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
-from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, Strategy, projected_mask
+from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, RunContext, Strategy, projected_mask
 from prox24_lightning.sparsify.strategies.post_step.strength import strength_for_fraction, strengths_for_fraction
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import is_sharded, local_part, part_of, whole
@@ -43,15 +43,23 @@ class PostStepProx(Strategy):
         self._reference: dict[str, Tensor] = {}
         self._multi_tensor: dict[torch.device, MultiTensorProx] = {}
 
+    def attach(self, context: RunContext) -> None:
+        before = {weight.name: weight.module for weight in self.context.weights}
+        for weight in context.weights:
+            if before.get(weight.name, weight.module) is not weight.module:  # exchanged for another layer
+                self._rms.pop(weight.name, None)
+                self._reference.pop(weight.name, None)
+        super().attach(context)
+
     @torch.no_grad()
     def begin(self) -> None:
-        weights = self.context.weights
+        weights = [weight for weight in self.context.weights if weight.name not in self._rms]
         for weight in weights:
             values, scale = local_part(weight.parameter).float(), self.context.scale_of(weight.name)
             values = whole(values if scale is None else values * scale, weight.parameter)
             self._rms[weight.name] = values.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         if self.refit == "restore":
-            self._reference = {weight.name: local_part(weight.parameter).clone() for weight in weights}
+            self._reference |= {weight.name: local_part(weight.parameter).clone() for weight in weights}
 
     @torch.no_grad()
     def after_step(self, step: OptimizerStep) -> Masks:
