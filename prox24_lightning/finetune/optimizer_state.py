@@ -66,7 +66,7 @@ class OptimizerState:
     @property
     def kinds(self) -> Mapping[str, Kind]:
         """What each entry of the state means, by its key."""
-        size = [_size(part.state) for part in self._parts]
+        size = [_size(state) for state in self._states()]
         if size != self._size:
             self._kinds, self._size = _kinds(self._entries()), size
         return self._kinds
@@ -116,7 +116,7 @@ class OptimizerState:
         """Parameter, key, value and the whole state of the parameter."""
         for parameter, copy in self._outside:
             yield parameter, "master", copy, {}
-        for mapping in {id(part.state): part.state for part in self._parts}.values():  # wrappers may share theirs
+        for mapping in self._states():
             for owner, state in mapping.items():
                 if not isinstance(state, Mapping):
                     continue
@@ -125,6 +125,10 @@ class OptimizerState:
                         yield self._parameters.get(owner, owner), str(key), value, state
                     elif isinstance(key, Tensor):  # a state by purpose and then by parameter
                         yield key, str(owner), value, {}
+
+    def _states(self) -> list[Mapping[Any, Any]]:
+        states = [part.state for part in self._parts]
+        return list({id(state): state for state in states if isinstance(state, Mapping)}.values())  # some share theirs
 
 
 def _size(state: Mapping[Any, Any]) -> tuple[int, int]:

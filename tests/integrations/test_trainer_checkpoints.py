@@ -139,6 +139,12 @@ def test_a_checkpoint_that_a_later_callback_asks_for_has_its_state(tmp_path):
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
+def test_a_best_checkpoint_that_was_not_written_leaves_no_state(tmp_path):
+    train(callback(), tmp_path, save_strategy="best", **{**EVALUATE, "metric_for_best_model": "eval_runtime"})
+    assert not (tmp_path / "prox24-pending.pt").exists()
+    assert all((folder / "prox24.pt").exists() for folder in tmp_path.glob("checkpoint-*"))
+
+
 def test_a_run_resumed_from_its_last_step_writes_its_masks(tmp_path):
     train(callback(), tmp_path)
     mine = callback(masks_file=tmp_path / "masks.safetensors")

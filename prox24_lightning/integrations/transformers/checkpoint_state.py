@@ -72,6 +72,10 @@ class CheckpointState:
         """Move the prepared state into the folder that transformers has written."""
         os.replace(self._pending, self._file(self.folder(step)))
 
+    def discard(self) -> None:
+        """Remove a state that was prepared for a checkpoint which transformers then has not written."""
+        self._pending.unlink(missing_ok=True)
+
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Write the state of a checkpoint into the folder that transformers has written."""
         save_object(self._file(self.folder(step)), {**state, _CHECKSUM: self._checksum()})

@@ -198,7 +198,9 @@ class Prox24TrainerCallback(TrainerCallback):
         self._controller.unbind()
         self._controller.check_end()
         self._controller.write_masks()
-        self._files = None
+        if self._files is not None and state.is_world_process_zero:
+            self._files.discard()
+        self._files = self._prepared = None
 
     def _prepare_checkpoint(self, state: TrainerState) -> None:
         """Write the state for a checkpoint that transformers writes next; stop before it if weights are not finite."""
