@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.solvers.cholesky import cholesky
-from prox24_lightning.utils.tf32 import allows_tf32
+from prox24_lightning.utils.cuda import allows_tf32
 
 _NEWTON_RATIO = 1.4
 """Largest ratio of two rhos at which two Newton-Schulz steps leave less than 1e-7."""

@@ -23,8 +23,8 @@ from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.calibration import SolveSettings
 from prox24_lightning.sparsify.strategies.progressive.errors import on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun, mixed, outputs_of
+from prox24_lightning.utils.cuda import without_tf32
 from prox24_lightning.utils.distributed import gathered_objects, world_size
-from prox24_lightning.utils.tf32 import without_tf32
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import is_sharded, part_of

@@ -21,8 +21,8 @@ from prox24_lightning.solvers.input_group import solve_input_group
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.calibration import Calibration, SolveSettings
+from prox24_lightning.utils.cuda import without_tf32
 from prox24_lightning.utils.distributed import from_first, gathered_on_first, rank, world_size
-from prox24_lightning.utils.tf32 import without_tf32
 from prox24_lightning.weights.layer_matrix import from_matrix, matrix_columns, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part, part_of

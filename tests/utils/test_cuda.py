@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prox24_lightning.utils.tf32 import allows_tf32, without_tf32
+from prox24_lightning.utils.cuda import allows_tf32, without_tf32
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
-"""TF32 rounding of float32 matrix products on GPUs: whether it is allowed, and a context without it."""
+"""CUDA devices: whether Triton kernels run there, and whether float32 matrix products may be rounded to TF32."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,3 +31,17 @@ def without_tf32() -> Iterator[None]:
         yield
     finally:
         setattr(matmul, name, before)
+
+
+@functools.cache
+def why_no_triton(device: torch.device) -> str | None:
+    """Return the reason why fused kernels do not run on the CUDA device; None if they do."""
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, and the fused kernel was only tried on CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}, and the fused kernel needs 8.0"
+    return None
