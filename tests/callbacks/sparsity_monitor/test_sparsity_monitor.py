@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import warnings
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.image import imread
+from monitored_runs import LAYERS, fit, monitor, prox, rows_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 from torch import nn
 
-from prox24_lightning import Prox24, SparsityMonitor
+from prox24_lightning import SparsityMonitor
 from prox24_lightning.mask import mask_24
 from prox24_lightning.monitoring import monitored_weights
-from prox24_lightning.monitoring.statistics import SparsityStats, measure_sparsity
-from prox24_lightning.monitoring.summary import dense_warning, percent, summary_table
-
-LAYERS = ["model.0.weight", "model.2.weight", "model.4.weight"]
-
-
-def prox(start=4, freeze=12, **arguments):
-    return Prox24(start, freeze, **{"strategy": "post_step", "verbose": False, **arguments})
-
-
-def monitor(every=5, **arguments):
-    return SparsityMonitor(every, **{"summary": False, "overview": False, **arguments})
-
-
-def fit(callbacks, module=None, steps=20, batches=20, resume=None, **arguments):
-    trainer = quiet_trainer(max_steps=steps, max_epochs=-1, callbacks=callbacks, **arguments)
-    module = module or TinyModule()
-    trainer.fit(module, tiny_loader(batches), ckpt_path=resume)
-    return trainer, module
+from prox24_lightning.monitoring.statistics import measure_sparsity
 
 
 @pytest.fixture
@@ -52,15 +33,6 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(monitored_weights, "measure_sparsity", counted)
     return taken
-
-
-# What is logged.
-
-
-def rows_of(logger):
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return {int(row["step"]): row for row in rows}
 
 
 def test_csv_columns(tmp_path):
@@ -218,10 +190,7 @@ def test_a_model_without_weights_to_watch_is_only_warned_about():
     assert trainer.global_step == 20
 
 
-# When.
-
-
-def test_no_look_between_looks(measured):
+def test_nothing_between_measurements(measured):
     fit([monitor(every=6), prox(start=0, freeze=0)], steps=20)
     assert len(measured) == 1 + 3 + 1, "at the start, after steps 6, 12 and 18, and at the end"
 
@@ -275,9 +244,6 @@ def test_one_read_from_the_device_a_measurement_and_none_between(monkeypatch):
     callback = monitor(every=10)
     fit([callback], steps=20)
     assert reads == [(3, 11)] * 4, "three weights; at the start, after steps 10 and 20, and at the end"
-
-
-# It only measured.
 
 
 def test_training_is_the_same_with_and_without_it(tmp_path):
@@ -355,9 +321,6 @@ def test_a_compiled_model():
     assert callback.histories["prox24"].layers == tuple(LAYERS)
 
 
-# The progress bar.
-
-
 def test_the_bar_keeps_its_value_between_measurements_and_epochs():
     seen = []
 
@@ -388,92 +351,6 @@ def test_the_bar_can_be_left_alone():
     assert "2:4" not in trainer.progress_bar_metrics
 
 
-# Resume.
-
-
-def checkpointed(folder, steps, resume=None):
-    callback = monitor(every=4)
-    checkpoint = ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{step}")
-    fit([callback, prox(), checkpoint], steps=steps, batches=4, resume=resume, enable_checkpointing=True)
-    return callback.histories["prox24"]
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_resume_keeps_the_history(tmp_path):
-    checkpointed(tmp_path, steps=20)
-    path = tmp_path / "step=8.ckpt"
-    torch.load(path, weights_only=True)
-    history = checkpointed(tmp_path, steps=20, resume=path)
-    assert history.steps == [0, 4, 5, 8, 12, 16, 20]
-    assert history.phases == [(0, "dense"), (5, "sparsify"), (12, "frozen")]
-    assert history.groups_24[0] == 0.0
-    assert history.groups_24[-1] == 1.0
-    assert 0 < history.groups_24[3] < 1
-
-
-def test_a_history_that_cannot_be_read_is_reported(tmp_path):
-    callback = monitor()
-    callback.load_state_dict({"prox24": {"version": 99, "layers": LAYERS}})
-    with pytest.warns(UserWarning, match="reading the history in the checkpoint failed.* version 99 cannot be read"):
-        fit([callback, prox()])
-    assert callback.histories["prox24"].steps[0] == 0
-
-
-def test_a_second_fit_of_one_trainer_goes_on():
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = trainer.global_step == 6
-
-    callback, module = monitor(every=4), TinyModule()
-    trainer = quiet_trainer(max_steps=12, max_epochs=-1, callbacks=[callback, Stop()])
-    trainer.fit(module, tiny_loader(20))
-    assert callback.histories["model"].steps == [0, 4, 6]
-    trainer.fit(module, tiny_loader(20))
-    assert callback.histories["model"].steps == [0, 4, 6, 8, 12]
-
-
-def test_a_new_trainer_starts_a_new_history():
-    callback = monitor(every=4)
-    fit([callback], steps=8)
-    fit([callback], steps=4)
-    assert callback.histories["model"].steps == [0, 4]
-
-
-def test_a_new_run_of_a_sparse_model_is_logged_from_its_first_step(tmp_path):
-    callback, logger = monitor(), CSVLogger(tmp_path)
-    _, module = fit([callback, prox()])
-    fit([callback, prox(start=0, freeze=0)], module, logger=logger)
-    rows = rows_of(logger)
-    assert list(rows) == [0, 4, 9, 14, 19]
-    assert rows[0]["sparsity/groups_24"] == 1.0
-    assert callback.histories["prox24"].phases == [(0, "frozen")]
-
-
-def test_a_run_that_fails_at_its_start_gets_no_figure_of_the_run_before(tmp_path):
-    callback, logger = monitor(overview=True), CSVLogger(tmp_path)
-    fit([callback, prox()])
-    with pytest.raises(MisconfigurationException, match="'nope' matches no weight"):
-        fit([callback, prox(targets=["nope"])], logger=logger)
-    assert not list(tmp_path.rglob("*.png"))
-
-
-def test_a_second_fit_without_a_batch_prints_no_table_again(capsys):
-    callback, module = monitor(summary=True), TinyModule()
-    trainer, _ = fit([callback], module)
-    capsys.readouterr()
-    trainer.fit(module, tiny_loader(20))
-    assert "weights are 2:4" not in capsys.readouterr().out
-
-
-def test_two_monitors_do_not_collide(tmp_path):
-    logger = CSVLogger(tmp_path)
-    fit([monitor(), monitor(every=10, name="seldom"), prox()], logger=logger)
-    assert any("seldom/groups_24" in row for row in rows_of(logger).values())
-
-
-# Arguments, and the closing table.
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -489,12 +366,6 @@ def test_bad_arguments(arguments, message):
         SparsityMonitor(**arguments)
 
 
-def stats(fraction):
-    return SparsityStats(
-        groups=10, zeros=(1 - fraction, 0, fraction, 0, 0), retained_squared_norm=0.9, penalty=1.0, rms=1.0
-    )
-
-
 def test_the_closing_table_is_printed(capsys):
     fit([monitor(summary=True), prox(targets=["model.2"])])
     printed = " ".join(capsys.readouterr().out.split())
@@ -507,24 +378,3 @@ def test_dense_layers_are_named(capsys):
     fit([monitor(summary=True)])
     printed = " ".join(capsys.readouterr().out.split())
     assert "3 of 3 weights are not 2:4: model.0.weight (0.00 %), model.2.weight (0.00 %)" in printed
-
-
-def test_dense_warning_names_the_densest_first():
-    layers = {"a": stats(1.0), "b": stats(0.9), "c": stats(0.0)}
-    assert dense_warning(layers) == "2 of 3 weights are not 2:4: c (0.00 %), b (90.00 %)"
-    assert dense_warning({"a": stats(1.0)}) is None
-    assert dense_warning({f"l{i}": stats(0.5) for i in range(20)}).endswith(" and 12 more")
-
-
-def test_many_layers_share_rows():
-    layers = {f"layers.{i}.up.weight": stats(1.0) for i in range(60)}
-    table = summary_table(layers, dict.fromkeys(layers, (4, 10)), "title")
-    assert table.row_count == 1
-    assert list(table.columns[0].cells) == ["layers.*.up (60 layers)"]
-    assert list(table.columns[2].cells) == ["600"]
-
-
-def test_percent_never_rounds_up_to_all():
-    assert percent(1.0) == "100 %"
-    assert percent(1 - 1e-9) == "99.99 %"
-    assert percent(0.5) == "50.00 %"

@@ -1,52 +1,27 @@
-"""The final hook: it reports, touches nothing, and never fails a finished run."""
+"""The callback in real runs: it reports, changes nothing, and never fails a finished run."""
 
 from __future__ import annotations
 
 import errno
 import json
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from converted_runs import HIDDEN, fit, prox, states
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_language import tiny_tokenizer
 from tiny_runs import TinyModule, quiet_trainer, tiny_loader
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from prox24_lightning import ConvertAndBenchmark, Prox24, register_with_transformers
+from prox24_lightning import ConvertAndBenchmark
 from prox24_lightning.callbacks import convert_and_benchmark
-from prox24_lightning.convert import SemiStructuredLinear, Target, convert
-from prox24_lightning.convert.autotune.kernel_table import table_by_rule
-from prox24_lightning.convert.benchmark.report import LayerOutcome
 from prox24_lightning.convert.benchmark.run import empty_report
-from prox24_lightning.convert.format.packed_weight import unpack_24
 from prox24_lightning.mask import is_24
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
-
-HIDDEN = "model.2"
-
-
-def prox(**arguments) -> Prox24:
-    return Prox24(**{"start": 0, "freeze": 3, "targets": [f"{HIDDEN}.weight"], "verbose": False, **arguments})
-
-
-def fit(tmp_path, *callbacks, module=None, steps=6, **arguments):
-    final = ConvertAndBenchmark(verbose=False)
-    module = TinyModule() if module is None else module
-    trainer = quiet_trainer(max_steps=steps, callbacks=[*callbacks, final], default_root_dir=tmp_path, **arguments)
-    trainer.fit(module, tiny_loader())
-    return final, module, trainer
-
-
-def states(report) -> dict[str, tuple[str, str]]:
-    return {layer.name: (layer.state, layer.why) for layer in report.layers}
 
 
 def test_a_run_without_a_gpu_reports_what_it_would_do(tmp_path, capsys):
@@ -360,182 +335,6 @@ def test_on_two_ranks_the_first_one_reports(tmp_path):
     assert (tmp_path / "out" / "benchmark.json").exists()
 
 
-def test_in_place_on_two_ranks_is_refused_before_the_first_batch():
-    class TwoRanks:
-        world_size = 2
-
-    with pytest.raises(MisconfigurationException, match="would convert the model of one of 2 processes only"):
-        ConvertAndBenchmark(in_place=True).setup(TwoRanks(), TinyModule(), "fit")
-
-
-@pytest.mark.parametrize("keep_dense", [False, True])
-def test_in_place_takes_the_memory_of_the_dense_weights(tmp_path, monkeypatch, keep_dense):
-    """Optimizer and Prox24 still hold the parameters of the layers that were replaced."""
-
-    def chosen(model, settings, **_):
-        return replace(empty_report(settings), layers=(LayerOutcome(HIDDEN, "Linear", (16, 16), "sparse", ""),))
-
-    monkeypatch.setattr(convert_and_benchmark, "run_benchmark", chosen)
-    monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
-    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: table_by_rule(shape, (9, 0)))
-    module, sparsifier = TinyModule(), prox()
-    final = ConvertAndBenchmark(in_place=True, keep_dense=keep_dense, verbose=False)
-    weights = {name: weight for name, weight in module.named_parameters() if name.endswith("weight")}
-    trainer = quiet_trainer(max_steps=6, callbacks=[sparsifier, final], default_root_dir=tmp_path)
-    trainer.fit(module, tiny_loader())
-    assert final.report.error is None
-    assert isinstance(module.model[2], SemiStructuredLinear)
-    assert is_24(module.model[2].weight)
-    assert sparsifier.weights[0].parameter is weights[f"{HIDDEN}.weight"]
-    held = {name: weight.untyped_storage().nbytes() for name, weight in weights.items()}
-    assert held[f"{HIDDEN}.weight"] == 0
-    assert all(size for name, size in held.items() if name != f"{HIDDEN}.weight")
-    assert torch.equal(module.model[2].weight, unpack_24(module.model[2].packed_weight))
-    with pytest.raises(ValueError, match=r"model\.2\.weight is empty: its layer was converted in place"):
-        sparsifier.save_masks(tmp_path / "masks.safetensors")
-
-
-def test_in_place_leaves_the_model_as_it_was_where_the_conversion_fails(tmp_path, monkeypatch):
-    def chosen(model, settings, **_):
-        layers = tuple(LayerOutcome(name, "Linear", (16, 16), "sparse", "") for name in (HIDDEN, "model.0"))
-        return replace(empty_report(settings), layers=layers)
-
-    def one_then_broken(model, names, **arguments):
-        convert.convert_model(model, [HIDDEN], **arguments)
-        assert isinstance(model.model[2], SemiStructuredLinear)
-        raise RuntimeError("kernel went away")
-
-    monkeypatch.setattr(convert_and_benchmark, "run_benchmark", chosen)
-    monkeypatch.setattr(convert_and_benchmark, "convert_model", one_then_broken)
-    monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", (9, 0), "cusparselt"))
-    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: table_by_rule(shape, (9, 0)))
-    module = TinyModule()
-    module.register_buffer("scale", torch.ones(3))
-    seen = {}
-
-    class Seen(Callback):
-        def on_train_end(self, trainer, pl_module):
-            seen.update({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
-
-    parameters, layer = dict(module.named_parameters()), module.model[2]
-    final = ConvertAndBenchmark(in_place=True, verbose=False)
-    trainer = quiet_trainer(max_steps=6, callbacks=[prox(), Seen(), final], default_root_dir=tmp_path)
-    with pytest.warns(UserWarning, match="kernel went away"):
-        trainer.fit(module, tiny_loader())
-    assert module.model[2] is layer
-    assert all(parameter is parameters[name] for name, parameter in module.named_parameters())
-    assert module.state_dict().keys() == seen.keys()
-    for name, tensor in module.state_dict().items():
-        assert tensor.dtype == seen[name].dtype
-        assert torch.equal(tensor, seen[name]), name
-    module(torch.randn(2, 8)).sum().backward()
-
-
-@pytest.fixture
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    torch.manual_seed(0)
-
-
-def gpu_fit(tmp_path, *, module=None, steps=6, **arguments):
-    final = ConvertAndBenchmark(**{"token_counts": (3, 64), "rounds": 3, **arguments})
-    module = TinyModule(width=64) if module is None else module
-    trainer = quiet_trainer(accelerator="gpu", max_steps=steps, callbacks=[prox(), final], default_root_dir=tmp_path)
-    trainer.fit(module, tiny_loader())
-    return final, module
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("default")
-def test_a_run_on_a_gpu(gpu, tmp_path):
-    final, module = gpu_fit(tmp_path, only_if_faster=False, run_mode="eager")
-    report = final.report
-    assert report.error is None
-    assert report.notes == ()
-    assert report.names("sparse") == (HIDDEN,)
-    assert [variant.name for variant in report.model] == ["dense", "all_sparse"]
-    assert report.model[1].output_error < 2e-2
-    assert json.loads((tmp_path / "benchmark.json").read_text())["model_scope"] == "model"
-    assert type(module.model[2]) is torch.nn.Linear
-    assert next(module.parameters()).device.type == "cpu"
-    gpu_fit(tmp_path, module=module)
-    assert is_24(module.model[2].weight), "a second fit of the same model"
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("default")
-def test_only_what_is_faster_on_a_gpu(gpu, tmp_path):
-    final, _ = gpu_fit(tmp_path)
-    for shape in final.report.shapes:
-        assert shape.sparse == all(result.speedup("graph") >= 1 for result in shape.tokens) or "whole" in shape.decision
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("default")
-def test_in_place_on_a_gpu(gpu, tmp_path):
-    final, module = gpu_fit(tmp_path, in_place=True, only_if_faster=False)
-    assert final.report.error is None
-    assert isinstance(module.model[2], SemiStructuredLinear)
-    assert module.model[0].weight.is_cuda
-    with torch.no_grad():
-        assert module(torch.randn(5, 8, device="cuda", dtype=torch.bfloat16)).shape == (5, 4)
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("default")
-def test_out_of_memory_on_a_gpu_is_an_entry(gpu, tmp_path):
-    final, _ = gpu_fit(tmp_path, token_counts=(2**40,))
-    why = states(final.report)[HIDDEN][1]
-    assert why.startswith("could not be measured: ")
-    assert final.report.error is None
-
-
 def test_the_dense_weights_are_kept_on_demand():
     assert ConvertAndBenchmark(keep_dense=True).settings.keep_dense
     assert not ConvertAndBenchmark().settings.keep_dense
-
-
-class LanguageModule(LightningModule):
-    """A Hugging Face model in a LightningModule, with its tokenizer."""
-
-    def __init__(self):
-        super().__init__()
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-        self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=64))
-        self.tokenizer = tiny_tokenizer()
-
-    def training_step(self, batch, batch_idx):
-        return self.model(batch, labels=batch).loss
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-
-def test_save_to_leaves_a_folder_for_from_pretrained(tmp_path):
-    module, folder = LanguageModule(), tmp_path / "packed"
-    callbacks = [Prox24(0, 2, verbose=False), ConvertAndBenchmark(verbose=False, save_to=folder)]
-    quiet_trainer(default_root_dir=tmp_path, max_steps=4, callbacks=callbacks).fit(
-        module, torch.randint(0, 64, (8, 2, 9))
-    )
-    register_with_transformers()
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    trained = {name: value.bfloat16() for name, value in module.model.state_dict().items()}
-    assert all(torch.equal(value, trained[name]) for name, value in loaded.state_dict().items())
-    assert AutoTokenizer.from_pretrained(folder).decode([2]) == "w0"
-
-
-def test_save_to_a_folder_with_dense_weights_is_refused_before_training(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="holds dense weights"):
-        quiet_trainer(default_root_dir=tmp_path, max_steps=1, callbacks=[ConvertAndBenchmark(save_to=tmp_path)]).fit(
-            LanguageModule(), torch.randint(0, 64, (2, 2, 9))
-        )
-
-
-def test_save_to_without_a_2_4_weight_is_a_warning(tmp_path):
-    callback = ConvertAndBenchmark(verbose=False, save_to=tmp_path / "packed")
-    with pytest.warns(UserWarning, match="no weight is 2:4"):
-        quiet_trainer(default_root_dir=tmp_path, max_steps=1, callbacks=[callback]).fit(
-            LanguageModule(), torch.randint(0, 64, (2, 2, 9))
-        )
