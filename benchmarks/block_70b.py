@@ -2,7 +2,7 @@
 
     python -m benchmarks.block_70b
 
-Second moments are taken of random inputs with a few strong common directions. Their cost is linear in the tokens: it
+Hessians are taken of random inputs with a few strong common directions. Their cost is linear in the tokens: it
 is measured on a part of the 2M tokens and scaled up. Not in the figure: the block's own forward passes and the
 reading of weights.
 """
@@ -22,7 +22,7 @@ from prox24_lightning.solvers import Method, solve_layer
 
 BLOCKS = 80
 WIDTH, HIDDEN, KEYS = 8192, 28672, 1024
-STAGES = {
+INPUT_GROUPS = {
     "q, k, v": (WIDTH + 2 * KEYS, WIDTH),
     "o": (WIDTH, WIDTH),
     "gate, up": (2 * HIDDEN, WIDTH),
@@ -41,7 +41,7 @@ def main(
     matmul_precision: Literal["highest", "high"] = "high",
     device: str = "cuda",
 ) -> None:
-    """Time the four stages of a block and write the table.
+    """Time the four input groups of a block and write the table.
 
     Args:
         output: folder of the result.
@@ -57,31 +57,31 @@ def main(
     torch.manual_seed(0)
     cuda = device.startswith("cuda")
     rows: list[dict[str, Any]] = []
-    for stage, (outputs, inputs) in STAGES.items():
+    for group, (outputs, inputs) in INPUT_GROUPS.items():
         outputs, inputs = outputs // shrink, inputs // shrink
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         weight = torch.randn(outputs, inputs, device=device) * inputs**-0.5
         begin = time.perf_counter()
-        moments = _moments(inputs, measured_tokens, device)
+        hessian = _hessian(inputs, measured_tokens, device)
         if cuda:
             torch.cuda.synchronize()
         counting = (time.perf_counter() - begin) * tokens / measured_tokens
-        solution = solve_layer(weight, moments.hessian, method=method, steps=steps, name=stage)
+        solution = solve_layer(weight, hessian.hessian, method=method, steps=steps, name=group)
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
         rows.append(
             {
-                "stage": stage,
+                "input group": group,
                 "shape": f"{outputs} x {inputs}",
-                "moments, s": counting,
+                "Hessian, s": counting,
                 "solve, s": solution.seconds,
                 "relative loss": solution.refined_loss,
                 "peak GiB": peak,
             }
         )
         print(rows[-1], flush=True)
-        del weight, moments, solution
-    seconds = sum(row["moments, s"] + row["solve, s"] for row in rows)
+        del weight, hessian, solution
+    seconds = sum(row["Hessian, s"] + row["solve, s"] for row in rows)
     note = (
         f"method {method}, steps {steps or 'default'}, matmul precision {matmul_precision}. {tokens} tokens, of which "
         f"{measured_tokens} were counted and the time scaled. One block {seconds:.1f} s; {BLOCKS} blocks "
@@ -90,13 +90,13 @@ def main(
     write_result(output, "block_70b", "Layer-wise pruning of one LLaMA-2-70B block", rows, note=note)
 
 
-def _moments(inputs: int, tokens: int, device: str, chunk: int = 2**13) -> HessianAccumulator:
-    moments = HessianAccumulator()
+def _hessian(inputs: int, tokens: int, device: str, chunk: int = 2**13) -> HessianAccumulator:
+    hessian = HessianAccumulator()
     directions = torch.randn(16, inputs, device=device)
     for _ in range(max(1, tokens // chunk)):
         rows = torch.randn(chunk, inputs, device=device)
-        moments.add(rows.addmm_(torch.randn(chunk, 16, device=device), directions, alpha=0.5).bfloat16())
-    return moments
+        hessian.add(rows.addmm_(torch.randn(chunk, 16, device=device), directions, alpha=0.5).bfloat16())
+    return hessian
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def wide_mlp(width: int, hidden: int, blocks: int) -> nn.Sequential:
 
 
 def load(checkpoint: Path, module: str | None, ids: list[int] | None) -> tuple[nn.Module, ExampleInputs | None]:
-    """The model of a Lightning checkpoint (or of a file that holds a state dict) and its example inputs."""
+    """Return the model of a Lightning checkpoint, or of a state dict, and its example inputs."""
     if module is None:
         state: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
         return layers_of(state.get("state_dict", state)), None

@@ -5,7 +5,7 @@
 A small model is trained with Prox24, SparsityMonitor, ConvertAndBenchmark, two loggers and a checkpoint every 500
 steps. Every 500 steps the resident memory of the process, its live Python objects and the median time of a step are
 noted. Time is processor time, and beside every tenth step a bare one of the same model is timed, so that what else the
-machine does can be told from growth. Writes the table, the same as JSON, and a figure.
+machine does differs from growth. Writes the table, the same as JSON, and a figure.
 """
 
 from __future__ import annotations

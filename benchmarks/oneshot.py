@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prox + masked gradient, dense target": {"method": "prox", "dense_target": 1.0},
     "sparsegpt + masked gradient, half dense target": {"method": "sparsegpt", "dense_target": 0.5},
 }
-"""Name of the row -> arguments of ``prune_layerwise``; every row keeps each layer's own outputs unless it says else."""
+"""Name of the row -> arguments of ``prune_layerwise``; ``dense_target`` is 0 unless given."""
 
 
 def main(

@@ -31,11 +31,11 @@ from prox24_lightning.sparsify.controller import SparsifyController
 NEVER = 10**9
 VOCABULARY = 50304
 ROUND = 4
-"""Steps that are timed together, as the device is not waited for between steps; of four, one looks at layer inputs."""
+"""Steps that are timed together, without waiting for the device in between; one of four samples layer inputs."""
 WARM_UP = 2
 """Steps before them, in every round."""
 FIRST = 4
-"""More of them in the first round: in its first steps a phase looks at the inputs every time."""
+"""More of them in the first round: in its first steps a phase samples the inputs every time."""
 SOLVED = 2
 """Blocks that the progressive phase solves during all rounds."""
 

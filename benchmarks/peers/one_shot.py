@@ -1,4 +1,4 @@
-"""One-shot pruning before the first step: the masks are Prox24's to hold."""
+"""One-shot pruning before the first step; Prox24 enforces the masks."""
 
 from __future__ import annotations
 

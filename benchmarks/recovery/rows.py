@@ -19,7 +19,7 @@ class Row:
     """What one row does; everything left out is dense training.
 
     Attributes:
-        prune: arguments of ``prune_layerwise``, before the first step; the masks are held from then on.
+        prune: arguments of ``prune_layerwise``, before the first step; the masks are enforced from then on.
         peer: name in :data:`PEERS`, and ``arguments`` its arguments.
         prox24: whether Prox24 runs, and ``arguments`` its arguments.
         distillation: share of the distillation from the dense model in the loss; 0 is none.

@@ -35,7 +35,7 @@ def main(
         seeds: null for all.
         lr: peak learning rate of the rows that ``rates`` does not name.
         rates: learning rates of single rows.
-        note: what is to be said of the runs.
+        note: on the runs, for the result file.
 
     Raises:
         ValueError: if no run fits.

@@ -157,8 +157,8 @@ def chain_of_blocks(
             pass
     except NotAChainError as error:
         if name is not None:
-            raise ValueError(f"blocks={name!r} cannot be walked: {error}; leave blocks= out") from None
-        logger.warning("%s: the whole %s is walked as one block, which takes more time", error, type(model).__name__)
+            raise ValueError(f"blocks={name!r} cannot be pruned one by one: {error}; leave blocks= out") from None
+        logger.warning("%s: the whole %s is pruned as one block, which takes more time", error, type(model).__name__)
         blocks = Blocks(("",), (model,), whole=True)
     return blocks, chain(first, batches)
 

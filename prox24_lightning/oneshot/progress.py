@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class LayerProgress:
-    """``with LayerProgress(layers) as bar: bar.step(1, name)``; shows nothing when it is not ``enabled``."""
+    """Show the number of finished layers and the time left; nothing when not ``enabled``."""
 
     def __init__(self, layers: int, *, enabled: bool = True) -> None:
         self.total = layers
@@ -33,13 +33,14 @@ class LayerProgress:
         self._bar.stop()
 
     def step(self, layers: int, name: str) -> None:
-        """So many more layers are done, the last of them ``name``."""
+        """Count ``layers`` more as finished, the last of them ``name``."""
         self._bar.update(self._task, advance=layers, description=name)
 
     def describe(self, text: str) -> None:
+        """Show ``text`` beside the bar."""
         self._bar.update(self._task, description=text)
 
     def shrink(self, layers: int) -> None:
-        """So many layers need not be done after all."""
+        """Take ``layers`` off the total."""
         self.total -= layers
         self._bar.update(self._task, total=self.total)

@@ -1,4 +1,4 @@
-"""What a layer-wise run did to every layer: as a table, as JSON and as a plot."""
+"""The report of a one-shot pruning run: a record for each layer, as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class LayerRecord:
         name: the parameter's name in the model.
         block: name of the block it lies in.
         shape: of the parameter.
-        tokens: how many input rows its second moments are the mean of.
+        tokens: number of input rows in its Hessian.
         loss, refined_loss: relative local loss before and after refinement, on the inputs of the pruned model.
         reached: share of groups that were 2:4 before the final choice of the mask.
         seconds: solving time.
-        note: what was unusual about it, or empty.
+        note: anything unusual, or empty.
     """
 
     name: str
@@ -52,11 +52,11 @@ class LayerwiseReport:
 
     Attributes:
         settings: the arguments of the run.
-        layers: what was pruned, in the order of execution.
-        skipped: what stayed dense, and why.
+        layers: the pruned layers, in the order of execution.
+        skipped: the weights that stay dense, with the reason.
         masks: name of the parameter -> bool mask of its shape, on CPU.
         dims: name of the parameter -> dimension along which its groups of four lie.
-        seconds: wall time of the whole run, resumed blocks counted as they took when they were solved.
+        seconds: wall time of the whole run; blocks from ``work_dir`` count with the time of their solution.
     """
 
     settings: dict[str, Any]
@@ -68,11 +68,11 @@ class LayerwiseReport:
 
     @property
     def mean_loss(self) -> float:
-        """Mean over the layers of the final relative local loss; 0 if nothing was pruned."""
+        """Mean over the layers of the final relative local loss; 0 without a pruned layer."""
         return sum(layer.final_loss for layer in self.layers) / len(self.layers) if self.layers else 0.0
 
     def table(self) -> Table:
-        """A rich table, one row a layer."""
+        """Return a rich table with a row for each layer."""
         table = Table(title=f"{len(self.layers)} layers are 2:4, {len(self.skipped)} weights stay dense")
         table.add_column("layer")
         for column in ("shape", "tokens", "loss", "refined", "2:4 before projection", "seconds"):
@@ -132,5 +132,5 @@ class LayerwiseReport:
 
 
 def records_from_json(rows: Sequence[dict[str, Any]]) -> list[LayerRecord]:
-    """Undo ``asdict`` on records that went through JSON."""
+    """Return the records whose ``asdict`` went through JSON."""
     return [LayerRecord(**{**row, "shape": tuple(row["shape"])}) for row in rows]

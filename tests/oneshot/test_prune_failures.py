@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -109,3 +110,32 @@ def test_a_generator_of_batches_that_fails_ends_the_run_with_its_error():
         prune(model, data())
     assert all("forward" not in vars(module) for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Counting(nn.Linear):
+    """Counts its calls in a buffer and adds noise in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__(16, 24)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x + 1e-3 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_and_the_random_state_are_as_they_were(fails):
+    model = seeded()
+    for layer in model.layers:
+        layer.left = Counting()
+    if fails:
+        failing(model.layers[2].out, 0)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    with pytest.raises(KilledError) if fails else nullcontext():
+        prune(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert [layer.left.calls.item() for layer in model.layers] == [0, 0, 0]
+    assert is_24(model.layers[0].left.weight)

@@ -99,7 +99,7 @@ WIRINGS = {
 def test_blocks_that_are_no_chain_are_pruned_on_their_true_inputs(wiring, caplog):
     model, data = wired(wiring), list(torch.randn(3, 40, WIDTH))
     report = prune(model, iter(data), refine=None, method="wanda")
-    assert f"{WIRINGS[wiring]}: the whole Wired is walked as one block" in caplog.text
+    assert f"{WIRINGS[wiring]}: the whole Wired is pruned as one block" in caplog.text
     dense = wired(wiring)
     assert len(report.layers) == 6
     for layer in report.layers:
@@ -123,7 +123,9 @@ def test_a_residual_outside_the_blocks_changes_nothing():
 
 
 def test_named_blocks_that_are_no_chain_are_refused():
-    with pytest.raises(ValueError, match=r"blocks='blocks' cannot be walked: block blocks.1 is not.*leave blocks= out"):
+    with pytest.raises(
+        ValueError, match=r"blocks='blocks' cannot be pruned one by one: block blocks.1 is not.*leave blocks= out"
+    ):
         prune(wired("outside"), [torch.randn(40, WIDTH)], blocks="blocks")
 
 

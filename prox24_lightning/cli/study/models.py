@@ -25,11 +25,11 @@ MINILM_LAYERS = tuple(
 
 @dataclass(frozen=True)
 class RealLayers:
-    """Layers with the second moments of their inputs, and what pruning them does to the model's output.
+    """Layers with the Hessians of their inputs, and a score of the model's output.
 
     Attributes:
-        layers: name -> weight and moments.
-        score: pruned weights by name -> relative error of the last hidden states on text that was not counted.
+        layers: name -> weight and Hessian.
+        score: pruned weights by name -> relative error of the last hidden states on text outside the Hessians.
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
@@ -76,9 +76,11 @@ def minilm_layers(sequences: int = 48, length: int = 128) -> RealLayers | None:
     cut = [tokenizer(text, truncation=True, max_length=length, return_tensors="pt") for text in texts[: sequences + 8]]
     counted, held_out = cut[: -(len(cut) // 5)], cut[-(len(cut) // 5) :]
     modules = {name: model.get_submodule(name) for name in MINILM_LAYERS}
-    moments = {name: HessianAccumulator() for name in modules}
+    hessians = {name: HessianAccumulator() for name in modules}
     handles = [
-        module.register_forward_pre_hook(lambda module, args, name=name: moments[name].add(input_rows(module, args[0])))
+        module.register_forward_pre_hook(
+            lambda module, args, name=name: hessians[name].add(input_rows(module, args[0]))
+        )
         for name, module in modules.items()
     ]
     with torch.no_grad():
@@ -101,7 +103,7 @@ def minilm_layers(sequences: int = 48, length: int = 128) -> RealLayers | None:
             modules[name].weight.copy_(weight)
         return float(lost / sum(right.square().sum() for right in wanted))
 
-    return RealLayers({name: (dense[name], moments[name].hessian) for name in modules}, score)
+    return RealLayers({name: (dense[name], hessians[name].hessian) for name in modules}, score)
 
 
 def _minilm_folder() -> Path | None:
