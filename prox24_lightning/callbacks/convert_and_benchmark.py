@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +24,7 @@ from prox24_lightning.convert.benchmark.settings import Settings
 from prox24_lightning.convert.convert import convert_model
 from prox24_lightning.convert.measurement import release_memory
 from prox24_lightning.convert.packed_model import find_packable
+from prox24_lightning.convert.restore import restored_on_error
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.files import check_folder
@@ -203,7 +203,7 @@ class ConvertAndBenchmark(Callback):
             )
         names = report.names("sparse")
         if self.in_place and names:
-            with _unchanged_on_error(pl_module):
+            with restored_on_error(pl_module):
                 cast_model(pl_module, self.settings.dtype, device)
                 # Optimizers and Prox24 outlive the fit and still hold the dense weights.
                 convert_model(pl_module, names, keep_dense=self.settings.keep_dense, empty_dense=True)
@@ -250,34 +250,6 @@ class ConvertAndBenchmark(Callback):
                     logger.experiment.add_text("convert/report", to_markdown(report), step)  # type: ignore[attr-defined]
             except Exception as error:
                 _warn(f"ConvertAndBenchmark could not write to {type(logger).__name__}: {describe(error)}")
-
-
-@contextmanager
-def _unchanged_on_error(module: nn.Module) -> Iterator[None]:
-    """Put the submodules and tensors of ``module`` back if the block raises.
-
-    The tensors of before stay in memory until the block ends: on the CPU, where Lightning puts the model after a fit.
-    """
-    children = [(parent, dict(parent._modules)) for parent in module.modules()]
-    parameters = list(module.parameters())
-    gradients = [parameter.grad for parameter in parameters]
-    buffers = [(owner, dict(owner._buffers)) for owner in module.modules()]
-    tensors = [*parameters, *module.buffers(), *(gradient for gradient in gradients if gradient is not None)]
-    contents = [tensor.data for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        for parent, before in children:
-            parent._modules.update(before)
-        for owner, before_buffers in buffers:
-            owner._buffers.update(before_buffers)
-        for parameter in parameters:
-            parameter.grad = None
-        for tensor, data in zip(tensors, contents, strict=True):
-            tensor.data = data
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        raise
 
 
 def _linear_layers(trainer: Trainer, pl_module: LightningModule) -> list[str]:
