@@ -19,8 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.result_files import write_result
-from prox24_lightning.convert.autotune.cusparselt_algorithms import fastest_algorithms
-from prox24_lightning.convert.autotune.cusparselt_worker import AlgorithmJob
+from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob, fastest_algorithms
 from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.convert.layers.transposable_linear import TransposableForward
 from prox24_lightning.convert.measurement import relative_error, time_calls

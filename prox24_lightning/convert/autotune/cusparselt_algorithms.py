@@ -16,8 +16,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from prox24_lightning.convert.autotune import cusparselt_worker
-from prox24_lightning.convert.autotune.cusparselt_worker import AlgorithmJob
+WORKER = "prox24_lightning.convert.autotune.cusparselt_worker"
+"""The child's module, which is not imported here: ``python -m`` warns of modules that are loaded already."""
 
 START_SECONDS, ALGORITHM_SECONDS = 90.0, 15.0
 """A child that writes nothing for the first at its start, when it loads torch, or for the second from then on counts
@@ -25,6 +25,29 @@ as dead: an algorithm may hang."""
 
 _FINALISTS = 2  # so many of the fastest are returned: the caller measures them again beside the other kernels
 _CHILDREN = 16  # one more for each algorithm that crashes
+
+
+@dataclass(frozen=True)
+class AlgorithmJob:
+    """One product whose algorithms are timed.
+
+    Attributes:
+        dtype: "float16" or "bfloat16".
+        shape: padded (out_features, in_features).
+        tokens: rows of the inputs.
+        copies: weights that rotate, so that none stays in the cache.
+        device: index of the GPU.
+        skip: algorithms to leave out.
+        end: leave out the algorithms from this one on; None for none.
+    """
+
+    dtype: str
+    shape: tuple[int, int]
+    tokens: int
+    copies: int
+    device: int
+    skip: tuple[int, ...] = ()
+    end: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +90,7 @@ def fastest_algorithms(
             :data:`ALGORITHM_SECONDS` from then on.
         on_done: called after each job.
     """
-    command = command or (sys.executable, "-m", cusparselt_worker.__name__)
+    command = command or (sys.executable, "-m", WORKER)
     states = [_Progress(job, {}, []) for job in jobs]
     for _ in range(_CHILDREN):
         left = [state for state in states if not state.done]

@@ -13,10 +13,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
+from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob
 from prox24_lightning.convert.kernels.cusparselt.library import TOKEN_MULTIPLE, CusparseltError, Library, load
 from prox24_lightning.convert.kernels.cusparselt.plan import Plan
 from prox24_lightning.convert.kernels.packed_buffer import random_buffer
@@ -27,29 +27,6 @@ from prox24_lightning.utils.errors import describe
 _ROUNDS = 5
 _HOPELESS = 1.5  # an algorithm whose first run takes so many times that of the fastest is not measured further
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class AlgorithmJob:
-    """One product whose algorithms are timed.
-
-    Attributes:
-        dtype: "float16" or "bfloat16".
-        shape: padded (out_features, in_features).
-        tokens: rows of the inputs.
-        copies: weights that rotate, so that none stays in the cache.
-        device: index of the GPU.
-        skip: algorithms to leave out.
-        end: leave out the algorithms from this one on; None for none.
-    """
-
-    dtype: str
-    shape: tuple[int, int]
-    tokens: int
-    copies: int
-    device: int
-    skip: tuple[int, ...] = ()
-    end: int | None = None
 
 
 def time_algorithms(job: AlgorithmJob) -> Iterator[dict[str, float]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import asdict
 
 from prox24_lightning.convert.autotune import cusparselt_algorithms, cusparselt_worker
-from prox24_lightning.convert.autotune.cusparselt_algorithms import fastest_algorithms
-from prox24_lightning.convert.autotune.cusparselt_worker import AlgorithmJob
+from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob, fastest_algorithms
 
 JOBS = [AlgorithmJob("float16", (512, 1024), tokens, 4, 0) for tokens in (64, 128, 256)]
 
@@ -107,3 +107,9 @@ def test_jobs_travel_as_json(monkeypatch, capsys):
     assert seen == JOBS
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[2:4] == [{"job": 1, "algorithm": 3}, {"job": 1, "done": True, "problem": ""}]
+
+
+def test_the_child_of_the_package_starts_without_a_warning():
+    command = [sys.executable, "-W", "error", "-m", cusparselt_algorithms.WORKER]
+    done = subprocess.run(command, input="[]", capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
