@@ -6,6 +6,8 @@ matrix is pruned by itself, with groups of four along the inputs of its own matr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -20,7 +22,7 @@ def is_expert_parameter(module: nn.Module, parameter: Tensor) -> bool:
     """Whether a parameter of ``module`` holds one matrix for each of several experts."""
     if is_lazy(parameter) or parameter.dim() != 3 or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
         return False
-    counts = {getattr(module, name, None) for name in _COUNTS}
+    counts = _numbers(module, _COUNTS)
     named = any(word in type(module).__name__.lower() for word in ("expert", "moe", "mixture"))
     return parameter.shape[0] in counts or named
 
@@ -52,13 +54,17 @@ def expert_input_dim(module: nn.Module, parameter_name: str) -> int | None:
                 return 2
             if first[2] == 2 * second[1] and first[1] == second[2]:
                 return 1
-    hidden = {getattr(module, name, None) for name in _HIDDEN}
-    inner = {getattr(module, name, None) for name in _INNER}
+    hidden, inner = _numbers(module, _HIDDEN), _numbers(module, _INNER)
     inputs, outputs = (hidden, inner) if parameter_name.lower().startswith(_UP) or not others else (inner, hidden)
     fits = {dim for dim in (1, 2) if shape[dim] in inputs and shape[3 - dim] in outputs}
     if len(fits) == 2 and parameter_name == "weight":
         return 2  # square, and laid out as a linear layer's
     return fits.pop() if len(fits) == 1 else None
+
+
+def _numbers(module: nn.Module, names: Iterable[str]) -> set[int]:
+    values = [getattr(module, name, None) for name in names]
+    return {value for value in values if isinstance(value, int)}
 
 
 def expert_matrices(parameter: Tensor, input_dim: int) -> Tensor:

@@ -49,15 +49,11 @@ def _declared(module: nn.Module) -> Iterator[nn.Module]:
         get = getattr(module, method, None)
         try:
             found: Any = get() if callable(get) else None
-        except (
-            AttributeError,
-            NotImplementedError,
-            TypeError,
-        ):  # of another library, with arguments, or without a head
+        except Exception:  # a method of another meaning, or of a model without a head: no reason to end a run
             continue
         for part in found if isinstance(found, (tuple, list)) else (found,):
             if isinstance(part, nn.Module):
-                yield from _last([part])
+                yield from list(_last([part])) or [part]
     config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
     names = config.get("classifier") if isinstance(config, dict) else getattr(config, "classifier", None)
     parts = dict(module.named_modules()) if names else {}
@@ -78,14 +74,23 @@ def _behind_base_model(module: nn.Module) -> Iterator[nn.Module]:
 
 def _named(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the last layer of each outermost module that is named as a head; of a list of heads each one's."""
-    for name, module in model.named_modules():
-        *above, last = clean_name(name).split(".")
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    repeated = {name for name, module in modules.items() if _is_repeated(module)}
+    for name, module in modules.items():
+        *above, last = name.split(".")
         if not _is_head(last) or any(_is_head(part) for part in above):
             continue
-        if any(part.isdigit() for part in above) and not isinstance(module, _LAYERS):
-            continue  # a part of repeated blocks: the heads of attention, say
+        around = {".".join(above[:end]) for end in range(len(above))}
+        if not repeated.isdisjoint(around) and not isinstance(module, _LAYERS):
+            continue  # the heads of attention, say
         for part in module.children() if isinstance(module, _LISTS) else (module,):
             yield from _last([part])
+
+
+def _is_repeated(module: nn.Module) -> bool:
+    """Whether a module is a list of blocks."""
+    like = isinstance(module, nn.Sequential) and len(module) > 1 and len({type(part) for part in module}) == 1
+    return like or isinstance(module, nn.ModuleList)
 
 
 def _is_head(name: str) -> bool:
@@ -96,9 +101,10 @@ def _of_classes(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the last layer if it has as many outputs as the model says that there are classes."""
     wrappers = _wrappers(model)
     holders = [*wrappers, *(getattr(module, "hparams", None) for module in wrappers)]
-    classes = {getattr(holder, name, None) for holder in holders for name in ("num_classes", "num_labels")}
+    classes = [getattr(holder, name, None) for holder in holders for name in ("num_classes", "num_labels")]
+    numbers = {count for count in classes if isinstance(count, int)}
     for layer in _last([model]):
-        if _sizes(layer)[1] in classes:
+        if _sizes(layer)[1] in numbers:
             yield layer
 
 

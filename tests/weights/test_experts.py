@@ -61,6 +61,12 @@ def test_experts_whose_inputs_nobody_knows_stay_dense_and_are_named_with_their_s
     assert select_weights(model, skip=["1.*"]).warning() is None, "the user's own choice"
 
 
+def test_sizes_that_are_no_numbers_are_no_obstacle():
+    module = Attributes()
+    module.num_experts, module.hidden_size = [4], {"text": 16}
+    assert select_weights(nn.Sequential(nn.Linear(8, 8), module)).chosen
+
+
 def test_sizes_that_do_not_divide_are_named():
     model = nn.Sequential(Attributes(inner=6))
     assert [w.name for w in select_weights(model)] == ["0.w1"]

@@ -242,6 +242,8 @@ OWN: dict[str, tuple[nn.Module, set[str]]] = {
     "heads of attention": (Language(), {"to_tokens"}),
     "a gate is no head": (Gated(), {"down"}),
     "inside a LightningModule": (Task(TorchvisionLike()), {"model.fc"}),
+    "a head in a sequence": (nn.Sequential(mlp(16), Vgg()), {"1.classifier.2"}),
+    "heads in a sequence of blocks": (nn.Sequential(AttentionHeads(), AttentionHeads()), set()),
     "beside another model": (Task(TorchvisionLike(), teacher=mlp(12)), {"model.fc"}),
     "a model whose outputs another takes": (Task(Gated(), decoder=mlp()), set()),
     "a LightningModule's own head": (
@@ -273,7 +275,24 @@ def test_a_head_is_taken_when_a_target_names_it():
     assert [weight.name for weight in select_weights(TorchvisionLike(), targets=["fc"])] == ["fc.weight"]
 
 
-def test_a_method_of_the_same_name_with_another_meaning_is_ignored():
+@pytest.mark.parametrize("method", [lambda layer: layer, lambda: 1 / 0, lambda: "fc", lambda: None])
+def test_a_method_of_the_same_name_with_another_meaning_is_ignored(method):
     model = TorchvisionLike()
-    model.get_classifier = lambda layer: layer  # type: ignore[assignment]
+    model.get_classifier = model.get_output_embeddings = method
     assert {weight.name for weight in select_weights(model)} == {"layer1.0.weight"}
+
+
+def test_a_head_of_an_own_class_stays_dense_as_well():
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+    model = nn.Sequential(nn.Linear(8, 8), Product())
+    model.get_output_embeddings = lambda: model[1]
+    assert output_heads(model) == {model[1]}
+
+
+@pytest.mark.parametrize("classes", [[3, 5], {"a": 3}, "four", torch.tensor([1, 2])])
+def test_classes_that_are_no_number_are_no_obstacle(classes):
+    assert not output_heads(Task(mlp(), num_classes=classes))
