@@ -37,7 +37,7 @@ def solve_general(words, strength, c0, c1, c2, c3, root, VARIANT: tl.constexpr, 
     3-sparse equation. With ``DENSE`` dense points are compared too, and ``root`` is that root."""
     x0, x1, x2, x3 = entries_of(words, VARIANT)
     y0, y1, y2, y3 = scaled(x0, x1, x2, x3, c0, c1, c2, c3, VARIANT)
-    s0, s1, s2, s3, left, root = _shrink_other(y0, y1, y2, y3, strength, root, VARIANT, DENSE)
+    s0, s1, s2, s3, left, root = _shrink_general(y0, y1, y2, y3, strength, root, VARIANT, DENSE)
     if VARIANT.has_scale:
         s0, s1, s2, s3 = s0 / c0, s1 / c1, s2 / c2, s3 / c3
     # A NaN goes to the whole group.
@@ -81,7 +81,7 @@ def _shrink_simple(y0, y1, y2, y3, ordered, strength, inside):
 
 
 @triton.jit
-def _shrink_other(y0, y1, y2, y3, strength, root, VARIANT: tl.constexpr, DENSE: tl.constexpr):
+def _shrink_general(y0, y1, y2, y3, strength, root, VARIANT: tl.constexpr, DENSE: tl.constexpr):
     """Any groups without NaN. Neighbours change places while the later one is larger: so among equals the earlier
     position stays the larger."""
     first01 = y0 < y1
