@@ -38,7 +38,12 @@ ROOMS["layerwise"] = {*ROOMS["oneshot"], "oneshot"}
 """Room -> the rooms that it may load."""
 
 LAYERS = {
-    "prox": [["checks", "penalty", "roots", "statistics"], ["reference", "batched", "block", "triton"], ["dispatch"], [""]],
+    "prox": [
+        ["checks", "penalty", "roots", "statistics"],
+        ["reference", "batched", "block", "triton"],
+        ["dispatch"],
+        [""],
+    ],
     "sparsify": [
         ["phases", "step_listener", "checks", "pass_statistics", "model_watch"],
         ["strategies.base"],
@@ -79,7 +84,7 @@ IMPORTS = {module: imports_of(module) for module in FILES}
 
 
 def room_of(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def layer_of(module: str) -> int | None:
