@@ -60,7 +60,7 @@ class RandomState:
             "cpu": self.cpu,
             "python": torch.tensor(words, dtype=torch.int64),
             "numpy": torch.tensor([*map(int, keys), place, has_spare], dtype=torch.int64),
-            "spares": torch.tensor([float("nan") if spare is None else spare, gauss], dtype=torch.float64),
+            "spares": torch.tensor([spare is not None, spare or 0.0, gauss], dtype=torch.float64),
         }
         return state if self.device is None else {**state, "device": self.device}
 
@@ -68,11 +68,11 @@ class RandomState:
     def from_state_dict(cls, state: dict[str, Tensor]) -> RandomState:
         """Undo :meth:`state_dict`."""
         *keys, place, has_spare = state["numpy"].tolist()
-        spare, gauss = state["spares"].tolist()
+        has_spare_gauss, spare, gauss = state["spares"].tolist()
         return cls(
             state["cpu"].cpu(),
             state["device"].cpu() if "device" in state else None,
-            (random.getstate()[0], tuple(state["python"].tolist()), None if spare != spare else spare),
+            (random.getstate()[0], tuple(state["python"].tolist()), spare if has_spare_gauss else None),
             ("MT19937", np.array(keys, dtype=np.uint32), place, has_spare, gauss),
         )
 

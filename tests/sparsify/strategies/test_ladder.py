@@ -469,3 +469,40 @@ def test_a_model_that_cannot_be_copied_has_no_dense_reference(caplog):
     assert engine.phase == "frozen"
     assert all(is_24(weight.parameter) for weight in engine.weights)
     assert "dense_target=0.5 has no effect" in caplog.text
+
+
+def test_streaming_sees_layers_inside_compiled_blocks(caplog):
+    """Hooks that were not there when the blocks were compiled."""
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+            for block in self.blocks:
+                block.forward = torch.compile(block.forward, backend="eager")
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x * self.scale)
+            return x
+
+    torch._dynamo.reset()
+    engine = run(Blocks(), scaled)
+    assert engine.strategy.state_dict()["way"] == "stream"
+    assert list(engine.masks) == ["blocks.0.0.weight", "blocks.1.0.weight"]
+    assert "largest weights are kept" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("plain", [False, False, False]),
+        ("batch norm and dropout", [False, False, False]),
+        ("differentiates", [True, False, False]),
+        ("random numbers", [False, False, True]),
+    ],
+)
+def test_gradients_hooks_and_random_states_are_kept_only_where_they_are_needed(case, settings):
+    make, step_of, _ = CASES[case]
+    engine = run(make(), step_of, plan=PhasePlan(40, 50), steps=2)
+    assert engine.strategy.state_dict()["calibration"]["calls"][0][0]["settings"] == settings
