@@ -51,6 +51,7 @@ LAYERS = {
         ["config", "engine", "sparse_training"],
         ["controller"],
     ],
+    "finetune": [["optimizers"], ["optimizer_state"], ["masked_parameters"], ["mask_files", "lora", "distillation"]],
     "convert": [["format", "measurement"], ["kernels"], ["autotune"], ["layers"], [""], ["benchmark"]],
 }
 """Layers inside a room, lowest first, by the beginning of a module's name; ``""`` stands for all that is not named."""
