@@ -42,6 +42,16 @@ FAMILIES = {
         lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
         IDS,
     ),
+    "experts": (
+        hf.AutoModelForCausalLM,
+        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA, num_local_experts=4)),
+        IDS,
+    ),
+    "transposed experts": (
+        hf.AutoModelForCausalLM,
+        lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
+        IDS,
+    ),
     "gpt2": (hf.AutoModelForCausalLM, lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), IDS),
     "bert": (
         hf.AutoModelForSequenceClassification,
