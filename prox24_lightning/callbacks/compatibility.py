@@ -1,4 +1,4 @@
-"""Does a Lightning trainer let :class:`~prox24_lightning.Prox24` work? Asked before the first batch."""
+"""Checks that a Lightning trainer suits :class:`~prox24_lightning.Prox24`, before the first batch."""
 
 from __future__ import annotations
 

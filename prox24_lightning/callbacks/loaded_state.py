@@ -39,6 +39,6 @@ class LoadedState:
         self.state, self._loaded_for = state, self._model_of_run
 
     def take(self) -> dict[str, Any]:
-        """Return the state and keep it no longer."""
+        """Return the state and forget it."""
         state, self.state = self.state, {}
         return state

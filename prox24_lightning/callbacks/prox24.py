@@ -45,42 +45,51 @@ class Prox24(Callback):
     - *max_steps*, ``start``, ``freeze``: the phases are laid out anew over the new run. What is frozen stays frozen; a
       freeze that now lies in the past happens before the first batch.
     - *another fit* of the same model goes on where the last one stopped, with whatever optimizer it makes; a fit of
-      another model begins anew. (An optimizer's own state only loads into its like: to change the optimizer across a
-      checkpoint, load the weights alone and hold the masks with ``load_masks``.)
-    - *the number of ranks*, and how weights are sharded: masks and moments are stored whole.
+      another model begins anew. (The state of an optimizer loads only into one of the same kind: to change the
+      optimizer across a checkpoint, load the weights alone and apply the masks with ``load_masks``.)
+    - *the number of ranks*, and how weights are sharded: masks and statistics are stored whole.
     - *no callback at the time of the checkpoint*: the trainer's step decides the phase, with a warning.
     - *no callback any more*: Lightning warns, and nothing keeps the model 2:4; ``load_masks`` would.
     - ``targets``, ``skip``, ``geometry``, ``strategy``: before ``start``; ``strategy`` after the freeze as well.
 
     A checkpoint in which a weight chosen here is NaN or infinite is not written: the run stops with the reason, and the
-    last good one stays. An optimizer that is exchanged during the run is gone over to. A weight that is replaced or
-    tied to another while its optimizer trains the old one stops the run by name.
+    last good one stays. Optimizers, weights and layers that are exchanged during the run are followed, and layers that
+    begin to train later join; an exchange that the optimizers have not followed stops the run by name.
+
+    **Best scores.** When the last weight is frozen, what ``EarlyStopping``, ``ModelCheckpoint`` and
+    ``ReduceLROnPlateau`` remember as the best score begins anew, with one warning: it was the dense model's. Files from
+    before the freeze stay on the disk. A ``ModelCheckpoint`` that saves nothing after the freeze saves the final model.
+
+    **Averages** (EMA, SWA) of callbacks, and those that the module keeps itself, get the masks as well.
+
+    **Length of the run.** Under manual optimisation, or with an overridden ``optimizer_step``, it is measured while the
+    run goes on, and fractions follow the measurement.
 
     Args:
         start: last dense step: int, or float fraction of the run. The default suits a trained model that is fine-tuned:
-            the earlier, the longer it recovers. From scratch later is better: 0.6 and 0.8.
-        freeze: step after which the masks are fixed: int, or float fraction of the run. Equal to ``start`` it
-            prunes in one shot there.
-        strategy: ``"progressive"`` takes block after block along the phase, by the paper's layer-wise prox and masked
-            gradient on the second moments of the layers' inputs in the last training batches, and freezes it while
-            the rest trains on. ``"post_step"`` applies the prox to all weights after every step.
-        dense_target: (``progressive``) what a layer's outputs shall come close to: 0 its own, on what it sees now; 1
-            those that it had in the model as it was at ``start`` (error feedback: later blocks make good for earlier
-            ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the freeze, and
-            needs a model that training calls as a whole: where it calls several parts, each layer keeps its own. From
-            scratch, where that model is half trained, 0 is better.
-        reconstruction_steps: (``progressive``) gradient steps on a whole block, its norms and biases too, once its
-            layers have been solved, by the error of the block's output; 0 leaves them out.
-        gradient_weighting: (``progressive``) in these steps the features of a block's output count by the squared
-            gradients that the last training batches sent through them; False counts all the same.
+            the earlier the start, the longer the recovery. From scratch later is better: 0.6 and 0.8.
+        freeze: step after which the masks are fixed: int, or float fraction of the run. Equal to ``start``, all weights
+            are pruned in one shot there.
+        strategy: ``"progressive"`` solves one block after the other during the phase, by the paper's layer-wise prox
+            and masked gradient updates with the Hessian of the last training batches, and freezes it while the rest
+            trains on. ``"post_step"`` applies the prox to all weights after every step.
+        dense_target: (``progressive``) the target of a layer's outputs: 0 its own outputs on its present inputs; 1 the
+            outputs of the dense reference, the model as it was at ``start`` (error feedback: later blocks correct the
+            errors of earlier ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the
+            freeze, and needs a model that training calls as a whole: otherwise each layer aims at its own outputs.
+            From scratch, where the reference is half trained, 0 is better.
+        reconstruction_steps: (``progressive``) gradient steps on the output error of a whole block, its norms and
+            biases included, once its layers are solved; 0 for none.
+        gradient_weighting: (``progressive``) weight the features of a block's output in these steps by their squared
+            gradients in the last training batches; False weights all the same.
         calibration: (``progressive``) ``"auto"`` runs the last training batches again through the model if it gives the
             same outputs then, else sums each layer's Hessian up from the training batches as they pass, and says so in
             one warning. ``"stream"`` always does the latter, ``"magnitude"`` keeps the largest weights.
-        metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` measures a weight by
-            what it adds to the layer's output, in coordinates scaled by the running rms of each input; ``"weight"`` by
-            its magnitude.
-        schedule: (``post_step``) ``"auto"`` makes the share of each layer's groups that ``fraction`` names 2:4, the
-            cheapest first, and leaves the others alone until their turn. Otherwise the strength itself:
+        metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` scales weights by the
+            running rms of each input, so that they count by their effect on the layer's output; ``"weight"`` takes
+            their magnitude.
+        schedule: (``post_step``) ``"auto"`` finds the strength at which ``fraction`` of each layer's groups become 2:4,
+            the cheapest first; the other groups stay as they are. Otherwise the strength itself:
             ``"exponential"``, ``"linear"``, ``"cubic"``, ``"constant"`` or a
             :class:`~prox24_lightning.schedules.Schedule`, relative to 1 / rms of the layer.
         fraction: (``post_step``) for ``"auto"``, the share of groups that are 2:4 while the phase runs from 0 to 1:
@@ -100,7 +109,7 @@ class Prox24(Callback):
         masks_file: where the masks are written at the end of a fit that has reached the freeze: a ``.safetensors`` file
             that :func:`~prox24_lightning.load_masks` puts onto any model with these weights. None writes none;
             :meth:`save_masks` does it later.
-        name: tells several instances of one trainer apart, in checkpoints and logs.
+        name: distinguishes several instances of one trainer in checkpoints and logs.
         verbose: print the table of chosen and skipped weights at the start.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Do optimizers, weights and saved states fit together? Asked before the first batch, and while the run goes on.
+"""Checks that optimizers, weights and saved states fit together, before the first batch and during the run.
 
-Each function returns if they do, and otherwise raises an error with the name and the remedy: ``ValueError`` for what
-the user has set, ``RuntimeError`` for what has happened since.
+Errors carry the name and the remedy: ``ValueError`` for what the user has set, ``RuntimeError`` for what has happened
+since.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check_place(masks_file: str | Path | None) -> None:
 
 
 def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers whose steps cannot be noticed, or that a prox between steps would mislead."""
+    """Refuse optimizers whose steps cannot be observed, or that a prox between steps would mislead."""
     for optimizer in optimizers:
         check_optimizer(optimizer)
 
@@ -135,7 +135,7 @@ def check_same_weights(saved: Mapping[str, Dim], mine: Mapping[str, Dim]) -> Non
 def has_replaced(
     weights: Sequence[GroupedWeight], before: Mapping[str, nn.Parameter], optimizers: Sequence[Optimizer]
 ) -> bool:
-    """Whether other parameters have been put in the place of those of ``before``, and the optimizers have followed.
+    """Return whether parameters were replaced by others that the optimizers train.
 
     Raises:
         RuntimeError: if they have not, or two weights are now one.

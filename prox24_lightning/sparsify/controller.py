@@ -238,7 +238,7 @@ class SparsifyController:
         model, engine, config = None if self._model is None else self._model(), self._require_engine(), self.config
         if model is None:
             return
-        self._watch = ModelWatch(model, (), optimizers)  # what cannot be followed is said once
+        self._watch = ModelWatch(model, (), optimizers)  # what cannot be followed is named once
         try:
             selection = select_weights(model, targets=config.targets, skip=config.skip, geometry=config.geometry)
             selection = optimized(selection, optimizers, explicit=False)
@@ -252,7 +252,7 @@ class SparsifyController:
         check_followed(gone, selection)
         changed = [name for name, weight in now.items() if weight.module is not before.get(name, weight).module]
         new = [name for name in now if name not in before]
-        # A weight that does not train just now is kept: it may have begun before, and its turn comes again.
+        # A weight that does not train just now is kept: another optimizer may be toggled on.
         followed = {w.name: now.get(w.name, w) for w in self.weights if w not in gone} | {
             name: now[name] for name in new
         }

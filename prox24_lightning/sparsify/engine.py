@@ -1,4 +1,4 @@
-"""The life of the masks, free of any training framework: dense, sparsify, frozen."""
+"""The phases of a run, free of any training framework: dense, sparsify, frozen."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ Metric = Literal["weight", "activation"]
 
 STATE_VERSION = 3
 MOMENT_WARMUP = 32
-"""Steps before ``start`` from which layer inputs are looked at."""
+"""Steps before ``start`` from which on the second moments of layer inputs are collected."""
 MOMENT_EVERY = 4
-"""Inputs are looked at on every fourth step: they change slowly, and reading them costs a pass over memory."""
+"""They are collected in every fourth step: they change slowly, and reading inputs costs a pass over memory."""
 
 log = logging.getLogger(__name__)
 
 
 class SparsityEngine:
-    """Takes ``weights`` from dense to frozen 2:4 as their optimizers step.
+    """Take ``weights`` from dense to frozen 2:4 as their optimizers step.
 
     A host (a training framework's callback) binds the optimizers when training starts, calls :meth:`before_batch`
     before each batch and :meth:`after_batch` after it, and unbinds at the end. Everything else follows from the
     optimizers' own steps.
 
     Args:
-        weights: the parameters that shall be 2:4.
+        weights: the weights that become 2:4.
         plan: the steps at which the phases begin; one step is one real step of any bound optimizer.
         strategy: how weights become 2:4 in the sparsify phase.
         metric: coordinates of the prox and the masks: the weights', or scaled by the rms of each layer input.
@@ -101,11 +101,11 @@ class SparsityEngine:
         return InputSecondMoments(scaled, model=self._model) if scaled else None
 
     def metric_scale(self, name: str) -> Tensor | None:
-        """The scale of a weight's metric now in use; None where it is the weight's own coordinates."""
+        """Return the scale of a weight's metric now in use; None for the weight's own coordinates."""
         return None if self._moments is None else self._moments.scale(name)
 
     def bind(self, optimizers: Sequence[Optimizer]) -> None:
-        """Start listening to ``optimizers`` and, if frozen, mask weights, gradients and their state again."""
+        """Work between the steps of ``optimizers`` from now on; apply the masks that there are."""
         self.unbind()
         self._optimizers = tuple(optimizers)
         self._bound = {weight.name: weight.parameter for weight in self.weights}
@@ -132,7 +132,7 @@ class SparsityEngine:
             self._freeze()
 
     def unbind(self) -> None:
-        """Remove every hook; counters, masks and moments stay."""
+        """Remove every hook; counters, masks and statistics stay."""
         self._listener.unbind()
         self._owned.clear()
         self._optimizers = ()
@@ -143,11 +143,11 @@ class SparsityEngine:
             self._moments.detach()
 
     def is_bound_to(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether these very optimizers are being listened to."""
+        """Return whether the engine works between the steps of these very optimizers."""
         return self._listener.listens_to(optimizers)
 
     def before_batch(self) -> None:
-        """Tell the engine that a batch begins: decides whether its layer inputs are looked at.
+        """Prepare for a batch: decide whether statistics of its layer inputs are collected.
 
         Raises:
             RuntimeError: if the model now uses another parameter in a weight's place than the optimizers train.
@@ -212,8 +212,8 @@ class SparsityEngine:
     def _wants_moments(self, step: int) -> bool:
         if self._frozen or step > self.plan.freeze or step <= self.plan.start - MOMENT_WARMUP:
             return False
-        # Every step until something has been seen, so that a run of few steps has moments as well. Several optimizers
-        # may take more than one step a batch.
+        # Every step of the first few, so that a short run has statistics as well. Several optimizers may take more
+        # than one step a batch.
         passed = step // MOMENT_EVERY > self._batch_step // MOMENT_EVERY
         return passed or step % MOMENT_EVERY == 0 or step <= min(MOMENT_EVERY, self.plan.freeze)
 
@@ -280,7 +280,7 @@ class SparsityEngine:
         check_same(masks, "the masks", local_part(self.weights[0].parameter).device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a new process needs to go on bit for bit: plain types and tensors only.
+        """Return what a new process needs to continue bit for bit: plain types and tensors only.
 
         In a distributed run all ranks call it. What is sharded or counted by each rank is gathered, so that a run of
         another number of ranks can read it.

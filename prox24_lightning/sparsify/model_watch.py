@@ -35,7 +35,7 @@ class ModelWatch:
     def has_changed(self, optimizers: Sequence[Optimizer]) -> bool:
         """Return whether a watched module is another one, or more parameters train than ever before.
 
-        Fewer do where an optimizer has its turn without the others (``toggle_optimizer``), which changes nothing.
+        Fewer train while an optimizer steps alone (``toggle_optimizer``), which changes nothing.
         """
         training, held = self._count(optimizers)
         grown = training > self._training or held > self._held

@@ -1,4 +1,4 @@
-"""When each phase begins: steps as users write them, turned into whole optimizer steps."""
+"""The steps at which the phases of a run begin."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PhasePlan:
 
 
 def check_step(value: int | float, argument: str) -> None:
-    """Refuse what can be refused before the length of the run is known.
+    """Check a step as far as that needs no length of the run.
 
     Raises:
         ValueError: for a negative or non-finite step, or a fraction above 1.

@@ -1,4 +1,4 @@
-"""After the freeze: which layers train on sparse tensor cores, set up as their masks come and taken down at the end."""
+"""Training on sparse tensor cores after the freeze: layers are switched as their masks come, and back at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SparseTraining:
         self._layers: dict[str, TransposableForward] = {}
 
     def attach(self, weights: Sequence[GroupedWeight], masks: Mapping[str, Tensor]) -> None:
-        """Set up every layer of ``weights`` that has a frozen mask, fits, and is not set up yet; others are logged."""
+        """Switch every layer of ``weights`` that has a mask and fits; log the others with the reason."""
         for weight in weights:
             mask = masks.get(weight.name)
             if mask is None or weight.name in self._layers:
