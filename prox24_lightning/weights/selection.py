@@ -166,6 +166,8 @@ def select_weights(
             matched.update(hits, skips)
             by_name = any(pattern in (name, module_name) for pattern in hits)
             reason, dim = fit_groups(module, parameter_name, parameter, geometry)
+            if not reason and not parameter.numel():
+                reason = "the layer has no inputs or no outputs"
             if reason and by_name:
                 raise ValueError(f"target {name!r} of shape {tuple(parameter.shape)} cannot be 2:4: {reason}")
             if skips:

@@ -72,14 +72,24 @@ def test_the_metric_follows_the_inputs():
 @pytest.mark.parametrize("make", [post_step, None], ids=["post_step", "progressive"])
 @pytest.mark.parametrize("shape", [(8, 0), (0, 8)])
 def test_layers_without_inputs_or_outputs_are_no_obstacle(make, shape):
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    model.idle = nn.Linear(shape[1], shape[0])
-    weights = select_weights(model).chosen
+    class WithIdle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.idle, self.head = nn.Linear(8, 8), nn.Linear(shape[1], shape[0]), nn.Linear(8, 4)
+
+        def forward(self, x):
+            hidden = self.inner(x)
+            return self.head(hidden) + self.idle(hidden[:, : shape[1]]).sum()
+
+    model = WithIdle()
+    selection = select_weights(model)
+    weights = selection.chosen
+    assert "idle.weight" in {weight.name for weight in selection.skipped}
     engine = SparsityEngine(weights, PhasePlan(1, 4), make() if make else Progressive(model), metric="activation")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     list(train(engine, model, optimizer, 6, lambda: torch.randn(4, 8)))
     assert engine.phase == "frozen"
-    assert is_24(model[0].weight)
+    assert is_24(model.inner.weight)
 
 
 def test_an_error_in_the_freeze_leaves_the_weights_unfrozen():
