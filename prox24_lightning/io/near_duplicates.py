@@ -38,7 +38,18 @@ def all_windows(texts: Iterable[str]) -> np.ndarray:
 
 def shares_window(text: str, windows: np.ndarray) -> bool:
     """Return whether a window of ``text`` is among ``windows``, which are sorted."""
-    return bool(np.isin(window_hashes(text), windows, assume_unique=True).any())
+    return bool(len(_places(window_hashes(text), windows)))
+
+
+def _places(found: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Return where in the sorted ``windows`` the hashes ``found`` stand that are among them.
+
+    By bisection: ``windows`` has millions of entries and is asked for every document.
+    """
+    if not len(windows):
+        return np.array([], np.intp)
+    places = np.searchsorted(windows, found).clip(max=len(windows) - 1)
+    return places[windows[places] == found]
 
 
 def overlaps(held_out: Mapping[str, Iterable[str]], training: Iterable[str]) -> dict[str, float]:
@@ -53,7 +64,7 @@ def overlaps(held_out: Mapping[str, Iterable[str]], training: Iterable[str]) -> 
     for text in training:
         found = window_hashes(text)
         for name, hashes in windows.items():
-            seen[name] |= np.isin(hashes, found, assume_unique=True)
+            seen[name][_places(found, hashes)] = True
     return {name: float(marks.mean()) if len(marks) else 0.0 for name, marks in seen.items()}
 
 
