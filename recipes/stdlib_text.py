@@ -60,14 +60,17 @@ def read_documents(root: Path) -> tuple[Document, ...]:
     return tuple(documents)
 
 
+@lru_cache
 def held_out_documents(documents: tuple[Document, ...], fraction: float) -> frozenset[str]:
-    """Return the names of the documents that are held out: ``fraction`` of the text, near-duplicates together."""
+    """Return the names of the documents that are held out: ``fraction`` of the text, near-duplicates together.
+
+    Computed once a process for each set of documents, which takes some seconds.
+    """
     return held_out_names({document.name: document.text for document in documents}, fraction)
 
 
-@lru_cache
 def stdlib_held_out(fraction: float) -> frozenset[str]:
-    """Return :func:`held_out_documents` of the standard library, computed once a process."""
+    """Return :func:`held_out_documents` of the standard library."""
     return held_out_documents(stdlib_documents(), fraction)
 
 
