@@ -25,7 +25,7 @@ class RandomState:
     cpu: Tensor
     device: Tensor | None
     python: tuple[Any, ...]
-    numpy: tuple[Any, ...]
+    numpy: Any
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
@@ -34,7 +34,7 @@ class RandomState:
             torch.get_rng_state(),
             torch.get_device_module(device).get_rng_state(device) if _draws_itself(device) else None,
             random.getstate(),
-            np.random.get_state(),  # type: ignore[arg-type]
+            np.random.get_state(),
         )
 
     def restore(self, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class RandomState:
         if self.device is not None:
             torch.get_device_module(device).set_rng_state(self.device, device)
         random.setstate(self.python)
-        np.random.set_state(self.numpy)  # type: ignore[arg-type]
+        np.random.set_state(self.numpy)
 
     def same_as(self, other: RandomState) -> bool:
         """Whether nothing has been drawn between the two."""

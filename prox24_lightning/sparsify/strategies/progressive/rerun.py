@@ -87,13 +87,14 @@ class BlockReruns:
         """Return the same in the dense reference, and the counterparts of its modules; None without a reference."""
         if self._dense is not None:
             module = self._counterparts[block.module]
-            return [partial(call, module) for call in self._dense.calls_of(block)], self._counterparts
+            dense: list[Run] = [partial(call, module) for call in self._dense.calls_of(block)]
+            return dense, self._counterparts
         reference = self._hooked.reference
         if not isinstance(reference, DenseWeights):
             return None, None
         with reference.in_place(self._hooked.module), runnable(self._model, self._hooked.module):
             calls = inner_calls(self._hooked.module, [block.module], self._hooked.calls)[block.module].calls
-        runs = [partial(_run_dense, self._model, reference, call, block.module) for call in calls]
+        runs: list[Run] = [partial(_run_dense, self._model, reference, call, block.module) for call in calls]
         return runs, self._hooked.counterparts()
 
     def pass_on(

@@ -77,6 +77,8 @@ class RerunCalibration(Calibration):
         self.blocks = cut_into_blocks(self.model, context.weights, self._hooked)
         for index, hooked in enumerate(self._hooked if state else ()):
             hooked.load_state_dict(share_of([saved[index] for saved in state["calls"]]))
+            if self._sharded:
+                hooked.settings = RerunSettings()  # FSDP2 gathers parameters in hooks; a whole model may need none
             hooked.load_reference(state["reference"][index], sharded=self._sharded)
         totals = {name: found.total for name, found in self._gradients.items()}
         if state:
