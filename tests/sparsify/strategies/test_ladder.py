@@ -506,3 +506,41 @@ def test_gradients_hooks_and_random_states_are_kept_only_where_they_are_needed(c
     make, step_of, _ = CASES[case]
     engine = run(make(), step_of, plan=PhasePlan(40, 50), steps=2)
     assert engine.strategy.state_dict()["calibration"]["calls"][0][0]["settings"] == settings
+
+
+class NoisyBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x, noise=None):
+        noise = torch.randn_like(x) if noise is None else noise
+        return x + self.down(self.up(x + noise).tanh())
+
+
+class NoisyBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(NoisyBlock() for _ in range(3))
+
+    def forward(self, x, noises=(None, None, None)):
+        for block, noise in zip(self.blocks, noises, strict=True):
+            x = block(x, noise)
+        return x
+
+
+def test_noise_drawn_in_blocks_is_the_same_in_every_rerun():
+    torch.manual_seed(0)
+    inside, outside = NoisyBlocks(), NoisyBlocks()
+    outside.load_state_dict(inside.state_dict())
+    plan = PhasePlan(6, 6)
+    run(inside, plain, plan=plan, steps=6, dense_target=1.0)
+    run(
+        outside,
+        lambda model, x, step: model(x, [torch.randn_like(x) for _ in range(3)]),
+        plan=plan,
+        steps=6,
+        dense_target=1.0,
+    )
+    for one, other in zip(inside.parameters(), outside.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
