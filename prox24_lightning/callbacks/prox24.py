@@ -282,10 +282,10 @@ class Prox24(Callback):
             )
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
-        records = self._records = BestRecords(trainer, pl_module)
+        self._records = BestRecords(trainer, pl_module)
         engine.on_masks.append(self._mask_averages)
         # With several Prox24 the model is 2:4 when the last of them is frozen.
-        engine.on_frozen.append(lambda: records.restart() if all(o.phase == "frozen" for o in others) else None)
+        engine.on_frozen.append(lambda: self._restart_records(others))
         if self.config.verbose:
             print_selection(self.selection, f"{self.name}: 2:4 from step {self.start_step} to step {self.freeze_step}")
 
@@ -361,6 +361,11 @@ class Prox24(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._controller.unbind()
         self._loaded.end_run()
+        self._records = self._copies = self._length = None  # they hold trainer and module
+
+    def _restart_records(self, others: Sequence[Prox24]) -> None:
+        if self._records is not None and all(other.phase == "frozen" for other in others):
+            self._records.restart()
 
     def _restore(self, trainer: Trainer) -> None:
         state = self._loaded.take()
