@@ -178,7 +178,7 @@ class HookedModule:
 
     def _listen(self) -> None:
         if not self._handles:
-            self._handles = [before_call(self.module, self._begins), after_call(self.module, self._ended)]
+            self._handles = [before_call(self.module, self._begins, first=True), after_call(self.module, self._ended)]
 
     def _begins(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not self._open:

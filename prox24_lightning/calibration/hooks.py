@@ -48,9 +48,14 @@ class Hook:
         return Hook, ()
 
 
-def before_call(module: nn.Module, listener: Listener) -> RemovableHandle:
-    """Have ``listener(module, args, kwargs)`` called before each call of ``module``, ahead of other hooks."""
-    return module.register_forward_pre_hook(Hook(module, listener), prepend=True, with_kwargs=True)
+def before_call(module: nn.Module, listener: Listener, *, first: bool = False) -> RemovableHandle:
+    """Have ``listener(module, args, kwargs)`` called before each call of ``module``.
+
+    Args:
+        first: ahead of other hooks, on what the caller passes; else on what they make of it (tensor parallelism turns
+            inputs into ``DTensor`` there).
+    """
+    return module.register_forward_pre_hook(Hook(module, listener), prepend=first, with_kwargs=True)
 
 
 def after_call(module: nn.Module, listener: Listener) -> RemovableHandle:
