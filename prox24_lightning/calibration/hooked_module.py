@@ -16,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.calibration.dense_reference import DenseWeights
 from prox24_lightning.calibration.hooks import after_call, before_call, in_backward, remove_all
-from prox24_lightning.calibration.isolation import isolated
+from prox24_lightning.calibration.isolation.isolated import isolated
+from prox24_lightning.calibration.isolation.module_state import ModuleState
+from prox24_lightning.calibration.isolation.reproduction import NotReproducedError, RerunSettings, Trial, check_same
 from prox24_lightning.calibration.module_call import ModuleCall, device_of
-from prox24_lightning.calibration.module_state import ModuleState
-from prox24_lightning.calibration.reproduction import NotReproducedError, RerunSettings, Trial, check_same
 from prox24_lightning.utils.distributed import gathered_objects, rank, world_size
 from prox24_lightning.utils.module_copy import frozen_copy
 from prox24_lightning.utils.tensors import tensors_in

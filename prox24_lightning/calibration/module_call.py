@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.arguments import copied_arguments, form_of, is_plain, leaves_of, with_leaves
-from prox24_lightning.calibration.random_state import RandomState
+from prox24_lightning.calibration.isolation.random_state import RandomState
 from prox24_lightning.utils.tensors import to_device
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from prox24_lightning.calibration.blocks import Blocks, find_blocks
-from prox24_lightning.calibration.isolation import isolated
+from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
 from prox24_lightning.oneshot.budget import within_budget
 from prox24_lightning.oneshot.config import PruneConfig

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.schedules import Exponential, Schedule
-from prox24_lightning.solvers.inverses import shifted_inverses
+from prox24_lightning.solvers.linear_algebra.inverses import shifted_inverses
 from prox24_lightning.solvers.prox_step import STRENGTHS, apply_prox, inverse_rms, scale_inputs
 from prox24_lightning.utils.cuda_graphs import GraphedStep
 from prox24_lightning.weights.groups import Dim

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.mask import mask_24, transposable_mask
-from prox24_lightning.solvers.cholesky import cholesky
+from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
 from prox24_lightning.weights.groups import Dim
 
 

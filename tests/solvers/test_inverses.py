@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prox24_lightning.solvers.admm import RHOS as RHO_SCHEDULE
-from prox24_lightning.solvers.inverses import newton_inverse, shifted_inverses
+from prox24_lightning.solvers.linear_algebra.inverses import newton_inverse, shifted_inverses
 
 RHOS = [RHO_SCHEDULE(level / 19) for level in range(20)]
 
@@ -47,7 +47,7 @@ def test_all_are_inverses(device, rhos):
 def test_the_gpu_takes_newton_steps_only_where_the_first_factor_exists(monkeypatch):
     factors = []
     monkeypatch.setattr(
-        "prox24_lightning.solvers.inverses.cholesky",
+        "prox24_lightning.solvers.linear_algebra.inverses.cholesky",
         lambda matrix, name: factors.append(name) or torch.linalg.cholesky(matrix + 3 * torch.eye(64, device="cuda")),
     )
     hessian = correlated(64).cuda()

@@ -5,7 +5,7 @@ import torch
 
 from prox24_lightning.mask import is_24, mask_24, zeros_per_group
 from prox24_lightning.solvers import solve_layer
-from prox24_lightning.solvers.cholesky import cholesky
+from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
 from prox24_lightning.solvers.loss import local_loss, regularized
 from prox24_lightning.solvers.proximal_gradient import largest_eigenvalue
 from prox24_lightning.solvers.sparsegpt import sparsegpt

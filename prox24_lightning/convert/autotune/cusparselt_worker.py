@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob
-from prox24_lightning.convert.kernels.cusparselt.library import TOKEN_MULTIPLE, CusparseltError, Library, load
+from prox24_lightning.convert.kernels.cusparselt.bindings import TOKEN_MULTIPLE, CusparseltError, Library, load
 from prox24_lightning.convert.kernels.cusparselt.plan import Plan
 from prox24_lightning.convert.kernels.packed_buffer import random_buffer
 from prox24_lightning.convert.measurement import time_calls

@@ -111,7 +111,7 @@ def table_by_rule(
     Args:
         shape: (out_features, in_features).
         capability: the GPU's compute capability.
-        many_tokens: from :func:`~prox24_lightning.convert.kernels.cusparselt.library.support`.
+        many_tokens: from :func:`~prox24_lightning.convert.kernels.cusparselt.bindings.support`.
         own: whether the package's kernels can be compiled here; else ``many_tokens`` takes every number of tokens.
     """
     rows = [TableRow(BUCKETS[-1], Kernel(many_tokens))]

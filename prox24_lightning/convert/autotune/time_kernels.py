@@ -19,7 +19,7 @@ from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob
 from prox24_lightning.convert.autotune.kernel_table import KernelTimes
 from prox24_lightning.convert.autotune.progress import TuningProgress
 from prox24_lightning.convert.kernels.cuda_driver import CudaError
-from prox24_lightning.convert.kernels.cusparselt.library import CusparseltError, support
+from prox24_lightning.convert.kernels.cusparselt.bindings import CusparseltError, support
 from prox24_lightning.convert.kernels.expand.kernel import expand
 from prox24_lightning.convert.kernels.packed_buffer import buffer_bytes, padded_shape, random_buffer
 from prox24_lightning.convert.kernels.product import Product

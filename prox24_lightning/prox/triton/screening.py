@@ -42,7 +42,7 @@ def screen(words, tensors, layout, begin, group, inside, VARIANT: tl.constexpr):
         high0, high1 = larger(y0, y2), larger(y1, y3)
         middle0, middle1 = smaller(high0, high1), larger(smaller(y0, y2), smaller(y1, y3))
         first, second, third = larger(high0, high1), larger(middle0, middle1), smaller(middle0, middle1)
-    # Two equal entries of which one goes are told apart by position, which the solvers do; zeros need not be.
+    # Of two equal entries the solvers drop one by its position; zeros need no such rule.
     tiniest = tl.full((), 1, tl.int32).to(tl.float32, bitcast=True)
     screened = _ends_with_two(first, second, third, strength) & (tl.maximum(second, tiniest) > third)
     least = tl.where(screened, second, 0.0)

@@ -12,7 +12,7 @@ from prox24_lightning.convert.autotune import disk_cache, tune
 from prox24_lightning.convert.autotune.disk_cache import Machine
 from prox24_lightning.convert.autotune.kernel_table import BUCKETS, KernelTimes, table_by_rule
 from prox24_lightning.convert.kernels import nvrtc
-from prox24_lightning.convert.kernels.cusparselt.library import Support
+from prox24_lightning.convert.kernels.cusparselt.bindings import Support
 from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS
 from prox24_lightning.convert.kernels.registry import Kernel
 

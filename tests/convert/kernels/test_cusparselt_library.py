@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prox24_lightning.convert.kernels.cusparselt import library as cusparselt
-from prox24_lightning.convert.kernels.cusparselt.library import support
+from prox24_lightning.convert.kernels.cusparselt import bindings as cusparselt
+from prox24_lightning.convert.kernels.cusparselt.bindings import support
 
 
 def test_without_cusparselt_large_products_are_expanded():

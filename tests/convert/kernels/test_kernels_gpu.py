@@ -14,8 +14,8 @@ from prox24_lightning.convert.autotune.kernel_table import DENSE, SAME
 from prox24_lightning.convert.autotune.tune import kernel_tables, stored_table
 from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
 from prox24_lightning.convert.kernels import reference
-from prox24_lightning.convert.kernels.cusparselt import library as cusparselt
-from prox24_lightning.convert.kernels.cusparselt.library import support
+from prox24_lightning.convert.kernels.cusparselt import bindings as cusparselt
+from prox24_lightning.convert.kernels.cusparselt.bindings import support
 from prox24_lightning.convert.kernels.expand.kernel import expand
 from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS as FEW_TOKENS_TILINGS
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings

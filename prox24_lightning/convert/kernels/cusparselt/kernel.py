@@ -8,12 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.kernels.cusparselt.library import (
-    TOKEN_MULTIPLE,
-    CusparseltError,
-    load,
-    pad_tokens,
-)
+from prox24_lightning.convert.kernels.cusparselt.bindings import TOKEN_MULTIPLE, CusparseltError, load, pad_tokens
 from prox24_lightning.convert.kernels.cusparselt.plan import Plan
 from prox24_lightning.convert.kernels.packed_buffer import padded_shape
 from prox24_lightning.convert.kernels.product import Product

@@ -15,7 +15,7 @@ from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_void_p
 
 import torch
 
-from prox24_lightning.convert.kernels.cusparselt.library import Library, opaque
+from prox24_lightning.convert.kernels.cusparselt.bindings import Library, opaque
 
 _COLUMN_MAJOR, _ROW_MAJOR = 1, 2  # cusparseOrder_t
 _NOT_TRANSPOSED, _TRANSPOSED = 0, 1  # cusparseOperation_t

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.kernels.cusparselt.library import pad_tokens
+from prox24_lightning.convert.kernels.cusparselt.bindings import pad_tokens
 from prox24_lightning.convert.kernels.product import Product
 
 

@@ -14,8 +14,8 @@ from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.dense_reference import DenseWeights
 from prox24_lightning.calibration.hooked_module import HookedModule
 from prox24_lightning.calibration.inner_calls import inner_calls
+from prox24_lightning.calibration.isolation.random_state import RandomState
 from prox24_lightning.calibration.module_call import ModuleCall, device_of
-from prox24_lightning.calibration.random_state import RandomState
 from prox24_lightning.solvers.input_group import Run
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.weights.sharded import runnable

@@ -14,9 +14,9 @@ from torch import nn
 
 from prox24_lightning.calibration.hooked_module import HookedModule, share_of
 from prox24_lightning.calibration.hooks import inside_compiled
+from prox24_lightning.calibration.isolation.reproduction import RerunSettings
 from prox24_lightning.calibration.outermost import outermost_modules, parts_with
 from prox24_lightning.calibration.output_gradients import OutputGradients
-from prox24_lightning.calibration.reproduction import RerunSettings
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
 from prox24_lightning.sparsify.strategies.progressive.blocks import (
     Block,

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from prox24_lightning.calibration.hooks import silent_hooks
+from prox24_lightning.calibration.isolation.module_state import kept
+from prox24_lightning.calibration.isolation.random_state import RandomState
 from prox24_lightning.calibration.module_call import device_of
-from prox24_lightning.calibration.module_state import kept
-from prox24_lightning.calibration.random_state import RandomState
 
 _RANDOM = ("drop", "jitter", "noise", "stochastic")
 _HOOKS = (

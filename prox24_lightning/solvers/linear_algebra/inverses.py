@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from prox24_lightning.solvers.cholesky import cholesky
+from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
 from prox24_lightning.utils.cuda import allows_tf32
 
 _NEWTON_RATIO = 1.4

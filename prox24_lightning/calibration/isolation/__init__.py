@@ -1,0 +1,1 @@
+"""Run a module beside its training: nothing of the module or of the random state changes."""
