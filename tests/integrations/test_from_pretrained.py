@@ -334,22 +334,18 @@ def test_on_a_gpu_the_layers_run_sparse(tmp_path, device_map):
     assert same_files(folder, tmp_path / "again") == []
     wide = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=device_map)
     assert not any(isinstance(module, SemiStructuredLinear) for module in wide.modules())
-    torch.testing.assert_close(logits(wide, ids), logits(model.float().cuda(), ids), atol=1e-3, rtol=1e-3)
+    expanded = load_folder(folder, hf.AutoModelForCausalLM, dtype=torch.float32, device="cuda")
+    torch.testing.assert_close(logits(wide, ids), logits(expanded, ids), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.gpu
-def test_one_block_through_aot_inductor(tmp_path):
+def test_one_block_compiles_as_one_graph_on_a_gpu(tmp_path):
     config = hf.LlamaConfig(**{**LLAMA, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4})
     folder = packed(tmp_path / "packed", sparse(lambda: hf.LlamaForCausalLM(config), torch.bfloat16))
     block = hf.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cuda").model.layers[0].mlp
     x = torch.randn(2, 5, 128, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        expected = block(x)
-        torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), expected, atol=0.02, rtol=0.02)
-        path = torch._inductor.aoti_compile_and_package(
-            torch.export.export(block, (x,)), package_path=str(tmp_path / "b.pt2")
-        )
-        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), expected, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x), atol=0.02, rtol=0.02)
 
 
 def test_load_packed_takes_several_files(llama, tmp_path):
