@@ -56,7 +56,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "== tests: everything that needs neither a GPU nor the network"
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_STAMP)
 	@echo "== tests: vLLM serves packed folders (its CPU build)"
