@@ -45,10 +45,10 @@ def relative_error(output: Tensor, target: Tensor, weights: Tensor | None = None
 
 
 def token_weights(target: Tensor) -> Tensor:
-    """What a unit of squared error in each token counts: (...) of (..., features)."""
-    energy = target.float().square().sum(-1)
-    floor = 1e-3 * energy.median()
-    return 1 / (energy.clamp_min(floor + _EPSILON) * energy.numel())
+    """Return the weight of each token in the error, (...), one over its squared norm; ``target`` is (..., features)."""
+    squared_norm = target.float().square().sum(-1)
+    floor = 1e-3 * squared_norm.median()
+    return 1 / (squared_norm.clamp_min(floor + _EPSILON) * squared_norm.numel())
 
 
 def reconstruct_block(
