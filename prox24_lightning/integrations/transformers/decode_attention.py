@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 NAME = "prox24_decode"
 """Under which transformers knows this attention. A name with "flash" in it would send transformers to the hub."""
@@ -32,7 +32,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: 
     return mixed.view(batch, heads, tokens, -1).transpose(1, 2)
 
 
-@torch.library.custom_op("prox24::decode_attention", mutates_args=())
+@library.custom_op("prox24::decode_attention", mutates_args=())
 def decode_attention(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: float) -> Tensor:
     """Softmax attention of the newest token over the first ``filled`` positions of each sequence.
 
