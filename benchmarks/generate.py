@@ -111,7 +111,7 @@ def _tokens_per_second(
                 "x": rate["converted"] / rate["dense"],
                 "ms a token, dense": 1000 * wall["dense"],
                 "ms a token, converted": 1000 * wall["converted"],
-                "wall / device, converted": wall["converted"] / device["converted"] if device["converted"] else 0.0,
+                "wall / device, converted": wall["converted"] / device["converted"] if device["converted"] else "",
             }
         )
         for handle in handles:
@@ -136,7 +136,7 @@ def _first_token(models: dict[str, nn.Module], prompt: int, rounds: int) -> list
             "x": seconds["dense"] / seconds["converted"],
             "ms a token, dense": 1000 * seconds["dense"],
             "ms a token, converted": 1000 * seconds["converted"],
-            "wall / device, converted": 0.0,
+            "wall / device, converted": "",
         }
     ]
 

@@ -108,6 +108,17 @@ def test_prompts_of_other_lengths_and_batches_follow_each_other():
     assert all(torch.equal(generated(model, g, **GREEDY), e) for g, e in zip(calls, expected, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("hidden", [slice(5, None), slice(2, 4)], ids=["right", "hole"])
+def test_padding_that_is_not_on_the_left(hidden):
+    model, given = tiny(), prompts()
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][1, hidden] = 0
+    expected = generated(model, given, **GREEDY)
+    accelerate_generation(model)
+    assert torch.equal(generated(model, given, **GREEDY), expected)
+
+
 def test_the_decoding_loop_is_the_accelerated_one(monkeypatch):
     model = tiny()
     accelerate_generation(model)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.format.header import PackedEntry
 from prox24_lightning.convert.format.packed_weight import PackedWeight
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
@@ -27,6 +26,9 @@ class PackedModel:
         files: open ones; no tensor is in two of them.
         path: of the file that names them, for messages.
 
+    Attributes:
+        packed: packed weights by name.
+
     Raises:
         ValueError: if two files hold a tensor of one name.
     """
@@ -34,6 +36,7 @@ class PackedModel:
     def __init__(self, files: list[PackedFile], path: str | Path) -> None:
         self.files = files
         self.path = Path(path)
+        self.packed = {name: entry for file in files for name, entry in file.packed.items()}
         self._file_of: dict[str, PackedFile] = {}
         for file in files:
             for name in file.names:
@@ -45,11 +48,6 @@ class PackedModel:
     def info(self) -> dict[str, Any]:
         """What the writer added."""
         return self.files[0].info
-
-    @property
-    def packed(self) -> dict[str, PackedEntry]:
-        """Packed weights by name."""
-        return {name: entry for file in self.files for name, entry in file.packed.items()}
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -35,8 +35,9 @@ def accelerate_generation(model: Any, *, compile: bool = True, graphs: int = 2) 
     """Let ``model.generate(...)`` replay CUDA graphs while it decodes; its arguments and results stay the same.
 
     Greedy search and sampling are accelerated, with any logits processor, left padding and end-of-sequence tokens. Beam
-    search, assisted decoding, streamers, returned dictionaries, caches of the caller's and custom stopping criteria run
-    as before. The first call for a batch size captures a graph (and compiles norms, rotary embedding and activations).
+    search, assisted decoding, streamers, returned dictionaries, caches of the caller's, custom stopping criteria and
+    padding that is not on the left run as before. The first call for a batch size captures a graph (and compiles norms,
+    rotary embedding and activations).
 
     Args:
         model: a decoder-only model of transformers whose layers all attend to the whole context, dense or converted. On
@@ -56,7 +57,7 @@ def accelerate_generation(model: Any, *, compile: bool = True, graphs: int = 2) 
 
 
 def why_not(model: Any) -> str | None:
-    """Why decoding of ``model`` cannot be captured; None if it can."""
+    """Return why decoding of ``model`` cannot be captured; None if it can."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "generate"):
         return "it is no model of transformers with generate()"
@@ -108,13 +109,15 @@ class AcceleratedGeneration:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor:
-        """In the place of transformers' ``_sample``: the sequences, prompt included."""
-        if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
+        """Return the sequences, prompt included, in the place of transformers' ``_sample``."""
+        mask = model_kwargs.get("attention_mask")
+        known = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria)
+        # The cache is filled without padding, which is known to be on the left only.
+        if not known or (mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any())):
             sample: Tensor = model._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
             )
             return sample
-        mask = model_kwargs.get("attention_mask")
         if mask is not None and bool(mask.all()):
             mask = None
         lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.sum(-1)

@@ -26,6 +26,7 @@ from prox24_lightning.convert.eligibility import DTYPES, check_model
 from prox24_lightning.convert.format.header import VERSION, PackedEntry
 from prox24_lightning.convert.format.packed_weight import PackedWeight, check_packed
 from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.format.shards import PackedModel
 from prox24_lightning.convert.kernels.packed_buffer import from_buffer, padded_shape, to_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.integrations.transformers.saving import push_to_hub, save_pretrained
@@ -76,19 +77,19 @@ class Prox24Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Prox24Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = True  # also when the user names the config for a folder that has none in config.json
-        self.files: list[PackedFile] = []
+        self._stored = PackedModel([], "")
         self._sparse: dict[str, tuple[str, tuple[int, int], torch.dtype]] = {}
         self._device_map: Any = None
 
     @property
     def info(self) -> dict[str, Any]:
         """What the writer of the files added: source, class of the model, and why weights are stored dense."""
-        return self.files[0].info
+        return self._stored.info
 
     @property
     def entries(self) -> dict[str, PackedEntry]:
         """Packed weights of all files by name."""
-        return {name: entry for file in self.files for name, entry in file.packed.items()}
+        return self._stored.packed
 
     @override
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -114,9 +115,10 @@ class Prox24Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        self.files = [PackedFile(path) for path in checkpoint_files or ()]
+        paths = list(checkpoint_files or ())
+        self._stored = PackedModel([PackedFile(path) for path in paths], self.quantization_config.weights_file)
         if not self.entries:
-            raise ValueError(f"{', '.join(map(str, checkpoint_files or ()))} holds no packed weight")
+            raise ValueError(f"{', '.join(map(str, paths))} holds no packed weight")
         self._sparse = {}
         device = _first_gpu(device_map)
         target = None if device is None else target_of(device)
@@ -125,7 +127,6 @@ class Prox24Quantizer(HfQuantizer):
         if target.problem is not None:
             log.warning("%s: its 2:4 weights are expanded and run dense", target.problem)
             return
-        dtypes = {name: file.dtype(name) for file in self.files for name in file.packed}
         for verdict in check_model(model, target=target, values=False):
             name = self.stored_name(f"{verdict.name}.weight", model)
             if name is None or not verdict.name or not verdict.runs:
@@ -133,12 +134,13 @@ class Prox24Quantizer(HfQuantizer):
             layer = model.get_submodule(verdict.name)
             weight = layer.get_parameter("weight")
             along_inputs = self.entries[name].dim == (0 if is_transposed_linear(layer) else 1)
-            if along_inputs and dtypes[name] in DTYPES and weight.dtype == dtypes[name]:
+            dtype = self._stored.dtype(name)
+            if along_inputs and dtype in DTYPES and weight.dtype == dtype:
                 shape = (verdict.shape[0], verdict.shape[1])
                 rows, columns = padded_shape(shape)
                 buffer = torch.empty(rows, columns // 16 * 9, dtype=torch.int16, device="meta")
                 layer.weight = nn.Parameter(buffer, requires_grad=False)
-                self._sparse[f"{verdict.name}.weight"] = verdict.name, shape, dtypes[name]
+                self._sparse[f"{verdict.name}.weight"] = verdict.name, shape, dtype
 
     @override
     def get_weight_conversions(self) -> list[WeightConverter]:
