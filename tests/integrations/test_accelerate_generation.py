@@ -119,6 +119,26 @@ def test_padding_that_is_not_on_the_left(hidden):
     assert torch.equal(generated(model, given, **GREEDY), expected)
 
 
+def test_arguments_that_only_the_model_understands_reach_it():
+    torch.manual_seed(0)
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)).eval()
+    given = {**prompts(), "token_type_ids": torch.full((3, 7), 9)}
+    expected = generated(model, given, **GREEDY)
+    del given["token_type_ids"]
+    assert not torch.equal(generated(model, given, **GREEDY), expected), "token types make a difference"
+    accelerate_generation(model)
+    assert torch.equal(generated(model, {**given, "token_type_ids": torch.full((3, 7), 9)}, **GREEDY), expected)
+
+
+def test_positions_of_the_caller():
+    model, given = tiny(), prompts()
+    del given["attention_mask"]
+    given["position_ids"] = 3 * torch.arange(7).expand(3, 7)
+    expected = generated(model, given, **GREEDY)
+    accelerate_generation(model)
+    assert torch.equal(generated(model, given, **GREEDY), expected)
+
+
 def test_the_decoding_loop_is_the_accelerated_one(monkeypatch):
     model = tiny()
     accelerate_generation(model)

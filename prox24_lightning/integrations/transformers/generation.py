@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 CAPACITY_STEP = 512
 """Caches hold a multiple of so many tokens, so that prompts of different lengths share one graph."""
+_UNDERSTOOD = frozenset(
+    {"attention_mask", "position_ids", "past_key_values", "cache_position", "use_cache", "logits_to_keep"}
+)
+"""Arguments of the model that this loop makes itself; images, token types and the like are left to transformers."""
 STEPS_BETWEEN_CHECKS = 16
 """Tokens that are made before the host looks whether all sequences have ended."""
 
@@ -111,8 +115,11 @@ class AcceleratedGeneration:
     ) -> Tensor:
         """Return the sequences, prompt included, in the place of transformers' ``_sample``."""
         mask = model_kwargs.get("attention_mask")
-        known = all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria)
-        # The cache is filled without padding, which is known to be on the left only.
+        others = {name for name, value in model_kwargs.items() if value is not None} - _UNDERSTOOD
+        known = not others and all(
+            type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria
+        )
+        # The cache is filled without padding, which has to be on the left.
         if not known or (mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any())):
             sample: Tensor = model._sample(
                 input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
@@ -170,7 +177,8 @@ class AcceleratedGeneration:
 
 def _why_ordinary(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why this call of ``generate`` is left to transformers; None if it is accelerated."""
-    for name in ("custom_generate", "assistant_model", "streamer", "past_key_values", "inputs_embeds", "synced_gpus"):
+    caller = ("custom_generate", "assistant_model", "streamer", "past_key_values", "inputs_embeds", "position_ids")
+    for name in (*caller, "synced_gpus"):
         if kwargs.get(name) is not None:
             return f"{name} was given"
     if len(args) > 2:
