@@ -10,12 +10,19 @@ weight, and 0.53125 of a float32 one. It is no library's own layout, so files ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prox24_lightning.convert.format.rounding import (
+    VALUE_DTYPES,
+    RoundedForm,
+    expand_rows,
+    round_rows,
+    rounded_form,
+)
 from prox24_lightning.mask import violations_24
 
 PACKED_DTYPES = (
@@ -54,18 +61,28 @@ class PackedWeight:
     """A packed weight; the module describes ``values`` and ``indices``.
 
     Attributes:
-        values: (out_features, padded in_features / 2), the weight's dtype.
+        values: (out_features, padded in_features / 2), the weight's dtype, or that of a rounded form.
         indices: uint8 (out_features, padded in_features / 8).
         shape: (out_features, in_features) of the weight.
+        scales: float32 (out_features,) of a rounded weight, else None.
+        dense_dtype: what a rounded weight is expanded to, else None.
     """
 
     values: Tensor
     indices: Tensor
     shape: tuple[int, int]
+    scales: Tensor | None = None
+    dense_dtype: torch.dtype | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.values.dtype
+        """Dtype of the dense weight."""
+        return self.dense_dtype or self.values.dtype
+
+    @property
+    def form(self) -> RoundedForm | None:
+        """The form of a rounded weight; None where the values are the weight's own."""
+        return None if self.scales is None else rounded_form(self.values.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -73,58 +90,70 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.values.nbytes + self.indices.nbytes
+        """Bytes of all tensors."""
+        return self.values.nbytes + self.indices.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the packed weight on another device."""
-        return PackedWeight(self.values.to(device), self.indices.to(device), self.shape)
+        scales = None if self.scales is None else self.scales.to(device)
+        return replace(self, values=self.values.to(device), indices=self.indices.to(device), scales=scales)
 
 
-def pack_24(weight: Tensor, *, name: str = "weight") -> PackedWeight:
+def pack_24(weight: Tensor, *, form: RoundedForm | None = None, name: str = "weight") -> PackedWeight:
     """Pack a 2:4 weight, exactly: :func:`unpack_24` returns an equal one, NaN and inf bit for bit.
 
-    Only the sign of a zero that is not kept is lost (a weight times its mask holds such -0.0).
+    Only the sign of a zero that is not kept is lost (a weight times its mask holds such -0.0). With ``form`` the weight
+    is rounded first (:func:`~prox24_lightning.convert.format.rounding.round_rows`), and ``unpack_24`` returns the
+    rounded weight; packing that again gives the same bytes.
 
     Args:
         weight: (out_features, in_features), any device, any strides, a dtype in :data:`PACKED_DTYPES`; at most two
             non-zeros in each four consecutive inputs. A last group of fewer than four inputs is padded with zeros.
+        form: round the rows to 8 bits; None keeps the values as they are.
         name: of the layer, for errors.
 
     Returns:
         New tensors on the weight's device; canonical: equal weights give equal ``indices``.
 
     Raises:
-        TypeError: for another dtype.
-        ValueError: if the weight is not a matrix or not strictly 2:4, with its first violations.
+        TypeError: for another dtype; with ``form`` for one of 8 bits.
+        ValueError: if the weight is not a matrix or not strictly 2:4, with its first violations; with ``form`` for a
+            row that cannot be rounded.
     """
     weight = weight.detach()
-    if weight.dtype not in PACKED_DTYPES:
-        raise TypeError(f"{name}: {weight.dtype} cannot be packed, only {', '.join(map(str, PACKED_DTYPES))}")
+    possible = PACKED_DTYPES if form is None else [dtype for dtype in PACKED_DTYPES if dtype.itemsize > 1]
+    if weight.dtype not in possible:
+        raise TypeError(f"{name}: {weight.dtype} cannot be packed, only {', '.join(map(str, possible))}")
     if weight.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}: only a matrix (out_features, in_features) is packed")
     rows, columns = weight.shape
     width = padded_width(columns)
-    bits = weight.view(_BITS[weight.itemsize]) if weight.is_contiguous() else weight
-    values = weight.new_empty(rows, width // 2)
+    dtype = weight.dtype if form is None else VALUE_DTYPES[form]
+    values = weight.new_empty(rows, width // 2, dtype=dtype)
     indices = weight.new_empty(rows, width // 8, dtype=torch.uint8)
+    scales = None if form is None else weight.new_ones(rows, dtype=torch.float32)
     table = torch.tensor(_INDEX_TABLE, dtype=torch.uint8, device=weight.device)
     broken = torch.zeros((), dtype=torch.bool, device=weight.device)
     for part in row_chunks(rows, width):
-        chunk = bits[part] if bits.dtype != weight.dtype else weight[part].contiguous().view(_BITS[weight.itemsize])
-        groups = F.pad(chunk, (0, width - columns)).unflatten(-1, (width // 4, 4))
-        kept = _nonzero(groups, weight.dtype)
+        chunk = weight[part].contiguous()
+        groups = _groups(chunk, width)
+        if form is not None and scales is not None:
+            broken |= (_nonzero(groups, weight.dtype).sum(-1) > 2).any()  # rounding must not hide a third entry
+            rounded = round_rows(chunk, form, name=name, first_row=part.start)
+            scales[part] = rounded.scales
+            groups = _groups(rounded.values, width)
+        kept = _nonzero(groups, dtype)
         code = sum(kept[..., i].to(torch.uint8) << i for i in range(4))
         index_bits = table[torch.as_tensor(code).int()]
         broken |= (index_bits == _NOT_24).any()
         # The 255 of a group that is not 2:4 reads as indices 3, 3: within bounds, and discarded with the rest below.
         kept_indices = torch.stack([index_bits & 3, index_bits >> 2 & 3], dim=-1)
-        values[part] = groups.gather(-1, kept_indices.long()).flatten(-2).view(weight.dtype)
+        values[part] = groups.gather(-1, kept_indices.long()).flatten(-2).view(dtype)
         indices[part] = index_bits[:, 0::2] | index_bits[:, 1::2] << 4
     if broken:
         shown = weight if weight.dtype.is_floating_point and weight.itemsize > 1 else weight.float()
         raise ValueError(f"{name} is not 2:4: {violations_24(F.pad(shown, (0, -columns % 4)))}")
-    return PackedWeight(values, indices, (rows, columns))
+    return PackedWeight(values, indices, (rows, columns), scales, None if form is None else weight.dtype)
 
 
 def unpack_24(packed: PackedWeight, *, name: str = "weight") -> Tensor:
@@ -136,12 +165,13 @@ def unpack_24(packed: PackedWeight, *, name: str = "weight") -> Tensor:
     check_packed(packed, name=name)
     rows, columns = packed.shape
     width = padded_width(columns)
-    dense = packed.values.new_empty(rows, columns)
+    dense = packed.values.new_empty(rows, columns, dtype=packed.dtype)
     for part in row_chunks(rows, width):
         kept_indices = _unpack_indices(packed.indices[part])
-        kept = packed.values[part].contiguous().view(_BITS[dense.itemsize]).view(kept_indices.shape)
+        kept = packed.values[part].contiguous().view(_BITS[packed.values.itemsize]).view(kept_indices.shape)
         groups = kept.new_zeros(*kept_indices.shape[:-1], 4).scatter_(-1, kept_indices.long(), kept)
-        dense[part] = groups.flatten(-2)[:, :columns].view(dense.dtype)
+        chunk = groups.flatten(-2)[:, :columns].view(packed.values.dtype)
+        dense[part] = chunk if packed.scales is None else expand_rows(chunk, packed.scales[part], packed.dtype)
     return dense
 
 
@@ -150,8 +180,8 @@ def check_packed(packed: PackedWeight, *, name: str = "weight") -> None:
 
     Raises:
         TypeError: for a dtype that is not packed.
-        ValueError: for shapes that do not belong together, indices that do not ascend, or a value beyond the end of a
-            row; with the layer's name.
+        ValueError: for shapes that do not belong together, indices that do not ascend, a value beyond the end of a
+            row, and scales that are not finite and positive; with the layer's name.
     """
     values, indices, shape = packed.values, packed.indices, packed.shape
     if values.dtype not in PACKED_DTYPES or indices.dtype != torch.uint8:
@@ -163,6 +193,7 @@ def check_packed(packed: PackedWeight, *, name: str = "weight") -> None:
             f"{name}: values {tuple(values.shape)} and indices {tuple(indices.shape)} do not belong to a weight of "
             f"shape {tuple(shape)}, which takes {(rows, width // 2)} and {(rows, width // 8)}"
         )
+    _check_scales(packed, name)
     for part in row_chunks(rows, width):
         kept_indices = _unpack_indices(indices[part])
         wrong = kept_indices[..., 0] >= kept_indices[..., 1]
@@ -172,6 +203,8 @@ def check_packed(packed: PackedWeight, *, name: str = "weight") -> None:
                 f"{name}: the two indices of group {group} in row {part.start + row} are "
                 f"{kept_indices[row, group].tolist()}, they must ascend: the metadata is damaged"
             )
+        if packed.form == "fp8_e4m3" and (values[part].contiguous().view(torch.uint8) & 127 == 127).any():
+            raise ValueError(f"{name}: a value in rows {part.start} to {part.stop} is NaN: the tensors are damaged")
         if columns % 8:
             inputs = 4 * torch.arange(width // 4, device=indices.device).unsqueeze(-1) + kept_indices
             kept = values[part].contiguous().view(_BITS[values.itemsize]).view(kept_indices.shape)
@@ -179,15 +212,35 @@ def check_packed(packed: PackedWeight, *, name: str = "weight") -> None:
                 raise ValueError(f"{name}: a value lies beyond the last of {columns} inputs: the tensors are damaged")
 
 
+def _check_scales(packed: PackedWeight, name: str) -> None:
+    scales, dtype = packed.scales, packed.dense_dtype
+    if scales is None and dtype is None:
+        return
+    if scales is None or dtype is None or not dtype.is_floating_point or dtype.itemsize == 1:
+        raise ValueError(f"{name}: scales and the dtype of the dense weight come together, and that is {dtype}")
+    if scales.dtype != torch.float32 or tuple(scales.shape) != (packed.shape[0],):
+        raise ValueError(
+            f"{name}: scales {scales.dtype} {tuple(scales.shape)} do not belong to {packed.shape[0]} rows of "
+            f"{rounded_form(packed.values.dtype)}"
+        )
+    wrong = ~(torch.isfinite(scales) & (scales > 0))
+    if wrong.any():
+        row = int(torch.nonzero(wrong)[0])
+        raise ValueError(
+            f"{name}: the scale of row {row} is {float(scales[row])}, it must be finite and positive: the tensors are "
+            "damaged"
+        )
+
+
 def padded_width(in_features: int) -> int:
     """Return ``in_features`` rounded up to a multiple of 8, the inputs that a byte of indices covers."""
     return -(-in_features // 8) * 8
 
 
-def packed_bytes(shape: Sequence[int], itemsize: int) -> int:
-    """Return the bytes that a weight of ``shape`` takes once packed."""
+def packed_bytes(shape: Sequence[int], itemsize: int, *, rounded: bool = False) -> int:
+    """Return the bytes that a weight of ``shape`` takes once packed: values of ``itemsize`` bytes, indices, scales."""
     rows, columns = shape
-    return rows * (padded_width(columns) // 2 * itemsize + padded_width(columns) // 8)
+    return rows * (padded_width(columns) // 2 * itemsize + padded_width(columns) // 8 + (4 if rounded else 0))
 
 
 def row_chunks(rows: int, width: int) -> list[slice]:
@@ -196,6 +249,12 @@ def row_chunks(rows: int, width: int) -> list[slice]:
         return []
     step = max(1, CHUNK_ENTRIES // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _groups(chunk: Tensor, width: int) -> Tensor:
+    """Return the bits of rows in groups of four, padded: (rows, width / 4, 4)."""
+    bits = chunk.view(_BITS[chunk.itemsize])
+    return F.pad(bits, (0, width - bits.shape[1])).unflatten(-1, (width // 4, 4))
 
 
 def _unpack_indices(indices: Tensor) -> Tensor:

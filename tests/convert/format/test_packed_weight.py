@@ -171,3 +171,36 @@ def test_the_gpu_packs_as_the_cpu_does(dtype):
     assert torch.equal(there.indices.cpu(), here.indices)
     assert torch.equal(bits(there.values.cpu()), bits(here.values))
     assert torch.equal(bits(unpack_24(there).cpu()), bits(unpack_24(here)))
+
+
+@pytest.fixture
+def rounded():
+    return pack_24(torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 3.0]]), form="fp8_e4m3", name="up")
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_scale_that_is_not_finite_and_positive_is_refused(rounded, scale):
+    with pytest.raises(ValueError, match=r"up: the scale of row 1 is .* must be finite and positive"):
+        unpack_24(replace(rounded, scales=torch.tensor([1.0, scale])), name="up")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"scales": torch.ones(3)}, r"scales torch\.float32 \(3,\) do not belong to 2 rows of fp8_e4m3"),
+        ({"scales": torch.ones(2, 1)}, r"scales torch\.float32 \(2, 1\) do not belong"),
+        ({"scales": torch.ones(2).half()}, r"scales torch\.float16 \(2,\) do not belong"),
+        ({"scales": None}, "scales and the dtype of the dense weight come together"),
+        ({"dense_dtype": None}, "scales and the dtype of the dense weight come together, and that is None"),
+        ({"dense_dtype": torch.int8}, r"come together, and that is torch\.int8"),
+        ({"values": torch.full((2, 4), float("nan")).to(torch.float8_e4m3fn)}, "up: a value in rows 0 to 2 is NaN"),
+    ],
+)
+def test_forged_scales_are_refused(rounded, change, words):
+    with pytest.raises(ValueError, match=words):
+        check_packed(replace(rounded, **change), name="up")
+
+
+def test_scales_beside_values_of_16_bits_are_refused(rounded):
+    with pytest.raises(TypeError, match=r"torch\.bfloat16 is not the dtype of a rounded form"):
+        check_packed(replace(rounded, values=rounded.values.bfloat16(), scales=torch.ones(3)))
