@@ -165,6 +165,25 @@ def test_folders_in_several_files(llama, tmp_path):
     assert same_files(folder, tmp_path / "shards") == []
 
 
+@pytest.mark.parametrize("shards", [None, 4096], ids=["one file", "several files"])
+def test_revisions_of_the_hubs_cache(tmp_path, monkeypatch, shards):
+    """The cache as huggingface_hub lays it out, without network: a branch, a tag, a commit."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repo = tmp_path / "models--me--sparse"
+    models = {"main": sparse(FAMILIES["llama"][1]), "v1": sparse(FAMILIES["tied"][1])}
+    for number, (revision, model) in enumerate(models.items()):
+        commit = f"{number}" * 40
+        packed(repo / "snapshots" / commit, model, max_shard_bytes=shards)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / revision).write_text(commit)
+    for asked, model in [(None, "main"), ("main", "main"), ("v1", "v1"), ("1" * 40, "v1"), ("0" * 40, "main")]:
+        options = {} if asked is None else {"revision": asked}
+        loaded = hf.AutoModelForCausalLM.from_pretrained("me/sparse", cache_dir=tmp_path, **options)
+        assert torch.equal(logits(loaded, IDS), logits(models[model], IDS)), asked
+    with pytest.raises(OSError, match="couldn't find them in the cached files"):
+        hf.AutoModelForCausalLM.from_pretrained("me/sparse", cache_dir=tmp_path, revision="v2")
+
+
 def test_a_missing_file_of_several_is_named(llama, tmp_path):
     hf.AutoModelForCausalLM.from_pretrained(llama[1]).save_pretrained(tmp_path / "shards", max_shard_size="4KB")
     (lost,) = (tmp_path / "shards").glob("packed-00002-of-*")
