@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.convert_models import build
 from benchmarks.result_files import RESULTS, write_result
 from prox24_lightning.convert import convert_model
+from prox24_lightning.convert.measurement import host_seconds
 from prox24_lightning.integrations.transformers.generation import accelerate_generation
+from prox24_lightning.integrations.transformers.time_generation import generation_call
 
 
 def main(
@@ -68,37 +67,18 @@ def main(
     write_result(output, f"generate/{model}", "generate() of transformers, dense and converted", rows, note=note)
 
 
-def _options(new: int) -> dict[str, Any]:
-    return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "cache_implementation": "static"}
-
-
-def _turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, all in turns, after two calls each that compile and capture."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 2):
-        for name, call in calls.items():
-            _wait()
-            start = perf_counter()
-            call()
-            _wait()
-            if number > 1:
-                seconds[name].append(perf_counter() - start)
-    return {name: median(times) for name, times in seconds.items()}
-
-
 def _tokens_per_second(
     models: dict[str, nn.Module], batch: int, prompt: int, new: int, rounds: int, transformers_too: bool
 ) -> list[dict[str, Any]]:
     rows = []
     for way in ("transformers", "accelerated")[0 if transformers_too else 1 :]:
         handles = [accelerate_generation(one) for one in models.values()] if way == "accelerated" else []
-        ids = {name: _prompt(one, batch, prompt) for name, one in models.items()}
         calls = {
-            f"{name} {count}": partial(one.generate, ids[name], **_options(count))
+            f"{name} {count}": generation_call(one, batch, prompt, count)
             for name, one in models.items()
             for count in (1, new)
         }
-        seconds = _turns(calls, rounds)
+        seconds = host_seconds(calls, rounds)
         device = {name: _device_seconds(calls[f"{name} {new}"], calls[f"{name} 1"], new) for name in models}
         wall = {name: (seconds[f"{name} {new}"] - seconds[f"{name} 1"]) / (new - 1) for name in models}
         rate = {name: batch * new / seconds[f"{name} {new}"] for name in models}
@@ -122,9 +102,8 @@ def _tokens_per_second(
 
 def _first_token(models: dict[str, nn.Module], prompt: int, rounds: int) -> list[dict[str, Any]]:
     handles = [accelerate_generation(one) for one in models.values()]
-    ids = {name: _prompt(one, 1, prompt) for name, one in models.items()}
-    calls = {name: partial(one.generate, ids[name], **_options(1)) for name, one in models.items()}
-    seconds = _turns(calls, rounds)
+    calls = {name: generation_call(one, 1, prompt, 1) for name, one in models.items()}
+    seconds = host_seconds(calls, rounds)
     for handle in handles:
         handle.remove()
     return [
@@ -152,16 +131,6 @@ def _device_seconds(call: Callable[[], Any], first: Callable[[], Any], new: int)
             torch.cuda.synchronize()
         spent.append(sum(event.self_device_time_total for event in found.key_averages()) / 1e6)
     return (spent[0] - spent[1]) / (new - 1)
-
-
-def _prompt(model: Any, batch: int, length: int) -> Tensor:
-    generator = torch.Generator(device=model.device).manual_seed(batch)
-    return torch.randint(3, model.config.vocab_size, (batch, length), generator=generator, device=model.device)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

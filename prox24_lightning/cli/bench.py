@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.cli.generation_rows import GenerateCalls, with_generation
 from prox24_lightning.convert.benchmark.example_inputs import own_example
 from prox24_lightning.convert.benchmark.language_report import Workload
 from prox24_lightning.convert.benchmark.render import print_report, write_report
@@ -51,14 +52,15 @@ def bench(
     run_mode: RunMode = "graph",
     convert_all: bool = False,
     keep_dense: bool = False,
+    generate: int = 128,
     rounds: int = 20,
 ) -> None:
     """Time a 2:4 model dense and converted in one process on the GPU, and compare their outputs.
 
     Every layer that can run sparse is timed at the token counts. A language model is then timed as a whole: prefill of
-    one prompt, decoding at each batch size; in eager mode and replayed from CUDA graphs; with peak memory, the share of
-    the chip's measured limits, the error of the logits and the perplexity. Written: bench.json, bench.md, and for a
-    language model bench.png.
+    one prompt and decoding at each batch size, in eager mode and replayed from CUDA graphs; whole calls of generate();
+    peak memory, the share of the chip's measured limits, the error of the logits and the perplexity. Written:
+    bench.json, bench.md, and for a language model bench.png.
 
     Exit code 0: measured. 2: an error; no GPU, and a model with nothing to convert, are errors.
 
@@ -83,7 +85,9 @@ def bench(
         run_mode: the times that decide what is converted: eager calls, or calls replayed from a CUDA graph.
         convert_all: convert what can be, faster or not.
         keep_dense: keep the dense weights too, for the numbers of tokens at which cuBLAS is faster.
-        rounds: repetitions of each measurement.
+        generate: tokens that whole calls of generate() make after a prompt of ``context`` tokens, in transformers (with
+            a static cache, and with accelerate_generation) and, where it is installed, in vLLM; 0 for no such calls.
+        rounds: repetitions of each measurement; of calls of generate() at most 5.
     """
     with errors_as_exit("bench"):
         settings = Settings(
@@ -95,13 +99,17 @@ def bench(
             rounds=rounds,
         )
         workloads = [Workload("prefill", 1, prefill), *(Workload("decode", n, context) for n in batches or (1, 8))]
-        if min(prefill, context, length, *(workload.batch for workload in workloads)) < 1 or sequences < 0:
-            raise ValueError("prefill, context, batches and length must be 1 or more, sequences 0 or more")
+        if (
+            min(prefill, context, length, *(workload.batch for workload in workloads)) < 1
+            or min(sequences, generate) < 0
+        ):
+            raise ValueError("prefill, context, batches and length must be 1 or more, sequences and generate 0 or more")
         check_folder(out)
         target = find_target()
         if target is None:
             raise ValueError(
-                "there is no CUDA GPU here, so nothing can be timed; prox24 doctor lists what could run sparse"
+                "there is no CUDA GPU here, so nothing can be timed: neither layers nor generate() nor vLLM; prox24 "
+                "doctor lists what could run sparse"
             )
         if target.problem is not None:
             raise ValueError(f"nothing runs sparse on this GPU: {target.problem}")
@@ -119,6 +127,9 @@ def bench(
         names = report.names("sparse")
         if _is_language_model(source) and names:
             report = _with_language(report, source.model, names, workloads, settings, score, about)
+            if generate:
+                calls = GenerateCalls.of(batches or (1, 8), context, generate, rounds)
+                report = with_generation(report, source, names, settings, calls, out)
         elif _is_language_model(source):
             report = report.with_note(
                 "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is. If it is "

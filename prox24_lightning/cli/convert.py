@@ -56,7 +56,7 @@ def convert(
             refuse_dense(out)
         source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
         if form == "dense":
-            _write_dense(out, source)
+            write_dense(out, source)
             console.print(f"wrote {source.description}, dense with zeros, to {out}", markup=False, highlight=False)
             return
         packable = find_packable(source.model, targets=targets, skip=skip)
@@ -74,7 +74,8 @@ def convert(
         )
 
 
-def _write_dense(out: Path, source: Source) -> None:
+def write_dense(out: Path, source: Source) -> None:
+    """Write a model dense, zeros and all, in place of all weights that are in ``out``."""
     model: Any = source.model
     forget_quantization(model)
     with filling(out, instead_of=(*DENSE_FILES, *PACKED_FILES)) as temporary:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -63,6 +64,31 @@ def time_calls(
             end.synchronize()
             times[name].append(start.elapsed_time(end) * 1000 / calls)
     return {name: _summary(values) for name, values in times.items()}
+
+
+def host_seconds(calls: Mapping[str, Call], rounds: int, *, warm_ups: int = 2) -> dict[str, float]:
+    """Return the median seconds of each call as its caller sees them, all in turn within every round.
+
+    Args:
+        calls: name -> the call; a GPU's work has ended when its time is taken.
+        rounds: calls of each that count.
+        warm_ups: calls of each before them, which compile and capture.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + warm_ups):
+        for name, call in calls.items():
+            _wait()
+            start = perf_counter()
+            call()
+            _wait()
+            if number >= warm_ups:
+                seconds[name].append(perf_counter() - start)
+    return {name: median(times) for name, times in seconds.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _summary(values: list[float]) -> Timing:

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from prox24_lightning.cli import bench as command
+from prox24_lightning.cli import generation_rows
 from prox24_lightning.convert import Target, check_model
 from prox24_lightning.convert.benchmark import run
 from prox24_lightning.convert.benchmark.chip_limits import Limits
+from prox24_lightning.convert.benchmark.generation_report import Generation
 from prox24_lightning.convert.benchmark.language_report import LanguageReport, LanguageVariant, PhaseResult, Workload
 from prox24_lightning.convert.benchmark.report import LayerOutcome, ShapeResult
 from prox24_lightning.convert.benchmark.run import empty_report
 from prox24_lightning.convert.measurement import Timing
+from prox24_lightning.integrations.vllm.served_rates import Serving
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 
@@ -24,7 +27,7 @@ HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 @pytest.mark.parametrize(
     "target, model, words, message",
     [
-        (None, "sparse", [], "there is no CUDA GPU here, so nothing can be timed; prox24 doctor lists what could"),
+        (None, "sparse", [], "there is no CUDA GPU here, so nothing can be timed: .* prox24 doctor lists what could"),
         (Target("P100", (6, 0), "cusparselt"), "sparse", [], "nothing runs sparse on this GPU: P100 has compute"),
         (HOPPER, "dense", [], "can run sparse here; prox24 doctor gives the reasons"),
         (HOPPER, "sparse", ["--prefill", "0"], "prefill, context, batches and length must be 1 or more"),
@@ -91,10 +94,58 @@ def pretended(monkeypatch):
     monkeypatch.setattr(command, "run_benchmark", run_benchmark)
     monkeypatch.setattr(command, "time_language_model", time_language_model)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(generation_rows, "is_installed", lambda: False)
+
+    def dense_and_converted(model, names, dtype, device, *, keep_dense):
+        asked["generated"] = names
+        if asked.get("no room"):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return {"dense": model, "converted": model}
+
+    monkeypatch.setattr(generation_rows, "dense_and_converted", dense_and_converted)
     return asked
 
 
-QUICK = ("--sequences", 2, "--length", 8)
+QUICK = ("--sequences", 2, "--length", 8, "--generate", 0)
+
+
+def test_whole_calls_of_generate(prox24, pretended, sparse_folder, tmp_path, monkeypatch):
+    """Both loops of transformers, and vLLM on the model dense and packed."""
+    seen = {}
+
+    def time_vllm(folders, serving):
+        seen["serving"] = serving
+        seen["files"] = {form: sorted(path.name for path in folder.iterdir()) for form, folder in folders.items()}
+        return tuple(Generation("vLLM", batch, 8, 4, 100.0, 130.0) for batch in serving.batches)
+
+    monkeypatch.setattr(generation_rows, "is_installed", lambda: True)
+    monkeypatch.setattr(generation_rows, "time_vllm", time_vllm)
+    out = tmp_path / "out"
+    words = ("--out", out, "--batches", "[1, 2]", "--context", 8, "--generate", 4, "--rounds", 2, "--sequences", 0)
+    code, *_ = prox24("bench", sparse_folder, *words)
+    assert code == 0
+    assert pretended["generated"] == pretended["names"]
+    rows = json.loads((out / "bench.json").read_text())["language"]["generation"]
+    assert [(row["host"], row["batch"], row["prompt"], row["new"]) for row in rows] == [
+        (host, batch, 8, 4)
+        for host in ("transformers, static cache", "transformers, accelerate_generation", "vLLM")
+        for batch in (1, 2)
+    ]
+    assert all(row["dense"] > 0 and row["converted"] > 0 and not row["problem"] for row in rows)
+    assert "| vLLM | 2 | 8 + 4 | 100 | 130 | 1.30 |" in (out / "bench.md").read_text()
+    assert seen["serving"] == Serving("bfloat16", (1, 2), 8, 4, 2, 64)
+    assert "model.safetensors" in seen["files"]["dense"]
+    assert {"packed.safetensors", "config.json", "tokenizer.json"} <= set(seen["files"]["converted"])
+    assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.md", "bench.png"]
+
+
+def test_generate_without_room_for_both_forms_is_a_note(prox24, pretended, sparse_folder, tmp_path):
+    pretended["no room"] = True
+    code, printed, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", "--sequences", 0)
+    assert code == 0
+    flat = " ".join(printed.split())
+    assert "batch 8, not timed: both forms do not fit into memory together (OutOfMemoryError: CUDA out" in flat
+    assert "vLLM is not installed here" in flat
 
 
 def test_a_language_model_gives_tables_json_and_a_plot(prox24, pretended, sparse_folder, tmp_path):

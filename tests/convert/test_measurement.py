@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pretended_clock import PretendedClock
 
-from prox24_lightning.convert.measurement import WARM_UPS, time_calls
+from prox24_lightning.convert import measurement
+from prox24_lightning.convert.measurement import WARM_UPS, host_seconds, time_calls
 
 
 def test_variants_take_turns_and_every_second_round_is_reversed(monkeypatch):
@@ -49,3 +50,20 @@ def test_preparing_a_variant_costs_no_time(monkeypatch):
 
     times = time_calls({name: call(name) for name in "ab"}, rounds=3, prepare=prepare)
     assert [time.median_us for time in times.values()] == [10, 10]
+
+
+def test_whole_calls_take_turns_too(monkeypatch):
+    clock = PretendedClock(monkeypatch)
+    monkeypatch.setattr(measurement, "perf_counter", lambda: clock.now)
+    made = []
+
+    def call(name, cost):
+        def run():
+            made.append(name)
+            clock.work(cost)
+
+        return run
+
+    seconds = host_seconds({"a": call("a", 10), "b": call("b", 4)}, rounds=2, warm_ups=1)
+    assert made == list("ababab")
+    assert seconds["a"] / seconds["b"] == pytest.approx(2.5)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from prox24_lightning.convert.benchmark.generation_report import Generation
 from prox24_lightning.convert.measurement import Timing
 
 Phase = Literal["prefill", "decode"]
@@ -96,7 +98,8 @@ class LanguageReport:
     """Dense against converted.
 
     ``conversion_peak_bytes`` is the peak memory of the conversion, model included; ``timed_in_turn`` is False if dense
-    and converted layers did not fit into memory together, and were timed one after the other.
+    and converted layers did not fit into memory together, and were timed one after the other. ``generation`` holds
+    whole calls of ``generate``.
     """
 
     dense_bytes: int
@@ -106,6 +109,7 @@ class LanguageReport:
     text: str | None
     variants: tuple[LanguageVariant, ...]
     timed_in_turn: bool = True
+    generation: tuple[Generation, ...] = ()
 
     def speedups(self, mode: str) -> dict[Workload, float]:
         """Return dense time over converted time of each workload."""
@@ -135,4 +139,8 @@ class LanguageReport:
             values[f"convert/logits_error_{variant.name}"] = variant.output_error
             if variant.perplexity is not None:
                 values[f"convert/perplexity_{variant.name}"] = variant.perplexity
+        for row in self.generation:
+            if row.speedup is not None:
+                host = re.sub(r"\W+", "_", row.host).lower()
+                values[f"convert/generate_{host}_{row.batch}x{row.new}_speedup"] = row.speedup
         return values

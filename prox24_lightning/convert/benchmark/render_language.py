@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prox24_lightning.convert.benchmark.chip_limits import Limits
+from prox24_lightning.convert.benchmark.generation_report import generation_section
 from prox24_lightning.convert.benchmark.language_report import LanguageReport, PhaseResult
 from prox24_lightning.convert.sections import Section
 
@@ -15,7 +16,7 @@ DENSE_COLOR, SPARSE_COLOR = "#6b7785", "#1f6fb4"
 
 
 def language_sections(report: LanguageReport, limits: Limits | None) -> list[Section]:
-    """Return three tables: time, use of the chip, and memory with quality."""
+    """Return tables: time, whole calls of generate() if any were timed, use of the chip, and memory with quality."""
     return [
         (
             "Language model, milliseconds a call"
@@ -32,6 +33,7 @@ def language_sections(report: LanguageReport, limits: Limits | None) -> list[Sec
             ),
             _time_rows(report),
         ),
+        *([generation_section(report.generation)] if report.generation else []),
         (
             "Language model, use of the chip",
             ("phase", "batch x length", "variant", "TB/s", "of limit", "TFLOP/s", "of dense limit"),

@@ -1,0 +1,96 @@
+"""The rows of ``prox24 bench`` that time whole calls of ``generate``: transformers, and vLLM where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from prox24_lightning.cli.convert import write_dense
+from prox24_lightning.convert.benchmark.generation_report import Generation, generation_notes
+from prox24_lightning.convert.benchmark.report import Report
+from prox24_lightning.convert.benchmark.settings import Settings
+from prox24_lightning.convert.measurement import release_memory
+from prox24_lightning.convert.packed_model import find_packable
+from prox24_lightning.integrations.transformers.time_generation import dense_and_converted, time_generation
+from prox24_lightning.integrations.vllm.served_rates import Serving
+from prox24_lightning.integrations.vllm.time_generation import is_installed, time_vllm
+from prox24_lightning.io.packed_folder import save_folder
+from prox24_lightning.io.sources import Source
+from prox24_lightning.utils.errors import describe
+
+
+@dataclass(frozen=True)
+class GenerateCalls:
+    """What is generated: ``batches`` of sequences, ``prompt`` + ``new`` tokens each, ``rounds`` times."""
+
+    batches: tuple[int, ...]
+    prompt: int
+    new: int
+    rounds: int
+
+    @classmethod
+    def of(cls, batches: Sequence[int], prompt: int, new: int, rounds: int) -> GenerateCalls:
+        """Whole calls take seconds, so that five rounds are enough."""
+        return cls(tuple(batches), prompt, new, min(rounds, 5))
+
+
+def with_generation(
+    report: Report, source: Source, names: tuple[str, ...], settings: Settings, calls: GenerateCalls, out: Path
+) -> Report:
+    """Return the report with the rows of ``generate``.
+
+    Args:
+        report: has a language model's part.
+        source: the model, on the CPU.
+        names: the layers that are converted.
+        settings: dtype, and whether dense weights are kept.
+        calls: what is generated.
+        out: folder in which the model lies for vLLM while it is timed.
+    """
+    if report.language is None:
+        return report
+    rows = [*_transformers(source, names, settings, calls)]
+    if is_installed():
+        release_memory()
+        rows += _vllm(source, settings, calls, out)
+    else:
+        report = report.with_note("vLLM is not installed here, so it was not timed.")
+    for note in generation_notes(rows):
+        report = report.with_note(note)
+    return replace(report, language=replace(report.language, generation=tuple(rows)))  # type: ignore[type-var]
+
+
+def _transformers(
+    source: Source, names: tuple[str, ...], settings: Settings, calls: GenerateCalls
+) -> tuple[Generation, ...]:
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        models = dense_and_converted(source.model, names, settings.dtype, device, keep_dense=settings.keep_dense)
+    except torch.OutOfMemoryError as error:
+        problem = f"both forms do not fit into memory together ({describe(error)})"
+        return tuple(
+            Generation("transformers", batch, calls.prompt, calls.new, problem=problem) for batch in calls.batches
+        )
+    return time_generation(models, calls.batches, calls.prompt, calls.new, rounds=calls.rounds)
+
+
+def _vllm(source: Source, settings: Settings, calls: GenerateCalls, out: Path) -> tuple[Generation, ...]:
+    vocabulary = source.model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
+    dtype = str(settings.dtype).removeprefix("torch.")
+    serving = Serving(dtype, calls.batches, calls.prompt, calls.new, calls.rounds, vocabulary)
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", suffix=".partial", dir=out) as folder:
+        dense, packed = Path(folder, "dense"), Path(folder, "packed")
+        write_dense(dense, source)
+        save_folder(
+            packed,
+            source.model,
+            find_packable(source.model),
+            source=source.description,
+            companions=source.companions,
+        )
+        return time_vllm({"dense": dense, "converted": packed}, serving)

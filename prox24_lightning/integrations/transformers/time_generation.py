@@ -1,0 +1,96 @@
+"""Time ``model.generate(...)`` of transformers, dense and converted in turns, with and without the captured loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.convert.benchmark.generation_report import Form, Generation
+from prox24_lightning.convert.convert import convert_model
+from prox24_lightning.convert.measurement import host_seconds, release_memory
+from prox24_lightning.integrations.transformers.generation import accelerate_generation
+from prox24_lightning.utils.errors import describe
+from prox24_lightning.utils.module_copy import bare_copy
+
+ORDINARY, ACCELERATED = "transformers, static cache", "transformers, accelerate_generation"
+
+
+def dense_and_converted(
+    model: nn.Module, names: Sequence[str], dtype: torch.dtype, device: torch.device, *, keep_dense: bool = False
+) -> dict[Form, nn.Module]:
+    """Return two copies of a model on a GPU, which share all tensors but the weights of the layers in ``names``."""
+    dense = bare_copy(model, device=device, dtype=dtype)
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+    converted = copy.deepcopy(dense, shared)
+    convert_model(converted, names, keep_dense=keep_dense)
+    return {"dense": dense, "converted": converted}
+
+
+def time_generation(
+    models: Mapping[Form, Any], batches: Sequence[int], prompt: int, new: int, *, rounds: int = 5
+) -> tuple[Generation, ...]:
+    """Time greedy generation with a static cache: transformers' own loop, then that of ``accelerate_generation``.
+
+    A way that fails (out of memory, a model that cannot be captured) becomes a row with the reason.
+
+    Args:
+        models: "dense" and "converted", on one device.
+        batches: sequences at a time.
+        prompt: tokens of the prompts, which are random.
+        new: tokens to generate.
+        rounds: calls of each model, in turns; the median counts.
+    """
+    rows = []
+    for host in (ORDINARY, ACCELERATED):
+        handles: list[Any] = []
+        try:
+            if host == ACCELERATED:
+                handles = [accelerate_generation(model) for model in models.values()]
+            rows += [_row(host, models, batch, prompt, new, rounds) for batch in batches]
+        except ValueError as error:
+            rows += [Generation(host, batch, prompt, new, problem=str(error)) for batch in batches]
+        finally:
+            for handle in handles:
+                handle.remove()
+            torch._dynamo.reset()
+            release_memory()
+    return tuple(rows)
+
+
+def generation_options(new: int) -> dict[str, Any]:
+    """Return the arguments of ``generate`` for exactly ``new`` tokens, greedy, with a static cache."""
+    return {
+        "max_new_tokens": new,
+        "min_new_tokens": new,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "pad_token_id": 0,
+    }
+
+
+def generation_call(model: Any, batch: int, prompt: int, new: int) -> Callable[[], Tensor]:
+    """Return a call that generates ``new`` tokens after ``batch`` random prompts of ``prompt`` tokens."""
+    generator = torch.Generator(device=model.device).manual_seed(batch)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(3, vocabulary, (batch, prompt), generator=generator, device=model.device)
+    return partial(model.generate, ids, attention_mask=torch.ones_like(ids), **generation_options(new))
+
+
+def _row(host: str, models: Mapping[Form, Any], batch: int, prompt: int, new: int, rounds: int) -> Generation:
+    row = Generation(host, batch, prompt, new)
+    try:
+        calls: dict[str, Callable[[], Tensor]] = {
+            name: generation_call(model, batch, prompt, new) for name, model in models.items()
+        }
+        seconds = host_seconds(calls, rounds)
+    except Exception as error:  # of the compiler, or of what a model does on the host
+        return replace(row, problem=describe(error))
+    for form in models:
+        row = row.timed(form, batch * new / seconds[form])
+    return row
