@@ -16,6 +16,7 @@ from prox24_lightning.monitoring.history import SparsityHistory
 from prox24_lightning.monitoring.monitored_weights import MonitoredWeights
 from prox24_lightning.monitoring.output import MonitorOutput, tensorboard_loggers
 from prox24_lightning.monitoring.summary import print_summary
+from prox24_lightning.monitoring.training_loss import TrainingLoss
 from prox24_lightning.weights.selection import GroupedWeight, select_weights
 
 
@@ -25,7 +26,8 @@ class SparsityMonitor(Callback):
     It monitors the weights of every :class:`~prox24_lightning.callbacks.prox24.Prox24` of the trainer; without one, all
     weights that could be 2:4. It never changes a weight. The statistics are computed on the device and read in one
     transfer; between two measurements nothing is computed. Any logger works, and none: figures, histograms and text
-    need ``TensorBoardLogger``. The overview figure is also written beside the log, as ``<name>.png``. A logger that
+    need ``TensorBoardLogger``. The overview figure is also written beside the log, as ``<name>.png``. It shows the
+    training loss, and what ``ModelCheckpoint`` or ``EarlyStopping`` monitors where validation logs it. A logger that
     fails is named in one warning, and the run continues.
 
     Logged under ``<name>/`` (``<name>/<name of the Prox24>/`` if there are several), with Lightning's own x-axis:
@@ -44,6 +46,8 @@ class SparsityMonitor(Callback):
         per_layer: log every layer too.
         picture_layers: how many weights the mask picture shows, evenly spread over the model; 0 for none.
         overview: draw the overview figure at the end.
+        metric: name of the validation metric in the overview figure; None: what ``ModelCheckpoint`` or
+            ``EarlyStopping`` monitors.
         progress_bar: show the share of 2:4 groups as ``2:4``.
         summary: print a table at the end.
         targets: patterns of weights to monitor; used without a Prox24 only.
@@ -64,6 +68,7 @@ class SparsityMonitor(Callback):
         per_layer: bool = True,
         picture_layers: int = 3,
         overview: bool = True,
+        metric: str | None = None,
         progress_bar: bool = True,
         summary: bool = True,
         targets: Sequence[str] | None = None,
@@ -90,12 +95,14 @@ class SparsityMonitor(Callback):
         self.per_layer = per_layer
         self.picture_layers = picture_layers
         self.overview = overview
+        self.metric = metric
         self.progress_bar = progress_bar
         self.summary = summary
         self.targets = targets
         self.skip = skip
         self.name = name
         self._output = MonitorOutput()
+        self._loss = TrainingLoss()
         self._monitored: list[MonitoredWeights] = []
         self._loaded: dict[str, Any] = {}
         self._begun = False
@@ -118,7 +125,7 @@ class SparsityMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._output = MonitorOutput()
+        self._output, self._loss = MonitorOutput(), TrainingLoss()
         records = self._loaded
         if not records and self._finished_steps(trainer):  # at step 0 the statistics of an earlier run do not apply
             records = {label: history.state_dict() for label, history in self.histories.items()}
@@ -154,7 +161,11 @@ class SparsityMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._monitored or trainer.fit_loop.epoch_loop._should_accumulate():
+        if not self._monitored:
+            return
+        # Lightning has divided the loss of automatic optimization by the batches that accumulate.
+        self._loss.add(outputs, trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+        if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         steps = self._finished_steps(trainer) + 1  # Lightning adds this one after the hook
         if not self._phase_begins(trainer, steps):
@@ -168,6 +179,18 @@ class SparsityMonitor(Callback):
             self._histograms(trainer, steps)
         if self._due("figures", self.figures_every_n_steps, steps):
             self._figures(trainer, steps)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._begun or trainer.sanity_checking:
+            return
+        logged = trainer.callback_metrics
+        name = next((name for name in self._monitored_metrics(trainer) if name in logged), None)
+        if name is not None:
+            # As in on_train_batch_end, Lightning adds this step after the hook.
+            steps = self._finished_steps(trainer) + (not trainer.fit_loop.epoch_loop._should_accumulate())
+            for entry in self._monitored:
+                entry.history.record_metric(steps, name, float(logged[name]))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,6 +224,13 @@ class SparsityMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
 
+    def _monitored_metrics(self, trainer: Trainer) -> list[str]:
+        """Return the names of the metrics that the overview figure may show, the first choice first."""
+        if self.metric is not None:
+            return [self.metric]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        return [name for callback in callbacks if isinstance(name := getattr(callback, "monitor", None), str)]
+
     def _find_weights(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> list[tuple[str, Prox24 | None, tuple[GroupedWeight, ...]]]:
@@ -230,8 +260,9 @@ class SparsityMonitor(Callback):
         metrics: dict[str, float] = {}
         groups = sparse = 0.0
         with self._output.guarded("measuring the weights"):
+            loss = self._loss.take()
             for entry in self._monitored:
-                if entry.measure(steps):
+                if entry.measure(steps, loss):
                     layers = f"{self.name}_layers/" if self.per_layer else None
                     metrics.update(entry.scalars(self._prefix(entry), layers))
                 for layer in entry.layers.values():

@@ -31,10 +31,11 @@ MAX_LABELS = 32
 def overview_figure(history: SparsityHistory, title: str = "2:4 sparsity") -> Figure:
     """Draw the whole run in one figure.
 
-    Top: share of 2:4 groups against the step, with the phases shaded and the strength of the prox on a second,
-    logarithmic axis. Middle: the same share for every layer. Bottom: groups by their number of zeros; and the retained
-    squared norm (the share of the two largest of every four) in the whole model and in its worst layer, with mask
-    flips.
+    Top: training loss by step, the phases shaded, and the metric of validation on a second axis; the share of 2:4
+    groups where neither is known. Middle: that share for every layer. Bottom, up to the freeze, as what follows is
+    constant by construction: groups by their number of zeros, with the strength of the prox on a second, logarithmic
+    axis; and the retained squared norm (the share of the two largest of every four) of the layers that are not 2:4 yet,
+    with mask flips. Values hold from one measurement to the next.
 
     Raises:
         ValueError: if ``history`` is empty.
@@ -50,17 +51,20 @@ def overview_figure(history: SparsityHistory, title: str = "2:4 sparsity") -> Fi
     rows = figure.add_gridspec(3, 2, height_ratios=[2.6, map_height, 2.3])
     top = figure.add_subplot(rows[0, :])
     layers = figure.add_subplot(rows[1, :], sharex=top)
-    zeros, retained = (figure.add_subplot(rows[2, column], sharex=top) for column in range(2))
+    zeros = figure.add_subplot(rows[2, 0])
+    retained = figure.add_subplot(rows[2, 1], sharex=zeros)
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
     for axes in (top, zeros, retained):
         _style(axes)
-    _draw_fraction(top, history)
+    _draw_phases(top, history)
+    _draw_progress(top, history)
     _draw_layers(layers, history)
     _draw_zeros(zeros, history)
     _draw_retained_norm(retained, history)
-    first, last = _span(history)
-    top.set_xlim(first, last)
-    top.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    top.set_xlim(*_span(history))
+    zeros.set_xlim(*_span_to_freeze(history))
+    for axes in (top, zeros):
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure
 
 
@@ -108,7 +112,7 @@ def rendered(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _draw_fraction(axes: Axes, history: SparsityHistory) -> None:
+def _draw_phases(axes: Axes, history: SparsityHistory) -> None:
     first, last = _span(history)
     bounds = [max(step, first) for step, _ in history.phases] + [last]
     for (begin, end), (_, phase) in zip(pairwise(bounds), history.phases, strict=True):
@@ -124,26 +128,53 @@ def _draw_fraction(axes: Axes, history: SparsityHistory) -> None:
                 fontsize=10,
                 color=MUTED,
             )
-    axes.plot(history.steps, history.groups_24, color=BLUE, linewidth=2.2, marker=_marker(history), zorder=4)
+
+
+def _draw_progress(axes: Axes, history: SparsityHistory) -> None:
+    """Draw the loss and the metric; the share of 2:4 groups where there is neither."""
+    losses = np.asarray(history.series["loss"])
+    metric = np.asarray(history.metrics, dtype=float).reshape(-1, 2)
+    axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
+    if np.isfinite(losses).any():
+        known = np.isfinite(losses)
+        axes.plot(np.asarray(history.steps)[known], losses[known], color=INK, linewidth=1.8, marker=_marker(history))
+        axes.set_ylim(*_without_first_descent(losses[known]))
+        axes.set_ylabel("training loss", color=INK)
+        axes, color = (axes.twinx(), ORANGE) if len(metric) else (axes, INK)
+        if len(metric):
+            _style_second(axes, ORANGE)
+    elif len(metric):
+        color = ORANGE
+    else:
+        _draw_share(axes, history)
+    if len(metric):
+        axes.plot(metric[:, 0], metric[:, 1], color=color, linewidth=1.2, marker="o", markersize=5)
+        axes.set_ylabel(f"{history.metric_name} (validation)", color=color)
+
+
+def _draw_share(axes: Axes, history: SparsityHistory) -> None:
+    line = {"color": BLUE, "linewidth": 2.2, "drawstyle": "steps-post", "marker": _marker(history)}
+    axes.plot(history.steps, history.groups_24, **line, zorder=4)
     axes.set_ylim(0, 1.04)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_ylabel("groups that are 2:4", color=BLUE)
-    axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
+
+
+def _draw_strength(axes: Axes, history: SparsityHistory) -> None:
     strength = np.asarray(history.series["strength"])
     strength = np.where(strength > 0, strength, np.nan)
     if np.isfinite(strength).any():
         second = axes.twinx()
-        second.plot(history.steps, strength, color=ORANGE, linewidth=1.4, linestyle=(0, (4, 2)))
+        second.plot(history.steps, strength, color=INK, linewidth=1.4, linestyle=(0, (4, 2)), drawstyle="steps-post")
         second.set_yscale("log")
         second.margins(y=0.15)
-        second.set_ylabel("strength (median of layers)", color=ORANGE)
-        _style_second(second, ORANGE)
+        second.set_ylabel("strength (median of layers)", color=INK, fontsize=9)
+        _style_second(second, INK)
 
 
 def _draw_layers(axes: Axes, history: SparsityHistory) -> None:
     steps = np.asarray(history.steps, dtype=float)
-    first, last = _span(history)
-    edges = np.concatenate([[first], (steps[1:] + steps[:-1]) / 2, [last]])
+    edges = np.concatenate([steps, [_span(history)[1]]])
     values = np.asarray(history.fractions).T
     count = len(history.layers)
     mesh = axes.pcolormesh(
@@ -175,6 +206,7 @@ def _draw_zeros(axes: Axes, history: SparsityHistory) -> None:
         colors=[ZEROS_COLORS[count] for count in order],
         labels=[str(count) for count in order],
         linewidth=0,
+        step="post",
     )
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.5, 1], labels=["0", "50 %", "100 %"])
@@ -193,19 +225,20 @@ def _draw_zeros(axes: Axes, history: SparsityHistory) -> None:
         handlelength=1.2,
         columnspacing=1.4,
     )
+    _draw_strength(axes, history)
 
 
 def _draw_retained_norm(axes: Axes, history: SparsityHistory) -> None:
     whole, lowest = history.series["retained_squared_norm"], history.series["lowest_retained_squared_norm"]
-    marker = _marker(history)
-    lines = axes.plot(history.steps, whole, color=BLUE, linewidth=1.8, marker=marker, label="retained squared norm")
-    lines += axes.plot(
-        history.steps, lowest, color=BLUE, linewidth=1.1, linestyle=":", marker=marker, label="in the worst layer"
-    )
+    step = {"color": BLUE, "drawstyle": "steps-post", "marker": _marker(history)}
+    lines = axes.plot(history.steps, whole, linewidth=1.8, label="retained squared norm", **step)
+    lines += axes.plot(history.steps, lowest, linewidth=1.1, linestyle=":", label="in the worst layer", **step)
     bottom = min(0.9, *(value for value in lowest if math.isfinite(value)), 1.0)
     axes.set_ylim(bottom - 0.05, 1.01)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_title("squared norm retained by the two largest of four", loc="left", fontsize=10, color=INK)
+    axes.set_title(
+        "norm² in the two largest of four, layers not 2:4 yet", loc="left", fontsize=10, color=INK
+    )
     axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
     flips = np.asarray(history.series["mask_flips"])
     if np.isfinite(flips).any():
@@ -249,6 +282,22 @@ def _marker(history: SparsityHistory) -> str:
 def _span(history: SparsityHistory) -> tuple[float, float]:
     """Return the first and last step drawn, which differ even where the history holds one step."""
     return history.steps[0], max(history.steps[-1], history.steps[0] + 1)
+
+
+def _span_to_freeze(history: SparsityHistory) -> tuple[float, float]:
+    """Return the first step drawn and the freeze; the whole span where nothing is frozen, or all was at once."""
+    first, last = _span(history)
+    freeze = next((step for step, phase in history.phases if phase == "frozen"), last)
+    return first, freeze if freeze > first else last
+
+
+def _without_first_descent(losses: np.ndarray) -> tuple[float, float]:
+    """Return limits that show the later run: a first loss from scratch would press the rest into a line."""
+    low, high = losses.min(), losses.max()
+    if len(losses) > 10:
+        high = min(high, np.quantile(losses[len(losses) // 10 :], 0.98))
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
 
 
 def _at_least_two(values: Any) -> np.ndarray:

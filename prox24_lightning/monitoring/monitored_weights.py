@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -59,8 +60,11 @@ class MonitoredWeights:
     layers: dict[str, SparsityStats] = field(default_factory=dict)
     masks: dict[str, MeasuredMask] = field(default_factory=dict)
 
-    def measure(self, steps: int) -> bool:
-        """Compute the statistics after ``steps`` steps and record them; return False if that step was recorded."""
+    def measure(self, steps: int, loss: float = math.nan) -> bool:
+        """Compute the statistics after ``steps`` steps and record them; return False if that step was recorded.
+
+        ``loss`` is the mean training loss since the last measurement.
+        """
         is_new = self.history.steps[-1:] != [steps]
         pruning = self.pruning
         # A frozen weight has no strength: the one still stored was last used before the freeze.
@@ -72,7 +76,7 @@ class MonitoredWeights:
             last_masks=self.masks,
             from_pass=None if pruning is None else pruning.pass_statistics,
         )
-        self.history.record(steps, self.whole, self.layers)
+        self.history.record(steps, self.whole, self.layers, loss)
         return is_new
 
     def enters_phase(self, steps: int) -> bool:

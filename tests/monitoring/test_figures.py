@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import matplotlib.colors
@@ -28,7 +29,7 @@ def stats(fraction, flips=None, strength=None):
     )
 
 
-def history(steps=(0, 10, 20, 30), layers=LAYERS):
+def history(steps=(0, 10, 20, 30), layers=LAYERS, loss=math.nan):
     record = SparsityHistory(layers)
     record.record_phase(0, "dense")
     for step in steps:
@@ -36,7 +37,9 @@ def history(steps=(0, 10, 20, 30), layers=LAYERS):
             record.record_phase(step, "frozen" if step == steps[-1] else "sparsify")
         fraction = step / 30
         whole = stats(fraction, 0.1 if step else None, 1.0 + step if 0 < step < 30 else None)
-        record.record(step, whole, {name: stats(fraction * (1 - 0.1 * i)) for i, name in enumerate(layers)})
+        record.record(
+            step, whole, {name: stats(fraction * (1 - 0.1 * i)) for i, name in enumerate(layers)}, loss - step
+        )
     return record
 
 
@@ -62,11 +65,48 @@ def test_pixels(drawn):
     assert pixels.max() == 255
 
 
-def test_fraction_against_step(drawn):
+def test_the_share_takes_the_place_of_a_loss_that_is_not_known(drawn):
     record, figure, _ = drawn
     line = figure.axes[0].lines[0]
+    assert line.get_drawstyle() == "steps-post"
     assert line.get_xdata().tolist() == [0, 10, 20, 30]
     np.testing.assert_allclose(line.get_ydata(), record.groups_24)
+
+
+def test_loss_and_metric_by_step():
+    record = history(loss=40.0)
+    record.record_metric(20, "val_acc", 0.5)
+    record.record_metric(30, "val_acc", 0.75)
+    figure = overview_figure(record)
+    top = figure.axes[0]
+    assert top.get_ylabel() == "training loss"
+    assert top.lines[0].get_xydata().tolist() == [[0, 40], [10, 30], [20, 20], [30, 10]]
+    (second,) = (axes for axes in figure.axes if axes.get_ylabel() == "val_acc (validation)")
+    assert second.lines[0].get_xydata().tolist() == [[20, 0.5], [30, 0.75]]
+
+
+def test_the_metric_alone_has_the_first_axis():
+    record = history()
+    record.record_metric(30, "val_acc", 0.75)
+    assert overview_figure(record).axes[0].get_ylabel() == "val_acc (validation)"
+
+
+def test_the_first_losses_from_scratch_do_not_press_the_rest_into_a_line():
+    record = SparsityHistory(LAYERS[:1])
+    for step in range(40):
+        record.record(step, stats(0.0), {LAYERS[0]: stats(0.0)}, 100.0 if step == 0 else 2.0 - step / 100)
+    assert overview_figure(record).axes[0].get_ylim()[1] < 3
+
+
+def test_the_lower_panels_end_at_the_freeze():
+    record = history(steps=(0, 10, 20))
+    record.record(40, stats(1.0), {name: stats(1.0) for name in LAYERS})
+    figure = overview_figure(record)
+    assert figure.axes[0].get_xlim() == (0, 40)
+    assert panel(figure, "groups of four by their number").get_xlim() == (0, 20)
+    norm = panel(figure, "norm")
+    assert norm.get_xlim() == (0, 20)
+    assert np.isnan(norm.lines[0].get_ydata()[-1]), "a 2:4 layer retains all by construction"
 
 
 def test_strength_on_a_second_logarithmic_axis(drawn):
@@ -88,6 +128,8 @@ def test_phases_are_shaded_and_named(drawn):
 def test_map_of_layers(drawn):
     record, figure, _ = drawn
     axes = panel(figure, "groups that are 2:4, layer by layer")
+    edges = axes.collections[0].get_coordinates()[0, :, 0]
+    assert edges.tolist() == [0, 10, 20, 30, 30], "a value holds from its step to the next"
     values = axes.collections[0].get_array().reshape(4, 4)
     np.testing.assert_allclose(values, np.asarray(record.fractions).T)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.up", "0.down", "1.up", "1.down"]
@@ -107,7 +149,7 @@ def test_zeros_add_up_to_all_groups(drawn):
 
 def test_energy_and_flips(drawn):
     record, figure, _ = drawn
-    axes = panel(figure, "squared norm retained")
+    axes = panel(figure, "norm² in the two largest of four")
     np.testing.assert_allclose(axes.lines[0].get_ydata(), record.series["retained_squared_norm"])
     np.testing.assert_allclose(axes.lines[1].get_ydata(), record.series["lowest_retained_squared_norm"])
     (flips,) = (a for a in figure.axes if any(line.get_label().startswith("mask flips") for line in a.lines))

@@ -44,6 +44,36 @@ def test_the_worst_layer_is_kept():
     assert history.series["lowest_retained_squared_norm"] == [0.5]
 
 
+def test_layers_that_are_24_do_not_count_in_the_retained_norm():
+    history = SparsityHistory(LAYERS)
+    dense = SparsityStats(groups=8, zeros=(1.0, 0, 0, 0, 0), retained_squared_norm=0.5, penalty=1.0, rms=1.0)
+    sparse = SparsityStats(groups=8, zeros=(0, 0, 1.0, 0, 0), retained_squared_norm=1.0, penalty=0.0, rms=1.0)
+    history.record(0, stats(), {"a.weight": sparse, "b.weight": dense})
+    history.record(1, stats(), {"a.weight": sparse, "b.weight": sparse})
+    assert history.series["retained_squared_norm"][0] == 0.5
+    assert math.isnan(history.series["retained_squared_norm"][1])
+
+
+def test_the_retained_norm_weighs_layers_by_their_squared_norm():
+    history = SparsityHistory(LAYERS)
+    small = SparsityStats(groups=4, zeros=(1.0, 0, 0, 0, 0), retained_squared_norm=0.5, penalty=1.0, rms=1.0)
+    large = SparsityStats(groups=4, zeros=(1.0, 0, 0, 0, 0), retained_squared_norm=0.75, penalty=1.0, rms=2.0)
+    history.record(0, stats(), {"a.weight": small, "b.weight": large})
+    assert history.series["retained_squared_norm"] == [0.7]
+
+
+def test_metrics_are_kept_by_step_and_rewound():
+    history = SparsityHistory(LAYERS)
+    history.record_metric(5, "val_loss", 3.0)
+    history.record_metric(10, "val_loss", 2.0)
+    history.record_metric(10, "val_loss", 1.5)
+    assert history.metrics == [(5, 3.0), (10, 1.5)]
+    history.rewind(9)
+    assert history.metrics == [(5, 3.0)]
+    history.record_metric(10, "val_acc", 0.5)
+    assert (history.metric_name, history.metrics) == ("val_acc", [(10, 0.5)])
+
+
 def test_a_second_record_of_a_step_replaces_the_first_and_keeps_its_flips():
     history = SparsityHistory(LAYERS)
     add(history, 5, 0.25, flips=0.5)
@@ -106,6 +136,7 @@ def test_the_state_survives_a_checkpoint_of_plain_types():
     add(history, 0)
     add(history, 10, 1 / 3, flips=0.125, strength=3.0)
     history.record_phase(0, "dense")
+    history.record_metric(10, "val_loss", 2.5)
     file = io.BytesIO()
     torch.save(history.state_dict(), file)
     file.seek(0)
@@ -116,6 +147,7 @@ def test_the_state_survives_a_checkpoint_of_plain_types():
         history.fractions,
         history.phases,
     )
+    assert (copy.metric_name, copy.metrics) == ("val_loss", [(10, 2.5)])
     assert copy.series.keys() == history.series.keys()
     for name, values in history.series.items():
         assert copy.series[name] == pytest.approx(values, nan_ok=True, abs=0)
@@ -123,6 +155,16 @@ def test_the_state_survives_a_checkpoint_of_plain_types():
 
 def test_an_empty_history_has_a_state_too():
     assert len(SparsityHistory.from_state_dict(SparsityHistory(LAYERS).state_dict())) == 0
+
+
+def test_a_history_of_version_2_is_read_without_losses():
+    history = SparsityHistory(LAYERS)
+    add(history, 0)
+    state = history.state_dict()
+    del state["metric_name"], state["metrics"], state["series"]["loss"]
+    copy = SparsityHistory.from_state_dict({**state, "version": 2})
+    assert copy.steps == [0]
+    assert math.isnan(copy.series["loss"][0])
 
 
 def test_an_unknown_version_is_refused():

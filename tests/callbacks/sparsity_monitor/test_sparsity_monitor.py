@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -378,3 +380,41 @@ def test_dense_layers_are_named(capsys):
     fit([monitor(summary=True)])
     printed = " ".join(capsys.readouterr().out.split())
     assert "3 of 3 weights are not 2:4: model.0.weight (0.00 %), model.2.weight (0.00 %)" in printed
+
+
+class Validated(TinyModule):
+    """Its losses are those that a test can name: the batch index, and at validation the step."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("train_loss", torch.tensor(9.0))
+        return super().training_step(batch, batch_idx) * 0 + batch_idx
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", torch.tensor(float(self.trainer.global_step)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_and_the_metric_that_a_callback_monitors_are_recorded(accumulate):
+    callback = monitor(every=5)
+    stopping = EarlyStopping("val_loss", mode="max", patience=9)
+    trainer = quiet_trainer(
+        max_steps=10,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        callbacks=[callback, stopping],
+        val_check_interval=5 * accumulate,
+    )
+    trainer.fit(Validated(), tiny_loader(10 * accumulate), tiny_loader(1))
+    history = callback.histories["model"]
+    batches = range(5 * accumulate)
+    means = [math.nan, *(sum(b + start for b in batches) / len(batches) for start in (0, len(batches)))]
+    assert history.steps == [0, 5, 10]
+    assert history.series["loss"] == pytest.approx(means, nan_ok=True)
+    assert (history.metric_name, history.metrics) == ("val_loss", [(5, 5.0), (10, 10.0)])
+
+
+def test_the_metric_can_be_named():
+    callback = monitor(metric="val_loss")
+    trainer = quiet_trainer(max_steps=4, max_epochs=-1, callbacks=[callback], val_check_interval=4)
+    trainer.fit(Validated(), tiny_loader(4), tiny_loader(1))
+    assert callback.histories["model"].metrics == [(4, 4.0)]

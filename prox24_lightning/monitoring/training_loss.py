@@ -1,0 +1,32 @@
+"""The mean training loss between two measurements."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TrainingLoss:
+    """Sum up the losses of the batches on their device, so that only :meth:`take` waits for it."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._batches = 0
+
+    def add(self, outputs: Any, factor: float = 1.0) -> None:
+        """Add ``factor`` times the loss of a batch: a tensor, or a mapping with ``"loss"``; others are left out."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            value = factor * loss.detach().reshape(()).to(torch.float32)
+            self._sum = value if self._sum is None else self._sum + value
+            self._batches += 1
+
+    def take(self) -> float:
+        """Return the mean since the last call, and begin anew; NaN if there was no loss."""
+        mean = math.nan if self._sum is None else float(self._sum) / self._batches
+        self._sum, self._batches = None, 0
+        return mean
