@@ -135,25 +135,23 @@ def _draw_progress(axes: Axes, history: SparsityHistory) -> None:
     losses = np.asarray(history.series["loss"])
     metric = np.asarray(history.metrics, dtype=float).reshape(-1, 2)
     axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
-    if np.isfinite(losses).any():
-        known = np.isfinite(losses)
+    known = np.isfinite(losses) & _after_a_whole_interval(history)
+    if known.any():
         axes.plot(np.asarray(history.steps)[known], losses[known], color=INK, linewidth=1.8, marker=_marker(history))
         axes.set_ylim(*_without_first_descent(losses[known]))
         axes.set_ylabel("training loss", color=INK)
-        axes, color = (axes.twinx(), ORANGE) if len(metric) else (axes, INK)
-        if len(metric):
-            _style_second(axes, ORANGE)
-    elif len(metric):
-        color = ORANGE
-    else:
-        _draw_share(axes, history)
     if len(metric):
-        axes.plot(metric[:, 0], metric[:, 1], color=color, linewidth=1.2, marker="o", markersize=5)
-        axes.set_ylabel(f"{history.metric_name} (validation)", color=color)
+        if known.any():
+            axes = axes.twinx()
+            _style_second(axes, ORANGE)
+        axes.plot(metric[:, 0], metric[:, 1], color=ORANGE, linewidth=1.2, marker="o", markersize=5, clip_on=False)
+        axes.set_ylabel(f"{history.metric_name} (validation)", color=ORANGE)
+    elif not known.any():
+        _draw_share(axes, history)
 
 
 def _draw_share(axes: Axes, history: SparsityHistory) -> None:
-    line = {"color": BLUE, "linewidth": 2.2, "drawstyle": "steps-post", "marker": _marker(history)}
+    line: dict[str, Any] = {"color": BLUE, "linewidth": 2.2, "drawstyle": "steps-post", "marker": _marker(history)}
     axes.plot(history.steps, history.groups_24, **line, zorder=4)
     axes.set_ylim(0, 1.04)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25 %", "50 %", "75 %", "100 %"])
@@ -230,20 +228,21 @@ def _draw_zeros(axes: Axes, history: SparsityHistory) -> None:
 
 def _draw_retained_norm(axes: Axes, history: SparsityHistory) -> None:
     whole, lowest = history.series["retained_squared_norm"], history.series["lowest_retained_squared_norm"]
-    step = {"color": BLUE, "drawstyle": "steps-post", "marker": _marker(history)}
+    step: dict[str, Any] = {"color": BLUE, "drawstyle": "steps-post", "marker": _marker(history)}
     lines = axes.plot(history.steps, whole, linewidth=1.8, label="retained squared norm", **step)
     lines += axes.plot(history.steps, lowest, linewidth=1.1, linestyle=":", label="in the worst layer", **step)
     bottom = min(0.9, *(value for value in lowest if math.isfinite(value)), 1.0)
     axes.set_ylim(bottom - 0.05, 1.01)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_title(
-        "norm² in the two largest of four, layers not 2:4 yet", loc="left", fontsize=10, color=INK
-    )
+    axes.set_title("norm² in the two largest of four, layers not 2:4 yet", loc="left", fontsize=10, color=INK)
     axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
     flips = np.asarray(history.series["mask_flips"])
-    if np.isfinite(flips).any():
+    known = np.isfinite(flips) & _after_a_whole_interval(history)
+    if known.any():
         second = axes.twinx()
-        lines += second.plot(history.steps, flips, color=RED, linewidth=1.2, label="mask flips")
+        lines += second.plot(
+            np.asarray(history.steps)[known], flips[known], color=RED, linewidth=1.2, label="mask flips"
+        )
         second.set_ylim(0, max(1.1 * np.nanmax(flips), 0.01))
         second.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
         _style_second(second, RED)
@@ -289,6 +288,15 @@ def _span_to_freeze(history: SparsityHistory) -> tuple[float, float]:
     first, last = _span(history)
     freeze = next((step for step, phase in history.phases if phase == "frozen"), last)
     return first, freeze if freeze > first else last
+
+
+def _after_a_whole_interval(history: SparsityHistory) -> np.ndarray:
+    """Return which steps follow their predecessor by half the usual distance or more.
+
+    A change of phase is measured besides, and a mean over one or two batches tells little.
+    """
+    gaps = np.diff(history.steps)
+    return np.concatenate([[True], gaps >= np.median(gaps) / 2 if len(gaps) else []]).astype(bool)
 
 
 def _without_first_descent(losses: np.ndarray) -> tuple[float, float]:

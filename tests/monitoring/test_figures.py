@@ -153,7 +153,12 @@ def test_energy_and_flips(drawn):
     np.testing.assert_allclose(axes.lines[0].get_ydata(), record.series["retained_squared_norm"])
     np.testing.assert_allclose(axes.lines[1].get_ydata(), record.series["lowest_retained_squared_norm"])
     (flips,) = (a for a in figure.axes if any(line.get_label().startswith("mask flips") for line in a.lines))
-    np.testing.assert_array_equal(flips.lines[0].get_ydata(), [np.nan, 0.1, 0.1, 0.1])
+    np.testing.assert_array_equal(flips.lines[0].get_xydata(), [[10, 0.1], [20, 0.1], [30, 0.1]])
+
+
+def test_a_loss_of_one_batch_at_a_change_of_phase_is_not_drawn():
+    record = history(steps=(0, 10, 20, 21, 30), loss=40.0)
+    assert overview_figure(record).axes[0].lines[0].get_xdata().tolist() == [0, 10, 20, 30]
 
 
 def test_a_single_step_can_be_drawn():
