@@ -18,7 +18,13 @@ from prox24_lightning.calibration.dense_reference import DenseWeights
 from prox24_lightning.calibration.hooks import after_call, before_call, in_backward, remove_all
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.calibration.isolation.module_state import ModuleState
-from prox24_lightning.calibration.isolation.reproduction import NotReproducedError, RerunSettings, Trial, check_same
+from prox24_lightning.calibration.isolation.reproduction import (
+    NotReproducedError,
+    RerunSettings,
+    Trial,
+    check_same,
+    rounding_tolerance,
+)
 from prox24_lightning.calibration.module_call import ModuleCall, device_of
 from prox24_lightning.utils.distributed import gathered_objects, rank, world_size
 from prox24_lightning.utils.module_copy import frozen_copy
@@ -174,7 +180,8 @@ class HookedModule:
         if not isinstance(self.reference, nn.Module) or not (calls := self.calls):
             return
         with self.rerunning():
-            check_same(calls[0](self.module), calls[0](self.reference))
+            tolerance = rounding_tolerance(self.module, calls[0])
+            check_same(calls[0](self.module), calls[0](self.reference), tolerance)
 
     def _listen(self) -> None:
         if not self._handles:

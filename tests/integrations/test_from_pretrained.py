@@ -13,9 +13,12 @@ from tiny_language import tiny_tokenizer
 
 import prox24_lightning
 from prox24_lightning.convert import SemiStructuredLinear, find_packable, load_packed, open_packed
+from prox24_lightning.convert.convert import insert_layers
+from prox24_lightning.convert.kernels.packed_buffer import pack_buffer
 from prox24_lightning.integrations.transformers.quantizer import Prox24Config
 from prox24_lightning.io.packed_folder import load_folder, save_folder
 from prox24_lightning.mask import mask_24
+from prox24_lightning.weights.layer_matrix import transposed_kind
 from prox24_lightning.weights.selection import select_weights
 
 LLAMA = {
@@ -335,6 +338,25 @@ def test_registering_loads_nothing_before_it_is_called():
         "assert 'transformers' not in sys.modules; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "tied", "gpt2", "bert"])
+def test_converted_layers_are_saved_in_the_order_of_the_dense_model(family, tmp_path):
+    auto, make, _ = FAMILIES[family]
+    folder = packed(tmp_path / "packed", sparse(make, torch.bfloat16))
+    loaded = auto.from_pretrained(folder, dtype="auto")
+    layers = []
+    for name, layer in loaded.named_modules():
+        weight = getattr(layer, "weight", None)
+        if f"{name}.weight" in loaded.hf_quantizer.entries and weight.dim() == 2:
+            kind = transposed_kind(layer)
+            matrix = weight.detach() if kind is None else weight.detach().t()
+            buffer, shape = pack_buffer(matrix), (matrix.shape[0], matrix.shape[1])
+            layers.append((name, SemiStructuredLinear(buffer, shape, weight.dtype, layer.bias, "1=few", None, kind)))
+    assert len(layers) >= 8
+    insert_layers(loaded, layers)
+    loaded.save_pretrained(tmp_path / "again")
+    assert same_files(folder, tmp_path / "again") == []
 
 
 @pytest.mark.gpu

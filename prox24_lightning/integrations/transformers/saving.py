@@ -65,13 +65,19 @@ def push_to_hub(model: Any, repo_id: str, *, max_shard_size: int | str | None = 
 
 
 def dense_state_dict(model: Any) -> dict[str, Tensor]:
-    """Return the state dict with the weights of converted layers expanded, under the names of the dense model."""
-    state = dict(model.state_dict())
-    for name, layer in model.named_modules():
-        if isinstance(layer, SemiStructuredLinear):
-            del state[f"{name}.packed"]
-            weight = layer.weight
-            state[f"{name}.weight"] = weight if layer.transposed is None else weight.t().contiguous()
+    """Return the state dict with the weights of converted layers expanded: names and order of the dense model."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SemiStructuredLinear)}
+    state: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        name, _, entry = key.rpartition(".")
+        if name not in layers:
+            state[key] = tensor
+            continue
+        if f"{name}.weight" not in state:  # a dense layer has it before the bias
+            weight = layers[name].weight
+            state[f"{name}.weight"] = weight if layers[name].transposed is None else weight.t().contiguous()
+        if entry != "packed":
+            state[key] = tensor
     return state
 
 
