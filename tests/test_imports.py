@@ -45,9 +45,9 @@ LAYERS = {
         [""],
     ],
     "sparsify": [
-        ["phases", "step_listener", "checks", "pass_statistics", "model_watch"],
+        ["phases", "step_listener", "checks", "pass_statistics", "model_watch", "zeros"],
         ["strategies.base"],
-        ["strategies.post_step", "strategies.progressive"],
+        ["strategies.keep_zeros", "strategies.post_step", "strategies.progressive"],
         ["config", "engine", "sparse_training"],
         ["controller"],
     ],

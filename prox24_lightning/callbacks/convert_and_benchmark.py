@@ -16,6 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.prox24 import Prox24
+from prox24_lightning.callbacks.unenforced_zeros import UnenforcedZeros
 from prox24_lightning.convert.benchmark.example_inputs import InputCatcher, own_example
 from prox24_lightning.convert.benchmark.render import print_report, to_markdown, write_report
 from prox24_lightning.convert.benchmark.report import Report, RunMode
@@ -112,6 +113,7 @@ class ConvertAndBenchmark(Callback):
         self.report: Report | None = None
         self._folder: Path | None = None
         self._catcher: InputCatcher | None = None
+        self._zeros = UnenforcedZeros()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -133,6 +135,7 @@ class ConvertAndBenchmark(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._drop_catcher()
+        self._zeros.on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
             try:
                 self._catcher = InputCatcher(pl_module, _linear_layers(trainer, pl_module))
@@ -143,6 +146,7 @@ class ConvertAndBenchmark(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._zeros.on_train_batch_end(trainer)
         if self._catcher is not None:
             self._catcher.remove()
 

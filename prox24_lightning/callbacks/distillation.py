@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from prox24_lightning.callbacks.loaded_state import LoadedState
 from prox24_lightning.callbacks.training_step_wrapper import wrap_training_step
+from prox24_lightning.callbacks.unenforced_zeros import UnenforcedZeros
 from prox24_lightning.finetune import (
     BatchTimer,
     OutputLoss,
@@ -98,6 +99,7 @@ class Distillation(Callback):
         self._source: weakref.ref[nn.Module] | None = None
         self._loaded = LoadedState()
         self._fresh = True
+        self._zeros = UnenforcedZeros()
         self._comparison: TeacherComparison | None = None
         self._timer: BatchTimer | None = None
         self._unwrap: Callable[[], None] | None = None
@@ -151,6 +153,7 @@ class Distillation(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The first hook at which every strategy has restored the checkpoint.
+        self._zeros.on_train_start(trainer, pl_module)
         teacher = self._require_teacher()
         try:
             name, student = find_student(pl_module, self.module)
@@ -173,6 +176,7 @@ class Distillation(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._zeros.on_train_batch_end(trainer)
         if self._timer is not None:
             self._timer.end()
 

@@ -72,7 +72,9 @@ class Prox24(Callback):
             are pruned in one shot there.
         strategy: ``"progressive"`` solves one block after the other during the phase, by the paper's layer-wise prox
             and masked gradient updates with the Hessian of the last training batches, and freezes it while the rest
-            trains on. ``"post_step"`` applies the prox to all weights after every step.
+            trains on. ``"post_step"`` applies the prox to all weights after every step. ``"keep"`` fine-tunes a model
+            that is 2:4 already: its zeros are frozen before the first step, no value changes, and weights that are not
+            2:4 stay dense; leave ``start`` and ``freeze`` out.
         dense_target: (``progressive``) the target of a layer's outputs: 0 its own outputs on its present inputs; 1 the
             outputs of the dense reference, the model as it was at ``start`` (error feedback: later blocks correct the
             errors of earlier ones); values between mix the two. Any but 0 keeps a frozen copy of the model until the

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.prox24 import Prox24
+from prox24_lightning.callbacks.unenforced_zeros import UnenforcedZeros
 from prox24_lightning.monitoring.figures import mask_figure, overview_figure, rendered
 from prox24_lightning.monitoring.history import SparsityHistory
 from prox24_lightning.monitoring.monitored_weights import MonitoredWeights
@@ -103,6 +104,7 @@ class SparsityMonitor(Callback):
         self.name = name
         self._output = MonitorOutput()
         self._loss = TrainingLoss()
+        self._zeros = UnenforcedZeros()
         self._monitored: list[MonitoredWeights] = []
         self._loaded: dict[str, Any] = {}
         self._begun = False
@@ -125,6 +127,7 @@ class SparsityMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._zeros.on_train_start(trainer, pl_module)
         self._output, self._loss = MonitorOutput(), TrainingLoss()
         records = self._loaded
         if not records and self._finished_steps(trainer):  # at step 0 the statistics of an earlier run do not apply
@@ -161,6 +164,7 @@ class SparsityMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._zeros.on_train_batch_end(trainer)
         if not self._monitored:
             return
         # Lightning has divided the loss of automatic optimization by the batches that accumulate.

@@ -7,7 +7,7 @@ stores exactly that. Needs the ``peft`` package (``pip install prox24_lightning[
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prox24_lightning.mask import is_24, mask_24
+from prox24_lightning.weights.eligibility import fit_groups
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
 
@@ -26,7 +28,7 @@ class MaskedLora:
     Args:
         model: the model that ``peft.get_peft_model`` returned.
         masks: bool, True stays, by the names of the weights before peft wrapped the model (``load_masks(...).masks``,
-            or ``Prox24.masks``).
+            or ``Prox24.masks``). None takes the zeros of the adapted weights that are 2:4 along their inputs.
 
     Raises:
         ValueError: if no adapted layer has a mask, a mask has another shape than its weight, a weight is not pruned by
@@ -34,9 +36,9 @@ class MaskedLora:
             dropout, or a copy of the layer that trains as a whole (``modules_to_save``).
     """
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
-        self.masks = dict(masks)
+        self.masks = dict(_masks_of_zeros(model) if masks is None else masks)
         adapted: list[tuple[nn.Module, Tensor]] = []
         for name, layer in model.named_modules():
             mask = self.masks.get(_base_name(f"{name}.weight"))
@@ -112,6 +114,32 @@ class _MaskedProduct:
                 else:
                     output = output - F.linear(inputs, pruned.T if is_transposed_linear(base) else pruned)
         return output
+
+
+def unmasked_adapters(model: nn.Module) -> list[str]:
+    """Return the names of 2:4 weights under LoRA adapters whose product is not masked: merged, they end dense."""
+    return [
+        _base_name(f"{name}.weight")
+        for name, layer, _ in _adapted_24(model)
+        if not any(isinstance(hook, _MaskedProduct) for hook in layer._forward_hooks.values())
+    ]
+
+
+def _masks_of_zeros(model: nn.Module) -> dict[str, Tensor]:
+    return {_base_name(f"{name}.weight"): mask_24(weight, dim=dim) for name, layer, (weight, dim) in _adapted_24(model)}
+
+
+def _adapted_24(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[Tensor, int]]]:
+    """Yield name, layer, weight and group dimension of the adapted layers whose weight is 2:4 along its inputs."""
+    for name, layer in model.named_modules():
+        base = layer.get_base_layer() if hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer") else None
+        weight = getattr(base, "weight", None)
+        if not isinstance(base, nn.Module) or not isinstance(weight, nn.Parameter) or weight.dim() < 2:
+            continue
+        reason, dim = fit_groups(base, "weight", weight, "row")
+        values = weight.detach()
+        if reason is None and isinstance(dim, int) and is_24(values, dim=dim) and bool((values != 0).any()):
+            yield name, layer, (values, dim)
 
 
 def _base_name(name: str) -> str:

@@ -3,11 +3,13 @@
 from prox24_lightning.sparsify.engine import Metric, SparsityEngine
 from prox24_lightning.sparsify.phases import Phase, PhasePlan, check_step, resolve_plan
 from prox24_lightning.sparsify.strategies.base import Strategy
+from prox24_lightning.sparsify.strategies.keep_zeros import KeepZeros
 from prox24_lightning.sparsify.strategies.post_step.strategy import PostStepProx, Refit
 from prox24_lightning.sparsify.strategies.post_step.strength import strength_for_fraction
 from prox24_lightning.sparsify.strategies.progressive.strategy import Progressive
 
 __all__ = [
+    "KeepZeros",
     "Metric",
     "Phase",
     "PhasePlan",

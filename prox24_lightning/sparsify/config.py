@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,7 +15,7 @@ from prox24_lightning.sparsify.strategies.progressive.calibration import Calibra
 from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
 from prox24_lightning.weights.groups import Geometry
 
-StrategyName = Literal["post_step", "progressive"]
+StrategyName = Literal["post_step", "progressive", "keep"]
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,28 @@ class SparsifyConfig:
         """The share of groups that ``post_step`` makes 2:4 over the phase."""
         return named_schedule(self.fraction, FRACTION_CURVES, "fraction")
 
+    @property
+    def phase_steps(self) -> tuple[int | float, int | float]:
+        """``start`` and ``freeze``; 0 where the masks are those of the model as it is."""
+        return (0, 0) if self.strategy == "keep" else (self.start, self.freeze)
+
     def _check_steps(self) -> None:
         check_step(self.start, "start")
         check_step(self.freeze, "freeze")
+        defaults = {field.name: field.default for field in fields(self)}
+        for argument in ("start", "freeze") if self.strategy == "keep" else ():
+            if (given := getattr(self, argument)) not in (0, defaults[argument]):
+                raise ValueError(
+                    f"{argument}={given!r} has no effect with strategy='keep', which freezes the zeros of the model "
+                    "before the first step; leave it out, or take another strategy to prune in the run"
+                )
         if type(self.start) is type(self.freeze) and self.start > self.freeze:
             raise ValueError(
                 f"start={self.start!r} comes after freeze={self.freeze!r}; sparsification begins before the freeze"
             )
 
     def _check_strategy(self) -> None:
-        if self.strategy == "progressive":
+        if self.strategy != "post_step":
             for argument, default in (("schedule", "auto"), ("refit", "none")):
                 if (given := getattr(self, argument)) != default:
                     raise ValueError(

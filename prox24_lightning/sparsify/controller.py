@@ -21,8 +21,10 @@ from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase, PhasePlan, resolve_plan
 from prox24_lightning.sparsify.sparse_training import SparseTraining
 from prox24_lightning.sparsify.strategies.base import Strategy
+from prox24_lightning.sparsify.strategies.keep_zeros import KeepZeros
 from prox24_lightning.sparsify.strategies.post_step.strategy import PostStepProx
-from prox24_lightning.sparsify.strategies.progressive.strategy import Progressive
+from prox24_lightning.sparsify.strategies.progressive.strategy import CALIBRATION_BATCHES, Progressive
+from prox24_lightning.sparsify.zeros import only_24, weights_24
 from prox24_lightning.utils.distributed import rank
 from prox24_lightning.weights.selection import GroupedWeight, Selection, select_weights
 from prox24_lightning.weights.sharded import local_part, reshard
@@ -142,10 +144,9 @@ class SparsifyController:
         self.unbind()  # a run that was interrupted where the host has no hook for it still listens
         check_optimizers(optimizers)
         check_place(config.masks_file)
-        selection = select_weights(model, targets=config.targets, skip=config.skip, geometry=config.geometry)
-        plan = resolve_plan(config.start, config.freeze, total_steps, exact=exact)
+        selection = self._select(model, optimizers, explicit=config.targets is not None)
+        plan = resolve_plan(*config.phase_steps, total_steps, exact=exact)
         self._total_steps = total_steps
-        selection = optimized(selection, optimizers, explicit=config.targets is not None)
         check_weights(selection, claimed, config.name)
         self._claimed = frozenset(weight.name for other in claimed.values() for weight in other)
         same_model = self._model is not None and self._model() is model
@@ -183,6 +184,8 @@ class SparsifyController:
                 f"callback; going on from step {engine.step} as {engine.plan.phase(engine.step)}, with masks "
                 "still to be chosen"
             )
+        else:
+            self._warn_of_traps()
 
     def bind(self, optimizers: Sequence[Optimizer]) -> None:
         """Work between the steps of these optimizers from now on."""
@@ -235,13 +238,12 @@ class SparsifyController:
         Raises:
             RuntimeError: if a layer was exchanged and no optimizer trains the new one.
         """
-        model, engine, config = None if self._model is None else self._model(), self._require_engine(), self.config
+        model, engine = None if self._model is None else self._model(), self._require_engine()
         if model is None:
             return
         self._watch = ModelWatch(model, (), optimizers)  # what cannot be followed is named once
         try:
-            selection = select_weights(model, targets=config.targets, skip=config.skip, geometry=config.geometry)
-            selection = optimized(selection, optimizers, explicit=False)
+            selection = self._select(model, optimizers, explicit=False)
         except ValueError as error:
             _warn(f"the model has changed at step {self.step}, and {self.config.name} cannot follow: {error}")
             return
@@ -276,6 +278,8 @@ class SparsifyController:
     def _plan_to_go_on(self) -> PhasePlan:
         """Return the present plan; what joins late is pruned in what is left of the phase, one step at least."""
         engine = self._require_engine()
+        if isinstance(engine.strategy, KeepZeros):
+            return engine.plan
         if engine.phase == "dense" or (engine.phase == "sparsify" and isinstance(engine.strategy, PostStepProx)):
             return engine.plan
         return PhasePlan(engine.step, max(engine.plan.freeze, engine.step + 1))
@@ -284,7 +288,7 @@ class SparsifyController:
         """Lay the phases out anew, if the run is estimated to have another number of steps than before."""
         if total_steps != self._total_steps:
             self._total_steps = total_steps
-            plan = resolve_plan(self.config.start, self.config.freeze, total_steps, exact=False)
+            plan = resolve_plan(*self.config.phase_steps, total_steps, exact=False)
             self._require_engine().change_plan(plan)
 
     def freeze_now(self) -> None:
@@ -334,8 +338,39 @@ class SparsifyController:
         engine = self._previous or self._engine
         return {} if engine is None else engine.state_dict()
 
+    def _select(self, model: nn.Module, optimizers: Sequence[Optimizer], *, explicit: bool) -> Selection:
+        config = self.config
+        selection = select_weights(model, targets=config.targets, skip=config.skip, geometry=config.geometry)
+        selection = optimized(selection, optimizers, explicit=explicit)
+        if config.strategy == "keep" and selection.chosen:
+            selection = only_24(selection, explicit=explicit)
+        return selection
+
+    def _warn_of_traps(self) -> None:
+        """Warn of settings that are valid, and hardly meant, at the start of a new run."""
+        config = self.config
+        if config.strategy == "keep":
+            return
+        sparse = weights_24(self.weights)
+        if sparse and self.freeze_step > 0:
+            _warn(
+                f"{len(sparse)} of the {len(self.weights)} weights are 2:4 already ({sparse[0].name} is one), and get "
+                f"new masks from step {self.start_step} to step {self.freeze_step}; strategy='keep' keeps the zeros "
+                "that are there, and fine-tunes the rest"
+            )
+        solves = config.strategy == "progressive" and config.calibration != "magnitude"
+        if solves and self.freeze_step == 0 and len(sparse) < len(self.weights):
+            few = CALIBRATION_BATCHES
+            _warn(
+                "freeze=0 prunes before the first batch: there are no layer inputs to solve the layers on, and the "
+                f"largest weights are kept; start={few}, freeze={few} prunes in one shot on the first {few} batches "
+                "(calibration='magnitude' if this is meant)"
+            )
+
     def _make_strategy(self, model: nn.Module) -> Strategy:
         config = self.config
+        if config.strategy == "keep":
+            return KeepZeros()
         if config.strategy == "progressive":
             return Progressive(
                 model,

@@ -13,7 +13,9 @@ from transformers import GPT2Config, GPT2Model
 
 from prox24_lightning import Prox24, Prox24TrainerCallback, is_24
 from prox24_lightning.finetune import MaskedLora
+from prox24_lightning.finetune.lora import unmasked_adapters
 from prox24_lightning.mask import mask_24
+from prox24_lightning.sparsify.zeros import ZerosWatch
 from prox24_lightning.weights.selection import select_weights
 
 peft = pytest.importorskip("peft")
@@ -68,6 +70,26 @@ def test_the_trap_a_plain_merge_loses_the_zeros():
     model, _ = adapted()
     train(model, torch.randn(32, 8))
     assert not is_24(model.merge_and_unload()[0].weight)
+
+
+def test_the_zeros_of_the_model_are_masks():
+    model, masks = adapted()
+    lora = MaskedLora(model)
+    assert {name: mask.equal(masks[name]) for name, mask in lora.masks.items()} == {"0.weight": True, "2.weight": True}
+    train(model, torch.randn(32, 8))
+    assert is_24(lora.merge()[0].weight)
+
+
+def test_adapters_that_a_plain_merge_would_turn_dense_are_found():
+    model, _ = adapted()
+    assert unmasked_adapters(model) == ["0.weight", "2.weight"]
+    assert "0.weight and 1 more are 2:4 under LoRA adapters" in ZerosWatch(model).problem()
+    lora = MaskedLora(model)
+    assert unmasked_adapters(model) == []
+    assert ZerosWatch(model).problem() is None
+    lora.release()
+    dense = peft.get_peft_model(nn.Sequential(nn.Linear(8, 16)), peft.LoraConfig(r=2, target_modules=["0"]))
+    assert unmasked_adapters(dense) == []
 
 
 def test_a_transposed_linear_layer():

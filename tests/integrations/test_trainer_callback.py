@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDatas
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prox24_lightning import Prox24, Prox24TrainerCallback, load_masks
-from prox24_lightning.mask import is_24
+from prox24_lightning.mask import is_24, mask_24
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -170,3 +170,14 @@ def test_a_checkpoint_that_was_written_without_the_callback_is_reported(tmp_path
 def test_what_does_not_fit_is_refused_before_the_first_batch(tmp_path):
     with pytest.raises(ValueError, match="freeze=100 is beyond the run, which has 12 optimizer steps"):
         train(Prox24TrainerCallback(2, 100, verbose=False), tmp_path)
+
+
+def test_the_zeros_of_a_model_are_kept(tmp_path):
+    model = Model()
+    with torch.no_grad():
+        model.model[0].weight.mul_(mask_24(model.model[0].weight))
+    before = model.model[0].weight == 0
+    callback = Prox24TrainerCallback(strategy="keep", verbose=False)
+    train(callback, tmp_path, model=model)
+    assert list(callback.masks) == ["model.0.weight"]
+    assert (model.model[0].weight == 0).equal(before)

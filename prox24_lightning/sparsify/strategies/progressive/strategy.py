@@ -168,9 +168,11 @@ class Progressive(Strategy):
 
     @torch.no_grad()
     def finish(self, weights: Sequence[GroupedWeight]) -> Masks:
-        if not self._begun:
-            self.begin()
-        masks = self._solve(self._require().blocks, last=True)
+        masks: Masks = {}
+        if self.context.plan.freeze > 0:  # at 0 no batch has been seen: the largest weights are kept
+            if not self._begun:
+                self.begin()
+            masks = self._solve(self._require().blocks, last=True)
         for weight in weights:
             if weight.name not in masks:
                 masks[weight.name] = self._projected(weight)
