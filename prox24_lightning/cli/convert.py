@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.packed_model import find_packable
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.io.pretrained import Dtype, Head
@@ -16,6 +17,8 @@ from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, check_folder, filling
 from prox24_lightning.utils.names import collapse_names
+
+Weights = Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp8_e4m3", "int8"]
 
 
 def convert(
@@ -25,7 +28,8 @@ def convert(
     package: bool = False,
     file: str | None = None,
     head: Head = "causal_lm",
-    weights: Dtype = "auto",
+    weights: Weights = "auto",
+    dtype: Dtype = "auto",
     run_config: Path | None = None,
     targets: list[str] | None = None,
     skip: list[str] | None = None,
@@ -44,7 +48,9 @@ def convert(
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: auto class of transformers that loads a Hugging Face model.
-        weights: dtype of storage; auto is the model's own.
+        weights: how the packed weights are stored: fp8_e4m3 or int8 round them to 8 bits with a scale a row, a dtype
+            (bf16, fp16 for short) casts the model; auto is the model's own dtype.
+        dtype: with rounded weights: cast the model to it, whose dtype the weights expand to; auto is the model's own.
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
         targets: patterns of weights or modules that must be packed; null packs all that can be.
         skip: patterns of weights or modules that are stored dense.
@@ -54,7 +60,10 @@ def convert(
         check_folder(out)
         if form == "packed":
             refuse_dense(out)
-        source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
+        rounded, stored = _storage(weights, dtype)
+        if rounded and form == "dense":
+            raise ValueError(f"--weights {weights} rounds packed weights, and --form dense packs none: leave one out")
+        source = load_source(model, package=package, file=file, head=head, dtype=stored, config=run_config)
         if form == "dense":
             write_dense(out, source)
             console.print(f"wrote {source.description}, dense with zeros, to {out}", markup=False, highlight=False)
@@ -62,9 +71,11 @@ def convert(
         packable = find_packable(source.model, targets=targets, skip=skip)
         if not packable.dims:
             raise ValueError(f"no weight of {model} is 2:4, so nothing would be packed: {_reasons(packable.dense)}")
-        written = save_folder(out, source.model, packable, source=source.description, companions=source.companions)
+        written = save_folder(
+            out, source.model, packable, source=source.description, companions=source.companions, weights=rounded
+        )
         console.print(
-            f"{len(written.packed)} weights packed and read back equal; "
+            f"{len(written.packed)} weights {f'rounded to {rounded}, ' if rounded else ''}packed and read back equal; "
             f"{len(packable.dense)} weights stored dense. {_reasons(packable.dense)}",
             f"tensors: {written.dense_bytes:,} bytes dense, {written.stored_bytes:,} bytes packed "
             f"({written.stored_bytes / written.dense_bytes:.4f}); in {out / written.path.name}",
@@ -72,6 +83,17 @@ def convert(
             markup=False,
             highlight=False,
         )
+
+
+def _storage(weights: Weights, dtype: Dtype) -> tuple[RoundedForm | None, Dtype]:
+    """Return the form that packed weights are rounded to, None for none, and the dtype to load the model in."""
+    if weights == "fp8_e4m3" or weights == "int8":
+        return weights, dtype
+    if dtype != "auto":
+        raise ValueError(f"--dtype {dtype} is for rounded weights: without them --weights names the dtype")
+    if weights == "bf16":
+        return None, "bfloat16"
+    return None, "float16" if weights == "fp16" else weights
 
 
 def write_dense(out: Path, source: Source) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from prox24_lightning.convert.format.packed_weight import row_chunks
+from prox24_lightning.convert.format.chunks import row_chunks
 from prox24_lightning.convert.onnx_check import sparse_problem
 from prox24_lightning.mask import is_24, violations_24
 from prox24_lightning.weights.experts import expert_parameters

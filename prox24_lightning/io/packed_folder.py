@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.convert.format.header import VERSION
+from prox24_lightning.convert.format.header import PackedEntry, version_of
+from prox24_lightning.convert.format.rounding import LARGEST, RoundedForm
 from prox24_lightning.convert.format.shards import PackedModel, open_packed, write_packed_files
 from prox24_lightning.convert.packed_model import EmptyOnMeta, Packable, load_packed
 from prox24_lightning.oneshot.save import forget_quantization
@@ -97,6 +98,7 @@ def save_folder(
     source: str,
     companions: Sequence[Any] = (),
     max_shard_bytes: int | None = None,
+    weights: RoundedForm | None = None,
 ) -> PackedModel:
     """Write a packed model, with a card and, for a Hugging Face model, its configs.
 
@@ -108,18 +110,22 @@ def save_folder(
         source: one line on the model's origin.
         companions: tokenizer and the like; anything with ``save_pretrained``.
         max_shard_bytes: dense bytes of one file; None writes one file.
+        weights: round the packed weights to 8 bits with a scale a row; None stores them as they are. A weight that has
+            8 bits already stays as it is.
 
     Returns:
         the written files, open.
 
     Raises:
-        ValueError: for a weight that is not 2:4 or holds NaN, by name; for a folder with dense weights.
+        ValueError: for a weight that is not 2:4, holds NaN or cannot be rounded, by name; for a folder with dense
+            weights.
         RuntimeError: if the file, read back, differs from the model.
     """
     forget_quantization(model)
     state = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
     info = {"source": source, "model": _kind(model), "dense": packable.dense}
-    return write_folder(folder, model, state, packable.dims, info, companions, max_shard_bytes)
+    forms = {} if weights is None else {name: weights for name in packable.dims if state[name].itemsize > 1}
+    return write_folder(folder, model, state, packable.dims, info, companions, max_shard_bytes, forms)
 
 
 def write_folder(
@@ -130,6 +136,7 @@ def write_folder(
     info: Mapping[str, Any],
     companions: Sequence[Any] = (),
     max_shard_bytes: int | None = None,
+    forms: Mapping[str, RoundedForm] | None = None,
 ) -> PackedModel:
     """Write the files of a packed folder.
 
@@ -140,17 +147,21 @@ def write_folder(
         dims: the weights to pack, and the dimension along which the groups of each lie.
         info: ``source``, ``model`` (the class) and ``dense`` (name -> reason); the header and the card hold it.
         companions, max_shard_bytes: see :func:`save_folder`.
+        forms: the packed weights that are rounded to 8 bits; all to the same form.
 
     Raises:
         ValueError, RuntimeError: as :func:`save_folder`.
     """
     folder = Path(folder)
     refuse_dense(folder)
+    if len(kinds := sorted(set((forms or {}).values()))) > 1:
+        raise ValueError(f"the weights are to be rounded to {' and '.join(kinds)}: a folder holds one rounded form")
     with filling(folder, instead_of=PACKED_FILES) as temporary:
-        written = write_packed_files(temporary, state, dims, info, max_shard_bytes)
-        for name in written.packed:
-            if not torch.equal(written.read(name, state[name].device), state[name]):
-                if state[name].float().isnan().any():
+        written = write_packed_files(temporary, state, dims, info, max_shard_bytes, forms)
+        for name, entry in written.packed.items():
+            expected = entry.rounded(state[name], name)
+            if not torch.equal(written.read(name, state[name].device), expected):
+                if expected.float().isnan().any():
                     raise ValueError(
                         f"{name} holds NaN, so the model is damaged: mend it, or store this weight dense: skip={name!r}"
                     )
@@ -170,12 +181,17 @@ def _name_loader(config: Path, written: PackedModel, model: str) -> None:
     content = json.loads(config.read_text(encoding="utf-8"))
     content["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        "version": VERSION,
+        "version": version_of(written.packed.values()),
         "weights_file": written.path.name,
         "modules_to_not_convert": sorted(name.rpartition(".")[0] for name in written.info["dense"]),
     }
     if columns := sorted(name for name, entry in written.packed.items() if entry.dim != 1):
         content["quantization_config"]["packed_along_outputs"] = columns
+    rounded = {name: entry.form for name, entry in written.packed.items() if entry.form is not None}
+    if rounded:
+        content["quantization_config"]["weights"] = next(iter(rounded.values()))
+        if others := sorted(name.rpartition(".")[0] for name in set(written.packed) - set(rounded)):
+            content["quantization_config"]["modules_not_rounded"] = others
     content["architectures"] = [model]
     content["dtype"] = str(_most_common_dtype(written)).removeprefix("torch.")
     write_text(config, json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -223,6 +239,17 @@ def _how_to_load(model: str, *, hugging_face: bool) -> str:
     )
 
 
+def _rounding(entries: Iterable[PackedEntry]) -> str:
+    """Say in the card how many weights are rounded, and how."""
+    forms = [entry.form for entry in entries if entry.form is not None]
+    if not forms:
+        return ""
+    return (
+        f". {len(forms)} of them are rounded to {forms[0]} (up to {LARGEST[forms[0]]:.0f}) with a float32 scale for "
+        "each row (`NAME.scales`); a weight is value times scale"
+    )
+
+
 def _card(file: PackedModel, *, hugging_face: bool) -> str:
     info = file.info
     lines = [
@@ -234,7 +261,8 @@ def _card(file: PackedModel, *, hugging_face: bool) -> str:
         f"# {info['model']}, 2:4 sparse, packed",
         "",
         f"From {info['source']}. `{file.path.name}` holds {len(file.packed)} weights as two values and two 2-bit "
-        "positions for every four entries (tensors `NAME.values` and `NAME.indices`), the others as they are: "
+        "positions for every four entries (tensors `NAME.values` and `NAME.indices`), the others as they are"
+        f"{_rounding(file.packed.values())}: "
         f"{file.stored_bytes:,} bytes instead of {file.dense_bytes:,} ({file.stored_bytes / file.dense_bytes:.4f}).",
         "",
         _how_to_load(info["model"], hugging_face=hugging_face),

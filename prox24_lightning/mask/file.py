@@ -90,7 +90,7 @@ def read_masks(path: str | Path) -> MaskFile:
         ValueError: if it is not a masks file, is damaged or cut short, was written by a later version, or contradicts
             itself.
     """
-    file, metadata = open_tensors(path, what="masks file", format=FORMAT, version=VERSION)
+    file, metadata = open_tensors(path, what="masks file", format=FORMAT, versions=(VERSION,))
     header = {key: metadata.get(key, "") for key in ("version", "masks", "info")}
     try:
         names = sorted(file.keys())

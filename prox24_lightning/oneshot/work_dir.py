@@ -110,7 +110,7 @@ class FinishedBlocks:
     def _read(self, index: int) -> FinishedBlock | None:
         path = self._path(index)
         try:
-            handle, metadata = open_tensors(path, what="finished block", format=FORMAT, version=VERSION)
+            handle, metadata = open_tensors(path, what="finished block", format=FORMAT, versions=(VERSION,))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
             content = {name: metadata[name] for name in ("layers", "skipped")}
             if metadata["checksum"] != _checksum(index, tensors, content):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -38,20 +38,21 @@ DTYPE_NAMES = {
 """The names that safetensors gives to the dtypes that are written."""
 
 
-def open_tensors(path: str | Path, *, what: str, format: str, version: int) -> tuple[Any, dict[str, str]]:
+def open_tensors(path: str | Path, *, what: str, format: str, versions: Sequence[int]) -> tuple[Any, dict[str, str]]:
     """Open a safetensors file without reading its tensors.
 
     Args:
         path: of the file.
         what: the kind of file, for errors.
-        format, version: required values of its metadata.
+        format: required value of its metadata.
+        versions: those that can be read.
 
     Returns:
         the library's handle and the metadata.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, of another kind, or of a later version.
+        ValueError: if it is damaged, of another kind, or of another version.
     """
     path = Path(path)
     if not path.is_file():
@@ -65,10 +66,10 @@ def open_tensors(path: str | Path, *, what: str, format: str, version: int) -> t
         ) from error
     if metadata.get("format") != format:
         raise ValueError(f"{path} is no {what} of prox24_lightning (its format is {metadata.get('format')!r:.50})")
-    if metadata.get("version") != str(version):
+    if metadata.get("version") not in [str(version) for version in versions]:
         raise ValueError(
-            f"{path} is of version {metadata.get('version')!r:.50}, this release reads {version}; "
-            "update prox24_lightning"
+            f"{path} is of version {metadata.get('version')!r:.50}, this release reads "
+            f"{' and '.join(map(str, versions))}; update prox24_lightning"
         )
     return handle, metadata
 

@@ -102,6 +102,47 @@ def test_weights_are_cast_when_asked(prox24, sparse_folder, tmp_path):
     assert {file.dtype(name) for name in file.names} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("form", ["fp8_e4m3", "int8"])
+def test_rounded_weights(prox24, sparse_folder, tmp_path, form):
+    code, out, _ = prox24("convert", sparse_folder, tmp_path / "packed", "--weights", form, "--dtype", "bfloat16")
+    assert code == 0
+    assert f"14 weights rounded to {form}, packed and read back equal" in " ".join(out.split())
+    file = PackedFile(tmp_path / "packed" / "packed.safetensors")
+    assert {entry.form for entry in file.packed.values()} == {form}
+    assert {file.dtype(name) for name in file.names} == {torch.bfloat16}
+    # Dense and back: the same bytes.
+    assert prox24("convert", tmp_path / "packed", tmp_path / "dense", "--form", "dense")[0] == 0
+    assert prox24("convert", tmp_path / "dense", tmp_path / "again", "--weights", form)[0] == 0
+    again = PackedFile(tmp_path / "again" / "packed.safetensors")
+    assert same_state(again.state_dict(), file.state_dict())
+    assert all(torch.equal(again.read_packed(n).scales, file.read_packed(n).scales) for n in file.packed)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--weights", "fp8_e4m3", "--form", "dense"), "--form dense packs none"),
+        (("--weights", "bfloat16", "--dtype", "bfloat16"), "--dtype bfloat16 is for rounded weights"),
+        (("--weights", "int4"), "'fp8_e4m3', 'int8'"),
+    ],
+)
+def test_forms_that_cannot_be_used(prox24, sparse_folder, tmp_path, options, words):
+    code, _, err = prox24("convert", sparse_folder, tmp_path / "packed", *options)
+    assert code == 2
+    assert words in err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_row_that_cannot_be_rounded_is_named(prox24, sparse_folder, tmp_path):
+    shutil.copytree(sparse_folder, tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 0:4] = torch.tensor([float("inf"), 0, 0, 0])
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = prox24("convert", tmp_path / "model", tmp_path / "packed", "--weights", "int8")
+    assert code == 2
+    assert "model.layers.1.mlp.up_proj.weight: row 3 holds NaN, inf" in err
+
+
 BUFFERED = {
     "llama": hf.LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64

@@ -14,9 +14,10 @@ from tiny_language import tiny_tokenizer
 import prox24_lightning
 from prox24_lightning.convert import SemiStructuredLinear, find_packable, load_packed, open_packed
 from prox24_lightning.convert.convert import insert_layers
+from prox24_lightning.convert.format.rounding import round_weight
 from prox24_lightning.convert.kernels.packed_buffer import pack_buffer
 from prox24_lightning.integrations.transformers.quantizer import Prox24Config
-from prox24_lightning.io.packed_folder import load_folder, save_folder
+from prox24_lightning.io.packed_folder import load_folder, save_folder, write_folder
 from prox24_lightning.mask import mask_24
 from prox24_lightning.weights.layer_matrix import transposed_kind
 from prox24_lightning.weights.selection import select_weights
@@ -120,6 +121,66 @@ def test_auto_classes_load_and_save_the_same(family, tmp_path):
     loaded = auto.from_pretrained(folder)
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
     assert type(loaded) is type(model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert same_files(folder, tmp_path / "again") == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weights", ["fp8_e4m3", "int8"])
+def test_rounded_folders_are_the_rounded_dense_model_to_the_bit(family, weights, tmp_path):
+    auto, make, _ = FAMILIES[family]
+    model = sparse(make, torch.bfloat16)
+    folder = packed(tmp_path / "packed", model, weights=weights)
+    loaded = auto.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, entry in find_packable(model).dims.items():
+            parameter = model.get_parameter(name)
+            rounded = round_weight(parameter.movedim(entry, -1).flatten(0, -2), weights)
+            parameter.copy_(rounded.view(parameter.movedim(entry, -1).shape).movedim(-1, entry))
+    expected = dict(model.named_parameters())
+    assert all(torch.equal(found, expected[name].float()) for name, found in loaded.named_parameters())
+    assert all(torch.equal(found, expected[name]) for name, found in load_folder(folder, auto).named_parameters())
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (config["version"], config["weights"]) == (2, weights)
+    auto.from_pretrained(folder).save_pretrained(tmp_path / "again", max_shard_size="4KB")
+    auto.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "again")
+    assert same_files(folder, tmp_path / "again") == []
+
+
+def test_a_rounded_folder_is_five_bits_a_weight_and_says_so(llama, tmp_path):
+    model, _ = llama
+    folder = packed(tmp_path / "rounded", model.bfloat16(), weights="fp8_e4m3")
+    card = (folder / "README.md").read_text()
+    assert "14 of them are rounded to fp8_e4m3 (up to 448) with a float32 scale for each row (`NAME.scales`)" in card
+    file = open_packed(folder)
+    assert {str(entry.form) for entry in file.packed.values()} == {"fp8_e4m3"}
+    assert {file.dtype(name) for name in file.names} == {torch.bfloat16}
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert file.read_packed(down).nbytes == 16 * (32 * 5 // 8 + 4)
+
+
+def test_two_rounded_forms_in_one_folder_are_refused(llama, tmp_path):
+    model, _ = llama
+    dims = find_packable(model).dims
+    forms = dict(zip(dims, ["fp8_e4m3", "int8"] * 7, strict=True))
+    info = {"source": "a test", "model": "LlamaForCausalLM", "dense": {}}
+    with pytest.raises(ValueError, match="rounded to fp8_e4m3 and int8: a folder holds one rounded form"):
+        write_folder(tmp_path / "two", model, model.state_dict(), dims, info, forms=forms)
+
+
+def test_some_weights_may_keep_16_bits(llama, tmp_path):
+    model, _ = llama
+    dims = find_packable(model).dims
+    forms = {name: "int8" for name in dims if "down_proj" in name}
+    info = {"source": "a test", "model": "LlamaForCausalLM", "dense": {}}
+    folder = tmp_path / "some"
+    write_folder(folder, model, model.state_dict(), dims, info, forms=forms)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in loaded.named_parameters():
+        expected = model.get_parameter(name)
+        assert torch.equal(parameter, round_weight(expected, "int8") if name in forms else expected)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert len(config["modules_not_rounded"]) == 12
     loaded.save_pretrained(tmp_path / "again")
     assert same_files(folder, tmp_path / "again") == []
 

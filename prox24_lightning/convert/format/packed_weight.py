@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prox24_lightning.convert.format.chunks import row_chunks
 from prox24_lightning.convert.format.rounding import (
     VALUE_DTYPES,
     RoundedForm,
@@ -35,9 +36,6 @@ PACKED_DTYPES = (
     torch.int8,
 )
 """The dtypes that can be packed: those in which all bits but the sign are zero for a zero, and int8."""
-
-CHUNK_ENTRIES = 2**21
-"""Entries of a weight that are packed or unpacked at a time, which bounds the scratch memory."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOT_24 = 255
@@ -241,14 +239,6 @@ def packed_bytes(shape: Sequence[int], itemsize: int, *, rounded: bool = False) 
     """Return the bytes that a weight of ``shape`` takes once packed: values of ``itemsize`` bytes, indices, scales."""
     rows, columns = shape
     return rows * (padded_width(columns) // 2 * itemsize + padded_width(columns) // 8 + (4 if rounded else 0))
-
-
-def row_chunks(rows: int, width: int) -> list[slice]:
-    """Return slices of rows with so few entries that scratch tensors of their size are small."""
-    if not width:
-        return []
-    step = max(1, CHUNK_ENTRIES // width)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _groups(chunk: Tensor, width: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,10 +11,11 @@ from torch import Tensor
 from prox24_lightning.convert.format.header import (
     FORMAT,
     HEADER_KEYS,
-    VERSION,
+    VERSIONS,
     PackedEntry,
     header_digest,
     layout_bytes,
+    version_of,
 )
 from prox24_lightning.convert.format.packed_weight import PackedWeight, check_packed
 from prox24_lightning.utils.checksum import checksum, tensor_bytes
@@ -38,7 +38,7 @@ class PackedFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._handle, metadata = open_tensors(path, what="packed file", format=FORMAT, version=VERSION)
+        self._handle, metadata = open_tensors(path, what="packed file", format=FORMAT, versions=VERSIONS)
         stored: set[str] = set(self._handle.keys())
         header = {key: metadata.get(key, "") for key in HEADER_KEYS}
         self._layout = {name: self._describe(name) for name in stored}
@@ -48,7 +48,11 @@ class PackedFile:
             self.info = json_object(header["info"])
             self._hashes = json_object(header["hashes"])
             self._aliases = json_object(header["aliases"])
-            self.packed = {name: _read_entry(name, entry) for name, entry in json_object(header["packed"]).items()}
+            self.packed = {
+                name: PackedEntry.from_json(name, entry) for name, entry in json_object(header["packed"]).items()
+            }
+            if version_of(self.packed.values()) > int(header["version"]):
+                raise ValueError(f"rounded weights are not in files of version {header['version']}")
             self._check_header(stored)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is a forged or broken packed file: {error}") from error
@@ -60,7 +64,7 @@ class PackedFile:
 
     @property
     def stored_names(self) -> tuple[str, ...]:
-        """Names of the tensors in the file: two for each packed weight."""
+        """Names of the tensors in the file: two for each packed weight, three for one that is rounded."""
         return tuple(sorted(self._layout))
 
     @property
@@ -86,7 +90,9 @@ class PackedFile:
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor of the state dict."""
         name = self.owner(name)
-        return self._layout[f"{name}.values" if name in self.packed else name][0]
+        if name not in self.packed:
+            return self._layout[name][0]
+        return self.packed[name].dtype or self._layout[f"{name}.values"][0]
 
     def read_packed(self, name: str, device: torch.device | str = "cpu") -> PackedWeight:
         """Read a packed weight, as the matrix of :attr:`PackedEntry.matrix`.
@@ -96,8 +102,9 @@ class PackedFile:
             ValueError: if its tensors are damaged.
         """
         name = self.owner(name)
+        entry = self.packed[name]
         values, indices = (self._read(f"{name}.{part}") for part in ("values", "indices"))
-        packed = PackedWeight(values, indices, self.packed[name].matrix)
+        packed = entry.packed_weight(values, indices, None if entry.form is None else self._read(f"{name}.scales"))
         try:
             check_packed(packed, name=name)
         except ValueError as error:
@@ -156,16 +163,3 @@ class PackedFile:
         for alias, owner in self._aliases.items():
             if not isinstance(owner, str) or owner not in whole or alias in whole:
                 raise ValueError(f"{alias:.100} shares the tensor {owner!r:.100}, which is not stored")
-
-
-def _read_entry(name: str, entry: Any) -> PackedEntry:
-    shape, dim = (entry.get("shape"), entry.get("dim")) if isinstance(entry, dict) else (None, None)
-    if (
-        isinstance(shape, list)
-        and all(type(size) is int and size >= 0 for size in shape)
-        and type(dim) is int
-        and 0 <= dim < len(shape)
-        and len(shape) >= 2
-    ):
-        return PackedEntry(tuple(shape), dim)
-    raise ValueError(f"{name} has no valid shape or dim: {entry!r:.100}")

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prox24_lightning.convert.format.chunks import row_chunks
+
 WeightForm = Literal["bf16", "fp16", "fp8_e4m3", "int8"]
 """How the values of a packed weight are stored."""
 
@@ -113,6 +115,24 @@ def expand_rows(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: of the dense weight.
     """
     return (values.float() * scales.unsqueeze(-1)).to(dtype)
+
+
+def round_weight(weight: Tensor, form: RoundedForm, *, name: str = "weight") -> Tensor:
+    """Return the dense weight that ``form`` stores of ``weight``, some rows at a time.
+
+    Args:
+        weight: (rows, columns), floating point.
+        form: see :func:`round_rows`.
+        name: of the layer, for errors.
+
+    Raises:
+        ValueError: as :func:`round_rows`.
+    """
+    rounded = torch.empty_like(weight, requires_grad=False)
+    for part in row_chunks(*weight.shape):
+        rows = round_rows(weight[part], form, name=name, first_row=part.start)
+        rounded[part] = expand_rows(rows.values, rows.scales, weight.dtype)
+    return rounded
 
 
 def rounded_form(dtype: torch.dtype) -> RoundedForm:

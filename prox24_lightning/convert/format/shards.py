@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prox24_lightning.convert.format.packed_weight import PackedWeight
 from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.utils.files import PACKED_FILE, PACKED_INDEX, write_text
 from prox24_lightning.utils.safetensors_file import json_object
@@ -134,12 +135,13 @@ def write_packed_files(
     dims: Mapping[str, int],
     info: Mapping[str, Any],
     max_bytes: int | None = None,
+    forms: Mapping[str, RoundedForm] | None = None,
 ) -> PackedModel:
     """Write a state dict packed into ``folder``: one file, or several with an index.
 
     Args:
         folder: that exists.
-        tensors, dims, info: see :func:`~prox24_lightning.convert.format.writer.write_packed`.
+        tensors, dims, info, forms: see :func:`~prox24_lightning.convert.format.writer.write_packed`.
         max_bytes: of the dense tensors of one file; None writes one file. A larger tensor has a file of its own.
 
     Raises:
@@ -147,13 +149,14 @@ def write_packed_files(
     """
     groups = [list(tensors)] if max_bytes is None else _split(tensors, max_bytes)
     if len(groups) == 1:
-        return open_packed(write_packed(Path(folder) / PACKED_FILE, tensors, dims, info))
+        return open_packed(write_packed(Path(folder) / PACKED_FILE, tensors, dims, info, forms))
     weight_map: dict[str, str] = {}
     files: list[PackedFile] = []
     for number, names in enumerate(groups, start=1):
         path = Path(folder) / f"{Path(PACKED_FILE).stem}-{number:05}-of-{len(groups):05}.safetensors"
         members = {name: dims[name] for name in names if name in dims}
-        files.append(PackedFile(write_packed(path, {name: tensors[name] for name in names}, members, info)))
+        rounded = {name: form for name, form in (forms or {}).items() if name in members}
+        files.append(PackedFile(write_packed(path, {name: tensors[name] for name in names}, members, info, rounded)))
         weight_map |= dict.fromkeys(files[-1].stored_names, path.name)
     total = sum(file.stored_bytes for file in files)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from prox24_lightning.convert.format.header import FORMAT, VERSION, Layout, PackedEntry, header_digest
+from prox24_lightning.convert.format.header import FORMAT, Layout, PackedEntry, header_digest, version_of
 from prox24_lightning.convert.format.packed_weight import PACKED_DTYPES
+from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.utils.checksum import checksum, tensor_bytes
 from prox24_lightning.utils.files import replacing
 from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter
@@ -21,6 +22,7 @@ def write_packed(
     tensors: Mapping[str, Tensor],
     dims: Mapping[str, int],
     info: Mapping[str, Any] | None = None,
+    forms: Mapping[str, RoundedForm] | None = None,
 ) -> Path:
     """Write a state dict with some of its weights packed; a kill or a full disk leaves the old file, or none.
 
@@ -29,11 +31,12 @@ def write_packed(
         tensors: a state dict, on any devices. Names that share one tensor (tied weights) share it in the file.
         dims: the weights to pack, and the dimension along which the groups of each lie.
         info: whatever a reader should know; JSON values.
+        forms: the packed weights that are rounded to 8 bits, with a scale for each row of the packed matrix.
 
     Raises:
-        ValueError: for a weight that is not 2:4 along its dimension, with its first violations; for a tensor without
-            values or of a type that safetensors does not know; for an entry that is no tensor (a module's extra state);
-            for names that collide.
+        ValueError: for a weight that is not 2:4 along its dimension, with its first violations; for a row that cannot
+            be rounded; for a form of a weight that is not packed; for a tensor without values or of a type that
+            safetensors does not know; for an entry that is no tensor (a module's extra state); for names that collide.
         TypeError: for a weight whose dtype cannot be packed, or ``info`` that is not JSON.
     """
     for name, tensor in tensors.items():
@@ -43,7 +46,10 @@ def write_packed(
                 "tensors only, so take it out of the state dict and keep it elsewhere"
             )
     aliases, owners = _split_aliases(tensors)
-    entries = {name: _entry(name, owners, dim) for name, dim in dims.items()}
+    forms = forms or {}
+    if unknown := sorted(set(forms) - set(dims)):
+        raise ValueError(f"{unknown[0]} is to be rounded and is not packed: only packed weights are rounded")
+    entries = {name: _entry(name, owners, dim, forms.get(name)) for name, dim in dims.items()}
     layout: Layout = {}
     for name, tensor in owners.items():
         parts = entries[name].layout(name, tensor.dtype) if name in entries else {}
@@ -56,8 +62,8 @@ def write_packed(
             layout[part] = description
     hashes = dict.fromkeys(layout, "0" * 64)
     header = {
-        "version": str(VERSION),
-        "packed": json.dumps({name: {"shape": entry.shape, "dim": entry.dim} for name, entry in entries.items()}),
+        "version": str(version_of(entries.values())),
+        "packed": json.dumps({name: entry.to_json() for name, entry in entries.items()}),
         "aliases": json.dumps(aliases),
         "hashes": json.dumps(hashes),
         "info": json.dumps(dict(info or {})),
@@ -93,7 +99,7 @@ def _split_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[
     return aliases, owners
 
 
-def _entry(name: str, owners: Mapping[str, Tensor], dim: int) -> PackedEntry:
+def _entry(name: str, owners: Mapping[str, Tensor], dim: int, form: RoundedForm | None) -> PackedEntry:
     if name not in owners:
         raise ValueError(f"there is no tensor {name!r} to pack, or it is tied: name the first of its names")
     shape = tuple(owners[name].shape)
@@ -101,11 +107,12 @@ def _entry(name: str, owners: Mapping[str, Tensor], dim: int) -> PackedEntry:
         raise ValueError(f"{name} of shape {shape} has no groups along dimension {dim}")
     if owners[name].dtype not in PACKED_DTYPES:
         raise TypeError(f"{name}: {owners[name].dtype} cannot be packed")
-    return PackedEntry(shape, dim)
+    return PackedEntry(shape, dim) if form is None else PackedEntry(shape, dim, form, owners[name].dtype)
 
 
 def _parts(name: str, tensor: Tensor, entry: PackedEntry | None) -> Mapping[str, Tensor]:
     if entry is None:
         return {name: tensor}
     packed = entry.pack(tensor, name)
-    return {f"{name}.values": packed.values, f"{name}.indices": packed.indices}
+    parts = {f"{name}.values": packed.values, f"{name}.indices": packed.indices}
+    return parts if packed.scales is None else parts | {f"{name}.scales": packed.scales}

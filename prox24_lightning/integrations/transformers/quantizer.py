@@ -23,8 +23,8 @@ from typing_extensions import override
 from prox24_lightning.convert.autotune.tune import stored_table
 from prox24_lightning.convert.convert import insert_layers, target_of
 from prox24_lightning.convert.eligibility import DTYPES, check_model
-from prox24_lightning.convert.format.header import VERSION, PackedEntry
-from prox24_lightning.convert.format.packed_weight import PackedWeight, check_packed
+from prox24_lightning.convert.format.header import VERSIONS, PackedEntry
+from prox24_lightning.convert.format.packed_weight import check_packed
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.shards import PackedModel
 from prox24_lightning.convert.kernels.packed_buffer import from_buffer, padded_shape, to_buffer
@@ -43,18 +43,20 @@ class Prox24Config(QuantizationConfigMixin):
     Args:
         version: of the packed format.
         weights_file: ``packed.safetensors``, or ``packed.safetensors.index.json`` of a folder in several files.
-        entries: for other hosts (``modules_to_not_convert``, ``packed_along_outputs``); kept as they are.
+        entries: for other hosts (``modules_to_not_convert``, ``packed_along_outputs``, ``weights``,
+            ``modules_not_rounded``); kept as they are.
 
     Raises:
         ValueError: for a version that this release does not read, or a file name with a path.
     """
 
-    def __init__(self, version: int = VERSION, weights_file: str = PACKED_FILE, **entries: Any) -> None:
+    def __init__(self, version: int = VERSIONS[0], weights_file: str = PACKED_FILE, **entries: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        if version != VERSION:
+        if version not in VERSIONS:
             raise ValueError(
                 f"this folder is packed in version {version!r} of the format, and this release of prox24_lightning "
-                f"reads version {VERSION}: update prox24_lightning, or have the folder written again"
+                f"reads versions {' and '.join(map(str, VERSIONS))}: update prox24_lightning, or have the folder "
+                "written again"
             )
         if not isinstance(weights_file, str) or not weights_file.startswith(PACKED_FILE):
             raise ValueError(f"weights_file={weights_file!r} of the quantization_config is not a packed file")
@@ -144,15 +146,20 @@ class Prox24Quantizer(HfQuantizer):
 
     @override
     def get_weight_conversions(self) -> list[WeightConverter]:
-        return [WeightConverter([r"\.values$", r"\.indices$"], "", [_Unpack(self)])]
+        parts = [r"\.values$", r"\.indices$"]
+        if any(entry.form is not None for entry in self.entries.values()):
+            parts.append(r"\.scales$")
+        return [WeightConverter(parts, "", [_Unpack(self)])]
 
-    def unpack(self, name: str, values: Tensor, indices: Tensor, model: PreTrainedModel) -> Tensor:
+    def unpack(
+        self, name: str, values: Tensor, indices: Tensor, scales: Tensor | None, model: PreTrainedModel
+    ) -> Tensor:
         """The tensor of parameter ``name`` of ``model``: the kernels' buffer, or the dense weight in its dtype."""
         stored = self.stored_name(name, model)
         if stored is None:
             raise ValueError(f"{name} stands packed in the file, and its header does not name it: the file is damaged")
         entry = self.entries[stored]
-        packed = PackedWeight(values, indices, entry.matrix)
+        packed = entry.packed_weight(values, indices, scales)
         check_packed(packed, name=stored)
         if name in self._sparse:
             return to_buffer(packed)
@@ -206,7 +213,7 @@ class Prox24Quantizer(HfQuantizer):
 
 
 class _Unpack(ConversionOps):
-    """Make one parameter from the two tensors that hold it."""
+    """Make one parameter from the tensors that hold it: two, or three of a rounded weight."""
 
     def __init__(self, hf_quantizer: Prox24Quantizer) -> None:
         self.hf_quantizer = hf_quantizer  # by this name transformers knows that stored tensors must not be cast
@@ -224,9 +231,10 @@ class _Unpack(ConversionOps):
         model: Any = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        parts = [input_dict[pattern] for pattern in source_patterns]
-        values, indices = (part[0] if isinstance(part, list) else part for part in parts)
-        return {full_layer_name: self.hf_quantizer.unpack(full_layer_name, values, indices, model)}
+        parts = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
+        values, indices, *scales = (part[0] if isinstance(part, list) else part for part in parts)
+        scale = scales[0] if scales else None
+        return {full_layer_name: self.hf_quantizer.unpack(full_layer_name, values, indices, scale, model)}
 
 
 def _first_gpu(device_map: Any) -> torch.device | None:

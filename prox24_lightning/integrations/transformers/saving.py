@@ -42,10 +42,12 @@ def save_pretrained(
     state = dense_state_dict(model) if state_dict is None else dict(state_dict)
     quantizer = model.hf_quantizer
     stored = {name: quantizer.stored_name(name, model) for name in state}
-    dims = {name: quantizer.entries[packed].dim for name, packed in stored.items() if packed is not None}
+    entries = {name: quantizer.entries[packed] for name, packed in stored.items() if packed is not None}
+    dims = {name: entry.dim for name, entry in entries.items()}
+    forms = {name: entry.form for name, entry in entries.items() if entry.form is not None}
     info = {**quantizer.info, "model": type(model).__name__}
     limit = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
-    write_folder(save_directory, model, state, dims, info, max_shard_bytes=limit)
+    write_folder(save_directory, model, state, dims, info, max_shard_bytes=limit, forms=forms)
     if push_to_hub:
         _upload(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 

@@ -24,7 +24,7 @@ from prox24_lightning.convert.autotune.kernel_table import BUCKETS
 from prox24_lightning.convert.autotune.tune import kernel_tables
 from prox24_lightning.convert.convert import target_of
 from prox24_lightning.convert.eligibility import check_layer
-from prox24_lightning.convert.format.header import VERSION
+from prox24_lightning.convert.format.header import VERSIONS
 from prox24_lightning.convert.format.packed_weight import PackedWeight, check_packed, unpack_24
 from prox24_lightning.convert.kernels.packed_buffer import to_buffer
 from prox24_lightning.convert.layers.linear_op import packed_linear
@@ -66,10 +66,11 @@ class Prox24Config(QuantizationConfig):
         Raises:
             ValueError: for a version of the format that this release does not read.
         """
-        if config.get("version") != VERSION or "modules_to_not_convert" not in config:
+        if config.get("version") not in VERSIONS or "modules_to_not_convert" not in config:
             raise ValueError(
                 f"this folder is packed in version {config.get('version')!r} of the format, and this release of "
-                f"prox24_lightning serves version {VERSION}: write the folder again with `prox24 convert`"
+                f"prox24_lightning serves versions {' and '.join(map(str, VERSIONS))}: write the folder again with "
+                "`prox24 convert`"
             )
         if columns := config.get("packed_along_outputs"):
             raise ValueError(

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from prox24_lightning.convert.format.header import header_digest
 from prox24_lightning.convert.format.packed_weight import pack_24
 from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.format.rounding import VALUE_DTYPES, round_weight
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.mask import mask_24
-from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter
+from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter, open_tensors
 
 
 def pruned(*shape, dim=-1, dtype=torch.float32):
@@ -94,6 +95,102 @@ def test_the_file_is_half_as_large(tmp_path, dtype, share):
     assert file.stored_bytes / file.dense_bytes == share
 
 
+@pytest.mark.parametrize("form", ["fp8_e4m3", "int8"])
+def test_rounded_weights_come_back_rounded(tmp_path, form):
+    tensors, dims = some_tensors()
+    forms = dict.fromkeys(["up.weight", "conv.weight", "turned.weight"], form)
+    path = write_packed(tmp_path / "packed", tensors, dims, forms=forms)
+    file = PackedFile(path)
+    found = file.state_dict()
+    assert same(found, {name: file.packed[name].rounded(w, name) if name in dims else w for name, w in tensors.items()})
+    assert torch.equal(found["up.weight"], round_weight(tensors["up.weight"], form))
+    assert not torch.equal(found["up.weight"], tensors["up.weight"])
+    plain = load_file(path)
+    assert plain["conv.weight.values"].dtype == VALUE_DTYPES[form]
+    assert plain["conv.weight.scales"].shape == (4 * 3 * 3,)
+    assert file.stored_bytes < PackedFile(write_packed(tmp_path / "wide", tensors, dims)).stored_bytes
+    assert file.dense_bytes == sum(t.nbytes for name, t in tensors.items() if name != "head.weight")
+    write_packed(tmp_path / "again", {name: found[name] for name in tensors}, dims, forms=forms)
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_only_files_with_rounded_weights_are_of_the_second_version(tmp_path):
+    """Older releases read version 1 only: they still read every other file, and refuse these by their version."""
+    tensors, dims = some_tensors()
+    plain = write_packed(tmp_path / "plain", tensors, dims)
+    rounded = write_packed(tmp_path / "rounded", tensors, dims, forms={"up.weight": "int8"})
+    assert [content(path)[0]["version"] for path in (plain, rounded)] == ["1", "2"]
+    assert PackedFile(rounded).packed["turned.weight"].form is None
+    with pytest.raises(ValueError, match="is of version '2', this release reads 1; update prox24_lightning"):
+        open_tensors(rounded, what="packed file", format="prox24 packed", versions=(1,))
+
+
+def test_forms_of_weights_that_are_not_packed_or_cannot_be_rounded_are_refused(tmp_path):
+    tensors, dims = some_tensors()
+    with pytest.raises(ValueError, match="embed.weight is to be rounded and is not packed"):
+        write_packed(tmp_path / "p", tensors, dims, forms={"embed.weight": "int8"})
+    tensors["up.weight"][2, 4:8] = torch.tensor([float("inf"), 0, 0, 0])
+    with pytest.raises(ValueError, match="up.weight: row 2 holds NaN, inf"):
+        write_packed(tmp_path / "p", tensors, dims, forms={"up.weight": "int8"})
+    with pytest.raises(TypeError, match=r"w: torch\.int8 cannot be packed"):
+        write_packed(tmp_path / "p", {"w": torch.zeros(4, 4, dtype=torch.int8)}, {"w": 1}, forms={"w": "int8"})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({"form": "int4", "dtype": "F32"}, "w has no valid form or dtype"),
+        ({"form": "int8"}, "w has no valid form or dtype"),
+        ({"dtype": "F32"}, "w has no valid form or dtype"),
+        ({"form": ["int8"], "dtype": "F32"}, "w has no valid form or dtype"),
+        ({"form": "int8", "dtype": "I8"}, "w has no valid form or dtype"),
+        ({"form": "fp8_e4m3", "dtype": "F32"}, "does not fit what is stored"),
+        ({}, "does not fit what is stored|hashes"),
+    ],
+)
+def test_forged_forms_are_refused(tmp_path, entry, words):
+    path = write_packed(tmp_path / "p", {"w": pruned(4, 8), "b": torch.zeros(3)}, {"w": 1}, forms={"w": "int8"})
+    changed = {"packed": {"w": {"shape": [4, 8], "dim": 1, **entry}}}
+    if not entry:
+        metadata, tensors = content(path)
+        del tensors["w.scales"]
+        save_file(tensors, path, metadata)
+        changed = {}
+    with pytest.raises(ValueError, match=f"forged or broken packed file: .*({words})"):
+        PackedFile(forge(path, **changed))
+
+
+@pytest.mark.parametrize(
+    "scales, words",
+    [
+        ([1.0, float("nan"), 1.0, 1.0], "w: the scale of row 1 is nan, it must be finite and positive"),
+        ([1.0, 1.0, 1.0, -2.0], "w: the scale of row 3 is -2.0"),
+    ],
+)
+def test_forged_scales_are_refused(tmp_path, scales, words):
+    path = write_packed(tmp_path / "p", {"w": pruned(4, 8), "b": torch.zeros(3)}, {"w": 1}, forms={"w": "int8"})
+    metadata, tensors = content(path)
+    tensors["w.scales"] = torch.tensor(scales)
+    hashes = json.loads(metadata["hashes"])
+    hashes["w.scales"] = hashlib.sha256(tensors["w.scales"].numpy().tobytes()).hexdigest()
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=f"forged or broken packed file: {words}"):
+        PackedFile(forge(path, hashes=hashes)).read("w")
+
+
+def test_scales_of_another_shape_and_rounded_weights_in_the_first_version_are_refused(tmp_path):
+    path = write_packed(tmp_path / "p", {"w": pruned(4, 8), "b": torch.zeros(3)}, {"w": 1}, forms={"w": "int8"})
+    whole = path.read_bytes()
+    metadata, tensors = content(path)
+    save_file({**tensors, "w.scales": torch.ones(4, 1)}, path, metadata)
+    with pytest.raises(ValueError, match=r"w of shape \(4, 8\) does not fit what is stored"):
+        PackedFile(forge(path))
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="rounded weights are not in files of version 1"):
+        PackedFile(forge(path, version="1"))
+
+
 def test_a_weight_that_is_not_24_leaves_no_file(tmp_path):
     tensors, dims = some_tensors()
     tensors["up.weight"][3, 4:7] = 1
@@ -160,7 +257,7 @@ def content(path):
     "change, words",
     [
         ({"format": "pt"}, r"is no packed file of prox24_lightning \(its format is 'pt'\)"),
-        ({"version": "2"}, "is of version '2', this release reads 1; update"),
+        ({"version": "3"}, "is of version '3', this release reads 1 and 2; update"),
         ({"info": '{"model": "b"}'}, "is damaged: its checksum does not fit its header"),
         ({"sha256": "0"}, "is damaged: its checksum does not fit its header"),
     ],
