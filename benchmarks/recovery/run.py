@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from typing_extensions import override
 from benchmarks.peers import OneShot
 from benchmarks.recovery.rows import Row
 from benchmarks.recovery.task import Task
+from prox24_lightning import Prox24
 from prox24_lightning.cli.compare.training_record import TrainingRecord
 from prox24_lightning.mask import violations_24
 from prox24_lightning.weights.selection import select_weights
@@ -97,6 +99,7 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
         "longest_step_ms": 1e3 * max(times.seconds) if times.seconds else None,
         "peak_gib": peak,
         "share_24": _share_24(module),
+        "calibration": _calibration(callbacks),
         "batches": record.checksum,
         "train_losses": curve.points(),
     }
@@ -107,6 +110,12 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _calibration(callbacks: Sequence[Callback]) -> str | None:
+    """How Prox24 got the inputs of its layers: "rerun", "stream" or "magnitude"; None where it needs none."""
+    states = [callback.state_dict() for callback in callbacks if isinstance(callback, Prox24)]
+    return next((way for state in states if (way := state.get("strategy", {}).get("way"))), None)
 
 
 @torch.no_grad()

@@ -56,6 +56,7 @@ def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: Sequence[s
             values = [run[key] for run in mine if run[key] is not None]
             line[column] = f"{statistics.median(values):.4g}" if values else ""
         line["groups 2:4"] = f"{statistics.fmean(run['share_24'] for run in mine):.2%}"
+        line["calibration"] = ", ".join(sorted({run.get("calibration") or "" for run in mine}))
         line["lr"] = ", ".join(str(lr) for lr in sorted({run["lr"] for run in mine}, key=str))
         line["seeds"] = ", ".join(str(run["seed"]) for run in mine)
         lines.append(line)
