@@ -45,7 +45,7 @@ LAYERS = {
         [""],
     ],
     "sparsify": [
-        ["phases", "step_listener", "checks", "pass_statistics", "model_watch", "zeros"],
+        ["phases", "step_listener", "checks", "pass_statistics", "model_watch", "solve_watch", "zeros"],
         ["strategies.base"],
         ["strategies.keep_zeros", "strategies.post_step", "strategies.progressive"],
         ["config", "engine", "sparse_training"],

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.module_call import ModuleCall
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.utils.tensors import first_tensor, tensors_in
 
 
@@ -73,6 +74,7 @@ def inner_calls(
     try:
         for number, call in enumerate(calls):
             last, draws = (None, None, 0), call.random is not None
+            between_pieces()
             with suppress(_LastReached):
                 call(outer)
             # The first rerun goes to its end and shows whether later ones may stop early.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from prox24_lightning.callbacks.best_records import BestRecords
 from prox24_lightning.callbacks.compatibility import check_trainer
 from prox24_lightning.callbacks.loaded_state import LoadedState
 from prox24_lightning.callbacks.run_length import RunLength
+from prox24_lightning.callbacks.solve_display import TrainerDisplay, how_to_go_on, stop_on_sigterm
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, SparsifyConfig, StrategyName
@@ -284,6 +286,7 @@ class Prox24(Callback):
             )
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
+        self._controller.watch.attach(TrainerDisplay(trainer, self.name), partial(stop_on_sigterm, trainer))
         self._records = BestRecords(trainer, pl_module)
         engine.on_masks.append(self._mask_averages)
         # With several Prox24 the model is 2:4 when the last of them is frozen.
@@ -356,12 +359,16 @@ class Prox24(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, (KeyboardInterrupt, SystemExit)) and self._length is not None:
+            rank_zero_info(f"{self.name}: stopped {self._controller.where()}; {how_to_go_on(trainer)}")
         self._controller.unbind()
+        self._controller.watch.detach()
         self._loaded.end_run()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._controller.unbind()
+        self._controller.watch.detach()
         self._loaded.end_run()
         self._records = self._copies = self._length = None  # they hold trainer and module
 

@@ -39,8 +39,8 @@ class SparsityMonitor(Callback):
     under ``<name>_layers/<weight>/``.
 
     Args:
-        every_n_steps: optimizer steps between two measurements; others follow the first step, the last step and each
-            change of phase.
+        every_n_steps: optimizer steps between two measurements; others follow the first step, the last step, each
+            change of phase, and each pruning step.
         histograms_every_n_steps: least number of steps between two histograms of every weight; 0 for none.
         figures_every_n_steps: least number of steps between two overview figures and mask pictures; 0 for one
             overview at the end only. Drawing takes about a second.
@@ -109,6 +109,7 @@ class SparsityMonitor(Callback):
         self._loaded: dict[str, Any] = {}
         self._begun = False
         self._last: dict[str, int] = {}
+        self._masks = 0
         self._seen_optimizer_steps: tuple[int, ...] = ()
 
     @property
@@ -153,7 +154,7 @@ class SparsityMonitor(Callback):
             if entry.pruning is not None:
                 entry.pruning.measure_next_step(self._begun and self._due("statistics", self.every_n_steps, steps + 1))
         if self._monitored and not self._begun:
-            self._begun = True
+            self._begun, self._masks = True, self._count_masks()
             self._last = {"statistics": steps, "histograms": steps, "figures": steps}
             self._phase_begins(trainer, steps)
             self._measure(trainer, steps)
@@ -172,7 +173,9 @@ class SparsityMonitor(Callback):
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         steps = self._finished_steps(trainer) + 1  # Lightning adds this one after the hook
-        if not self._phase_begins(trainer, steps):
+        masks = self._count_masks()
+        pruned, self._masks = masks != self._masks, masks
+        if not self._phase_begins(trainer, steps) and not pruned:
             if not self._due("statistics", self.every_n_steps, steps):
                 return
             count = self._optimizer_steps(trainer)
@@ -317,6 +320,9 @@ class SparsityMonitor(Callback):
     def _due(self, what: str, every: int, steps: int) -> bool:
         """Return whether a multiple of ``every`` lies between the step of the last ``what`` and ``steps``."""
         return every > 0 and steps // every > self._last[what] // every
+
+    def _count_masks(self) -> int:
+        return sum(len(entry.pruning.masks) for entry in self._monitored if entry.pruning is not None)
 
     def _optimizer_steps(self, trainer: Trainer) -> tuple[int, ...]:
         """Return every count of optimizer steps; all are zero in a manual loop over bare optimizers."""

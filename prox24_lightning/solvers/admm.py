@@ -14,6 +14,7 @@ from prox24_lightning.schedules import Exponential, Schedule
 from prox24_lightning.solvers.linear_algebra.inverses import shifted_inverses
 from prox24_lightning.solvers.prox_step import STRENGTHS, apply_prox, inverse_rms, scale_inputs
 from prox24_lightning.utils.cuda_graphs import GraphedStep
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.groups import Dim
 
 RHOS = Exponential(0.01, 1.0)
@@ -81,4 +82,5 @@ def admm(
         for number in range(level * steps // levels, (level + 1) * steps // levels):
             torch.mul(unit, strengths(number / max(1, steps - 1)), out=strength)
             run()
+            between_pieces()
     return z / scale

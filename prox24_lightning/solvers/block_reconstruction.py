@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.utils.cuda_graphs import GraphedFunction
 from prox24_lightning.utils.distributed import mean_over_ranks, world_size
+from prox24_lightning.utils.long_work import between_pieces
 
 Forward = Callable[[Any], Tensor]
 """Calls the block once, on one calibration batch, and returns its output, (..., features)."""
@@ -174,6 +175,7 @@ def _descend(
         rise = min(1.0, (number + 1) / (min(_WARM_UP, steps // 4) + 1))
         size.fill_(rise * 0.5 * (1 + math.cos(math.pi * number / steps)))
         run(*parts[number % len(parts)])
+        between_pieces()
 
 
 @torch.no_grad()
@@ -184,5 +186,8 @@ def _write(parameters: Mapping[str, nn.Parameter], values: Sequence[Tensor]) -> 
 
 def _mean_error(error_of: Callable[..., Tensor], parts: Sequence[tuple[Any, Tensor, Tensor]]) -> float:
     with torch.enable_grad():  # as in the steps: what is compiled for them serves here too
-        errors = [error_of(*part).detach() for part in parts]
+        errors = []
+        for part in parts:
+            between_pieces()
+            errors.append(error_of(*part).detach())
     return float(mean_over_ranks(torch.stack(errors).mean()))

@@ -16,6 +16,7 @@ from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.layer import Solution, solve
 from prox24_lightning.solvers.parallel import solve_rows_in_parallel
 from prox24_lightning.utils.distributed import gathered_objects
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.experts import expert_matrices, from_expert_matrices
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part, part_of, whole
@@ -102,6 +103,7 @@ def _solve(
         for first in range(0, count, at_once):
             found = ExpertHessians(range(first, min(first + at_once, count)))
             for run in runs:
+                between_pieces()
                 for inputs in expert_inputs_of(weight.module, run):
                     found.add(inputs.get(weight.parameter_name, {}))
             found.all_reduce(columns, local_part(weight.parameter).device)

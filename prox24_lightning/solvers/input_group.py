@@ -15,6 +15,7 @@ from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.layer import Solution, solve
 from prox24_lightning.solvers.loss import check_layer
 from prox24_lightning.solvers.parallel import solve_rows_in_parallel
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix, input_rows, matrix_columns
 from prox24_lightning.weights.selection import GroupedWeight
@@ -58,6 +59,7 @@ def _local_hessian(
     layer = group.layers[0]
     accumulator = HessianAccumulator()
     for number, run in enumerate(runs):
+        between_pieces()
         rows = [input_rows(layer, gathered(x)) for x in record_inputs(layer, run, once=group.once)]
         if dense_runs is None or references is None:
             for part in rows:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.solvers.loss import regularized
+from prox24_lightning.utils.long_work import between_pieces
 
 _CHECK_EVERY = 10
 
@@ -53,6 +54,7 @@ def masked_cg(
     finfo = torch.finfo(squares.dtype)
     floor = squares * finfo.eps**2 * 1e-4 + finfo.tiny
     for step in range(1, steps + 1):
+        between_pieces()
         product = direction @ hessian
         curvature = (direction * product).sum(1, keepdim=True)
         # A converged row has no direction left and stays as it is.

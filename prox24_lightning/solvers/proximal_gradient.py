@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prox24_lightning.solvers.prox_step import STRENGTHS, apply_prox, inverse_rms, scale_inputs
 from prox24_lightning.utils.cuda_graphs import GraphedStep
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.groups import Dim
 
 
@@ -61,4 +62,5 @@ def proximal_gradient(
     for number in range(steps):
         torch.mul(unit, STRENGTHS(number / max(1, steps - 1)), out=strength)
         run()
+        between_pieces()
     return z / scale

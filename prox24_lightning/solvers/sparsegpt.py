@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prox24_lightning.mask import mask_24, transposable_mask
 from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.groups import Dim
 
 
@@ -48,6 +49,7 @@ def sparsegpt(
     along_inputs = not isinstance(dim, int) or dim % 2 == 1
     choose = mask_24 if isinstance(dim, int) else transposable_mask
     for start in range(0, columns, block):
+        between_pieces()
         stop = min(start + block, columns)
         part = rest[:, start:stop]
         factor = upper[start:stop, start:stop]

@@ -19,6 +19,7 @@ from prox24_lightning.sparsify.engine import SparsityEngine
 from prox24_lightning.sparsify.model_watch import ModelWatch
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase, PhasePlan, resolve_plan
+from prox24_lightning.sparsify.solve_watch import SolveWatch
 from prox24_lightning.sparsify.sparse_training import SparseTraining
 from prox24_lightning.sparsify.strategies.base import Strategy
 from prox24_lightning.sparsify.strategies.keep_zeros import KeepZeros
@@ -44,6 +45,7 @@ class SparsifyController:
     Attributes:
         selection: the weights that become 2:4, and those that stay dense with the reason; empty before :meth:`prepare`.
         is_restored: whether :meth:`restore` has been called since :meth:`prepare`.
+        watch: shows and stops the solving of blocks; a host sets its own before :meth:`prepare`.
     """
 
     def __init__(self, config: SparsifyConfig, *, root_is_called: bool = True) -> None:
@@ -58,6 +60,7 @@ class SparsifyController:
         self._claimed: frozenset[str] = frozenset()
         self._total_steps: int | float = 0
         self.is_restored = True
+        self.watch = SolveWatch()
 
     @property
     def weights(self) -> tuple[GroupedWeight, ...]:
@@ -328,6 +331,13 @@ class SparsifyController:
             f"the longest pause between two steps {strategy.longest_pause:.2f} s"
         )
 
+    def where(self) -> str:
+        """Return in words where the run is: its step and phase, and what was being solved when it was stopped."""
+        text = f"after step {self.step}, in phase {self.phase!r}"
+        if (state := self.watch.interrupted) is None:
+            return text
+        return f"{text}, while it solved block {state.block} of {state.blocks} ({state.name}): weights are as before"
+
     def write_masks(self) -> None:
         """Write ``masks_file``, if there is one and the masks are frozen; all ranks call it."""
         if self.config.masks_file is not None and self.phase == "frozen":
@@ -379,6 +389,7 @@ class SparsifyController:
                 reconstruction_steps=config.reconstruction_steps,
                 gradient_weighting=config.gradient_weighting,
                 calibration=config.calibration,
+                watch=self.watch,
             )
         return PostStepProx(config.strength_schedule, config.fraction_schedule, refit=config.refit)
 

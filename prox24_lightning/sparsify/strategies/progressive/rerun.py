@@ -18,6 +18,7 @@ from prox24_lightning.calibration.isolation.random_state import RandomState
 from prox24_lightning.calibration.module_call import ModuleCall, device_of
 from prox24_lightning.solvers.input_group import Run
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.sharded import runnable
 
 
@@ -113,7 +114,11 @@ class BlockReruns:
 
 def outputs_of(block: Block, runs: Sequence[Run]) -> list[Tensor]:
     """Return the hidden state that the block returns in each of ``runs``."""
-    return [hidden_state(run(), block.name).detach() for run in runs]
+    found = []
+    for run in runs:
+        between_pieces()
+        found.append(hidden_state(run(), block.name).detach())
+    return found
 
 
 def mixed(outputs: Sequence[Tensor], dense_outputs: Sequence[Tensor] | None, dense_target: float) -> list[Tensor]:

@@ -25,6 +25,7 @@ from prox24_lightning.sparsify.strategies.progressive.errors import on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun, mixed, outputs_of
 from prox24_lightning.utils.cuda import without_tf32
 from prox24_lightning.utils.distributed import gathered_objects, world_size
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import is_sharded, part_of
@@ -70,10 +71,12 @@ def solve_block(
         targets, dense_outputs = attempt(partial(_targets, block, runs, dense_runs, settings.dense_target))
     for group in attempt(lambda: find_input_groups([*owners, *experts], runs[0])):
         if group.layers[0] in experts:
+            between_pieces(experts[group.layers[0]][0].module_name)
             found |= _solve_experts(experts[group.layers[0]], runs, settings.prox_steps)
             continue
-        hessian = input_group_hessian(group, runs, dense_runs, counterparts, attempt=attempt)
         members = [owners[layer] for layer in group.layers]
+        between_pieces(" + ".join(weight.module_name for weight in members))
+        hessian = input_group_hessian(group, runs, dense_runs, counterparts, attempt=attempt)
         try:
             with without_tf32():
                 solved = solve_input_group(
@@ -85,6 +88,7 @@ def solve_block(
         for weight, solution in solved:
             found[weight.name] = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
     if targets is not None and found:
+        between_pieces(f"{block.name} as a whole")
         _reconstruct(block, runs, targets, found, reconstruction_steps, gradients, trained)
     attempt(lambda: reruns.pass_on(block, runs, dense_runs, dense_outputs))
     return found

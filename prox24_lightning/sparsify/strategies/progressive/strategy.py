@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.sparsify.solve_watch import SolveWatch
 from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, RunContext, Strategy, projected_mask
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.calibration import Calibration, CalibrationMode, SolveSettings
@@ -76,6 +77,7 @@ class Progressive(Strategy):
             (:class:`~prox24_lightning.calibration.output_gradients.OutputGradients`).
         prox_steps: proximal steps a layer; None is the solver's own default.
         calibration: ``"auto"`` takes the first way that works, ``"stream"`` or ``"magnitude"`` that one.
+        watch: shows and stops what is solved.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class Progressive(Strategy):
         gradient_weighting: bool = True,
         prox_steps: int | None = None,
         calibration: CalibrationMode = "auto",
+        watch: SolveWatch | None = None,
     ) -> None:
         super().__init__()
+        self.watch = SolveWatch() if watch is None else watch
         if calibration not in get_args(CalibrationMode):
             raise ValueError(
                 f"calibration={calibration!r} is unknown; use one of {', '.join(get_args(CalibrationMode))}"
@@ -237,9 +241,15 @@ class Progressive(Strategy):
             return {}
         begin = time.perf_counter()
         masks: Masks = {}
-        with undone_on_error(_parameters(blocks)) as saved:
+        every = self._require().blocks
+        done, watch = sum(not self._waits(block) for block in every), self.watch
+        with watch.pause(len(every), sum(map(_work, blocks))), undone_on_error(_parameters(blocks)) as saved:
             try:
-                for block, found in self._require().solve(blocks):
+                watch.block(done + 1, blocks[0].name)
+                for number, (block, found) in enumerate(self._require().solve(blocks), start=1):
+                    watch.solved(_work(block))
+                    if number < len(blocks):
+                        watch.block(done + number + 1, blocks[number].name)
                     for weight in block.weights:
                         mask = found.get(weight.name)
                         masks[weight.name] = self._projected(weight) if mask is None else mask
@@ -290,6 +300,11 @@ class Progressive(Strategy):
         if self._way == state["way"]:
             self._since = state["since"]
             self._loaded = state["calibration"]
+
+
+def _work(block: Block) -> float:
+    """Return what solving a block costs, in a unit of its own: the products of its weights with their Hessians."""
+    return sum(weight.parameter.numel() ** 2 / weight.parameter.shape[0] for weight in block.weights)
 
 
 def _parameters(blocks: Sequence[Block]) -> set[Tensor]:

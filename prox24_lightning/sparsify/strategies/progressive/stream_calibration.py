@@ -23,6 +23,7 @@ from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.calibration import Calibration, SolveSettings
 from prox24_lightning.utils.cuda import without_tf32
 from prox24_lightning.utils.distributed import from_first, gathered_on_first, rank, world_size
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.layer_matrix import from_matrix, matrix_columns, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part, part_of
@@ -106,6 +107,7 @@ class StreamCalibration(Calibration):
         columns = first.parameter.shape[first.input_dim] if first.is_experts else matrix_columns(block.module)
         accumulator.all_reduce(columns, local_part(first.parameter).device)
         names = " + ".join(weight.module_name for weight in block.weights)
+        between_pieces(names)
         if not accumulator.tokens:
             why = streamed.problem or "no training batch before its pruning step calls it"
             log.warning("%s: its inputs were not seen (%s); its largest weights are kept instead", names, why)
