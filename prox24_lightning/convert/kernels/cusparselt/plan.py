@@ -19,10 +19,10 @@ from prox24_lightning.convert.kernels.cusparselt.bindings import Library, opaque
 
 _COLUMN_MAJOR, _ROW_MAJOR = 1, 2  # cusparseOrder_t
 _NOT_TRANSPOSED, _TRANSPOSED = 0, 1  # cusparseOperation_t
-_COMPUTE_32F = 2  # cusparseComputeType
+_COMPUTE_32I, _COMPUTE_32F = 0, 2  # cusparseComputeType
 _ALIGNMENT = 16
-_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
-_BIAS_POINTER = 8  # cusparseLtMatmulDescAttribute_t
+_TYPES = {torch.float16: 2, torch.bfloat16: 14, torch.int8: 3, torch.float8_e4m3fn: 28}  # cudaDataType
+_ALPHA_VECTOR, _BIAS_POINTER = 5, 8  # cusparseLtMatmulDescAttribute_t
 _CONFIG_ID, _CONFIG_MAX_ID = 0, 1  # cusparseLtMatmulAlgAttribute_t
 _ONE, _ZERO = byref(c_float(1)), byref(c_float(0))
 
@@ -33,11 +33,12 @@ class Plan:
     Args:
         library: from :func:`load`.
         device: index of the GPU.
-        dtype: float16 or bfloat16, of weight, input, bias and output alike; sums are float32.
+        dtype: float16 or bfloat16, of bias and output.
         shape: (out_features, in_features).
         tokens: a multiple of :data:`TOKEN_MULTIPLE`.
         bias: address of the bias in ``dtype``, which must stay where it is; 0 for none.
         algorithm: one of :attr:`algorithms`; None takes the library's default.
+        values: dtype of weight and input if it is not ``dtype``: float8_e4m3fn or int8, with scales of the rows.
 
     Raises:
         CusparseltError: if the library refuses the shape or the algorithm.
@@ -52,9 +53,11 @@ class Plan:
         tokens: int,
         bias: int = 0,
         algorithm: int | None = None,
+        values: torch.dtype | None = None,
     ) -> None:
         out_features, in_features = shape
-        kind = c_int(_TYPES[dtype])
+        kind, out_kind = c_int(_TYPES[values or dtype]), c_int(_TYPES[dtype])
+        compute = c_int(_COMPUTE_32I if values == torch.int8 else _COMPUTE_32F)
         call = library.call
         self._library = library
         self._handle = handle = library.handle(device)
@@ -73,13 +76,19 @@ class Plan:
         call(
             "cusparseLtDenseDescriptorInit",
             *(handle, self._result, c_int64(out_features), c_int64(tokens), c_int64(out_features)),
-            *(align, kind, c_int(_COLUMN_MAJOR)),
+            *(align, out_kind, c_int(_COLUMN_MAJOR)),
         )
         call(
             "cusparseLtMatmulDescriptorInit",
             *(handle, self._product, c_int(_NOT_TRANSPOSED), c_int(_TRANSPOSED)),
-            *(self._weight, self._rows, self._result, self._result, c_int(_COMPUTE_32F)),
+            *(self._weight, self._rows, self._result, self._result, compute),
         )
+        if values is not None:
+            enabled = c_int(1)
+            call(
+                "cusparseLtMatmulDescSetAttribute",
+                *(handle, self._product, c_int(_ALPHA_VECTOR), byref(enabled), c_size_t(4)),
+            )
         if bias:
             pointer = c_void_p(bias)
             call(
@@ -96,10 +105,13 @@ class Plan:
         self.workspace_bytes = size.value
         self._addresses = ctypes.addressof(handle), ctypes.addressof(self._plan)
 
-    def run(self, weight: int, rows: int, result: int, workspace: int, stream: int) -> None:
-        """Launch the product; every argument is an address (``Tensor.data_ptr()``), ``stream`` a CUDA stream."""
+    def run(self, weight: int, rows: int, result: int, workspace: int, stream: int, row_scales: int = 0) -> None:
+        """Launch the product; every argument is an address (``Tensor.data_ptr()``), ``stream`` a CUDA stream.
+
+        ``row_scales`` are float32 (out_features,), of 8-bit values only.
+        """
         status = self._library.multiply(
-            *self._addresses, _ONE, weight, rows, _ZERO, result, result, workspace, byref(c_void_p(stream)), 1
+            *self._addresses, row_scales or _ONE, weight, rows, _ZERO, result, result, workspace, byref(c_void_p(stream)), 1
         )
         if status:
             self._library.fail("cusparseLtMatmul", status)

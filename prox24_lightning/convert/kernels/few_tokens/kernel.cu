@@ -1,31 +1,53 @@
 // y = x W^T + bias for a few tokens and a packed 2:4 weight, bound by reading the weight.
 //
-// Compiled at run time with these macros: BF16 (0: float16, 1: bfloat16), STAGED (1: the tokens pass through shared
-// memory), MT (16-row tiles of a warp), NT (8-token tiles), WR and WK (warps of a block along the rows and along the
-// sum), CS (blocks of a cluster along the sum), SPAN (neighbouring pieces of 64 inputs that a warp takes at a time), DEPTH
-// (pieces that a warp has in flight), RESIDENT (blocks that a multiprocessor holds).
+// Compiled at run time with these macros: FORM (of the weight, and of the inputs that are multiplied: 0 for 16 bits, 1 for
+// float8_e4m3, 2 for int8), BF16 (0: float16, 1: bfloat16, of the result and of a weight in 16 bits), STAGED (1: the
+// tokens pass through shared memory), MT (16-row tiles of a warp), NT (8-token tiles), WR and WK (warps of a block along
+// the rows and along the sum), CS (blocks of a cluster along the sum), SPAN (neighbouring pieces of 64 words that a warp
+// takes at a time), DEPTH (pieces that a warp has in flight), RESIDENT (blocks that a multiprocessor holds).
+//
+// All sizes along the inputs are in words of 16 bits: one input, or two of 8 bits. Then everything but the metadata has
+// the same size and place in all forms. Inputs of 8 bits come from the kernel before (round_tokens) with a scale a token;
+// that one waits for all before it, so the weight is read while it runs.
 //
 // The packed weight is read in the layout of cuSPARSELt: the values row by row, then the metadata in tiles of 64 rows by
-// 32 inputs (see packed_buffer.py). Nothing is expanded: the sparse tensor cores (mma.sp, m16n8k32) take pairs of values
+// 32 words (see packed_buffer.py). Nothing is expanded: the sparse tensor cores (mma.sp, m16n8k32) take pairs of values
 // and metadata as they are. A sum does not mind its order, so a lane's operands are chosen for wide loads. Of a block of
 // 64 inputs, 16 groups, lane 4 r + c reads groups 4c to 4c + 3 of rows r and r + 8, and product t (0 or 1) takes
 //   group 4c + 2t as the hardware's group c, and group 4c + 2t + 1 as its group c + 4.
 // With that, lane 4 r + c finds the metadata that it supplies to product c / 2 in the two words of its own number.
 // Of the tokens the hardware expects the two halves of a group in two neighbouring lanes: lane c gets half c % 2 of the
 // groups of quads c / 2 and c / 2 + 2.
+// In 8 bits (mma.sp, m16n8k64) a block has 32 groups, of half the bytes, and the same reads give each product the groups
+// 8p + 4t and 8p + 4t + 1 of quads p as the hardware's groups 2p and 2p + 1, and the two behind them as its groups 8 + 2p
+// and 9 + 2p. A lane supplies the metadata of row r + c % 2 * 8 and of the lower (c < 2) or upper eight of these groups:
+// byte 2t + c / 2 of each of the four words of a row.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
+
+#if FORM == 2
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
 
 constexpr int ROWS = WR * MT * 16;  // of a block
 constexpr int TOKENS = NT * 8;
 constexpr int WARPS = WR * WK;
 constexpr int STRIDE = TOKENS + 1;  // of a row of partial sums in shared memory
+constexpr int TILE = FORM ? 512 : 256;  // bytes of metadata of 64 rows and 32 words
 
 __device__ __forceinline__ uint4 load_once(const void* address) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_words_once(const void* address) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
   return v;
 }
 
@@ -42,18 +64,27 @@ __device__ __forceinline__ uint4 load_often(const void* address) {
   return v;
 }
 
-// d += a b, where the lanes of pair SELECTOR of each four supply the metadata.
+// d += a b, where the lanes of pair SELECTOR of each four supply the metadata (16 bits), or all lanes (8 bits).
 template <int SELECTOR>
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const uint4& b, u32 metadata) {
-#if BF16
-#define TYPES "f32.bf16.bf16.f32"
+__device__ __forceinline__ void multiply(Sum (&d)[4], const u32 (&a)[4], const uint4& b, u32 metadata) {
+#if FORM == 2
+#define PRODUCT "m16n8k64.row.col.s32.s8.s8.s32"
+#define SUM "+r"
+#elif FORM == 1
+#define PRODUCT "m16n8k64.row.col.f32.e4m3.e4m3.f32"
+#define SUM "+f"
+#elif BF16
+#define PRODUCT "m16n8k32.row.col.f32.bf16.bf16.f32"
+#define SUM "+f"
 #else
-#define TYPES "f32.f16.f16.f32"
+#define PRODUCT "m16n8k32.row.col.f32.f16.f16.f32"
+#define SUM "+f"
 #endif
-  asm("mma.sp.sync.aligned.m16n8k32.row.col." TYPES
+  asm("mma.sp.sync.aligned." PRODUCT
                " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(metadata), "n"(SELECTOR));
+               : SUM(d[0]), SUM(d[1]), SUM(d[2]), SUM(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(metadata),
+                 "n"(FORM ? 0 : SELECTOR));
 }
 
 __device__ __forceinline__ float to_float(u16 v) {
@@ -76,10 +107,19 @@ __device__ __forceinline__ u16 to_half(float f) {
   return v;
 }
 
-// A lane's share of the weight, 16 MT rows by 64 inputs.
+// A lane's share of the weight, 16 MT rows by 64 words.
 struct Weight {
-  uint4 upper[MT], lower[MT];  // four groups of rows r and r + 8
-  u32 words[MT];               // the metadata as stored: even nibbles row r, odd ones row r + 8
+  uint4 upper[MT], lower[MT];  // of rows r and r + 8
+#if FORM
+  uint2 words[MT][2];  // the metadata of row r + c % 2 * 8
+
+  // Byte `place` of each word.
+  __device__ __forceinline__ u32 metadata(int i, int place) const {
+    const u32 two = place | (place + 4) << 4;
+    return __byte_perm(__byte_perm(words[i][0].x, words[i][0].y, two), __byte_perm(words[i][1].x, words[i][1].y, two), 0x5410);
+  }
+#else
+  u32 words[MT];  // the metadata as stored: even nibbles row r, odd ones row r + 8
 
   // Even nibbles to the lower half, odd ones to the upper.
   __device__ __forceinline__ u32 metadata(int i) const {
@@ -89,6 +129,7 @@ struct Weight {
     t = (w ^ (w >> 8)) & 0x0000ff00u;
     return w ^ t ^ (t << 8);
   }
+#endif
 };
 
 // Where a lane reads. Steps are constants, so that they end up in the load instructions.
@@ -102,8 +143,8 @@ struct Source {
       upper[i] = (const char*)(values + (size_t)i * 16 * (columns / 2));
       lower[i] = (const char*)(values + (size_t)(i * 16 + 8) * (columns / 2));
     }
-    metadata = (const char*)(packed + (size_t)rows * (columns / 2) + (size_t)(row / 64) * (columns / 32) * 128 +
-                             row % 64 / 16 * 32 + lane + (size_t)block * 256);
+    const char* tiles = (const char*)(packed + (size_t)rows * (columns / 2)) + (size_t)(row / 64) * (columns / 32) * TILE;
+    metadata = tiles + row % 64 / 16 * (TILE / 4) + (size_t)block * (2 * TILE) + (FORM ? (lane / 4 + lane % 2 * 8) * 8 : lane * 2);
   }
 
   __device__ __forceinline__ void load(Weight& w, int ahead) const {
@@ -111,22 +152,26 @@ struct Source {
     for (int i = 0; i < MT; i++) {
       w.upper[i] = load_once(upper[i] + ahead * 64);
       w.lower[i] = load_once(lower[i] + ahead * 64);
-      const char* p = metadata + i * 64 + ahead * 512;
-      w.words[i] = load_word_once(p) | load_word_once(p + 256) << 16;
+      const char* p = metadata + i * (TILE / 4) + ahead * (2 * TILE);
+#if FORM
+      w.words[i][0] = load_words_once(p), w.words[i][1] = load_words_once(p + TILE);
+#else
+      w.words[i] = load_word_once(p) | load_word_once(p + TILE) << 16;
+#endif
     }
   }
 
   __device__ __forceinline__ void advance(int by) {
 #pragma unroll
     for (int i = 0; i < MT; i++) upper[i] += by * 64, lower[i] += by * 64;
-    metadata += by * 512;
+    metadata += by * (2 * TILE);
   }
 };
 
-// The operands of the two products of 64 inputs, each in four registers in a row. `zero` is 0, which the compiler cannot
+// The operands of the two products of 64 words, each in four registers in a row. `zero` is 0, which the compiler cannot
 // know: without the exclusive or it would collect the registers anew for every tile of tokens.
 struct Operands {
-  u32 a[MT][2][4], metadata[MT];
+  u32 a[MT][2][4], metadata[MT][2];
 
   __device__ __forceinline__ Operands(const Weight& w, u32 zero) {
 #pragma unroll
@@ -135,26 +180,39 @@ struct Operands {
       a[i][0][2] = w.upper[i].y ^ zero, a[i][0][3] = w.lower[i].y ^ zero;
       a[i][1][0] = w.upper[i].z ^ zero, a[i][1][1] = w.lower[i].z ^ zero;
       a[i][1][2] = w.upper[i].w ^ zero, a[i][1][3] = w.lower[i].w ^ zero;
-      metadata[i] = w.metadata(i);
+#if FORM
+      metadata[i][0] = w.metadata(i, threadIdx.x / 2 % 2), metadata[i][1] = w.metadata(i, 2 + threadIdx.x / 2 % 2);
+#else
+      metadata[i][0] = metadata[i][1] = w.metadata(i);
+#endif
     }
   }
 
-  __device__ __forceinline__ void multiply_into(float (&acc)[MT][NT][4], int t, const uint4& first,
+  __device__ __forceinline__ void multiply_into(Sum (&acc)[MT][NT][4], int t, const uint4& first,
                                                 const uint4& second) const {
 #pragma unroll
-    for (int i = 0; i < MT; i++) multiply<0>(acc[i][t], a[i][0], first, metadata[i]);
+    for (int i = 0; i < MT; i++) multiply<0>(acc[i][t], a[i][0], first, metadata[i][0]);
 #pragma unroll
-    for (int i = 0; i < MT; i++) multiply<1>(acc[i][t], a[i][1], second, metadata[i]);
+    for (int i = 0; i < MT; i++) multiply<1>(acc[i][t], a[i][1], second, metadata[i][1]);
   }
 };
 
 extern __shared__ __align__(128) char memory[];
 
+// Wait for the kernel before, which rounds the tokens, and let the one behind start.
+__device__ __forceinline__ void wait_for_inputs() {
+#if FORM && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Add the warps' sums, then the blocks' of a cluster, and store.
-__device__ __forceinline__ void finish(const float (&acc)[MT][NT][4], const u16* bias, u16* y, int tokens, int outputs) {
+__device__ __forceinline__ void finish(const Sum (&acc)[MT][NT][4], const float* row_scales, const float* token_scales,
+                                       const u16* bias, u16* y, int tokens, int outputs) {
   const int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
   const int wr = warp % WR, wk = warp / WR;
-  float* partial = (float*)memory;  // [WK][ROWS][STRIDE]
+  Sum* partial = (Sum*)memory;  // [WK][ROWS][STRIDE]
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -165,7 +223,7 @@ __device__ __forceinline__ void finish(const float (&acc)[MT][NT][4], const u16*
   __syncthreads();
 #if CS > 1
   for (int at = threadIdx.x; at < ROWS * TOKENS; at += WARPS * 32) {
-    float sum = 0;
+    Sum sum = 0;
 #pragma unroll
     for (int k = 0; k < WK; k++) sum += partial[(k * ROWS + at % ROWS) * STRIDE + at / ROWS];
     partial[at % ROWS * STRIDE + at / ROWS] = sum;
@@ -176,22 +234,30 @@ __device__ __forceinline__ void finish(const float (&acc)[MT][NT][4], const u16*
   for (int at = threadIdx.x + blockIdx.y * WARPS * 32; at < ROWS * TOKENS; at += CS * WARPS * 32) {
     const int out = blockIdx.x * ROWS + at % ROWS, token = at / ROWS;
     if (out >= outputs || token >= tokens) continue;
-    float sum = bias ? to_float(bias[out]) : 0.f;
+    Sum sum = 0;
 #if CS > 1
     const u32 here = shared + (at % ROWS * STRIDE + token) * 4;
 #pragma unroll
     for (int k = 0; k < CS; k++) {
-      u32 there;
-      float part;
+      u32 there, part;
       asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(k));
-      asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(part) : "r"(there));
-      sum += part;
+      asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(part) : "r"(there));
+#if FORM == 2
+      sum += (int)part;
+#else
+      sum += __uint_as_float(part);
+#endif
     }
 #else
 #pragma unroll
     for (int k = 0; k < WK; k++) sum += partial[(k * ROWS + at % ROWS) * STRIDE + token];
 #endif
-    y[(size_t)token * outputs + out] = to_half(sum);
+    float result = sum;
+#if FORM
+    result *= row_scales[out] * token_scales[token];
+#endif
+    if (bias) result += to_float(bias[out]);
+    y[(size_t)token * outputs + out] = to_half(result);
   }
 #if CS > 1
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -202,17 +268,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 #if CS > 1
 __cluster_dims__(1, CS, 1)
 #endif
-few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16* __restrict__ bias,
-           u16* __restrict__ y, int tokens, int rows, int columns, int outputs) {
+few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const float* __restrict__ row_scales,
+           const float* __restrict__ token_scales, const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows,
+           int columns, int outputs) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
   const int wr = warp % WR, wk = warp / WR;
   const int row = min((int)blockIdx.x * ROWS + wr * MT * 16, rows - MT * 16);  // rows too many are not stored
   const int blocks = columns / 64;
   x += (size_t)blockIdx.z * TOKENS * columns;
   y += (size_t)blockIdx.z * TOKENS * outputs;
+  token_scales += blockIdx.z * TOKENS;
   tokens -= blockIdx.z * TOKENS;
   const u32 zero = (u32)columns >> 31;
-  float acc[MT][NT][4] = {};
+  Sum acc[MT][NT][4] = {};
   Weight w[DEPTH];
 
 #if STAGED
@@ -255,6 +323,7 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
     if (start + d / SPAN * STEP + d % SPAN < blocks) source.load(w[d], d / SPAN * STEP + d % SPAN);
+  wait_for_inputs();
   fetch(blockIdx.y);
   store(0);
   fetch(blockIdx.y + CS);
@@ -294,8 +363,7 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
 #pragma unroll
   for (int t = 0; t < NT; t++)  // what a token too many gives is not stored
     mine[t] = (const char*)(x + (size_t)min(t * 8 + r, tokens - 1) * columns + (c / 2 + c % 2 * 2) * 16 + start * 64);
-  auto load = [&](int d, int ahead) {
-    source.load(w[d], ahead);
+  auto load_tokens = [&](int d, int ahead) {
 #pragma unroll
     for (int t = 0; t < NT; t++) {
       own[d][t][0] = load_often(mine[t] + ahead * 128);
@@ -304,7 +372,11 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
   };
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
-    if (start + d / SPAN * STEP + d % SPAN < blocks) load(d, d / SPAN * STEP + d % SPAN);
+    if (start + d / SPAN * STEP + d % SPAN < blocks) source.load(w[d], d / SPAN * STEP + d % SPAN);
+  wait_for_inputs();
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++)
+    if (start + d / SPAN * STEP + d % SPAN < blocks) load_tokens(d, d / SPAN * STEP + d % SPAN);
   for (int base = start; base < blocks; base += STEP * (DEPTH / SPAN)) {
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
@@ -326,12 +398,15 @@ few_tokens(const u16* __restrict__ x, const u16* __restrict__ packed, const u16*
         for (int t = 0; t < NT; t++) operands.multiply_into(acc, t, b[t][0], b[t][1]);
       }
       constexpr int AHEAD = STEP * (DEPTH / SPAN);
-      if (block + AHEAD < blocks) load(d, d / SPAN * STEP + d % SPAN + AHEAD);
+      if (block + AHEAD < blocks) {
+        source.load(w[d], d / SPAN * STEP + d % SPAN + AHEAD);
+        load_tokens(d, d / SPAN * STEP + d % SPAN + AHEAD);
+      }
     }
     source.advance(STEP * (DEPTH / SPAN));
 #pragma unroll
     for (int t = 0; t < NT; t++) mine[t] += STEP * (DEPTH / SPAN) * 128;
   }
 #endif
-  finish(acc, bias, y, tokens, outputs);
+  finish(acc, row_scales, token_scales, bias, y, tokens, outputs);
 }

@@ -1,25 +1,38 @@
 // y = x W^T + bias for one to some hundreds of tokens and a packed 2:4 weight, on Hopper's sparse tensor cores.
 //
-// Compiled at run time with these macros: TOKENS (of a block), GROUPS (warpgroups of a block that multiply, 64 rows of
-// the weight each), CR and CS (blocks of a cluster along the rows and along the sum), STAGES (pieces of 128 inputs in
-// shared memory). After the constants stands `multiply`, the instruction wgmma.mma_async.sp.m64nTOKENSk32 with all its
-// registers by name, which kernel.py generates.
+// Compiled at run time with these macros: FORM (of the weight, and of the inputs that are multiplied: 0 for 16 bits, 1 for
+// float8_e4m3, 2 for int8), BF16 (0: float16, 1: bfloat16, of the result and of a weight in 16 bits), TOKENS (of a block),
+// GROUPS (warpgroups of a block that multiply, 64 rows of the weight each), CR and CS (blocks of a cluster along the rows
+// and along the sum), STAGES (pieces of 128 words of inputs in shared memory). After the constants stands `multiply`, the
+// instruction wgmma.mma_async.sp.m64nTOKENSk32 (k64) with all its registers by name, which kernel.py generates.
+//
+// All sizes along the inputs are in words of 16 bits: one input, or two of 8 bits. Then everything but the metadata has
+// the same size and place in all forms. Inputs of 8 bits come from the kernel before (round_tokens) with a scale a token.
 //
 // The packed weight is read in the layout of cuSPARSELt: the values row by row, then the metadata in tiles of 64 rows by
-// 32 inputs (see packed_buffer.py). One warp has the copy engine fill the stages: the values of 64 GROUPS rows, the inputs
+// 32 words (see packed_buffer.py). One warp has the copy engine fill the stages: the values of 64 GROUPS rows, the inputs
 // of all tokens (each block of a cluster row loads its share and multicasts it), and the metadata. A tile of
 // metadata is what four warps need for one product: warp w has the 64 bytes from 64 w on, and of these the eight bytes
 // of row r hold group c in byte 2c and group 4 + c in byte 2c + 1, row r in the lower four bits and row r + 8 in the upper.
-
-// The kernel may start while the one before it ends, and waits before it reads or writes memory.
+// In 8 bits a tile has 64 rows by 64 inputs: METADATA_8BIT.
+//
+// The kernel may start while the one before it ends, and waits before it reads or writes memory; but in 8 bits the one
+// before it is round_tokens, which waits for all before it, so the weight can be read at once.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+#if FORM == 2
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
+
 constexpr int ROWS = GROUPS * 64;
+constexpr int TILE = FORM ? 512 : 256;  // bytes of metadata of 64 rows and 32 words
 constexpr int THREADS = GROUPS * 128 + 32;
-constexpr int VALUES = ROWS * 128, INPUTS = TOKENS * 256, METADATA = GROUPS * 1024;  // bytes of a stage
+constexpr int VALUES = ROWS * 128, INPUTS = TOKENS * 256, METADATA = GROUPS * 4 * TILE;  // bytes of a stage
 constexpr int STAGE = VALUES + INPUTS + METADATA;
 constexpr int SHARE = TOKENS / CR;
 constexpr int STRIDE = ROWS + 4;  // of a token of partial sums in shared memory
@@ -82,6 +95,15 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
   return (u64)(address >> 4 & 0x3fff) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
+#if FORM
+constexpr int WORDS = 4;  // of metadata that a lane supplies to the products of a stage: one to each
+
+__device__ __forceinline__ u32 lane_metadata(const char* tile, int lane) {
+  return *(const u32*)(tile + (lane / 4 + lane % 2 * 8) * 8 + lane / 2 % 2 * 4);
+}
+#else
+constexpr int WORDS = 2;
+
 // The metadata that a lane supplies to the two products of 64 inputs: lanes 0 and 1 of four to the first, lanes 2 and 3
 // to the second.
 __device__ __forceinline__ u32 lane_metadata(const char* tiles, int lane) {
@@ -92,6 +114,7 @@ __device__ __forceinline__ u32 lane_metadata(const char* tiles, int lane) {
   t = (w ^ (w >> 8)) & 0x0000ff00u;
   return w ^ t ^ (t << 8);
 }
+#endif
 
 __device__ __forceinline__ float to_float(u16 v) {
   float f;
@@ -113,8 +136,22 @@ __device__ __forceinline__ u32 to_halves(float low, float high) {
   return v;
 }
 
-// Add the sums of the blocks of a cluster in their order, and store.
-__device__ __forceinline__ void finish(const u16* bias, u16* y, int tokens, int outputs) {
+__device__ __forceinline__ float4 read_sums(u32 address) {
+  float4 v;
+#if FORM == 2
+  int a, b, c, d;
+  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(address));
+  v = make_float4((float)a, (float)b, (float)c, (float)d);
+#else
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+#endif
+  return v;
+}
+
+// Add the sums of the blocks of a cluster in their order, scale them, and store.
+__device__ __forceinline__ void finish(const float* row_scales, const float* token_scales, const u16* bias, u16* y,
+                                       int tokens, int outputs) {
   const int across = blockIdx.x % CR;
   const u32 partial = shared_address(memory);
   for (int at = threadIdx.x + blockIdx.y * THREADS; at < ROWS / 4 * tokens; at += CS * THREADS) {
@@ -124,15 +161,16 @@ __device__ __forceinline__ void finish(const u16* bias, u16* y, int tokens, int 
     float sum[4] = {};
     float4 part[CS];
 #pragma unroll
-    for (int k = 0; k < CS; k++) {
-      const u32 there = in_block(partial + (token * STRIDE + row) * 4, across + k * CR);
-      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(part[k].x), "=f"(part[k].y), "=f"(part[k].z), "=f"(part[k].w) : "r"(there));
-    }
+    for (int k = 0; k < CS; k++) part[k] = read_sums(in_block(partial + (token * STRIDE + row) * 4, across + k * CR));
 #pragma unroll
     for (int k = 0; k < CS; k++) {
       sum[0] += part[k].x, sum[1] += part[k].y, sum[2] += part[k].z, sum[3] += part[k].w;
     }
+#if FORM
+    const float4 of_rows = *(const float4*)(row_scales + out);  // as many as padded rows
+    const float scale = token_scales[token];
+    sum[0] *= of_rows.x * scale, sum[1] *= of_rows.y * scale, sum[2] *= of_rows.z * scale, sum[3] *= of_rows.w * scale;
+#endif
     if (bias)
 #pragma unroll
       for (int k = 0; k < 4; k++)
@@ -152,8 +190,8 @@ __device__ __forceinline__ void finish(const u16* bias, u16* y, int tokens, int 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, CS, 1)
 warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap inputs,
-          const char* __restrict__ metadata, const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows,
-          int columns, int outputs) {
+          const char* __restrict__ metadata, const float* __restrict__ row_scales, const float* __restrict__ token_scales,
+          const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows, int columns, int outputs) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   const int pieces = (columns + 127) / 128;
   const int first = pieces * blockIdx.y / CS, count = pieces * (blockIdx.y + 1) / CS - first;
@@ -171,41 +209,52 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
 #else
   __syncthreads();
 #endif
-  float acc[TOKENS / 2] = {};
+  Sum acc[TOKENS / 2] = {};
   asm volatile("griddepcontrol.launch_dependents;");
   if (group == GROUPS) {
     if (lane == 0) {
       const int across = blockIdx.x % CR;
-      const char* tiles = metadata + ((size_t)blockIdx.x * GROUPS * (columns / 32) + first * 4) * 256;
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      for (int i = 0; i < count; i++) {
-        const int s = i % STAGES, piece = first + i, bytes = min(1024, (columns - piece * 128) * 8);
+      const char* tiles = metadata + ((size_t)blockIdx.x * GROUPS * (columns / 32) + first * 4) * TILE;
+      auto load_weight = [&](int i) {
+        const int s = i % STAGES, piece = first + i, bytes = min(4, columns / 32 - piece * 4) * TILE;
         if (i >= STAGES) wait(empty + s * 8, (i / STAGES - 1) & 1);
         const u32 to = stages + s * STAGE, barrier = full + s * 8;
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                      :: "r"(barrier), "r"(VALUES + INPUTS + max(groups, 0) * bytes) : "memory");
         copy_box(to, &values, piece * 64, blockIdx.x * ROWS, barrier);
         for (int g = 0; g < groups; g++)
-          copy_bytes(to + VALUES + INPUTS + g * 1024, tiles + ((size_t)g * (columns / 32) + i * 4) * 256, bytes, barrier);
+          copy_bytes(to + VALUES + INPUTS + g * 4 * TILE, tiles + ((size_t)g * (columns / 32) + i * 4) * TILE, bytes,
+                     barrier);
+      };
+      auto load_inputs = [&](int i) {
+        const int s = i % STAGES, piece = first + i;
         for (int half = 0; half < 2; half++) {
-          const u32 there = to + VALUES + half * (TOKENS * 128) + across * (SHARE * 128);
+          const u32 there = stages + s * STAGE + VALUES + half * (TOKENS * 128) + across * (SHARE * 128);
           const int column = piece * 128 + half * 64, token = blockIdx.z * TOKENS + across * SHARE;
 #if CR > 1
-          copy_box_to(((1 << CR) - 1) << (blockIdx.y * CR), there, &inputs, column, token, barrier);
+          copy_box_to(((1 << CR) - 1) << (blockIdx.y * CR), there, &inputs, column, token, full + s * 8);
 #else
-          copy_box(there, &inputs, column, token, barrier);
+          copy_box(there, &inputs, column, token, full + s * 8);
 #endif
         }
-      }
+      };
+      const int early = FORM ? min(STAGES, count) : 0;
+      for (int i = 0; i < early; i++) load_weight(i);
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      for (int i = 0; i < early; i++) load_inputs(i);
+      for (int i = early; i < count; i++) load_weight(i), load_inputs(i);
     }
     __syncwarp();
   } else if (count > 0) {
-    const char* mine = memory + VALUES + INPUTS + group * 1024 + warp % 4 * 64;
-    u32 where[2], where_next[2];
-    auto read_metadata = [&](int i, u32 (&into)[2]) {
+    const char* mine = memory + VALUES + INPUTS + group * 4 * TILE + warp % 4 * (TILE / 4);
+    u32 where[WORDS], where_next[WORDS];
+    auto read_metadata = [&](int i, u32 (&into)[WORDS]) {
       const char* tiles = mine + i % STAGES * STAGE;
-      into[0] = group < groups ? lane_metadata(tiles, lane) : ANY;
-      into[1] = group < groups && (first + i) * 128 + 64 < columns ? lane_metadata(tiles + 512, lane) : ANY;
+#pragma unroll
+      for (int k = 0; k < WORDS; k++) {
+        const bool inside = group < groups && (k < WORDS / 2 || (first + i) * 128 + 64 < columns);
+        into[k] = inside ? lane_metadata(tiles + k * (4 / WORDS) * TILE, lane) : ANY;
+      }
     };
     wait(full, 0);
     read_metadata(0, where);
@@ -215,28 +264,31 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
       constexpr int HALF = TOKENS * 128 / 16;
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
       multiply<0>(acc, a, b, where[0]);
-      multiply<1>(acc, a + 2, b + 4, where[0]);
-      multiply<0>(acc, a + 4, b + HALF, where[1]);
-      multiply<1>(acc, a + 6, b + HALF + 4, where[1]);
+      multiply<FORM == 0>(acc, a + 2, b + 4, where[WORDS / 2 - 1]);
+      multiply<0>(acc, a + 4, b + HALF, where[WORDS / 2]);
+      multiply<FORM == 0>(acc, a + 6, b + HALF + 4, where[WORDS - 1]);
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       if (i + 1 < count) {
         wait(full + (i + 1) % STAGES * 8, (i + 1) / STAGES & 1);
         read_metadata(i + 1, where_next);
       }
       // The products read their metadata while they run: the next ones need registers of their own.
-      asm volatile("wgmma.wait_group.sync.aligned 0;" : "+r"(where[0]), "+r"(where[1]) :: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+      for (int k = 0; k < WORDS; k++) asm volatile("" : "+r"(where[k]));
       if (lane == 0) {
 #pragma unroll
         for (int k = 0; k < CR; k++)
           asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];"
                        :: "r"(in_block(empty + i % STAGES * 8, blockIdx.y * CR + k)) : "memory");
       }
-      where[0] = where_next[0], where[1] = where_next[1];
+#pragma unroll
+      for (int k = 0; k < WORDS; k++) where[k] = where_next[k];
     }
   }
   __syncthreads();
   if (group < GROUPS) {
-    float* partial = (float*)memory + warp * 16 + lane / 4;  // [TOKENS][STRIDE]
+    Sum* partial = (Sum*)memory + warp * 16 + lane / 4;  // [TOKENS][STRIDE]
 #pragma unroll
     for (int k = 0; k < TOKENS / 2; k++)
       partial[(k / 4 * 8 + lane % 4 * 2 + k % 2) * STRIDE + k / 2 % 2 * 8] = acc[k];
@@ -248,7 +300,7 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
 #endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
   const int token = blockIdx.z * TOKENS;
-  finish(bias, y + (size_t)token * outputs, min(TOKENS, tokens - token), outputs);
+  finish(row_scales, token_scales + token, bias, y + (size_t)token * outputs, min(TOKENS, tokens - token), outputs);
 #if CR * CS > 1
   cluster_barrier_relaxed();  // a block's memory must live until all others have read it and written to it
 #endif

@@ -1,7 +1,8 @@
 """Multiply one to some hundreds of tokens with a packed weight on Hopper; see ``kernel.cu``.
 
 These products are bound by reading the weight. The kernel loads the packed weight with the copy engine (TMA) and
-multiplies it as it is on the sparse tensor cores of a warpgroup (``wgmma``).
+multiplies it as it is on the sparse tensor cores of a warpgroup (``wgmma``). The inputs of a weight of 8 bits are
+rounded by a kernel before it, and it reads its first pieces of the weight meanwhile.
 Which :class:`.tiling.Tiling` is fastest depends on the shape and is measured
 (:mod:`~prox24_lightning.convert.autotune.tune`). The plain-torch version is
 :func:`prox24_lightning.convert.kernels.reference.linear`.
@@ -18,10 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prox24_lightning.convert.format.rounding import RoundedForm
+from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.cuda_driver import CudaFunction
 from prox24_lightning.convert.kernels.nvrtc import compile_program
-from prox24_lightning.convert.kernels.packed_buffer import padded_shape
 from prox24_lightning.convert.kernels.product import Product, cast_bias
+from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
+from prox24_lightning.convert.kernels.round_tokens.kernel import form_macro
 from prox24_lightning.convert.kernels.warpgroup.tensor_map import TensorMap, encode_tensor_map
 from prox24_lightning.convert.kernels.warpgroup.tiling import CAPABILITY, Tiling
 
@@ -34,80 +38,106 @@ _WEIGHT_MAPS = 4096
 class _Parameters(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("values", "inputs")),
-        *((name, c_void_p) for name in ("metadata", "bias", "y")),
+        *((name, c_void_p) for name in ("metadata", "row_scales", "token_scales", "bias", "y")),
         *((name, c_int) for name in ("tokens", "rows", "columns", "outputs")),
     )
 
 
 @cache
-def compile_warpgroup(tiling: Tiling, dtype: torch.dtype) -> bytes:
+def compile_warpgroup(tiling: Tiling, dtype: torch.dtype, form: RoundedForm | None = None) -> bytes:
     """Return the machine code of a tiling, kept for the process; several threads may compile at once."""
-    text = SOURCE.read_text().replace("// MULTIPLY\n", wgmma_instruction(tiling.tokens, dtype))
-    macros = {**tiling.macros, "BF16": int(dtype == torch.bfloat16)}
+    text = SOURCE.read_text().replace("// MULTIPLY\n", wgmma_instruction(tiling.tokens, dtype, form))
+    macros = {**tiling.macros, "BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form)}
     return compile_program(text, macros, CAPABILITY, all_features=True)
 
 
-def prepare(config: Sequence[int], dtype: torch.dtype, shape: tuple[int, int], tokens: int, device: int) -> Product:
+def prepare(
+    config: Sequence[int],
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    tokens: int,
+    device: int,
+    form: RoundedForm | None = None,
+) -> Product:
     """Return the product for one shape and number of tokens.
 
     Args:
         config: the fields of a :class:`~prox24_lightning.convert.kernels.warpgroup.tiling.Tiling`.
-        dtype: float16 or bfloat16.
+        dtype: float16 or bfloat16, of inputs and outputs.
         shape: (out_features, in_features).
         tokens: rows of the inputs.
         device: index of the GPU.
+        form: of a weight of 8 bits; None for one in ``dtype``.
 
     Raises:
         CudaError: if the kernel cannot be compiled or loaded here.
     """
     tiling = Tiling(*config)
     out_features = shape[0]
-    rows, columns = padded_shape(shape)
+    if form is None:
+        rows, words = packed_buffer.padded_shape(shape)
+    else:
+        rows, columns = rounded_buffer.padded_shape(shape)
+        words = columns // 2
+        places = rounded_buffer.places(shape)
+        round_inputs = round_tokens.prepare(form, dtype, shape[1], columns, tokens, device)
     gpu = torch.device("cuda", device)
     raw_stream = torch._C._cuda_getCurrentRawStream
-    launch = _function(tiling, dtype, device)
+    launch = _function(tiling, dtype, device, form)
     blocks = -(-rows // (tiling.rows * tiling.across)) * tiling.across
     grid = blocks, tiling.cluster, -(-tokens // tiling.tokens)
     share = tiling.tokens // tiling.across
-    values_bytes = rows * columns
 
     def product(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         out = torch.empty((tokens, out_features), dtype=dtype, device=gpu)
         bias = cast_bias(bias, dtype)
-        address = buffer.data_ptr()
-        values = _weight_map(address, rows, columns // 2, tiling.rows)
+        address, x, scales = buffer.data_ptr(), inputs.data_ptr(), (0, 0)
+        if form is not None:
+            rounded = round_inputs(inputs, address + places.input_scale)
+            x = rounded.data_ptr()
+            scales = address + places.row_scales, x + tokens * columns
+        values = _weight_map(address, rows, words // 2, tiling.rows)
         launch(
-            *(grid, raw_stream(device), values, _input_map(inputs.data_ptr(), tokens, columns, share)),
-            *(address + values_bytes, 0 if bias is None else bias.data_ptr(), out.data_ptr()),
-            *(tokens, rows, columns, out_features),
+            *(grid, raw_stream(device), values, _input_map(x, tokens, words, share)),
+            *(address + rows * words, *scales, 0 if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(tokens, rows, words, out_features),
         )
         return out
 
     return product
 
 
-def wgmma_instruction(tokens: int, dtype: torch.dtype) -> str:
-    """Return CUDA C++ for ``multiply``: 64 rows, 32 inputs and ``tokens`` tokens, with all its registers by name."""
+def wgmma_instruction(tokens: int, dtype: torch.dtype, form: RoundedForm | None = None) -> str:
+    """Return CUDA C++ for ``multiply``: 64 rows, 32 words and ``tokens`` tokens, with all its registers by name."""
     count = tokens // 2
-    kind = "bf16" if dtype == torch.bfloat16 else "f16"
+    constraint, signs = "+f", "1, 1"
+    if form == "int8":
+        kind, constraint, signs = "k64.s32.s8.s8", "+r", ""
+    elif form == "fp8_e4m3":
+        kind = "k64.f32.e4m3.e4m3"
+    else:
+        kind = "k32.f32.bf16.bf16" if dtype == torch.bfloat16 else "k32.f32.f16.f16"
+        signs = "1, 1, 0, 0"  # and neither operand transposed
+    immediates = f", {signs}" if signs else ""
     sums = ", ".join(f"%{i}" for i in range(count))
-    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    outputs = ", ".join(f'"{constraint}"(d[{i}])' for i in range(count))
     return f"""
 template <int SELECTOR>
-__device__ __forceinline__ void multiply(float (&d)[{count}], u64 a, u64 b, u32 metadata) {{
+__device__ __forceinline__ void multiply(Sum (&d)[{count}], u64 a, u64 b, u32 metadata) {{
   asm volatile("{{ .reg .pred p; setp.eq.u32 p, 0, 0; "
-               "wgmma.mma_async.sp.sync.aligned.m64n{tokens}k32.f32.{kind}.{kind} {{{sums}}}, "
-               "%{count}, %{count + 1}, %{count + 2}, %{count + 3}, p, 1, 1, 0, 0; }}"
+               "wgmma.mma_async.sp.sync.aligned.m64n{tokens}{kind} {{{sums}}}, "
+               "%{count}, %{count + 1}, %{count + 2}, %{count + 3}, p{immediates}; }}"
                : {outputs} : "l"(a), "l"(b), "r"(metadata), "n"(SELECTOR));
 }}
 """
 
 
 @cache
-def _function(tiling: Tiling, dtype: torch.dtype, device: int) -> CudaFunction:
-    code = compile_warpgroup(tiling, dtype)
+def _function(tiling: Tiling, dtype: torch.dtype, device: int, form: RoundedForm | None) -> CudaFunction:
+    code = compile_warpgroup(tiling, dtype, form)
+    shared = tiling.shared_bytes(rounded=form is not None)
     with torch.cuda.device(device):
-        return CudaFunction(code, "warpgroup", _Parameters, tiling.threads, tiling.shared_bytes, early=True)
+        return CudaFunction(code, "warpgroup", _Parameters, tiling.threads, shared, early=True)
 
 
 @lru_cache(maxsize=_WEIGHT_MAPS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from prox24_lightning.convert.kernels.packed_buffer import padded_shape
+from prox24_lightning.convert.kernels.rounded_buffer import padded_shape as rounded_shape
 
 CAPABILITY = (9, 0)
 """The only compute capability: later GPUs have other instructions."""
@@ -29,7 +30,7 @@ class Tiling:
         groups: warpgroups of a block, 64 rows of the weight each (GROUPS).
         across: neighbouring blocks along the rows that share their inputs (CR).
         cluster: blocks along the sum (CS).
-        stages: pieces of 128 inputs in shared memory (STAGES).
+        stages: pieces of 128 words of inputs in shared memory (STAGES): 128 inputs of 16 bits, or 256 of 8 bits.
     """
 
     tokens: int
@@ -48,22 +49,22 @@ class Tiling:
         """Threads of a block: the warpgroups, and one warp that loads."""
         return 128 * self.groups + 32
 
-    @property
-    def stage_bytes(self) -> int:
-        """Shared memory of a stage: values, inputs, metadata."""
-        return 128 * self.rows + 256 * self.tokens + 16 * self.rows
+    def stage_bytes(self, *, rounded: bool = False) -> int:
+        """Shared memory of a stage: values, inputs, metadata, of which a weight of 8 bits (``rounded``) has twice."""
+        return 128 * self.rows + 256 * self.tokens + (32 if rounded else 16) * self.rows
 
-    @property
-    def shared_bytes(self) -> int:
+    def shared_bytes(self, *, rounded: bool = False) -> int:
         """Shared memory of a block: the stages, in the end the partial sums; behind them two barriers a stage."""
-        return max(self.stages * self.stage_bytes, self.tokens * (self.rows + 4) * 4) + 16 * self.stages
+        stages = self.stages * self.stage_bytes(rounded=rounded)
+        return max(stages, self.tokens * (self.rows + 4) * 4) + 16 * self.stages
 
-    def cost(self, shape: tuple[int, int], tokens: int) -> int:
+    def cost(self, shape: tuple[int, int], tokens: int, *, rounded: bool = False) -> int:
         """Return an estimate in bytes loaded by a multiprocessor; it ranks tilings where nothing has been measured."""
-        rows, columns = padded_shape(shape)
+        rows, columns = rounded_shape(shape) if rounded else padded_shape(shape)
+        words = columns // 2 if rounded else columns
         blocks = -(-rows // (self.rows * self.across)) * self.across * self.cluster * -(-tokens // self.tokens)
-        block = -(-columns // (128 * self.cluster)) * self.stage_bytes + _START + _REDUCTION * (self.cluster - 1)
-        return -(-blocks // _MULTIPROCESSORS) * block
+        stages = -(-words // (128 * self.cluster)) * self.stage_bytes(rounded=rounded)
+        return -(-blocks // _MULTIPROCESSORS) * (stages + _START + _REDUCTION * (self.cluster - 1))
 
     @property
     def macros(self) -> dict[str, int]:
@@ -71,14 +72,16 @@ class Tiling:
         return dict(zip(("TOKENS", "GROUPS", "CR", "CS", "STAGES"), astuple(self), strict=True))
 
 
-def _tiling(tokens: int, groups: int, across: int, cluster: int, resident: int = 1) -> Tiling:
+def most_stages(
+    tokens: int, groups: int, across: int, cluster: int, resident: int = 1, *, rounded: bool = False
+) -> Tiling:
     """Return the tiling with as many stages as fit if a multiprocessor holds ``resident`` blocks."""
-    stage = Tiling(tokens, groups, across, cluster, 1).stage_bytes
+    stage = Tiling(tokens, groups, across, cluster, 1).stage_bytes(rounded=rounded)
     return Tiling(tokens, groups, across, cluster, min(_MOST_STAGES, (_SHARED // resident - 1024) // (stage + 16)))
 
 
 TILINGS = tuple(
-    _tiling(tokens, *numbers)
+    most_stages(tokens, *numbers)
     for tokens, cuts in (
         (8, ((1, 1, 2), (2, 1, 1, 2), (2, 1, 4, 2), (1, 1, 1), (1, 1, 4), (1, 1, 8))),
         (16, ((1, 1, 2), (2, 2, 1, 2), (2, 1, 4, 2), (1, 1, 4), (1, 1, 8))),

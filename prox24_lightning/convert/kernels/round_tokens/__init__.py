@@ -1,0 +1,1 @@
+"""Round tokens to 8 bits with a scale each."""

@@ -1,0 +1,133 @@
+"""Round tokens to 8 bits on a GPU in one pass over memory, and scale a library's sums; see ``kernel.cu``.
+
+The plain-torch version is :func:`prox24_lightning.convert.kernels.round_tokens.reference.round_tokens`.
+Run on compute capability 9.0; on 8.0 to 8.9 the program has only been compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import Structure, c_int, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.convert.format.rounding import VALUE_DTYPES, RoundedForm
+from prox24_lightning.convert.kernels.cuda_driver import CudaFunction
+from prox24_lightning.convert.kernels.nvrtc import compile_program
+
+SOURCE = Path(__file__).with_name("kernel.cu")
+
+OVERLAPPING = (9, 0)
+"""From this compute capability a kernel can start while the one before it ends."""
+
+_THREADS = 256
+_FORMS: dict[RoundedForm, int] = {"fp8_e4m3": 1, "int8": 2}
+_INPUTS_A_BLOCK = 8 * _THREADS
+
+RoundTokens = Callable[[Tensor, int], Tensor]
+"""(inputs, address of the fixed scale or of a 0) -> int8 (bytes,): the values row by row, then the tokens' scales."""
+
+
+class _RoundParameters(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "given", "values", "scales")),
+        *((name, c_int) for name in ("inputs", "columns")),
+    )
+
+
+class _ScaleParameters(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("sums", "token_scales", "row_scales", "bias", "y")),
+        *((name, c_int) for name in ("outputs", "stride")),
+    )
+
+
+def form_macro(form: RoundedForm | None) -> int:
+    """Return the kernels' macro FORM; None is a weight of 16 bits."""
+    return 0 if form is None else _FORMS[form]
+
+
+@cache
+def compile_round_tokens(form: RoundedForm, dtype: torch.dtype, capability: tuple[int, int]) -> bytes:
+    """Return the machine code for inputs of ``dtype``, kept for the process."""
+    macros = {"BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form)}
+    return compile_program(SOURCE.read_text(), macros, capability)
+
+
+def prepare(
+    form: RoundedForm, dtype: torch.dtype, in_features: int, columns: int, tokens: int, device: int
+) -> RoundTokens:
+    """Return the rounding of ``tokens`` tokens; the rows of the result have ``columns`` values, padded with zeros.
+
+    Args:
+        form: of the values.
+        dtype: float16 or bfloat16, of the inputs.
+        in_features: of a token.
+        columns: a multiple of 16, at least ``in_features``.
+        tokens: rows of the inputs.
+        device: index of the GPU.
+
+    Raises:
+        CudaError: if the kernel cannot be compiled or loaded here.
+    """
+    launch = _round_function(form, dtype, device)
+    gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
+    size = tokens * columns
+    grid = tokens, 1, 1
+
+    def round_tokens(inputs: Tensor, given: int) -> Tensor:
+        rounded = torch.empty(size + 4 * tokens, dtype=torch.int8, device=gpu)
+        address = rounded.data_ptr()
+        launch(grid, raw_stream(device), inputs.data_ptr(), given, address, address + size, in_features, columns)
+        return rounded
+
+    return round_tokens
+
+
+def prepare_scaling(
+    form: RoundedForm, dtype: torch.dtype, out_features: int, stride: int, tokens: int, device: int
+) -> Callable[[Tensor, int, int, Tensor | None], Tensor]:
+    """Return ``(sums, address of the tokens' scales, of the rows' scales or 0, bias or None) -> outputs``.
+
+    Args:
+        form: of the program.
+        dtype: float16 or bfloat16, of sums, bias and outputs.
+        out_features: of the outputs.
+        stride: sums of a token in memory, a multiple of 8.
+        tokens: rows of sums and outputs.
+        device: index of the GPU.
+    """
+    launch = _scale_function(form, dtype, device)
+    gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
+    grid = tokens, -(-out_features // _INPUTS_A_BLOCK), 1
+
+    def scale_tokens(sums: Tensor, token_scales: int, row_scales: int, bias: Tensor | None) -> Tensor:
+        out = torch.empty((tokens, out_features), dtype=dtype, device=gpu)
+        addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
+        launch(grid, raw_stream(device), sums.data_ptr(), token_scales, row_scales, *addresses, out_features, stride)
+        return out
+
+    return scale_tokens
+
+
+def values_view(rounded: Tensor, form: RoundedForm, tokens: int, columns: int) -> Tensor:
+    """Return the (tokens, columns) values of what a :data:`RoundTokens` returns."""
+    return rounded[: tokens * columns].view(VALUE_DTYPES[form]).view(tokens, columns)
+
+
+@cache
+def _round_function(form: RoundedForm, dtype: torch.dtype, device: int) -> CudaFunction:
+    capability = torch.cuda.get_device_capability(device)
+    code = compile_round_tokens(form, dtype, capability)
+    with torch.cuda.device(device):
+        return CudaFunction(code, "round_tokens", _RoundParameters, _THREADS, early=capability >= OVERLAPPING)
+
+
+@cache
+def _scale_function(form: RoundedForm, dtype: torch.dtype, device: int) -> CudaFunction:
+    code = compile_round_tokens(form, dtype, torch.cuda.get_device_capability(device))
+    with torch.cuda.device(device):
+        return CudaFunction(code, "scale_tokens", _ScaleParameters, _THREADS)
