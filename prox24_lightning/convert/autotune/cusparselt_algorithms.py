@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from prox24_lightning.convert.format.rounding import RoundedForm
+
 WORKER = "prox24_lightning.convert.autotune.cusparselt_worker"
 """The child's module, which is not imported here: ``python -m`` warns of modules that are loaded already."""
 
@@ -39,6 +41,7 @@ class AlgorithmJob:
         device: index of the GPU.
         skip: algorithms to leave out.
         end: leave out the algorithms from this one on; None for none.
+        form: of a weight and inputs of 8 bits, whose sums are in ``dtype``; None for 16 bits.
     """
 
     dtype: str
@@ -48,6 +51,7 @@ class AlgorithmJob:
     device: int
     skip: tuple[int, ...] = ()
     end: int | None = None
+    form: RoundedForm | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def fastest_algorithms(
         state, algorithm = running
         last = algorithm - 1 in state.job.skip
         for other in states:
-            if other.job.dtype == state.job.dtype:
+            if (other.job.dtype, other.job.form) == (state.job.dtype, state.job.form):
                 skip = (*other.job.skip, algorithm)
                 other.job = replace(other.job, skip=skip, end=algorithm if last else other.job.end)
                 more = " and the ones after it, left out," if last else ""

@@ -17,9 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob
+from prox24_lightning.convert.format.rounding import VALUE_DTYPES
+from prox24_lightning.convert.kernels import rounded_buffer
 from prox24_lightning.convert.kernels.cusparselt.bindings import TOKEN_MULTIPLE, CusparseltError, Library, load
+from prox24_lightning.convert.kernels.cusparselt.kernel import ROUNDED_TOKEN_MULTIPLE, rounded_factor
 from prox24_lightning.convert.kernels.cusparselt.plan import Plan
 from prox24_lightning.convert.kernels.packed_buffer import random_buffer
+from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
 from prox24_lightning.convert.measurement import time_calls
 from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
@@ -36,9 +40,14 @@ def time_algorithms(job: AlgorithmJob) -> Iterator[dict[str, float]]:
     device = torch.device("cuda", job.device)
     library = load()
     rows, columns = job.shape
-    tokens = -(-job.tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-    weights = [random_buffer(job.shape, dtype, device, seed) for seed in range(job.copies)]
+    multiple = TOKEN_MULTIPLE if job.form is None else ROUNDED_TOKEN_MULTIPLE
+    tokens = -(-job.tokens // multiple) * multiple
     inputs = torch.randn(tokens, columns, device=device, dtype=dtype)
+    if job.form is None:
+        weights = [random_buffer(job.shape, dtype, device, seed) for seed in range(job.copies)]
+    else:
+        weights = [rounded_buffer.random_buffer(job.shape, job.form, device, seed) for seed in range(job.copies)]
+        inputs = round_tokens(inputs, job.form).values
     out = torch.empty(tokens, rows, device=device, dtype=dtype)
     least = math.inf
     for algorithm, plan in _plans(job, library, dtype, tokens):
@@ -68,11 +77,12 @@ def _plans(job: AlgorithmJob, library: Library, dtype: torch.dtype, tokens: int)
 
     def plan(algorithm: int) -> Plan | None:
         try:
-            return Plan(library, job.device, dtype, job.shape, tokens, 0, algorithm)
+            return Plan(library, job.device, dtype, job.shape, tokens, 0, algorithm, *kind)
         except CusparseltError:
             return None
 
-    known = Plan(library, job.device, dtype, job.shape, tokens).algorithms
+    kind = (None, 1.0) if job.form is None else (VALUE_DTYPES[job.form], rounded_factor(dtype))
+    known = Plan(library, job.device, dtype, job.shape, tokens, 0, None, *kind).algorithms
     wanted = [n for n in range(known if job.end is None else min(known, job.end)) if n not in job.skip]
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(job.device,)) as pool:
         for algorithm, made in zip(wanted, pool.map(plan, wanted), strict=True):

@@ -24,6 +24,7 @@ import torch
 
 from prox24_lightning.convert import kernels
 from prox24_lightning.convert.autotune.kernel_table import KernelTimes
+from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.cuda_driver import driver_version
 from prox24_lightning.convert.kernels.registry import is_packed_kernel
 from prox24_lightning.utils.checksum import checksum
@@ -82,10 +83,13 @@ def default_path() -> Path:
     return folder / "prox24_lightning" / "kernels.json"
 
 
-def key(machine: Machine, dtype: torch.dtype, shape: tuple[int, int], tokens: int) -> str:
-    """Return the key of an entry, readable in the file."""
-    facts = [*asdict(machine).values(), str(dtype).removeprefix("torch."), "x".join(map(str, shape)), str(tokens)]
-    return " | ".join(facts)
+def key(
+    machine: Machine, dtype: torch.dtype, shape: tuple[int, int], tokens: int, form: RoundedForm | None = None
+) -> str:
+    """Return the key of an entry, readable in the file; ``form`` is that of a weight of 8 bits."""
+    name = str(dtype).removeprefix("torch.")
+    kind = name if form is None else f"{form} in {name}"
+    return " | ".join([*asdict(machine).values(), kind, "x".join(map(str, shape)), str(tokens)])
 
 
 def read(path: Path) -> dict[str, KernelTimes]:
@@ -140,20 +144,23 @@ def find(
     dtype: torch.dtype,
     shape: tuple[int, int],
     token_counts: Sequence[int] | None = None,
+    *,
+    form: RoundedForm | None = None,
 ) -> dict[int, KernelTimes]:
     """Return the measured entries of a shape, ascending in tokens; those without a kernel are left out.
 
     Args:
         path: the file.
         machine: the GPU and the software.
-        dtype: of the weight.
+        dtype: of inputs and outputs.
         shape: (out_features, in_features).
         token_counts: those of interest; None takes whatever has been measured.
+        form: of a weight of 8 bits; None for one in ``dtype``.
     """
     entries = {name: entry for name, entry in read(path).items() if entry.kernels}
     if token_counts is None:
         token_counts = sorted({entry.tokens for entry in entries.values()})
-    names = {tokens: key(machine, dtype, shape, tokens) for tokens in token_counts}
+    names = {tokens: key(machine, dtype, shape, tokens, form) for tokens in token_counts}
     return {
         tokens: entries[name]
         for tokens, name in names.items()
@@ -167,14 +174,19 @@ def _read_entry(entry: Any) -> KernelTimes | None:
         return None
     values: list[Any] = [entry.get(name) for name in ("tokens", "dense_us", "kernels", "notes")]
     tokens, dense_us, times, notes = values
+    dense_fp8_us = entry.get("dense_fp8_us")
     if not (type(tokens) is int and 1 <= tokens <= _MOST_TOKENS and _is_time(dense_us)):
+        return None
+    if dense_fp8_us is not None and not _is_time(dense_fp8_us):
         return None
     if not (isinstance(times, dict) and isinstance(notes, list) and all(isinstance(note, str) for note in notes)):
         return None
     shortest = dense_us / _LARGEST_GAIN
     if not all(is_packed_kernel(name) and _is_time(us) and us >= shortest for name, us in times.items()):
         return KernelTimes(tokens, float(dense_us), {}, (_DAMAGED,))
-    return KernelTimes(tokens, float(dense_us), {name: float(us) for name, us in times.items()}, tuple(notes))
+    found = {name: float(us) for name, us in times.items()}
+    fp8_us = None if dense_fp8_us is None else float(dense_fp8_us)
+    return KernelTimes(tokens, float(dense_us), found, tuple(notes), fp8_us)
 
 
 def _is_time(value: Any) -> bool:

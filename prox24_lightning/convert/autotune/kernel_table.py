@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
 from prox24_lightning.convert.kernels.registry import Kernel, KernelName
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
@@ -29,36 +30,51 @@ class KernelTimes:
         dense_us: cuBLAS on the dense weight.
         kernels: text of a kernel -> its time.
         notes: what could not be measured, and why.
+        dense_fp8_us: a dense float8 weight, the fastest way, with the rounding of the tokens; None on a GPU without.
     """
 
     tokens: int
     dense_us: float
     kernels: Mapping[str, float]
     notes: tuple[str, ...] = ()
+    dense_fp8_us: float | None = None
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """The kernel up to a number of tokens; ``us`` and ``dense_us`` (microseconds) are None where not measured."""
+    """The kernel up to a number of tokens; the times (microseconds) are None where not measured."""
 
     tokens: int
     kernel: Kernel
     us: float | None = None
     dense_us: float | None = None
     notes: tuple[str, ...] = ()
+    dense_fp8_us: float | None = None
 
     @property
     def speedup(self) -> float | None:
         """Dense time over the kernel's time."""
         return None if self.us is None or self.dense_us is None else self.dense_us / self.us
 
+    @property
+    def speedup_over_fp8(self) -> float | None:
+        """Time of the dense float8 weight over the kernel's time."""
+        return None if self.us is None or self.dense_fp8_us is None else self.dense_fp8_us / self.us
+
 
 @dataclass(frozen=True)
 class KernelTable:
-    """The kernels of one shape, ascending in tokens; the last row serves larger numbers too."""
+    """The kernels of one shape, ascending in tokens; the last row serves larger numbers too.
+
+    Attributes:
+        shape: (out_features, in_features).
+        rows: see :class:`TableRow`.
+        form: of a weight of 8 bits; None for 16 bits.
+    """
 
     shape: tuple[int, int]
     rows: tuple[TableRow, ...]
+    form: RoundedForm | None = None
 
     @property
     def text(self) -> str:
@@ -67,21 +83,33 @@ class KernelTable:
         return " ".join(f"{row.tokens}={row.kernel}" for row in kept)
 
     def slower(self, token_counts: Sequence[int]) -> tuple[TableRow, ...]:
-        """Return the rows at which the layer would be slower than dense."""
+        """Return the rows at which the layer would be slower than dense, in float8 too if the weight has 8 bits."""
         rows = (row for row in self.rows if row.tokens in token_counts)
-        return tuple(row for row in rows if row.speedup is not None and row.speedup < SAME)
+        return tuple(row for row in rows if (least := self.least_speedup(row)) is not None and least < SAME)
+
+    def least_speedup(self, row: TableRow) -> float | None:
+        """Return the speed-up over the fastest dense form that a layer of this table's form may take."""
+        over_fp8 = row.speedup_over_fp8 if self.form is not None else None
+        return min((each for each in (row.speedup, over_fp8) if each is not None), default=None)
 
     def decision(self, token_counts: Sequence[int]) -> str | None:
         """Return why a layer used at these numbers of tokens stays dense; None if it becomes sparse."""
         if all(row.kernel == DENSE for row in self.rows if row.tokens in token_counts):
             return "no packed kernel is faster at any of these numbers of tokens: stays dense"
         if slower := self.slower(token_counts):
-            where = ", ".join(f"{row.speedup:.2f} x at {row.tokens}" for row in slower)
-            return f"slower ({where} tokens; keep_dense=True would use cuBLAS there): stays dense"
+            where = ", ".join(f"{self.least_speedup(row):.2f} x at {row.tokens}" for row in slower)
+            remedy = "; keep_dense=True would use cuBLAS there" if self.form is None else ""
+            return f"slower ({where} tokens{remedy}): stays dense"
         return None
 
 
-def choose(shape: tuple[int, int], times: Sequence[KernelTimes], *, keep_dense: bool = False) -> KernelTable:
+def choose(
+    shape: tuple[int, int],
+    times: Sequence[KernelTimes],
+    *,
+    keep_dense: bool = False,
+    form: RoundedForm | None = None,
+) -> KernelTable:
     """Choose the fastest kernel at each number of tokens; the dense one only if its weight is kept and nothing wins.
 
     With a dense weight, a packed kernel must be faster by more than two measurements of one kernel differ.
@@ -94,17 +122,24 @@ def choose(shape: tuple[int, int], times: Sequence[KernelTimes], *, keep_dense: 
         ranked = sorted(entry.kernels.items(), key=lambda item: item[1])
         if ranked and not (keep_dense and entry.dense_us * SAME <= ranked[0][1]):
             text, us = ranked[0]
-            rows.append(TableRow(entry.tokens, Kernel.parse(text), us, entry.dense_us, entry.notes))
+            kernel = Kernel.parse(text)
+            rows.append(TableRow(entry.tokens, kernel, us, entry.dense_us, entry.notes, entry.dense_fp8_us))
         elif keep_dense:
-            rows.append(TableRow(entry.tokens, DENSE, entry.dense_us, entry.dense_us, entry.notes))
+            us = entry.dense_us
+            rows.append(TableRow(entry.tokens, DENSE, us, us, entry.notes, entry.dense_fp8_us))
         else:
             why = "; ".join(entry.notes) or "none fits"
             raise ValueError(f"no packed kernel runs for {shape} at {entry.tokens} tokens: {why}")
-    return KernelTable(shape, tuple(rows))
+    return KernelTable(shape, tuple(rows), form)
 
 
 def table_by_rule(
-    shape: tuple[int, int], capability: tuple[int, int], many_tokens: KernelName = "cusparselt", *, own: bool = True
+    shape: tuple[int, int],
+    capability: tuple[int, int],
+    many_tokens: KernelName = "cusparselt",
+    *,
+    own: bool = True,
+    form: RoundedForm | None = None,
 ) -> KernelTable:
     """Return a table without measurements: the package's kernels up to some hundreds of tokens, a library's above.
 
@@ -113,18 +148,22 @@ def table_by_rule(
         capability: the GPU's compute capability.
         many_tokens: from :func:`~prox24_lightning.convert.kernels.cusparselt.bindings.support`.
         own: whether the package's kernels can be compiled here; else ``many_tokens`` takes every number of tokens.
+        form: of a weight of 8 bits; None for 16 bits.
     """
     rows = [TableRow(BUCKETS[-1], Kernel(many_tokens))]
     for tokens in reversed(BUCKETS):
-        if own and (kernel := _by_rule(shape, tokens, capability)) is not None:
+        if own and (kernel := _by_rule(shape, tokens, capability, form)) is not None:
             rows.insert(0, TableRow(tokens, kernel))
-    return KernelTable(shape, tuple(rows))
+    return KernelTable(shape, tuple(rows), form)
 
 
-def _by_rule(shape: tuple[int, int], tokens: int, capability: tuple[int, int]) -> Kernel | None:
-    if warpgroup := warpgroup_tilings(tokens, capability):
-        return Kernel.warpgroup(min(warpgroup, key=lambda tiling: tiling.cost(shape, tokens)))
-    tilings = few_tokens_tilings(tokens, capability) if tokens <= _FEW_TOKENS else ()
+def _by_rule(
+    shape: tuple[int, int], tokens: int, capability: tuple[int, int], form: RoundedForm | None
+) -> Kernel | None:
+    rounded = form is not None
+    if warpgroup := warpgroup_tilings(tokens, capability, rounded=rounded):
+        return Kernel.warpgroup(min(warpgroup, key=lambda tiling: tiling.cost(shape, tokens, rounded=rounded)))
+    tilings = few_tokens_tilings(tokens, capability, form) if tokens <= _FEW_TOKENS else ()
     return Kernel.few(tilings[0]) if tilings else None
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 Product = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 """(inputs, packed buffer, dense weight or None, bias or None) -> ``inputs @ weight.t() + bias``.
 
-``inputs`` is (tokens, padded in_features), contiguous and 16-byte aligned; the buffer is one of
-:mod:`~prox24_lightning.convert.kernels.packed_buffer`; the dense weight is int16 (out_features, in_features), the bits
+``inputs`` is (tokens, padded in_features) in 16 bits, contiguous and 16-byte aligned, not padded where the weight has 8
+bits; the buffer is one of :mod:`~prox24_lightning.convert.kernels.packed_buffer` or, for a weight of 8 bits, of
+:mod:`~prox24_lightning.convert.kernels.rounded_buffer`; the dense weight is int16 (out_features, in_features), the bits
 of the 16-bit weight; bias is (out_features,) in any floating dtype; the result is (tokens, out_features).
-Each kernel's ``prepare(config, dtype, shape, tokens, device)`` makes one for a shape and a number of tokens.
+Each kernel's ``prepare(config, dtype, shape, tokens, device, form)`` makes one for a shape and a number of tokens.
 """
 
 

@@ -15,8 +15,13 @@ from typing import Literal
 
 import torch
 
+from prox24_lightning.convert.format.rounding import RoundedForm
+from prox24_lightning.convert.kernels import packed_buffer
 from prox24_lightning.convert.kernels.cublas.kernel import prepare as prepare_cublas
 from prox24_lightning.convert.kernels.cusparselt.kernel import prepare as prepare_cusparselt
+from prox24_lightning.convert.kernels.dense_fp8.kernel import OLDEST_CAPABILITY as OLDEST_FP8_CAPABILITY
+from prox24_lightning.convert.kernels.dense_fp8.kernel import WAYS as DENSE_FP8_WAYS
+from prox24_lightning.convert.kernels.dense_fp8.kernel import prepare as prepare_dense_fp8
 from prox24_lightning.convert.kernels.expand.kernel import prepare as prepare_expand
 from prox24_lightning.convert.kernels.few_tokens.kernel import compile_few_tokens
 from prox24_lightning.convert.kernels.few_tokens.kernel import prepare as prepare_few_tokens
@@ -27,16 +32,18 @@ from prox24_lightning.convert.kernels.product import Product
 from prox24_lightning.convert.kernels.torch_cusparselt.kernel import prepare as prepare_torch_cusparselt
 from prox24_lightning.convert.kernels.warpgroup.kernel import compile_warpgroup
 from prox24_lightning.convert.kernels.warpgroup.kernel import prepare as prepare_warpgroup
+from prox24_lightning.convert.kernels.warpgroup.tiling import ROUNDED_TILINGS as WARPGROUP_ROUNDED_TILINGS
 from prox24_lightning.convert.kernels.warpgroup.tiling import TILINGS as WARPGROUP_TILINGS
 from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as WarpgroupTiling
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
 
-KernelName = Literal["dense", "few", "warpgroup", "cusparselt", "torch", "expand"]
+KernelName = Literal["dense", "dense_fp8", "few", "warpgroup", "cusparselt", "torch", "expand"]
 
-_Prepare = Callable[[Sequence[int], torch.dtype, tuple[int, int], int, int], Product]
+_Prepare = Callable[[Sequence[int], torch.dtype, tuple[int, int], int, int, "RoundedForm | None"], Product]
 
 _PREPARE: dict[KernelName, _Prepare] = {
     "dense": prepare_cublas,
+    "dense_fp8": prepare_dense_fp8,
     "few": prepare_few_tokens,
     "warpgroup": prepare_warpgroup,
     "cusparselt": prepare_cusparselt,
@@ -53,10 +60,11 @@ class Kernel:
     """A kernel and its configuration.
 
     Attributes:
-        name: "dense" (cuBLAS on the dense weight that is kept), "few" (few_tokens), "warpgroup", "cusparselt", "torch"
-            (torch_cusparselt) or "expand"; see :mod:`prox24_lightning.convert.kernels`.
+        name: "dense" (cuBLAS on the dense weight that is kept), "dense_fp8" (a dense buffer takes the place of the
+            packed one), "few" (few_tokens), "warpgroup", "cusparselt", "torch" (torch_cusparselt) or "expand"; see
+            :mod:`prox24_lightning.convert.kernels`.
         config: of "few" and "warpgroup" the fields of their ``Tiling``; of "cusparselt" the algorithm, or nothing for
-            the library's default; empty for the others.
+            the library's default; of "dense_fp8" the way; empty for the others.
     """
 
     name: KernelName
@@ -82,7 +90,7 @@ class Kernel:
 
 _OWN_KERNELS = {
     *(str(Kernel.few(tiling)) for tiling in FEW_TOKENS_TILINGS),
-    *(str(Kernel.warpgroup(tiling)) for tiling in WARPGROUP_TILINGS),
+    *(str(Kernel.warpgroup(tiling)) for tiling in (*WARPGROUP_TILINGS, *WARPGROUP_ROUNDED_TILINGS)),
 }
 
 
@@ -96,36 +104,58 @@ def is_packed_kernel(text: str) -> bool:
     return text in ("torch", "expand")
 
 
-def own_kernels(tokens: int, capability: tuple[int, int]) -> tuple[Kernel, ...]:
+def own_kernels(tokens: int, capability: tuple[int, int], form: RoundedForm | None = None) -> tuple[Kernel, ...]:
     """Return the package's kernels worth measuring at a number of tokens on a GPU of this compute capability."""
-    found = tuple(map(Kernel.warpgroup, warpgroup_tilings(tokens, capability)))
+    found = tuple(map(Kernel.warpgroup, warpgroup_tilings(tokens, capability, rounded=form is not None)))
     if found and tokens > _FEW_BESIDE_WARPGROUP:
         return found
-    return (*map(Kernel.few, few_tokens_tilings(tokens, capability)), *found)
+    return (*map(Kernel.few, few_tokens_tilings(tokens, capability, form)), *found)
 
 
-def compile_kernel(kernel: Kernel, dtype: torch.dtype, capability: tuple[int, int]) -> None:
+def dense_fp8_kernels(capability: tuple[int, int]) -> tuple[Kernel, ...]:
+    """Return the ways of multiplying with a dense float8 weight on a GPU; none where it has no float8."""
+    return tuple(Kernel("dense_fp8", (way,)) for way in DENSE_FP8_WAYS) if capability >= OLDEST_FP8_CAPABILITY else ()
+
+
+def compile_kernel(
+    kernel: Kernel, dtype: torch.dtype, capability: tuple[int, int], form: RoundedForm | None = None
+) -> None:
     """Compile one of the package's kernels ahead of its use; several threads may compile at once."""
     if kernel.name == "few":
-        compile_few_tokens(FewTokensTiling(*kernel.config), dtype, capability)
+        compile_few_tokens(FewTokensTiling(*kernel.config), dtype, capability, form)
     elif kernel.name == "warpgroup":
-        compile_warpgroup(WarpgroupTiling(*kernel.config), dtype)
+        compile_warpgroup(WarpgroupTiling(*kernel.config), dtype, form)
 
 
-def prepare(kernel: Kernel, dtype: torch.dtype, shape: tuple[int, int], tokens: int, device: int) -> Product:
+def missing_inputs(kernel: Kernel, shape: tuple[int, int], form: RoundedForm | None = None) -> int:
+    """Return by how many zeros each token must be padded for a kernel; those that round tokens pad them themselves."""
+    if form is not None or kernel.name in ("dense", "dense_fp8"):
+        return 0
+    return packed_buffer.padded_shape(shape)[1] - shape[1]
+
+
+def prepare(
+    kernel: Kernel,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    tokens: int,
+    device: int,
+    form: RoundedForm | None = None,
+) -> Product:
     """Do all that can be done before the call: the product that is returned only allocates and launches.
 
     Args:
         kernel: which, and its configuration.
-        dtype: float16 or bfloat16.
+        dtype: float16 or bfloat16, of inputs and outputs.
         shape: (out_features, in_features).
         tokens: rows of the inputs.
         device: index of the GPU.
+        form: of a weight of 8 bits; None for one in ``dtype``.
 
     Raises:
         CusparseltError, CudaError: if the library or the compiler cannot be used here.
     """
-    return _PREPARE[kernel.name](kernel.config, dtype, shape, tokens, device)
+    return _PREPARE[kernel.name](kernel.config, dtype, shape, tokens, device, form)
 
 
 @cache

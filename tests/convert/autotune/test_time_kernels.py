@@ -16,6 +16,7 @@ from prox24_lightning.convert.measurement import Timing
 @pytest.mark.parametrize("offset", [1.0, float("nan")])
 def test_a_kernel_whose_products_are_wrong_is_not_timed(monkeypatch, offset):
     weight = torch.randn(8, 128)
+    weights = time_kernels.Weights([weight], [weight])
     few, wrong = Kernel.few(TILINGS[0]), Kernel.few(TILINGS[1])
 
     def prepared(kernel, *_):
@@ -27,7 +28,7 @@ def test_a_kernel_whose_products_are_wrong_is_not_timed(monkeypatch, offset):
     monkeypatch.setattr(time_kernels, "prepare", prepared)
     monkeypatch.setattr(time_kernels, "capture", lambda call: SimpleNamespace(replay=call))
     monkeypatch.setattr(time_kernels, "time_calls", measured)
-    found = time_kernels.time_point(((8, 128), 3), torch.float32, [few, wrong], ["a note"], [weight], [weight])
+    found = time_kernels.time_point(((8, 128), 3), torch.float32, [few, wrong], ["a note"], weights)
     assert list(found.kernels) == [str(few)]
     assert found.notes[0] == "a note"
     assert f"{wrong}: wrong products on this machine" in found.notes[1]

@@ -31,10 +31,10 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(disk_cache.Machine, "here", lambda device: MACHINE)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(tune, "support", lambda device: Support("cusparselt", ""))
+    monkeypatch.setattr(tune, "support", lambda device, form=None: Support("cusparselt", ""))
     monkeypatch.setattr(nvrtc, "is_available", lambda: True)
     monkeypatch.setattr(
-        tune, "time_kernels", lambda points, dtype, device: {at: times(at[1], 10, few=5) for at in points}
+        tune, "time_kernels", lambda points, dtype, device, form: {at: times(at[1], 10, few=5) for at in points}
     )
 
 

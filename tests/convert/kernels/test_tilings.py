@@ -9,6 +9,7 @@ from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS, Tiling
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
 from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
 from prox24_lightning.convert.kernels.warpgroup.kernel import wgmma_instruction
+from prox24_lightning.convert.kernels.warpgroup.tiling import ROUNDED_TILINGS
 from prox24_lightning.convert.kernels.warpgroup.tiling import TILINGS as WARPGROUP_TILINGS
 from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as WarpgroupTiling
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
@@ -49,20 +50,51 @@ def test_warpgroup_tilings_fit_the_gpu():
     assert all(tiling.tokens == 8 or tiling.across > 1 for tiling in warpgroup_tilings(5, (9, 0)))
     assert any(tiling.across > 1 for tiling in warpgroup_tilings(5, (9, 0))), "to share takes sixteen tokens"
     for tiling in WARPGROUP_TILINGS:
-        assert tiling.shared_bytes <= 227 * 1024
+        assert tiling.shared_bytes() <= 227 * 1024
         assert tiling.threads <= 1024
         assert tiling.stages >= 2
         assert tiling.across * tiling.cluster <= 8, "the largest cluster that every GPU of the kind takes"
         assert tiling.tokens // tiling.across % 8 == 0, "the copy engine swizzles eight rows at a time"
-        assert tiling.stage_bytes % 1024 == 0
+        assert tiling.stage_bytes() % 1024 == 0
 
 
 def test_macros_and_instruction_of_a_warpgroup_tiling():
     tiling = WarpgroupTiling(64, 2, 2, 4, 3)
     assert tiling.macros == {"TOKENS": 64, "GROUPS": 2, "CR": 2, "CS": 4, "STAGES": 3}
     assert all(name in warpgroup.SOURCE.read_text() for name in tiling.macros)
-    assert (tiling.rows, tiling.threads, tiling.stage_bytes) == (128, 288, 128 * 128 + 64 * 256 + 2048)
+    assert (tiling.rows, tiling.threads, tiling.stage_bytes()) == (128, 288, 128 * 128 + 64 * 256 + 2048)
     text = wgmma_instruction(64, torch.bfloat16)
     assert "m64n64k32.f32.bf16.bf16" in text
-    assert "float (&d)[32]" in text
+    assert "Sum (&d)[32]" in text
     assert text.count("+f") == 32
+
+
+def test_instructions_of_8_bits():
+    fp8, int8 = (wgmma_instruction(16, torch.bfloat16, form) for form in ("fp8_e4m3", "int8"))
+    assert "m64n16k64.f32.e4m3.e4m3" in fp8
+    assert "p, 1, 1; }" in fp8
+    assert "m64n16k64.s32.s8.s8" in int8
+    assert "p; }" in int8
+    assert int8.count("+r") == 8
+
+
+def test_rounded_tilings_hold_twice_the_metadata():
+    for tiling in ROUNDED_TILINGS:
+        assert tiling.stage_bytes(rounded=True) == tiling.stage_bytes() + 16 * tiling.rows
+        assert tiling.shared_bytes(rounded=True) <= 227 * 1024
+        assert tiling.stages >= 2
+        assert tiling.across * tiling.cluster <= 8
+        assert tiling.tokens // tiling.across % 8 == 0
+    for tokens in (1, 16, 100, 512):
+        assert warpgroup_tilings(tokens, (9, 0), rounded=True)
+    assert warpgroup_tilings(1, (8, 9), rounded=True) == ()
+    shape = (8192, 8192)
+    one = ROUNDED_TILINGS[0]
+    assert one.cost(shape, 1, rounded=True) < one.cost(shape, 1)
+
+
+def test_float8_in_few_tokens_needs_instructions_of_its_own():
+    assert few_tokens_tilings(8, (8, 9), "fp8_e4m3")
+    assert few_tokens_tilings(8, (8, 6), "fp8_e4m3") == ()
+    assert few_tokens_tilings(8, (9, 0), "fp8_e4m3") == ()
+    assert few_tokens_tilings(8, (8, 0), "int8") == few_tokens_tilings(8, (8, 0))

@@ -8,13 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.product import Product, cast_bias
 
 
-def prepare(config: Sequence[int], dtype: torch.dtype, shape: tuple[int, int], tokens: int, device: int) -> Product:
+def prepare(
+    config: Sequence[int],
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    tokens: int,
+    device: int,
+    form: RoundedForm | None = None,
+) -> Product:
     """Return a product that needs the dense weight and ignores the packed one.
 
-    Its inputs are (tokens, in_features), not padded. ``config`` is empty.
+    Its inputs are (tokens, in_features), not padded. ``config`` is empty; the packed weight may have any ``form``.
     """
 
     def product(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

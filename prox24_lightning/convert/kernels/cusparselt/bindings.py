@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
+from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, unpack_24
+from prox24_lightning.convert.format.rounding import RoundedForm
+from prox24_lightning.convert.kernels import rounded_buffer
 from prox24_lightning.convert.kernels.packed_buffer import from_buffer, random_buffer, to_buffer
 
 OLDEST = 600
@@ -135,30 +137,40 @@ class Support(NamedTuple):
 
 
 @cache
-def support(device: int) -> Support:
-    """Return the kernel for many tokens on a GPU.
+def support(device: int, form: RoundedForm | None = None) -> Support:
+    """Return the kernel for many tokens on a GPU and a weight of 16 bits, or of 8 bits (``form``).
 
     It is "cusparselt" with our own plans, or else "torch" (its operator, which reads the same buffer), or else
-    "expand", which needs no cuSPARSELt. The layout of the library's metadata is not documented, so it is compared with
-    ours first (:mod:`~prox24_lightning.convert.kernels.packed_buffer`).
+    "expand", which needs no cuSPARSELt, and for 8 bits takes the place of "torch" too. The layout of the library's
+    metadata is not documented, so it is compared with ours first
+    (:mod:`~prox24_lightning.convert.kernels.packed_buffer`, :mod:`~prox24_lightning.convert.kernels.rounded_buffer`).
     """
     if not torch.backends.cusparselt.is_available():
         return Support("expand", "torch was built without cuSPARSELt")
     with torch.cuda.device(device):
         try:
-            weight = unpack_24(
-                from_buffer(random_buffer(_PROBE, torch.float16, torch.device("cuda"), 0), _PROBE, torch.float16)
-            )
-            theirs = torch._cslt_compress(weight)
+            ours, weight = _probe(form)
+            theirs = torch._cslt_compress(weight).view(ours.dtype).flatten()
         except RuntimeError as error:
             return Support("expand", f"cuSPARSELt does not run on this GPU: {str(error).splitlines()[0]}")
-        if not torch.equal(theirs.view(torch.int16).flatten(), to_buffer(pack_24(weight)).flatten()):
+        if not torch.equal(theirs, ours[: len(theirs)]):
             return Support("expand", "cuSPARSELt keeps the metadata in an unknown order on this GPU")
         try:
             load()
         except CusparseltError as error:
-            return Support("torch", str(error))
+            return Support("torch" if form is None else "expand", str(error))
     return Support("cusparselt", "")
+
+
+def _probe(form: RoundedForm | None) -> tuple[Tensor, Tensor]:
+    """Return a flat buffer of ours, and the dense weight whose values it holds."""
+    gpu = torch.device("cuda")
+    if form is None:
+        weight = unpack_24(from_buffer(random_buffer(_PROBE, torch.float16, gpu, 0), _PROBE, torch.float16))
+        return to_buffer(pack_24(weight)).flatten(), weight
+    buffer = rounded_buffer.random_buffer(_PROBE, form, gpu, 0)
+    packed = rounded_buffer.from_buffer(buffer, _PROBE, form, torch.float16)
+    return buffer, unpack_24(PackedWeight(packed.values, packed.indices, _PROBE))
 
 
 def pad_tokens(inputs: Tensor, tokens: int) -> Tensor:

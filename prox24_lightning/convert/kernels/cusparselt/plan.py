@@ -22,9 +22,9 @@ _NOT_TRANSPOSED, _TRANSPOSED = 0, 1  # cusparseOperation_t
 _COMPUTE_32I, _COMPUTE_32F = 0, 2  # cusparseComputeType
 _ALIGNMENT = 16
 _TYPES = {torch.float16: 2, torch.bfloat16: 14, torch.int8: 3, torch.float8_e4m3fn: 28}  # cudaDataType
-_ALPHA_VECTOR, _BIAS_POINTER = 5, 8  # cusparseLtMatmulDescAttribute_t
+_BIAS_POINTER = 8  # cusparseLtMatmulDescAttribute_t
 _CONFIG_ID, _CONFIG_MAX_ID = 0, 1  # cusparseLtMatmulAlgAttribute_t
-_ONE, _ZERO = byref(c_float(1)), byref(c_float(0))
+_ZERO = byref(c_float(0))
 
 
 class Plan:
@@ -38,7 +38,8 @@ class Plan:
         tokens: a multiple of :data:`TOKEN_MULTIPLE`.
         bias: address of the bias in ``dtype``, which must stay where it is; 0 for none.
         algorithm: one of :attr:`algorithms`; None takes the library's default.
-        values: dtype of weight and input if it is not ``dtype``: float8_e4m3fn or int8, with scales of the rows.
+        values: dtype of weight and input if it is not ``dtype``: float8_e4m3fn or int8.
+        factor: of the product, a power of two: sums of 8-bit values are as large as float16 cannot hold.
 
     Raises:
         CusparseltError: if the library refuses the shape or the algorithm.
@@ -54,6 +55,7 @@ class Plan:
         bias: int = 0,
         algorithm: int | None = None,
         values: torch.dtype | None = None,
+        factor: float = 1.0,
     ) -> None:
         out_features, in_features = shape
         kind, out_kind = c_int(_TYPES[values or dtype]), c_int(_TYPES[dtype])
@@ -83,12 +85,6 @@ class Plan:
             *(handle, self._product, c_int(_NOT_TRANSPOSED), c_int(_TRANSPOSED)),
             *(self._weight, self._rows, self._result, self._result, compute),
         )
-        if values is not None:
-            enabled = c_int(1)
-            call(
-                "cusparseLtMatmulDescSetAttribute",
-                *(handle, self._product, c_int(_ALPHA_VECTOR), byref(enabled), c_size_t(4)),
-            )
         if bias:
             pointer = c_void_p(bias)
             call(
@@ -103,15 +99,13 @@ class Plan:
         size = c_size_t()
         call("cusparseLtMatmulGetWorkspace", handle, self._plan, byref(size))
         self.workspace_bytes = size.value
-        self._addresses = ctypes.addressof(handle), ctypes.addressof(self._plan)
+        self._factor = c_float(factor)
+        self._addresses = ctypes.addressof(handle), ctypes.addressof(self._plan), ctypes.addressof(self._factor)
 
-    def run(self, weight: int, rows: int, result: int, workspace: int, stream: int, row_scales: int = 0) -> None:
-        """Launch the product; every argument is an address (``Tensor.data_ptr()``), ``stream`` a CUDA stream.
-
-        ``row_scales`` are float32 (out_features,), of 8-bit values only.
-        """
+    def run(self, weight: int, rows: int, result: int, workspace: int, stream: int) -> None:
+        """Launch the product; every argument is an address (``Tensor.data_ptr()``), ``stream`` a CUDA stream."""
         status = self._library.multiply(
-            *self._addresses, row_scales or _ONE, weight, rows, _ZERO, result, result, workspace, byref(c_void_p(stream)), 1
+            *self._addresses, weight, rows, _ZERO, result, result, workspace, byref(c_void_p(stream)), 1
         )
         if status:
             self._library.fail("cusparseLtMatmul", status)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prox24_lightning.convert.format.rounding import RoundedForm
+from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.cuda_driver import CudaFunction
 from prox24_lightning.convert.kernels.nvrtc import compile_program
-from prox24_lightning.convert.kernels.packed_buffer import padded_shape
 from prox24_lightning.convert.kernels.product import Product, cast_bias
+from prox24_lightning.convert.kernels.round_tokens.kernel import form_macro
 
 SOURCE = Path(__file__).with_name("kernel.cu")
 
@@ -29,28 +31,41 @@ class _Parameters(Structure):
     _fields_ = (("packed", c_void_p), ("dense", c_void_p), ("rows", c_int), ("columns", c_int))
 
 
-def expand(buffer: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return the dense (out_features, in_features) weight of a packed buffer on a GPU, exactly."""
-    rows, columns = padded_shape(shape)
+def expand(buffer: Tensor, shape: tuple[int, int], dtype: torch.dtype, form: RoundedForm | None = None) -> Tensor:
+    """Return the dense (out_features, in_features) weight of a packed buffer on a GPU, exactly.
+
+    A weight of 8 bits (``form``) is the product of value and scale, rounded once to ``dtype``.
+    """
+    rows, columns = _padded_shape(shape, form)
     dense = torch.empty(rows, columns, dtype=dtype, device=buffer.device)
     device = buffer.device.index
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
-        _function(device)(_grid(rows, columns), stream, buffer.data_ptr(), dense.data_ptr(), rows, columns)
+        launch = _function(device, dtype, form)
+        launch(_grid(rows, columns), stream, buffer.data_ptr(), dense.data_ptr(), rows, columns)
     return dense[: shape[0], : shape[1]]
 
 
-def prepare(config: Sequence[int], dtype: torch.dtype, shape: tuple[int, int], tokens: int, device: int) -> Product:
+def prepare(
+    config: Sequence[int],
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    tokens: int,
+    device: int,
+    form: RoundedForm | None = None,
+) -> Product:
     """Return a product that expands the weight at every call and multiplies with cuBLAS; ``config`` is empty.
+
+    The inputs of a weight of 8 bits (``form``) are not rounded, nor padded.
 
     Raises:
         CudaError: if the kernel cannot be compiled or loaded here.
     """
     out_features, in_features = shape
-    rows, columns = padded_shape(shape)
+    rows, columns = _padded_shape(shape, form)
     gpu = torch.device("cuda", device)
     raw_stream = torch._C._cuda_getCurrentRawStream
-    launch, grid = _function(device), _grid(rows, columns)
+    launch, grid = _function(device, dtype, form), _grid(rows, columns)
 
     def product(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         dense = torch.empty((rows, columns), dtype=dtype, device=gpu)
@@ -67,8 +82,13 @@ def _grid(rows: int, columns: int) -> tuple[int, int, int]:
     return rows, -(-columns // _INPUTS_A_BLOCK), 1
 
 
+def _padded_shape(shape: tuple[int, int], form: RoundedForm | None) -> tuple[int, int]:
+    return packed_buffer.padded_shape(shape) if form is None else rounded_buffer.padded_shape(shape)
+
+
 @cache
-def _function(device: int) -> CudaFunction:
-    code = compile_program(SOURCE.read_text(), {}, torch.cuda.get_device_capability(device))
+def _function(device: int, dtype: torch.dtype, form: RoundedForm | None) -> CudaFunction:
+    macros = {"FORM": form_macro(form), "BF16": int(dtype == torch.bfloat16)}
+    code = compile_program(SOURCE.read_text(), macros, torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
         return CudaFunction(code, "expand", _Parameters, _THREADS)

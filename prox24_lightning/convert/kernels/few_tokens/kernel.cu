@@ -20,8 +20,8 @@
 // groups of quads c / 2 and c / 2 + 2.
 // In 8 bits (mma.sp, m16n8k64) a block has 32 groups, of half the bytes, and the same reads give each product the groups
 // 8p + 4t and 8p + 4t + 1 of quads p as the hardware's groups 2p and 2p + 1, and the two behind them as its groups 8 + 2p
-// and 9 + 2p. A lane supplies the metadata of row r + c % 2 * 8 and of the lower (c < 2) or upper eight of these groups:
-// byte 2t + c / 2 of each of the four words of a row.
+// and 9 + 2p. A lane supplies the metadata of row r + c % 2 * 8 and of the lower (c < 2) or upper eight of these groups: two
+// bytes of word 2t + c / 2 of the 16 bytes of row r in each of the two tiles of a block.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -45,9 +45,9 @@ __device__ __forceinline__ uint4 load_once(const void* address) {
   return v;
 }
 
-__device__ __forceinline__ uint2 load_words_once(const void* address) {
-  uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+__device__ __forceinline__ u32 load_two_words_once(const void* address) {
+  u32 v;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(address));
   return v;
 }
 
@@ -111,12 +111,10 @@ __device__ __forceinline__ u16 to_half(float f) {
 struct Weight {
   uint4 upper[MT], lower[MT];  // of rows r and r + 8
 #if FORM
-  uint2 words[MT][2];  // the metadata of row r + c % 2 * 8
+  u32 words[MT][2][2];  // of the metadata as stored, for each product and tile: even bytes row r, odd ones row r + 8
 
-  // Byte `place` of each word.
-  __device__ __forceinline__ u32 metadata(int i, int place) const {
-    const u32 two = place | (place + 4) << 4;
-    return __byte_perm(__byte_perm(words[i][0].x, words[i][0].y, two), __byte_perm(words[i][1].x, words[i][1].y, two), 0x5410);
+  __device__ __forceinline__ u32 metadata(int i, int t) const {
+    return __byte_perm(words[i][t][0], words[i][t][1], threadIdx.x % 2 ? 0x7531 : 0x6420);
   }
 #else
   u32 words[MT];  // the metadata as stored: even nibbles row r, odd ones row r + 8
@@ -144,7 +142,7 @@ struct Source {
       lower[i] = (const char*)(values + (size_t)(i * 16 + 8) * (columns / 2));
     }
     const char* tiles = (const char*)(packed + (size_t)rows * (columns / 2)) + (size_t)(row / 64) * (columns / 32) * TILE;
-    metadata = tiles + row % 64 / 16 * (TILE / 4) + (size_t)block * (2 * TILE) + (FORM ? (lane / 4 + lane % 2 * 8) * 8 : lane * 2);
+    metadata = tiles + row % 64 / 16 * (TILE / 4) + (size_t)block * (2 * TILE) + (FORM ? lane / 4 * 16 + lane / 2 % 2 * 4 : lane * 2);
   }
 
   __device__ __forceinline__ void load(Weight& w, int ahead) const {
@@ -154,7 +152,9 @@ struct Source {
       w.lower[i] = load_once(lower[i] + ahead * 64);
       const char* p = metadata + i * (TILE / 4) + ahead * (2 * TILE);
 #if FORM
-      w.words[i][0] = load_words_once(p), w.words[i][1] = load_words_once(p + TILE);
+#pragma unroll
+      for (int t = 0; t < 2; t++)
+        w.words[i][t][0] = load_two_words_once(p + t * 8), w.words[i][t][1] = load_two_words_once(p + t * 8 + TILE);
 #else
       w.words[i] = load_word_once(p) | load_word_once(p + TILE) << 16;
 #endif
@@ -181,7 +181,7 @@ struct Operands {
       a[i][1][0] = w.upper[i].z ^ zero, a[i][1][1] = w.lower[i].z ^ zero;
       a[i][1][2] = w.upper[i].w ^ zero, a[i][1][3] = w.lower[i].w ^ zero;
 #if FORM
-      metadata[i][0] = w.metadata(i, threadIdx.x / 2 % 2), metadata[i][1] = w.metadata(i, 2 + threadIdx.x / 2 % 2);
+      metadata[i][0] = w.metadata(i, 0), metadata[i][1] = w.metadata(i, 1);
 #else
       metadata[i][0] = metadata[i][1] = w.metadata(i);
 #endif

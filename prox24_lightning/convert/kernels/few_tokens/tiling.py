@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
+from prox24_lightning.convert.format.rounding import RoundedForm
+
 OLDEST_CAPABILITY = (8, 0)
 """Sparse tensor cores; clusters of blocks (``cluster`` above 1) need 9.0."""
+
+OLDEST_FP8_CAPABILITY, WITHOUT_FP8 = (8, 9), (9, 0)
+"""float8 has come with 8.9; on Hopper only ``wgmma`` multiplies it, and ``mma`` is made of conversions to float16."""
 
 MOST_TOKENS = 256
 """Above this, cuSPARSELt is faster: its kernels are made for products bound by arithmetic."""
@@ -89,12 +94,15 @@ TILINGS = tuple(
 """The tilings worth measuring: of about a hundred, the fastest for each number of tokens on some shape (H200)."""
 
 
-def tilings(tokens: int, capability: tuple[int, int]) -> tuple[Tiling, ...]:
+def tilings(tokens: int, capability: tuple[int, int], form: RoundedForm | None = None) -> tuple[Tiling, ...]:
     """Return the tilings to measure for ``tokens`` tokens on a GPU; none above :data:`MOST_TOKENS` or before 8.0.
 
-    They are the smallest that take all tokens at once; above 64 tokens also those that take 64 at a time.
+    A weight of float8 has none before 8.9 and on Hopper. They are the smallest that take all tokens at once; above 64
+    tokens also those that take 64 at a time.
     """
     if capability < OLDEST_CAPABILITY or tokens > MOST_TOKENS:
+        return ()
+    if form == "fp8_e4m3" and (capability < OLDEST_FP8_CAPABILITY or capability == WITHOUT_FP8):
         return ()
     able = [tiling for tiling in TILINGS if tiling.cluster == 1 or capability >= _CLUSTERS]
     least = min(tiling.tokens for tiling in able if tiling.tokens >= min(tokens, _AT_ONCE))

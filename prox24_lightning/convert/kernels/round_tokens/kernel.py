@@ -7,7 +7,7 @@ Run on compute capability 9.0; on 8.0 to 8.9 the program has only been compiled.
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import Structure, c_int, c_void_p
+from ctypes import Structure, c_float, c_int, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ OVERLAPPING = (9, 0)
 _THREADS = 256
 _FORMS: dict[RoundedForm, int] = {"fp8_e4m3": 1, "int8": 2}
 _INPUTS_A_BLOCK = 8 * _THREADS
+_HELD = (1, 2, 4, 8)
 
 RoundTokens = Callable[[Tensor, int], Tensor]
 """(inputs, address of the fixed scale or of a 0) -> int8 (bytes,): the values row by row, then the tokens' scales."""
@@ -42,6 +43,7 @@ class _ScaleParameters(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("sums", "token_scales", "row_scales", "bias", "y")),
         *((name, c_int) for name in ("outputs", "stride")),
+        ("unit", c_float),
     )
 
 
@@ -51,9 +53,9 @@ def form_macro(form: RoundedForm | None) -> int:
 
 
 @cache
-def compile_round_tokens(form: RoundedForm, dtype: torch.dtype, capability: tuple[int, int]) -> bytes:
-    """Return the machine code for inputs of ``dtype``, kept for the process."""
-    macros = {"BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form)}
+def compile_round_tokens(form: RoundedForm, dtype: torch.dtype, capability: tuple[int, int], held: int = 1) -> bytes:
+    """Return the machine code for inputs of ``dtype``, kept for the process; ``held`` is the macro HELD."""
+    macros = {"BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form), "HELD": held}
     return compile_program(SOURCE.read_text(), macros, capability)
 
 
@@ -73,7 +75,8 @@ def prepare(
     Raises:
         CudaError: if the kernel cannot be compiled or loaded here.
     """
-    launch = _round_function(form, dtype, device)
+    held = next((held for held in _HELD if held * _INPUTS_A_BLOCK >= columns), _HELD[-1])
+    launch = _round_function(form, dtype, device, held)
     gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
     size = tokens * columns
     grid = tokens, 1, 1
@@ -88,9 +91,15 @@ def prepare(
 
 
 def prepare_scaling(
-    form: RoundedForm, dtype: torch.dtype, out_features: int, stride: int, tokens: int, device: int
+    form: RoundedForm,
+    dtype: torch.dtype,
+    out_features: int,
+    stride: int,
+    tokens: int,
+    device: int,
+    unit: float = 1.0,
 ) -> Callable[[Tensor, int, int, Tensor | None], Tensor]:
-    """Return ``(sums, address of the tokens' scales, of the rows' scales or 0, bias or None) -> outputs``.
+    """Return ``(sums, address of the tokens' scales, of the rows' scales, bias or None) -> outputs``.
 
     Args:
         form: of the program.
@@ -99,6 +108,7 @@ def prepare_scaling(
         stride: sums of a token in memory, a multiple of 8.
         tokens: rows of sums and outputs.
         device: index of the GPU.
+        unit: what the sums are multiplied by as well.
     """
     launch = _scale_function(form, dtype, device)
     gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
@@ -107,7 +117,8 @@ def prepare_scaling(
     def scale_tokens(sums: Tensor, token_scales: int, row_scales: int, bias: Tensor | None) -> Tensor:
         out = torch.empty((tokens, out_features), dtype=dtype, device=gpu)
         addresses = 0 if bias is None else bias.data_ptr(), out.data_ptr()
-        launch(grid, raw_stream(device), sums.data_ptr(), token_scales, row_scales, *addresses, out_features, stride)
+        sizes = out_features, stride, unit
+        launch(grid, raw_stream(device), sums.data_ptr(), token_scales, row_scales, *addresses, *sizes)
         return out
 
     return scale_tokens
@@ -119,9 +130,9 @@ def values_view(rounded: Tensor, form: RoundedForm, tokens: int, columns: int) -
 
 
 @cache
-def _round_function(form: RoundedForm, dtype: torch.dtype, device: int) -> CudaFunction:
+def _round_function(form: RoundedForm, dtype: torch.dtype, device: int, held: int) -> CudaFunction:
     capability = torch.cuda.get_device_capability(device)
-    code = compile_round_tokens(form, dtype, capability)
+    code = compile_round_tokens(form, dtype, capability, held)
     with torch.cuda.device(device):
         return CudaFunction(code, "round_tokens", _RoundParameters, _THREADS, early=capability >= OVERLAPPING)
 

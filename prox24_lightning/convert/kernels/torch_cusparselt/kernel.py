@@ -7,12 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.cusparselt.bindings import pad_tokens
 from prox24_lightning.convert.kernels.product import Product
 
 
-def prepare(config: Sequence[int], dtype: torch.dtype, shape: tuple[int, int], tokens: int, device: int) -> Product:
-    """Return a product on ``torch._cslt_sparse_mm``; ``config`` is empty."""
+def prepare(
+    config: Sequence[int],
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    tokens: int,
+    device: int,
+    form: RoundedForm | None = None,
+) -> Product:
+    """Return a product on ``torch._cslt_sparse_mm``, of 16 bits only; ``config`` is empty."""
 
     def product(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         packed = buffer.view(dtype)

@@ -14,7 +14,8 @@
 // of all tokens (each block of a cluster row loads its share and multicasts it), and the metadata. A tile of
 // metadata is what four warps need for one product: warp w has the 64 bytes from 64 w on, and of these the eight bytes
 // of row r hold group c in byte 2c and group 4 + c in byte 2c + 1, row r in the lower four bits and row r + 8 in the upper.
-// In 8 bits a tile has 64 rows by 64 inputs: METADATA_8BIT.
+// In 8 bits warp w has the 128 bytes from 128 w on, and of these the 16 bytes of row r are four words: word i holds groups
+// 2i and 2i + 1 of row r, of row r + 8, and groups 8 + 2i and 9 + 2i of row r and of row r + 8, a byte each.
 //
 // The kernel may start while the one before it ends, and waits before it reads or writes memory; but in 8 bits the one
 // before it is round_tokens, which waits for all before it, so the weight can be read at once.
@@ -98,8 +99,11 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #if FORM
 constexpr int WORDS = 4;  // of metadata that a lane supplies to the products of a stage: one to each
 
+// Lane c of four supplies byte c of each word.
 __device__ __forceinline__ u32 lane_metadata(const char* tile, int lane) {
-  return *(const u32*)(tile + (lane / 4 + lane % 2 * 8) * 8 + lane / 2 % 2 * 4);
+  const uint4 row = *(const uint4*)(tile + lane / 4 * 16);
+  const u32 two = lane % 4 | (lane % 4 + 4) << 4;
+  return __byte_perm(__byte_perm(row.x, row.y, two), __byte_perm(row.z, row.w, two), 0x5410);
 }
 #else
 constexpr int WORDS = 2;

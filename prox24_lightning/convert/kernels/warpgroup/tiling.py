@@ -94,8 +94,22 @@ TILINGS = tuple(
 )
 """The tilings worth measuring: of some fifty, the fastest for each number of tokens on some shape (H200)."""
 
+ROUNDED_TILINGS = tuple(
+    most_stages(tokens, *numbers, rounded=True)
+    for tokens, cuts in (
+        (8, ((2, 1, 1, 2), (2, 1, 1), (1, 1, 1), (1, 1, 2), (2, 1, 2, 2), (2, 1, 2), (2, 1, 4, 2), (1, 1, 4))),
+        (16, ((2, 1, 1, 2), (1, 1, 1), (1, 1, 2), (1, 1, 2, 2), (2, 1, 2), (2, 2, 1, 2), (2, 2, 2), (2, 1, 4, 2))),
+        (32, ((2, 1, 1), (2, 1, 2), (1, 1, 2), (2, 2, 1, 2), (2, 2, 2), (2, 1, 3), (1, 1, 4), (1, 1, 8))),
+        (64, ((2, 1, 1), (2, 1, 2), (2, 2, 1), (2, 4, 1), (2, 2, 2), (2, 2, 3), (1, 1, 2), (1, 1, 4), (4, 1, 2))),
+        (128, ((2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (2, 1, 3), (2, 1, 4), (3, 1, 2), (4, 1, 1), (2, 4, 1))),
+        (256, ((2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (2, 4, 1), (1, 1, 2))),
+    )
+    for numbers in cuts
+)
+"""Those of a weight of 8 bits."""
 
-def tilings(tokens: int, capability: tuple[int, int]) -> tuple[Tiling, ...]:
+
+def tilings(tokens: int, capability: tuple[int, int], *, rounded: bool = False) -> tuple[Tiling, ...]:
     """Return the tilings to measure for ``tokens`` tokens; none above :data:`MOST_TOKENS` or on other GPUs than Hopper.
 
     They are the smallest that take all tokens at once; above 128 tokens also those that take 128 at a time, and up to
@@ -103,11 +117,12 @@ def tilings(tokens: int, capability: tuple[int, int]) -> tuple[Tiling, ...]:
     """
     if capability != CAPABILITY or tokens > MOST_TOKENS:
         return ()
-    sizes = {tiling.tokens for tiling in TILINGS}
+    known = ROUNDED_TILINGS if rounded else TILINGS
+    sizes = {tiling.tokens for tiling in known}
     least = min((size for size in sizes if size >= tokens), default=max(sizes))
     shared = 2 * least if least == min(sizes) else 0
     return tuple(
         tiling
-        for tiling in TILINGS
+        for tiling in known
         if tiling.tokens in (least, min(least, _AT_ONCE)) or (tiling.tokens == shared and tiling.across > 1)
     )
