@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.format.packed_weight import CHUNK_ENTRIES, PackedWeight, pack_24, padded_width, unpack_24
+from prox24_lightning.convert.format.chunks import CHUNK_ENTRIES
+from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, padded_width, unpack_24
 from prox24_lightning.convert.format.rounding import VALUE_DTYPES, RoundedForm, RoundedRows
 
 ROW_MULTIPLE, INPUT_MULTIPLE = 64, 128
