@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from platform import python_version
 
+from prox24_lightning.io.documents import hub_documents
 from prox24_lightning.io.near_duplicates import all_windows, held_out_names, shares_window
 from prox24_lightning.io.texts import Split, TextSource
 from recipes.stdlib_text import read_documents, stdlib_documents, stdlib_held_out
@@ -85,12 +85,8 @@ class HubText(TextSource):
         self.documents = documents
 
     def texts(self, split: Split) -> Iterable[str]:
-        from datasets import load_dataset
-
         source, part = self.sources[split]
-        name, _, configuration = source.partition(":")
-        rows = load_dataset(name, configuration or None, split=part, streaming=True)
-        return [row["text"] for row in islice(rows, self.documents)]
+        return hub_documents(source, split, self.documents, part=part)
 
     def describe(self) -> str:
         calibration, evaluation = ("{} ({})".format(*self.sources[split]) for split in ("calibration", "evaluation"))

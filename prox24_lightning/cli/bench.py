@@ -14,21 +14,21 @@ from torch import nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.cli.generation_rows import GenerateCalls, with_generation
-from prox24_lightning.convert.benchmark.example_inputs import own_example
+from prox24_lightning.convert.benchmark.example_inputs import model_inputs, own_example
 from prox24_lightning.convert.benchmark.language_report import Workload
 from prox24_lightning.convert.benchmark.render import print_report, write_report
 from prox24_lightning.convert.benchmark.render_language import language_figure
 from prox24_lightning.convert.benchmark.report import Report, RunMode
 from prox24_lightning.convert.benchmark.run import run_benchmark
-from prox24_lightning.convert.benchmark.settings import Settings
+from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
 from prox24_lightning.convert.benchmark.time_language_model import time_language_model
 from prox24_lightning.convert.eligibility import find_target
-from prox24_lightning.io.pretrained import Dtype, Head
+from prox24_lightning.io.pretrained import Dtype, Head, is_causal_lm
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.io.texts import PlainText, PythonTopics, TextSource, perplexity, token_sequences
 from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.errors import describe
-from prox24_lightning.utils.files import check_folder, replacing
+from prox24_lightning.utils.files import check_output, replacing
 
 TOKEN_COUNTS = (1, 16, 64, 1024, 4096)
 
@@ -36,17 +36,20 @@ TOKEN_COUNTS = (1, 16, 64, 1024, 4096)
 def bench(
     model: str,
     out: Path = Path("runs/bench"),
+    overwrite: bool = False,
     package: bool = False,
     file: str | None = None,
-    head: Head = "causal_lm",
+    head: Head = "auto",
     weights: Dtype = "auto",
+    revision: str | None = None,
+    download: bool = False,
     run_config: Path | None = None,
     dtype: Literal["bfloat16", "float16"] = "bfloat16",
     token_counts: list[int] | None = None,
     prefill: int = 1024,
     context: int = 512,
     batches: list[int] | None = None,
-    text: Path | None = None,
+    text: str | None = None,
     sequences: int = 16,
     length: int = 512,
     run_mode: RunMode = "graph",
@@ -68,10 +71,13 @@ def bench(
         model: Hugging Face name or folder, packed folder or file, checkpoint (.ckpt, .pt, .safetensors), or config
             (.yaml).
         out: folder for the results.
+        overwrite: write into a folder that holds files already.
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
-        head: auto class of transformers that loads a Hugging Face model.
+        head: auto class of transformers that loads a Hugging Face model; auto takes the class that its config names.
         weights: dtype of loading; auto is the model's own.
+        revision: branch, tag or commit of a model of the hub; null is the main branch.
+        download: fetch a model of the hub that is not in its cache; false opens no connection.
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
         dtype: of dense and sparse layers.
         token_counts: rows of input at which layers are timed, and at none of which a converted one may be slower; null:
@@ -79,7 +85,8 @@ def bench(
         prefill: tokens of the prompt.
         context: tokens in the cache while decoding.
         batches: sequences decoded at a time; null: 1 and 8.
-        text: UTF-8 file for the perplexity; null takes the help topics of Python.
+        text: for the perplexity: a UTF-8 file, a folder of text files, a .jsonl file with a field "text", or a data set
+            of the hub (with --download); null takes the help topics of Python.
         sequences: number of sequences for the perplexity; 0 for none.
         length: tokens of each.
         run_mode: the times that decide what is converted: eager calls, or calls replayed from a CUDA graph.
@@ -104,7 +111,7 @@ def bench(
             or min(sequences, generate) < 0
         ):
             raise ValueError("prefill, context, batches and length must be 1 or more, sequences and generate 0 or more")
-        check_folder(out)
+        check_output(out, overwrite=overwrite)
         target = find_target()
         if target is None:
             raise ValueError(
@@ -113,14 +120,23 @@ def bench(
             )
         if target.problem is not None:
             raise ValueError(f"nothing runs sparse on this GPU: {target.problem}")
-        data = PythonTopics() if text is None else PlainText(text)
-        source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
+        data = PythonTopics() if text is None else PlainText(text, download=download)
+        source = load_source(
+            model,
+            package=package,
+            file=file,
+            head=head,
+            dtype=weights,
+            revision=revision,
+            download=download,
+            config=run_config,
+        )
         if token_counts is None and _is_language_model(source):
             settings = replace(settings, token_counts=tuple(sorted({workload.tokens for workload in workloads})))
         console = Console()
         facts = describe_environment()
-        score, about = _score(source, data, sequences, length) if head == "causal_lm" else (None, None)
-        report = run_benchmark(source.model, settings, inputs=own_example(source.model) if source.callable else None)
+        score, about = _score(source, data, sequences, length) if _is_language_model(source) else (None, None)
+        report = run_benchmark(source.model, settings, inputs=_example(source))
         if not report.shapes:
             raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor gives the reasons")
         report = replace(report, machine={"model": source.description, **facts, **report.machine})
@@ -140,8 +156,15 @@ def bench(
             console.print(str(path), markup=False, highlight=False)
 
 
+def _example(source: Source) -> ExampleInputs | None:
+    """Return inputs for the whole model: a LightningModule's own, or of the sizes that a transformers config names."""
+    if source.pretrained is not None and not _is_language_model(source):
+        return model_inputs(source.model)
+    return own_example(source.model) if source.callable else None
+
+
 def _is_language_model(source: Source) -> bool:
-    return source.pretrained is not None and source.pretrained.head == "causal_lm"
+    return source.pretrained is not None and is_causal_lm(source.model)
 
 
 def _with_language(
@@ -165,9 +188,10 @@ def _score(
     source: Source, data: TextSource, sequences: int, length: int
 ) -> tuple[Callable[[nn.Module], float] | None, str | None]:
     """Return a function that computes the perplexity of a model, and its text; None without a tokenizer."""
-    if not source.companions or not sequences:
+    if source.tokenizer is None or not sequences:
         return None, None
-    ids = token_sequences(source.companions[0], data.texts("evaluation"), sequences, length)
+    texts = data.texts("evaluation")
+    ids = token_sequences(source.tokenizer, texts, sequences, length, name=f"the text ({data.describe()})")
     return lambda model: perplexity(model, ids), f"{data.describe()}, {sequences} x {length} tokens"
 
 

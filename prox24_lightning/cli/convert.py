@@ -15,7 +15,7 @@ from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.oneshot.save import forget_quantization
-from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, check_folder, filling
+from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, check_output, filling
 from prox24_lightning.utils.names import collapse_names
 
 Weights = Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp8_e4m3", "int8"]
@@ -25,11 +25,14 @@ def convert(
     model: str,
     out: Path,
     form: Literal["packed", "dense"] = "packed",
+    overwrite: bool = False,
     package: bool = False,
     file: str | None = None,
-    head: Head = "causal_lm",
+    head: Head = "auto",
     weights: Weights = "auto",
     dtype: Dtype = "auto",
+    revision: str | None = None,
+    download: bool = False,
     run_config: Path | None = None,
     targets: list[str] | None = None,
     skip: list[str] | None = None,
@@ -45,25 +48,37 @@ def convert(
         out: folder to write into. Dense weights there are refused if packed ones are to be written; dense ones take the
             place of all weights that are there.
         form: packed, or dense (with zeros) to turn a packed folder back into an ordinary one.
+        overwrite: write into a folder that holds files already.
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
-        head: auto class of transformers that loads a Hugging Face model.
+        head: auto class of transformers that loads a Hugging Face model; auto takes the class that its config names.
         weights: how the packed weights are stored: fp8_e4m3 or int8 round them to 8 bits with a scale a row, a dtype
             (bf16, fp16 for short) casts the model; auto is the model's own dtype.
         dtype: with rounded weights: cast the model to it, whose dtype the weights expand to; auto is the model's own.
+        revision: branch, tag or commit of a model of the hub; null is the main branch.
+        download: fetch a model of the hub that is not in its cache; false opens no connection.
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
         targets: patterns of weights or modules that must be packed; null packs all that can be.
         skip: patterns of weights or modules that are stored dense.
     """
     with errors_as_exit("convert"):
         console = Console()
-        check_folder(out)
         if form == "packed":
             refuse_dense(out)
+        check_output(out, overwrite=overwrite)
         rounded, stored = _storage(weights, dtype)
         if rounded and form == "dense":
             raise ValueError(f"--weights {weights} rounds packed weights, and --form dense packs none: leave one out")
-        source = load_source(model, package=package, file=file, head=head, dtype=stored, config=run_config)
+        source = load_source(
+            model,
+            package=package,
+            file=file,
+            head=head,
+            dtype=stored,
+            revision=revision,
+            download=download,
+            config=run_config,
+        )
         if form == "dense":
             write_dense(out, source)
             console.print(f"wrote {source.description}, dense with zeros, to {out}", markup=False, highlight=False)

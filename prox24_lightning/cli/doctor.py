@@ -26,8 +26,10 @@ def doctor(
     model: str,
     package: bool = False,
     file: str | None = None,
-    head: Head = "causal_lm",
+    head: Head = "auto",
     weights: Dtype = "auto",
+    revision: str | None = None,
+    download: bool = False,
     run_config: Path | None = None,
     dtype: Literal["bfloat16", "float16"] = "bfloat16",
     token_counts: list[int] | None = None,
@@ -43,8 +45,10 @@ def doctor(
             (.yaml).
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
-        head: auto class of transformers that loads a Hugging Face model.
+        head: auto class of transformers that loads a Hugging Face model; auto takes the class that its config names.
         weights: dtype of loading; auto is the model's own.
+        revision: branch, tag or commit of a model of the hub; null is the main branch.
+        download: fetch a model of the hub that is not in its cache; false opens no connection.
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
         dtype: of the layers.
         token_counts: rows of a layer's input at which gains are given; null: 1, 16, 64, 1024, 4096.
@@ -56,7 +60,16 @@ def doctor(
             raise ValueError(f"token_counts={counts} must be whole numbers from 1 up")
         if json not in (None, "-"):
             check_folder(Path(json).parent)
-        source = load_source(model, package=package, file=file, head=head, dtype=weights, config=run_config)
+        source = load_source(
+            model,
+            package=package,
+            file=file,
+            head=head,
+            dtype=weights,
+            revision=revision,
+            download=download,
+            config=run_config,
+        )
         target = find_target()
         found = diagnose(
             source.model,

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
-from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.io.documents import Split
+from prox24_lightning.io.own_text import OwnText
+from prox24_lightning.io.pretrained import Pretrained, is_causal_lm
 from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.oneshot.save import save_pruned
 from prox24_lightning.solvers import Method, Refine
-from prox24_lightning.utils.files import check_folder
+from prox24_lightning.utils.files import check_output
 from prox24_lightning.weights.groups import Geometry
 
 
 def prune(
     model: Pretrained,
+    text: str | None = None,
+    eval_text: str | None = None,
     data: TextSource | None = None,
     output: Path = Path("runs/pruned"),
+    overwrite: bool = False,
+    download: bool = False,
     method: Method = "prox",
     refine: Refine | None = "masked_gradient",
     geometry: Geometry = "row",
@@ -47,8 +55,13 @@ def prune(
 
     Args:
         model: which model, and how to load it.
-        data: source of calibration and evaluation text.
+        text: calibration text: a UTF-8 file (documents end at empty lines), a folder of text files, a .jsonl file with
+            a field "text", or a data set of the hub (owner/name or owner/name:configuration, with --download).
+        eval_text: the same for the perplexity; null holds a fifth of the documents of the calibration text out.
+        data: class of a source of both texts, in place of text and eval_text.
         output: folder of the pruned model, its masks, report and card.
+        overwrite: write into an output folder that holds files already.
+        download: fetch a model or data set of the hub that is not in its cache.
         method: how masks are chosen.
         refine: how the kept weights are refitted with the mask fixed; null for not at all.
         geometry: groups of four along inputs (row), outputs (column), or both in every 4 x 4 block (block).
@@ -69,21 +82,18 @@ def prune(
         matmul_precision: high allows TF32 on GPUs that have it.
     """
     with errors_as_exit("prune"):
-        if data is None:
-            raise ValueError(
-                "data is missing; name a source of text, for instance --data recipes.calibration_text.PythonDocs"
-            )
-        check_folder(output)
+        check_output(output, overwrite=overwrite)
+        model = replace(model, download=model.download or download)
         console = Console()
         torch.set_float32_matmul_precision(matmul_precision)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # Texts first: a missing or short one costs no loading of weights.
+        source = _text_source(text, eval_text, data, download=download)
         tokenizer = model.tokenizer()
-        ids = token_sequences(tokenizer, data.texts("calibration"), sequences, length, seed=seed)
-        held_out = None
-        if eval_sequences:
-            held_out = token_sequences(tokenizer, data.texts("evaluation"), eval_sequences, length, seed=seed)
+        ids, held_out = _sequences(tokenizer, source, sequences, eval_sequences, length, seed)
         network = model.model()
+        if held_out is not None and not is_causal_lm(network):
+            raise ValueError(f"a {type(network).__name__} has no next-token perplexity: add --eval_sequences 0")
         # One block at a time goes to the device; a whole model there is faster, if it fits.
         if place.type != "cpu" and offload == "device":
             network.to(place)
@@ -113,12 +123,49 @@ def prune(
             console.print(f"held-out perplexity, 2:4: {scores['perplexity, 2:4']:.3f}")
         protocol = {
             "model": model.describe(),
-            "data": data.describe(),
+            "data": source.describe(),
             "calibration": f"{sequences} sequences of {length} tokens",
-            "evaluation": f"{eval_sequences} sequences of {length} tokens, disjoint by document",
+            "evaluation": f"{eval_sequences} sequences of {length} tokens{_apart(source)}"
+            if eval_sequences
+            else "none",
             "seed": seed,
             **{key: f"{value:.3f}" for key, value in scores.items()},
         }
         save_pruned(output, network, report, companions=[tokenizer], protocol=protocol)
         report.plot(output / "layerwise.png")
         console.print(f"saved to {output}: load it with from_pretrained; masks, report and card lie beside it")
+
+
+def _text_source(text: str | None, eval_text: str | None, data: TextSource | None, *, download: bool) -> TextSource:
+    if data is not None and (text or eval_text):
+        raise ValueError("both data and text are given: name one source of text")
+    if data is not None:
+        return data
+    if text is None:
+        raise ValueError(
+            "text is missing: name a file, a folder or a data set of your own for calibration (--text my.txt), or a "
+            "source (--data prox24_lightning.io.texts.PythonTopics)"
+        )
+    return OwnText(text, eval_text, download=download)
+
+
+def _sequences(
+    tokenizer: Any, source: TextSource, sequences: int, eval_sequences: int, length: int, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return token ids (sequences, length) for calibration and, if any are asked for, for evaluation."""
+    counts: dict[Split, int] = {"calibration": sequences, "evaluation": eval_sequences}
+    found = [
+        token_sequences(
+            tokenizer, source.texts(split), count, length, seed=seed, name=f"the {split} text ({source.describe()})"
+        )
+        for split, count in counts.items()
+        if count or split == "calibration"
+    ]
+    return found[0], found[1] if eval_sequences else None
+
+
+def _apart(source: TextSource) -> str:
+    """Return what a card says about passages that both texts have."""
+    if not isinstance(source, OwnText) or source.evaluation is None:
+        return ", disjoint by document"
+    return f"; {source.overlap():.1%} of its passages of 30 words stand in the calibration text too"

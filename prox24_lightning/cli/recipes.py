@@ -31,7 +31,7 @@ def recipes(folder: Path, overwrite: bool = False) -> None:
         if present and not overwrite:
             raise FileExistsError(
                 f"{folder} holds {present[0]}{f' and {len(present) - 1} more' if len(present) > 1 else ''} already: "
-                "name another folder, or replace them with --overwrite true"
+                "name another folder, or replace them with --overwrite"
             )
         with filling(folder) as temporary:
             for file in files:

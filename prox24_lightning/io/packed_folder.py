@@ -45,7 +45,7 @@ def load_folder(
 
     Args:
         folder: written by :func:`save_folder`.
-        auto: the auto class of transformers that builds the model (``AutoModelForCausalLM``).
+        auto: the class of transformers that builds the model: an auto class (``AutoModelForCausalLM``), or its own.
         dtype: cast the weights of a dense model to it; None keeps them as they are stored.
         device: of the model.
         sparse: see :func:`~prox24_lightning.convert.packed_model.load_packed`; the dense model never exists.
@@ -81,9 +81,10 @@ def load_folder(
 def _build(auto: Any, config: Any, dtype: torch.dtype) -> Any:
     """Build the model with weights on the meta device. Buffers that it computes, such as tables of positions, are as
     from_pretrained makes them: computed in float32, then cast to the model's dtype."""
+    make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
     with EmptyOnMeta():
-        precise = dict(auto.from_config(deepcopy(config), dtype=torch.float32).named_buffers())
-        model = auto.from_config(config, dtype=dtype)
+        precise = dict(make(deepcopy(config), dtype=torch.float32).named_buffers())
+        model = make(config, dtype=dtype)
     for name, buffer in model.named_buffers():
         if not buffer.is_meta:
             buffer.copy_(precise[name])

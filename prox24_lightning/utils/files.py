@@ -102,6 +102,23 @@ def check_folder(folder: str | Path) -> None:
         raise PermissionError(f"{folder} cannot be written: no permission to write into {nearest}; name another folder")
 
 
+def check_output(folder: str | Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that holds files, unless they may be replaced; and what :func:`check_folder` refuses.
+
+    Raises:
+        FileExistsError: with the name of a file in it.
+        OSError: as :func:`check_folder`.
+    """
+    check_folder(folder)
+    path = Path(folder)
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if names and not overwrite:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise FileExistsError(
+            f"{folder} exists and holds {names[0]}{more}: name another folder, or replace files with --overwrite"
+        )
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 under ``path``, whole or not at all."""
     with replacing(path) as temporary:

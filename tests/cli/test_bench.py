@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as hf
 
 from prox24_lightning.cli import bench as command
 from prox24_lightning.cli import generation_rows
@@ -21,6 +22,7 @@ from prox24_lightning.convert.benchmark.run import empty_report
 from prox24_lightning.convert.measurement import Timing
 from prox24_lightning.integrations.vllm.served_rates import Serving
 
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 
 
@@ -33,7 +35,12 @@ HOPPER = Target("pretended H200", (9, 0), "cusparselt")
         (HOPPER, "sparse", ["--prefill", "0"], "prefill, context, batches and length must be 1 or more"),
         (HOPPER, "sparse", ["--batches", "[0]"], "prefill, context, batches and length must be 1 or more"),
         (HOPPER, "sparse", ["--token_counts", "[-1]"], "token_counts=.* must be one or more whole numbers"),
-        (HOPPER, "sparse", ["--length", "10000000"], "the text holds .* tokens, but 16 sequences"),
+        (
+            HOPPER,
+            "sparse",
+            ["--length", "10000000"],
+            "the text .* holds .* tokens, which make 0 sequences of 10000000, but 16",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -204,6 +211,32 @@ def test_where_nothing_wins_it_says_so(prox24, pretended, sparse_folder, tmp_pat
     )
     assert "names" not in pretended
     assert pretended["settings"].token_counts == (1, 8, 1024), "those of the workloads"
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (lambda: hf.ViTForImageClassification(hf.ViTConfig(**SIZES, image_size=8, patch_size=4)), (8, 3, 8, 8)),
+        (lambda: hf.BertForSequenceClassification(hf.BertConfig(**SIZES, max_position_embeddings=32)), (8, 32)),
+        (
+            lambda: hf.T5ForConditionalGeneration(hf.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+            None,
+        ),
+    ],
+    ids=["vision", "sequence classification", "encoder-decoder"],
+)
+def test_other_models_are_timed_as_a_whole_on_inputs_of_their_sizes(prox24, pretended, tmp_path, make, inputs):
+    model = make()
+    model.save_pretrained(tmp_path / "model")
+    code, _, err = prox24("bench", tmp_path / "model", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "names" not in pretended
+    if inputs is None:
+        assert pretended["inputs"] is None
+    else:
+        [(_, given)] = pretended["inputs"].kwargs.items()
+        assert tuple(given.shape) == inputs
+        model.eval()(**pretended["inputs"].kwargs)
 
 
 def test_bare_weights_are_timed_layer_by_layer(prox24, pretended, sparse_folder, tmp_path):

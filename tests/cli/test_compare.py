@@ -25,7 +25,7 @@ TINY = [
 
 
 def words(output: Path, *more: str, config: Path = CONFIG) -> list[str]:
-    return ["compare", "--config", str(config), "--output", str(output), *TINY, *more]
+    return ["compare", "--config", str(config), "--output", str(output), "--overwrite", "true", *TINY, *more]
 
 
 def results(output: Path) -> list[dict]:
@@ -192,6 +192,13 @@ def edited(tmp_path):
         return path
 
     return without
+
+
+def test_an_output_that_holds_files_is_refused(tmp_path, prox24):
+    (tmp_path / "mine.txt").write_text("kept")
+    code, _, printed = prox24(*words(tmp_path, "--overwrite", "false"))
+    assert code == 2
+    assert f"prox24 compare: {tmp_path} exists and holds mine.txt: name another folder" in printed
 
 
 def test_a_config_without_prox24_is_refused(tmp_path, edited, prox24):

@@ -62,9 +62,13 @@ def test_a_packed_folder_is_a_model_to_every_command(prox24, sparse_folder, tmp_
 def test_dense_weights_take_the_place_of_packed_ones_and_never_the_other_way_round(prox24, sparse_folder, tmp_path):
     folder = tmp_path / "model"
     assert prox24("convert", sparse_folder, folder)[0] == 0
-    assert prox24("convert", sparse_folder, folder)[0] == 0, "packed again"
+    code, _, err = prox24("convert", sparse_folder, folder)
+    assert code == 2
+    assert f"{folder} exists and holds README.md and " in err
+    assert "--overwrite" in err
+    assert prox24("convert", sparse_folder, folder, "--overwrite", "true")[0] == 0, "packed again"
     shutil.copy(folder / "packed.safetensors", tmp_path / "kept.safetensors")
-    assert prox24("convert", folder, folder, "--form", "dense")[0] == 0
+    assert prox24("convert", folder, folder, "--form", "dense", "--overwrite", "true")[0] == 0
     assert not (folder / "packed.safetensors").exists()
     assert same_state(*(load_file(f"{one}/model.safetensors") for one in (folder, sparse_folder)))
     code, _, err = prox24("convert", "nowhere", folder)
@@ -266,7 +270,7 @@ def test_a_folder_without_a_tokenizer_gets_none(prox24, tmp_path):
         weight.mul_(mask_24(weight, dim=0))
     model.save_pretrained(tmp_path / "model")
     source = load_source(str(tmp_path / "model"))
-    assert source.companions == ()
+    assert source.tokenizer is None
     with pytest.raises(ValueError, match=r"model holds no file of a tokenizer \(tokenizer\*, vocab"):
         source.pretrained.tokenizer()
     assert prox24("convert", tmp_path / "model", tmp_path / "packed")[0] == 0

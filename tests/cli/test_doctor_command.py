@@ -196,7 +196,7 @@ def test_a_model_that_lacks_weights_is_refused(prox24, sparse_folder, tmp_path):
     assert code == 2
     assert out == ""
     assert "lacks 1 tensors of LlamaForCausalLM, model.layers.1.mlp.up_proj.weight: its files belong to another" in err
-    assert "now --head causal_lm" in err
+    assert "now --head auto" in err
 
 
 @pytest.mark.parametrize("content, message", [([1, 2], "holds no state dict"), (print, "holds more than plain data")])

@@ -17,9 +17,13 @@ def test_a_file_is_cut_at_empty_lines_and_is_all_for_evaluation(tmp_path):
     with pytest.raises(ValueError, match=r"book\.txt is text for evaluation only"):
         text.texts("calibration")
     assert text.describe() == "book.txt"
+    calibration = PlainText(path, use="calibration")
+    assert list(calibration.texts("calibration")) == list(text.texts("evaluation"))
+    with pytest.raises(ValueError, match=r"book\.txt is text for calibration only"):
+        calibration.texts("evaluation")
     ids = token_sequences(tiny_tokenizer(), text.texts("evaluation"), 1, 6)
     assert sorted(ids[0].tolist()) == [1, 3, 4, 5, 6, 7]
-    with pytest.raises(ValueError, match="the text holds 7 tokens, but 2 sequences of 6 need 12"):
+    with pytest.raises(ValueError, match="the text holds 7 tokens, which make 1 sequences of 6, but 2 are asked for"):
         token_sequences(tiny_tokenizer(), text.texts("evaluation"), 2, 6)
 
 
@@ -45,7 +49,7 @@ def test_a_file_without_text_is_refused_when_it_is_named(tmp_path, content, mess
 
 
 def test_a_file_that_does_not_exist_is_refused_when_it_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no text file .*gone\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"there is no text .*gone\.txt: name a file or a folder$"):
         PlainText(tmp_path / "gone.txt")
 
 

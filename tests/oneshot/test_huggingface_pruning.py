@@ -178,7 +178,7 @@ def test_sequences_are_cut_from_joined_documents(tokenizer):
 
 
 def test_too_little_text_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="the text holds 6 tokens, but 2 sequences of 8 need 16"):
+    with pytest.raises(ValueError, match="the text holds 6 tokens, which make 0 sequences of 8, but 2 are asked for"):
         token_sequences(tokenizer, ["w0 w1 w2", "w3"], 2, 8)
 
 
@@ -225,7 +225,7 @@ def refusal(capsys, *words):
 
 
 def test_text_must_be_named(capsys):
-    assert refusal(capsys).startswith("prox24 prune: data is missing; name a source of text")
+    assert refusal(capsys).startswith("prox24 prune: text is missing: name a file, a folder or a data set")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path, capsys):

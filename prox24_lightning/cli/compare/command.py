@@ -42,6 +42,7 @@ from prox24_lightning.cli.compare.training_record import TrainingRecord
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.cli.trainer import Prox24CLI
 from prox24_lightning.mask import violations_24
+from prox24_lightning.utils.files import check_output
 from prox24_lightning.weights.selection import select_weights
 
 Split = Literal["validation", "test"]
@@ -77,6 +78,9 @@ class CompareCLI(Prox24CLI):
         group.add_argument("--asp_at", type=float, default=0.5, help="when asp prunes, as a fraction of the run")
         group.add_argument(
             "--output", type=str | None, default=None, help="folder of results and logs (default: runs/CONFIG/TIME)"
+        )
+        group.add_argument(
+            "--overwrite", type=bool, default=False, help="write into an output that holds files already"
         )
         # A config saved by `fit` holds the arguments of Trainer.fit.
         parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
@@ -119,6 +123,7 @@ def compare(words: list[str]) -> None:
     if not 0 <= options.asp_at <= 1:
         raise ValueError(f"asp_at={options.asp_at} must lie between 0 (before the first step) and 1 (after the last)")
     output = Path(options.output) if options.output else _default_output(options)
+    check_output(output, overwrite=options.overwrite)
     output.mkdir(parents=True, exist_ok=True)
     comparison = Comparison.begin(
         metric=metric,

@@ -13,10 +13,12 @@ from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.cli.study.output import Part, write_study
 from prox24_lightning.cli.study.parts import PARTS, PartName
 from prox24_lightning.cli.study.sizes import SIZES
+from prox24_lightning.utils.files import check_output
 
 
 def study(
     output: Path = Path("runs/study"),
+    overwrite: bool = False,
     parts: list[PartName] | None = None,
     size: Literal["full", "tiny"] = "full",
     seed: int = 0,
@@ -25,6 +27,7 @@ def study(
 
     Args:
         output: folder of the report.
+        overwrite: write into a folder that holds files already.
         parts: which parts; null for all: plane, gaps, fractions, failures, ablations.
         size: full takes some minutes on two cores; tiny only shows that everything runs.
         seed: of random weights, inputs and searches.
@@ -32,6 +35,7 @@ def study(
     chosen = list(parts or get_args(PartName))
     path = output
     with errors_as_exit("study"):
+        check_output(output, overwrite=overwrite)
         output.mkdir(parents=True, exist_ok=True)  # fails before minutes of work where the folder cannot be made
     command = f"prox24 study --size {size} --seed {seed}" + (f" --parts [{','.join(parts)}]" if parts else "")
     done: list[Part] = []

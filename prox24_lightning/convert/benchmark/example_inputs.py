@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -21,6 +22,28 @@ def own_example(module: nn.Module) -> ExampleInputs | None:
     if isinstance(example, Mapping):
         return ExampleInputs("", (), example)
     return ExampleInputs("", example if isinstance(example, tuple) else (example,), {})
+
+
+def model_inputs(model: Any, *, batch: int = 8, length: int = 128) -> ExampleInputs | None:
+    """Return random inputs of a transformers model that reads tokens or images; None for others.
+
+    Args:
+        model: its config names the sizes.
+        batch: sequences or images.
+        length: tokens a sequence, at most those that the model has positions for.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
+        tokens = min(length, getattr(config, "max_position_embeddings", length))
+        ids = torch.randint(3, config.vocab_size, (batch, tokens), generator=generator)
+        return ExampleInputs("", (), {"input_ids": ids})
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        images = torch.randn(batch, getattr(config, "num_channels", 3), height, width, generator=generator)
+        return ExampleInputs("", (), {"pixel_values": images})
+    return None
 
 
 class InputCatcher:
