@@ -38,6 +38,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prox + masked gradient, half dense target": {"method": "prox", "dense_target": 0.5},
     "prox + masked gradient, dense target": {"method": "prox", "dense_target": 1.0},
     "sparsegpt + masked gradient, half dense target": {"method": "sparsegpt", "dense_target": 0.5},
+    "sparsegpt + masked gradient, inputs reordered": {"method": "sparsegpt", "reorder_inputs": True},
+    "prox + masked gradient, inputs reordered": {"method": "prox", "reorder_inputs": True},
+    "prox + masked gradient, half dense target, inputs reordered": {
+        "method": "prox",
+        "dense_target": 0.5,
+        "reorder_inputs": True,
+    },
 }
 """Name of the row -> arguments of ``prune_layerwise``; ``dense_target`` is 0 unless given."""
 

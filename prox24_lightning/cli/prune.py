@@ -38,6 +38,7 @@ def prune(
     blocks: str | None = None,
     budget: float = 0.0,
     dense_target: float = 0.5,
+    reorder_inputs: bool = False,
     steps: int | None = None,
     sequences: int = 128,
     length: int = 1024,
@@ -70,6 +71,8 @@ def prune(
         blocks: name of the list of blocks; null finds it.
         budget: share of the weights that may stay dense, spent on the layers that 2:4 hurts most.
         dense_target: 0 keeps each layer's own outputs, 1 aims at the dense model's.
+        reorder_inputs: choose which inputs share a group of four, where the layers before can return them in another
+            order; the dense model computes the same.
         steps: steps of the prox methods; null takes each method's default.
         sequences: number of calibration sequences.
         length: tokens a sequence.
@@ -112,6 +115,7 @@ def prune(
             blocks=blocks,
             budget=budget,
             dense_target=dense_target,
+            reorder_inputs=reorder_inputs,
             device=place,
             offload=offload,
             work_dir=work_dir,

@@ -26,6 +26,7 @@ class PruneConfig:
     blocks: str | None = None
     budget: float = 0.0
     dense_target: float = 0.5
+    reorder_inputs: bool = False
     offload: str = "device"
     work_dir: str | Path | None = None
 
@@ -47,5 +48,6 @@ class PruneConfig:
             "geometry": self.geometry,
             "budget": self.budget,
             "dense_target": self.dense_target,
+            **({"reorder_inputs": True} if self.reorder_inputs else {}),
             **{name: value for name, value in solver.items() if value != defaults[name]},
         }

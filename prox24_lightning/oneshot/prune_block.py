@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,11 @@ from prox24_lightning.oneshot.pruning_report import LayerRecord, LayerwiseReport
 from prox24_lightning.oneshot.work_dir import FinishedBlock, FinishedBlocks
 from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
+from prox24_lightning.solvers.input_order.choose import choose_order, proved_orders
 from prox24_lightning.solvers.layer import Solution
+from prox24_lightning.weights.free_order import reorder
 from prox24_lightning.weights.layer_matrix import from_matrix
+from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ class BlockPruner:
         finished: blocks of an earlier run in ``work_dir``; None without one.
         report: receives what is pruned.
         progress: the bar.
+        holders: parameter -> in how many places of the model it is.
+        buffers: receives the buffers that have moved, by name: those of the isolated model are copies.
     """
 
     config: PruneConfig
@@ -49,16 +54,21 @@ class BlockPruner:
     finished: FinishedBlocks | None
     report: LayerwiseReport
     progress: LayerProgress
+    holders: Mapping[Tensor, int]
+    buffers: dict[str, Tensor]
 
     def prune(self, index: int, weights: list[GroupedWeight]) -> None:
         """Prune ``weights`` of block ``index``, or load them from a finished run, and move all inputs past it."""
         with self.inputs.on_device(index) as block:
-            dense = self._dense_copy(index, block)
             saved = None if self.finished is None else self.finished.load(index)
+            notes: dict[nn.Module, str] = {}
+            moves = saved.moves if saved is not None else self._choose_orders(index, block, weights, notes)
+            self._move(index, block, moves)
+            dense = self._dense_copy(index, block)
             if saved is not None:
                 self._restore(index, weights, saved)
             elif weights:
-                done = self._solve(index, block, dense, weights)
+                done = self._solve(index, block, dense, weights, moves, notes)
                 self._note(done)
                 if self.finished is not None:
                     self.finished.save(index, done)
@@ -78,6 +88,35 @@ class BlockPruner:
             self.dense_inputs = None
             return None
 
+    def _choose_orders(
+        self, index: int, block: nn.Module, weights: list[GroupedWeight], notes: dict[nn.Module, str]
+    ) -> dict[str, Tensor]:
+        """Return the moves of inputs into the order that loses least, where it is free; add to ``notes``."""
+        moves: dict[str, Tensor] = {}
+        if not (self.config.reorder_inputs and weights):
+            return moves
+        runs = self.inputs.runs(index, block)
+        found, reasons = proved_orders(block, runs[0], weights, self.holders)
+        layers = {weight.module: weight for weight in weights if not weight.is_experts}
+        for layer, reason in reasons.items():
+            logger.info("the order of the inputs of %s is fixed: %s", layers[layer].module_name, reason)
+        names = {tensor: name for name, tensor in self._tensors(index, block).items()}
+        for free in found:
+            self.progress.describe(f"order of inputs in {self.inputs.blocks.names[index] or type(block).__name__}")
+            chosen = choose_order(free, layers, runs)
+            if chosen is not None:
+                notes.update(dict.fromkeys(free.consumers, chosen.note))
+                moves |= {f"{part.dim}.{names[part.tensor]}": part.index(chosen.order) for part in free.tensors}
+        return moves
+
+    def _move(self, index: int, block: nn.Module, moves: Mapping[str, Tensor]) -> None:
+        tensors = self._tensors(index, block)
+        for key, places in moves.items():
+            dim, _, name = key.partition(".")
+            reorder(tensors[name], int(dim), places)
+            if not isinstance(tensors[name], nn.Parameter):
+                self.buffers[name] = tensors[name]
+
     def _restore(self, index: int, weights: list[GroupedWeight], saved: FinishedBlock) -> None:
         for weight in weights:
             if weight.name in saved.weights:
@@ -91,8 +130,20 @@ class BlockPruner:
         self.report.layers += block.records
         self.report.skipped += block.skipped
 
+    def _tensors(self, index: int, block: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters and buffers of a block by their names in the model."""
+        prefix = "" if self.inputs.blocks.whole else f"{self.inputs.blocks.names[index]}."
+        tensors = (*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False))
+        return {clean_name(f"{prefix}{name}"): tensor for name, tensor in tensors}
+
     def _solve(
-        self, index: int, block: nn.Module, dense: nn.Module | None, weights: list[GroupedWeight]
+        self,
+        index: int,
+        block: nn.Module,
+        dense: nn.Module | None,
+        weights: list[GroupedWeight],
+        moves: dict[str, Tensor],
+        notes: Mapping[nn.Module, str],
     ) -> FinishedBlock:
         layers = {weight.module: weight for weight in weights if not weight.is_experts}
         experts: dict[nn.Module, list[GroupedWeight]] = {}
@@ -107,7 +158,7 @@ class BlockPruner:
         groups = find_input_groups([*layers, *experts], runs[0])
         check_same_input_groups(groups, {weight.module: weight.name for weight in weights})
         called = {layer for group in groups for layer in group.layers}
-        done = FinishedBlock({}, {}, [], [])
+        done = FinishedBlock({}, {}, [], [], moves)
         for weight in weights:
             if weight.module not in called:
                 done.skipped.append(skipped_weight(weight, "not called by the first calibration batch"))
@@ -123,7 +174,8 @@ class BlockPruner:
             )
             for weight, solution in solved:
                 mask = from_matrix(weight.module, solution.mask)
-                self._add(done, index, weight, mask, solution, hessian.tokens, _note_on(hessian))
+                said = [note for note in (notes.get(weight.module), _note_on(hessian)) if note]
+                self._add(done, index, weight, mask, solution, hessian.tokens, "; ".join(said))
                 self.progress.step(1, weight.module_name)
         return done
 

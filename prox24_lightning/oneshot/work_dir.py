@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,16 @@ FORMAT, VERSION = "prox24 finished block", 1
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """The result for one block: weights and masks by name, a record for each layer, and the weights left dense."""
+    """The result for one block: weights and masks by name, a record for each layer, and the weights left dense.
+
+    ``moves`` holds what was reordered before: "dimension.name" -> the entry that came to each place.
+    """
 
     weights: dict[str, Tensor]
     masks: dict[str, Tensor]
     records: list[LayerRecord]
     skipped: list[SkippedWeight]
+    moves: dict[str, Tensor] = field(default_factory=dict)
 
 
 class FinishedBlocks:
@@ -100,6 +104,7 @@ class FinishedBlocks:
     def _write(self, index: int, block: FinishedBlock) -> None:
         tensors = {f"weight.{name}": tensor.detach().cpu() for name, tensor in block.weights.items()}
         tensors |= {f"mask.{name}": mask.cpu() for name, mask in block.masks.items()}
+        tensors |= {f"move.{name}": index for name, index in block.moves.items()}
         content = {
             "layers": json.dumps([asdict(record) for record in block.records]),
             "skipped": json.dumps([asdict(weight) for weight in block.skipped]),
@@ -120,15 +125,16 @@ class FinishedBlocks:
         except (SafetensorError, ValueError, KeyError) as error:
             logger.warning("%s is damaged (%s): this block is solved again", path, error)
             return None
-        return FinishedBlock(
-            {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name.startswith("weight.")},
-            {name.removeprefix("mask."): tensor for name, tensor in tensors.items() if name.startswith("mask.")},
-            records_from_json(json.loads(content["layers"])),
-            [SkippedWeight(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(content["skipped"])],
-        )
+        weights, masks, moves = (_part(tensors, prefix) for prefix in ("weight.", "mask.", "move."))
+        skipped = [SkippedWeight(**{**row, "shape": tuple(row["shape"])}) for row in json.loads(content["skipped"])]
+        return FinishedBlock(weights, masks, records_from_json(json.loads(content["layers"])), skipped, moves)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block_{index:05d}.safetensors"
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _checksum(index: int, tensors: Mapping[str, Tensor], content: Mapping[str, str]) -> str:

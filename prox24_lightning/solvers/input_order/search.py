@@ -1,0 +1,118 @@
+"""Search the order of a layer's inputs in which 2:4 along them loses least, by swaps between groups of four.
+
+Which inputs form a group of four is free wherever the layer that computes them can return them in another order. A
+group keeps two weights in each row, so inputs that the same rows need belong into different groups. apex's ASP chooses
+the order by magnitudes; here a weight counts by the loss that pruning it causes, other weights refitted (Optimal Brain
+Surgeon, Hassibi and Stork 1993): ``w_ij^2 / [H^-1]_jj``.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
+from prox24_lightning.solvers.loss import regularized
+
+ROUNDS = 192
+"""In each round every group of four trades with one other."""
+_PATIENCE = 24
+"""So many rounds without a change end the search."""
+_ELEMENTS = 1 << 24
+"""Entries that are compared at a time."""
+
+# All 35 ways to split eight inputs into two groups of four, as indices into the 28 pairs of the eight.
+_PAIRS = list(itertools.combinations(range(8), 2))
+_NUMBER = {pair: number for number, pair in enumerate(_PAIRS)}
+_FIRST_HALVES = [(0, *rest) for rest in itertools.combinations(range(1, 8), 3)]
+_SPLITS = [(*half, *(i for i in range(8) if i not in half)) for half in _FIRST_HALVES]
+_HALVES = [split[start : start + 4] for split in _SPLITS for start in (0, 4)]
+
+
+def saliency(weight: Tensor, hessian: Tensor, *, damping: float = 1e-3, name: str = "layer") -> Tensor:
+    """Return the loss that each weight causes when it alone is pruned and its row refitted: ``w^2 / [H^-1]_jj``.
+
+    Args:
+        weight: (out_features, in_features), float32 or float64.
+        hessian: (in_features, in_features), same dtype.
+        damping: added to the diagonal of ``hessian``, relative to each entry.
+        name: for error messages.
+    """
+    inverse = torch.cholesky_inverse(cholesky(regularized(hessian, damping), name=name))
+    return weight.square() / inverse.diagonal()
+
+
+def pruned_saliency(values: Tensor) -> Tensor:
+    """Return the sum over all rows and groups of the two smallest of every four saliencies, a 0-dim tensor.
+
+    Args:
+        values: (rows, inputs), not negative.
+    """
+    return values.unflatten(1, (-1, 4)).topk(2, dim=-1, largest=False).values.sum()
+
+
+@torch.no_grad()
+def best_order(values: Tensor, *, runs: int = 1, rounds: int = ROUNDS, seed: int = 0) -> Tensor:
+    """Return the order of inputs that lowers :func:`pruned_saliency`, found by swaps.
+
+    In each round the groups are paired at random, and each pair takes the best of the 35 ways to split its eight inputs
+    into two groups. The loss never rises.
+
+    Args:
+        values: (rows, inputs), not negative. Where several columns move as one (the positions of a kernel, the query
+            heads of a key-value head) each of them is a row more for every output.
+        runs: number of consecutive runs of ``inputs / runs`` inputs, inside of which they may change places.
+        rounds: at most.
+        seed: of the pairing; equal on all devices.
+
+    Returns:
+        (inputs,), a permutation: the input that comes to each place.
+
+    Raises:
+        ValueError: if a run does not divide into groups of four.
+    """
+    inputs = values.shape[1]
+    if inputs % (4 * runs):
+        raise ValueError(f"{inputs} inputs in {runs} runs do not divide into groups of four")
+    by_input = values.T.contiguous()
+    order = torch.arange(inputs, device=values.device).view(runs, -1, 4)
+    half = order.shape[1] // 2
+    generator = torch.Generator().manual_seed(seed)
+    splits = torch.tensor(_SPLITS, device=values.device)
+    run = torch.arange(runs, device=values.device)[:, None, None]
+    idle = 0
+    for _ in range(rounds if half else 0):
+        drawn = torch.stack([torch.randperm(order.shape[1], generator=generator)[: 2 * half] for _ in range(runs)])
+        drawn = drawn.to(values.device).view(runs, half, 2)
+        eights = order[run, drawn].flatten(2).flatten(0, 1)  # (pairs, 8)
+        best = _best_splits(by_input, eights)
+        order[run, drawn] = eights.gather(1, splits[best]).view(runs, half, 2, 4)
+        idle = 0 if bool(best.any()) else idle + 1
+        if idle >= _PATIENCE:
+            break
+    return order.flatten()
+
+
+def _best_splits(by_input: Tensor, eights: Tensor) -> Tensor:
+    """Return for each row of eight inputs the number of the split that loses least; 0, the present one, where none is
+    better."""
+    at_a_time = max(1, _ELEMENTS // (8 * by_input.shape[1]))
+    return torch.cat([_best_split(by_input[part]) for part in eights.split(at_a_time)])
+
+
+def _best_split(values: Tensor) -> Tensor:
+    """``values``: (pairs, 8, rows)."""
+    # The two smallest of four add up to the least sum of two of them: of a pair, or of the lesser ones of two pairs.
+    sums = {pair: values[:, pair[0]] + values[:, pair[1]] for pair in _PAIRS}
+    lesser = {pair: torch.minimum(values[:, pair[0]], values[:, pair[1]]) for pair in _PAIRS}
+    losses = torch.stack(
+        [
+            torch.minimum(torch.minimum(sums[a, b], sums[c, d]), lesser[a, b] + lesser[c, d]).sum(-1)
+            for a, b, c, d in _HALVES
+        ]
+    )
+    losses = losses.unflatten(0, (-1, 2)).sum(1)  # (35, pairs)
+    found, best = losses.min(0)
+    return torch.where(found < losses[0] * (1 - 1e-6), best, 0)
