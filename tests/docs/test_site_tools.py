@@ -1,0 +1,76 @@
+"""What the site is made of besides its pages: results, messages, links into the repository, roles of docstrings."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.result_pages import result_pages, table_of
+from docs.tools.hooks import on_page_content, site_target
+from docs.tools.messages import messages
+from docs.tools.sphinx_roles import without_roles
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "speed"
+    folder.mkdir()
+    (folder / "about.md").write_text("# Speed\n\nFast.\n\n[Table of 2026-01-02: size, ms](2026-01-02.md)\n")
+    table = "| size | machine, kind | ms, median |\n| --- | --- | --- |\n| 1 | a | 0.5 |\n"
+    (folder / "2026-01-02.md").write_text(f"# New\n\n{table}\n## More\n\n```yaml\n# a comment\n```\n")
+    (folder / "2026-01-01.md").write_text(f"# Old\n\n{table}")
+    return tmp_path
+
+
+def test_a_page_a_benchmark_with_its_tables_and_files(results):
+    pages = result_pages(results)
+    assert list(pages) == ["index", "speed"]
+    assert "- [Speed](speed.md)" in pages["index"]
+    page = pages["speed"]
+    assert "Fast.\n\n| size | ms, median |\n| --- | --- |\n| 1 | 0.5 |\n" in page
+    assert page.index("### 2026-01-02 { #2026-01-02 }") < page.index("### 2026-01-01 { #2026-01-01 }")
+    assert "**New** (`speed/2026-01-02.md`)" in page
+    assert "\n#### More\n" in page
+    assert "\n# a comment\n" in page, "code is left as it is"
+
+
+def test_a_column_that_is_not_there_is_refused(results):
+    with pytest.raises(ValueError, match="has no column 'loss'; columns: size, machine, kind, ms"):
+        table_of(results / "speed" / "2026-01-02.md", "loss")
+
+
+@pytest.mark.parametrize(
+    ("path", "page"),
+    [
+        ("docs/install.md", "install.md"),
+        ("docs/../benchmarks/results/recovery/about.md", "results/recovery.md"),
+        ("benchmarks/results/recovery/2026-11-28.md", "results/recovery.md#2026-11-28"),
+        ("benchmarks/results/recovery/2026-11-28.png", "results/recovery/2026-11-28.png"),
+        ("benchmarks/results/README.md", "results/index.md"),
+        ("prox24_lightning/prox/DERIVATION.md", "derivation.md"),
+        ("tests/helpers/doc_blocks.py", None),
+    ],
+)
+def test_links_into_the_repository(path, page):
+    assert site_target(path) == page
+
+
+def test_formulas_become_mathml():
+    text = on_page_content('<p><span class="arithmatex">\\(a &lt; b\\)</span></p>', None, None, None)
+    assert "<math" in text
+    assert "arithmatex" not in text
+
+
+def test_roles_become_code():
+    assert without_roles("see :class:`~a.b.Name` and :func:`a.f`") == "see `Name` and `a.f`"
+
+
+def test_messages_are_read_with_their_values_left_open(tmp_path):
+    folder = tmp_path / "prox24_lightning" / "io"
+    folder.mkdir(parents=True)
+    (folder / "x.py").write_text(
+        "def f(a):\n"
+        "    log.warning('%s is slow', a)\n"
+        "    raise ValueError(f'size={a!r} does not fit; ' 'take another')\n"
+    )
+    found = {(message.room, message.kind, message.text) for message in messages(tmp_path)}
+    assert found == {("io", "warning", "… is slow"), ("io", "ValueError", "size=… does not fit; take another")}
