@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.packed_model import find_packable
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source
+from prox24_lightning.io.texts import TextSource, token_sequences
+from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, check_output, filling
 from prox24_lightning.utils.names import collapse_names
+from prox24_lightning.weights.rounding import RoundedForm
 
 Weights = Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp8_e4m3", "int8"]
 
@@ -36,6 +40,11 @@ def convert(
     run_config: Path | None = None,
     targets: list[str] | None = None,
     skip: list[str] | None = None,
+    data: TextSource | None = None,
+    sequences: int = 128,
+    length: int = 1024,
+    batch_size: int = 8,
+    device: str | None = None,
 ) -> None:
     """Check a 2:4 model, pack its weights one by one and write them, with configs, tokenizer and a card.
 
@@ -60,6 +69,12 @@ def convert(
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
         targets: patterns of weights or modules that must be packed; null packs all that can be.
         skip: patterns of weights or modules that are stored dense.
+        data: source of calibration text for rounded weights of a language model: each layer's entries then make up for
+            each other's errors on its inputs; null rounds every entry to its nearest value.
+        sequences: number of calibration sequences.
+        length: tokens a sequence.
+        batch_size: sequences a batch.
+        device: where layers are rounded; null is cuda if there is one, else cpu.
     """
     with errors_as_exit("convert"):
         console = Console()
@@ -69,6 +84,8 @@ def convert(
         rounded, stored = _storage(weights, dtype)
         if rounded and form == "dense":
             raise ValueError(f"--weights {weights} rounds packed weights, and --form dense packs none: leave one out")
+        if data is not None and not rounded:
+            raise ValueError("--data is for rounded weights: name --weights fp8_e4m3 or int8")
         source = load_source(
             model,
             package=package,
@@ -86,6 +103,10 @@ def convert(
         packable = find_packable(source.model, targets=targets, skip=skip)
         if not packable.dims:
             raise ValueError(f"no weight of {model} is 2:4, so nothing would be packed: {_reasons(packable.dense)}")
+        if data is not None and rounded:
+            ids = _calibration_tokens(source, data, sequences, length)
+            names = [name for name in packable.dims if source.model.get_parameter(name).dim() == 2]
+            _round(source.model, names, rounded, ids.split(batch_size), device)
         written = save_folder(
             out, source.model, packable, source=source.description, companions=source.companions, weights=rounded
         )
@@ -109,6 +130,32 @@ def _storage(weights: Weights, dtype: Dtype) -> tuple[RoundedForm | None, Dtype]
     if weights == "bf16":
         return None, "bfloat16"
     return None, "float16" if weights == "fp16" else weights
+
+
+def _calibration_tokens(source: Source, data: TextSource, sequences: int, length: int) -> Tensor:
+    if source.pretrained is None or not source.companions:
+        raise ValueError(
+            f"--data needs a Hugging Face model with its tokenizer, and {source.description} is none: leave --data out"
+        )
+    return token_sequences(source.companions[0], data.texts("calibration"), sequences, length)
+
+
+def _round(
+    model: nn.Module, names: list[str], weights: RoundedForm, batches: Sequence[Tensor], device: str | None
+) -> None:
+    """Round the 2:4 weights of the model's blocks in place, as the packed file will hold them."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    prune_layerwise(
+        model,
+        [{"input_ids": ids} for ids in batches],
+        method="keep",
+        refine=None,
+        weights=weights,
+        targets=names,
+        dense_target=1.0,
+        device=place,
+        offload="device" if place.type == "cpu" else "cpu",
+    )
 
 
 def write_dense(out: Path, source: Source) -> None:

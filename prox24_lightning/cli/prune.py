@@ -20,6 +20,7 @@ from prox24_lightning.oneshot.save import save_pruned
 from prox24_lightning.solvers import Method, Refine
 from prox24_lightning.utils.files import check_output
 from prox24_lightning.weights.groups import Geometry
+from prox24_lightning.weights.rounding import RoundedForm
 
 
 def prune(
@@ -49,6 +50,7 @@ def prune(
     offload: str = "device",
     work_dir: Path | None = None,
     matmul_precision: Literal["highest", "high"] = "highest",
+    weights: RoundedForm | None = None,
 ) -> None:
     """Prune a Hugging Face model to 2:4 in one shot and save it.
 
@@ -63,7 +65,7 @@ def prune(
         output: folder of the pruned model, its masks, report and card.
         overwrite: write into an output folder that holds files already.
         download: fetch a model or data set of the hub that is not in its cache.
-        method: how masks are chosen.
+        method: how masks are chosen; keep keeps the zeros of a model that is 2:4 already.
         refine: how the kept weights are refitted with the mask fixed; null for not at all.
         geometry: groups of four along inputs (row), outputs (column), or both in every 4 x 4 block (block).
         targets: patterns of names; null takes every linear layer of the blocks.
@@ -83,6 +85,8 @@ def prune(
         offload: where hidden states are kept: device, cpu, or a folder.
         work_dir: folder for finished blocks, from which a killed run resumes; null keeps nothing.
         matmul_precision: high allows TF32 on GPUs that have it.
+        weights: round the values to 8 bits, each layer making up for its errors; `prox24 convert OUTPUT FOLDER
+            --weights` of the same form then packs them without a further change.
     """
     with errors_as_exit("prune"):
         check_output(output, overwrite=overwrite)
@@ -120,6 +124,7 @@ def prune(
             offload=offload,
             work_dir=work_dir,
             steps=steps,
+            weights=weights,
         )
         console.print(report.table())
         if held_out is not None:

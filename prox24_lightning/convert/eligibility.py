@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from prox24_lightning.convert.format.chunks import row_chunks
 from prox24_lightning.convert.onnx_check import sparse_problem
 from prox24_lightning.mask import is_24, violations_24
+from prox24_lightning.weights.chunks import row_chunks
 from prox24_lightning.weights.experts import expert_parameters
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.names import clean_name

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.convert.format.header import PackedEntry, version_of
-from prox24_lightning.convert.format.rounding import LARGEST, RoundedForm
 from prox24_lightning.convert.format.shards import PackedModel, open_packed, write_packed_files
 from prox24_lightning.convert.packed_model import EmptyOnMeta, Packable, load_packed
 from prox24_lightning.oneshot.save import forget_quantization
@@ -20,6 +19,7 @@ from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, PACKED_FILES,
 from prox24_lightning.utils.markdown import markdown_table
 from prox24_lightning.utils.module_copy import cast_model
 from prox24_lightning.weights.names import clean_name
+from prox24_lightning.weights.rounding import LARGEST, RoundedForm
 
 PACKED_ENDING = ".safetensors"
 

@@ -35,6 +35,11 @@ class PruneConfig:
             raise ValueError(f"budget={self.budget} must lie in [0, 1)")
         if not 0 <= self.dense_target <= 1:
             raise ValueError(f"dense_target={self.dense_target} must lie in [0, 1]")
+        if self.solver.weights is not None and self.geometry == "column":
+            raise ValueError(
+                f"weights={self.solver.weights!r} with geometry='column': scales belong to outputs, and groups along "
+                "them run on no kernel; use geometry='row' or 'block'"
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the result, as JSON values: limits of the solver only where they are not the default."""

@@ -28,6 +28,7 @@ from prox24_lightning.utils.cuda_graphs import GraphMemory
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.layer_matrix import why_not_solvable
 from prox24_lightning.weights.names import clean_name
+from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight, select_weights
 
 
@@ -53,6 +54,7 @@ def prune_layerwise(
     damping: float | None = None,
     refine_steps: int = 300,
     tolerance: float = 1e-4,
+    weights: RoundedForm | None = None,
 ) -> LayerwiseReport:
     """Make the linear and convolution layers of a model's blocks 2:4, in place and without training.
 
@@ -66,8 +68,10 @@ def prune_layerwise(
     Args:
         model: any module; Hugging Face models need no adapter. Its parameters change in place, in their own dtype.
         batches: calibration batches: mappings (keyword arguments of the model), tuples or tensors. Read once.
-        method, refine, steps, momentum, damping, refine_steps, tolerance: of the solver, see
-            :func:`~prox24_lightning.solvers.layer.solve_layer`.
+        method, refine, steps, momentum, damping, refine_steps, tolerance, weights: of the solver, see
+            :func:`~prox24_lightning.solvers.layer.solve_layer`. With ``weights`` the values of linear layers are those
+            of a packed file in that form, which stores the result without a further change; ``method="keep"`` with it
+            rounds a model that is 2:4 already.
         targets, skip: patterns of names, see :func:`~prox24_lightning.weights.selection.select_weights`.
         geometry: ``"row"``: groups of four along a layer's inputs, ``"column"``: along its outputs, ``"block"``: along
             both in every 4 x 4 block.
@@ -99,7 +103,7 @@ def prune_layerwise(
             stay in ``work_dir``. After any error the model is on its device, in its mode, with its own forwards.
     """
     config = PruneConfig(
-        solver=SolverConfig(method, refine, steps, momentum, damping, refine_steps, tolerance),
+        solver=SolverConfig(method, refine, steps, momentum, damping, refine_steps, tolerance, weights),
         targets=targets,
         skip=skip,
         geometry=geometry,

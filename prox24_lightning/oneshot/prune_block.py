@@ -207,6 +207,7 @@ class BlockPruner:
             reached=solution.reached,
             seconds=solution.seconds,
             note=note,
+            rounded_loss=solution.rounded_loss,
         )
         done.records.append(record)
         done.weights[weight.name] = weight.parameter

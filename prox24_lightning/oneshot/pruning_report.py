@@ -29,6 +29,7 @@ class LayerRecord:
         reached: share of groups that were 2:4 before the final choice of the mask.
         seconds: solving time.
         note: anything unusual, or empty.
+        rounded_loss: relative local loss after rounding to 8 bits; None without rounding.
     """
 
     name: str
@@ -40,10 +41,12 @@ class LayerRecord:
     reached: float
     seconds: float
     note: str = ""
+    rounded_loss: float | None = None
 
     @property
     def final_loss(self) -> float:
-        return self.loss if self.refined_loss is None else self.refined_loss
+        losses = (self.rounded_loss, self.refined_loss, self.loss)
+        return next(loss for loss in losses if loss is not None)
 
 
 @dataclass
@@ -75,17 +78,20 @@ class LayerwiseReport:
         """Return a rich table with a row for each layer."""
         table = Table(title=f"{len(self.layers)} layers are 2:4, {len(self.skipped)} weights stay dense")
         table.add_column("layer")
-        for column in ("shape", "tokens", "loss", "refined", "2:4 before projection", "seconds"):
+        for column in ("shape", "tokens", "loss", "refined", "rounded", "2:4 before projection", "seconds"):
             table.add_column(column, justify="right")
         table.add_column("note")
         for layer in self.layers:
-            refined = "" if layer.refined_loss is None else f"{layer.refined_loss:.5f}"
+            refined, rounded = (
+                "" if loss is None else f"{loss:.5f}" for loss in (layer.refined_loss, layer.rounded_loss)
+            )
             table.add_row(
                 layer.name,
                 " x ".join(map(str, layer.shape)),
                 str(layer.tokens),
                 f"{layer.loss:.5f}",
                 refined,
+                rounded,
                 f"{layer.reached:.2%}",
                 f"{layer.seconds:.2f}",
                 layer.note,

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_gradient"]
+from prox24_lightning.weights.rounding import RoundedForm
+
+Method = Literal["magnitude", "wanda", "sparsegpt", "prox", "prox_gradient", "keep"]
 Refine = Literal["masked_gradient"]
 
 DEFAULT_STEPS = {"prox": 200, "prox_gradient": 400}
@@ -30,9 +32,14 @@ class SolverConfig:
     damping: float | None = None
     refine_steps: int = 300
     tolerance: float = 1e-4
+    weights: RoundedForm | None = None
 
     def __post_init__(self) -> None:
-        known: dict[str, tuple[Any, ...]] = {"method": get_args(Method), "refine": (*get_args(Refine), None)}
+        known: dict[str, tuple[Any, ...]] = {
+            "method": get_args(Method),
+            "refine": (*get_args(Refine), None),
+            "weights": (*get_args(RoundedForm), None),
+        }
         for name, values in known.items():
             if (value := getattr(self, name)) not in values:
                 raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(str, values))}")

@@ -164,10 +164,11 @@ def _solve_one(
 
 
 def _weighted(solution: Solution, share: float) -> Solution:
-    refined = solution.refined_losses
+    refined, rounded = solution.refined_losses, solution.rounded_losses
     return replace(
         solution,
         zero_losses=solution.zero_losses * share,
         losses=solution.losses * share,
         refined_losses=None if refined is None else refined * share,
+        rounded_losses=None if rounded is None else rounded * share,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from prox24_lightning.calibration.input_groups import InputGroup, record_inputs
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.layer import Solution, solve
 from prox24_lightning.solvers.loss import check_layer
+from prox24_lightning.solvers.masked_cg import masked_cg
 from prox24_lightning.solvers.parallel import solve_rows_in_parallel
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.groups import Dim
@@ -123,6 +125,11 @@ def _solve_stacked(
         if found is not None:
             check_layer(dense, found, name)
     target = output_target(dense, accumulator, dense_target)
+    if config.method == "keep" and target is not dense:
+        mask = dense != 0
+        target = masked_cg(dense, target, accumulator.hessian.to(dense), mask, damping=config.refine_damping)
+    if any(weight.parameter.dim() != 2 for weight in weights):
+        config = replace(config, weights=None)  # a packed convolution has a scale for each place of its window
 
     def solve_rows(rows: Tensor) -> Solution:
         return solve(rows, accumulator.hessian, config, dim=dim, name=name)

@@ -16,9 +16,11 @@ from prox24_lightning.solvers.loss import check_layer, row_losses
 from prox24_lightning.solvers.magnitude import magnitude
 from prox24_lightning.solvers.masked_cg import masked_cg
 from prox24_lightning.solvers.proximal_gradient import proximal_gradient
+from prox24_lightning.solvers.rounding import round_on_support
 from prox24_lightning.solvers.sparsegpt import sparsegpt
 from prox24_lightning.solvers.wanda import wanda
 from prox24_lightning.weights.groups import Dim, group_dims
+from prox24_lightning.weights.rounding import RoundedForm
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Solution:
         zero_losses: (out_features,), each row's local loss with all weights zero.
         losses: (out_features,), each row's local loss before refinement.
         refined_losses: (out_features,), the same after refinement; None without refinement.
+        rounded_losses: (out_features,), the same after rounding to 8 bits; None without rounding.
         reached: share of the groups that had at most two non-zeros before the final choice of the mask.
         seconds: wall time, up to the last kernel.
     """
@@ -42,6 +45,7 @@ class Solution:
     refined_losses: Tensor | None
     reached: float
     seconds: float
+    rounded_losses: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -53,6 +57,11 @@ class Solution:
         """Relative local loss after refinement; None without refinement."""
         return None if self.refined_losses is None else _ratio(self.refined_losses, self.zero_losses)
 
+    @property
+    def rounded_loss(self) -> float | None:
+        """Relative local loss after rounding; None without rounding."""
+        return None if self.rounded_losses is None else _ratio(self.rounded_losses, self.zero_losses)
+
     def to(self, device: torch.device | str) -> Solution:
         """Return the solution on another device."""
         return Solution(
@@ -63,6 +72,7 @@ class Solution:
             None if self.refined_losses is None else self.refined_losses.to(device),
             self.reached,
             self.seconds,
+            None if self.rounded_losses is None else self.rounded_losses.to(device),
         )
 
     @staticmethod
@@ -70,6 +80,7 @@ class Solution:
         """Concatenate the solutions of consecutive rows that were solved in parallel; the inverse of :meth:`rows`."""
         rows = [len(part.weight) for part in parts]
         refined = [part.refined_losses for part in parts if part.refined_losses is not None]
+        rounded = [part.rounded_losses for part in parts if part.rounded_losses is not None]
         return Solution(
             torch.cat([part.weight for part in parts]),
             torch.cat([part.mask for part in parts]),
@@ -78,6 +89,7 @@ class Solution:
             torch.cat(refined) if refined else None,
             sum(part.reached * count for part, count in zip(parts, rows, strict=True)) / sum(rows),
             max(part.seconds for part in parts),
+            torch.cat(rounded) if rounded else None,
         )
 
     def rows(self, begin: int, end: int) -> Solution:
@@ -91,6 +103,7 @@ class Solution:
             None if self.refined_losses is None else self.refined_losses[part],
             self.reached,
             self.seconds * (end - begin) / len(self.weight),
+            None if self.rounded_losses is None else self.rounded_losses[part],
         )
 
 
@@ -111,6 +124,7 @@ def solve_layer(
     damping: float | None = None,
     refine_steps: int = 300,
     tolerance: float = 1e-4,
+    weights: RoundedForm | None = None,
     name: str = "layer",
 ) -> Solution:
     """Find a 2:4 weight that keeps the outputs of a linear layer: ``min_V 1/2 tr((V - W) H (V - W)^T)``.
@@ -121,7 +135,7 @@ def solve_layer(
         hessian: ``H``, (in_features, in_features), the mean of x x^T over tokens (any positive multiple works).
         method: ``"magnitude"``; ``"wanda"`` (arXiv 2306.11695: magnitude times the input's rms); ``"sparsegpt"`` (arXiv
             2301.00774); ``"prox"`` (arXiv 2501.18015's problem, solved by ADMM); ``"prox_gradient"`` (the same problem,
-            solved by the paper's proximal gradient).
+            solved by the paper's proximal gradient); ``"keep"`` keeps the zeros of a weight that is 2:4 already.
         refine: ``"masked_gradient"`` finds the best values for the chosen mask by masked conjugate gradients; None
             keeps the method's own values.
         dim: the dimension along which the groups of four lie: -1 for groups along inputs, 0 along outputs, (0, 1)
@@ -131,12 +145,15 @@ def solve_layer(
         damping: None is each method's own: 0.01 of the mean diagonal for SparseGPT as published, else 0.001 of each
             diagonal entry.
         refine_steps, tolerance: limits of the refinement (:func:`~prox24_lightning.solvers.masked_cg.masked_cg`).
+        weights: round the result to 8 bits with a scale a row, its kept entries making up for each other's errors
+            (:func:`~prox24_lightning.solvers.rounding.round_on_support`); None does not round.
         name: the layer's name, for messages.
 
     Raises:
-        ValueError: for an unknown method or refinement, sizes that do not fit, and values that are not finite.
+        ValueError: for an unknown method or refinement, sizes that do not fit, values that are not finite, rounding
+            of groups along the outputs, and with ``"keep"`` a weight that is not 2:4.
     """
-    config = SolverConfig(method, refine, steps, momentum, damping, refine_steps, tolerance)
+    config = SolverConfig(method, refine, steps, momentum, damping, refine_steps, tolerance, weights)
     return solve(weight, hessian, config, dim=dim, name=name)
 
 
@@ -150,9 +167,16 @@ def solve(weight: Tensor, hessian: Tensor, config: SolverConfig, *, dim: Dim = -
     dims = group_dims(dense.shape, dim)
     dim = dims[0] if len(dims) == 1 else (dims[0], dims[1])
 
+    if config.weights is not None and 1 not in dims:
+        raise ValueError(
+            f"{name}: weights={config.weights!r} takes groups along the inputs, these lie along the outputs"
+        )
+
     found, damping = dense, config.method_damping
-    if config.method == "magnitude":
+    if config.method in ("magnitude", "keep"):
         mask = magnitude(dense, dim=dim)
+        if config.method == "keep" and bool((dense != 0).logical_and_(~mask).any()):
+            raise ValueError(f"{name}: method='keep' keeps the zeros of a 2:4 weight, and this one has too few")
     elif config.method == "wanda":
         mask = wanda(dense, hessian, dim=dim)
     elif config.method == "sparsegpt":
@@ -181,6 +205,12 @@ def solve(weight: Tensor, hessian: Tensor, config: SolverConfig, *, dim: Dim = -
             damping=config.refine_damping,
         )
         refined = row_losses(result, dense, hessian)
+    rounded = None
+    if config.weights is not None:
+        result = round_on_support(
+            result, dense, hessian, mask, config.weights, damping=config.refine_damping, name=name
+        )
+        rounded = row_losses(result, dense, hessian)
     zero_losses = row_losses(torch.zeros_like(dense), dense, hessian)
     zero_losses.sum().item()  # waits for the device, so that `seconds` covers all kernels
-    return Solution(result, mask, zero_losses, losses, refined, reached, time.perf_counter() - begin)
+    return Solution(result, mask, zero_losses, losses, refined, reached, time.perf_counter() - begin, rounded)

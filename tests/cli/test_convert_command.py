@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from tiny_language import Chains
 
 from prox24_lightning.cli import convert
 from prox24_lightning.convert.format.reader import PackedFile
@@ -19,6 +20,7 @@ from prox24_lightning.convert.packed_model import Packable
 from prox24_lightning.io import packed_folder
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.sources import load_source
+from prox24_lightning.io.texts import token_sequences
 from prox24_lightning.mask import mask_24
 
 
@@ -120,6 +122,21 @@ def test_rounded_weights(prox24, sparse_folder, tmp_path, form):
     again = PackedFile(tmp_path / "again" / "packed.safetensors")
     assert same_state(again.state_dict(), file.state_dict())
     assert all(torch.equal(again.read_packed(n).scales, file.read_packed(n).scales) for n in file.packed)
+
+
+def test_calibration_text_lets_entries_make_up_for_each_other(prox24, sparse_folder, tmp_path):
+    calibrate = ("--data", "tiny_language.Chains", "--sequences", 8, "--length", 16, "--device", "cpu")
+    for folder, more in (("plain", ()), ("calibrated", calibrate)):
+        assert prox24("convert", sparse_folder, tmp_path / folder, "--weights", "fp8_e4m3", *more)[0] == 0
+    model = hf.AutoModelForCausalLM.from_pretrained(sparse_folder)
+    found = [packed_folder.load_folder(tmp_path / name, hf.AutoModelForCausalLM) for name in ("plain", "calibrated")]
+    ids = token_sequences(hf.AutoTokenizer.from_pretrained(sparse_folder), Chains().texts("evaluation"), 8, 16)
+    with torch.no_grad():
+        errors = [float((one(ids).logits - model(ids).logits).square().sum()) for one in found]
+    assert errors[1] < errors[0]
+    assert not same_state(found[0].state_dict(), found[1].state_dict())
+    code, _, err = prox24("convert", sparse_folder, tmp_path / "wide", *calibrate)
+    assert (code, "--data is for rounded weights" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

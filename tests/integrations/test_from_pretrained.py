@@ -14,12 +14,12 @@ from tiny_language import tiny_tokenizer
 import prox24_lightning
 from prox24_lightning.convert import SemiStructuredLinear, find_packable, load_packed, open_packed
 from prox24_lightning.convert.convert import insert_layers
-from prox24_lightning.convert.format.rounding import round_weight
 from prox24_lightning.convert.kernels.packed_buffer import pack_buffer
 from prox24_lightning.integrations.transformers.quantizer import Prox24Config
 from prox24_lightning.io.packed_folder import load_folder, save_folder, write_folder
 from prox24_lightning.mask import mask_24
 from prox24_lightning.weights.layer_matrix import transposed_kind
+from prox24_lightning.weights.rounding import round_weight
 from prox24_lightning.weights.selection import select_weights
 
 LLAMA = {

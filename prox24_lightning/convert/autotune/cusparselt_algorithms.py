@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from prox24_lightning.convert.format.rounding import RoundedForm
+from prox24_lightning.weights.rounding import RoundedForm
 
 WORKER = "prox24_lightning.convert.autotune.cusparselt_worker"
 """The child's module, which is not imported here: ``python -m`` warns of modules that are loaded already."""

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob
-from prox24_lightning.convert.format.rounding import VALUE_DTYPES
 from prox24_lightning.convert.kernels import rounded_buffer
 from prox24_lightning.convert.kernels.cusparselt.bindings import TOKEN_MULTIPLE, CusparseltError, Library, load
 from prox24_lightning.convert.kernels.cusparselt.kernel import ROUNDED_TOKEN_MULTIPLE, rounded_factor
@@ -27,6 +26,7 @@ from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
 from prox24_lightning.convert.measurement import time_calls
 from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
+from prox24_lightning.weights.rounding import VALUE_DTYPES
 
 _ROUNDS = 5
 _HOPELESS = 1.5  # an algorithm whose first run takes so many times that of the fastest is not measured further

@@ -24,13 +24,13 @@ import torch
 
 from prox24_lightning.convert import kernels
 from prox24_lightning.convert.autotune.kernel_table import KernelTimes
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.cuda_driver import driver_version
 from prox24_lightning.convert.kernels.registry import is_packed_kernel
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.file_lock import locked
 from prox24_lightning.utils.files import write_text
+from prox24_lightning.weights.rounding import RoundedForm
 
 VERSION = 1
 """Version of the file's structure."""

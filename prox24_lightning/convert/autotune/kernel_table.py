@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
 from prox24_lightning.convert.kernels.registry import Kernel, KernelName
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
+from prox24_lightning.weights.rounding import RoundedForm
 
 BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Numbers of tokens at which layers are measured; a call uses the next one above its own number."""

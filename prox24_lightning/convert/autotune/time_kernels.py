@@ -19,7 +19,6 @@ from torch import Tensor
 from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob, FastestAlgorithms, fastest_algorithms
 from prox24_lightning.convert.autotune.kernel_table import KernelTimes
 from prox24_lightning.convert.autotune.progress import TuningProgress
-from prox24_lightning.convert.format.rounding import RoundedForm, round_rows
 from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.cuda_driver import CudaError
 from prox24_lightning.convert.kernels.cusparselt.bindings import CusparseltError, support
@@ -37,6 +36,7 @@ from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
 from prox24_lightning.convert.measurement import relative_error, release_memory, time_calls
 from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
+from prox24_lightning.weights.rounding import RoundedForm, round_rows
 
 _FEWEST_FOR_CUSPARSELT = 64  # tokens; below, it has never come near the package's own kernels
 _FEWEST_FOR_CUSPARSELT_ROUNDED = 512  # where scaling its sums in a pass of their own is worth it, if ever

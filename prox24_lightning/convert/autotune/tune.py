@@ -11,9 +11,9 @@ import torch
 from prox24_lightning.convert.autotune import disk_cache
 from prox24_lightning.convert.autotune.kernel_table import BUCKETS, KernelTable, choose, completed, table_by_rule
 from prox24_lightning.convert.autotune.time_kernels import Shape, time_kernels
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels import nvrtc
 from prox24_lightning.convert.kernels.cusparselt.bindings import support
+from prox24_lightning.weights.rounding import RoundedForm
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, padded_width, unpack_24
-from prox24_lightning.convert.format.rounding import LARGEST, VALUE_DTYPES, RoundedForm, round_weight
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.safetensors_file import DTYPE_NAMES
+from prox24_lightning.weights.rounding import LARGEST, VALUE_DTYPES, RoundedForm, round_weight
 
 FORMAT = "prox24 packed"
 VERSIONS = (1, 2)

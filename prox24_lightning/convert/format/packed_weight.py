@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.format.chunks import row_chunks
-from prox24_lightning.convert.format.rounding import (
+from prox24_lightning.mask import violations_24
+from prox24_lightning.weights.chunks import row_chunks
+from prox24_lightning.weights.rounding import (
     VALUE_DTYPES,
     RoundedForm,
     expand_rows,
     round_rows,
     rounded_form,
 )
-from prox24_lightning.mask import violations_24
 
 PACKED_DTYPES = (
     torch.float64,
@@ -101,7 +101,7 @@ def pack_24(weight: Tensor, *, form: RoundedForm | None = None, name: str = "wei
     """Pack a 2:4 weight, exactly: :func:`unpack_24` returns an equal one, NaN and inf bit for bit.
 
     Only the sign of a zero that is not kept is lost (a weight times its mask holds such -0.0). With ``form`` the weight
-    is rounded first (:func:`~prox24_lightning.convert.format.rounding.round_rows`), and ``unpack_24`` returns the
+    is rounded first (:func:`~prox24_lightning.weights.rounding.round_rows`), and ``unpack_24`` returns the
     rounded weight; packing that again gives the same bytes.
 
     Args:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from prox24_lightning.convert.format.packed_weight import PackedWeight
 from prox24_lightning.convert.format.reader import PackedFile
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.utils.files import PACKED_FILE, PACKED_INDEX, write_text
 from prox24_lightning.utils.safetensors_file import json_object
+from prox24_lightning.weights.rounding import RoundedForm
 
 _LONGEST_NAME = 255  # of a file
 

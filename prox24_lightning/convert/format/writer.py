@@ -11,10 +11,10 @@ from torch import Tensor
 
 from prox24_lightning.convert.format.header import FORMAT, Layout, PackedEntry, header_digest, version_of
 from prox24_lightning.convert.format.packed_weight import PACKED_DTYPES
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.utils.checksum import checksum, tensor_bytes
 from prox24_lightning.utils.files import replacing
 from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter
+from prox24_lightning.weights.rounding import RoundedForm
 
 
 def write_packed(

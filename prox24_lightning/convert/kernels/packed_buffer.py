@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.format.chunks import CHUNK_ENTRIES
 from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, padded_width, unpack_24
+from prox24_lightning.weights.chunks import CHUNK_ENTRIES
 
 MULTIPLE = 64
 """Rows and inputs are padded with zeros to a multiple of this."""

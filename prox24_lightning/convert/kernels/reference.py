@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prox24_lightning.convert.format.packed_weight import unpack_24
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.product import cast_bias
 from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
+from prox24_lightning.weights.rounding import RoundedForm
 
 
 def linear(

@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels import packed_buffer
 from prox24_lightning.convert.kernels.cublas.kernel import prepare as prepare_cublas
 from prox24_lightning.convert.kernels.cusparselt.kernel import prepare as prepare_cusparselt
@@ -36,6 +35,7 @@ from prox24_lightning.convert.kernels.warpgroup.tiling import ROUNDED_TILINGS as
 from prox24_lightning.convert.kernels.warpgroup.tiling import TILINGS as WARPGROUP_TILINGS
 from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as WarpgroupTiling
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
+from prox24_lightning.weights.rounding import RoundedForm
 
 KernelName = Literal["dense", "dense_fp8", "few", "warpgroup", "cusparselt", "torch", "expand"]
 

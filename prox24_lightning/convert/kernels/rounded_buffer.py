@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.format.chunks import CHUNK_ENTRIES
 from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, padded_width, unpack_24
-from prox24_lightning.convert.format.rounding import VALUE_DTYPES, RoundedForm, RoundedRows
+from prox24_lightning.weights.chunks import CHUNK_ENTRIES
+from prox24_lightning.weights.rounding import VALUE_DTYPES, RoundedForm, RoundedRows
 
 ROW_MULTIPLE, INPUT_MULTIPLE = 64, 128
 """Rows and inputs are padded with zeros to multiples of these."""

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from prox24_lightning.convert.format.header import header_digest
 from prox24_lightning.convert.format.packed_weight import pack_24
 from prox24_lightning.convert.format.reader import PackedFile
-from prox24_lightning.convert.format.rounding import VALUE_DTYPES, round_weight
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.mask import mask_24
 from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter, open_tensors
+from prox24_lightning.weights.rounding import VALUE_DTYPES, round_weight
 
 
 def pruned(*shape, dim=-1, dtype=torch.float32):

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from prox24_lightning.convert.format.packed_weight import pack_24
-from prox24_lightning.convert.format.rounding import LARGEST
 from prox24_lightning.convert.kernels import nvrtc, reference
 from prox24_lightning.convert.kernels.round_tokens.kernel import compile_round_tokens
 from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
 from prox24_lightning.convert.kernels.rounded_buffer import to_buffer
 from prox24_lightning.mask import mask_24
+from prox24_lightning.weights.rounding import LARGEST
 
 FORMS = ["fp8_e4m3", "int8"]
 

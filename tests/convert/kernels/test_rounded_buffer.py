@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, unpack_24
-from prox24_lightning.convert.format.rounding import VALUE_DTYPES, expand_rows, round_rows
 from prox24_lightning.convert.kernels import rounded_buffer as rounded
 from prox24_lightning.convert.kernels.rounded_buffer import from_buffer, pack_buffer, padded_shape, to_buffer
 from prox24_lightning.mask import mask_24
+from prox24_lightning.weights.rounding import VALUE_DTYPES, expand_rows, round_rows
 
 FORMS = ["fp8_e4m3", "int8"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.product import Product, cast_bias
+from prox24_lightning.weights.rounding import RoundedForm
 
 
 def prepare(

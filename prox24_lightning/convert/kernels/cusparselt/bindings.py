@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24, unpack_24
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels import rounded_buffer
 from prox24_lightning.convert.kernels.packed_buffer import from_buffer, random_buffer, to_buffer
+from prox24_lightning.weights.rounding import RoundedForm
 
 OLDEST = 600
 """The oldest version with these enumerations: major * 1000 + minor * 100 + patch."""

@@ -8,13 +8,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.format.rounding import VALUE_DTYPES, RoundedForm
 from prox24_lightning.convert.kernels import rounded_buffer
 from prox24_lightning.convert.kernels.cusparselt.bindings import TOKEN_MULTIPLE, CusparseltError, load, pad_tokens
 from prox24_lightning.convert.kernels.cusparselt.plan import Plan
 from prox24_lightning.convert.kernels.packed_buffer import padded_shape
 from prox24_lightning.convert.kernels.product import Product, cast_bias
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
+from prox24_lightning.weights.rounding import VALUE_DTYPES, RoundedForm
 
 ROUNDED_TOKEN_MULTIPLE = 16
 """Tokens of 8 bits are padded to a multiple of this: the library takes rows of 16 bytes."""

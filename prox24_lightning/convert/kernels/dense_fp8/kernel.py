@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.product import Product, cast_bias
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.rounded_buffer import padded_shape
+from prox24_lightning.weights.rounding import RoundedForm
 
 OLDEST_CAPABILITY = (8, 9)
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.cuda_driver import CudaFunction
 from prox24_lightning.convert.kernels.nvrtc import compile_program
 from prox24_lightning.convert.kernels.product import Product, cast_bias
 from prox24_lightning.convert.kernels.round_tokens.kernel import form_macro
+from prox24_lightning.weights.rounding import RoundedForm
 
 SOURCE = Path(__file__).with_name("kernel.cu")
 

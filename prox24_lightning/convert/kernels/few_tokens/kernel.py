@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.cuda_driver import CudaFunction
 from prox24_lightning.convert.kernels.few_tokens.tiling import Tiling
@@ -26,6 +25,7 @@ from prox24_lightning.convert.kernels.nvrtc import compile_program
 from prox24_lightning.convert.kernels.product import Product
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.round_tokens.kernel import OVERLAPPING, form_macro
+from prox24_lightning.weights.rounding import RoundedForm
 
 SOURCE = Path(__file__).with_name("kernel.cu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-from prox24_lightning.convert.format.rounding import RoundedForm
+from prox24_lightning.weights.rounding import RoundedForm
 
 OLDEST_CAPABILITY = (8, 0)
 """Sparse tensor cores; clusters of blocks (``cluster`` above 1) need 9.0."""

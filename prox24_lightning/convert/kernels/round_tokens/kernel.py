@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.format.rounding import VALUE_DTYPES, RoundedForm
 from prox24_lightning.convert.kernels.cuda_driver import CudaFunction
 from prox24_lightning.convert.kernels.nvrtc import compile_program
+from prox24_lightning.weights.rounding import VALUE_DTYPES, RoundedForm
 
 SOURCE = Path(__file__).with_name("kernel.cu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.format.rounding import LARGEST, SMALLEST_SCALE, VALUE_DTYPES, RoundedForm, RoundedRows
+from prox24_lightning.weights.rounding import LARGEST, SMALLEST_SCALE, VALUE_DTYPES, RoundedForm, RoundedRows
 
 
 def round_tokens(inputs: Tensor, form: RoundedForm, scale: float | None = None) -> RoundedRows:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.cusparselt.bindings import pad_tokens
 from prox24_lightning.convert.kernels.product import Product
+from prox24_lightning.weights.rounding import RoundedForm
 
 
 def prepare(

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prox24_lightning.convert.format.packed_weight import pack_24, packed_bytes, unpack_24
-from prox24_lightning.convert.format.rounding import (
+from prox24_lightning.mask import mask_24
+from prox24_lightning.weights.rounding import (
     LARGEST,
     SMALLEST_SCALE,
     expand_rows,
@@ -14,7 +15,6 @@ from prox24_lightning.convert.format.rounding import (
     rounded_form,
     row_scales,
 )
-from prox24_lightning.mask import mask_24
 
 FORMS = ("fp8_e4m3", "int8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

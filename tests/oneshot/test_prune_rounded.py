@@ -1,0 +1,68 @@
+"""One-shot pruning to rounded values, and rounding of a model that is 2:4 already."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny_blocks import batches, prune, seeded
+
+from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
+from prox24_lightning.mask import is_24
+from prox24_lightning.weights.rounding import round_weight
+
+
+def error(model, reference):
+    with torch.no_grad():
+        return sum(float((model(x) - reference(x)).square().sum()) for x in batches())
+
+
+def rounded_plainly(model, names, form):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_parameter(name)
+            weight.copy_(round_weight(weight, form))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ["fp8_e4m3", "int8"])
+def test_packing_the_pruned_model_changes_nothing_more(weights, dtype, tmp_path):
+    model = seeded().to(dtype)
+    report = prune(model, [x.to(dtype) for x in batches()], weights=weights, dense_target=0.5)
+    for layer in report.layers:
+        weight = model.get_parameter(layer.name)
+        assert is_24(weight)
+        assert torch.equal(unpack_24(pack_24(weight, form=weights)), weight)
+        assert layer.final_loss == layer.rounded_loss
+    assert report.settings["weights"] == weights
+    report.to_json(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["layers"][0]["rounded_loss"] > 0
+
+
+@pytest.mark.parametrize("dense_target", [0.0, 1.0])
+def test_keep_rounds_a_sparse_model_better_than_each_weight_by_itself(dense_target):
+    model = seeded()
+    names = [layer.name for layer in prune(model, method="wanda").layers]
+    sparse = copy.deepcopy(model)
+    report = prune(model, method="keep", refine=None, weights="fp8_e4m3", dense_target=dense_target)
+    assert [layer.name for layer in report.layers] == names
+    for name in names:
+        assert not model.get_parameter(name)[sparse.get_parameter(name) == 0].any()
+        assert torch.equal(round_weight(model.get_parameter(name), "fp8_e4m3"), model.get_parameter(name))
+    assert error(model, sparse) < error(rounded_plainly(sparse, names, "fp8_e4m3"), sparse)
+
+
+def test_keep_refuses_a_dense_model_by_the_layers_name():
+    with pytest.raises(ValueError, match=r"layers\.0\.left.*: method='keep' keeps the zeros of a 2:4 weight"):
+        prune(seeded(), method="keep", weights="int8")
+
+
+def test_a_finished_block_keeps_its_rounded_loss(tmp_path):
+    models = seeded(), seeded()
+    reports = [prune(model, weights="int8", work_dir=tmp_path / "work") for model in models]
+    assert [layer.rounded_loss for layer in reports[0].layers] == [layer.rounded_loss for layer in reports[1].layers]
+    assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in models), strict=True))
