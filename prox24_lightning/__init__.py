@@ -16,7 +16,11 @@ if TYPE_CHECKING:
         SparsityMonitor,
     )
     from prox24_lightning.finetune import load_masks, save_masks
-    from prox24_lightning.integrations.transformers import Prox24TrainerCallback
+    from prox24_lightning.integrations.transformers import (
+        DistillationTrainerCallback,
+        Prox24TrainerCallback,
+        SparsityMonitorTrainerCallback,
+    )
     from prox24_lightning.integrations.transformers.generation import accelerate_generation
     from prox24_lightning.integrations.transformers.registration import register_with_transformers
     from prox24_lightning.mask import is_24, mask_24, transposable_mask, violations_24
@@ -26,9 +30,11 @@ __version__ = "0.1.0"
 __all__ = [
     "ConvertAndBenchmark",
     "Distillation",
+    "DistillationTrainerCallback",
     "Prox24",
     "Prox24TrainerCallback",
     "SparsityMonitor",
+    "SparsityMonitorTrainerCallback",
     "accelerate_generation",
     "critical_strength_24",
     "is_24",
@@ -46,9 +52,11 @@ __all__ = [
 _HOMES = {
     "ConvertAndBenchmark": "callbacks",
     "Distillation": "callbacks",
+    "DistillationTrainerCallback": "integrations.transformers",
     "Prox24": "callbacks",
     "Prox24TrainerCallback": "integrations.transformers",
     "SparsityMonitor": "callbacks",
+    "SparsityMonitorTrainerCallback": "integrations.transformers",
     "accelerate_generation": "integrations.transformers.generation",
     "critical_strength_24": "prox",
     "is_24": "mask",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,6 +19,7 @@ from prox24_lightning.callbacks.training_step_wrapper import wrap_training_step
 from prox24_lightning.callbacks.unenforced_zeros import UnenforcedZeros
 from prox24_lightning.finetune import (
     BatchTimer,
+    DistillationConfig,
     OutputLoss,
     TeacherComparison,
     TimeShare,
@@ -74,18 +75,7 @@ class Distillation(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 < share <= 1:
-            raise ValueError(
-                f"share={share!r} must be above 0 and at most 1: it is the weight of the distillation loss"
-            )
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature!r} must be above 0; 1 leaves the distributions as they are")
-        if not features >= 0:
-            raise ValueError(f"features={features!r} must not be negative; 0 leaves hidden states alone")
-        if loss not in get_args(OutputLoss):
-            raise ValueError(f"loss={loss!r} is unknown; use one of {', '.join(get_args(OutputLoss))}")
-        if loss == "mse" and temperature != 1:
-            raise ValueError(f"temperature={temperature!r} belongs to loss='kl'; set that, or leave temperature out")
+        DistillationConfig(share, temperature, features, loss)  # refuses wrong values
         self.share = share
         self.module = module
         self.temperature = temperature

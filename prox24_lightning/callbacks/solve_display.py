@@ -29,9 +29,10 @@ class _RichBar:
         )
         progress.refresh()
 
-    def end(self, state: SolveState) -> None:
-        self._progress.update(self._task, visible=False)
-        self._progress.refresh()
+    def end(self, state: SolveState, *, stopped: bool) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, visible=False)
+            self._progress.refresh()
 
 
 class _TqdmBar:
@@ -54,8 +55,9 @@ class _TqdmBar:
         self._line.n = state.block - 1
         self._line.set_description_str(f"Solving {state}")
 
-    def end(self, state: SolveState) -> None:
-        self._line.close()
+    def end(self, state: SolveState, *, stopped: bool) -> None:
+        if self._line is not None:
+            self._line.close()
         self._line = None
 
 
@@ -78,9 +80,9 @@ class TrainerDisplay:
             self._shown = _bar_of(self._trainer) or self._lines
         self._shown.show(state)
 
-    def end(self, state: SolveState) -> None:
+    def end(self, state: SolveState, *, stopped: bool) -> None:
         if self._shown is not None:
-            self._shown.end(state)
+            self._shown.end(state, stopped=stopped)
 
 
 def stop_on_sigterm(trainer: Trainer) -> None:

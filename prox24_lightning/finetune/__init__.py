@@ -1,6 +1,7 @@
 """Train on under frozen masks, with the dense model as a teacher if asked for."""
 
 from prox24_lightning.finetune.distillation.batch_timer import BatchTimer, TimeShare
+from prox24_lightning.finetune.distillation.config import DistillationConfig
 from prox24_lightning.finetune.distillation.losses import distillation_loss, feature_loss, logits_of, squared_error
 from prox24_lightning.finetune.distillation.paired_blocks import pair_blocks
 from prox24_lightning.finetune.distillation.student import find_student
@@ -13,6 +14,7 @@ from prox24_lightning.utils.module_copy import frozen_copy
 
 __all__ = [
     "BatchTimer",
+    "DistillationConfig",
     "MaskedLora",
     "MaskedParameters",
     "OutputLoss",

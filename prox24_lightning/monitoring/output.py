@@ -81,12 +81,8 @@ class MonitorOutput:
     def png(self, trainer: Trainer, stem: str, image: np.ndarray) -> None:
         """Write ``<stem>.png`` into the folder of every logger that has a local one; not in a ``fast_dev_run``."""
         with self.guarded(f"writing {stem}.png"):
-            from matplotlib.image import imsave
-
             for folder in log_folders(trainer):
-                folder.mkdir(parents=True, exist_ok=True)
-                with replacing(folder / f"{stem}.png") as temporary:
-                    imsave(temporary, image, format="png")
+                write_png(folder / f"{stem}.png", image)
 
     def wants_images(self, trainer: Trainer) -> bool:
         """Return whether any logger keeps images."""
@@ -96,6 +92,15 @@ class MonitorOutput:
         for logger in tensorboard_loggers(trainer):
             with self.guarded(f"writing {what} to {type(logger).__name__}"):
                 write(logger.experiment)
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write pixels ``(height, width, 3)``, whole or not at all; the folder is made."""
+    from matplotlib.image import imsave
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        imsave(temporary, image, format="png")
 
 
 def tensorboard_loggers(trainer: Trainer) -> list[Any]:

@@ -44,8 +44,8 @@ class SolveDisplay(Protocol):
     def show(self, state: SolveState) -> None:
         """Show where the present pause is; called some times a second, from its first second on."""
 
-    def end(self, state: SolveState) -> None:
-        """The pause has ended, or was interrupted; called if something has been shown."""
+    def end(self, state: SolveState, *, stopped: bool) -> None:
+        """The pause has ended; called if something has been shown, or an error or an interrupt has stopped it."""
 
 
 class SolveWatch:
@@ -93,8 +93,9 @@ class SolveWatch:
             self.interrupted = self._state
             raise
         finally:
-            if self._is_shown and self._display is not None:
-                self._display.end(self._now())
+            stopped = self.interrupted is not None
+            if self._display is not None and (self._is_shown or stopped):
+                self._display.end(self._now(), stopped=stopped)
 
     def block(self, number: int, name: str) -> None:
         """The block of this number is solved from here on."""
@@ -146,7 +147,7 @@ class LogLines:
             self._next = max(2 * state.seconds, self._first) if state.seconds < 60 else state.seconds + 60
             self._say(f"{self._name}: solving {state}")
 
-    def end(self, state: SolveState) -> None:
-        if state.seconds >= self._first:
+    def end(self, state: SolveState, *, stopped: bool) -> None:
+        if state.seconds >= self._first and not stopped:
             self._say(f"{self._name}: solved up to block {state.block} of {state.blocks} in {state.seconds:.1f} s")
         self._next = self._first

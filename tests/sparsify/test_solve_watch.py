@@ -28,7 +28,7 @@ class Display:
     def show(self, state):
         self.shown.append(state)
 
-    def end(self, state):
+    def end(self, state, *, stopped):
         self.ends.append(state)
 
 
@@ -93,7 +93,7 @@ def test_lines_come_at_growing_intervals():
     log = LogLines(lines.append, "prox24")
     for second in range(1, 200):
         log.show(SolveState(1, 2, "layer", float(second)))
-    log.end(SolveState(2, 2, "layer", 200.0))
+    log.end(SolveState(2, 2, "layer", 200.0), stopped=False)
     assert lines[0] == "prox24: solving block 1 of 2 (layer)"
     assert len(lines) == 7  # after 5, 10, 20, 40, 80, 140 s, and the end
     assert lines[-1] == "prox24: solved up to block 2 of 2 in 200.0 s"

@@ -30,11 +30,13 @@ def memory_bytes(module: nn.Module) -> int:
 def teacher_kwargs(teacher: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``kwargs`` without ``labels``, from which a model would compute a loss that nobody reads.
 
-    A ``forward`` that requires ``labels`` keeps them.
+    Nor with ``num_items_in_batch``, by which transformers' models divide it. A ``forward`` that requires ``labels``
+    keeps them.
     """
     labels = inspect.signature(teacher.forward).parameters.get("labels")
     needed = labels is not None and labels.default is inspect.Parameter.empty
-    return {key: value for key, value in kwargs.items() if key != "labels" or needed}
+    left_out = ("num_items_in_batch",) if needed else ("labels", "num_items_in_batch")
+    return {key: value for key, value in kwargs.items() if key not in left_out}
 
 
 @torch.no_grad()

@@ -6,14 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prox24_lightning.integrations.transformers.distillation_callback import DistillationTrainerCallback
     from prox24_lightning.integrations.transformers.generation import accelerate_generation
+    from prox24_lightning.integrations.transformers.monitor_callback import SparsityMonitorTrainerCallback
     from prox24_lightning.integrations.transformers.registration import register_with_transformers
     from prox24_lightning.integrations.transformers.trainer_callback import Prox24TrainerCallback
 
-__all__ = ["Prox24TrainerCallback", "accelerate_generation", "register_with_transformers"]
+__all__ = [
+    "DistillationTrainerCallback",
+    "Prox24TrainerCallback",
+    "SparsityMonitorTrainerCallback",
+    "accelerate_generation",
+    "register_with_transformers",
+]
 
 _HOMES = {
+    "DistillationTrainerCallback": "distillation_callback",
     "Prox24TrainerCallback": "trainer_callback",
+    "SparsityMonitorTrainerCallback": "monitor_callback",
     "accelerate_generation": "generation",
     "register_with_transformers": "registration",
 }

@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from typing_extensions import override
 
 from prox24_lightning.integrations.transformers.checkpoint_state import CheckpointState
+from prox24_lightning.integrations.transformers.solve_progress import SolveProgress
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, SparsifyConfig, StrategyName
@@ -35,9 +36,17 @@ class Prox24TrainerCallback(TrainerCallback):
     :meth:`save_masks`. The best checkpoint (``load_best_model_at_end``) is the best since the freeze: those before it
     are not 2:4.
 
+    While layers are solved a bar shows block, layer and seconds left (lines where ``disable_tqdm`` is set or there is
+    no terminal), and Ctrl-C ends it between small pieces. For scalars, the overview figure and a closing table see
+    :class:`~prox24_lightning.SparsityMonitorTrainerCallback`, for a teacher
+    :class:`~prox24_lightning.DistillationTrainerCallback`.
+
     Args:
         resume_from: the checkpoint folder that the run is resumed from, where it is not ``output_dir/checkpoint-STEP``.
         arguments: those of :class:`~prox24_lightning.Prox24`.
+
+    Attributes:
+        controller: what decides along the run.
 
     Raises:
         ValueError: before the first batch, when model, trainer and arguments do not fit together.
@@ -90,32 +99,33 @@ class Prox24TrainerCallback(TrainerCallback):
         self.resume_from = resume_from
         self._files: CheckpointState | None = None
         self._prepared: int | None = None
-        self._controller = SparsifyController(self.config)
+        self._shown_phase: Phase | None = None
+        self.controller = SparsifyController(self.config)
 
     @property
     def selection(self) -> Selection:
         """The weights that become 2:4, and those that stay dense with the reason; empty before training."""
-        return self._controller.selection
+        return self.controller.selection
 
     @property
     def weights(self) -> tuple[GroupedWeight, ...]:
         """The weights that become 2:4; empty before training."""
-        return self._controller.weights
+        return self.controller.weights
 
     @property
     def step(self) -> int:
         """Finished real optimizer steps."""
-        return self._controller.step
+        return self.controller.step
 
     @property
     def phase(self) -> Phase:
         """``"dense"``, ``"sparsify"`` or ``"frozen"``."""
-        return self._controller.phase
+        return self.controller.phase
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Frozen masks by weight name (bool, True stays); empty before the freeze."""
-        return self._controller.masks
+        return self.controller.masks
 
     def save_masks(self, path: str | Path) -> Path:
         """Write the frozen masks to a file that :func:`~prox24_lightning.load_masks` reads; all ranks call it.
@@ -123,7 +133,7 @@ class Prox24TrainerCallback(TrainerCallback):
         Raises:
             ValueError: before the freeze.
         """
-        return self._controller.save_masks(path)
+        return self.controller.save_masks(path)
 
     @override
     def on_train_begin(
@@ -135,12 +145,14 @@ class Prox24TrainerCallback(TrainerCallback):
                 "Prox24TrainerCallback works with one process or DDP; transformers' FSDP and DeepSpeed flatten or hide "
                 "the weights: shard the model in Lightning's ModelParallelStrategy with Prox24 instead"
             )
-        controller = self._controller
+        controller = self.controller
+        controller.watch.attach(SolveProgress(args, state, self.config))
         engine = controller.prepare(kwargs["model"], optimizers, state.max_steps, {})
         engine.on_frozen.append(lambda: _forget_best(state))
         if self.config.verbose and state.is_world_process_zero:
             steps = f"from step {controller.start_step} to step {controller.freeze_step}"
             print_selection(controller.selection, f"{self.config.name}: 2:4 {steps}")
+        self._shown_phase = None
         self._files = CheckpointState(args.output_dir or ".", self.config.name, controller.weights)
         loaded = self._files.read(state.global_step, self.resume_from) if state.global_step else {}
         if state.global_step and not loaded:
@@ -158,11 +170,13 @@ class Prox24TrainerCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._controller.before_batch(_bare(kwargs["optimizer"]))
+        self.controller.before_batch(_bare(kwargs["optimizer"]))
+        self._announce(state)
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._controller.after_batch()
+        self.controller.after_batch()
+        self._announce(state)
         if control.should_save:
             self._prepare_checkpoint(state)
 
@@ -186,7 +200,7 @@ class Prox24TrainerCallback(TrainerCallback):
             if state.is_world_process_zero:
                 self._files.finish(state.global_step)
         else:  # a callback after this one has asked for the checkpoint
-            content = self._controller.state_dict()
+            content = self.controller.state_dict()
             if state.is_world_process_zero:
                 self._files.write(state.global_step, content)
         self._prepared = None
@@ -195,18 +209,27 @@ class Prox24TrainerCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._controller.unbind()
-        self._controller.check_end()
-        self._controller.write_masks()
+        self.controller.unbind()
+        self.controller.watch.detach()
+        self.controller.check_end()
+        if self.config.verbose and state.is_world_process_zero and (pauses := self.controller.pauses()):
+            print(pauses)
+        self.controller.write_masks()
         if self._files is not None and state.is_world_process_zero:
             self._files.discard()
         self._files = self._prepared = None
+
+    def _announce(self, state: TrainerState) -> None:
+        """Print the phase, if it is a new one."""
+        if self.phase != self._shown_phase and self.config.verbose and state.is_world_process_zero:
+            print(f"{self.config.name}: phase {self.phase} after step {self.step}")
+        self._shown_phase = self.phase
 
     def _prepare_checkpoint(self, state: TrainerState) -> None:
         """Write the state for a checkpoint that transformers writes next; stop before it if weights are not finite."""
         if self._files is None or self._prepared == state.global_step:
             return
-        content = self._controller.state_dict()
+        content = self.controller.state_dict()
         if state.is_world_process_zero:
             self._files.prepare(state.global_step, content)
         self._prepared = state.global_step
