@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import NoReturn
 
 from prox24_lightning import __version__
 
@@ -24,14 +25,20 @@ class Command:
         target: ``module:function``. The function takes the words after the command's name.
         typed: instead, the function has typed parameters, and jsonargparse makes the command line from them.
         positional: parameters without a default are words without a name.
+        words: those words, for the usage line.
+        first: the option that the first word without a name stands for.
     """
 
     summary: str
     target: str
     typed: bool = False
     positional: bool = False
+    words: str = ""
+    first: str = ""
 
     def run(self, name: str, words: list[str]) -> None:
+        if self.first and words and not words[0].startswith("-"):
+            words = [self.first, *words]
         module, function = self.target.split(":")
         entry = getattr(import_module(module), function)
         if not self.typed:
@@ -45,6 +52,7 @@ class Command:
             entry,
             args=words,
             prog=f"prox24 {name}",
+            usage=" ".join(part for part in ("prox24", name, self.words, "[options]") if part),
             as_positional=self.positional,
             parser_class=CommandParser,
             allow_abbrev=False,
@@ -69,27 +77,35 @@ COMMANDS = {
         "prox24_lightning.cli.recipes:recipes",
         typed=True,
         positional=True,
+        words="FOLDER",
     ),
     "prune": Command(
-        "prune a pretrained Hugging Face model layer by layer", "prox24_lightning.cli.prune:prune", typed=True
+        "prune the pretrained Hugging Face model MODEL layer by layer",
+        "prox24_lightning.cli.prune:prune",
+        typed=True,
+        words="[MODEL]",
+        first="--model.name",
     ),
     "doctor": Command(
         "which layers of MODEL can run sparse, why the others cannot, what it would gain",
         "prox24_lightning.cli.doctor:doctor",
         typed=True,
         positional=True,
+        words="MODEL",
     ),
     "convert": Command(
         "check MODEL and write it packed, at about half the size, into a folder",
         "prox24_lightning.cli.convert:convert",
         typed=True,
         positional=True,
+        words="MODEL OUT",
     ),
     "bench": Command(
         "time MODEL dense against converted on this machine's GPU",
         "prox24_lightning.cli.bench:bench",
         typed=True,
         positional=True,
+        words="MODEL",
     ),
 }
 
@@ -133,8 +149,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         COMMANDS[name].run(name, rest)
     except KeyboardInterrupt:
-        print(f"prox24 {name}: interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        interrupted(name)
+    except SystemExit as stop:
+        # Lightning ends a run that Ctrl-C stops with code 1, which means a failure here.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            interrupted(name)
+        raise
+
+
+def interrupted(name: str) -> NoReturn:
+    """Say in one line that the user has stopped the command, and exit."""
+    print(f"prox24 {name}: interrupted", file=sys.stderr)
+    raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""Command line parsers whose errors are one sentence on stderr and exit code 2."""
+"""Command line parsers: lists and switches as everywhere, own options first in the help, errors in one sentence."""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
-from typing import NoReturn
+from argparse import Action
+from collections.abc import Callable, Sequence
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
@@ -11,6 +16,8 @@ from typing_extensions import override
 
 from prox24_lightning.cli.exit_codes import ERROR
 from prox24_lightning.utils.config_errors import first_reason
+
+_OF_EVERY_COMMAND = ("help", "config", "print_config")
 
 
 class CommandParser(ArgumentParser):
@@ -22,9 +29,28 @@ class CommandParser(ArgumentParser):
             super().error(message, ex)
         refuse(self.prog, message)
 
+    @override
+    def parse_args(  # type: ignore[override]  # argparse has overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None, **options: Any
+    ) -> Any:
+        return super().parse_args(readable(self, args), namespace, **options)
+
+    @override
+    def format_help(self, *args: Any, **options: Any) -> str:
+        own_first(self)
+        return super().format_help(*args, **options)
+
 
 class TrainerParser(LightningArgumentParser):
-    """Parser of the commands that LightningCLI runs."""
+    """Parser of the commands that LightningCLI runs.
+
+    Attributes:
+        own_group: title of the group of options that ``--help`` shows first; "" for none.
+        own_help: what ``--help`` shows next, before LightningCLI's options; None for nothing.
+    """
+
+    own_group = ""
+    own_help: Callable[[], str] | None = None
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -32,9 +58,91 @@ class TrainerParser(LightningArgumentParser):
             super().error(message, ex)
         refuse(self.prog, message)
 
+    @override
+    def parse_args(  # type: ignore[override]  # argparse has overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None, **options: Any
+    ) -> Any:
+        return super().parse_args(readable(self, args), namespace, **options)
+
+    @override
+    def format_help(self, *args: Any, **options: Any) -> str:
+        own_first(self, self.own_group)
+        self.usage = f"{_program(self.prog)} [options]"
+        parts = super().format_help(*args, **options).split("\n\n")  # usage, description, groups
+        if self.own_help is not None:
+            parts.insert(3 if self.own_group else 2, self.own_help())
+        return "\n\n".join(parts)
+
 
 def refuse(program: str, message: str) -> NoReturn:
     """Print why the words or the config cannot be used, and exit."""
-    program = program.replace(" [options]", "")
+    program = _program(program)
     print(f"{program}: {first_reason(message)} (options: {program} --help)", file=sys.stderr)
     raise SystemExit(ERROR)
+
+
+def readable(parser: ArgumentParser, words: Sequence[str] | None) -> list[str] | None:
+    """Return words as jsonargparse reads them.
+
+    Several words after a list's option become one list (``--seeds 0 1``; ``--seeds "[0, 1]"`` stays), and a switch
+    without a value is true (``--overwrite``).
+    """
+    if words is None:
+        return None
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    found: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        action = actions.get(word)
+        kind = None if action is None else getattr(action, "_typehint", None)
+        if kind is bool and (not rest or rest[0].lower() not in ("true", "false", "yes", "no")):
+            found.append(f"{word}=true")
+        elif (element := _element(kind)) is not None and action is not None:
+            values = []
+            while rest and not re.match(r"-(?!\d)", rest[0]):
+                values.append(rest.pop(0))
+            found += [word, *values] if not _spread(values) else [f"{word}={_listed(values, element)}"]
+        else:
+            found.append(word)
+    return found
+
+
+def _spread(values: Sequence[str]) -> bool:
+    """Return whether the values are elements, and not one list already."""
+    return bool(values) and not (len(values) == 1 and (values[0] == "null" or values[0].startswith("[")))
+
+
+def _listed(values: Sequence[str], element: Any) -> str:
+    return json.dumps(list(values)) if element is str else f"[{', '.join(values)}]"
+
+
+def _element(kind: Any) -> Any:
+    """Return the type of a list's elements; None if ``kind`` is neither a list nor a list or None."""
+    if get_origin(kind) in (Union, UnionType):
+        options = [option for option in get_args(kind) if option is not NoneType]
+        kind = options[0] if len(options) == 1 else None
+    if get_origin(kind) not in (list, Sequence):
+        return None
+    element = get_args(kind)[0]
+    return str if get_origin(element) is not None else element  # a choice of words
+
+
+def own_first(parser: ArgumentParser, title: str = "") -> None:
+    """Order what ``--help`` shows: the group of this title, the command's own options, those of every command.
+
+    Groups with a title of their own, but for LightningCLI's, stand before the options.
+    """
+
+    def general(action: Action) -> bool:
+        return action.dest in _OF_EVERY_COMMAND
+
+    for group in parser._action_groups:
+        group._group_actions.sort(key=general)
+    groups = parser._action_groups
+    named = [group for group in groups[2:] if isinstance(parser, CommandParser) or group.title == title]
+    parser._action_groups = [groups[0], *named, groups[1], *(one for one in groups[2:] if one not in named)]
+
+
+def _program(name: str) -> str:
+    return name.replace(" [options]", "")

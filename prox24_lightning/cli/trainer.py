@@ -14,14 +14,24 @@ from typing_extensions import override
 
 from prox24_lightning.cli.exit_codes import ERROR
 from prox24_lightning.cli.parsers import TrainerParser, refuse
+from prox24_lightning.cli.prox24_settings import apply_settings, settings_help, take_settings
 
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
 
 class Prox24CLI(LightningCLI):
-    """LightningCLI whose model and data are class paths, and whose words a program may pass."""
+    """LightningCLI whose model and data are class paths, and whose words a program may pass.
 
-    def __init__(self, words: list[str], *, name: str, run: bool = True, **options: Any) -> None:
+    Attributes:
+        own_group: title of the group of options that ``--help`` shows first.
+    """
+
+    own_group = ""
+
+    def __init__(self, words: list[str], *, name: str, trains: bool = False, run: bool = True, **options: Any) -> None:
+        self._trains = trains
+        self._program = f"{name} {words[0]}" if run else name
+        words, self._settings = take_settings(words, self._program) if trains else (words, {})
         super().__init__(
             LightningModule,
             subclass_mode_model=True,  # `data` is any LightningDataModule, or none where the module has its loaders
@@ -42,6 +52,9 @@ class Prox24CLI(LightningCLI):
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = TrainerParser(**kwargs)
+        parser.own_group = self.own_group
+        if self._trains:
+            parser.own_help = settings_help
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="path of a YAML file")
         return parser
 
@@ -53,7 +66,7 @@ class Prox24CLI(LightningCLI):
             # jsonargparse wraps every exception of a constructor; only these say that a value is refused.
             if not isinstance(error.__cause__, (ValueError, TypeError, MisconfigurationException)):
                 raise
-            refuse(self.parser.prog, str(error))
+            refuse(self._program, str(error))
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -61,6 +74,11 @@ class Prox24CLI(LightningCLI):
         if not isinstance(args, list):
             raise TypeError(f"expected a list of command line words, got {type(args).__name__}")
         self.config = parser.parse_args(args)
+        subcommand = self.config.get("subcommand")
+        try:
+            apply_settings(self.config[subcommand] if subcommand else self.config, self._settings)
+        except ValueError as error:
+            refuse(self._program, str(error))
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -90,7 +108,7 @@ def test(words: list[str]) -> None:
 
 def _run(command: str, words: list[str]) -> None:
     try:
-        Prox24CLI([command, *words], name="prox24")
+        Prox24CLI([command, *words], name="prox24", trains=command == "fit")
     except MisconfigurationException as error:  # settings that cannot work together
         print(f"prox24 {command}: {error}", file=sys.stderr)
         raise SystemExit(ERROR) from error

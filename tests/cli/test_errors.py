@@ -24,7 +24,7 @@ def config(tmp_path, **changes):
         ({"max_steps": "lots"}, "trainer.max_steps: expected int, got lots"),
         (
             {"prox24": {"strategy": "progresive"}},
-            "strategy: expected one of 'post_step', 'progressive', got progresive",
+            "strategy: expected one of 'post_step', 'progressive', 'keep', got progresive",
         ),
         ({"prox24": {"strat": "post_step"}}, "Option 'strat' is not accepted"),
         ({"prox24": {"start": 0.9, "freeze": 0.5}}, "start=0.9 comes after freeze=0.5; sparsification begins before"),
@@ -44,7 +44,7 @@ def test_a_config_that_cannot_work_ends_in_one_sentence(prox24, tmp_path, monkey
     ("words", "sentence"),
     [
         (["doctor"], "prox24 doctor: the following arguments are required: model"),
-        (["doctor", "x", "--token_counts", "a"], "prox24 doctor: token_counts: expected list or null, got a"),
+        (["doctor", "x", "--token_counts", "a"], "prox24 doctor: token_counts: expected int, got a"),
         (["prune", "--model.nam", "x"], "prox24 prune: unrecognized arguments: --model.nam"),
         (["fit", "--config", "gone.yaml"], "prox24 fit: config: File does not exist"),
     ],

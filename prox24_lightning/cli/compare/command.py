@@ -29,10 +29,9 @@ from rich.console import Console
 from typing_extensions import override
 
 from prox24_lightning.callbacks.prox24 import Prox24
+from prox24_lightning.cli.callback_entries import callback_entries, loaded_class
 from prox24_lightning.cli.compare.comparison import VARIANTS, Comparison, Run, Variant
 from prox24_lightning.cli.compare.config_edit import (
-    callback_entries,
-    loaded_class,
     separate_outputs,
     with_one_shot_magnitude,
     without_conversion,
@@ -47,19 +46,28 @@ from prox24_lightning.weights.selection import select_weights
 
 Split = Literal["validation", "test"]
 
+_OWN_OPTIONS = "What is compared, and where the results go"
+
 
 class CompareCLI(Prox24CLI):
     """Parser of ``fit``'s options and those of ``compare``; instantiates classes only with an edit of the config."""
 
+    own_group = _OWN_OPTIONS
+
     def __init__(self, words: list[str], edit: Callable[[Namespace], None] | None = None) -> None:
         self._edit = edit
-        super().__init__(words, name="prox24 compare", run=False, save_config_callback=None)
+        super().__init__(words, name="prox24 compare", trains=True, run=False, save_config_callback=None)
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        about = "Train the same model dense, by one-shot magnitude and with Prox24, and compare."
+        return super().init_parser(**{**kwargs, "description": about})
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        group = parser.add_argument_group("What is compared, and where the results go")
-        group.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every variant a seed")
-        group.add_argument("--variants", type=Variant, nargs="+", default=list(VARIANTS), help="which variants run")
+        group = parser.add_argument_group(_OWN_OPTIONS)
+        group.add_argument("--seeds", type=list[int], default=[0], help="one run of every variant a seed")
+        group.add_argument("--variants", type=list[Variant], default=list(VARIANTS), help="which variants run")
         group.add_argument(
             "--metric",
             type=str | None,

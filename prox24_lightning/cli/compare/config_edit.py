@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -10,19 +9,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from prox24_lightning.callbacks.prox24 import Prox24
+from prox24_lightning.cli.callback_entries import callback_entries, entries, loaded_class
 
 _KEPT_BY_ASP = ("targets", "skip", "geometry", "name", "verbose")
-
-
-def loaded_class(entry: Namespace) -> type:
-    """Return the class that an entry ``{class_path, init_args}`` names."""
-    module, name = entry.class_path.rsplit(".", 1)
-    return getattr(import_module(module), name)
-
-
-def callback_entries(config: Namespace) -> list[Namespace]:
-    """Return the entries of ``trainer.callbacks``; a single entry counts as a list of one."""
-    return _entries(config.trainer.callbacks)
 
 
 def without_pruning(config: Namespace) -> None:
@@ -65,7 +54,7 @@ def separate_outputs(config: Namespace, output: Path, variant: str, seed: int) -
         path = f"{TensorBoardLogger.__module__}.{TensorBoardLogger.__name__}"
         config.trainer.logger = Namespace(class_path=path, init_args=Namespace(**place))
     elif config.trainer.logger is not False:
-        for entry in _entries(config.trainer.logger):
+        for entry in entries(config.trainer.logger):
             if issubclass(loaded_class(entry), (TensorBoardLogger, CSVLogger)):
                 entry.init_args = Namespace({**vars(entry.get("init_args", Namespace())), **place})
     for entry in callback_entries(config):
@@ -74,9 +63,3 @@ def separate_outputs(config: Namespace, output: Path, variant: str, seed: int) -
             arguments.dirpath = str(folder / "checkpoints")
         if issubclass(loaded_class(entry), Prox24) and arguments.get("masks_file"):
             arguments.masks_file = str(folder / Path(arguments.masks_file).name)
-
-
-def _entries(value: Namespace | list[Namespace] | None) -> list[Namespace]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
