@@ -49,6 +49,7 @@ LAYERS = {
         ["strategies.base"],
         ["strategies.keep_zeros", "strategies.post_step", "strategies.progressive"],
         ["config", "engine", "sparse_training"],
+        ["traps"],
         ["controller"],
     ],
     "finetune": [["optimizers"], ["optimizer_state"], ["masked_parameters"], ["mask_files", "lora", "distillation"]],

@@ -178,7 +178,7 @@ class ConvertAndBenchmark(Callback):
         try:
             release_memory()
         except Exception as error:  # after a broken kernel every CUDA call fails
-            _warn(f"ConvertAndBenchmark could not release GPU memory: {describe(error)}")
+            rank_zero_info(f"ConvertAndBenchmark could not release GPU memory: {describe(error)}")
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> Report:
         if any(is_sharded(parameter) for parameter in pl_module.parameters()):

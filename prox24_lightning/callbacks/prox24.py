@@ -98,9 +98,13 @@ class Prox24(Callback):
             :class:`~prox24_lightning.schedules.Schedule`, relative to 1 / rms of the layer.
         fraction: (``post_step``) for ``"auto"``, the share of groups that are 2:4 while the phase runs from 0 to 1:
             ``"cubic"``, ``"linear"`` or a schedule from 0 to 1.
-        targets: patterns of parameter names, module names or module types to take; None takes every linear and
-            convolution weight that fits, except output heads and tied weights.
-        skip: patterns that stay dense.
+        targets: patterns of the weights to take; None takes every linear and convolution weight that fits, except
+            output heads and tied weights. A pattern is compared with the whole name of the parameter
+            (``model.layers.0.mlp.up_proj.weight``), of its module (``model.layers.0.mlp.up_proj``), and of the module's
+            class and its bases (``Conv2d``), case by case. ``*`` stands for any text, dots included, ``?`` for one
+            character, ``[03]`` for one of these: ``["*.mlp.*", "Conv2d"]``. Without wildcards it may also name a head
+            or a tied weight. A pattern that fits nothing is refused.
+        skip: patterns, likewise, of weights that stay dense, also where ``targets`` takes them.
         geometry: ``"row"`` lays groups of four along the inputs (what sparse tensor cores take in the forward
             pass), ``"column"`` along the outputs, ``"block"`` along both at once: 4 x 4 blocks with two non-zeros in
             each row and column, for sparse forward and backward passes. Weights that do not fit stay dense, with a

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,10 @@ def check_arguments(
     weight: Tensor, shape: tuple[int, ...], strength: float | Tensor, scale: Tensor | None, out: Tensor | None
 ) -> None:
     """Refuse a strength that does not broadcast against ``shape``, and a bad scale or ``out``."""
+    for name, value in (("strength", strength), ("scale", scale)):
+        if not isinstance(value, (Real, Tensor, type(None))):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(f"{name} takes a number or a torch.Tensor, got {kind}; use torch.as_tensor")
     _check_strength(strength, shape, weight)
     if scale is not None:
         _check_scale(scale, weight)

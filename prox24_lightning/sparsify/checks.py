@@ -70,10 +70,14 @@ def optimized(selection: Selection, optimizers: Sequence[Optimizer], *, explicit
     return Selection(tuple(chosen), tuple(skipped))
 
 
-def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: str) -> None:
+def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: str, *, moved: bool = True) -> None:
     """Refuse a selection that is empty, sharded through groups, or shares a weight with another instance.
 
-    ``claimed`` are the selections of the other instances, by their names.
+    Args:
+        selection: of this instance.
+        claimed: the selections of the other instances, by their names.
+        name: of this instance.
+        moved: whether the weights are moved by the prox, which 16 bits are too few for.
     """
     if not selection.chosen:
         reasons = "; ".join(f"{weight.name}: {weight.reason}" for weight in selection.skipped[:8])
@@ -94,7 +98,7 @@ def check_weights(selection: Selection, claimed: Mapping[str, Selection], name: 
     if (dense := selection.warning()) is not None and rank() == 0:
         warnings.warn(dense, stacklevel=2)
     low = sorted({str(weight.parameter.dtype) for weight in selection if weight.parameter.element_size() < 4})
-    if low and rank() == 0:
+    if low and moved and rank() == 0:
         warnings.warn(
             f"the weights are stored in {low[0]}: steps of the prox smaller than half a unit in the last place are "
             "lost; train in mixed precision (bf16-mixed) to keep float32 weights",

@@ -24,8 +24,9 @@ from prox24_lightning.sparsify.sparse_training import SparseTraining
 from prox24_lightning.sparsify.strategies.base import Strategy
 from prox24_lightning.sparsify.strategies.keep_zeros import KeepZeros
 from prox24_lightning.sparsify.strategies.post_step.strategy import PostStepProx
-from prox24_lightning.sparsify.strategies.progressive.strategy import CALIBRATION_BATCHES, Progressive
-from prox24_lightning.sparsify.zeros import only_24, weights_24
+from prox24_lightning.sparsify.strategies.progressive.strategy import Progressive
+from prox24_lightning.sparsify.traps import traps
+from prox24_lightning.sparsify.zeros import only_24
 from prox24_lightning.utils.distributed import rank
 from prox24_lightning.weights.selection import GroupedWeight, Selection, select_weights
 from prox24_lightning.weights.sharded import local_part, reshard
@@ -150,7 +151,7 @@ class SparsifyController:
         selection = self._select(model, optimizers, explicit=config.targets is not None)
         plan = resolve_plan(*config.phase_steps, total_steps, exact=exact)
         self._total_steps = total_steps
-        check_weights(selection, claimed, config.name)
+        check_weights(selection, claimed, config.name, moved=config.strategy != "keep")
         self._claimed = frozenset(weight.name for other in claimed.values() for weight in other)
         same_model = self._model is not None and self._model() is model
         self._previous = self._previous or self._engine if same_model else None
@@ -188,7 +189,8 @@ class SparsifyController:
                 "still to be chosen"
             )
         else:
-            self._warn_of_traps()
+            for trap in traps(self.config, engine.plan, self._total_steps, self.weights):
+                _warn(trap)
 
     def bind(self, optimizers: Sequence[Optimizer]) -> None:
         """Work between the steps of these optimizers from now on."""
@@ -355,27 +357,6 @@ class SparsifyController:
         if config.strategy == "keep" and selection.chosen:
             selection = only_24(selection, explicit=explicit)
         return selection
-
-    def _warn_of_traps(self) -> None:
-        """Warn of settings that are valid, and hardly meant, at the start of a new run."""
-        config = self.config
-        if config.strategy == "keep":
-            return
-        sparse = weights_24(self.weights)
-        if sparse and self.freeze_step > 0:
-            _warn(
-                f"{len(sparse)} of the {len(self.weights)} weights are 2:4 already ({sparse[0].name} is one), and get "
-                f"new masks from step {self.start_step} to step {self.freeze_step}; strategy='keep' keeps the zeros "
-                "that are there, and fine-tunes the rest"
-            )
-        solves = config.strategy == "progressive" and config.calibration != "magnitude"
-        if solves and self.freeze_step == 0 and len(sparse) < len(self.weights):
-            few = CALIBRATION_BATCHES
-            _warn(
-                "freeze=0 prunes before the first batch: there are no layer inputs to solve the layers on, and the "
-                f"largest weights are kept; start={few}, freeze={few} prunes in one shot on the first {few} batches "
-                "(calibration='magnitude' if this is meant)"
-            )
 
     def _make_strategy(self, model: nn.Module) -> Strategy:
         config = self.config

@@ -241,7 +241,7 @@ class SparsityEngine:
         if self._moments is not None and (missing := self._moments.missing()):
             log.warning(
                 "no inputs were seen for %s: the metric of these weights is their own magnitude, not their layers' "
-                "activations",
+                "activations (metric='weight' takes it for all)",
                 ", ".join(missing),
             )
         self.strategy.begin()

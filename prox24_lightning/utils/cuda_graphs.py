@@ -92,7 +92,7 @@ class GraphedStep:
                 torch.cuda.empty_cache()
                 graph = self._capture(memory)
         except RuntimeError as error:
-            _warn_once(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            _log_once(str(error).splitlines()[0] if str(error) else type(error).__name__)
             self._capturable = False
             return None
         memory.keep(self._device, graph)
@@ -192,9 +192,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @cache
-def _warn_once(reason: str) -> None:
+def _log_once(reason: str) -> None:
     """Warn once for each reason: the solver has hundreds of steps to capture."""
-    log.warning("some steps are slower than they could be: they cannot be captured as a CUDA graph (%s)", reason)
+    log.info("some steps are slower than they could be: they cannot be captured as a CUDA graph (%s)", reason)
 
 
 def _end_capture(device: torch.device, pool: Any) -> None:

@@ -151,6 +151,34 @@ def test_a_freeze_before_the_first_batch_that_is_meant(arguments):
         fit(TinyModule(), Prox24(0, 0, verbose=False, **arguments))
 
 
+@pytest.mark.parametrize(
+    "start, freeze, words",
+    [
+        (0, 1, r"freeze=1 is an int.*freeze=1.0 would be the end"),
+        (0.1, 1.0, "freeze=1.0 is the end of the run, step 6"),
+    ],
+)
+def test_one_step_and_the_whole_run_are_told_apart(start, freeze, words):
+    with pytest.warns(UserWarning, match=words):
+        fit(TinyModule(), Prox24(start, freeze, verbose=False))
+
+
+def test_the_first_and_the_last_step_may_be_meant():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fit(TinyModule(), Prox24(1, 1, verbose=False))
+        fit(TinyModule(), Prox24(1, 6, verbose=False))
+    assert not [one for one in found if "freeze=" in str(one.message)]
+
+
+def test_weights_of_16_bits_that_do_not_move_are_not_warned_of():
+    module = pruned(TinyModule()).bfloat16()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        quiet_trainer(max_steps=2, precision="bf16-true", callbacks=[keep()]).fit(module, tiny_loader())
+    assert not [one for one in found if "stored in" in str(one.message)]
+
+
 def test_a_resumed_run_is_not_warned(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=4)
     quiet_trainer(max_steps=4, callbacks=[Prox24(1, 3, verbose=False), checkpoint], enable_checkpointing=True).fit(

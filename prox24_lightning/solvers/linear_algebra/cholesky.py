@@ -24,7 +24,7 @@ def cholesky(matrix: Tensor, *, damping: float = 0.0, attempts: int = 3, name: s
     Where float32 fails, the damping (at least 1e-6) grows tenfold up to ``attempts`` times; then the same in float64.
 
     Returns:
-        the factor, in the dtype of ``matrix``; a warning is logged when the first try failed.
+        the factor, in the dtype of ``matrix``; the log tells (level INFO) when the first try failed.
 
     Raises:
         ValueError: if no factor is found.
@@ -35,7 +35,7 @@ def cholesky(matrix: Tensor, *, damping: float = 0.0, attempts: int = 3, name: s
             lower, failed = torch.linalg.cholesky_ex(damped(matrix.to(dtype), shift))
             if not int(failed) and bool(torch.isfinite(lower).all()):
                 if attempt or dtype != matrix.dtype:
-                    logger.warning("%s: the Cholesky factor needed damping %g in %s", name, shift, dtype)
+                    logger.info("%s: the Cholesky factor needed damping %g in %s", name, shift, dtype)
                 return lower.to(matrix.dtype)
             shift = max(10 * shift, 1e-6)
     raise ValueError(

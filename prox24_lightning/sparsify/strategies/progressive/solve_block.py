@@ -63,7 +63,10 @@ def solve_block(
     runs = attempt(lambda: _calls(block, reruns))
     if not all(gathered_objects(bool(runs))):
         if solvable:
-            log.warning("%s was not called in the recorded batches; its largest weights are kept instead", block.name)
+            log.warning(
+                "%s was not called in the recorded batches; its largest weights are kept instead (or add it to skip)",
+                block.name,
+            )
         return found
     dense_runs, counterparts = attempt(lambda: reruns.dense_runs_of(block))
     targets, dense_outputs = None, None

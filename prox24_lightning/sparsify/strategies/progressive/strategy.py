@@ -222,14 +222,15 @@ class Progressive(Strategy):
         if rank() == 0:
             log.warning(
                 "blocks are not run again, because %s: each layer is solved on a Hessian that forward hooks sum up in "
-                "the training batches before its pruning step; dense_target and reconstruction_steps have no effect",
+                "the training batches before its pruning step; dense_target and reconstruction_steps have no effect "
+                "(calibration='stream' if this is meant)",
                 problem,
             )
 
     def _warn_without_reference(self, problem: str) -> None:
         if rank() == 0:
             log.warning(
-                "dense_target=%g has no effect, each layer aims at its own outputs: %s",
+                "dense_target=%g has no effect, each layer aims at its own outputs (dense_target=0 says so): %s",
                 self.settings.dense_target,
                 problem,
             )
