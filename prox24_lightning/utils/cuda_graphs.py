@@ -193,7 +193,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 @cache
 def _log_once(reason: str) -> None:
-    """Warn once for each reason: the solver has hundreds of steps to capture."""
+    """Say each reason once: the solver has hundreds of steps to capture."""
     log.info("some steps are slower than they could be: they cannot be captured as a CUDA graph (%s)", reason)
 
 

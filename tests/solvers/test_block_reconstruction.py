@@ -10,7 +10,7 @@ from torch import nn
 
 from prox24_lightning.mask import mask_24
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block, relative_error
-from prox24_lightning.utils.cuda_graphs import _warn_once
+from prox24_lightning.utils.cuda_graphs import _log_once
 
 
 class Block(nn.Module):
@@ -133,15 +133,16 @@ def test_the_gpu_ends_at_the_error_of_the_cpu(kind):
 
 @pytest.mark.gpu
 def test_it_is_recorded_while_the_graph_of_a_training_step_is_alive(caplog):
-    _warn_once.cache_clear()
+    _log_once.cache_clear()
     parameters, masks, block, inputs, targets = pruned_block()
     block.cuda()
     inputs, targets = [x.cuda() for x in inputs], [target.cuda() for target in targets]
     masks = {name: mask.cuda() for name, mask in masks.items()}
     loss = block(inputs[0]).square().mean()
     loss.backward()
-    before, after = reconstruct_block(block, masks, block, inputs, targets, steps=100)
+    with caplog.at_level("INFO"):
+        before, after = reconstruct_block(block, masks, block, inputs, targets, steps=100)
     assert after < 0.8 * before
-    assert not caplog.text
+    assert "cannot be captured" not in caplog.text
     assert loss.grad_fn is not None
     assert set(parameters) == set(dict(block.named_parameters()))
