@@ -48,6 +48,7 @@ LAYERS = {
         ["phases", "step_listener", "checks", "pass_statistics", "model_watch", "solve_watch", "zeros"],
         ["strategies.base"],
         ["strategies.keep_zeros", "strategies.post_step", "strategies.progressive"],
+        ["reordering"],
         ["config", "engine", "sparse_training"],
         ["traps"],
         ["controller"],

@@ -56,8 +56,17 @@ class Row:
         return found
 
 
-def _one_shot(method: str, *, refine: bool = True, dense_target: float = 0.0, distillation: float = 0.0) -> Row:
+def _one_shot(
+    method: str,
+    *,
+    refine: bool = True,
+    dense_target: float = 0.0,
+    distillation: float = 0.0,
+    reorder_inputs: bool = False,
+) -> Row:
     prune = {"method": method, "refine": "masked_gradient" if refine else None, "dense_target": dense_target}
+    if reorder_inputs:
+        prune["reorder_inputs"] = True
     return Row(prune=prune, distillation=distillation)
 
 
@@ -75,6 +84,9 @@ FINETUNING: dict[str, Row] = {
     "prox24": Row(prox24=True),
     "prox24 streamed": Row(prox24=True, arguments={"calibration": "stream"}),
     "prox24 by magnitude": Row(prox24=True, arguments={"calibration": "magnitude"}),
+    "prox+mg half dense target reordered": _one_shot("prox", dense_target=0.5, reorder_inputs=True),
+    "prox24 reordered": Row(prox24=True, arguments={"reorder_inputs": True}),
+    "prox24 reordered distilled": Row(prox24=True, arguments={"reorder_inputs": True}, distillation=0.5),
     "dense distilled": Row(distillation=0.5),
     "sparsegpt+mg distilled": _one_shot("sparsegpt", distillation=0.5),
     "prox24 distilled": Row(prox24=True, distillation=0.5),

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from prox24_lightning.weights.free_order import FreeOrder
 from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part
@@ -52,7 +53,7 @@ class AveragedCopies:
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
         self._pl_module = pl_module
-        self._weights: dict[str, GroupedWeight] = {}
+        self._weights: dict[str, tuple[str, Tensor]] = {}
         self._trained: set[int] = set()
         self._own: set[int] = set()
         self._copies: dict[int, _Copy] = {}
@@ -62,14 +63,48 @@ class AveragedCopies:
     def find(self, weights: Sequence[GroupedWeight]) -> None:
         """Look for copies of ``weights``; what is found first now is taken to move only from now on."""
         self.has_looked = True
-        self._weights = {clean_name(weight.name): weight for weight in weights}
-        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
-        self._trained = {id(parameter) for group in groups for parameter in group["params"] if parameter.requires_grad}
-        self._own = {id(weight.parameter) for weight in weights}
+        self._search({weight.name: weight.parameter for weight in weights})
+
+    def companions(self, order: FreeOrder) -> dict[Tensor, list[Tensor]]:
+        """Return the copies that move of each tensor of ``order``.
+
+        Raises:
+            ValueError: if an average holds some of these tensors, and others are not found in it.
+        """
+        wanted = {moved.tensor for moved in order.tensors}
+        tensors = {clean_name(name): tensor for name, tensor in _tensors_of(self._pl_module) if tensor in wanted}
+        self._search(tensors)
+        owners: dict[str, dict[str, Tensor]] = {}
+        for copy in self._copies.values():
+            if copy.weight in tensors and copy.moves():
+                owners.setdefault(copy.owner, {})[copy.weight] = local_part(copy.tensor)
+        for owner, copies in owners.items():
+            if missing := [name for name in tensors if name not in copies and isinstance(tensors[name], nn.Parameter)]:
+                raise ValueError(f"{owner} averages {next(iter(copies))}, but {missing[0]} is not found in it")
+        found: dict[Tensor, list[Tensor]] = {}
+        for copies in owners.values():
+            for name, part in copies.items():
+                found.setdefault(tensors[name], []).append(part)
+        return found
+
+    def _search(self, tensors: Mapping[str, Tensor]) -> None:
+        """Look for copies of ``tensors`` and of all that is trained, by name, known averages first."""
+        trained = [parameter for group in self._groups() for parameter in group["params"]]
+        self._trained = {id(parameter) for parameter in trained if parameter.requires_grad}
+        averages = {id(tensor) for average in self._averages() for _, tensor in _tensors_of(average)}
+        named: dict[str, Tensor] = dict(tensors)
+        for name, parameter in self._pl_module.named_parameters():
+            if id(parameter) in self._trained - averages:
+                named.setdefault(name, parameter)
+        self._weights = {clean_name(name): (name, tensor) for name, tensor in named.items()}
+        self._own = {id(tensor) for tensor in named.values()}
         found: dict[int, _Copy] = {}
-        for copy in self._find():  # known averages come first
+        for copy in self._find():
             found.setdefault(id(copy.tensor), copy)
         self._copies = {key: self._copies.get(key, copy) for key, copy in found.items()}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
 
     @torch.no_grad()
     def mask(self, weights: Sequence[GroupedWeight], masks: Mapping[str, Tensor]) -> None:
@@ -84,12 +119,14 @@ class AveragedCopies:
                 self._named.add(copy.owner)
                 rank_zero_info(f"{copy.owner} averages the weights: what is pruned of them is zero there, too")
 
+    def _averages(self) -> list[AveragedModel]:
+        module = self._pl_module
+        return [part for part in (*module.modules(), *vars(module).values()) if isinstance(part, AveragedModel)]
+
     def _find(self) -> Iterator[_Copy]:
         trainer, module = self._trainer, self._pl_module
         order = [(clean_name(name), parameter) for name, parameter in module.named_parameters()]
-        averages = [part for part in module.modules() if isinstance(part, AveragedModel)]
-        averages += [part for part in vars(module).values() if isinstance(part, AveragedModel)]
-        for average in averages:
+        for average in self._averages():
             yield from self._in_tensors(type(average).__name__, dict(_tensors_of(average)), is_average=True)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             name = type(callback).__name__
@@ -127,18 +164,18 @@ class AveragedCopies:
             if id(tensor) in self._own or (id(tensor) in self._trained and not is_average):
                 continue
             if (weight := self._weight_of(clean_name(name), tensor)) is not None:
-                yield _Copy(owner or name.partition(".")[0], weight.name, tensor, _sample(tensor), is_average)
+                yield _Copy(owner or name.partition(".")[0], weight, tensor, _sample(tensor), is_average)
 
-    def _weight_of(self, name: str, tensor: Tensor) -> GroupedWeight | None:
-        """Return the weight that shares the longest end of its name with ``name``; None where two share as much."""
+    def _weight_of(self, name: str, tensor: Tensor) -> str | None:
+        """Return the weight whose name shares the longest end with ``name``; None where two share as much."""
         lengths = {
             candidate: _common_end(name, candidate)
-            for candidate, weight in self._weights.items()
-            if weight.parameter.shape == tensor.shape
+            for candidate, (_, weight) in self._weights.items()
+            if weight.shape == tensor.shape
         }
         longest = max(lengths.values(), default=0)
         best = [candidate for candidate, length in lengths.items() if length == longest]
-        return self._weights[best[0]] if longest and len(best) == 1 else None
+        return self._weights[best[0]][0] if longest and len(best) == 1 else None
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

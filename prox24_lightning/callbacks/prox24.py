@@ -89,6 +89,10 @@ class Prox24(Callback):
         calibration: (``progressive``) ``"auto"`` runs the last training batches again through the model if it gives the
             same outputs then, else sums each layer's Hessian up from the training batches as they pass, and says so in
             one warning. ``"stream"`` always does the latter, ``"magnitude"`` keeps the largest weights.
+        reorder_inputs: (``progressive``, ``geometry="row"``) choose which inputs share a group of four as the phase
+            begins, where that costs nothing at run time: hidden units, inputs of an output projection inside a head,
+            channels between convolutions. Layers that compute these inputs, the state of the optimizers and averages
+            move along; where one of these cannot, or outputs would change, the order stays.
         metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` scales weights by the
             running rms of each input, so that they count by their effect on the layer's output; ``"weight"`` takes
             their magnitude.
@@ -135,6 +139,7 @@ class Prox24(Callback):
         reconstruction_steps: int = RECONSTRUCTION_STEPS,
         gradient_weighting: bool = True,
         calibration: CalibrationMode = "auto",
+        reorder_inputs: bool = False,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -156,6 +161,7 @@ class Prox24(Callback):
             reconstruction_steps=reconstruction_steps,
             gradient_weighting=gradient_weighting,
             calibration=calibration,
+            reorder_inputs=reorder_inputs,
             metric=metric,
             schedule=schedule,
             fraction=fraction,
@@ -293,6 +299,7 @@ class Prox24(Callback):
         self._controller.watch.attach(TrainerDisplay(trainer, self.name), partial(stop_on_sigterm, trainer))
         self._records = BestRecords(trainer, pl_module)
         engine.on_masks.append(self._mask_averages)
+        engine.companions.append(lambda order: {} if self._copies is None else self._copies.companions(order))
         # With several Prox24 the model is 2:4 when the last of them is frozen.
         engine.on_frozen.append(lambda: self._restart_records(others))
         if self.config.verbose:

@@ -10,7 +10,7 @@ are known, else shapes and values do.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -111,6 +111,23 @@ class OptimizerState:
                 if not torch.equal(old, new):
                     for part in parts:
                         _move(part, old, new)
+
+    def of_one_shape(self, parameters: Collection[Tensor]) -> dict[Tensor, list[Tensor]]:
+        """Return what is kept elementwise for each of ``parameters``: moments and copies.
+
+        Raises:
+            ValueError: if something else is kept for one of them, with its name: a factor, a basis, codes.
+        """
+        kinds, found = self.kinds, defaultdict[Tensor, list[Tensor]](list)
+        for parameter, key, value, _ in self._entries():
+            if parameter not in parameters or (isinstance(value, Tensor) and value.numel() == 1):
+                continue
+            part = _plain_part(value, parameter) if isinstance(value, Tensor) else None
+            if part is not None and part.is_floating_point() and kinds.get(key, "copy") != "other":
+                found[parameter].append(part)
+            elif isinstance(value, (Tensor, Mapping)) or _is_sequence(value):
+                raise ValueError(f"the optimizer keeps {key!r}, which is not elementwise, for these weights")
+        return dict(found)
 
     def _entries(self) -> Iterator[tuple[Tensor, str, Any, Mapping[str, Any]]]:
         """Parameter, key, value and the whole state of the parameter."""

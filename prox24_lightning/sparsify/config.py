@@ -33,6 +33,7 @@ class SparsifyConfig:
     reconstruction_steps: int = RECONSTRUCTION_STEPS
     gradient_weighting: bool = True
     calibration: CalibrationMode = "auto"
+    reorder_inputs: bool = False
     metric: Metric = "activation"
     schedule: str | Schedule = "auto"
     fraction: str | Schedule = "cubic"
@@ -111,6 +112,11 @@ class SparsifyConfig:
                     raise ValueError(
                         f"{argument}={given!r} belongs to strategy='post_step'; set that too, or leave it out"
                     )
+        if self.reorder_inputs and (self.strategy != "progressive" or self.geometry != "row"):
+            raise ValueError(
+                f"reorder_inputs=True needs strategy='progressive' and geometry='row', not {self.strategy!r} and "
+                f"{self.geometry!r}; leave it out"
+            )
         if not 0 <= self.dense_target <= 1:
             raise ValueError(
                 f"dense_target={self.dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"

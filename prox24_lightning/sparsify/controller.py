@@ -370,6 +370,7 @@ class SparsifyController:
                 reconstruction_steps=config.reconstruction_steps,
                 gradient_weighting=config.gradient_weighting,
                 calibration=config.calibration,
+                reorder_inputs=config.reorder_inputs,
                 watch=self.watch,
             )
         return PostStepProx(config.strength_schedule, config.fraction_schedule, refit=config.refit)

@@ -13,12 +13,14 @@ from prox24_lightning.calibration.input_second_moment import InputSecondMoments
 from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.finetune.optimizers import masters_of
 from prox24_lightning.mask import pack_mask, unpack_mask
+from prox24_lightning.solvers.input_order.choose import ChosenOrder
 from prox24_lightning.sparsify.checks import check_finite, check_same_weights, has_replaced
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase, PhasePlan
+from prox24_lightning.sparsify.reordering import Companions, move_all, optimizer_companions
 from prox24_lightning.sparsify.step_listener import StepListener
 from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, RunContext, Strategy, projected_mask
-from prox24_lightning.utils.distributed import check_same
+from prox24_lightning.utils.distributed import check_same, rank
 from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part, part_of, whole
@@ -68,6 +70,7 @@ class SparsityEngine:
         self._batch_step = 0  # the step to which the last batch led
         self.masked = MaskedParameters()
         self.statistics = PassStatistics()
+        self.companions: list[Companions] = []  # what moves with the weights, beside the optimizers' state
         self.on_masks: list[Callable[[], None]] = []  # called after weights got their masks: block after block
         self.on_frozen: list[Callable[[], None]] = []  # called once, when every weight has its mask
         self._begun = False
@@ -125,7 +128,7 @@ class SparsityEngine:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         trained = frozenset([*self.masked.masters, *(parameter for group in groups for parameter in group["params"])])
         weights = tuple(weight for weight in self.weights if weight.name not in self._settled)
-        self.strategy.attach(RunContext(weights, self.plan, self.metric_scale, trained))
+        self.strategy.attach(RunContext(weights, self.plan, self.metric_scale, trained, self._move))
         if self._moments is not None:
             self._moments.attach()
         if self.step >= self.plan.freeze:
@@ -237,6 +240,13 @@ class SparsityEngine:
                 masks = self.strategy.after_step(OptimizerStep(self.step, waiting, collected))
             self._enforce(masks)
 
+    def _move(self, chosen: Sequence[ChosenOrder]) -> None:
+        """Bring inputs into other orders, where all that is kept beside the weights can move along."""
+        moved = move_all(chosen, [optimizer_companions(self._optimizers), *self.companions])
+        if chosen and rank() == 0:
+            gain = sum(one.change for one in moved) / max(1, len(moved))
+            log.info("the inputs of %d layers are in another order: %+.1f %% pruned saliency", len(moved), 100 * gain)
+
     def _begin(self) -> None:
         if self._moments is not None and (missing := self._moments.missing()):
             log.warning(
@@ -250,6 +260,7 @@ class SparsityEngine:
     def _freeze(self) -> None:
         """Freeze what is not frozen yet, and enforce all masks from now on."""
         waiting = [weight for weight in self.weights if weight.name not in self.masks]
+        self.strategy.before_finish()
         with self.masked.carry_writes(self._optimizers):
             masks = self.strategy.finish(waiting)
             for weight in waiting:  # solved before an interrupt that came before its mask

@@ -14,6 +14,7 @@ START, FREEZE, STEPS = 8, 24, 32
 
 SETTINGS = {
     "progressive": {},
+    "progressive_reordered": {"reorder_inputs": True},
     "activation": {"strategy": "post_step"},
     "weight": {"strategy": "post_step", "metric": "weight"},
     "relative": {"strategy": "post_step", "schedule": "exponential"},

@@ -22,6 +22,9 @@ from prox24_lightning.weights.layer_matrix import as_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import is_sharded
 
+_ZEROS = 0.25
+"""A weight with a larger share of zeros may be masked already, and its mask would not move."""
+
 
 @dataclass(frozen=True)
 class ChosenOrder:
@@ -67,12 +70,10 @@ def proved_orders(
         return [], dict.fromkeys(wanted, "the weights are sharded")
     try:
         found, reasons = find_free_orders(region, run, wanted)
-        tied = {order: [moved for moved in order.tensors if shared.get(moved.tensor, 1) > 1] for order in found}
-        for order, parts in tied.items():
-            if parts:
-                reasons |= dict.fromkeys(order.consumers, f"{type(parts[0].module).__name__}.{parts[0].name} is shared")
-        found, refuted = proved([order for order, parts in tied.items() if not parts], run)
+        problems = {order: _why_fixed(order, shared) for order in found}
+        found, refuted = proved([order for order, problem in problems.items() if problem is None], run)
         reasons |= refuted
+        reasons |= {layer: why for order, why in problems.items() if why is not None for layer in order.consumers}
     except Exception as error:  # of the user's forward
         found, reasons = [], dict.fromkeys(wanted, f"{type(error).__name__}: {error}")
     names = {weight.module: weight.module_name for weight in weights}
@@ -80,6 +81,16 @@ def proved_orders(
     if any(one != every[0] for one in every):
         return [], dict.fromkeys(wanted, "the ranks have found different orders free")
     return found, reasons
+
+
+def _why_fixed(order: FreeOrder, shared: Mapping[Tensor, int]) -> str | None:
+    for moved in order.tensors:
+        tensor, name = moved.tensor, f"{type(moved.module).__name__}.{moved.name}"
+        if shared.get(tensor, 1) > 1:
+            return f"{name} is shared"
+        if tensor.dim() > 1 and float((tensor == 0).float().mean()) > _ZEROS:
+            return f"{name} holds many zeros: a mask may be on it"
+    return None
 
 
 def holders(model: nn.Module) -> Counter[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from prox24_lightning.mask import mask_24
+from prox24_lightning.solvers.input_order.choose import ChosenOrder
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.weights.selection import GroupedWeight
@@ -31,12 +32,14 @@ class RunContext:
         plan: the steps at which the phases begin.
         scale_of: the scale of a weight's metric now in use.
         trained: the parameters that the optimizers train.
+        move: brings inputs into other orders, with all that is kept beside the weights.
     """
 
     weights: tuple[GroupedWeight, ...]
     plan: PhasePlan
     scale_of: ScaleOf
     trained: frozenset[Tensor] = frozenset()
+    move: Callable[[Sequence[ChosenOrder]], None] = lambda chosen: None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,9 @@ class Strategy(ABC):
         Returns:
             masks of the weights that are frozen from now on.
         """
+
+    def before_finish(self) -> None:  # noqa: B027
+        """Prepare for :meth:`finish`; what changes weights here moves copies of them itself."""
 
     @abstractmethod
     def finish(self, weights: Sequence[GroupedWeight]) -> Masks:

@@ -25,6 +25,7 @@ class SolveSettings:
     reconstruction_steps: int
     gradient_weighting: bool
     prox_steps: int | None
+    reorder_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.batches < 1:

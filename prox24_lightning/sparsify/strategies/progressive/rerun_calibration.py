@@ -26,6 +26,7 @@ from prox24_lightning.sparsify.strategies.progressive.blocks import (
 )
 from prox24_lightning.sparsify.strategies.progressive.calibration import Calibration, SolveSettings
 from prox24_lightning.sparsify.strategies.progressive.errors import described, on_all_ranks
+from prox24_lightning.sparsify.strategies.progressive.input_orders import choose_orders
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns
 from prox24_lightning.sparsify.strategies.progressive.solve_block import solve_block
 from prox24_lightning.utils.cuda_graphs import GraphMemory
@@ -152,13 +153,16 @@ class RerunCalibration(Calibration):
         return problem
 
     def begin(self) -> str | None:
-        """Find the order of the blocks, and keep the dense reference; return why there is none after all.
+        """Find the order of the blocks, choose the orders of inputs, and keep the dense reference; return why there is
+        none after all.
 
         Raises:
             RerunError: if the model cannot be called again.
         """
         self._place()
         check_same_order(self.blocks)
+        if self.settings.reorder_inputs and not self._sharded:
+            self._reorder_inputs()
         if not self._with_reference or not self.blocks or len(self._hooked) != 1:
             return None
         hooked, problem = self._hooked[0], None
@@ -172,6 +176,16 @@ class RerunCalibration(Calibration):
         if problem is not None:
             hooked.reference, self._with_reference = None, False
         return problem
+
+    def _reorder_inputs(self) -> None:
+        chosen = []
+        for hooked in self._hooked:
+            blocks = [block for block in self.blocks if block.hooked is hooked]
+            if blocks and all(gathered_objects(bool(hooked.calls))):
+                with hooked.rerunning(), self._graph_memory.shared():
+                    chosen += choose_orders(self.model, hooked, self._neighbours(blocks))
+        # Apart from the reruns: there buffers are copies.
+        self.context.move(chosen)
 
     def after_step(self) -> None:
         """Go on placing blocks that no recorded batch has reached yet."""

@@ -76,6 +76,8 @@ class Progressive(Strategy):
             last training batches sent through them
             (:class:`~prox24_lightning.calibration.output_gradients.OutputGradients`).
         prox_steps: proximal steps a layer; None is the solver's own default.
+        reorder_inputs: choose which inputs share a group of four, as the phase begins, where batches are run again
+            (:mod:`~prox24_lightning.solvers.input_order.choose`).
         calibration: ``"auto"`` takes the first way that works, ``"stream"`` or ``"magnitude"`` that one.
         watch: shows and stops what is solved.
     """
@@ -91,6 +93,7 @@ class Progressive(Strategy):
         gradient_weighting: bool = True,
         prox_steps: int | None = None,
         calibration: CalibrationMode = "auto",
+        reorder_inputs: bool = False,
         watch: SolveWatch | None = None,
     ) -> None:
         super().__init__()
@@ -99,7 +102,9 @@ class Progressive(Strategy):
             raise ValueError(
                 f"calibration={calibration!r} is unknown; use one of {', '.join(get_args(CalibrationMode))}"
             )
-        self.settings = SolveSettings(batches, dense_target, reconstruction_steps, gradient_weighting, prox_steps)
+        self.settings = SolveSettings(
+            batches, dense_target, reconstruction_steps, gradient_weighting, prox_steps, reorder_inputs
+        )
         self._model = model
         self._root_is_called = root_is_called
         self._way: _Way = "undecided" if calibration == "auto" else calibration
@@ -170,12 +175,15 @@ class Progressive(Strategy):
             self._stream(str(error))
         return self._solve([block for block, turn in self._pruning_steps() if turn <= step.number])
 
+    def before_finish(self) -> None:
+        if self.context.plan.freeze > 0 and not self._begun:
+            self.begin()
+
     @torch.no_grad()
     def finish(self, weights: Sequence[GroupedWeight]) -> Masks:
+        self.before_finish()
         masks: Masks = {}
         if self.context.plan.freeze > 0:  # at 0 no batch has been seen: the largest weights are kept
-            if not self._begun:
-                self.begin()
             masks = self._solve(self._require().blocks, last=True)
         for weight in weights:
             if weight.name not in masks:
@@ -222,8 +230,8 @@ class Progressive(Strategy):
         if rank() == 0:
             log.warning(
                 "blocks are not run again, because %s: each layer is solved on a Hessian that forward hooks sum up in "
-                "the training batches before its pruning step; dense_target and reconstruction_steps have no effect "
-                "(calibration='stream' if this is meant)",
+                "the training batches before its pruning step; dense_target, reconstruction_steps and reorder_inputs "
+                "have no effect (calibration='stream' if this is meant)",
                 problem,
             )
 

@@ -1,0 +1,74 @@
+"""Choose the orders of inputs that are free, before anything is solved, on the recorded batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+from torch import nn
+
+from prox24_lightning.calibration.hooked_module import HookedModule
+from prox24_lightning.solvers.input_group import Run
+from prox24_lightning.solvers.input_order.choose import ChosenOrder, choose_order, holders, proved_orders
+from prox24_lightning.sparsify.strategies.progressive.blocks import Block
+from prox24_lightning.sparsify.strategies.progressive.errors import on_all_ranks
+from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun
+from prox24_lightning.utils.distributed import gathered_objects
+from prox24_lightning.weights.selection import GroupedWeight
+
+log = logging.getLogger(__name__)
+
+
+def choose_orders(model: nn.Module, hooked: HookedModule, neighbours: Sequence[Sequence[Block]]) -> list[ChosenOrder]:
+    """Return better orders of inputs inside of blocks; where a model has no blocks, inside all of the hooked module.
+
+    Args:
+        model: what holds the hooked module.
+        hooked: is rerunning.
+        neighbours: its blocks, in the order in which they run; those that share reruns of the recorded batches.
+
+    Raises:
+        RerunError: if the model cannot be called again.
+    """
+    shared = holders(model)
+    found: list[ChosenOrder] = []
+    layers: list[GroupedWeight] = []
+    for together in neighbours:
+        blocks = [block for block in together if all(weight.module is not block.module for weight in block.weights)]
+        layers += [weight for block in together if block not in blocks for weight in block.weights]
+        if not blocks:
+            continue
+        reruns = on_all_ranks(partial(BlockReruns, model, hooked, blocks))
+        for block in blocks:
+            runs = on_all_ranks(partial(reruns.runs_of, block))
+            found += _chosen(block.module, runs, block.weights, shared)
+            if runs:
+                on_all_ranks(partial(reruns.pass_on, block, runs, None))
+    if layers:
+        calls = [BlockRun(model, call, hooked.module) for call in hooked.calls]
+        found += _chosen(hooked.module, calls, layers, shared)
+    return found
+
+
+def _chosen(
+    region: nn.Module, runs: Sequence[Run], weights: Sequence[GroupedWeight], shared: dict
+) -> list[ChosenOrder]:
+    if not all(gathered_objects(bool(runs))):
+        return []
+    free, reasons = proved_orders(region, runs[0], weights, shared)
+    names = {weight.module: weight.module_name for weight in weights}
+    for layer, reason in reasons.items():
+        log.info("the order of the inputs of %s is fixed: %s", names[layer], reason)
+    layers = {weight.module: weight for weight in weights if not weight.is_experts}
+    chosen = []
+    for order in free:
+        try:
+            one = choose_order(order, layers, runs, attempt=on_all_ranks)
+        except ValueError as error:  # inputs that are not finite
+            log.warning("%s; the order of its inputs stays as it is", error)
+            continue
+        if one is not None:
+            chosen.append(one)
+            log.info("%s: %s", names[next(layer for layer in order.consumers if layer in names)], one.note)
+    return chosen
