@@ -18,6 +18,7 @@ from mkdocs.structure.files import File, Files
 from benchmarks.result_files import RESULTS
 from benchmarks.result_pages import anchor, result_pages
 from docs.tools.messages import messages_page
+from docs.tools.options import options_page
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIRRORED = {
@@ -34,6 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages, and the figures and data of the results."""
     pages = {f"results/{name}.md": text for name, text in result_pages().items()}
     pages["messages.md"] = messages_page(REPOSITORY)
+    pages["options.md"] = options_page()
     pages |= {page: (REPOSITORY / source).read_text() for page, source in MIRRORED.items()}
     for page, text in pages.items():
         files.append(File.generated(config, page, content=text))

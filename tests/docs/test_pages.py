@@ -22,7 +22,7 @@ PAGES = [
     *sorted((REPOSITORY / "docs").rglob("*.md")),
     *sorted(RESULTS.glob("*/about.md")),
 ]
-MADE_BY_THE_BUILD = {"messages.md"}
+MADE_BY_THE_BUILD = {"messages.md", "options.md"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 
