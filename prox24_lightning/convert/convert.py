@@ -6,8 +6,8 @@ and plans are known to :class:`~prox24_lightning.convert.layers.semi_structured_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,13 @@ from prox24_lightning.convert.eligibility import (
     check_model,
     find_target,
 )
-from prox24_lightning.convert.kernels.packed_buffer import pack_buffer
+from prox24_lightning.convert.form_choice import choose_form, form_problem
+from prox24_lightning.convert.kernels.buffers import pack_buffer
+from prox24_lightning.convert.layers.dense_fp8_linear import DenseFp8Linear
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.convert.module_slots import exchange, module_in, slots_by_name
 from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
+from prox24_lightning.weights.rounding import VALUE_DTYPES, RoundedForm, WeightForm, round_rows, round_weight
 
 _HOOKS = (
     "_forward_hooks",
@@ -40,17 +43,24 @@ class Conversion:
     """Result of :func:`convert_model`: names of the converted layers, and the verdicts of those that stay dense.
 
     ``tables`` holds the kernels of each shape if they were measured; see
-    :func:`~prox24_lightning.convert.kernel_report.print_kernels`.
+    :func:`~prox24_lightning.convert.kernel_report.print_kernels`. ``dense_fp8`` names those of the converted layers
+    that are dense in float8, with the reason.
     """
 
     converted: tuple[str, ...]
     dense: tuple[LayerVerdict, ...]
     tables: tuple[KernelTable, ...] = ()
+    dense_fp8: Mapping[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def convert_linear(
-    linear: nn.Module, *, name: str = "layer", kernels: KernelTable | None = None, keep_dense: bool = False
+    linear: nn.Module,
+    *,
+    name: str = "layer",
+    kernels: KernelTable | None = None,
+    keep_dense: bool = False,
+    weights: WeightForm | None = None,
 ) -> SemiStructuredLinear:
     """Return a sparse layer of a linear layer (``nn.Linear``, or Hugging Face's ``Conv1D``) in 16 bits on a GPU.
 
@@ -62,28 +72,67 @@ def convert_linear(
         kernels: from :func:`~prox24_lightning.convert.autotune.tune.kernel_tables`. None: those measured for this
             shape on this machine before, the rest by rule.
         keep_dense: keep the dense weight too, for the numbers of tokens at which ``kernels`` names cuBLAS.
+        weights: "fp8_e4m3" or "int8" round the weight to 8 bits with a scale a row, and the inputs token by token;
+            "bf16" and "fp16" are the layer's own dtype; None keeps that.
 
     Raises:
         ValueError: if the layer cannot run sparse, with its name and every reason; among them a weight that is not
-            strictly 2:4, with the first violations.
+            strictly 2:4, with the first violations, a row that cannot be rounded, and a GPU that does not multiply the
+            form.
         RuntimeError: if the packed weight differs from the dense one.
     """
+    dense, bias = _convertible(linear, name, weights)
+    form = _rounded(weights)
+    shape = dense.shape[0], dense.shape[1]
+    if kernels is None:
+        kernels = stored_table(shape, dense.dtype, keep_dense=keep_dense, device=dense.get_device(), form=form)
+    buffer, kind = pack_buffer(dense, form, name=name), transposed_kind(linear)
+    kept = None
+    if keep_dense:
+        kept = dense.contiguous() if form is None else round_weight(dense.contiguous(), form, name=name)
+    layer = SemiStructuredLinear(buffer, shape, dense.dtype, bias, kernels.text, kept, kind, form).eval()
+    _share_hooks(linear, layer)
+    return layer
+
+
+@torch.no_grad()
+def convert_dense_fp8(linear: nn.Module, *, name: str = "layer") -> DenseFp8Linear:
+    """Return a layer of a linear layer on a GPU that keeps the rounded weight dense in float8; arguments and errors as
+    of :func:`convert_linear`."""
+    dense, bias = _convertible(linear, name, "fp8_e4m3")
+    layer = DenseFp8Linear(round_rows(dense, "fp8_e4m3", name=name), dense.dtype, bias, transposed_kind(linear)).eval()
+    _share_hooks(linear, layer)
+    return layer
+
+
+def _convertible(linear: nn.Module, name: str, weights: WeightForm | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight (out_features, in_features) and bias of a layer that can run sparse."""
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
     target = target_of(weight.device) if isinstance(weight, Tensor) else None
     verdict = check_layer(linear, name=name, target=target)
     if not verdict.runs or target is None or target.backend is None or not isinstance(weight, Tensor):
         where = f" (the layer is on {weight.device}: move it)" if isinstance(weight, Tensor) and target is None else ""
         raise ValueError(f"{name} of shape {verdict.shape} cannot become a sparse layer: {verdict.why}{where}")
-    dense = weight.detach().t() if is_transposed_linear(linear) else weight.detach()
-    shape = dense.shape[0], dense.shape[1]
-    if kernels is None:
-        kernels = stored_table(shape, dense.dtype, keep_dense=keep_dense, device=dense.get_device())
-    buffer = pack_buffer(dense, name=name)
-    kept = dense.contiguous() if keep_dense else None
-    layer = SemiStructuredLinear(buffer, shape, dense.dtype, bias, kernels.text, kept, transposed_kind(linear)).eval()
+    if (problem := _form_problem(weight.dtype, weights, target)) is not None:
+        raise ValueError(f"{name} of shape {verdict.shape} cannot become a sparse layer: {problem}")
+    return weight.detach().t() if is_transposed_linear(linear) else weight.detach(), bias
+
+
+def _form_problem(dtype: torch.dtype, weights: WeightForm | None, target: Target) -> str | None:
+    """Return why weights of a dtype do not take a form on a GPU; None if they do."""
+    form = _rounded(weights)
+    if form is None and weights is not None and VALUE_DTYPES[weights] != dtype:
+        return f"weights={weights!r} and the model is {dtype}: cast the model first"
+    return form_problem(form, target)
+
+
+def _rounded(weights: WeightForm | None) -> RoundedForm | None:
+    return weights if weights == "fp8_e4m3" or weights == "int8" else None
+
+
+def _share_hooks(source: nn.Module, layer: nn.Module) -> None:
     for hooks in _HOOKS:  # the same dictionaries, so that handles can still remove their hooks
-        setattr(layer, hooks, getattr(linear, hooks))
-    return layer
+        setattr(layer, hooks, getattr(source, hooks))
 
 
 def convert_model(
@@ -93,6 +142,7 @@ def convert_model(
     token_counts: Sequence[int] | None = None,
     keep_dense: bool = False,
     empty_dense: bool = False,
+    weights: WeightForm | None = None,
 ) -> Conversion:
     """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed on the way.
 
@@ -105,11 +155,18 @@ def convert_model(
         keep_dense: keep the dense weights as well, and let cuBLAS take the numbers of tokens at which it is faster.
         empty_dense: free the weights of the layers that were replaced even if an optimizer, or anything else outside
             the model, still refers to them; tied weights are never converted.
+        weights: "fp8_e4m3" or "int8" round the weights to 8 bits with a scale a row, and each layer's inputs token by
+            token. With fp8_e4m3 and ``token_counts`` a layer that is slower packed than dense in float8 takes that form
+            (:class:`~prox24_lightning.convert.layers.dense_fp8_linear.DenseFp8Linear`). "bf16" and "fp16" must be the
+            model's own dtype, which None keeps.
 
     Raises:
-        ValueError: if a named layer does not exist or cannot run sparse, or token_counts are not whole numbers from 1
-            up; nothing is converted then.
+        ValueError: if a named layer does not exist or cannot run sparse, token_counts are not whole numbers from 1 up,
+            or ``weights`` is not possible here; nothing is converted then. If a row cannot be rounded, by the layer's
+            name; layers before it are converted then.
     """
+    if weights not in (*VALUE_DTYPES, None):
+        raise ValueError(f"weights={weights!r} is unknown; use one of {', '.join(VALUE_DTYPES)}, or None")
     if token_counts is not None and (not token_counts or min(token_counts) < 1):
         raise ValueError(f"token_counts={token_counts!r} must be one or more whole numbers from 1 up, or None")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -124,7 +181,11 @@ def convert_model(
                 f"{name} of shape {verdicts[name].shape} cannot become a sparse layer: {verdicts[name].why}"
             )
     slots = slots_by_name(model)
+    form = _rounded(weights)
     for name in wanted:
+        dtype = module_in(slots[name]).get_parameter("weight").dtype if slots[name] else None
+        if target is not None and dtype is not None and (problem := _form_problem(dtype, weights, target)) is not None:
+            raise ValueError(f"{name}: {problem}")
         if not slots[name]:
             raise ValueError(f"the model is a bare {verdicts[name].kind}: pass it to convert_linear instead")
     tables: dict[tuple[torch.dtype, tuple[int, int]], KernelTable] = {}
@@ -133,25 +194,33 @@ def convert_model(
             of_dtype = (name for name in wanted if module_in(slots[name]).get_parameter("weight").dtype == dtype)
             shapes = [_pair(verdicts[name].shape) for name in of_dtype]
             counts = sorted({*token_counts, *BUCKETS})
-            found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device)
+            found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device, form=form)
             tables |= {(dtype, shape): table for shape, table in found.items()}
     converted = []
+    dense_fp8: dict[str, str] = {}
     for name in wanted:
         layer = module_in(slots[name])
         table = None
         if token_counts is not None:
             table = tables[layer.get_parameter("weight").dtype, _pair(verdicts[name].shape)]
-            if (decision := table.decision(token_counts)) is not None:
-                verdicts[name] = replace(verdicts[name], machine=decision)
+            choice = choose_form(table, token_counts)
+            if choice.form == "dense":
+                verdicts[name] = replace(verdicts[name], machine=choice.why)
                 continue
-        exchange(slots[name], convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense))
+            if choice.form == "dense_fp8":
+                dense_fp8[name] = choice.why
+        if name in dense_fp8:
+            exchange(slots[name], convert_dense_fp8(layer, name=name))
+        else:
+            found_layer = convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense, weights=weights)
+            exchange(slots[name], found_layer)
         converted.append(name)
         if empty_dense:
             weight = layer.get_parameter("weight")
             weight.data, weight.grad = weight.new_empty(0), None
         del layer
     dense = tuple(verdict for name, verdict in verdicts.items() if name not in converted)
-    return Conversion(tuple(converted), dense, tuple(tables.values()))
+    return Conversion(tuple(converted), dense, tuple(tables.values()), dense_fp8)
 
 
 @torch.no_grad()
@@ -170,8 +239,7 @@ def expand_linear(layer: SemiStructuredLinear) -> nn.Module:
         weight = weight.t().contiguous()
     linear.weight = nn.Parameter(weight)
     linear.register_parameter("bias", None if layer.bias is None else nn.Parameter(layer.bias.detach().clone()))
-    for hooks in _HOOKS:
-        setattr(linear, hooks, getattr(layer, hooks))
+    _share_hooks(layer, linear)
     return linear
 
 

@@ -12,6 +12,7 @@ from prox24_lightning.convert.sections import Section, print_tables
 
 _WORDS = {
     "dense": "cuBLAS, dense weight kept",
+    "dense_fp8": "dense in float8, way {}",
     "few": "own kernel, tiling {}",
     "warpgroup": "own kernel for warpgroups, tiling {}",
     "cusparselt": "cuSPARSELt, algorithm {}",
@@ -21,9 +22,13 @@ _WORDS = {
 
 
 def kernel_section(tables: Sequence[KernelTable]) -> Section:
-    """Return a row for each shape and number of tokens: the kernel, its time beside cuBLAS's, and notes."""
-    rows = [(str(table.shape), *_cells(row)) for table in tables for row in table.rows]
-    return ("Kernels", ("(out, in)", "up to tokens", "kernel", "us", "dense us", "x", "note"), rows)
+    """Return a row for each shape and number of tokens: the kernel, its time beside the dense ones, and notes.
+
+    Dense float8 has columns of its own, "not measured" where the GPU has none.
+    """
+    rows = [(str(table.shape), table.form or "16 bits", *_cells(row)) for table in tables for row in table.rows]
+    times = ("us", "dense us", "x", "dense fp8 us", "x over fp8")
+    return ("Kernels", ("(out, in)", "weights", "up to tokens", "kernel", *times, "note"), rows)
 
 
 def print_kernels(tables: Iterable[KernelTable], console: Console | None = None) -> None:
@@ -40,6 +45,7 @@ def _cells(row: TableRow) -> tuple[str, ...]:
     notes = list(row.notes)
     if row.speedup is not None and row.speedup < SAME:
         notes.insert(0, "slower than dense: no packed kernel is faster here, and no dense weight is kept")
-    times = (row.us, row.dense_us, row.speedup)
-    us, dense, speedup = ("-" if value is None else f"{value:.2f}" for value in times)
-    return str(row.tokens), in_words(row.kernel), us, dense, speedup, "; ".join(notes)
+    cells = ["-" if value is None else f"{value:.2f}" for value in (row.us, row.dense_us, row.speedup)]
+    for value in (row.dense_fp8_us, row.speedup_over_fp8):
+        cells.append("not measured" if value is None else f"{value:.2f}")
+    return str(row.tokens), in_words(row.kernel), *cells, "; ".join(notes)

@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 from prox24_lightning.convert.autotune.tune import stored_table
 from prox24_lightning.convert.convert import insert_layers, target_of
 from prox24_lightning.convert.eligibility import DTYPES, check_model, named_layers
+from prox24_lightning.convert.form_choice import form_problem
 from prox24_lightning.convert.format.packed_weight import PACKED_DTYPES
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.shards import PackedModel
-from prox24_lightning.convert.kernels.packed_buffer import to_buffer
+from prox24_lightning.convert.kernels.buffers import to_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.mask import Violations, violations_24
 from prox24_lightning.weights.eligibility import fit_groups
@@ -205,7 +206,11 @@ def _sparse_layers(model: nn.Module, file: PackedFile | PackedModel, device: tor
     for verdict in check_model(model, target=target, values=False):
         weight = f"{verdict.name}.weight"
         entry = file.packed.get(file.owner(weight))
-        along_inputs = entry is not None and entry.dim == (0 if is_transposed_linear(modules[verdict.name]) else 1)
+        along_inputs = (
+            entry is not None
+            and entry.dim == (0 if is_transposed_linear(modules[verdict.name]) else 1)
+            and form_problem(entry.form, target) is None
+        )
         if verdict.name and verdict.runs and along_inputs and file.dtype(weight) in DTYPES:
             found[verdict.name] = weight
     return found
@@ -217,12 +222,12 @@ def _converted(
     modules = dict(named_layers(model))
     for name, weight in layers.items():
         packed = file.read_packed(weight, device or "cpu")
-        table = stored_table(packed.shape, packed.dtype, device=packed.values.get_device())
+        table = stored_table(packed.shape, packed.dtype, device=packed.values.get_device(), form=packed.form)
         dense = modules.pop(name)
         bias, kind = getattr(dense, "bias", None), transposed_kind(dense)
         del dense  # no reference keeps the dense layer alive when it is replaced
-        buffer = to_buffer(packed)
-        yield name, SemiStructuredLinear(buffer, packed.shape, packed.dtype, bias, table.text, transposed=kind).eval()
+        buffer, shape, dtype = to_buffer(packed), packed.shape, packed.dtype
+        yield name, SemiStructuredLinear(buffer, shape, dtype, bias, table.text, None, kind, packed.form).eval()
 
 
 def _state_slots(model: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -21,10 +21,12 @@ from prox24_lightning.convert import (
     expand_model,
 )
 from prox24_lightning.convert.autotune.kernel_table import KernelTimes, choose, table_by_rule
-from prox24_lightning.convert.format.packed_weight import pack_24
+from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
 from prox24_lightning.convert.kernels.packed_buffer import buffer_bytes, to_buffer
+from prox24_lightning.convert.layers.dense_fp8_linear import DenseFp8Linear
 from prox24_lightning.mask import mask_24
 from prox24_lightning.utils.module_copy import bare_copy
+from prox24_lightning.weights.rounding import round_weight
 
 
 def pruned(layer: nn.Module, dim: int = 1) -> nn.Module:
@@ -99,6 +101,126 @@ def test_kept_dense_weights_make_no_layer_slower(pretended_gpu):
     assert done.converted == ("0",), "cuBLAS alone is no reason to convert"
     assert model[0].dense is not None
     assert "no packed kernel is faster" in {verdict.name: verdict.why for verdict in done.dense}["2"]
+
+
+FORMS = ("fp8_e4m3", "int8")
+
+
+def rounded(weight: torch.Tensor, form: str) -> torch.Tensor:
+    return round_weight(weight.detach(), form)
+
+
+@pytest.fixture
+def pretended_times(monkeypatch):
+    """A GPU whose times of packed, dense and dense float8 weights are given."""
+
+    def pretend(capability=(9, 0), **us):
+        def tables(shapes, dtype, *, form, keep_dense, **_):
+            times = KernelTimes(256, us["dense"], {"cusparselt:1": us["packed"]}, dense_fp8_us=us.get("fp8"))
+            return {shape: choose(shape, [times], keep_dense=keep_dense, form=form) for shape in shapes}
+
+        monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", capability, "cusparselt"))
+        monkeypatch.setattr(convert, "kernel_tables", tables)
+        monkeypatch.setattr(
+            convert, "stored_table", lambda shape, *_, form, **__: table_by_rule(shape, (9, 0), form=form)
+        )
+
+    return pretend
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("token_counts", [None, (256,)])
+def test_weights_are_rounded_and_expanded_exactly(pretended_times, form, token_counts):
+    pretended_times(dense=10.0, packed=4.0, fp8=6.0)
+    model = mlp().bfloat16()
+    expected = {name: rounded(weight, form) for name, weight in model.named_parameters() if weight.dim() == 2}
+    assert convert_model(model, token_counts=token_counts, weights=form).converted == ("0", "2")
+    assert [(layer.form, layer.packed.dtype) for layer in (model[0], model[2])] == [(form, torch.int8)] * 2
+    assert model[0].packed_weight.form == form
+    assert model[0].stored_bytes == model[0].packed.nbytes == 128 * 128 * 5 // 8 + (128 + 4) * 4
+    model.to(torch.float32)  # the bits of the buffer are no numbers
+    assert expand_model(model) == ("0", "2")
+    for name, weight in expected.items():
+        assert torch.equal(model.get_parameter(name), weight)
+
+
+def test_a_layer_that_is_fastest_dense_in_float8_takes_that_form(pretended_times):
+    pretended_times(dense=10.0, packed=6.0, fp8=5.0)
+    model = mlp().bfloat16()
+    expected = rounded(model[0].weight, "fp8_e4m3")
+    done = convert_model(model, token_counts=(256,), weights="fp8_e4m3")
+    assert done.converted == ("0", "2")
+    assert done.dense_fp8["0"] == "packed is slower than dense (0.83 x at 256 tokens): dense in float8"
+    assert isinstance(model[0], DenseFp8Linear)
+    assert torch.equal(model[0].weight, expected)
+    assert torch.equal(unpack_24(model[0].packed_weight), expected)
+    other = mlp().bfloat16()
+    convert_model(other, token_counts=(256,), weights="fp8_e4m3")
+    other.load_state_dict(model.state_dict())
+    assert expand_model(other) == ("0", "2")
+    assert torch.equal(other[0].weight, expected)
+    packed = convert_linear(pruned(nn.Linear(64, 128)).bfloat16(), weights="fp8_e4m3")
+    with pytest.raises(RuntimeError, match="packed holds bits of dense fp8_e4m3 for torch.bfloat16"):
+        packed.load_state_dict(model[0].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("form", "us", "why"),
+    [
+        ("fp8_e4m3", {"dense": 4.0, "packed": 6.0, "fp8": 5.0}, "packed is slower than dense (0.67 x at 256 tokens)"),
+        ("fp8_e4m3", {"dense": 4.0, "packed": 6.0}, "packed is slower than dense (0.67 x at 256 tokens): stays dense"),
+        ("int8", {"dense": 4.0, "packed": 6.0, "fp8": 1.0}, "packed is slower than dense (0.67 x at 256 tokens)"),
+    ],
+)
+def test_a_layer_that_is_fastest_in_16_bits_stays_dense(pretended_times, form, us, why):
+    pretended_times(**us)
+    model = mlp().bfloat16()
+    before = model[0].weight.clone()
+    done = convert_model(model, token_counts=(256,), weights=form)
+    assert done.converted == ()
+    assert why in {verdict.name: verdict.why for verdict in done.dense}["0"]
+    assert torch.equal(model[0].weight, before)
+
+
+def test_int8_is_not_measured_against_float8(pretended_times):
+    """Its values are others: a user who asks for int8 gets it where it beats 16 bits, and float8 in a column."""
+    pretended_times(dense=10.0, packed=6.0, fp8=5.0)
+    model = mlp().bfloat16()
+    done = convert_model(model, token_counts=(256,), weights="int8")
+    assert done.converted == ("0", "2")
+    assert done.tables[0].rows[0].speedup_over_fp8 == pytest.approx(5 / 6)
+
+
+def test_forms_that_a_gpu_does_not_multiply_are_refused_before_anything_changes(pretended_times):
+    pretended_times((8, 6), dense=10.0, packed=4.0)
+    model = mlp().bfloat16()
+    words = "0: fp8_e4m3 needs compute capability 8.9, pretended has 8.6: use int8 there"
+    with pytest.raises(ValueError, match=words):
+        convert_model(model, weights="fp8_e4m3")
+    assert isinstance(model[0], nn.Linear)
+    assert convert_model(model, weights="int8").converted == ("0", "2")
+    with pytest.raises(ValueError, match="weights='fp16' and the model is torch.bfloat16: cast the model first"):
+        convert_model(mlp().bfloat16(), weights="fp16")
+    with pytest.raises(ValueError, match="weights='int4' is unknown; use one of bf16, fp16, fp8_e4m3, int8"):
+        convert_model(mlp(), weights="int4")
+
+
+def test_a_row_that_cannot_be_rounded_is_refused_by_the_layers_name(pretended_times):
+    pretended_times(dense=10.0, packed=4.0)
+    model = mlp().bfloat16()
+    with torch.no_grad():
+        model[2].weight[3, 0:4] = torch.tensor([float("inf"), 0, 0, 0])
+    with pytest.raises(ValueError, match="2 of shape .* the weight holds NaN or inf"):
+        convert_model(model, ["0", "2"], weights="int8")
+
+
+def test_a_kept_dense_weight_is_the_rounded_one(pretended_times):
+    pretended_times(dense=10.0, packed=4.0)
+    model = mlp().bfloat16()
+    expected = rounded(model[0].weight, "int8")
+    convert_model(model, weights="int8", keep_dense=True)
+    assert torch.equal(model[0].dense.view(torch.bfloat16), expected)
+    assert torch.equal(model[0].weight, expected)
 
 
 @pytest.mark.parametrize("counts", [(), (0, 8)])

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
 from prox24_lightning.convert import find_packable  # noqa: E402
 from prox24_lightning.integrations.vllm import plugin  # noqa: E402
-from prox24_lightning.io.packed_folder import save_folder  # noqa: E402
+from prox24_lightning.io.packed_folder import load_folder, save_folder  # noqa: E402
 from prox24_lightning.mask import mask_24  # noqa: E402
 
 SIZES = {
@@ -60,8 +60,8 @@ def sparse_model(name, dense=()):
     return model
 
 
-def pack(folder, model):
-    save_folder(folder, model, find_packable(model), source="a test")
+def pack(folder, model, **options):
+    save_folder(folder, model, find_packable(model), source="a test", **options)
     return folder
 
 
@@ -113,6 +113,13 @@ def test_the_same_tokens_as_transformers(name, eager, tmp_path):
     assert len({tuple(answer) for answer in expected}) > 8, "the prompts lead to different answers"
 
 
+def test_a_folder_of_8_bits_is_served_as_transformers_loads_it(tmp_path):
+    folder = pack(tmp_path / "packed", sparse_model("llama"), weights="fp8_e4m3")
+    model = load_folder(folder, hf.AutoModelForCausalLM)
+    asked = prompts()[:4]
+    assert served(folder, [asked]) == [[by_transformers(model, prompt) for prompt in asked]]
+
+
 def test_groups_that_run_as_one_layer_are_dense_as_a_whole(tmp_path):
     model = sparse_model("llama", dense=("k_proj", "layers.0.mlp.up_proj"))
     packable = find_packable(model)
@@ -129,6 +136,7 @@ def test_groups_that_run_as_one_layer_are_dense_as_a_whole(tmp_path):
     ("change", "message"),
     [
         ({"version": 9}, "packed in version 9 of the format"),
+        ({"weights": "int4"}, "weights='int4' of the quantization_config is none of fp8_e4m3, int8"),
         ({"packed_along_outputs": ["model.layers.0.mlp.up_proj.weight"]}, "which vLLM cannot load"),
     ],
 )
@@ -147,6 +155,12 @@ def test_a_group_that_is_packed_in_part_is_refused():
     with pytest.raises(ValueError, match=r"as one layer, and model\.layers\.0\.self_attn\.k_proj is stored dense"):
         config.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")
     assert config.get_quant_method(torch.nn.Embedding(2, 2), "model.embed_tokens") is None
+    mixed = plugin.Prox24Config([], "int8", ["model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.o_proj"])
+    mixed.packed_modules_mapping = config.packed_modules_mapping
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.k_proj is not rounded to 8 bits"):
+        mixed.get_quant_method(layer, "model.layers.0.self_attn.qkv_proj")
+    assert mixed.get_quant_method(layer, "model.layers.1.self_attn.o_proj").form is None
+    assert mixed.get_quant_method(layer, "model.layers.1.self_attn.qkv_proj").form == "int8"
 
 
 def test_the_server_answers(tmp_path):

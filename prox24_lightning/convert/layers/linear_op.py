@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from prox24_lightning.convert.kernels.packed_buffer import padded_shape
 from prox24_lightning.convert.kernels.product import Product
-from prox24_lightning.convert.kernels.registry import kernel_for, prepare
+from prox24_lightning.convert.kernels.registry import kernel_for, missing_inputs, prepare
+from prox24_lightning.weights.rounding import RoundedForm
 
 _BYTES_16 = 16
 _PREPARED = 4096  # products kept at most, one a shape and number of tokens; a plan takes about 100 KB on the host
@@ -21,7 +21,7 @@ _PREPARED = 4096  # products kept at most, one a shape and number of tokens; a p
 _library = library.Library("prox24", "FRAGMENT")
 _library.define(
     "packed_linear(Tensor input, Tensor buffer, Tensor? dense, Tensor? bias, ScalarType dtype, SymInt out_features, "
-    "SymInt in_features, str kernels) -> Tensor"
+    "SymInt in_features, str kernels, str? form=None) -> Tensor"
 )
 
 
@@ -34,16 +34,19 @@ def multiply(
     out_features: int,
     in_features: int,
     kernels: str,
+    form: RoundedForm | None = None,
 ) -> Tensor:
     """Return ``input @ weight.t() + bias`` for ``(..., in_features)`` input of any strides on a GPU.
 
     Args:
         input: in ``dtype``.
-        buffer: see :mod:`~prox24_lightning.convert.kernels.packed_buffer`.
+        buffer: see :mod:`~prox24_lightning.convert.kernels.packed_buffer`, and with ``form``
+            :mod:`~prox24_lightning.convert.kernels.rounded_buffer`.
         dense: int16 (out_features, in_features), the weight's bits, if it is kept.
         bias: (out_features,) in any floating dtype.
         dtype: float16 or bfloat16.
         kernels: see :mod:`~prox24_lightning.convert.kernels.registry`.
+        form: of a weight of 8 bits, whose inputs the kernels round; None for one in ``dtype``.
     """
     tokens = input.numel() // in_features
     leading = input.shape[:-1]
@@ -51,7 +54,7 @@ def multiply(
         return input.new_empty(*leading, out_features)
     rows = input if len(leading) == 1 else input.reshape(tokens, in_features)
     device = buffer.device.index
-    product, missing = _prepared(kernels, dtype, out_features, in_features, tokens, device)
+    product, missing = _prepared(kernels, dtype, out_features, in_features, tokens, device, form)
     if missing:
         rows = F.pad(rows, (0, missing))
     elif not rows.is_contiguous() or rows.data_ptr() % _BYTES_16:
@@ -66,12 +69,17 @@ def multiply(
 
 @lru_cache(maxsize=_PREPARED)
 def _prepared(
-    kernels: str, dtype: torch.dtype, out_features: int, in_features: int, tokens: int, device: int
+    kernels: str,
+    dtype: torch.dtype,
+    out_features: int,
+    in_features: int,
+    tokens: int,
+    device: int,
+    form: RoundedForm | None = None,
 ) -> tuple[Product, int]:
     """Return the prepared product, and by how many zeros each row of the input must be padded for it."""
-    kernel = kernel_for(kernels, tokens)
-    missing = 0 if kernel.name == "dense" else padded_shape((out_features, in_features))[1] - in_features
-    return prepare(kernel, dtype, (out_features, in_features), tokens, device), missing
+    kernel, shape = kernel_for(kernels, tokens), (out_features, in_features)
+    return prepare(kernel, dtype, shape, tokens, device, form), missing_inputs(kernel, shape, form)
 
 
 @library.register_fake("prox24::packed_linear", lib=_library)
@@ -84,6 +92,7 @@ def _shape_only(
     out_features: int,
     in_features: int,
     kernels: str,
+    form: RoundedForm | None = None,
 ) -> Tensor:
     return input.new_empty(*input.shape[:-1], out_features)
 

@@ -9,29 +9,32 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from prox24_lightning.convert.format.packed_weight import PackedWeight, unpack_24
+from prox24_lightning.convert.kernels.buffers import from_buffer
 from prox24_lightning.convert.kernels.expand.kernel import expand
-from prox24_lightning.convert.kernels.packed_buffer import buffer_bytes, from_buffer
 from prox24_lightning.convert.layers.linear_op import multiply, packed_linear
+from prox24_lightning.weights.rounding import RoundedForm
 
 
 class SemiStructuredLinear(nn.Module):
     """A linear layer whose 2:4 weight is stored as its kept values and two bits of metadata for each; forward only.
 
     :func:`~prox24_lightning.convert.convert.convert_linear` makes them. ``packed`` is an int16 buffer
-    (:mod:`~prox24_lightning.convert.kernels.packed_buffer`), so ``.to(dtype)``, ``state_dict()``
-    and ``deepcopy`` leave its bits alone. A dense weight that is kept is not part of the ``state_dict``: loading one
-    makes it anew. The dtype is in the metadata of a ``state_dict``, beside the modules' versions, and loading refuses
-    another one.
+    (:mod:`~prox24_lightning.convert.kernels.packed_buffer`), or an int8 one of a weight that is rounded to 8 bits
+    (:mod:`~prox24_lightning.convert.kernels.rounded_buffer`), so ``.to(dtype)``, ``state_dict()`` and ``deepcopy``
+    leave its bits alone. A dense weight that is kept is not part of the ``state_dict``: loading one makes it anew. The
+    dtype and the form are in the metadata of a ``state_dict``, beside the modules' versions, and loading refuses
+    others.
 
     Args:
         packed: the buffer of the weight.
         shape: (out_features, in_features).
-        dtype: float16 or bfloat16.
+        dtype: float16 or bfloat16, of inputs and outputs.
         bias: (out_features,) in any floating dtype, or None.
         kernels: which kernel runs at which number of tokens
             (:attr:`~prox24_lightning.convert.autotune.kernel_table.KernelTable.text`).
         dense: the same weight (out_features, in_features), kept for the numbers of tokens at which cuBLAS wins.
         transposed: class of the layer that was converted if that stores its weight as (in_features, out_features).
+        form: of a weight that is rounded to 8 bits, whose inputs are rounded token by token; None for 16 bits.
     """
 
     packed: Tensor
@@ -46,12 +49,14 @@ class SemiStructuredLinear(nn.Module):
         kernels: str,
         dense: Tensor | None = None,
         transposed: type[Any] | None = None,
+        form: RoundedForm | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.dtype = dtype
         self.kernels = kernels
         self.transposed = transposed
+        self.form = form
         self.register_buffer("packed", packed)
         self.register_buffer("dense", None if dense is None else dense.detach().view(torch.int16), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -59,7 +64,7 @@ class SemiStructuredLinear(nn.Module):
     @property
     def packed_weight(self) -> PackedWeight:
         """The weight in the portable packed form, in tensors of its own."""
-        return from_buffer(self.packed, (self.out_features, self.in_features), self.dtype)
+        return from_buffer(self.packed, self._shape, self.dtype, self.form)
 
     @property
     def weight(self) -> Tensor:
@@ -71,8 +76,7 @@ class SemiStructuredLinear(nn.Module):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the packed weight, and of the dense one if it is kept, without the bias."""
-        kept = 0 if self.dense is None else self.dense.nbytes
-        return buffer_bytes((self.out_features, self.in_features)) + kept
+        return self.packed.nbytes + (0 if self.dense is None else self.dense.nbytes)
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply ``(..., in_features)`` inputs; the result is ``(..., out_features)``.
@@ -101,19 +105,27 @@ class SemiStructuredLinear(nn.Module):
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input of shape {tuple(input.shape)} does not end in in_features={self.in_features}")
         call = multiply if type(input) is Tensor and not torch.compiler.is_compiling() else packed_linear
-        sizes = self.out_features, self.in_features
-        return call(input, self.packed, self.dense, self.bias, self.dtype, *sizes, self.kernels)
+        return call(input, self.packed, self.dense, self.bias, self.dtype, *self._shape, self.kernels, self.form)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def _expanded(self) -> Tensor:
         if self.packed.is_cuda:
-            return expand(self.packed, (self.out_features, self.in_features), self.dtype).contiguous()
+            return expand(self.packed, self._shape, self.dtype, self.form).contiguous()
         return unpack_24(self.packed_weight)
+
+    @property
+    def _stored_as(self) -> str:
+        """What the bits of ``packed`` mean."""
+        return str(self.dtype) if self.form is None else f"{self.form} for {self.dtype}"
 
     @override
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["dtype"] = str(self.dtype)
+            destination._metadata[prefix[:-1]]["dtype"] = self._stored_as
 
     @override
     def _load_from_state_dict(
@@ -127,10 +139,10 @@ class SemiStructuredLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         stored = local_metadata.get("dtype")
-        if stored not in (None, str(self.dtype)):
+        if stored not in (None, self._stored_as):
             error_msgs.append(
-                f"{prefix}packed holds bits of {stored}, and this layer reads them as {self.dtype}: load it into a "
-                f"model that was converted in {stored}"
+                f"{prefix}packed holds bits of {stored}, and this layer reads them as {self._stored_as}: load it into "
+                f"a model that was converted in {stored}"
             )
             return
         super()._load_from_state_dict(
@@ -144,5 +156,5 @@ class SemiStructuredLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"dtype={self.dtype}, kernels={self.kernels!r}"
+            f"dtype={self.dtype}, {'' if self.form is None else f'form={self.form}, '}kernels={self.kernels!r}"
         )

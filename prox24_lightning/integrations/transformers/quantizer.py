@@ -23,11 +23,12 @@ from typing_extensions import override
 from prox24_lightning.convert.autotune.tune import stored_table
 from prox24_lightning.convert.convert import insert_layers, target_of
 from prox24_lightning.convert.eligibility import DTYPES, check_model
+from prox24_lightning.convert.form_choice import form_problem
 from prox24_lightning.convert.format.header import VERSIONS, PackedEntry
 from prox24_lightning.convert.format.packed_weight import check_packed
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.shards import PackedModel
-from prox24_lightning.convert.kernels.packed_buffer import from_buffer, padded_shape, to_buffer
+from prox24_lightning.convert.kernels.buffers import empty_buffer, from_buffer, to_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.integrations.transformers.saving import push_to_hub, save_pretrained
 from prox24_lightning.io.packed_folder import QUANT_METHOD
@@ -137,10 +138,10 @@ class Prox24Quantizer(HfQuantizer):
             weight = layer.get_parameter("weight")
             along_inputs = self.entries[name].dim == (0 if is_transposed_linear(layer) else 1)
             dtype = self._stored.dtype(name)
-            if along_inputs and dtype in DTYPES and weight.dtype == dtype:
+            runs = form_problem(self.entries[name].form, target) is None
+            if along_inputs and runs and dtype in DTYPES and weight.dtype == dtype:
                 shape = (verdict.shape[0], verdict.shape[1])
-                rows, columns = padded_shape(shape)
-                buffer = torch.empty(rows, columns // 16 * 9, dtype=torch.int16, device="meta")
+                buffer = empty_buffer(shape, self.entries[name].form, "meta")
                 layer.weight = nn.Parameter(buffer, requires_grad=False)
                 self._sparse[f"{verdict.name}.weight"] = verdict.name, shape, dtype
 
@@ -181,13 +182,14 @@ class Prox24Quantizer(HfQuantizer):
         buffer = layer.get_parameter("weight").detach()
         if buffer.is_meta:
             raise ValueError(f"{name} is offloaded by device_map: packed 2:4 layers need their GPU's memory")
+        stored = str(self.stored_name(f"{name}.weight", model))
+        form = self.entries[stored].form
         if not buffer.is_cuda:  # the rest of a device_map that spans GPU and CPU
-            stored = str(self.stored_name(f"{name}.weight", model))
-            layer.weight = nn.Parameter(self.entries[stored].unpack(from_buffer(buffer, shape, dtype), stored))
+            layer.weight = nn.Parameter(self.entries[stored].unpack(from_buffer(buffer, shape, dtype, form), stored))
             return
-        table = stored_table(shape, dtype, device=buffer.get_device())
+        table = stored_table(shape, dtype, device=buffer.get_device(), form=form)
         kind, bias = transposed_kind(layer), getattr(layer, "bias", None)
-        converted = SemiStructuredLinear(buffer, shape, dtype, bias, table.text, transposed=kind).eval()
+        converted = SemiStructuredLinear(buffer, shape, dtype, bias, table.text, transposed=kind, form=form).eval()
         insert_layers(model, [(name, converted)])
 
     def stored_name(self, name: str, model: PreTrainedModel) -> str | None:

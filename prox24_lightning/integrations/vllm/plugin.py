@@ -6,6 +6,7 @@ whole or dense as a whole (:func:`~prox24_lightning.convert.packed_model.find_pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,17 +19,19 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
 from prox24_lightning.convert.autotune.kernel_table import BUCKETS
 from prox24_lightning.convert.autotune.tune import kernel_tables
 from prox24_lightning.convert.convert import target_of
 from prox24_lightning.convert.eligibility import check_layer
+from prox24_lightning.convert.form_choice import form_problem
 from prox24_lightning.convert.format.header import VERSIONS
 from prox24_lightning.convert.format.packed_weight import PackedWeight, check_packed, unpack_24
-from prox24_lightning.convert.kernels.packed_buffer import to_buffer
+from prox24_lightning.convert.kernels.buffers import to_buffer
 from prox24_lightning.convert.layers.linear_op import packed_linear
 from prox24_lightning.io.packed_folder import QUANT_METHOD
+from prox24_lightning.weights.rounding import LARGEST, VALUE_DTYPES, RoundedForm
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -37,11 +40,15 @@ class Prox24Config(QuantizationConfig):
 
     Args:
         dense: names of the linear layers that are stored dense, as Hugging Face has them.
+        form: that packed layers are rounded to; None for layers of 16 bits.
+        not_rounded: names of the packed layers that are not rounded all the same.
     """
 
-    def __init__(self, dense: list[str]) -> None:
+    def __init__(self, dense: list[str], form: RoundedForm | None = None, not_rounded: Sequence[str] = ()) -> None:
         super().__init__()
         self.dense = dense
+        self.form = form
+        self.not_rounded = list(not_rounded)
 
     @classmethod
     def get_name(cls) -> str:
@@ -64,7 +71,7 @@ class Prox24Config(QuantizationConfig):
         """Read the entry of ``config.json``.
 
         Raises:
-            ValueError: for a version of the format that this release does not read.
+            ValueError: for a version or a form that this release does not read.
         """
         if config.get("version") not in VERSIONS or "modules_to_not_convert" not in config:
             raise ValueError(
@@ -77,10 +84,14 @@ class Prox24Config(QuantizationConfig):
                 f"{columns[0]} is not packed along its second dimension, which vLLM cannot load: serve the dense form "
                 "(`prox24 convert FOLDER OUT --form dense`)"
             )
-        return cls(list(config["modules_to_not_convert"]))
+        form = config.get("weights")
+        if form not in (*LARGEST, None):
+            raise ValueError(f"weights={form!r} of the quantization_config is none of {', '.join(LARGEST)}")
+        return cls(list(config["modules_to_not_convert"]), form, config.get("modules_not_rounded", ()))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.dense = hf_to_vllm_mapper.apply_list(self.dense)
+        self.not_rounded = hf_to_vllm_mapper.apply_list(self.not_rounded)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         """Return how ``layer`` runs; None leaves embeddings and heads to vLLM.
@@ -92,15 +103,16 @@ class Prox24Config(QuantizationConfig):
             return None
         parent, _, last = prefix.rpartition(".")
         members = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(last, [last])]
-        dense = [name for name in members if name in self.dense]
-        if len(dense) == len(members):
+        for names, how in ((self.dense, "stored dense"), (self.not_rounded, "not rounded to 8 bits")):
+            found = [name for name in members if name in names]
+            if found and len(found) < len(members):
+                raise ValueError(
+                    f"vLLM runs {', '.join(members)} as one layer, and {', '.join(found)} is {how}: write the folder "
+                    "again with `prox24 convert`, which treats such a group as a whole"
+                )
+        if members[0] in self.dense:
             return UnquantizedLinearMethod()
-        if dense:
-            raise ValueError(
-                f"vLLM runs {', '.join(members)} as one layer, and {', '.join(dense)} is stored dense: write the "
-                "folder again with `prox24 convert`, which stores such a group dense as a whole"
-            )
-        return Prox24LinearMethod(prefix)
+        return Prox24LinearMethod(prefix, None if members[0] in self.not_rounded else self.form)
 
 
 @register_weight_loader_v2_supported_method
@@ -109,10 +121,13 @@ class Prox24LinearMethod(LinearMethodBase):
 
     Args:
         name: of the layer, for errors.
+        form: of its weight if that is rounded to 8 bits, else None.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, form: RoundedForm | None = None) -> None:
         self.name = name
+        self.form = form
+        self.dtype: torch.dtype | None = None
         self.kernels: str | None = None
         self._dense = UnquantizedLinearMethod()
 
@@ -137,23 +152,28 @@ class Prox24LinearMethod(LinearMethodBase):
                 f"{self.name} has {columns} of {input_size} inputs on a rank, and packed weights are cut at multiples "
                 "of 8: choose another tensor_parallel_size"
             )
-        # A module in the weight's place: in the file its tensors are called weight.values and weight.indices.
+        self.dtype = params_dtype
+        # A module in the weight's place: in the file its tensors are called weight.values, .indices and .scales.
         layer.weight = nn.Module()
-        for name, width, dtype in (("values", columns // 2, params_dtype), ("indices", columns // 8, torch.uint8)):
-            parameter = ModelWeightParameter(
-                data=torch.empty(rows, width, dtype=dtype),
-                input_dim=1,
-                output_dim=0,
-                weight_loader=extra_weight_attrs["weight_loader"],
-            )
+        loader = extra_weight_attrs["weight_loader"]
+        stored = params_dtype if self.form is None else VALUE_DTYPES[self.form]
+        for name, width, dtype in (("values", columns // 2, stored), ("indices", columns // 8, torch.uint8)):
+            data = torch.empty(rows, width, dtype=dtype)
+            parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
             layer.weight.register_parameter(name, parameter)
+        if self.form is not None:
+            scales = ChannelQuantScaleParameter(
+                data=torch.empty(rows, dtype=torch.float32), output_dim=0, weight_loader=loader
+            )
+            layer.weight.register_parameter("scales", scales)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Exchange the loaded tensors for the kernels' buffer, measured for this GPU, or for the dense weight."""
         values, indices = (layer.get_parameter(f"weight.{part}").data for part in ("values", "indices"))
+        scales = None if self.form is None else layer.get_parameter("weight.scales").data
         del layer.weight
         shape = values.shape[0], 2 * values.shape[1]
-        packed = PackedWeight(values, indices, shape)
+        packed = PackedWeight(values, indices, shape, scales, None if self.form is None else self.dtype)
         check_packed(packed, name=self.name)
         self.kernels = self._chosen_kernels(packed)
         if self.kernels is None:
@@ -169,7 +189,9 @@ class Prox24LinearMethod(LinearMethodBase):
             linear = nn.Linear(packed.shape[1], packed.shape[0], bias=False, dtype=packed.dtype)
         if target is None or not check_layer(linear, name=self.name, target=target, values=False).runs:
             return None
-        tables = kernel_tables([packed.shape], packed.dtype, token_counts=BUCKETS, device=packed.device)
+        if form_problem(self.form, target) is not None:
+            return None
+        tables = kernel_tables([packed.shape], packed.dtype, token_counts=BUCKETS, device=packed.device, form=self.form)
         return tables[packed.shape].text
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -177,4 +199,4 @@ class Prox24LinearMethod(LinearMethodBase):
         if self.kernels is None:
             return self._dense.apply(layer, x, bias)
         rows, columns = layer.output_size_per_partition, x.shape[-1]
-        return packed_linear(x, layer.packed, None, bias, x.dtype, rows, columns, self.kernels)
+        return packed_linear(x, layer.packed, None, bias, x.dtype, rows, columns, self.kernels, self.form)

@@ -1,0 +1,67 @@
+"""Choose the form of a layer's weight by the times of all forms: packed, dense in float8, or dense as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from prox24_lightning.convert.autotune.kernel_table import DENSE, SAME, KernelTable, TableRow
+from prox24_lightning.convert.eligibility import Target
+from prox24_lightning.weights.rounding import RoundedForm
+
+LayerForm = Literal["packed", "dense_fp8", "dense"]
+
+OLDEST_CAPABILITY: dict[RoundedForm, tuple[int, int]] = {"fp8_e4m3": (8, 9), "int8": (8, 0)}
+"""The compute capability from which tensor cores multiply a form."""
+
+
+@dataclass(frozen=True)
+class FormChoice:
+    """The form that a layer takes; ``why`` is "" where it is packed."""
+
+    form: LayerForm
+    why: str = ""
+
+
+def form_problem(form: RoundedForm | None, target: Target) -> str | None:
+    """Return why a GPU cannot multiply weights of a form; None if it can."""
+    if form is None or target.capability >= OLDEST_CAPABILITY[form]:
+        return None
+    has, needs = (".".join(map(str, version)) for version in (target.capability, OLDEST_CAPABILITY[form]))
+    return f"{form} needs compute capability {needs}, {target.name} has {has}: use int8 there"
+
+
+def choose_form(table: KernelTable, token_counts: Sequence[int]) -> FormChoice:
+    """Return the form of a layer that is used at some numbers of tokens.
+
+    It is packed if that is nowhere slower than the fastest dense form. Dense float8 is among these if the table is of
+    fp8_e4m3, with the same values: then a layer may take that form, if it is nowhere slower than 16 bits.
+
+    Args:
+        table: of the layer's shape and form.
+        token_counts: numbers of tokens that have been measured.
+    """
+    rows = [row for row in table.rows if row.tokens in token_counts]
+    if table.form is None:
+        decision = table.decision(token_counts)
+        return FormChoice("packed") if decision is None else FormChoice("dense", decision)
+    fp8 = table.form == "fp8_e4m3"
+    slower = _slower([(row, _least((row.speedup, row.speedup_over_fp8 if fp8 else None))) for row in rows])
+    if slower is None and any(row.kernel != DENSE for row in rows):
+        return FormChoice("packed")
+    why = f"packed is {slower or 'nowhere faster'}"
+    ratios = [row.dense_us / row.dense_fp8_us for row in rows if row.dense_us is not None and row.dense_fp8_us]
+    if fp8 and rows and len(ratios) == len(rows) and min(ratios) >= SAME:
+        return FormChoice("dense_fp8", f"{why}: dense in float8")
+    return FormChoice("dense", f"{why}: stays dense")
+
+
+def _least(values: Sequence[float | None]) -> float | None:
+    return min((value for value in values if value is not None), default=None)
+
+
+def _slower(speedups: Sequence[tuple[TableRow, float | None]]) -> str | None:
+    """Say where the packed form is slower than a dense one; None if nowhere."""
+    found = [f"{x:.2f} x at {row.tokens}" for row, x in speedups if x is not None and x < SAME]
+    return f"slower than dense ({', '.join(found)} tokens)" if found else None
