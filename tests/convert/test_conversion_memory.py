@@ -9,10 +9,10 @@ from torch import nn
 
 from prox24_lightning.convert import Target, convert, convert_model
 from prox24_lightning.convert.autotune.kernel_table import KernelTable, TableRow
-from prox24_lightning.convert.format import packed_weight
-from prox24_lightning.convert.kernels import packed_buffer
+from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.mask import check, mask_24
+from prox24_lightning.weights import chunks
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 WIDTH = 2048
@@ -29,27 +29,29 @@ def dense_model(device="cpu"):
     return nn.Sequential(*layers)
 
 
-def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch):
+@pytest.mark.parametrize(("weights", "share"), [(None, 9 / 16), ("fp8_e4m3", 5 / 16 + 4 / (2 * WIDTH))])
+def test_conversion_takes_one_layer_more_than_the_dense_model(monkeypatch, weights, share):
     monkeypatch.setattr(convert, "target_of", lambda device: HOPPER)
     table = KernelTable((WIDTH, WIDTH), (TableRow(16384, Kernel("cusparselt")),))
     monkeypatch.setattr(convert, "stored_table", lambda *args, **options: table)
     # Parts of a size that is small beside these small layers, as the real one is beside real layers.
-    monkeypatch.setattr(packed_weight, "CHUNK_ENTRIES", 2**17)
+    monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 2**17)
     monkeypatch.setattr(packed_buffer, "CHUNK_ENTRIES", 2**17)
+    monkeypatch.setattr(rounded_buffer, "CHUNK_ENTRIES", 2**17)
     monkeypatch.setattr(check, "ENTRIES_AT_A_TIME", 2**17)
     model = dense_model()
     with LiveBytes() as live:
         live.count(parameter.detach() for parameter in model.parameters())
-        done = convert_model(model)
+        done = convert_model(model, weights=weights)
     assert done.converted == ("0", "1", "2", "3")
-    assert sum(layer.stored_bytes for layer in model) == 4 * LAYER * 9 // 16
+    assert sum(layer.stored_bytes for layer in model) == pytest.approx(4 * LAYER * share, rel=1e-5)
     assert 4 * LAYER < live.peak <= 5 * LAYER
 
 
 def test_a_head_that_stays_dense_is_looked_at_in_parts(monkeypatch):
     monkeypatch.setattr(convert, "target_of", lambda device: HOPPER)
     monkeypatch.setattr(check, "ENTRIES_AT_A_TIME", 2**17)
-    monkeypatch.setattr(packed_weight, "CHUNK_ENTRIES", 2**17)
+    monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 2**17)
     head = nn.Linear(WIDTH, 8 * WIDTH, bias=False).bfloat16()
     with LiveBytes() as live:
         live.count([head.weight.detach()])

@@ -11,12 +11,12 @@ from torch import nn
 
 from prox24_lightning.convert import SemiStructuredLinear, Target, packed_model
 from prox24_lightning.convert.autotune.kernel_table import KernelTable, TableRow
-from prox24_lightning.convert.format import packed_weight
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.convert.packed_model import EmptyOnMeta, find_packable, load_packed
 from prox24_lightning.mask import is_24, mask_24
+from prox24_lightning.weights import chunks
 from prox24_lightning.weights.eligibility import fit_groups
 
 
@@ -297,7 +297,7 @@ def test_weights_that_only_the_file_ties_are_both_loaded(tmp_path, pretended_gpu
 
 
 def test_sparse_layers_replace_the_dense_ones_of_a_model_one_by_one(tmp_path, pretended_gpu, monkeypatch):
-    monkeypatch.setattr(packed_weight, "CHUNK_ENTRIES", 2**16)
+    monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 2**16)
     model = prune(nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(8))).bfloat16())
     file, layer = packed(tmp_path, model), 2 * 1024 * 1024
     with LiveBytes() as live:

