@@ -19,7 +19,7 @@ ROWS = re.compile(r"(?:^\|.*\n?)+", flags=re.MULTILINE)
 
 def result_pages(folder: Path = RESULTS) -> dict[str, str]:
     """Return the Markdown of each benchmark's page by its name, and ``"index"``, which lists them."""
-    pages = {path.parent.name: _page(path) for path in sorted(folder.glob("*/about.md"))}
+    pages = {path.name: page for path in sorted(folder.iterdir()) if path.is_dir() and (page := _page(path))}
     lines = [f"- [{_title(text)}]({name}.md)" for name, text in pages.items()]
     head = (
         "# Results\n\nOne page a benchmark. Every table comes from a script in `benchmarks/`; machine, versions and "
@@ -54,10 +54,14 @@ def table_of(path: Path, columns: str | None = None) -> str:
     return markdown_table([head[place] for place in chosen], ([row[place] for place in chosen] for row in rows))
 
 
-def _page(about: Path) -> str:
-    folder = about.parent
-    text = TABLE.sub(lambda match: table_of(folder / match[2], match[1]), about.read_text())
+def _page(folder: Path) -> str:
+    """Return the page of a benchmark; empty if it has no result."""
     files = sorted([*folder.glob("????-??-??*.md"), *folder.glob("????-??-??*/report.md")], reverse=True)
+    if not files:
+        return ""
+    about = folder / "about.md"
+    text = about.read_text() if about.is_file() else f"# {folder.name.replace('_', ' ').capitalize()}\n"
+    text = TABLE.sub(lambda match: table_of(folder / match[2], match[1]), text)
     return "\n\n".join([text.strip(), "## Result files", *(_in_full(path, folder) for path in files)]) + "\n"
 
 

@@ -31,6 +31,16 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]*)(#[^)\s]*)?
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
+def on_config(config: Any) -> Any:
+    """Add to the navigation the benchmarks that it does not name."""
+    [results] = [entry["Results"] for entry in config.nav if "Results" in entry]
+    named = str(results)
+    more = [f"results/{name}.md" for name in result_pages() if f"results/{name}.md" not in named]
+    if more:
+        results.append({"More": more})
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages, and the figures and data of the results."""
     pages = {f"results/{name}.md": text for name, text in result_pages().items()}

@@ -28,6 +28,8 @@ ROOMS = {
     "utils": "Files, processes, memory",
 }
 """Folder of the package and its heading, in the order of the page."""
+NOT_FOR_USERS = {"SystemExit", "AttributeError"}
+"""Exits have printed their text before; a missing attribute is Python's own message."""
 WARNERS = {"warn", "_warn", "rank_zero_warn", "warning"}
 
 
@@ -71,7 +73,7 @@ def _in_tree(tree: ast.AST) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             kind = _name(node.exc.func)
-            if kind != "SystemExit" and (text := _text(node.exc.args[0])):
+            if kind not in NOT_FOR_USERS and (text := _text(node.exc.args[0])):
                 yield kind, text
         elif isinstance(node, ast.Call) and _name(node.func) in WARNERS and node.args and (text := _text(node.args[0])):
             yield "warning", text

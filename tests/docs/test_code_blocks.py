@@ -57,7 +57,8 @@ def parse_command(words: list[str]) -> None:
         module, function = command.target.split(":")
         entry = getattr(__import__(module, fromlist=[function]), function)
         parser = auto_parser(entry, as_positional=command.positional, parser_class=CommandParser, allow_abbrev=False)
-        parser.parse_args(words[2:])
+        named = [] if words[2].startswith("-") or not command.first else [command.first]
+        parser.parse_args([*named, *words[2:]])
 
 
 def parse_yaml(code: str, folder: Path) -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 import prox24_lightning
 from docs.tools.messages import messages
@@ -77,11 +78,6 @@ def test_every_cited_result_exists(page):
         assert (RESULTS / target).exists(), target
 
 
-def test_every_benchmark_says_what_its_results_mean():
-    lacking = [folder.name for folder in RESULTS.iterdir() if folder.is_dir() and not (folder / "about.md").exists()]
-    assert not lacking, "write about.md there: CONTRIBUTING.md, how a result gets in"
-
-
 @each_page
 def test_every_cited_test_exists(page):
     names = {path.stem for path in (REPOSITORY / "tests").rglob("test_*.py")}
@@ -112,7 +108,6 @@ def test_every_command_is_described():
 def test_every_page_is_in_the_navigation():
     text = (REPOSITORY / "mkdocs.yml").read_text()
     pages = [page.relative_to(REPOSITORY / "docs").as_posix() for page in (REPOSITORY / "docs").rglob("*.md")]
-    pages += [f"results/{path.parent.name}.md" for path in RESULTS.glob("*/about.md")]
     assert [page for page in pages if f" {page}\n" not in text] == []
 
 
@@ -125,3 +120,9 @@ def test_every_warning_is_explained():
             openings = [" ".join(words[:4]) for words in parts if len(words) > 1]
             known = not openings or any(opening in page for opening in openings)
             assert known, f"add a row to docs/troubleshooting.md: {message.text}"
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == prox24_lightning.__version__
+    assert citation["preferred-citation"]["url"] in README.read_text()

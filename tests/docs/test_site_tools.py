@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from benchmarks.result_pages import result_pages, table_of
-from docs.tools.hooks import on_page_content, site_target
+from docs.tools.hooks import on_config, on_page_content, site_target
 from docs.tools.messages import messages
 from docs.tools.sphinx_roles import without_roles
 
@@ -31,6 +33,21 @@ def test_a_page_a_benchmark_with_its_tables_and_files(results):
     assert "**New** (`speed/2026-01-02.md`)" in page
     assert "\n#### More\n" in page
     assert "\n# a comment\n" in page, "code is left as it is"
+
+
+def test_a_benchmark_without_words_of_its_own_has_a_page_too(results):
+    (results / "speed" / "about.md").unlink()
+    (results / "empty").mkdir()
+    assert list(result_pages(results)) == ["index", "speed"]
+    assert result_pages(results)["speed"].startswith("# Speed\n\n## Result files\n")
+
+
+def test_the_navigation_gets_every_benchmark():
+    config = SimpleNamespace(nav=[{"Start": ["index.md"]}, {"Results": ["results/recovery.md"]}])
+    results = on_config(config).nav[1]["Results"]
+    assert results[0] == "results/recovery.md"
+    assert "results/convert.md" in results[1]["More"]
+    assert "results/recovery.md" not in results[1]["More"]
 
 
 def test_a_column_that_is_not_there_is_refused(results):
