@@ -57,8 +57,10 @@ def parse_command(words: list[str]) -> None:
         module, function = command.target.split(":")
         entry = getattr(__import__(module, fromlist=[function]), function)
         parser = auto_parser(entry, as_positional=command.positional, parser_class=CommandParser, allow_abbrev=False)
-        named = [] if words[2].startswith("-") or not command.first else [command.first]
-        parser.parse_args([*named, *words[2:]])
+        options = words[2:]
+        if command.first and options and not options[0].startswith("-"):
+            options.insert(0, command.first)
+        parser.parse_args(options)
 
 
 def parse_yaml(code: str, folder: Path) -> None:
