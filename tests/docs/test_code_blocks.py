@@ -74,6 +74,7 @@ def parse_yaml(code: str, folder: Path) -> None:
     assert exit.value.code in (None, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_the_code_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
