@@ -219,5 +219,5 @@ def _warn_once(path: Path, problem: str) -> None:
 def _kernels_digest() -> str:
     """Return a digest of the package's CUDA kernels: times of other kernels are of no use."""
     folder = Path(kernels.__path__[0])
-    sources = sorted([*folder.glob("*/*.cu"), *folder.glob("warpgroup/*.py")])
+    sources = sorted([*folder.glob("*/*.cu"), *folder.glob("warpgroup/*.py"), *folder.glob("many_tokens/*.py")])
     return checksum(source.read_text(encoding="utf-8") for source in sources)[:12]

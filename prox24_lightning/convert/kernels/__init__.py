@@ -7,6 +7,7 @@ folder             kernel
 =================  ================================================================================
 few_tokens         our CUDA kernel on ``mma.sp`` for 1 to 256 tokens, Ampere and newer
 warpgroup          our CUDA kernel on ``wgmma.sp`` for 1 to 512 tokens, Hopper
+many_tokens        our CUDA kernel on ``wgmma.sp`` for many tokens and a weight of 8 bits, Hopper
 cusparselt         NVIDIA's cuSPARSELt, with a plan that is made once
 torch_cusparselt   torch's operator on cuSPARSELt, which makes a plan at every call
 expand             our CUDA kernel that makes the dense weight anew, then cuBLAS

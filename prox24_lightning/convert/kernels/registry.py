@@ -27,6 +27,11 @@ from prox24_lightning.convert.kernels.few_tokens.kernel import prepare as prepar
 from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS as FEW_TOKENS_TILINGS
 from prox24_lightning.convert.kernels.few_tokens.tiling import Tiling as FewTokensTiling
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
+from prox24_lightning.convert.kernels.many_tokens.kernel import compile_many_tokens
+from prox24_lightning.convert.kernels.many_tokens.kernel import prepare as prepare_many_tokens
+from prox24_lightning.convert.kernels.many_tokens.tiling import TILINGS as MANY_TOKENS_TILINGS
+from prox24_lightning.convert.kernels.many_tokens.tiling import Tiling as ManyTokensTiling
+from prox24_lightning.convert.kernels.many_tokens.tiling import tilings as many_tokens_tilings
 from prox24_lightning.convert.kernels.product import Product
 from prox24_lightning.convert.kernels.torch_cusparselt.kernel import prepare as prepare_torch_cusparselt
 from prox24_lightning.convert.kernels.warpgroup.kernel import compile_warpgroup
@@ -37,7 +42,7 @@ from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as Warpgrou
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
 from prox24_lightning.weights.rounding import RoundedForm
 
-KernelName = Literal["dense", "dense_fp8", "few", "warpgroup", "cusparselt", "torch", "expand"]
+KernelName = Literal["dense", "dense_fp8", "few", "warpgroup", "many", "cusparselt", "torch", "expand"]
 
 _Prepare = Callable[[Sequence[int], torch.dtype, tuple[int, int], int, int, "RoundedForm | None"], Product]
 
@@ -46,6 +51,7 @@ _PREPARE: dict[KernelName, _Prepare] = {
     "dense_fp8": prepare_dense_fp8,
     "few": prepare_few_tokens,
     "warpgroup": prepare_warpgroup,
+    "many": prepare_many_tokens,
     "cusparselt": prepare_cusparselt,
     "torch": prepare_torch_cusparselt,
     "expand": prepare_expand,
@@ -61,9 +67,9 @@ class Kernel:
 
     Attributes:
         name: "dense" (cuBLAS on the dense weight that is kept), "dense_fp8" (a dense buffer takes the place of the
-            packed one), "few" (few_tokens), "warpgroup", "cusparselt", "torch" (torch_cusparselt) or "expand"; see
-            :mod:`prox24_lightning.convert.kernels`.
-        config: of "few" and "warpgroup" the fields of their ``Tiling``; of "cusparselt" the algorithm, or nothing for
+            packed one), "few" (few_tokens), "warpgroup", "many" (many_tokens), "cusparselt", "torch" (torch_cusparselt)
+            or "expand"; see :mod:`prox24_lightning.convert.kernels`.
+        config: of "few", "warpgroup" and "many" the fields of their ``Tiling``; of "cusparselt" the algorithm, or nothing for
             the library's default; of "dense_fp8" the way; empty for the others.
     """
 
@@ -79,6 +85,10 @@ class Kernel:
         return cls("warpgroup", astuple(tiling))
 
     @classmethod
+    def many(cls, tiling: ManyTokensTiling) -> Kernel:
+        return cls("many", astuple(tiling))
+
+    @classmethod
     def parse(cls, text: str) -> Kernel:
         """Return the kernel of a text that ``str(kernel)`` has made."""
         name, _, config = text.partition(":")
@@ -91,13 +101,14 @@ class Kernel:
 _OWN_KERNELS = {
     *(str(Kernel.few(tiling)) for tiling in FEW_TOKENS_TILINGS),
     *(str(Kernel.warpgroup(tiling)) for tiling in (*WARPGROUP_TILINGS, *WARPGROUP_ROUNDED_TILINGS)),
+    *(str(Kernel.many(tiling)) for tiling in MANY_TOKENS_TILINGS),
 }
 
 
 def is_packed_kernel(text: str) -> bool:
     """Return whether a text, from a file, names a kernel of this release that runs on a packed weight."""
     name, _, config = text.partition(":")
-    if name in ("few", "warpgroup"):
+    if name in ("few", "warpgroup", "many"):
         return text in _OWN_KERNELS
     if name == "cusparselt":
         return text == name or _ALGORITHM.fullmatch(config) is not None
@@ -107,6 +118,8 @@ def is_packed_kernel(text: str) -> bool:
 def own_kernels(tokens: int, capability: tuple[int, int], form: RoundedForm | None = None) -> tuple[Kernel, ...]:
     """Return the package's kernels worth measuring at a number of tokens on a GPU of this compute capability."""
     found = tuple(map(Kernel.warpgroup, warpgroup_tilings(tokens, capability, rounded=form is not None)))
+    if form is not None:
+        found += tuple(map(Kernel.many, many_tokens_tilings(tokens, capability)))
     if found and tokens > _FEW_BESIDE_WARPGROUP:
         return found
     return (*map(Kernel.few, few_tokens_tilings(tokens, capability, form)), *found)
@@ -125,6 +138,8 @@ def compile_kernel(
         compile_few_tokens(FewTokensTiling(*kernel.config), dtype, capability, form)
     elif kernel.name == "warpgroup":
         compile_warpgroup(WarpgroupTiling(*kernel.config), dtype, form)
+    elif kernel.name == "many" and form is not None:
+        compile_many_tokens(ManyTokensTiling(*kernel.config), dtype, form)
 
 
 def missing_inputs(kernel: Kernel, shape: tuple[int, int], form: RoundedForm | None = None) -> int:

@@ -13,20 +13,22 @@ TensorMap = ctypes.c_ubyte * 128
 _ALIGNMENT = 64
 _UINT16 = 1  # CUtensorMapDataType
 _PLAIN = 0  # CUtensorMapInterleave
-_SWIZZLE_128 = 3  # CUtensorMapSwizzle
+_SWIZZLES = {32: 2, 64: 3}  # columns of a box -> CUtensorMapSwizzle: 64 or 128 bytes
 _L2_256 = 3  # CUtensorMapL2promotion
 _ZEROS = 0  # CUtensorMapFloatOOBfill: outside of the matrix
-_BOX_COLUMNS = 64  # 128 bytes, the widest that can be swizzled
 
 
-def encode_tensor_map(address: int, rows: int, columns: int, box_rows: int) -> ctypes.Array[ctypes.c_ubyte]:
-    """Return the map of a row-major matrix of 16-bit entries, copied in swizzled boxes of ``box_rows`` x 64 columns.
+def encode_tensor_map(
+    address: int, rows: int, columns: int, box_rows: int, box_columns: int = 64
+) -> ctypes.Array[ctypes.c_ubyte]:
+    """Return the map of a row-major matrix of 16-bit entries, copied in swizzled boxes.
 
     Args:
         address: of the first entry, a multiple of 16.
         rows: of the matrix; a box beyond them is filled with zeros.
         columns: of the matrix, a multiple of 8.
         box_rows: at most 256.
+        box_columns: 64, the widest that can be swizzled, or 32.
 
     Raises:
         CudaError: if the driver cannot be loaded or refuses.
@@ -35,8 +37,8 @@ def encode_tensor_map(address: int, rows: int, columns: int, box_rows: int) -> c
     encoded = TensorMap.from_buffer(memory, -ctypes.addressof(memory) % _ALIGNMENT)
     status = driver().cuTensorMapEncodeTiled(
         *(ctypes.byref(encoded), c_int(_UINT16), c_uint32(2), c_void_p(address)),
-        *((c_uint64 * 2)(columns, rows), (c_uint64 * 1)(columns * 2), (c_uint32 * 2)(_BOX_COLUMNS, box_rows)),
-        *((c_uint32 * 2)(1, 1), c_int(_PLAIN), c_int(_SWIZZLE_128), c_int(_L2_256), c_int(_ZEROS)),
+        *((c_uint64 * 2)(columns, rows), (c_uint64 * 1)(columns * 2), (c_uint32 * 2)(box_columns, box_rows)),
+        *((c_uint32 * 2)(1, 1), c_int(_PLAIN), c_int(_SWIZZLES[box_columns]), c_int(_L2_256), c_int(_ZEROS)),
     )
     check(status, "cuTensorMapEncodeTiled")
     return encoded

@@ -1,0 +1,1 @@
+"""Our CUDA kernel for many tokens and a weight of 8 bits on Hopper."""

@@ -1,0 +1,293 @@
+// y = x W^T + bias for many tokens and a packed 2:4 weight of 8 bits, on Hopper's sparse tensor cores.
+//
+// Compiled at run time with these macros: FORM (of weight and inputs: 1 for float8_e4m3, 2 for int8), BF16 (0: float16, 1:
+// bfloat16, of the result), TOKENS (of a tile), GROUPS (warpgroups that multiply, 64 rows of the weight each), CR (blocks
+// of a cluster, along the rows), STAGES (pieces of 128 inputs in shared memory), PANEL (tiles of a cluster along the rows
+// that are taken side by side). After the constants stands `multiply`, the instruction wgmma.mma_async.sp.m64nTOKENSk64
+// with all its registers by name, which kernel.py generates.
+//
+// Each block stays and takes one tile of 64 GROUPS rows by TOKENS tokens after the other. One warp has the copy engine fill
+// the stages: values, metadata, and the inputs, of which each block of a cluster loads its share and multicasts it. It
+// runs ahead into the next tile while the warpgroups scale their sums, transpose them through shared memory and have them
+// stored. The layout of the packed weight is described in rounded_buffer.py, and what a lane needs of the metadata in
+// ../warpgroup/kernel.cu. The inputs come from the kernel before (round_tokens), which waits for all before it: the first
+// pieces of the weight are loaded while it runs.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#if FORM == 2
+typedef int Sum;
+#define ACC "+r"
+#else
+typedef float Sum;
+#define ACC "+f"
+#endif
+
+constexpr int ROWS = GROUPS * 64;
+constexpr int THREADS = GROUPS * 128 + 32;
+constexpr int VALUES = ROWS * 64, INPUTS = TOKENS * 128, METADATA = GROUPS * 1024;  // bytes of a stage
+constexpr int STAGE = VALUES + INPUTS + METADATA;
+constexpr int SHARE = TOKENS / CR;
+constexpr int CHUNK = 32;                     // tokens that a warpgroup stores at a time
+constexpr int STORED = CHUNK * 128;           // bytes of these
+constexpr int STORES = STAGES * STAGE;        // two buffers a warpgroup
+constexpr int SCALES = STORES + GROUPS * 2 * STORED;
+constexpr int BARRIERS = SCALES + GROUPS * TOKENS * 4;
+constexpr u32 ANY = 0x44444444;  // indices 0 and 1 in every group
+
+struct __align__(64) TensorMap {
+  char bytes[128];
+};
+
+// MULTIPLY
+
+extern __shared__ __align__(1024) char memory[];
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+__device__ __forceinline__ u32 in_block(u32 address, int block) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+
+// A barrier that orders no memory accesses.
+__device__ __forceinline__ void cluster_barrier_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ void group_barrier(int group) {
+  asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, int parity) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+  } while (!done);
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+               " [%0], [%1, {%2, %3}], [%4], %5;"
+               :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
+}
+
+__device__ __forceinline__ void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int column, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+               :: "l"(map), "r"(column), "r"(row), "r"(from) : "memory");
+}
+
+// Rows of 64 or 128 bytes that the copy engine has swizzled.
+template <int BYTES>
+__device__ __forceinline__ u64 descriptor(u32 address) {
+  return (u64)(address >> 4 & 0x3fff) | (u64)1 << 16 | (u64)(8 * BYTES >> 4) << 32 | (u64)(BYTES == 128 ? 1 : 2) << 62;
+}
+
+__device__ __forceinline__ u32 lane_metadata(const char* tile, int lane) {
+  const uint4 row = *(const uint4*)(tile + lane / 4 * 16);
+  const u32 two = lane % 4 | (lane % 4 + 4) << 4;
+  return __byte_perm(__byte_perm(row.x, row.y, two), __byte_perm(row.z, row.w, two), 0x5410);
+}
+
+__device__ __forceinline__ float to_float(u16 v) {
+  float f;
+#if BF16
+  f = __uint_as_float((u32)v << 16);
+#else
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+#endif
+  return f;
+}
+
+__device__ __forceinline__ u32 to_halves(float low, float high) {
+  u32 v;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+#endif
+  return v;
+}
+
+// Store the transposes of four matrices of eight rows by eight tokens; lane 8 i + t names the row of token t of matrix i.
+__device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               :: "r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+struct Tile {
+  int row, token;  // the first ones of this block
+};
+
+__device__ __forceinline__ Tile tile_at(int at, int row_tiles, int token_tiles) {
+  const int panel = at / (PANEL * token_tiles), within = at - panel * PANEL * token_tiles;
+  const int width = min(PANEL, row_tiles - panel * PANEL);
+  return {((panel * PANEL + within % width) * CR + (int)blockIdx.x % CR) * ROWS, within / width * TOKENS};
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, 1, 1)
+many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap inputs,
+            const __grid_constant__ TensorMap results, const char* __restrict__ metadata,
+            const float* __restrict__ row_scales, const float* __restrict__ token_scales, const u16* __restrict__ bias,
+            int tokens, int rows, int columns, int outputs) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
+  const int pieces = columns / 128;
+  const int row_tiles = (rows + ROWS * CR - 1) / (ROWS * CR), token_tiles = (tokens + TOKENS - 1) / TOKENS;
+  const int tiles = row_tiles * token_tiles, first = blockIdx.x / CR, step = gridDim.x / CR;
+  const u32 stages = shared_address(memory), full = stages + BARRIERS, empty = full + STAGES * 8;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty + s * 8), "r"(GROUPS * 4 * CR) : "memory");
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+#if CR > 1
+  cluster_barrier_relaxed();
+#else
+  __syncthreads();
+#endif
+  asm volatile("griddepcontrol.launch_dependents;");
+  if (group == GROUPS) {
+    if (lane == 0) {
+      const int rank = blockIdx.x % CR;
+      auto load_weight = [&](int n, const Tile& tile, int piece) {
+        const int s = n % STAGES, groups = max(0, min(GROUPS, (rows - tile.row) / 64));
+        if (n >= STAGES) wait(empty + s * 8, (n / STAGES - 1) & 1);
+        const u32 to = stages + s * STAGE, barrier = full + s * 8;
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                     :: "r"(barrier), "r"(VALUES + INPUTS + groups * 1024) : "memory");
+        copy_box(to, &values, piece * 32, tile.row, barrier);
+        for (int g = 0; g < groups; g++) {
+          const size_t at = (size_t)(tile.row / 64 + g) * (columns / 64) + piece * 2;
+          copy_bytes(to + VALUES + INPUTS + g * 1024, metadata + at * 512, 1024, barrier);
+        }
+      };
+      auto load_inputs = [&](int n, const Tile& tile, int piece) {
+        const u32 to = stages + n % STAGES * STAGE + VALUES + rank * (SHARE * 128), barrier = full + n % STAGES * 8;
+#if CR > 1
+        copy_box_to((1 << CR) - 1, to, &inputs, piece * 64, tile.token + rank * SHARE, barrier);
+#else
+        copy_box(to, &inputs, piece * 64, tile.token, barrier);
+#endif
+      };
+      const int early = first < tiles ? min(STAGES, pieces) : 0;
+      if (early) {
+        const Tile tile = tile_at(first, row_tiles, token_tiles);
+        for (int i = 0; i < early; i++) load_weight(i, tile, i);
+      }
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      int n = 0;
+      for (int at = first; at < tiles; at += step) {
+        const Tile tile = tile_at(at, row_tiles, token_tiles);
+        for (int i = 0; i < pieces; i++, n++) {
+          if (n >= early) load_weight(n, tile, i);
+          load_inputs(n, tile, i);
+        }
+      }
+    }
+    __syncwarp();
+  } else {
+    const char* mine = memory + VALUES + INPUTS + group * 1024 + warp % 4 * 128;
+    float* scales = (float*)(memory + SCALES) + group * TOKENS;
+    const u32 stores = stages + STORES + group * (2 * STORED);
+    // Of the tokens and rows of a chunk, this lane addresses one token and half of its warp's 16 rows: 16 bytes.
+    const int token_in_chunk = lane / 16 * 8 + lane % 8;
+    const u32 place = token_in_chunk * 128 + ((warp % 4 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+    int n = 0;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int at = first; at < tiles; at += step) {
+      const Tile tile = tile_at(at, row_tiles, token_tiles);
+      const bool inside = tile.row + group * 64 < rows;
+      for (int t = threadIdx.x % 128; t < TOKENS; t += 128) scales[t] = token_scales[min(tile.token + t, tokens - 1)];
+      float of_row[2] = {}, added[2] = {};
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const int row = tile.row + warp * 16 + lane / 4 + k * 8;
+        if (inside) of_row[k] = row_scales[row];
+        if (bias && row < outputs) added[k] = to_float(bias[row]);
+      }
+      Sum acc[TOKENS / 2];
+#pragma unroll
+      for (int k = 0; k < TOKENS / 2; k++) acc[k] = 0;
+      u32 even[2], odd[2] = {ANY, ANY};
+      auto release = [&](int n) {
+        if (lane == 0) {
+#pragma unroll
+          for (int k = 0; k < CR; k++)
+            asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" :: "r"(in_block(empty + n % STAGES * 8, k)) : "memory");
+        }
+      };
+      // The products read their metadata while they run: those of the next piece need registers of their own.
+      auto piece = [&](int i, u32 (&where)[2], u32 (&before)[2]) {
+        const int s = n % STAGES;
+        wait(full + s * 8, n / STAGES & 1);
+#pragma unroll
+        for (int k = 0; k < 2; k++) where[k] = inside ? lane_metadata(mine + s * STAGE + k * 512, lane) : ANY;
+        const u64 a = descriptor<64>(stages + s * STAGE + group * 4096), b = descriptor<128>(stages + s * STAGE + VALUES);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        multiply<0>(acc, a, b, where[0]);
+        multiply<0>(acc, a + 2, b + 4, where[1]);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        asm volatile("" : "+r"(before[0]), "+r"(before[1]));
+        if (i > 0) release(n - 1);
+        n++;
+      };
+      int i = 0;
+      for (; i + 1 < pieces; i += 2) {
+        piece(i, even, odd);
+        piece(i + 1, odd, even);
+      }
+      if (i < pieces) piece(i, even, odd);
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      asm volatile("" : "+r"(even[0]), "+r"(even[1]), "+r"(odd[0]), "+r"(odd[1]));
+#pragma unroll
+      for (int k = 0; k < TOKENS / 2; k++) asm volatile("" : ACC(acc[k]));
+      release(n - 1);
+#pragma unroll
+      for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
+        const u32 buffer = stores + chunk % 2 * STORED;
+        if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+        group_barrier(group);
+#pragma unroll
+        for (int half = 0; half < CHUNK / 16; half++) {
+          u32 pairs[4];
+#pragma unroll
+          for (int k = 0; k < 4; k++) {  // of eight tokens (k / 2) and eight rows (k % 2)
+            const int eight = chunk * 4 + half * 2 + k / 2;
+            const float2 of_token = *(const float2*)(scales + eight * 8 + lane % 4 * 2);
+            const Sum* sum = acc + eight * 4 + k % 2 * 2;
+            const float scale = of_row[k % 2];
+            pairs[k] = to_halves((float)sum[0] * (of_token.x * scale) + added[k % 2], (float)sum[1] * (of_token.y * scale) + added[k % 2]);
+          }
+          store_transposed(buffer + half * (16 * 128) + place, pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        group_barrier(group);
+        if (threadIdx.x % 128 == 0) {
+          store_box(&results, buffer, tile.row + group * 64, tile.token + chunk * CHUNK);
+          asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        }
+      }
+    }
+    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+#if CR > 1
+  cluster_barrier_relaxed();  // a block's memory must live until all others have written to it
+#endif
+}
