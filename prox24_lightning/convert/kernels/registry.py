@@ -69,8 +69,8 @@ class Kernel:
         name: "dense" (cuBLAS on the dense weight that is kept), "dense_fp8" (a dense buffer takes the place of the
             packed one), "few" (few_tokens), "warpgroup", "many" (many_tokens), "cusparselt", "torch" (torch_cusparselt)
             or "expand"; see :mod:`prox24_lightning.convert.kernels`.
-        config: of "few", "warpgroup" and "many" the fields of their ``Tiling``; of "cusparselt" the algorithm, or nothing for
-            the library's default; of "dense_fp8" the way; empty for the others.
+        config: of "few", "warpgroup" and "many" the fields of their ``Tiling``; of "cusparselt" the algorithm, or
+            nothing for the library's default; of "dense_fp8" the way; empty for the others.
     """
 
     name: KernelName
