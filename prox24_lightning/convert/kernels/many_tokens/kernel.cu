@@ -81,9 +81,11 @@ __device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap*
                :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
 }
 
-__device__ __forceinline__ void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+// Whether this lane is the one that acts for its warp. With this the compiler knows that a copy's operands are uniform.
+__device__ __forceinline__ bool elected() {
+  u32 yes;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(yes));
+  return yes;
 }
 
 __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int column, int row) {
@@ -141,7 +143,7 @@ __device__ __forceinline__ Tile tile_at(int at, int row_tiles, int token_tiles) 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, 1, 1)
 many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap inputs,
-            const __grid_constant__ TensorMap results, const char* __restrict__ metadata,
+            const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap results,
             const float* __restrict__ row_scales, const float* __restrict__ token_scales, const u16* __restrict__ bias,
             int tokens, int rows, int columns, int outputs) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
@@ -163,41 +165,39 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
 #endif
   asm volatile("griddepcontrol.launch_dependents;");
   if (group == GROUPS) {
-    if (lane == 0) {
-      const int rank = blockIdx.x % CR;
-      auto load_weight = [&](int n, const Tile& tile, int piece) {
-        const int s = n % STAGES, groups = max(0, min(GROUPS, (rows - tile.row) / 64));
-        if (n >= STAGES) wait(empty + s * 8, (n / STAGES - 1) & 1);
-        const u32 to = stages + s * STAGE, barrier = full + s * 8;
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                     :: "r"(barrier), "r"(VALUES + INPUTS + groups * 1024) : "memory");
+    const int rank = blockIdx.x % CR;
+    auto load_weight = [&](int n, const Tile& tile, int piece) {
+      const int s = n % STAGES;
+      if (n >= STAGES) wait(empty + s * 8, (n / STAGES - 1) & 1);
+      const u32 to = stages + s * STAGE, barrier = full + s * 8;
+      if (elected()) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "n"(STAGE) : "memory");
         copy_box(to, &values, piece * 32, tile.row, barrier);
-        for (int g = 0; g < groups; g++) {
-          const size_t at = (size_t)(tile.row / 64 + g) * (columns / 64) + piece * 2;
-          copy_bytes(to + VALUES + INPUTS + g * 1024, metadata + at * 512, 1024, barrier);
-        }
-      };
-      auto load_inputs = [&](int n, const Tile& tile, int piece) {
-        const u32 to = stages + n % STAGES * STAGE + VALUES + rank * (SHARE * 128), barrier = full + n % STAGES * 8;
+        copy_box(to + VALUES + INPUTS, &metadata, piece * 128, tile.row / 64, barrier);
+      }
+    };
+    auto load_inputs = [&](int n, const Tile& tile, int piece) {
+      const u32 to = stages + n % STAGES * STAGE + VALUES + rank * (SHARE * 128), barrier = full + n % STAGES * 8;
+      if (elected()) {
 #if CR > 1
         copy_box_to((1 << CR) - 1, to, &inputs, piece * 64, tile.token + rank * SHARE, barrier);
 #else
         copy_box(to, &inputs, piece * 64, tile.token, barrier);
 #endif
-      };
-      const int early = first < tiles ? min(STAGES, pieces) : 0;
-      if (early) {
-        const Tile tile = tile_at(first, row_tiles, token_tiles);
-        for (int i = 0; i < early; i++) load_weight(i, tile, i);
       }
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      int n = 0;
-      for (int at = first; at < tiles; at += step) {
-        const Tile tile = tile_at(at, row_tiles, token_tiles);
-        for (int i = 0; i < pieces; i++, n++) {
-          if (n >= early) load_weight(n, tile, i);
-          load_inputs(n, tile, i);
-        }
+    };
+    const int early = first < tiles ? min(STAGES, pieces) : 0;
+    if (early) {
+      const Tile tile = tile_at(first, row_tiles, token_tiles);
+      for (int i = 0; i < early; i++) load_weight(i, tile, i);
+    }
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    int n = 0;
+    for (int at = first; at < tiles; at += step) {
+      const Tile tile = tile_at(at, row_tiles, token_tiles);
+      for (int i = 0; i < pieces; i++, n++) {
+        if (n >= early) load_weight(n, tile, i);
+        load_inputs(n, tile, i);
       }
     }
     __syncwarp();
@@ -262,7 +262,7 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
 #pragma unroll
       for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
         const u32 buffer = stores + chunk % 2 * STORED;
-        if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+        if (warp % 4 == 0 && elected()) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
         group_barrier(group);
 #pragma unroll
         for (int half = 0; half < CHUNK / 16; half++) {
@@ -279,13 +279,13 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         group_barrier(group);
-        if (threadIdx.x % 128 == 0) {
+        if (warp % 4 == 0 && elected()) {
           store_box(&results, buffer, tile.row + group * 64, tile.token + chunk * CHUNK);
           asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         }
       }
     }
-    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    if (warp % 4 == 0 && elected()) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
 #if CR > 1
   cluster_barrier_relaxed();  // a block's memory must live until all others have written to it

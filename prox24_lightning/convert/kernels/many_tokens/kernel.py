@@ -32,13 +32,14 @@ SOURCE = Path(__file__).with_name("kernel.cu")
 _MAPS = 4096  # kept at most
 _CHUNK = 32  # tokens that are stored at a time
 _VALUE_WORDS = 32  # words of 16 bits that a row of a piece has of values; of inputs and results it has 64
+_METADATA_ENTRIES = 128  # of eight bytes that a piece has for 64 rows
 _ALIGNED_OUTPUTS = 8  # the copy engine stores rows of 16 bytes
 
 
 class _Parameters(Structure):
     _fields_ = (
-        *((name, TensorMap) for name in ("values", "inputs", "results")),
-        *((name, c_void_p) for name in ("metadata", "row_scales", "token_scales", "bias")),
+        *((name, TensorMap) for name in ("values", "inputs", "metadata", "results")),
+        *((name, c_void_p) for name in ("row_scales", "token_scales", "bias")),
         *((name, c_int) for name in ("tokens", "rows", "columns", "outputs")),
     )
 
@@ -98,8 +99,9 @@ def prepare(
             *(grid, raw_stream(device)),
             _map(address, rows, columns // 4, tiling.rows, _VALUE_WORDS),
             _map(x, tokens, columns // 2, share),
+            _map(address + at.metadata, rows // 64, columns, tiling.groups, _METADATA_ENTRIES, 8),
             _map(out.data_ptr(), tokens, width, _CHUNK),
-            *(address + at.metadata, address + at.row_scales, x + tokens * columns),
+            *(address + at.row_scales, x + tokens * columns),
             *(0 if bias is None else bias.data_ptr(), tokens, rows, columns, out_features),
         )
         return out if width == out_features else out[:, :out_features].contiguous()
@@ -115,5 +117,7 @@ def _function(tiling: Tiling, dtype: torch.dtype, device: int, form: RoundedForm
 
 
 @lru_cache(maxsize=_MAPS)
-def _map(address: int, rows: int, columns: int, box_rows: int, box_columns: int = 64) -> ctypes.Array[ctypes.c_ubyte]:
-    return encode_tensor_map(address, rows, columns, box_rows, box_columns)
+def _map(
+    address: int, rows: int, columns: int, box_rows: int, box_columns: int = 64, entry_bytes: int = 2
+) -> ctypes.Array[ctypes.c_ubyte]:
+    return encode_tensor_map(address, rows, columns, box_rows, box_columns, entry_bytes)

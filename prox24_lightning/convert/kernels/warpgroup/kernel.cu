@@ -86,9 +86,11 @@ __device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap*
                :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
 }
 
-__device__ __forceinline__ void copy_bytes(u32 to, const void* from, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+// Whether this lane is the one that acts for its warp. With this the compiler knows that a copy's operands are uniform.
+__device__ __forceinline__ bool elected() {
+  u32 yes;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(yes));
+  return yes;
 }
 
 // Rows of 128 bytes that the copy engine has swizzled.
@@ -194,7 +196,7 @@ __device__ __forceinline__ void finish(const float* row_scales, const float* tok
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, CS, 1)
 warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap inputs,
-          const char* __restrict__ metadata, const float* __restrict__ row_scales, const float* __restrict__ token_scales,
+          const __grid_constant__ TensorMap metadata, const float* __restrict__ row_scales, const float* __restrict__ token_scales,
           const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows, int columns, int outputs) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   const int pieces = (columns + 127) / 128;
@@ -216,38 +218,37 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
   Sum acc[TOKENS / 2] = {};
   asm volatile("griddepcontrol.launch_dependents;");
   if (group == GROUPS) {
-    if (lane == 0) {
-      const int across = blockIdx.x % CR;
-      const char* tiles = metadata + ((size_t)blockIdx.x * GROUPS * (columns / 32) + first * 4) * TILE;
-      auto load_weight = [&](int i) {
-        const int s = i % STAGES, piece = first + i, bytes = min(4, columns / 32 - piece * 4) * TILE;
-        if (i >= STAGES) wait(empty + s * 8, (i / STAGES - 1) & 1);
-        const u32 to = stages + s * STAGE, barrier = full + s * 8;
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                     :: "r"(barrier), "r"(VALUES + INPUTS + max(groups, 0) * bytes) : "memory");
+    const int across = blockIdx.x % CR;
+    auto load_weight = [&](int i) {
+      const int s = i % STAGES, piece = first + i;
+      if (i >= STAGES) wait(empty + s * 8, (i / STAGES - 1) & 1);
+      const u32 to = stages + s * STAGE, barrier = full + s * 8;
+      if (elected()) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "n"(STAGE) : "memory");
         copy_box(to, &values, piece * 64, blockIdx.x * ROWS, barrier);
-        for (int g = 0; g < groups; g++)
-          copy_bytes(to + VALUES + INPUTS + g * 4 * TILE, tiles + ((size_t)g * (columns / 32) + i * 4) * TILE, bytes,
-                     barrier);
-      };
-      auto load_inputs = [&](int i) {
-        const int s = i % STAGES, piece = first + i;
+        copy_box(to + VALUES + INPUTS, &metadata, piece * (TILE / 2), blockIdx.x * GROUPS, barrier);
+      }
+    };
+    auto load_inputs = [&](int i) {
+      const int column = (first + i) * 128, token = blockIdx.z * TOKENS + across * SHARE;
+      const u32 to = stages + i % STAGES * STAGE + VALUES + across * (SHARE * 128), barrier = full + i % STAGES * 8;
+      if (elected()) {
+#pragma unroll
         for (int half = 0; half < 2; half++) {
-          const u32 there = stages + s * STAGE + VALUES + half * (TOKENS * 128) + across * (SHARE * 128);
-          const int column = piece * 128 + half * 64, token = blockIdx.z * TOKENS + across * SHARE;
 #if CR > 1
-          copy_box_to(((1 << CR) - 1) << (blockIdx.y * CR), there, &inputs, column, token, full + s * 8);
+          const u16 blocks = ((1 << CR) - 1) << (blockIdx.y * CR);
+          copy_box_to(blocks, to + half * (TOKENS * 128), &inputs, column + half * 64, token, barrier);
 #else
-          copy_box(there, &inputs, column, token, full + s * 8);
+          copy_box(to + half * (TOKENS * 128), &inputs, column + half * 64, token, barrier);
 #endif
         }
-      };
-      const int early = FORM ? min(STAGES, count) : 0;
-      for (int i = 0; i < early; i++) load_weight(i);
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      for (int i = 0; i < early; i++) load_inputs(i);
-      for (int i = early; i < count; i++) load_weight(i), load_inputs(i);
-    }
+      }
+    };
+    const int early = FORM ? min(STAGES, count) : 0;
+    for (int i = 0; i < early; i++) load_weight(i);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    for (int i = 0; i < early; i++) load_inputs(i);
+    for (int i = early; i < count; i++) load_weight(i), load_inputs(i);
     __syncwarp();
   } else if (count > 0) {
     const char* mine = memory + VALUES + INPUTS + group * 4 * TILE + warp % 4 * (TILE / 4);

@@ -34,11 +34,13 @@ SOURCE = Path(__file__).with_name("kernel.cu")
 _INPUT_MAPS = 64  # kept at most: an allocator hands out the same addresses again and again
 _WEIGHT_MAPS = 4096
 
+_TILE_ENTRIES = 32  # of eight bytes that a tile of metadata has in 16 bits
+
 
 class _Parameters(Structure):
     _fields_ = (
-        *((name, TensorMap) for name in ("values", "inputs")),
-        *((name, c_void_p) for name in ("metadata", "row_scales", "token_scales", "bias", "y")),
+        *((name, TensorMap) for name in ("values", "inputs", "metadata")),
+        *((name, c_void_p) for name in ("row_scales", "token_scales", "bias", "y")),
         *((name, c_int) for name in ("tokens", "rows", "columns", "outputs")),
     )
 
@@ -74,6 +76,7 @@ def prepare(
     """
     tiling = Tiling(*config)
     out_features = shape[0]
+    tile = _TILE_ENTRIES if form is None else 2 * _TILE_ENTRIES
     if form is None:
         rows, words = packed_buffer.padded_shape(shape)
     else:
@@ -97,9 +100,10 @@ def prepare(
             x = rounded.data_ptr()
             scales = address + places.row_scales, x + tokens * columns
         values = _weight_map(address, rows, words // 2, tiling.rows)
+        metadata = _metadata_map(address + rows * words, rows // 64, words // 32 * tile, tiling.groups, 4 * tile)
         launch(
-            *(grid, raw_stream(device), values, _input_map(x, tokens, words, share)),
-            *(address + rows * words, *scales, 0 if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(grid, raw_stream(device), values, _input_map(x, tokens, words, share), metadata),
+            *(*scales, 0 if bias is None else bias.data_ptr(), out.data_ptr()),
             *(tokens, rows, words, out_features),
         )
         return out
@@ -143,6 +147,13 @@ def _function(tiling: Tiling, dtype: torch.dtype, device: int, form: RoundedForm
 @lru_cache(maxsize=_WEIGHT_MAPS)
 def _weight_map(address: int, rows: int, columns: int, box_rows: int) -> ctypes.Array[ctypes.c_ubyte]:
     return encode_tensor_map(address, rows, columns, box_rows)
+
+
+@lru_cache(maxsize=_WEIGHT_MAPS)
+def _metadata_map(
+    address: int, rows: int, columns: int, box_rows: int, box_columns: int
+) -> ctypes.Array[ctypes.c_ubyte]:
+    return encode_tensor_map(address, rows, columns, box_rows, box_columns, 8)
 
 
 @lru_cache(maxsize=_INPUT_MAPS)
