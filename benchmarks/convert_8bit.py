@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from prox24_lightning.convert.format.rounding import RoundedForm, round_rows
 from torch import Tensor
 
 from benchmarks.result_files import write_result
 from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob, fastest_algorithms
-from prox24_lightning.convert.format.rounding import RoundedForm, round_rows
 from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.cusparselt.bindings import support
 from prox24_lightning.convert.kernels.product import Product

@@ -175,7 +175,10 @@ def dense_parts(buffer: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]
 
 
 def random_buffer(shape: tuple[int, int], form: RoundedForm, device: torch.device, seed: int) -> Tensor:
-    """Return the packed buffer of a random 2:4 weight, to measure with; the dense one is never made."""
+    """Return the packed buffer of a random 2:4 weight, to measure with; the dense one is never made.
+
+    No kept value is zero.
+    """
     rows, columns = padded_shape(shape)
     generator = torch.Generator(device=device).manual_seed(seed)
     size = rows * columns // 2
@@ -184,6 +187,7 @@ def random_buffer(shape: tuple[int, int], form: RoundedForm, device: torch.devic
     else:
         normal = torch.randn(size, generator=generator, device=device, dtype=torch.float16) * 100
         values = normal.clamp_(-448, 448).to(torch.float8_e4m3fn).view(torch.int8)
+    values.masked_fill_((values & 127) == 0, 1)
     codes = torch.tensor([first | second << 2 for second in range(4) for first in range(second)], device=device)
     chosen = torch.randint(len(codes), (2, rows * columns // 8), generator=generator, device=device)
     low, high = codes.to(torch.uint8)[chosen]

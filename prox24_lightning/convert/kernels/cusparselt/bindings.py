@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import re
 from ctypes import byref, c_char_p, c_int, c_int32, c_void_p
-from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -164,15 +163,17 @@ def support(device: int, form: RoundedForm | None = None) -> Support:
 
 
 def _probe(form: RoundedForm | None) -> tuple[Tensor, Tensor]:
-    """Return a flat buffer of ours, and the dense weight whose values it holds."""
+    """Return a flat buffer of ours, and the dense weight whose values it holds.
+
+    It has two non-zeros in each group: where one is missing, the library may choose another index than we do.
+    """
     gpu = torch.device("cuda")
     if form is None:
         weight = unpack_24(from_buffer(random_buffer(_PROBE, torch.float16, gpu, 0), _PROBE, torch.float16))
         return to_buffer(pack_24(weight)).flatten(), weight
-    packed = rounded_buffer.from_buffer(rounded_buffer.random_buffer(_PROBE, form, gpu, 0), _PROBE, form, torch.float16)
-    weight = unpack_24(PackedWeight(packed.values, packed.indices, _PROBE))
-    again = pack_24(weight)  # where a kept value is zero, the library chooses an index as we do
-    return rounded_buffer.to_buffer(replace(packed, values=again.values, indices=again.indices)), weight
+    buffer = rounded_buffer.random_buffer(_PROBE, form, gpu, 0)
+    packed = rounded_buffer.from_buffer(buffer, _PROBE, form, torch.float16)
+    return buffer, unpack_24(PackedWeight(packed.values, packed.indices, _PROBE))
 
 
 def pad_tokens(inputs: Tensor, tokens: int) -> Tensor:

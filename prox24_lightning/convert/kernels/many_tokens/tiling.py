@@ -75,11 +75,8 @@ class Tiling:
         return rounds * (self.rows * self.tokens + 64 * (self.rows + 2 * self.tokens / self.across))
 
 
-TILINGS = tuple(
-    Tiling(*numbers)
-    for numbers in ((256, 2, 2, 8), (256, 2, 1, 8), (256, 2, 4, 8), (192, 2, 2, 8), (128, 4, 2, 8), (128, 2, 2, 8))
-)
-"""The tilings worth measuring."""
+TILINGS = tuple(Tiling(*numbers) for numbers in ((256, 2, 2, 8), (256, 2, 1, 8), (128, 2, 2, 8)))
+"""The tilings worth measuring: of some fifteen, the fastest on some shape (H200), and a smaller one."""
 
 
 def tilings(tokens: int, capability: tuple[int, int]) -> tuple[Tiling, ...]:
