@@ -1,4 +1,4 @@
-"""Weights of 8 bits on this machine's GPU: 2:4 in float8 and int8 against dense float8, dense bfloat16 and 2:4 bfloat16.
+"""Weights of 8 bits on this machine's GPU: 2:4 in float8 and int8 against dense float8 and against bfloat16.
 
     python -m benchmarks.convert_8bit
     python -m benchmarks.convert_8bit --tokens 1 64 4096 --no-search
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from prox24_lightning.convert.format.rounding import RoundedForm, round_rows
 from torch import Tensor
 
 from benchmarks.result_files import write_result
@@ -39,6 +38,7 @@ from prox24_lightning.convert.kernels.registry import (
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.measurement import release_memory, time_calls
 from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.weights.rounding import RoundedForm, round_rows
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 """(out_features, in_features): attention, the up and down projections of LLaMA 3 8B, and a square one."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
+from prox24_lightning.convert.kernels.many_tokens.tiling import tilings as many_tokens_tilings
 from prox24_lightning.convert.kernels.registry import Kernel, KernelName
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
 from prox24_lightning.weights.rounding import RoundedForm
@@ -19,6 +20,7 @@ SAME = 0.98
 """A speed-up above this counts as no slower: two measurements of one kernel differ by as much."""
 
 _FEW_TOKENS = 64  # without measurements, few_tokens runs up to here
+_FEW_ROUNDED_TOKENS = 256  # and on Hopper the kernel for a warpgroup up to here, if the weight has 8 bits
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,10 @@ def table_by_rule(
         own: whether the package's kernels can be compiled here; else ``many_tokens`` takes every number of tokens.
         form: of a weight of 8 bits; None for 16 bits.
     """
-    rows = [TableRow(BUCKETS[-1], Kernel(many_tokens))]
-    for tokens in reversed(BUCKETS):
-        if own and (kernel := _by_rule(shape, tokens, capability, form)) is not None:
-            rows.insert(0, TableRow(tokens, kernel))
+    found = {tokens: _by_rule(shape, tokens, capability, form) for tokens in BUCKETS} if own else {}
+    rows = [TableRow(tokens, kernel) for tokens, kernel in found.items() if kernel is not None]
+    if not rows or rows[-1].tokens != BUCKETS[-1]:
+        rows.append(TableRow(BUCKETS[-1], Kernel(many_tokens)))
     return KernelTable(shape, tuple(rows), form)
 
 
@@ -161,6 +163,8 @@ def _by_rule(
     shape: tuple[int, int], tokens: int, capability: tuple[int, int], form: RoundedForm | None
 ) -> Kernel | None:
     rounded = form is not None
+    if rounded and tokens > _FEW_ROUNDED_TOKENS and (many := many_tokens_tilings(tokens, capability)):
+        return Kernel.many(min(many, key=lambda tiling: tiling.cost(shape, tokens)))
     if warpgroup := warpgroup_tilings(tokens, capability, rounded=rounded):
         return Kernel.warpgroup(min(warpgroup, key=lambda tiling: tiling.cost(shape, tokens, rounded=rounded)))
     tilings = few_tokens_tilings(tokens, capability, form) if tokens <= _FEW_TOKENS else ()

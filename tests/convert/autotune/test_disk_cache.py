@@ -84,6 +84,8 @@ DAMAGED_FILES = {
     "no kernels": file_text(kernels=None),
     "a note that is a number": file_text(notes=[1]),
     "notes in a text": file_text(notes="none"),
+    "dense float8 time zero": file_text(dense_fp8_us=0),
+    "dense float8 time a text": file_text(dense_fp8_us="9"),
 }
 
 
@@ -136,7 +138,14 @@ def test_an_entry_with_an_impossible_kernel_counts_as_not_measured(tmp_path, cap
 
 
 def test_every_kernel_that_is_measured_is_valid(tmp_path):
-    own = {kernel for tokens in BUCKETS for gpu in ((8, 0), (9, 0)) for kernel in own_kernels(tokens, gpu)}
+    forms = (None, "fp8_e4m3", "int8")
+    own = {
+        kernel
+        for tokens in BUCKETS
+        for gpu in ((8, 0), (8, 9), (9, 0))
+        for form in forms
+        for kernel in own_kernels(tokens, gpu, form)
+    }
     kernels = [*map(str, own), "cusparselt:0", "cusparselt:36", "cusparselt", "torch", "expand"]
     entry = KernelTimes(8, 10.0, dict.fromkeys(kernels, 5.0))
     disk_cache.add(tmp_path / "kernels.json", {"key": entry})
@@ -245,3 +254,21 @@ def test_the_path_of_the_cache(monkeypatch, tmp_path):
     assert disk_cache.default_path() == tmp_path / "prox24_lightning" / "kernels.json"
     monkeypatch.setenv("PROX24_KERNEL_CACHE", str(tmp_path / "mine.json"))
     assert disk_cache.default_path() == tmp_path / "mine.json"
+
+
+def test_forms_have_entries_of_their_own(tmp_path):
+    path = tmp_path / "kernels.json"
+    entries = {
+        form: KernelTimes(8, 10.0, {FEW: us}, (), 8.5) for form, us in ((None, 9.0), ("fp8_e4m3", 5.0), ("int8", 4.0))
+    }
+    for form, entry in entries.items():
+        disk_cache.add(path, {disk_cache.key(MACHINE, torch.float16, SHAPE, 8, form): entry})
+    for form, entry in entries.items():
+        assert disk_cache.find(path, MACHINE, torch.float16, SHAPE, (8,), form=form) == {8: entry}
+    assert disk_cache.find(path, MACHINE, torch.bfloat16, SHAPE, (8,), form="int8") == {}
+
+
+def test_an_entry_without_a_time_in_float8_is_read(tmp_path):
+    path = tmp_path / "kernels.json"
+    path.write_text(file_text())
+    assert disk_cache.read(path)["key"].dense_fp8_us is None

@@ -80,3 +80,26 @@ def test_rules_fill_what_was_not_measured():
     assert [row.tokens for row in table.rows] == sorted({row.tokens for row in table.rows})
     assert kernel_for(table.text, 64) == DENSE
     assert kernel_for(table.text, 1).name == "warpgroup"
+
+
+def test_by_rule_in_8_bits():
+    def ways(capability, form, many_tokens="cusparselt"):
+        table = table_by_rule(SHAPE, capability, many_tokens, form=form)
+        assert [row.tokens for row in table.rows] == sorted({row.tokens for row in table.rows})
+        assert table.form == form
+        return [kernel_for(table.text, tokens).name for tokens in (1, 64, 256, 1024, 100_000)]
+
+    assert ways((9, 0), "fp8_e4m3") == [*["warpgroup"] * 3, "many", "many"]
+    assert ways((8, 0), "int8") == ["few", "few", *["cusparselt"] * 3]
+    assert ways((8, 9), "fp8_e4m3", "expand") == ["few", "few", *["expand"] * 3]
+    assert ways((8, 6), "fp8_e4m3", "expand") == ["expand"] * 5, "no float8 on this GPU: exact, without rounded tokens"
+
+
+def test_a_layer_of_8_bits_must_beat_dense_float8_too():
+    entry = KernelTimes(64, 20.0, {FEW: 12.0}, (), 11.0)
+    table = choose(SHAPE, [entry], form="fp8_e4m3")
+    assert table.rows[0].speedup == 20 / 12
+    assert table.rows[0].speedup_over_fp8 == 11 / 12
+    assert table.decision((64,)) == "slower (0.92 x at 64 tokens): stays dense"
+    assert choose(SHAPE, [entry]).decision((64,)) is None, "16 bits are compared with 16 bits"
+    assert choose(SHAPE, [KernelTimes(64, 20.0, {FEW: 12.0})], form="int8").decision((64,)) is None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from prox24_lightning.convert.kernels import nvrtc
 from prox24_lightning.convert.kernels.few_tokens import kernel as few_tokens
 from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS, Tiling
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
+from prox24_lightning.convert.kernels.many_tokens import kernel as many_tokens
+from prox24_lightning.convert.kernels.many_tokens.tiling import TILINGS as MANY_TOKENS_TILINGS
+from prox24_lightning.convert.kernels.many_tokens.tiling import tilings as many_tokens_tilings
 from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
 from prox24_lightning.convert.kernels.warpgroup.kernel import wgmma_instruction
 from prox24_lightning.convert.kernels.warpgroup.tiling import ROUNDED_TILINGS
@@ -91,6 +96,34 @@ def test_rounded_tilings_hold_twice_the_metadata():
     shape = (8192, 8192)
     one = ROUNDED_TILINGS[0]
     assert one.cost(shape, 1, rounded=True) < one.cost(shape, 1)
+
+
+def test_many_tokens_tilings_fit_the_gpu():
+    assert many_tokens_tilings(128, (9, 0)) == ()
+    assert many_tokens_tilings(16384, (9, 0)) == MANY_TOKENS_TILINGS
+    assert many_tokens_tilings(16384, (10, 0)) == many_tokens_tilings(16384, (8, 9)) == ()
+    for tiling in MANY_TOKENS_TILINGS:
+        assert tiling.shared_bytes <= 227 * 1024
+        assert tiling.stages >= 4
+        assert tiling.tokens % 64 == 0, "chunks of 32 tokens, two buffers"
+        assert tiling.tokens // tiling.across % 8 == 0, "the copy engine swizzles eight rows at a time"
+        assert tiling.stage_bytes % 1024 == 0
+        assert all(name in many_tokens.SOURCE.read_text() for name in tiling.macros)
+    two, one, small = MANY_TOKENS_TILINGS
+    assert two.cost((8192, 8192), 16384) < one.cost((8192, 8192), 16384), "shared inputs are read once"
+    assert small.cost((4096, 4096), 256) < two.cost((4096, 4096), 256), "half of the GPU would have no tile"
+
+
+@pytest.mark.skipif(not nvrtc.is_available(), reason="NVRTC is not installed")
+@pytest.mark.parametrize("form", ["fp8_e4m3", "int8"])
+def test_every_tiling_of_8_bits_compiles(form):
+    for tiling in (*ROUNDED_TILINGS[:1], *ROUNDED_TILINGS[-1:]):
+        assert warpgroup.compile_warpgroup(tiling, torch.bfloat16, form)
+    for tiling in MANY_TOKENS_TILINGS:
+        assert many_tokens.compile_many_tokens(tiling, torch.float16, form)
+    capability = (8, 9) if form == "fp8_e4m3" else (8, 0)
+    for tiling in few_tokens_tilings(8, capability, form):
+        assert few_tokens.compile_few_tokens(tiling, torch.bfloat16, capability, form)
 
 
 def test_float8_in_few_tokens_needs_instructions_of_its_own():

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prox24_lightning.convert.format.rounding import RoundedForm
 from prox24_lightning.convert.kernels.cuda_driver import CudaFunction
 from prox24_lightning.convert.kernels.many_tokens.tiling import CAPABILITY, Tiling
 from prox24_lightning.convert.kernels.nvrtc import compile_program
@@ -26,6 +25,7 @@ from prox24_lightning.convert.kernels.round_tokens.kernel import form_macro
 from prox24_lightning.convert.kernels.rounded_buffer import padded_shape, places
 from prox24_lightning.convert.kernels.warpgroup.kernel import wgmma_instruction
 from prox24_lightning.convert.kernels.warpgroup.tensor_map import TensorMap, encode_tensor_map
+from prox24_lightning.weights.rounding import RoundedForm
 
 SOURCE = Path(__file__).with_name("kernel.cu")
 
