@@ -12,6 +12,7 @@ fixed before. Dense weights are dense: without zeros, which cost less power.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -224,6 +225,7 @@ def main() -> None:
         "packed one is faster. Layers: (out_features, in_features). `one scale`: dense float8 with one scale a matrix."
     )
     _compile(tokens)
+    gc.freeze()  # each capture collects garbage, which takes longer than the products with all modules to look through
     rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
         rows += shape_rows(shape, tokens, algorithms, arguments.rounds)
