@@ -79,6 +79,13 @@ COMMANDS = {
         positional=True,
         words="FOLDER",
     ),
+    "tradeoff": Command(
+        "loss against predicted speed from dense to 2:4, and the fastest of MODEL with so much loss",
+        "prox24_lightning.cli.tradeoff:tradeoff",
+        typed=True,
+        words="[MODEL]",
+        first="--model.name",
+    ),
     "prune": Command(
         "prune the pretrained Hugging Face model MODEL layer by layer",
         "prox24_lightning.cli.prune:prune",

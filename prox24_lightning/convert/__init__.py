@@ -13,6 +13,7 @@ from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.shards import PackedModel, open_packed
 from prox24_lightning.convert.format.writer import write_packed
 from prox24_lightning.convert.kernel_report import print_kernels
+from prox24_lightning.convert.layer_times import layer_times
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.convert.onnx_check import OnnxNode, check_onnx
 from prox24_lightning.convert.packed_model import EmptyOnMeta, find_packable, load_packed
@@ -43,6 +44,7 @@ __all__ = [
     "find_packable",
     "find_target",
     "kernel_tables",
+    "layer_times",
     "load_packed",
     "open_packed",
     "pack_24",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prox24_lightning.calibration.blocks import Blocks, find_blocks
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
-from prox24_lightning.oneshot.budget import within_budget
+from prox24_lightning.oneshot.budget.measure import LayerTimes, layer_prices, within_budget
 from prox24_lightning.oneshot.config import PruneConfig
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune_block import BlockPruner, skipped_weight
@@ -43,6 +43,7 @@ def prune_layerwise(
     geometry: Geometry = "row",
     blocks: str | None = None,
     budget: float = 0.0,
+    layer_times: LayerTimes | None = None,
     dense_target: float = 0.5,
     reorder_inputs: bool = False,
     device: str | torch.device | None = None,
@@ -78,8 +79,12 @@ def prune_layerwise(
         blocks: name of the list of blocks, where the largest list of like modules is not the right one. Each block
             must receive the output of the one before it; where the blocks of a list that was found do not, the same
             layers are pruned with the whole model as one block.
-        budget: share in [0, 1) of the eligible weights that may stay dense: those of the layers that lose the largest
-            share of their output's squared norm by Wanda's mask with refinement, found by one more pass.
+        budget: share in [0, 1) of the speed-up that is given back for layers that stay dense: those whose 2:4 form,
+            measured one layer at a time, raises the model's loss most for the time that it saves. The loss is what the
+            model returns as ``loss``, that of the next token, or the error of its output.
+        layer_times: for the budget, time of each weight's product by its name: (dense, 2:4), from
+            :func:`~prox24_lightning.convert.layer_times`; None goes by multiply-adds, so that the budget is a share of
+            the weights.
         dense_target: 0 keeps the outputs of the dense weight on the pruned model's inputs; 1 aims at the outputs that
             the layer had in the dense model (error feedback); values between mix the two. Any but 0 costs a second copy
             of the block and of the hidden states. On SmolLM2-135M 0.5 lowers the perplexity by another 14 %.
@@ -118,7 +123,7 @@ def prune_layerwise(
     found = find_blocks(model, config.blocks)
     selection = select_weights(model, targets=config.targets, skip=config.skip, geometry=config.geometry)
     report = LayerwiseReport(config.settings(), skipped=list(selection.skipped))
-    chosen = _inside(selection.chosen, found, report.skipped)
+    chosen = inside_blocks(selection.chosen, found, report.skipped)
     if not chosen:
         reasons = "; ".join(sorted({weight.reason for weight in report.skipped})) or "it has no weights"
         raise ValueError(f"no weight of {type(model).__name__} can be pruned layer-wise: {reasons}")
@@ -127,7 +132,7 @@ def prune_layerwise(
     moved: dict[str, Tensor] = {}
     try:
         with isolated(model), GraphMemory().shared(), LayerProgress(len(chosen), enabled=progress) as bar:
-            _prune_blocks(model, batches, config, found, chosen, device, report, bar, moved)
+            _prune_blocks(model, batches, config, found, chosen, device, report, bar, moved, layer_times)
     finally:
         for name, buffer in model.named_buffers():
             if clean_name(name) in moved:
@@ -151,15 +156,18 @@ def _prune_blocks(
     report: LayerwiseReport,
     bar: LayerProgress,
     moved: dict[str, Tensor],
+    layer_times: LayerTimes | None,
 ) -> None:
     home = next(model.parameters()).device
-    blocks, batches = chain_of_blocks(model, blocks, batches, home, config.blocks)
+    kept = list(batches) if config.budget else []
+    blocks, batches = chain_of_blocks(model, blocks, kept or batches, home, config.blocks)
     with ExitStack() as stack:
         work = torch.device(home if device is None else device)
         recorded = BlockInputs.recorded(model, blocks, batches, home=home, device=work, offload=config.offload)
         inputs = stack.enter_context(recorded)
         if config.budget:
-            chosen, dense = within_budget(inputs, chosen, config.budget, bar)
+            prices = layer_prices(model, inputs, kept, chosen, bar, layer_times)
+            chosen, dense = within_budget(prices, chosen, config.budget)
             report.skipped += dense
             bar.shrink(len(dense))
         finished = None
@@ -177,7 +185,9 @@ def _prune_blocks(
             pruner.prune(index, [weight for weight in chosen if blocks.owns(index, weight.module_name)])
 
 
-def _inside(weights: Sequence[GroupedWeight], blocks: Blocks, skipped: list[SkippedWeight]) -> list[GroupedWeight]:
+def inside_blocks(
+    weights: Sequence[GroupedWeight], blocks: Blocks, skipped: list[SkippedWeight]
+) -> list[GroupedWeight]:
     """Return the weights that lie in a block and that the solver can take; add the others to ``skipped``."""
     chosen = []
     for weight in weights:

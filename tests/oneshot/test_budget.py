@@ -1,0 +1,129 @@
+import copy
+import itertools
+
+import pytest
+import torch
+from tiny_blocks import batches, prune, seeded
+from tiny_reordered import IDS, llama
+
+from prox24_lightning.oneshot.budget.choose import LayerPrice, choose_dense, fill, predicted_speedup
+from prox24_lightning.oneshot.budget.model_loss import ModelLoss
+from prox24_lightning.oneshot.tradeoff import measure_prices
+
+CPU = torch.device("cpu")
+
+
+def price(name, loss, dense=2.0, sparse=1.0, local=0.0):
+    return LayerPrice(name, loss, local, dense, sparse)
+
+
+def random_prices(seed, count=9):
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(count, 2, generator=generator).tolist()
+    return [price(str(number), loss, dense=1 + gain) for number, (loss, gain) in enumerate(draw)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_choice_is_the_best_of_all_subsets(seed):
+    prices, budget = random_prices(seed), 0.4
+    room = budget * sum(one.gain for one in prices)
+    every = [subset for size in range(10) for subset in itertools.combinations(prices, size)]
+    fitting = [subset for subset in every if sum(one.gain for one in subset) <= room]
+    best = max(sum(one.loss for one in subset) for subset in fitting)
+    dense = choose_dense(prices, budget)
+    found = [one for one in prices if one.name in dense]
+    assert sum(one.gain for one in found) <= room
+    assert sum(one.loss for one in found) >= 0.995 * best
+
+
+def test_no_simple_rule_saves_more_of_the_summed_loss():
+    prices = random_prices(1, 60)
+    saved = {
+        name: sum(p.loss for p in prices if p.name in dense)
+        for name, dense in {
+            "ours": choose_dense(prices, 0.25),
+            "worst": fill(sorted(prices, key=lambda p: -p.loss), prices, 0.25),
+            "order": fill(prices, prices, 0.25),
+        }.items()
+    }
+    assert saved["ours"] >= max(saved.values()) * 0.999
+
+
+def test_loss_counts_by_the_time_that_it_costs():
+    prices = [price("large", 1.0, dense=11.0), price("small", 0.9, dense=2.0), price("other", 0.2, dense=10.0)]
+    assert choose_dense(prices, 0.1) == {"small"}
+    assert choose_dense(prices, 1.0) == {"large", "small", "other"}
+    assert choose_dense(prices, 0.0) == set()
+
+
+def test_layers_that_gain_nothing_stay_dense_and_those_that_help_become_24():
+    prices = [price("slow", 0.1, dense=1.0, sparse=1.2), price("better", -0.1), price("worse", 0.1)]
+    assert choose_dense(prices, 0.0) == {"slow"}
+    assert choose_dense(prices, 1.0) == {"slow", "worse"}
+
+
+def test_predicted_speed():
+    prices = [price("a", 0.0, 4.0, 2.0), price("b", 0.0, 4.0, 2.0)]
+    assert predicted_speedup(prices, ()) == 2.0
+    assert predicted_speedup(prices, {"a"}) == pytest.approx(8 / 6)
+    assert predicted_speedup(prices, {"a", "b"}) == 1.0
+
+
+@torch.no_grad()
+def test_the_loss_of_a_language_model_is_that_of_the_next_token():
+    model, _ = llama()
+    loss = ModelLoss(model, [{"input_ids": IDS}, {"input_ids": IDS.flip(0)}], CPU)
+    assert loss() == pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_loss_that_the_model_returns_counts_itself():
+    model, _ = llama()
+    batch = {"input_ids": IDS, "labels": torch.zeros_like(IDS)}
+    assert ModelLoss(model, [batch], CPU)() == pytest.approx(float(model(**batch).loss), rel=1e-6)
+
+
+def test_other_models_are_compared_with_their_own_outputs():
+    model = seeded()
+    loss = ModelLoss(model, batches(), CPU)
+    assert loss() == 0.0
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+        model.head.bias.mul_(2)
+    assert loss() == pytest.approx(1.0)
+
+
+@torch.no_grad()
+def test_a_price_is_the_rise_of_the_loss_with_one_layer_24():
+    model, _ = llama()
+    before = copy.deepcopy(model.state_dict())
+    data = [{"input_ids": IDS}]
+    prices = measure_prices(model, data, progress=False)
+    assert len(prices) == 14
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {one.gain for one in prices if "down_proj" in one.name} == {32 * 48 / 2}
+    # Wanda's mask is that of a run that prunes this layer alone.
+    name = "model.layers.0.mlp.up_proj.weight"
+    alone = copy.deepcopy(model)
+    prune(alone, data, targets=[name], method="wanda", refine_steps=50)
+    rise = float(alone(IDS, labels=IDS).loss - model(IDS, labels=IDS).loss)
+    assert next(one for one in prices if one.name == name).loss == pytest.approx(rise, abs=1e-5)
+
+
+def test_times_of_the_layers_decide_where_they_are_given():
+    model = seeded()
+    names = [f"layers.{block}.{layer}.weight" for block in range(3) for layer in ("left", "right", "out")]
+    times = dict.fromkeys(names, (100.0, 99.0)) | {names[0]: (10.0, 10.0), names[4]: (10.0, 11.0)}
+    report = prune(model, budget=0.001, layer_times=times)
+    dense = [weight.name for weight in report.skipped if weight.reason.startswith("budget")]
+    assert dense == [names[0], names[4]]
+
+
+def test_a_model_on_another_device_goes_by_local_losses(monkeypatch, caplog):
+    def failing(*args):
+        raise RuntimeError("no loss here")
+
+    monkeypatch.setattr("prox24_lightning.oneshot.budget.measure.ModelLoss", failing)
+    report = prune(seeded(), budget=0.2)
+    assert "no loss here" in caplog.text
+    assert any(weight.reason.startswith("budget") for weight in report.skipped)
