@@ -154,6 +154,8 @@ def bench(
         print_report(report, console)
         for path in _write(report, out):
             console.print(str(path), markup=False, highlight=False)
+        if names:
+            console.print(f"next: prox24 convert {model} OUT writes it packed", markup=False, highlight=False)
 
 
 def _example(source: Source) -> ExampleInputs | None:

@@ -98,7 +98,13 @@ def convert(
         )
         if form == "dense":
             write_dense(out, source)
-            console.print(f"wrote {source.description}, dense with zeros, to {out}", markup=False, highlight=False)
+            console.print(
+                f"wrote {source.description}, dense with zeros, to {out}",
+                f"next: prox24 doctor {out if source.pretrained else out / 'model.safetensors'}",
+                sep="\n",
+                markup=False,
+                highlight=False,
+            )
             return
         packable = find_packable(source.model, targets=targets, skip=skip)
         if not packable.dims:
@@ -115,6 +121,8 @@ def convert(
             f"{len(packable.dense)} weights stored dense. {_reasons(packable.dense)}",
             f"tensors: {written.dense_bytes:,} bytes dense, {written.stored_bytes:,} bytes packed "
             f"({written.stored_bytes / written.dense_bytes:.4f}); in {out / written.path.name}",
+            f"next: prox24 bench {out if source.pretrained else out / written.path.name} on a GPU; {out / 'README.md'} "
+            "says how to load it",
             sep="\n",
             markup=False,
             highlight=False,

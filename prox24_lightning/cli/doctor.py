@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,12 +13,12 @@ from rich.console import Console
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.convert.autotune.disk_cache import Machine
 from prox24_lightning.convert.benchmark.render import STATES
-from prox24_lightning.convert.doctor import Diagnosis, Gain, diagnose
+from prox24_lightning.convert.doctor import Diagnosis, Gain, LayerDiagnosis, Potential, diagnose
 from prox24_lightning.convert.eligibility import Target, find_target
 from prox24_lightning.convert.measured_gain import measured_gain
 from prox24_lightning.convert.sections import Section, grouped, print_tables
-from prox24_lightning.io.pretrained import Dtype, Head
-from prox24_lightning.io.sources import load_source
+from prox24_lightning.io.pretrained import Dtype, Head, is_causal_lm
+from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.files import check_folder, write_text
 
@@ -79,7 +80,9 @@ def doctor(
             gain=_known_gain(target, getattr(torch, dtype)),
             machine={"model": source.description, **describe_environment()},
         )
-        print_diagnosis(found, Console(stderr=json == "-"))
+        console = Console(stderr=json == "-")
+        print_diagnosis(found, console)
+        console.print(_next(found, model, source), markup=False, highlight=False, soft_wrap=True)
         if json == "-":
             sys.stdout.write(found.to_json())
         elif json is not None:
@@ -101,22 +104,52 @@ def print_diagnosis(found: Diagnosis, console: Console) -> None:
         (
             "Layers",
             ("layers", "kind", "(out, in)", "state", "why"),
-            grouped([(x.name, (x.kind, str(x.shape), STATES[x.state], x.why)) for x in found.layers]),
+            grouped([(x.name, (x.kind, str(x.shape), _state(x), x.why)) for x in found.layers]),
         )
     ]
+    counts = found.token_counts
+    header = ("layers", "(out, in)", *(f"{count} tokens" for count in counts))
     if able:
-        counts = found.token_counts
-        rows = [(x.name, (str(x.shape), *(_gain(x.expected[n], x.limit[n]) for n in counts))) for x in able]
-        whole = ("all linear layers together", "", *(_gain(found.expected[n], found.limit[n]) for n in counts))
-        header = ("layers", "(out, in)", *(f"{count} tokens" for count in counts))
+        rows = [(x.name, (str(x.shape), *_gains(x, counts))) for x in able]
+        whole = ("all linear layers together", "", *_gains(found, counts))
         tables.append(("Gain: dense time over sparse time", header, [*grouped(rows), whole]))
+    more = [layer for layer in found.layers if layer.once_pruned]
+    if found.once_pruned is not None:
+        rows = [(x.name, (str(x.shape), *_gains(x, counts))) for x in more]
+        whole = ("all linear layers together", "", *_gains(found.once_pruned, counts))
+        tables.append(("Gain once pruned to 2:4: dense time over sparse time", header, [*grouped(rows), whole]))
     notes = [
         f"{len(able)} of {len(found.layers)} layers can run sparse: {found.sparse_share:.1%} of the weights of all "
         "linear layers. Together: by Amdahl's law on those weights; attention, norms and the host are not counted."
     ]
-    if any(value is None for layer in able for value in layer.expected.values()):
+    if found.once_pruned is not None:
+        notes.append(
+            f"Once pruned, {found.once_pruned.layers} layers run sparse{'' if found.on_gpu else ' on a suitable GPU'}: "
+            f"{found.once_pruned.share:.1%} of these weights."
+        )
+    if any(value is None for layer in (*able, *more) for value in layer.expected.values()):
         notes.append('"<=": not measured here (prox24 bench does, on the GPU): the limit of equally good kernels.')
     print_tables(tables, [*notes, *found.notes], console)
+
+
+def _next(found: Diagnosis, model: str, source: Source) -> str:
+    """Return what to do now: prune what is dense, time what is 2:4, pack it where nothing can be timed."""
+    if found.able and found.on_gpu:
+        return f"next: prox24 bench {model}"
+    if found.able:
+        return f"next: prox24 convert {model} OUT packs it; prox24 bench OUT times it on a GPU"
+    if found.once_pruned is not None:
+        one_shot = source.pretrained is not None and is_causal_lm(source.model)
+        return f"next: {f'prox24 prune {model} --text my.txt, or ' if one_shot else ''}Prox24 in a training run"
+    return "next: nothing here runs sparse; the reasons stand above"
+
+
+def _state(layer: LayerDiagnosis) -> str:
+    return "fits once pruned" if layer.once_pruned else STATES[layer.state]
+
+
+def _gains(found: LayerDiagnosis | Potential | Diagnosis, counts: Sequence[int]) -> list[str]:
+    return [_gain(found.expected[count], found.limit[count]) for count in counts]
 
 
 def _gain(expected: float | None, limit: float) -> str:

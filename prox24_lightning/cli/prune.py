@@ -150,7 +150,14 @@ def prune(
         }
         save_pruned(output, network, report, companions=[tokenizer], protocol=protocol)
         report.plot(output / "layerwise.png")
-        console.print(f"saved to {output}: load it with from_pretrained; masks, report and card lie beside it")
+        console.print(
+            f"saved to {output}: load it with from_pretrained; masks, report and card lie beside it",
+            f"next: prox24 doctor {output} says what it gains, prox24 convert {output} {output}_packed packs it, and "
+            'Prox24(strategy="keep") fine-tunes it',
+            sep="\n",
+            markup=False,
+            highlight=False,
+        )
 
 
 def text_source(text: str | None, eval_text: str | None, data: TextSource | None, *, download: bool) -> TextSource:

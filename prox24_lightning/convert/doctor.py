@@ -20,6 +20,7 @@ from prox24_lightning.convert.autotune.kernel_table import SAME
 from prox24_lightning.convert.eligibility import LayerVerdict, State, Target, check_model, named_layers
 from prox24_lightning.convert.format.packed_weight import packed_bytes
 from prox24_lightning.weights.experts import expert_parameters
+from prox24_lightning.weights.selection import select_weights
 
 FEW_TOKENS = 64
 """Up to here reading a weight takes longer than multiplying by it. A token costs one operation a byte in 16 bits; by
@@ -36,10 +37,11 @@ class LayerDiagnosis:
     Attributes:
         name, kind, shape: as in :class:`~prox24_lightning.convert.eligibility.LayerVerdict`.
         state: "sparse" (it can run sparse here), "fits" (it could on a suitable GPU), "dense".
+        once_pruned: it stays dense for its values alone: 2:4, it would be "sparse" or "fits".
         why: why it stays dense, and notes; "" if there are none.
         share: share of the weights of all linear layers; 0 for other layers.
-        expected: tokens -> measured gain, None where it was not measured; empty for a dense layer.
-        limit: tokens -> largest gain with equally good kernels; empty for a dense layer.
+        expected: tokens -> measured gain, None where it was not measured; empty for a layer that stays dense.
+        limit: tokens -> largest gain with equally good kernels; empty for a layer that stays dense.
     """
 
     name: str
@@ -50,11 +52,31 @@ class LayerDiagnosis:
     share: float
     expected: dict[int, float | None]
     limit: dict[int, float]
+    once_pruned: bool = False
+
+
+@dataclass(frozen=True)
+class Potential:
+    """What a model gains once the weights that Prox24 takes by default are 2:4, those that are so already included.
+
+    Attributes:
+        layers: how many run sparse then.
+        share: of the weights of all linear layers.
+        expected, limit: as in :class:`LayerDiagnosis`, of the whole model.
+    """
+
+    layers: int
+    share: float
+    expected: dict[int, float | None]
+    limit: dict[int, float]
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Result of :func:`diagnose`; ``sparse_share`` is the share of the linear weights that can be sparse."""
+    """Result of :func:`diagnose`; ``sparse_share`` is the share of the linear weights that can be sparse.
+
+    ``once_pruned`` is None where pruning adds no layer; ``on_gpu`` says whether this machine's GPU runs sparse layers.
+    """
 
     machine: dict[str, str]
     dtype: str
@@ -64,6 +86,8 @@ class Diagnosis:
     expected: dict[int, float | None]
     limit: dict[int, float]
     notes: tuple[str, ...]
+    once_pruned: Potential | None = None
+    on_gpu: bool = False
 
     @property
     def able(self) -> tuple[LayerDiagnosis, ...]:
@@ -96,6 +120,7 @@ def diagnose(
         machine: facts for the report.
     """
     verdicts = check_model(model, dtype=dtype, target=target)
+    prunable = _prunable(model, verdicts, dtype, target)
     sizes = {verdict.name: math.prod(verdict.shape) for verdict in verdicts if verdict.role == "linear"}
     sizes |= {name: sum(p.numel() for p in held) for name, m in named_layers(model) if (held := expert_parameters(m))}
     whole = max(1, sum(sizes.values()))
@@ -107,7 +132,8 @@ def diagnose(
             state = "sparse"
         elif verdict.fits and target is None:
             state = "fits"
-        counts = () if state == "dense" else token_counts
+        once_pruned = state == "dense" and verdict.name in prunable
+        counts = token_counts if once_pruned or state != "dense" else ()
         layers.append(
             LayerDiagnosis(
                 verdict.name,
@@ -118,25 +144,48 @@ def diagnose(
                 sizes.get(verdict.name, 0) / whole,
                 {tokens: gain(verdict, tokens) if gain else None for tokens in counts},
                 {tokens: _limit(verdict.shape, dtype, tokens) for tokens in counts},
+                once_pruned,
             )
         )
     able_layers = [layer for layer in layers if layer.state != "dense"]
-    expected = {}
-    for tokens in token_counts:
-        gains = {layer.name: layer.expected[tokens] for layer in able_layers}
-        known = {name: value for name, value in gains.items() if value is not None}
-        expected[tokens] = _amdahl(able_layers, known) if known and len(known) == len(gains) else None
-    limits = {t: _amdahl(able_layers, {layer.name: layer.limit[t] for layer in able_layers}) for t in token_counts}
+    now = _potential(able_layers, token_counts)
+    more = [layer for layer in layers if layer.once_pruned]
     return Diagnosis(
         dict(machine or {}),
         str(dtype).removeprefix("torch."),
         tuple(token_counts),
         tuple(layers),
-        sum(layer.share for layer in able_layers),
-        expected,
-        limits,
+        now.share,
+        now.expected,
+        now.limit,
         (*_notes(verdicts, target), *_slow_notes(able_layers)),
+        _potential([*able_layers, *more], token_counts) if more else None,
+        target is not None and target.problem is None,
     )
+
+
+def _prunable(
+    model: nn.Module, verdicts: Sequence[LayerVerdict], dtype: torch.dtype, target: Target | None
+) -> frozenset[str]:
+    """Return the layers that Prox24 takes by default and that would run sparse, here or on a suitable GPU, if 2:4."""
+    try:
+        chosen = {weight.name.removesuffix(".weight") for weight in select_weights(model).chosen}
+    except ValueError:  # weights without values, which say nothing
+        return frozenset()
+    dense = {verdict.name for verdict in verdicts if not verdict.fits}
+    as_if = check_model(model, dtype=dtype, target=target, values=False)
+    suits = {verdict.name for verdict in as_if if verdict.runs or (verdict.fits and target is None)}
+    return frozenset(chosen & dense & suits)
+
+
+def _potential(layers: Sequence[LayerDiagnosis], token_counts: Sequence[int]) -> Potential:
+    expected: dict[int, float | None] = {}
+    for tokens in token_counts:
+        gains = {layer.name: layer.expected[tokens] for layer in layers}
+        known = {name: value for name, value in gains.items() if value is not None}
+        expected[tokens] = _amdahl(layers, known) if known and len(known) == len(gains) else None
+    limits = {tokens: _amdahl(layers, {layer.name: layer.limit[tokens] for layer in layers}) for tokens in token_counts}
+    return Potential(len(layers), sum(layer.share for layer in layers), expected, limits)
 
 
 def _limit(shape: tuple[int, ...], dtype: torch.dtype, tokens: int) -> float:

@@ -8,12 +8,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
 from prox24_lightning.utils.files import replacing, write_text
+from prox24_lightning.utils.names import collapse_names, common_start, shorten_all
 from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.selection import SkippedWeight
+
+NAME_WIDTH = 20
+"""Characters of a layer's name in the table, so that it fits into 80 columns."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +80,43 @@ class LayerwiseReport:
         return sum(layer.final_loss for layer in self.layers) / len(self.layers) if self.layers else 0.0
 
     def table(self) -> Table:
-        """Return a rich table with a row for each layer."""
-        table = Table(title=f"{len(self.layers)} layers are 2:4, {len(self.skipped)} weights stay dense")
-        table.add_column("layer")
-        for column in ("shape", "tokens", "loss", "refined", "rounded", "2:4 before projection", "seconds"):
-            table.add_column(column, justify="right")
-        table.add_column("note")
-        for layer in self.layers:
-            refined, rounded = (
-                "" if loss is None else f"{loss:.5f}" for loss in (layer.refined_loss, layer.rounded_loss)
-            )
+        """Return a rich table with a row for each layer, 80 columns wide; notes stand once, below."""
+        names = [layer.name.removesuffix(".weight") for layer in self.layers]
+        start = common_start(names)
+        short = shorten_all((name.removeprefix(start) for name in names), NAME_WIDTH)
+        title = f"{len(self.layers)} layers are 2:4, {len(self.skipped)} weights stay dense"
+        tokens = sorted({layer.tokens for layer in self.layers})
+        title += f"; {tokens[0]:,} tokens each" if len(tokens) == 1 else ""
+        title += f"\nnames begin with {start}" if start else ""
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+        table.add_column("layer", no_wrap=True)
+        optional = [
+            loss for loss in ("refined", "rounded") if any(getattr(x, f"{loss}_loss") is not None for x in self.layers)
+        ]
+        counts = ["tokens"] if len(tokens) > 1 else []
+        for column in ("shape", *counts, "loss", *optional, "2:4\nbefore", "s"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for name, layer in zip(names, self.layers, strict=True):
+            losses = [layer.loss, *(getattr(layer, f"{loss}_loss") for loss in optional)]
             table.add_row(
-                layer.name,
+                short[name.removeprefix(start)],
                 " x ".join(map(str, layer.shape)),
-                str(layer.tokens),
-                f"{layer.loss:.5f}",
-                refined,
-                rounded,
-                f"{layer.reached:.2%}",
-                f"{layer.seconds:.2f}",
-                layer.note,
+                *([str(layer.tokens)] if counts else []),
+                *("" if loss is None else f"{loss:.5f}" for loss in losses),
+                f"{layer.reached:.1%}",
+                f"{layer.seconds:.1f}",
             )
+        table.caption_justify = "left"
+        table.caption = "\n".join(self.notes()) or None
         return table
+
+    def notes(self) -> list[str]:
+        """Return each note once, with the layers that it is about."""
+        about: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.note:
+                about.setdefault(layer.note, []).append(layer.name.removesuffix(".weight"))
+        return [f"{collapse_names(names)}: {note}" for note, names in about.items()]
 
     def to_json(self, path: str | Path) -> None:
         """Write everything but the masks."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 MAX_PATTERNS = 3
 
@@ -23,3 +24,27 @@ def collapse_names(names: Iterable[str]) -> str:
     shown = [f"{pattern} x {count}" if count > 1 else pattern for pattern, count in list(counts.items())[:MAX_PATTERNS]]
     more = f" and {len(counts) - MAX_PATTERNS} more" if len(counts) > MAX_PATTERNS else ""
     return ", ".join(shown) + more
+
+
+def shorten(name: str, width: int) -> str:
+    """Cut a name in the middle down to ``width`` characters; its end, which tells layers apart, keeps most of them."""
+    if len(name) <= width:
+        return name
+    head = max(1, (width - 1) // 4)
+    return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
+
+
+def shorten_all(names: Iterable[str], width: int) -> dict[str, str]:
+    """Map names to forms of ``width`` characters (:func:`shorten`), or more where two of them would read the same."""
+    distinct = set(names)
+    longest = max(map(len, distinct), default=0)
+    while width < longest and len({shorten(name, width) for name in distinct}) < len(distinct):
+        width += 2
+    return {name: shorten(name, width) for name in distinct}
+
+
+def common_start(names: Sequence[str]) -> str:
+    """Return the parents that all dotted names share, with the last dot; "" if there are none."""
+    parents = [name.split(".")[:-1] for name in names] if len(set(names)) > 1 else []
+    levels = takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
+    return "".join(f"{parts[0]}." for parts in levels)

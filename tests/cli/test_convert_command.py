@@ -36,6 +36,7 @@ def test_there_and_back(prox24, sparse_folder, tmp_path):
     assert "14 weights packed and read back equal; 1 weights stored dense. model.embed_tokens.weight: embedding" in flat
     file = PackedFile(packed / "packed.safetensors")
     assert f"{file.dense_bytes:,} bytes dense, {file.stored_bytes:,} bytes packed" in flat
+    assert f"next: prox24 bench {packed} on a GPU" in flat
     assert {"config.json", "packed.safetensors", "README.md", "tokenizer.json"} <= {p.name for p in packed.iterdir()}
     card = (packed / "README.md").read_text()
     assert "14 weights as two values" in card

@@ -39,8 +39,44 @@ def test_a_sparse_model(prox24, sparse_folder, tmp_path):
 def test_a_dense_model_has_nothing(prox24, dense_folder):
     code, out, _ = prox24("doctor", dense_folder)
     assert code == 1
-    assert "0 of 16 layers can run sparse" in " ".join(out.split())
-    assert "Gain" not in out
+    flat = " ".join(out.split())
+    assert "0 of 16 layers can run sparse" in flat
+    assert "Gain once pruned to 2:4" in flat
+    assert "<= 1.78" in flat
+    assert "fits once pruned" in flat
+    assert "Once pruned, 10 layers run sparse on a suitable GPU: 72.7% of these weights." in flat
+    assert out.splitlines()[-1] == f"next: prox24 prune {dense_folder} --text my.txt, or Prox24 in a training run"
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
+def test_a_dense_model_gains_what_was_measured_on_this_gpu(prox24, dense_folder, monkeypatch):
+    monkeypatch.setattr(command, "find_target", lambda: Target("pretended H200", (9, 0), "cusparselt"))
+    monkeypatch.setattr(command, "_known_gain", lambda *args: lambda verdict, tokens: 1.5 if tokens == 1 else None)
+    code, out, _ = prox24("doctor", dense_folder, "--token_counts", 1, 64, "--json", "-")
+    assert code == 1
+    found = json.loads(out)
+    assert found["sparse_share"] == 0
+    assert found["once_pruned"]["layers"] == 10
+    assert found["once_pruned"]["expected"] == {
+        "1": pytest.approx(1 / (1 - found["once_pruned"]["share"] / 3)),
+        "64": None,
+    }
+    assert {layer["once_pruned"] for layer in found["layers"] if "q_proj" in layer["name"]} == {True}
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (Target("pretended H200", (9, 0), "cusparselt"), "next: prox24 bench {}"),
+        (None, "next: prox24 convert {} OUT packs it; prox24 bench OUT times it on a GPU"),
+        (Target("pretended P100", (6, 0), "cusparselt"), "next: nothing here runs sparse; the reasons stand above"),
+    ],
+)
+def test_the_next_command_is_named(prox24, sparse_folder, monkeypatch, target, words):
+    monkeypatch.setattr(command, "find_target", lambda: target)
+    monkeypatch.setattr(command, "_known_gain", lambda *args: None)
+    _, out, _ = prox24("doctor", sparse_folder)
+    assert out.splitlines()[-1] == words.format(sparse_folder)
 
 
 def test_json_alone_on_stdout(prox24, sparse_folder):

@@ -42,6 +42,8 @@ def test_text_of_the_users_own(prox24, home, tmp_path, words, card):
     code, out, err = prune(prox24, home, tmp_path / "out", *places)
     assert code == 0, err
     assert "held-out perplexity, dense" in out
+    flat = " ".join(out.split())
+    assert f"next: prox24 doctor {tmp_path / 'out'} says what it gains, prox24 convert " in flat
     page = (tmp_path / "out" / "README.md").read_text()
     assert f"| data | {card} |" in page
     if "--eval_text" in words:

@@ -144,3 +144,26 @@ def test_experts_in_one_parameter_count_and_stay_dense():
     assert "experts in one 3-D parameter: no sparse kernel" in experts.why
     weights = sum(parameter.numel() for parameter in expert_weights(model).values())
     assert experts.share == pytest.approx(weights / (weights + model.blocks[0].proj.weight.numel()))
+
+
+def test_what_a_dense_model_would_gain_once_pruned():
+    model = net()
+    with torch.no_grad():
+        model["out"].weight.normal_()
+    found = diagnose(model, target=HOPPER, token_counts=(1, 65))
+    assert [layer.name for layer in found.layers if layer.once_pruned] == ["out"], "no head"
+    assert found.layers[1].limit == {1: 1 / 0.5625, 65: 2.0}
+    assert found.sparse_share == 0.5, "up alone"
+    assert (found.once_pruned.layers, found.once_pruned.share) == (2, 0.75)
+    assert found.once_pruned.limit == pytest.approx({1: 1 / (0.25 + 0.75 * 0.5625), 65: 1.6})
+    assert found.limit[65] == pytest.approx(1 / (0.5 + 0.25))
+
+
+def test_what_pruning_does_not_take_is_not_promised():
+    """Heads and shapes that do not fit stay dense; a GPU that runs nothing gains nothing."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 30))
+    found = diagnose(model, target=HOPPER)
+    assert found.once_pruned.layers == 1
+    assert diagnose(model, target=PASCAL).once_pruned is None
+    assert diagnose(nn.ModuleDict({"up": pruned(nn.Linear(32, 64))}), target=HOPPER).once_pruned is None
+    assert diagnose(model.to("meta"), target=HOPPER).once_pruned is None

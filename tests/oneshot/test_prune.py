@@ -1,13 +1,16 @@
 import copy
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_blocks import WIDTH, KilledError, Model, batches, killed_in, prune, seeded
 from torch import nn
 
 from prox24_lightning.calibration.blocks import find_blocks
 from prox24_lightning.mask import is_24
+from prox24_lightning.oneshot import LayerRecord, LayerwiseReport
 from prox24_lightning.weights.selection import select_weights
 
 
@@ -318,6 +321,32 @@ def test_the_largest_list_of_like_modules_is_found():
     model.mixed = nn.ModuleList([nn.Linear(500, 500), nn.ReLU()])
     assert find_blocks(model).names == ("layers.0", "layers.1", "layers.2")
     assert find_blocks(model, "small").names == ("small.0", "small.1")
+
+
+def test_the_table_of_a_large_model_fits_80_columns_and_keeps_names_and_reasons():
+    parts = ("self_attn.q_proj", "mlp.down_proj", "block_sparse_moe.experts.3.w1")
+    layers = [
+        LayerRecord(
+            f"model.layers.{block}.{part}.weight",
+            f"model.layers.{block}",
+            (14336, 16384),
+            262144 + block,
+            *(0.012345, 0.012345, 0.9876, 1234.5),
+            "fewer tokens (256) than inputs (512)" if "down" in part else "",
+            0.01,
+        )
+        for block in (0, 11)
+        for part in parts
+    ]
+    out = io.StringIO()
+    Console(file=out, width=80).print(LayerwiseReport({}, layers).table())
+    text = out.getvalue()
+    assert "names begin with model.layers." in text
+    for start, end in [("0.self_attn.q_proj",) * 2, ("11.mlp.down_proj",) * 2, ("11.", "experts.3.w1")]:
+        assert any(line.strip().startswith(start) and end in line.split()[0] for line in text.splitlines())
+    assert text.count("0.01235") == 12
+    assert text.count("14336 x 16384") == text.count("98.8%") == text.count("1234.5") == 6
+    assert "model.layers.*.mlp.down_proj x 2: fewer tokens (256) than inputs (512)" in text
 
 
 def test_the_report_becomes_a_table_json_and_a_plot(tmp_path):

@@ -151,8 +151,16 @@ def compare(words: list[str]) -> None:
         console.print(f"warning: {warning}")
     console.print(f"results: {output / 'comparison.md'} and {output / 'comparison.json'}")
     console.print(f"curves:  tensorboard --logdir {output}")
+    if (checkpoint := _sparse_checkpoint(output)) is not None:
+        console.print(f"next:    prox24 doctor {checkpoint}", soft_wrap=True)
     if any(run.error for run in comparison.runs):
         raise SystemExit(1)
+
+
+def _sparse_checkpoint(output: Path) -> Path | None:
+    """Return the newest checkpoint of a Prox24 run; None if the config saves none."""
+    found = sorted(output.glob("prox24/seed*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
 
 
 def _check_metric(words: list[str], metric: str, split: Split) -> None:

@@ -55,4 +55,4 @@ def study(
             # After every part, so that a run that is stopped keeps the parts it has finished.
             path = write_study(output, done, {"command": command})
             bar.advance(task)
-    console.print(f"report: {path}")
+    console.print(f"report: {path}", "next: prox24 recipes DIR lays down runs to try it on", sep="\n")
