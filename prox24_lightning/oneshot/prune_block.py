@@ -170,7 +170,7 @@ class BlockPruner:
             hessian = input_group_hessian(group, runs, dense_runs, references)
             members = [layers[layer] for layer in group.layers]
             solved = solve_input_group(
-                members, hessian, config=self.config.solver, dense_target=self.config.dense_target, by_rows=True
+                members, hessian, config=self.config.solver, dense_target=self.config.dense_target
             )
             for weight, solution in solved:
                 mask = from_matrix(weight.module, solution.mask)
@@ -180,7 +180,7 @@ class BlockPruner:
         return done
 
     def _solve_experts(self, index: int, weights: list[GroupedWeight], runs: Runs, done: FinishedBlock) -> None:
-        for found in solve_experts(weights, runs, config=self.config.solver, by_rows=True):
+        for found in solve_experts(weights, runs, config=self.config.solver):
             self._add(done, index, found.weight, found.mask, found.solution, sum(found.tokens), found.note)
         for weight in weights:
             if weight.name not in done.masks:

@@ -32,6 +32,7 @@ def admm(
     strengths: Schedule = STRENGTHS,
     by_input: bool = True,
     name: str = "layer",
+    shared: bool = False,
 ) -> Tensor:
     """Run ADMM (Douglas-Rachford splitting) of local loss and penalty while the strength and rho grow.
 
@@ -50,6 +51,7 @@ def admm(
         strengths: of the prox over the steps, in units of 1 / rms of the scaled rows.
         by_input: scale each weight by the rms of its own input; False scales all alike.
         name: for error messages.
+        shared: other ranks solve other rows with the same Hessian: its inverses are shared out.
 
     Returns:
         the last ``Z``, a new weight; all but a few groups are 2:4.
@@ -70,7 +72,7 @@ def admm(
     pulled = dense @ hessian
     last_rho = None
     rhos = [RHOS(level / max(1, levels - 1)) for level in range(levels)]
-    inverses = shifted_inverses(hessian, rhos, name=name)
+    inverses = shifted_inverses(hessian, rhos, name=name, shared=shared)
     for level, (rho, found) in enumerate(zip(rhos, inverses, strict=True)):
         inverse.copy_(found)
         torch.mm(pulled, inverse, out=base)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.utils.cuda_graphs import GraphedFunction
-from prox24_lightning.utils.distributed import mean_over_ranks, world_size
+from prox24_lightning.utils.cuda_graphs import GraphedFunction, GraphedStep
+from prox24_lightning.utils.distributed import mean_over_ranks
 from prox24_lightning.utils.long_work import between_pieces
 
 Forward = Callable[[Any], Tensor]
@@ -156,26 +156,52 @@ def _descend(
     cuda = masters[0].is_cuda
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=cuda, capturable=cuda)
     size = masters[0].new_ones(())
+    together = _joined_gradients(masters)
+    dropped = {name: ~mask for name, mask in masks.items()}
 
-    def step(*part: Any) -> None:
+    def differentiate(*part: Any) -> None:
         with torch.enable_grad():
             gradients = torch.autograd.grad(error_of(*part), values, materialize_grads=True)
-        for name, master, gradient in zip(parameters, masters, gradients, strict=True):
-            gradient = mean_over_ranks(gradient.float())
-            # Filled, not multiplied: an infinite gradient of a pruned weight must not become NaN.
-            master.grad = torch.where(masks[name], gradient, 0.0) if name in masks else gradient
+        for master, gradient in zip(masters, gradients, strict=True):
+            assert master.grad is not None
+            master.grad.copy_(gradient)
+
+    def update() -> None:
+        for name, master in zip(parameters, masters, strict=True):
+            if name in dropped and master.grad is not None:
+                # Filled, not multiplied: an infinite gradient of a pruned weight must not become NaN.
+                master.grad.masked_fill_(dropped[name], 0.0)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             torch.mul(rate, size, out=group["lr"])
         optimizer.step()
         _write(parameters, masters)
 
-    # Alone on a GPU its hundreds of small kernels are captured once.
-    run = GraphedFunction(step, masters[0].device) if graphed and world_size() == 1 else step
+    # On a GPU the hundreds of small kernels of both are captured once; the ranks exchange gradients in between.
+    first, second = (differentiate, update)
+    if graphed:
+        first, second = GraphedFunction(differentiate, masters[0].device), GraphedStep(update, masters[0].device)
     for number in range(steps):
         rise = min(1.0, (number + 1) / (min(_WARM_UP, steps // 4) + 1))
         size.fill_(rise * 0.5 * (1 + math.cos(math.pi * number / steps)))
-        run(*parts[number % len(parts)])
+        first(*parts[number % len(parts)])
+        for gradients in together:
+            mean_over_ranks(gradients)
+        second()
         between_pieces()
+
+
+def _joined_gradients(masters: Sequence[Tensor]) -> list[Tensor]:
+    """Give every tensor a gradient that is a part of one tensor for each device, and return these."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for master in masters:
+        by_device.setdefault(master.device, []).append(master)
+    found = []
+    for device, members in by_device.items():
+        found.append(torch.zeros(sum(master.numel() for master in members), device=device))
+        parts = found[-1].split([master.numel() for master in members])
+        for master, part in zip(members, parts, strict=True):
+            master.grad = part.view(master.shape)
+    return found
 
 
 @torch.no_grad()

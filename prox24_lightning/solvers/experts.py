@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from prox24_lightning.calibration.experts.inputs import expert_inputs_of
 from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.layer import Solution, solve
-from prox24_lightning.solvers.parallel import solve_rows_in_parallel
-from prox24_lightning.utils.distributed import gathered_objects
+from prox24_lightning.solvers.parallel import exchanged, row_bounds
+from prox24_lightning.utils.distributed import gathered_objects, raise_on_all_ranks, rank
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.experts import expert_matrices, from_expert_matrices
 from prox24_lightning.weights.selection import GroupedWeight
@@ -56,7 +57,6 @@ def solve_experts(
     runs: Sequence[Callable[[], Any]],
     *,
     config: SolverConfig = SolverConfig(),  # noqa: B008 (frozen)
-    by_rows: bool = False,
 ) -> Iterator[SolvedExperts]:
     """Make the 3-D parameters of one module of experts 2:4, in the order in which the experts use them.
 
@@ -67,7 +67,6 @@ def solve_experts(
         weights: of one module.
         runs: each calls the model, or the block that holds the module, on one calibration batch.
         config: of the solver.
-        by_rows: every rank solves a part of the rows.
 
     Yields:
         one entry for each weight whose products were seen, as soon as it is solved; the others are as they were.
@@ -79,7 +78,7 @@ def solve_experts(
     by_name = {weight.parameter_name: weight for weight in weights}
     order = _order_of_use(module, runs, set(by_name))
     for name in order:
-        yield _solve(by_name[name], runs, config, by_rows)
+        yield _solve(by_name[name], runs, config)
 
 
 def _order_of_use(module: nn.Module, runs: Sequence[Callable[[], Any]], names: set[str]) -> list[str]:
@@ -93,9 +92,7 @@ def _order_of_use(module: nn.Module, runs: Sequence[Callable[[], Any]], names: s
     return max(together, key=len)
 
 
-def _solve(
-    weight: GroupedWeight, runs: Sequence[Callable[[], Any]], config: SolverConfig, by_rows: bool
-) -> SolvedExperts:
+def _solve(weight: GroupedWeight, runs: Sequence[Callable[[], Any]], config: SolverConfig) -> SolvedExperts:
     count, columns = len(weight.parameter), weight.parameter.shape[weight.input_dim]
     at_once = max(1, HESSIAN_BYTES // (4 * columns**2))
 
@@ -109,7 +106,7 @@ def _solve(
             found.all_reduce(columns, local_part(weight.parameter).device)
             yield found
 
-    return _solve_parts(weight, hessians(), config, by_rows)
+    return _solve_parts(weight, hessians(), config)
 
 
 @torch.no_grad()
@@ -119,22 +116,21 @@ def solve_expert_weight(weight: GroupedWeight, hessians: ExpertHessians, *, conf
     Raises:
         ValueError: as ``solve`` does, by name; nothing has been written then.
     """
-    return _solve_parts(weight, [hessians], config, by_rows=False)
+    return _solve_parts(weight, [hessians], config)
 
 
-def _solve_parts(
-    weight: GroupedWeight, hessians: Iterable[ExpertHessians], config: SolverConfig, by_rows: bool
-) -> SolvedExperts:
-    """Solve the experts part by part; Hessians of one part are freed before those of the next are made."""
+def _solve_parts(weight: GroupedWeight, hessians: Iterable[ExpertHessians], config: SolverConfig) -> SolvedExperts:
+    """Solve the experts part by part; Hessians of one part are freed before those of the next are made.
+
+    The ranks share the experts of a part out.
+    """
     matrices = expert_matrices(whole(local_part(weight.parameter), weight.parameter), weight.input_dim)
     parts: list[Solution] = []
     tokens: list[int] = []
     for some in hessians:
-        for expert, hessian in some.by_expert.items():
-            tokens.append(hessian.tokens)
-            parts.append(_solve_one(weight, matrices[expert], hessian, expert, config, by_rows))
-    shares = [count / max(1, sum(tokens)) for count in tokens]
-    joined = Solution.joined([_weighted(part, share) for part, share in zip(parts, shares, strict=True)])
+        tokens += [hessian.tokens for hessian in some.by_expert.values()]
+        parts.append(_solve_shared_out(weight, matrices, some, config))
+    joined = _weighted(Solution.joined(parts), tokens)
     solution = replace(joined, seconds=sum(part.seconds for part in parts))
     values, mask = (
         from_expert_matrices(flat.view_as(matrices), weight.input_dim) for flat in (solution.weight, solution.mask)
@@ -143,32 +139,51 @@ def _solve_parts(
     return SolvedExperts(weight, part_of(mask, weight.parameter), solution, tuple(tokens))
 
 
-def _solve_one(
-    weight: GroupedWeight,
-    matrix: Tensor,
-    inputs: HessianAccumulator,
-    expert: int,
-    config: SolverConfig,
-    by_rows: bool,
+def _solve_shared_out(
+    weight: GroupedWeight, matrices: Tensor, hessians: ExpertHessians, config: SolverConfig
 ) -> Solution:
-    name = f"{weight.name}[{expert}]"
+    """Return the solutions of all experts that have a Hessian, one below the other: each rank solves some of them."""
+    experts = list(hessians.by_expert)
+    bounds = row_bounds(len(experts))
+    mine, problem = [], None
+    try:
+        for expert in experts[bounds[rank()] : bounds[rank() + 1]]:
+            mine.append(_solve_one(weight, matrices[expert], hessians.by_expert[expert], expert, config))
+    except ValueError as error:
+        problem = str(error)
+    raise_on_all_ranks(problem)
+    rows = [(last - first) * matrices.shape[1] for first, last in pairwise(bounds)]
+    together = Solution.joined(mine) if mine else _nothing(matrices, config)
+    return exchanged(replace(together, seconds=sum(solution.seconds for solution in mine)), rows)
+
+
+def _nothing(matrices: Tensor, config: SolverConfig) -> Solution:
+    """Return what a rank without experts hands to the others."""
+    empty = matrices[0, :0].to(torch.float64 if matrices.dtype == torch.float64 else torch.float32)
+    losses = empty.new_empty(0)
+    refined, rounded = (losses if wanted is not None else None for wanted in (config.refine, config.weights))
+    return Solution(empty, empty.bool(), losses, losses, refined, 0.0, 0.0, rounded)
+
+
+def _solve_one(
+    weight: GroupedWeight, matrix: Tensor, inputs: HessianAccumulator, expert: int, config: SolverConfig
+) -> Solution:
     if inputs.tokens:
         hessian = inputs.hessian
     else:
         hessian, config = torch.eye(matrix.shape[1], device=matrix.device), replace(config, method="magnitude")
-
-    def solve_rows(rows: Tensor) -> Solution:
-        return solve(rows, hessian, config, dim=weight.matrix_dim, name=name)
-
-    return solve_rows_in_parallel(matrix, solve_rows) if by_rows and weight.matrix_dim == -1 else solve_rows(matrix)
+    return solve(matrix, hessian, config, dim=weight.matrix_dim, name=f"{weight.name}[{expert}]")
 
 
-def _weighted(solution: Solution, share: float) -> Solution:
+def _weighted(solution: Solution, tokens: Sequence[int]) -> Solution:
+    """Return the solution of all experts with losses that count by the share of the tokens which each expert has."""
+    shares = torch.tensor(tokens, dtype=solution.losses.dtype, device=solution.losses.device) / max(1, sum(tokens))
+    shares = shares.repeat_interleave(len(solution.losses) // len(tokens))
     refined, rounded = solution.refined_losses, solution.rounded_losses
     return replace(
         solution,
-        zero_losses=solution.zero_losses * share,
-        losses=solution.losses * share,
-        refined_losses=None if refined is None else refined * share,
-        rounded_losses=None if rounded is None else rounded * share,
+        zero_losses=solution.zero_losses * shares,
+        losses=solution.losses * shares,
+        refined_losses=None if refined is None else refined * shares,
+        rounded_losses=None if rounded is None else rounded * shares,
     )

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.calibration.input_groups import InputGroup, record_inputs
 from prox24_lightning.solvers.config import SolverConfig
-from prox24_lightning.solvers.layer import Solution, solve
+from prox24_lightning.solvers.layer import Solution
 from prox24_lightning.solvers.loss import check_layer
 from prox24_lightning.solvers.masked_cg import masked_cg
-from prox24_lightning.solvers.parallel import solve_rows_in_parallel
+from prox24_lightning.solvers.parallel import solve_on_all_ranks
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix, input_rows, matrix_columns
@@ -83,9 +83,8 @@ def solve_input_group(
     *,
     config: SolverConfig = SolverConfig(),  # noqa: B008 (frozen)
     dense_target: float = 0.0,
-    by_rows: bool = False,
 ) -> list[tuple[GroupedWeight, Solution]]:
-    """Solve the layers of one group and write the results into them.
+    """Solve the layers of one group and write the results into them; the ranks share the rows out.
 
     Layers whose groups lie along the inputs are stacked: no row's result depends on another row. In the other
     geometries groups of a stacked weight would span layers, and strengths depend on the whole layer, so each layer is
@@ -95,17 +94,16 @@ def solve_input_group(
         config: of the solver.
         dense_target: 0 keeps the outputs of the present weights on the present inputs, 1 aims at the outputs that the
             layer had in the dense model, values between mix the two; needs ``C``.
-        by_rows: every rank solves a part of the rows, where no row depends on another.
 
     Raises:
         ValueError: as ``solve_layer`` does; nothing has been written then, except by layers solved before.
     """
     if all(weight.geometry == "row" for weight in weights):
-        return _solve_stacked(weights, accumulator, config, -1, dense_target, by_rows)
+        return _solve_stacked(weights, accumulator, config, -1, dense_target)
     return [
         solved
         for weight in weights
-        for solved in _solve_stacked([weight], accumulator, config, weight.matrix_dim, dense_target, by_rows)
+        for solved in _solve_stacked([weight], accumulator, config, weight.matrix_dim, dense_target)
     ]
 
 
@@ -116,25 +114,23 @@ def _solve_stacked(
     config: SolverConfig,
     dim: Dim,
     dense_target: float,
-    by_rows: bool,
 ) -> list[tuple[GroupedWeight, Solution]]:
     matrices = [as_matrix(weight.module, whole(local_part(weight.parameter), weight.parameter)) for weight in weights]
     name = " + ".join(weight.module_name for weight in weights)
     dense = torch.cat(matrices)
-    for found in (accumulator.hessian, accumulator.cross):
-        if found is not None:
-            check_layer(dense, found, name)
-    target = output_target(dense, accumulator, dense_target)
-    if config.method == "keep" and target is not dense:
-        mask = dense != 0
-        target = masked_cg(dense, target, accumulator.hessian.to(dense), mask, damping=config.refine_damping)
+    hessian = accumulator.hessian
+    if (cross := accumulator.cross) is not None:
+        check_layer(dense, cross, name)
     if any(weight.parameter.dim() != 2 for weight in weights):
         config = replace(config, weights=None)  # a packed convolution has a scale for each place of its window
 
-    def solve_rows(rows: Tensor) -> Solution:
-        return solve(rows, accumulator.hessian, config, dim=dim, name=name)
+    def target(rows: Tensor) -> Tensor:
+        wanted = output_target(rows, accumulator, dense_target)
+        if config.method == "keep" and wanted is not rows:
+            return masked_cg(rows, wanted, hessian.to(rows), rows != 0, damping=config.refine_damping)
+        return wanted
 
-    solution = solve_rows_in_parallel(target, solve_rows) if by_rows and dim == -1 else solve_rows(target)
+    solution = solve_on_all_ranks(dense, hessian, config, dim=dim, name=name, target=target)
     solved, row = [], 0
     for weight, matrix in zip(weights, matrices, strict=True):
         part = solution.rows(row, row + len(matrix))
@@ -146,7 +142,7 @@ def _solve_stacked(
 
 
 def output_target(weight: Tensor, accumulator: HessianAccumulator, share: float) -> Tensor:
-    """Return the weight whose outputs on the pruned model's inputs come closest to the wanted ones.
+    """Return the weight whose outputs on the pruned model's inputs come closest to the wanted ones, row by row.
 
     With ``X`` the inputs now and ``X_d`` those in the dense model, ``share`` = 1 solves ``min_T ||X T^T - X_d W^T||``:
     ``T = W + W (C - H) H^-1`` with ``C = X_d^T X / tokens``. Inputs that are all zero leave ``W``.

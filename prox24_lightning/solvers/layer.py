@@ -62,19 +62,6 @@ class Solution:
         """Relative local loss after rounding; None without rounding."""
         return None if self.rounded_losses is None else _ratio(self.rounded_losses, self.zero_losses)
 
-    def to(self, device: torch.device | str) -> Solution:
-        """Return the solution on another device."""
-        return Solution(
-            self.weight.to(device),
-            self.mask.to(device),
-            self.zero_losses.to(device),
-            self.losses.to(device),
-            None if self.refined_losses is None else self.refined_losses.to(device),
-            self.reached,
-            self.seconds,
-            None if self.rounded_losses is None else self.rounded_losses.to(device),
-        )
-
     @staticmethod
     def joined(parts: Sequence[Solution]) -> Solution:
         """Concatenate the solutions of consecutive rows that were solved in parallel; the inverse of :meth:`rows`."""
@@ -158,8 +145,20 @@ def solve_layer(
 
 
 @torch.no_grad()
-def solve(weight: Tensor, hessian: Tensor, config: SolverConfig, *, dim: Dim = -1, name: str = "layer") -> Solution:
-    """Find a 2:4 weight as :func:`solve_layer` does, with its arguments in one ``config``."""
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    config: SolverConfig,
+    *,
+    dim: Dim = -1,
+    name: str = "layer",
+    shared: bool = False,
+) -> Solution:
+    """Find a 2:4 weight as :func:`solve_layer` does, with its arguments in one ``config``.
+
+    Args:
+        shared: all ranks are here with rows of the same layer, and work together on what the rows have in common.
+    """
     begin = time.perf_counter()
     dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
     hessian = hessian.detach().to(dense)
@@ -184,7 +183,7 @@ def solve(weight: Tensor, hessian: Tensor, config: SolverConfig, *, dim: Dim = -
     else:
         steps = config.method_steps
         if config.method == "prox":
-            found = admm(dense, hessian, dim=dim, steps=steps, damping=damping, name=name)
+            found = admm(dense, hessian, dim=dim, steps=steps, damping=damping, name=name, shared=shared)
         else:
             momentum = config.momentum
             found = proximal_gradient(dense, hessian, dim=dim, steps=steps, momentum=momentum, damping=damping)
@@ -203,6 +202,7 @@ def solve(weight: Tensor, hessian: Tensor, config: SolverConfig, *, dim: Dim = -
             steps=config.refine_steps,
             tolerance=config.tolerance,
             damping=config.refine_damping,
+            shared=shared,
         )
         refined = row_losses(result, dense, hessian)
     rounded = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.solvers.loss import regularized
+from prox24_lightning.utils.distributed import sum_over_ranks
 from prox24_lightning.utils.long_work import between_pieces
 
 _CHECK_EVERY = 10
@@ -20,6 +21,7 @@ def masked_cg(
     steps: int = 300,
     tolerance: float = 1e-4,
     damping: float = 1e-3,
+    shared: bool = False,
 ) -> Tensor:
     """Minimise ``1/2 tr((V - dense) H (V - dense)^T)`` over ``V`` that is zero outside ``mask``.
 
@@ -35,6 +37,7 @@ def masked_cg(
         steps: largest number of gradient steps.
         tolerance: the solver stops when ten steps together lower the loss by less than this share of it.
         damping: added to the diagonal of ``hessian``, relative to each entry.
+        shared: other ranks solve other rows of the same layer: the solver stops by the loss of all of them.
 
     Returns:
         a new weight, exactly zero outside ``mask``, with a loss no higher than that of ``weight * mask``.
@@ -68,7 +71,8 @@ def masked_cg(
         squares = next_squares
         if step % _CHECK_EVERY == 0:
             loss = loss - lowered
-            if bool(lowered <= tolerance * loss.clamp_min(0)):
+            gained, left = sum_over_ranks(torch.stack([lowered, loss])) if shared else (lowered, loss)
+            if bool(gained <= tolerance * left.clamp_min(0)):
                 break
             lowered.zero_()
     return solution

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -68,6 +68,24 @@ def gathered_objects(value: T) -> list[T]:
     return found
 
 
+def raise_on_all_ranks(problem: str | None) -> None:
+    """Raise what one rank has found wrong on every rank, so that none waits for one that has failed.
+
+    Raises:
+        ValueError: with the first rank's ``problem``; None is no problem.
+    """
+    problems = [found for found in gathered_objects(problem) if found is not None]
+    if problems:
+        raise ValueError(problems[0])
+
+
+def broadcast(tensor: Tensor, source: int) -> Tensor:
+    """Return the tensor of rank ``source``, written into ``tensor`` on the others: one of the same shape and dtype."""
+    if world_size() > 1:
+        dist.broadcast(tensor, source)
+    return tensor
+
+
 def gathered_on_first(value: T) -> list[T]:
     """Return every rank's ``value`` on the first rank, its own alone on the others: for large values to save."""
     if world_size() == 1:
@@ -86,12 +104,32 @@ def stacked(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Return the mean of the ranks' tensors of one shape, written into ``tensor``."""
+def joined(part: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the ranks' tensors, concatenated along their first dimension, on every rank.
+
+    Args:
+        part: this rank's, ``lengths[rank()]`` long; alike on all ranks in everything else.
+        lengths: how long each rank's tensor is; zeros are allowed.
+    """
+    if world_size() == 1:
+        return part
+    sent = part.view(torch.uint8) if part.dtype == torch.bool else part  # gloo knows no bool
+    padded = sent.new_zeros(max(lengths), *part.shape[1:])
+    padded[: len(part)] = sent
+    found = torch.cat([one[:length] for one, length in zip(stacked(padded), lengths, strict=True)])
+    return found.view(part.dtype)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the sum of the ranks' tensors of one shape, written into ``tensor``."""
     if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.SUM)
-        tensor.div_(world_size())
     return tensor
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the mean of the ranks' tensors of one shape, written into ``tensor``."""
+    return tensor if world_size() == 1 else sum_over_ranks(tensor).div_(world_size())
 
 
 def any_rank(flag: bool, device: torch.device | str) -> bool:
