@@ -8,12 +8,13 @@ whole. On plain tensors every function here is the identity.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.utils.distributed import world_size
 from prox24_lightning.weights.groups import Dim, group_dims, group_shape
 
 
@@ -114,6 +115,15 @@ def _outside(part: nn.Module) -> Iterator[nn.Parameter]:
         yield from part.parameters(recurse=False)
         for child in part.children():
             yield from _outside(child)
+
+
+def batch_ranks(model: nn.Module, parameters: Iterable[Tensor]) -> int:
+    """Return over how many ranks training divides its batches: all, but for ranks of tensor parallelism."""
+    meshes = [parameter.device_mesh for parameter in parameters if is_sharded(parameter)]  # type: ignore[attr-defined]
+    if not meshes:
+        return world_size()
+    by_fsdp = any(map(_is_fsdp, model.modules())) and all(mesh.ndim == 1 for mesh in meshes)
+    return int(meshes[0].size()) if by_fsdp else 1
 
 
 def cut_groups(weight: Tensor, dim: Dim) -> str | None:

@@ -66,12 +66,15 @@ class BlockReruns:
         model: what holds the hooked module.
         hooked: the hooked module that holds the blocks.
         blocks: in the order in which they run; they are to be asked for in this order.
+        calls: of the hooked module.
     """
 
-    def __init__(self, model: nn.Module, hooked: HookedModule, blocks: Sequence[Block]) -> None:
+    def __init__(
+        self, model: nn.Module, hooked: HookedModule, blocks: Sequence[Block], calls: Sequence[ModuleCall]
+    ) -> None:
         self._model = model
         self._hooked = hooked
-        calls = hooked.calls
+        self._calls = calls
         modules = {block.name: block.module for block in blocks}
         self._now = _Path(hooked.module, modules, calls, partial(runnable, model))
         self._dense: _Path | None = None
@@ -94,7 +97,7 @@ class BlockReruns:
         if not isinstance(reference, DenseWeights):
             return None, None
         with reference.in_place(self._hooked.module), runnable(self._model, self._hooked.module):
-            calls = inner_calls(self._hooked.module, [block.module], self._hooked.calls)[block.module].calls
+            calls = inner_calls(self._hooked.module, [block.module], self._calls)[block.module].calls
         runs: list[Run] = [partial(_run_dense, self._model, reference, call, block.module) for call in calls]
         return runs, self._hooked.counterparts()
 

@@ -15,6 +15,7 @@ from torch import nn
 from prox24_lightning.calibration.hooked_module import HookedModule, share_of
 from prox24_lightning.calibration.hooks import inside_compiled
 from prox24_lightning.calibration.isolation.reproduction import RerunSettings
+from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.calibration.outermost import outermost_modules, parts_with
 from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
@@ -28,12 +29,13 @@ from prox24_lightning.sparsify.strategies.progressive.calibration import Calibra
 from prox24_lightning.sparsify.strategies.progressive.errors import described, on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.input_orders import choose_orders
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns
+from prox24_lightning.sparsify.strategies.progressive.shared_calls import CallCutter, find_cutter
 from prox24_lightning.sparsify.strategies.progressive.solve_block import solve_block
 from prox24_lightning.utils.cuda_graphs import GraphMemory
 from prox24_lightning.utils.distributed import gathered_objects, gathered_on_first, rank
 from prox24_lightning.utils.module_copy import bare_copy
 from prox24_lightning.utils.tensors import map_tensors
-from prox24_lightning.weights.sharded import is_sharded, runnable
+from prox24_lightning.weights.sharded import batch_ranks, is_sharded, runnable
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class RerunCalibration(Calibration):
         self._ordering = 0
         self._with_reference = settings.dense_target > 0
         self._gradients: dict[str, OutputGradients] = {}
+        self._cutters: dict[HookedModule, CallCutter | None] = {}
         self._batches = 0
 
     def attach(self, context: RunContext, state: dict[str, Any]) -> None:
@@ -202,7 +205,7 @@ class RerunCalibration(Calibration):
             hooked = together[0].hooked
             assert hooked is not None
             with hooked.rerunning(), self._graph_memory.shared():
-                make = partial(BlockReruns, self.model, hooked, together)
+                make = partial(BlockReruns, self.model, hooked, together, self._shared_calls(hooked))
                 reruns = make() if self._sharded else on_all_ranks(make)
                 for block in together:
                     gradients = self._gradients.get(block.name)
@@ -239,9 +242,18 @@ class RerunCalibration(Calibration):
                 groups.append([block])
         return groups
 
+    def _shared_calls(self, hooked: HookedModule) -> list[ModuleCall]:
+        """The calls that this rank makes again."""
+        if hooked not in self._cutters:
+            ranks = batch_ranks(self.model, [weight.parameter for weight in self.context.weights])
+            last = [block for block in self.blocks if block.hooked is hooked][-1]
+            self._cutters[hooked] = find_cutter(self.model, hooked, last, ranks)
+        cut = self._cutters[hooked]
+        return hooked.calls if cut is None else [cut(call) for call in hooked.calls]
+
     def _reconstructs(self, block: Block) -> bool:
         outside = any(weight.module is block.module for weight in block.weights)
-        return self.settings.reconstruction_steps > 0 and not outside and not self._sharded
+        return self.settings.reconstruction_steps > 0 and not outside
 
     @property
     def _sharded(self) -> bool:

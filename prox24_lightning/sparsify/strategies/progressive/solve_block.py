@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.output_gradients import OutputGradients
-from prox24_lightning.solvers.block_reconstruction import reconstruct_block
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import Run, input_group_hessian, solve_input_group
@@ -22,9 +19,10 @@ from prox24_lightning.sparsify.strategies.base import Masks
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.calibration import SolveSettings
 from prox24_lightning.sparsify.strategies.progressive.errors import on_all_ranks
+from prox24_lightning.sparsify.strategies.progressive.reconstruct import reconstruct
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun, mixed, outputs_of
 from prox24_lightning.utils.cuda import without_tf32
-from prox24_lightning.utils.distributed import gathered_objects, world_size
+from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
@@ -92,7 +90,7 @@ def solve_block(
             found[weight.name] = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
     if targets is not None and found:
         between_pieces(f"{block.name} as a whole")
-        _reconstruct(block, runs, targets, found, reconstruction_steps, gradients, trained)
+        reconstruct(block, runs, targets, found, reconstruction_steps, gradients, trained)
     attempt(lambda: reruns.pass_on(block, runs, dense_runs, dense_outputs))
     return found
 
@@ -133,56 +131,3 @@ def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], p
         if weight.name not in found:
             log.warning("%s: its experts' inputs are not seen; their largest weights are kept instead", weight.name)
     return found
-
-
-def _reconstruct(
-    block: Block,
-    runs: Sequence[BlockRun],
-    targets: Sequence[Tensor],
-    found: Mapping[str, Tensor],
-    steps: int,
-    gradients: OutputGradients | None,
-    trained: Collection[Tensor],
-) -> None:
-    parameters = {name: parameter for name, parameter in block.module.named_parameters() if parameter in trained}
-    dim = block.feature_dim(targets[0])
-    targets = [target.movedim(dim, -1) for target in targets]
-    names = {parameter: name for name, parameter in parameters.items()}
-    masks = {names[w.parameter]: found[w.name] for w in block.weights if w.name in found and w.parameter in names}
-    # A matrix that was not solved here keeps its zeros: another Prox24 may have frozen it.
-    masks |= {n: p.detach() != 0 for n, p in parameters.items() if n not in masks and p.dim() >= 2}
-
-    def forward(arguments: tuple[Any, ...]) -> Tensor:
-        return hidden_state(runs[0].with_arguments(arguments)(), block.name).movedim(dim, -1)
-
-    batches = [run.arguments() for run in runs]
-    weights = None
-    if gradients is not None:
-        sizes = {target.shape[-1] for target in targets}
-        weights = gradients.weights(sizes.pop(), targets[0].device) if len(sizes) == 1 else None
-    try:
-        with torch.compiler.set_stance("default"):  # what training compiled of the block serves here
-            on_all_ranks(partial(_check_gradients, forward, batches[0], list(parameters.values())))
-            before, after = reconstruct_block(
-                block.module,
-                masks,
-                forward,
-                batches,
-                targets,
-                steps=steps,
-                trained=trained,
-                feature_weights=weights,
-                graphed=all(run.call.random is None for run in runs),
-            )
-    except Exception as error:  # of the user's forward under gradients
-        log.warning("%s is not reconstructed: %s", block.name, error)
-        return
-    log.info("%s: relative error of the output %.5f, %.5f after reconstruction", block.name, before, after)
-
-
-def _check_gradients(forward: Any, arguments: tuple[Any, ...], parameters: Sequence[nn.Parameter]) -> None:
-    """Fail where a reconstruction would, before the ranks wait for each other in it."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    if world_size() > 1 and trained:
-        with torch.enable_grad():
-            torch.autograd.grad(forward(arguments).float().sum(), trained, allow_unused=True)
