@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +25,20 @@ from prox24_lightning.weights.sharded import gathered
 STEPS, START, FREEZE = 12, 2, 8
 
 
-def spawn(work: Callable[..., None], *arguments) -> None:
-    """Run ``work(rank, *arguments)`` in two processes that find each other as torchrun's would."""
+def spawn(work: Callable[..., None], *arguments, seconds: float = 240) -> None:
+    """Run ``work(rank, *arguments)`` in two processes that find each other as torchrun's would, and end them in time."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_enter, (work, port, arguments), nprocs=2)
+    context = mp.spawn(_enter, (work, port, arguments), nprocs=2, join=False)
+    end = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > end:
+                raise TimeoutError(f"the processes have not ended in {seconds} s")
+    finally:
+        for process in context.processes:
+            process.kill()
 
 
 def _enter(rank: int, work: Callable[..., None], port: int, arguments: tuple) -> None:
