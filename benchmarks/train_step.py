@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from prox24_lightning.sparsify.config import SparsifyConfig
 from prox24_lightning.sparsify.controller import SparsifyController
 
 NEVER = 10**9
-VOCABULARY = 50304
 ROUND = 4
 """Steps that are timed together, without waiting for the device in between; one of four samples layer inputs."""
 WARM_UP = 2
@@ -49,10 +48,11 @@ class Size:
     heads: int
     batch: int
     context: int
+    vocabulary: int = 50304
 
 
 SIZES = {
-    "tiny": Size(64, 2, 2, 2, 32),
+    "tiny": Size(64, 4, 2, 2, 32, 256),
     "125M": Size(768, 12, 12, 16, 1024),
     "1B": Size(1792, 24, 14, 8, 1024),
 }
@@ -79,7 +79,7 @@ class GPT(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.embed, self.place = nn.Embedding(VOCABULARY, size.width), nn.Embedding(size.context, size.width)
+        self.embed, self.place = nn.Embedding(size.vocabulary, size.width), nn.Embedding(size.context, size.width)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.width)
 
@@ -91,17 +91,22 @@ class GPT(nn.Module):
 
 
 class Bench:
-    """One model with its optimizer and data."""
+    """One model with its optimizer and data.
+
+    Attributes:
+        forward: what a step calls: the model, or what runs it on several devices.
+    """
 
     def __init__(self, size: Size, device: torch.device) -> None:
         torch.manual_seed(0)
         with device:
             self.model = GPT(size)
-            self.tokens = torch.randint(VOCABULARY, (size.batch, size.context + 1))
+            self.tokens = torch.randint(size.vocabulary, (size.batch, size.context + 1))
         for parameter in self.model.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
         self.device = device
+        self.forward: Callable[[Tensor], Tensor] = self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def step(self, sparsifier: SparsifyController | None) -> None:
@@ -109,7 +114,7 @@ class Bench:
         if sparsifier is not None:
             sparsifier.before_batch([self.optimizer])
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.model(self.tokens[:, :-1])
+            logits = self.forward(self.tokens[:, :-1])
         F.cross_entropy(logits.float().flatten(0, 1), self.tokens[:, 1:].flatten()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -26,7 +26,7 @@ STEPS, START, FREEZE = 12, 2, 8
 
 
 def spawn(work: Callable[..., None], *arguments, seconds: float = 240) -> None:
-    """Run ``work(rank, *arguments)`` in two processes that find each other as torchrun's would, and end them in time."""
+    """Run ``work(rank, *arguments)`` in two processes that find each other as torchrun's would, ``seconds`` at most."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,0 +1,303 @@
+"""What Prox24 adds to data-parallel training: a GPT on one GPU and on several, phase by phase, with its pauses.
+
+    python -m benchmarks.scaling --gpus '[1, 2]'
+
+Weak scaling: every GPU steps the same batch, so the tokens of a step grow with the GPUs. DDP, bf16 autocast, fused
+AdamW on float32 weights, random tokens. As in ``benchmarks.train_step`` the phases take turns in rounds of a few steps;
+the progressive phase prunes a few blocks, spread over the depth of the model, and each pause is timed by itself.
+The projection says what the measured numbers come to on more GPUs, if nothing but the number of ranks changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from jsonargparse import auto_cli
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.result_files import write_result
+from benchmarks.traffic import Traffic
+from benchmarks.train_step import FIRST, NEVER, ROUND, SIZES, WARM_UP, Bench, Phase, Size
+from prox24_lightning.schedules import STRENGTH_SCHEDULES
+from prox24_lightning.sparsify.config import SparsifyConfig
+from prox24_lightning.sparsify.controller import SparsifyController
+from prox24_lightning.utils.checksum import checksum
+from prox24_lightning.utils.distributed import gathered_objects
+
+PRUNED = 4
+"""Blocks that the progressive phase solves, from the first to the last of the model."""
+TIMEOUT = timedelta(seconds=90)
+PROJECTED = (1, 2, 4, 8, 16, 32, 64)
+MIB = 2**20
+
+
+class ParallelBench(Bench):
+    """One model on each rank, kept equal by DDP, with what is measured beside the steps' time."""
+
+    def __init__(self, size: Size, device: torch.device, rank: int, count: int) -> None:
+        super().__init__(size, device)
+        generator = torch.Generator(device).manual_seed(rank)
+        self.tokens = torch.randint(size.vocabulary, self.tokens.shape, generator=generator, device=device)
+        self.traffic = Traffic()
+        self.pauses: list[tuple[float, int]] = []
+        self.sent: dict[str, list[int]] = {}
+        if count > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def measured_round(self, phase: Phase, warm_up: int) -> float:
+        """Milliseconds a step of one round, on the slowest rank; notes pauses and what was sent."""
+        strategy = None if phase.engine is None else phase.engine.strategy
+        if strategy is not None:
+            solve = strategy.after_step
+
+            def after_step(step: Any) -> Any:
+                before, begun = self.traffic.bytes, strategy.solve_seconds
+                masks = solve(step)
+                if strategy.solve_seconds > begun:
+                    self.pauses.append((strategy.solve_seconds - begun, self.traffic.bytes - before))
+                    self.traffic.bytes = before
+                return masks
+
+            strategy.after_step = after_step  # type: ignore[method-assign]
+        before = self.traffic.bytes
+        with self.traffic.counted():
+            taken = self.round(phase, warm_up)
+        self.sent.setdefault(phase.name, []).append((self.traffic.bytes - before) // (warm_up + ROUND))
+        if strategy is not None:
+            del strategy.after_step
+        return max(gathered_objects(taken))
+
+
+def phases(bench: Bench, depth: int, rounds: int) -> list[Phase]:
+    """All phases, the step without Prox24 first."""
+    steps = FIRST + rounds * (WARM_UP + ROUND)
+    blocks = sorted({round(index * (depth - 1) / max(1, PRUNED - 1)) for index in range(PRUNED)})
+    growing = STRENGTH_SCHEDULES["exponential"]
+    configs = {
+        "without": None,
+        "dense": SparsifyConfig(NEVER - 2, NEVER - 1, strategy="post_step", verbose=False),
+        "sparsify, by fraction": SparsifyConfig(0, steps + 1, strategy="post_step", verbose=False),
+        "sparsify, by strength": SparsifyConfig(0, steps + 1, strategy="post_step", schedule=growing, verbose=False),
+        "sparsify, progressive": SparsifyConfig(0, steps, targets=[f"blocks.{i}.*" for i in blocks], verbose=False),
+        "frozen": SparsifyConfig(0, 0, strategy="post_step", verbose=False),
+    }
+    return [
+        Phase(name, bench, None if config is None else SparsifyController(config)) for name, config in configs.items()
+    ]
+
+
+def measure(rank: int, count: int, port: int, model: str, rounds: int, device: str, path: Path) -> None:
+    """Measure on ``count`` ranks; the first one writes what it found to ``path``."""
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    place = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    if count > 1:
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=count, timeout=TIMEOUT)
+    size = SIZES[model]
+    bench = ParallelBench(size, place, rank, count)
+    turns = phases(bench, size.depth, rounds)
+    for number in range(rounds):
+        for index in range(len(turns)):  # each round begins with another one
+            phase = turns[(index + number) % len(turns)]
+            phase.times.append(bench.measured_round(phase, WARM_UP + (FIRST if number == 0 else 0)))
+        if rank == 0:
+            print(f"{count} GPUs: round {number + 1} of {rounds}", flush=True)
+    masks = [
+        checksum([phase.engine.masks[name] for name in sorted(phase.engine.masks)])
+        for phase in turns[1:]
+        if phase.engine
+    ]
+    equal = all(found == masks for found in gathered_objects(masks))
+    pauses = gathered_objects([seconds for seconds, _ in bench.pauses])
+    found = {
+        "gpus": count,
+        "tokens": count * size.batch * size.context,
+        "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+        "times": {phase.name: phase.times for phase in turns},
+        "sent": {name: statistics.median(bytes) for name, bytes in bench.sent.items()},
+        "pauses": [max(together) for together in zip(*pauses, strict=True)],
+        "sent in a pause": [size for _, size in bench.pauses],
+        "masks equal": equal,
+        "gigabytes a second": bandwidth(place) if count > 1 else None,
+        "peak": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+    }
+    if rank == 0:
+        path.write_text(json.dumps(found))
+    if count > 1:
+        dist.destroy_process_group()
+
+
+def bandwidth(device: torch.device) -> float:
+    """Return gigabytes a second of an all-reduce of 256 MiB: of what each rank hands to it."""
+    tensor = torch.zeros(2**26 if device.type == "cuda" else 2**18, device=device)
+    times = []
+    for _ in range(6):
+        _wait(device)
+        begin = time.perf_counter()
+        dist.all_reduce(tensor)
+        _wait(device)
+        times.append(time.perf_counter() - begin)
+    return 4e-9 * tensor.numel() / statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each number of GPUs and phase."""
+    alone = found[0]
+    rows = []
+    for one in found:
+        base = one["times"]["without"]
+        for name, times in one["times"].items():
+            more = [time / other - 1 for time, other in zip(times, base, strict=True)]
+            low, middle, high = statistics.quantiles(more, n=4)
+            step = statistics.median(times)
+            speed = 1e3 * one["tokens"] / step
+            first = 1e3 * alone["tokens"] / statistics.median(alone["times"][name])
+            solves = name == "sparsify, progressive"
+            rows.append(
+                {
+                    "GPUs": one["gpus"],
+                    "phase": name,
+                    "step ms": step,
+                    "tokens a second": round(speed),
+                    f"x {alone['gpus']} GPU": f"{speed / first:.2f}",
+                    "more than without": f"{middle:.1%}",
+                    "middle half of the rounds": f"{low:.1%} to {high:.1%}",
+                    "sent by us, KiB a step": round(one["sent"][name] / 1024, 1),
+                    "pause for a block, s": pause(one) if solves else None,
+                    "longest pause, s": max(one["pauses"]) if solves else None,
+                    "sent by us in a pause, MiB": statistics.median(one["sent in a pause"]) / MIB if solves else None,
+                }
+            )
+    return rows
+
+
+def pause(found: dict[str, Any]) -> float:
+    """Return the median pause; the first one also compiles kernels and is left out."""
+    return statistics.median(found["pauses"][1:] or found["pauses"])
+
+
+def projection(found: Sequence[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
+    """Return what one GPU and the largest measured number come to on more GPUs of the same links.
+
+    With ``n`` ranks a ring all-reduce takes each rank ``2 (n - 1) / n`` times its bytes over a link. What DDP adds to a
+    step, and what is sent in a pause, grow by that alone; of a pause the divided part shrinks, to a sample a rank.
+    """
+    one, most = found[0], found[-1]
+    count = most["gpus"]
+    ring = 2 * (count - 1) / count
+    step = {name: statistics.median(times) for name, times in one["times"].items()}
+    added = {name: max(0.0, statistics.median(times) - step[name]) / ring for name, times in most["times"].items()}
+    sending = statistics.median(most["sent in a pause"]) / (1e9 * most["gigabytes a second"]) / ring
+    divided = (pause(one) - pause(most) + sending * ring) * count / (count - 1)
+    fixed = pause(one) - divided
+    rows = []
+    for ranks in PROJECTED:
+        grown = 2 * (ranks - 1) / ranks
+        slowest = max(step, key=lambda name: step[name] + added[name] * grown)
+        total = step[slowest] + added[slowest] * grown
+        rows.append(
+            {
+                "GPUs": ranks,
+                "measured": ranks in [each["gpus"] for each in found],
+                "step without Prox24, ms": step["without"] + added["without"] * grown,
+                "slowest phase": slowest,
+                "its step, ms": total,
+                "tokens a second": round(1e3 * ranks * one["tokens"] / total),
+                "of linear": f"{step[slowest] / total:.0%}",
+                "pause for a block, s": fixed + divided / min(ranks, samples) + sending * grown,
+                "of it fixed": fixed,
+                "of it sending": sending * grown,
+            }
+        )
+    return rows
+
+
+def main(
+    gpus: Sequence[int] = (1, 2),
+    model: str = "1B",
+    output: Path = Path("benchmarks/results"),
+    rounds: int = 6,
+    device: str = "cuda",
+    seconds: float = 130,
+) -> None:
+    """Measure every number of GPUs, and write the table and the projection.
+
+    Args:
+        gpus: numbers of GPUs, the smallest first.
+        model: name of benchmarks.train_step.SIZES.
+        output: folder for the Markdown and JSON results.
+        rounds: how often a few steps of every phase are timed, two at least.
+        device: "cuda", or "cpu" over gloo.
+        seconds: limit for each number of GPUs; its processes are ended then.
+    """
+    found: list[dict[str, Any]] = []
+    for count in sorted(gpus):
+        with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            probe.close()
+            path = Path(folder) / "found.json"
+            context = mp.spawn(measure, (count, port, model, rounds, device, path), count, join=False)
+            end = time.monotonic() + seconds
+            try:
+                while not context.join(timeout=1.0):
+                    if time.monotonic() > end:
+                        raise TimeoutError(f"{count} ranks have not ended in {seconds} s; set seconds= higher")
+            finally:
+                for process in context.processes:
+                    process.kill()
+            found.append(json.loads(path.read_text()))
+        _write(output, found, model, rounds)
+
+
+def _write(output: Path, found: Sequence[dict[str, Any]], model: str, rounds: int) -> None:
+    size, last = SIZES[model], found[-1]
+    speed = last["gigabytes a second"]
+    note = (
+        f"{model}: {last['parameters']} parameters, {size.batch} x {size.context} tokens a GPU and step. Weak scaling, "
+        f"DDP, bf16 autocast, fused AdamW, float32 weights, random tokens; metric activation. Rounds of {ROUND} steps "
+        f"in turns, {rounds} of them; times are those of the slowest rank; 'more than without' is the median over the "
+        f"rounds of what is added to the step without Prox24 in the same round. The progressive phase solves {PRUNED} "
+        "blocks from the first to the last; its pauses are not part of its step; the median leaves out the first, "
+        "which also compiles kernels. Pauses: "
+        + "; ".join(f"{one['gpus']} GPUs {', '.join(f'{t:.2f}' for t in one['pauses'])} s" for one in found)
+        + f". Masks equal on all ranks: {all(one['masks equal'] for one in found)}. "
+        f"Peak memory: {last['peak'] / 2**30:.1f} GiB a GPU, weights of all phases included."
+        + (f" An all-reduce of 256 MiB moves {speed:.0f} GB a second." if speed else "")
+    )
+    if len(found) > 1:
+        note += f" Pause against {found[0]['gpus']} GPU: {pause(last) / pause(found[0]):.2f}."
+    write_result(output, "scaling", "Several GPUs: step, pauses and traffic", rows_of(found), note=note)
+    if speed:
+        note = (
+            "On paper, from the measured rows: what grows with the ranks is the share 2 (n - 1) / n of a ring "
+            "all-reduce, of DDP and of what is sent in a pause, at the measured speed of the links inside one machine "
+            "(between machines links are slower). What shrinks is the divided work of a pause, to one sample a rank. "
+            "The statistics of a step and the prox do not depend on the ranks."
+        )
+        title = "Several GPUs: projection"
+        write_result(output, "scaling", title, projection(found, size.batch), part="projection", note=note)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
