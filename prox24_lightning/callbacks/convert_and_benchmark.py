@@ -33,6 +33,7 @@ from prox24_lightning.utils.module_copy import cast_model, frozen_copy
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.sharded import is_sharded
+from prox24_lightning.weights.whole_model import whole_on_first
 
 Dtype = Literal["bfloat16", "float16"]
 
@@ -48,6 +49,8 @@ class ConvertAndBenchmark(Callback):
     Written at the end: ``<filename>.json`` and ``<filename>.md``, a table in the terminal, scalars under ``convert/``
     to every logger, the Markdown as text to TensorBoard. Every error here, out of memory and a full disk included,
     becomes a warning and an entry in the JSON: a finished run never fails in this callback.
+
+    A sharded model (FSDP2, tensor parallelism) is gathered on the first rank's CPU, which converts and times it alone.
 
     The work is done in ``on_fit_end``: averaging callbacks (EMA, SWA) put their weights into the model in
     ``on_train_end``, where checkpoints are written too. After that the weights are final, and no checkpoint can hold
@@ -160,6 +163,13 @@ class ConvertAndBenchmark(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not any(map(is_sharded, pl_module.parameters())):
+            self._finish(trainer, pl_module)
+            return
+        with whole_on_first(pl_module):  # all ranks gather; the first one works on
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         try:
@@ -181,11 +191,6 @@ class ConvertAndBenchmark(Callback):
             rank_zero_info(f"ConvertAndBenchmark could not release GPU memory: {describe(error)}")
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> Report:
-        if any(is_sharded(parameter) for parameter in pl_module.parameters()):
-            return empty_report(self.settings).with_note(
-                "The model is sharded over several ranks, and one of them cannot convert it: load the saved model in "
-                "one process and call prox24_lightning.convert.convert_model."
-            )
         inputs = self._catcher.inputs if self._catcher is not None else None
         inputs = inputs or own_example(pl_module)
         device = trainer.strategy.root_device
@@ -234,8 +239,6 @@ class ConvertAndBenchmark(Callback):
         if self.save_to is None or _is_rehearsal(trainer):
             return
         module = trainer.lightning_module
-        if any(is_sharded(parameter) for parameter in module.parameters()):
-            raise ValueError("the model is sharded over several ranks: load the saved model and run `prox24 convert`")
         model = _hugging_face_model(module) or module
         companions = [part for part in (getattr(module, "tokenizer", None),) if hasattr(part, "save_pretrained")]
         copy = cast_model(frozen_copy(model, shared=[trainer, *trainer.loggers]), self.settings.dtype)

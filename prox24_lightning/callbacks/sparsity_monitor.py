@@ -19,6 +19,7 @@ from prox24_lightning.monitoring.output import MonitorOutput, tensorboard_logger
 from prox24_lightning.monitoring.summary import print_summary
 from prox24_lightning.monitoring.training_loss import TrainingLoss
 from prox24_lightning.weights.selection import GroupedWeight, select_weights
+from prox24_lightning.weights.sharded import is_sharded
 
 
 class SparsityMonitor(Callback):
@@ -26,7 +27,8 @@ class SparsityMonitor(Callback):
 
     It monitors the weights of every :class:`~prox24_lightning.callbacks.prox24.Prox24` of the trainer; without one, all
     weights that could be 2:4. It never changes a weight. The statistics are computed on the device and read in one
-    transfer; between two measurements nothing is computed. Any logger works, and none: figures, histograms and text
+    transfer; between two measurements nothing is computed. Of sharded weights all ranks measure their parts; histograms
+    and mask pictures show the first rank's. Any logger works, and none: figures, histograms and text
     need ``TensorBoardLogger``. The overview figure is also written beside the log, as ``<name>.png``. It shows the
     training loss, and what ``ModelCheckpoint`` or ``EarlyStopping`` monitors where validation logs it. A logger that
     fails is named in one warning, and the run continues.
@@ -136,7 +138,8 @@ class SparsityMonitor(Callback):
         self._loaded = {}
         self._monitored = []
         found = self._find_weights(trainer, pl_module)
-        if not trainer.is_global_zero:
+        sharded = any(is_sharded(weight.parameter) for _, _, weights in found for weight in weights)
+        if not trainer.is_global_zero and not sharded:
             return
         for label, prox, weights in found:
             history = SparsityHistory([weight.name for weight in weights])
@@ -211,7 +214,7 @@ class SparsityMonitor(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The progress bar has left the terminal by now.
         for entry in self._monitored:
-            if self.summary and self._begun and entry.layers:
+            if self.summary and self._begun and entry.layers and trainer.is_global_zero:
                 shapes = {weight.name: tuple(weight.parameter.shape) for weight in entry.weights}
                 with self._output.guarded("printing the summary"):
                     print_summary(entry.layers, shapes, entry.describe())
@@ -220,7 +223,7 @@ class SparsityMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # The device may be lost; the statistics read so far are not.
         for entry in self._monitored:
-            if self.overview and self._begun:
+            if self.overview and self._begun and trainer.is_global_zero:
                 self._overview(trainer, entry)
 
     @override
@@ -279,15 +282,20 @@ class SparsityMonitor(Callback):
                 # The dict behind the bar keeps a value until it is replaced. A plain number needs no transfer from the
                 # device at each refresh, unlike a value given to LightningModule.log.
                 trainer.progress_bar_metrics["2:4"] = round(sparse / groups, 3)
-        self._output.metrics(trainer, metrics, steps)
+        if trainer.is_global_zero:
+            self._output.metrics(trainer, metrics, steps)
 
     def _histograms(self, trainer: Trainer, steps: int) -> None:
         self._last["histograms"] = steps
+        if not trainer.is_global_zero:
+            return
         weights = [weight for entry in self._monitored for weight in entry.weights]
         self._output.histograms(trainer, f"{self.name}_weights/", weights, steps)
 
     def _figures(self, trainer: Trainer, steps: int) -> None:
         self._last["figures"] = steps
+        if not trainer.is_global_zero:
+            return
         for entry in self._monitored:
             self._overview(trainer, entry)
             if self.picture_layers and tensorboard_loggers(trainer):
@@ -311,6 +319,8 @@ class SparsityMonitor(Callback):
         for entry in begins:
             text = f"{entry.label}: phase {entry.history.phases[-1][1]} after step {steps}"
             rank_zero_info(text)
+            if not trainer.is_global_zero:
+                continue
             self._output.text(trainer, f"{self._prefix(entry)}phase_changes", text, steps)
         return bool(begins)
 

@@ -17,10 +17,11 @@ from prox24_lightning.mask.codes import flipped_entries, top_two_code
 from prox24_lightning.mask.transposable import best_patterns, relative_squares
 from prox24_lightning.prox import penalty_24, prox_path
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
+from prox24_lightning.utils.distributed import gathered_objects, raise_on_all_ranks, sum_over_ranks
 from prox24_lightning.weights.blocks_4x4 import to_blocks
 from prox24_lightning.weights.groups import Dim, group_dims, to_groups
 from prox24_lightning.weights.selection import GroupedWeight
-from prox24_lightning.weights.sharded import local_part
+from prox24_lightning.weights.sharded import copies_of, is_sharded, local_part
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def measure_sparsity(
     """Return the statistics of all weights together and of each, with one wait for the device.
 
     Args:
-        weights: at least one; of a sharded weight this rank's part is measured, which must not be empty.
+        weights: at least one. Of a sharded weight each rank measures its part, and the sums of all ranks count; all
+            ranks call this then.
         scale_of: weight name -> scale of the metric, broadcasting to the weight, or None.
         strengths: weight name -> 0-dim tensor; may lack weights.
         last_masks: weight name -> mask of the last measurement, from which flips are counted; replaced by the present
@@ -93,8 +95,39 @@ def measure_sparsity(
 
     Returns:
         the whole, and a dict by weight name in the order of ``weights``.
+
+    Raises:
+        ValueError: on every rank, if one of several cannot measure its parts.
     """
     strengths, last_masks = strengths or {}, {} if last_masks is None else last_masks
+    if not any(is_sharded(weight.parameter) for weight in weights):
+        rows, compared = _local_rows(weights, scale_of, strengths, last_masks, from_pass)
+    else:
+        rows, compared, problem = [], [], None
+        try:
+            rows, compared = _local_rows(weights, scale_of, strengths, last_masks, from_pass)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        raise_on_all_ranks(problem)
+        rows = _over_ranks(rows, weights)
+        compared = [all(together) for together in zip(*gathered_objects(compared), strict=True)]
+    device = rows[0].device
+    values = torch.stack([row.to(device, non_blocking=True) for row in rows]).tolist()
+    layers = {
+        weight.name: _stats(row, weight.groups, flips)
+        for weight, row, flips in zip(weights, values, compared, strict=True)
+    }
+    return _together(values, list(layers.values()), all(compared)), layers
+
+
+def _local_rows(
+    weights: Sequence[GroupedWeight],
+    scale_of: Callable[[str], Tensor | None],
+    strengths: Mapping[str, Tensor],
+    last_masks: MutableMapping[str, MeasuredMask],
+    from_pass: PassStatistics | None,
+) -> tuple[list[Tensor], list[bool]]:
+    """Return of this rank's part of each weight: its sums, flips and strength, and whether flips could be counted."""
     rows, compared = [], []
     for weight in weights:
         scale = scale_of(weight.name)
@@ -115,18 +148,14 @@ def measure_sparsity(
         rows.append(torch.cat([sums, torch.stack([value.to(sums.device) for value in extra])]))
         compared.append(comparable)
         last_masks[weight.name] = mask
-    device = rows[0].device
-    values = torch.stack([row.to(device, non_blocking=True) for row in rows]).tolist()
-    layers = {
-        weight.name: _stats(row, _local_groups(weight), flips)
-        for weight, row, flips in zip(weights, values, compared, strict=True)
-    }
-    return _together(values, list(layers.values()), all(compared)), layers
+    return rows, compared
 
 
-def _local_groups(weight: GroupedWeight) -> int:
-    """Return the number of groups in this rank's part of the weight, in proportion to its entries."""
-    return weight.groups * local_part(weight.parameter).numel() // weight.parameter.numel()
+def _over_ranks(rows: Sequence[Tensor], weights: Sequence[GroupedWeight]) -> list[Tensor]:
+    """Return the sums of all ranks. A part that several ranks hold counts once; the strength is the first rank's."""
+    copies = torch.tensor([copies_of(weight.parameter) for weight in weights], device=rows[0].device)
+    total = sum_over_ranks(torch.stack([row.to(rows[0].device) for row in rows])[:, :-1] / copies.unsqueeze(1))
+    return list(torch.cat([total, torch.stack([row[-1:].to(total.device) for row in rows])], 1))
 
 
 def weight_sums(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -143,6 +172,8 @@ def weight_sums(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -
         mask as :func:`~prox24_lightning.mask.codes.top_two_code` gives it.
     """
     weight = weight.detach()
+    if not weight.numel():  # a rank without a part of a sharded weight
+        return weight.new_zeros(9, dtype=torch.float32), weight.new_zeros(0, dtype=torch.uint8)
     if isinstance(dim, int) and prox_path(weight) == "triton":
         from prox24_lightning.prox.triton.statistics_pass import group_sums
 

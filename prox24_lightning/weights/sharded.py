@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,17 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def sharded_places(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Return where sharded parameters and buffers stand: dictionary, key and tensor."""
+    return [
+        (held, name, tensor)
+        for each in module.modules()
+        for held in (each._parameters, each._buffers)
+        for name, tensor in held.items()
+        if tensor is not None and is_sharded(tensor)
+    ]
+
+
 @contextmanager
 def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
     """Let ``part`` of a ``model`` be called by itself although FSDP2 modules around it shard its parameters.
@@ -85,7 +97,7 @@ def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
     Afterwards every FSDP2 module of the model holds only its shards, so that the next call sees what is written into
     them. A model without FSDP2 modules is left as it is.
     """
-    managed = [module for module in model.modules() if _is_fsdp(module)]
+    managed = [module for module in model.modules() if is_fsdp(module)]
     inside = set(part.modules())
     around = [module for module in managed if module not in inside and part in set(module.modules())]
     # The nearest FSDP2 module around a parameter manages it; those inside the part gather theirs when called.
@@ -101,17 +113,18 @@ def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
 def reshard(model: nn.Module) -> None:
     """Make every FSDP2 module of ``model`` drop its gathered parameters, so that the next call sees the shards."""
     for module in model.modules():
-        if _is_fsdp(module):
+        if is_fsdp(module):
             module.reshard()  # type: ignore[operator]
 
 
-def _is_fsdp(module: nn.Module) -> bool:
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 shards parameters of ``module`` itself."""
     return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
 def _outside(part: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the parameters of ``part`` that no FSDP2 module inside it manages."""
-    if not _is_fsdp(part):
+    if not is_fsdp(part):
         yield from part.parameters(recurse=False)
         for child in part.children():
             yield from _outside(child)
@@ -122,8 +135,17 @@ def batch_ranks(model: nn.Module, parameters: Iterable[Tensor]) -> int:
     meshes = [parameter.device_mesh for parameter in parameters if is_sharded(parameter)]  # type: ignore[attr-defined]
     if not meshes:
         return world_size()
-    by_fsdp = any(map(_is_fsdp, model.modules())) and all(mesh.ndim == 1 for mesh in meshes)
+    by_fsdp = any(map(is_fsdp, model.modules())) and all(mesh.ndim == 1 for mesh in meshes)
     return int(meshes[0].size()) if by_fsdp else 1
+
+
+def copies_of(tensor: Tensor) -> int:
+    """Return how many ranks hold each part of ``tensor``: all of them hold the whole of a plain one."""
+    if not is_sharded(tensor):
+        return world_size()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    parts = math.prod(mesh.size(axis) for axis, placement in enumerate(placements) if placement.is_shard())
+    return world_size() // parts
 
 
 def cut_groups(weight: Tensor, dim: Dim) -> str | None:

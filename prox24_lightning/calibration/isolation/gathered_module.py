@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.isolation.isolated import hooks_off
-from prox24_lightning.weights.sharded import gathered, is_sharded, local_part, part_of, reshard
+from prox24_lightning.weights.sharded import gathered, local_part, part_of, reshard, sharded_places
 
 
 @contextmanager
@@ -25,13 +25,7 @@ def gathered_module(module: nn.Module) -> Iterator[dict[Tensor, nn.Parameter]]:
         context, the sharded ones get their parts of what the whole ones hold then.
     """
     reshard(module)
-    places: list[tuple[dict[str, Any], str, Tensor]] = [
-        (held, name, tensor)
-        for each in module.modules()
-        for held in (each._parameters, each._buffers)
-        for name, tensor in held.items()
-        if tensor is not None and is_sharded(tensor)
-    ]
+    places = sharded_places(module)
     whole: dict[Tensor, Tensor] = {}
     for _, _, tensor in places:
         if tensor not in whole:
