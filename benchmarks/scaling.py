@@ -27,12 +27,14 @@ import torch.multiprocessing as mp
 from jsonargparse import auto_cli
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.pause_parts import PARTS, PauseParts
 from benchmarks.result_files import write_result
 from benchmarks.traffic import Traffic
 from benchmarks.train_step import FIRST, NEVER, ROUND, SIZES, WARM_UP, Bench, Phase, Size
 from prox24_lightning.schedules import STRENGTH_SCHEDULES
 from prox24_lightning.sparsify.config import SparsifyConfig
 from prox24_lightning.sparsify.controller import SparsifyController
+from prox24_lightning.sparsify.strategies.base import Strategy
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.distributed import gathered_objects
 
@@ -53,31 +55,29 @@ class ParallelBench(Bench):
         self.traffic = Traffic()
         self.pauses: list[tuple[float, int]] = []
         self.sent: dict[str, list[int]] = {}
+        self.parts = PauseParts()
+        self.seconds: list[dict[str, float]] = []
+        self.strategies: dict[SparsifyController | None, Strategy] = {}
         if count > 1:
             ids = [device.index] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
 
+    def step(self, sparsifier: SparsifyController | None) -> None:
+        """One step; a pause in it is noted with what was sent meanwhile, which does not count as the step's."""
+        strategy = self.strategies.get(sparsifier)
+        sent, solving = self.traffic.bytes, 0.0 if strategy is None else strategy.solve_seconds
+        super().step(sparsifier)
+        if strategy is not None and strategy.solve_seconds > solving:
+            self.pauses.append((strategy.solve_seconds - solving, self.traffic.bytes - sent))
+            self.seconds.append(self.parts.taken())
+            self.traffic.bytes = sent
+
     def measured_round(self, phase: Phase, warm_up: int) -> float:
-        """Milliseconds a step of one round, on the slowest rank; notes pauses and what was sent."""
-        strategy = None if phase.engine is None else phase.engine.strategy
-        if strategy is not None:
-            solve = strategy.after_step
-
-            def after_step(step: Any) -> Any:
-                before, begun = self.traffic.bytes, strategy.solve_seconds
-                masks = solve(step)
-                if strategy.solve_seconds > begun:
-                    self.pauses.append((strategy.solve_seconds - begun, self.traffic.bytes - before))
-                    self.traffic.bytes = before
-                return masks
-
-            strategy.after_step = after_step  # type: ignore[method-assign]
+        """Milliseconds a step of one round, on the slowest rank; notes what the package sent in a step."""
         before = self.traffic.bytes
-        with self.traffic.counted():
+        with self.traffic.counted(), self.parts.timed():
             taken = self.round(phase, warm_up)
         self.sent.setdefault(phase.name, []).append((self.traffic.bytes - before) // (warm_up + ROUND))
-        if strategy is not None:
-            del strategy.after_step
         return max(gathered_objects(taken))
 
 
@@ -111,6 +111,7 @@ def measure(rank: int, count: int, port: int, model: str, rounds: int, device: s
     size = SIZES[model]
     bench = ParallelBench(size, place, rank, count)
     turns = phases(bench, size.depth, rounds)
+    bench.strategies = {phase.sparsifier: phase.engine.strategy for phase in turns if phase.engine is not None}
     for number in range(rounds):
         for index in range(len(turns)):  # each round begins with another one
             phase = turns[(index + number) % len(turns)]
@@ -131,6 +132,7 @@ def measure(rank: int, count: int, port: int, model: str, rounds: int, device: s
         "times": {phase.name: phase.times for phase in turns},
         "sent": {name: statistics.median(bytes) for name, bytes in bench.sent.items()},
         "pauses": [max(together) for together in zip(*pauses, strict=True)],
+        "parts": bench.seconds,
         "sent in a pause": [size for _, size in bench.pauses],
         "masks equal": equal,
         "gigabytes a second": bandwidth(place) if count > 1 else None,
@@ -194,6 +196,18 @@ def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def pause(found: dict[str, Any]) -> float:
     """Return the median pause; the first one also compiles kernels and is left out."""
     return statistics.median(found["pauses"][1:] or found["pauses"])
+
+
+def parts_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the seconds of each part of a pause, the mean of all but the first, by number of GPUs."""
+    rows = []
+    for part in PARTS:
+        row: dict[str, Any] = {"part of a pause": part}
+        for one in found:
+            seconds = [parts[part] for parts in one["parts"]]
+            row[f"{one['gpus']} GPU, s"] = round(statistics.mean(seconds[1:] or seconds), 3)
+        rows.append(row)
+    return rows
 
 
 def projection(found: Sequence[dict[str, Any]], samples: int) -> list[dict[str, Any]]:
@@ -288,6 +302,8 @@ def _write(output: Path, found: Sequence[dict[str, Any]], model: str, rounds: in
     if len(found) > 1:
         note += f" Pause against {found[0]['gpus']} GPU: {pause(last) / pause(found[0]):.2f}."
     write_result(output, "scaling", "Several GPUs: step, pauses and traffic", rows_of(found), note=note)
+    parts = "Seconds on the first rank, the mean of all pauses but the first; 'of it' belongs to the solution."
+    write_result(output, "scaling", "Several GPUs: parts of a pause", parts_of(found), part="pause", note=parts)
     if speed:
         note = (
             "On paper, from the measured rows: what grows with the ranks is the share 2 (n - 1) / n of a ring "

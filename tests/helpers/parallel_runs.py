@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from prox24_lightning import Prox24
+from prox24_lightning.solvers.config import DEFAULT_STEPS
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.weights.sharded import gathered, whole
 
@@ -134,7 +137,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train; returns what this rank has in the end, gathered: weights, masks and their hashes at every freeze."""
     seed_everything(0, verbose=False)
-    torch._dynamo.reset()
+    if compiled:
+        torch._dynamo.reset()
     prox = Prox24(START, FREEZE, verbose=False, **{"skip": ["model.embed", "model.head"], **options})
     record = MaskRecord(prox)
     callbacks = [prox, record, *also]
@@ -156,7 +160,8 @@ def fit(
         **more,
     )
     module = ParallelModule(parallel, compiled=compiled, policy=policy, model=None if model is None else model())
-    trainer.fit(module, loader(parallel in ("ddp", "fsdp2")), ckpt_path=resume)
+    with patch.dict(DEFAULT_STEPS, {"prox": 200 if device == "gpu" else 40}):
+        trainer.fit(module, loader(parallel in ("ddp", "fsdp2")), ckpt_path=resume)
     state = {name: gathered(value).cpu().clone() for name, value in module.state_dict().items()}
     parameters = {weight.name: weight.parameter for weight in prox.weights}
     masks = {f"mask of {name}": whole(mask, parameters[name]).cpu() for name, mask in prox.masks.items()}
@@ -181,10 +186,12 @@ class Cases:
         self.found: dict[str, Any] = {}
 
     def run(self, name: str, case: Callable[[], Any]) -> None:
+        begin = time.monotonic()
         try:
             self.found[name] = case()
         except Exception:
             self.found[name] = traceback.format_exc()
+        print(f"{self.path.stem}: {name or 'progressive'}, {time.monotonic() - begin:.1f} s", flush=True)
         torch.save(self.found, self.path)
 
 
