@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.isolation.gathered_module import gathered_module, gathering_dtype
-from prox24_lightning.calibration.isolation.reproduction import check_same
+from prox24_lightning.calibration.isolation.reproduction import check_same, rounding_tolerance
 from prox24_lightning.calibration.output_gradients import OutputGradients
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -74,12 +74,14 @@ def _gathered(
     dtype = gathering_dtype(block.module)
     expected = gathered(hidden_state(runs[0](), block.name))
     calls = [_plain(run, dtype) for run in runs]
+    tolerance = rounding_tolerance(block.module, calls[0].call)
     targets = [gathered(target) for target in targets]
     parameters = list(block.module.parameters())
     with gathered_module(block.module) as held:
 
         def check() -> None:
-            check_same(expected, hidden_state(calls[0](), block.name), False, "computes otherwise with whole weights")
+            output = hidden_state(calls[0](), block.name)
+            check_same(expected, output, tolerance, problem="computes otherwise with whole weights")
 
         on_all_ranks(check)
         masks = {held.get(parameter, parameter): mask for parameter, mask in masks.items()}

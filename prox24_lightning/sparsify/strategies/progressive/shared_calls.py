@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.hooked_module import HookedModule
 from prox24_lightning.calibration.inner_calls import inner_calls
-from prox24_lightning.calibration.isolation.reproduction import check_same
+from prox24_lightning.calibration.isolation.reproduction import check_same, rounding_tolerance
 from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.utils.distributed import gathered_objects
@@ -75,7 +75,7 @@ def find_cutter(model: nn.Module, hooked: HookedModule, block: Block, ranks: int
         with runnable(model, block.module):
             outputs = [hidden_state(call(block.module), block.name) for call in (whole, part)]
         expected, output = (local_part(one) for one in outputs)
-        check_same(expected[: len(output)], output)
+        check_same(expected[: len(output)], output, rounding_tolerance(hooked.module, calls[0]))
         positions = expected.numel() / expected.shape[block.feature_dim(expected)]
         first = _first(calls[0])
         found = CallCutter(ranks, positions / first.numel()) if first is not None else None
