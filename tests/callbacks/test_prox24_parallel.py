@@ -135,8 +135,7 @@ def monitored(parallel, device):
     monitor = SparsityMonitor(every_n_steps=1, summary=False, progress_bar=False, overview=False)
     found = fit(parallel, device, also=(monitor,), **SOLVED)
     history = monitor.histories.get("prox24")
-    shares = [] if history is None else list(history.retained_squared_norm)
-    return {**found, "retained": shares}
+    return {**found, "series": {} if history is None else {**history.series, "groups_24": history.groups_24}}
 
 
 def pruned(device):
@@ -276,12 +275,9 @@ def test_a_monitor_measures_the_parts_of_all_ranks(left):
     device, folder = left
     found, _ = both(folder, "monitor")
     expected = read(folder / "one.pt", "monitor")
-    torch.testing.assert_close(
-        torch.tensor(found["retained"]),
-        torch.tensor(expected["retained"]),
-        rtol=0,
-        atol=5e-3 if device == "gpu" else 1e-5,
-    )
+    for name in ("groups_24", "zeros_2", "retained_squared_norm", "mask_flips"):
+        seen, wanted = (torch.tensor(one["series"][name]) for one in (found, expected))
+        torch.testing.assert_close(seen, wanted, rtol=0, atol=5e-3 if device == "gpu" else 1e-3, equal_nan=True)
 
 
 def test_prune_layerwise_on_two_devices(left):
@@ -291,4 +287,5 @@ def test_prune_layerwise_on_two_devices(left):
     assert found["tokens"] == expected["tokens"]
     weights = [name for name, value in expected["weights"].items() if value.dim() == 2 and "blocks" in name]
     same = [((found["weights"][name] != 0) == (expected["weights"][name] != 0)).float().mean() for name in weights]
-    assert min(same) > 0.98
+    assert min(same) > 0.9
+    assert same[0] > 0.999, "of the first layers nothing differs but rounding"

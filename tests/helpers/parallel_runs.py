@@ -96,7 +96,7 @@ class ParallelModule(LightningModule):
         return F.mse_loss(self.model(x).float(), y)
 
     def configure_optimizers(self):
-        # Adam would make steps of full size from gradients that are rounding errors. Tensors are plain and sharded ones.
+        # Adam makes steps of full size from gradients that are rounding errors.
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, foreach=False)
 
 
