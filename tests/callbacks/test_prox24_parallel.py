@@ -194,6 +194,7 @@ def test_both_ranks_choose_the_same_masks_at_every_freeze(left, name):
     assert len(first["hashes"]) == freezes, first["hashes"]
     assert first["hashes"][-1][:2] == (FREEZE, 18)
     assert START < first["hashes"][0][0] <= FREEZE
+    assert first["warnings"] == second["warnings"] == []
     for mask in first["masks"].values():
         assert is_24(mask.float())
 
@@ -261,6 +262,7 @@ def test_sharded_experts(left):
     assert first["hashes"] == second["hashes"]
     experts = {name: mask for name, mask in first["masks"].items() if mask.dim() == 3}
     assert len(experts) == 4
+    assert first["warnings"] == second["warnings"] == [], "the experts' inputs are seen"
     assert all(is_24(mask.float()) for mask in experts.values())
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -162,13 +164,34 @@ def fit(
         **more,
     )
     module = ParallelModule(parallel, compiled=compiled, policy=policy, model=None if model is None else model())
-    with patch.dict(DEFAULT_STEPS, {"prox": 200 if device == "gpu" else 40}), warnings.catch_warnings():
+    log = _Warnings()
+    with log.kept(), patch.dict(DEFAULT_STEPS, {"prox": 200 if device == "gpu" else 40}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each device, strategy and precision has advice of its own
         trainer.fit(module, loader(parallel in ("ddp", "fsdp2")), ckpt_path=resume)
     state = {name: gathered(value).cpu().clone() for name, value in module.state_dict().items()}
     parameters = {weight.name: weight.parameter for weight in prox.weights}
     masks = {f"mask of {name}": whole(mask, parameters[name]).cpu() for name, mask in prox.masks.items()}
-    return {"weights": state, "masks": masks, "hashes": record.found}
+    return {"weights": state, "masks": masks, "hashes": record.found, "warnings": log.found}
+
+
+class _Warnings(logging.Handler):
+    """Keeps what the package warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        logger = logging.getLogger("prox24_lightning")
+        logger.addHandler(self)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
 
 
 def join(device: str) -> None:
