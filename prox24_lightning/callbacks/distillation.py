@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,6 +29,7 @@ from prox24_lightning.finetune import (
     memory_bytes,
     pair_blocks,
     same_weights,
+    shard_like,
     weights_checksum,
 )
 
@@ -134,6 +136,8 @@ class Distillation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By now the strategy has placed the model and the precision plugin has cast it.
         teacher = trainer.precision_plugin.convert_module(self._require_teacher())
+        with suppress(ValueError):  # no module to distil from: on_train_start says so
+            shard_like(teacher, find_student(pl_module, self.module)[1])
         self._teacher = teacher.to(trainer.strategy.root_device)
         if self.verbose:
             rank_zero_info(

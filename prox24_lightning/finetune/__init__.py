@@ -5,7 +5,7 @@ from prox24_lightning.finetune.distillation.config import DistillationConfig
 from prox24_lightning.finetune.distillation.losses import distillation_loss, feature_loss, logits_of, squared_error
 from prox24_lightning.finetune.distillation.paired_blocks import pair_blocks
 from prox24_lightning.finetune.distillation.student import find_student
-from prox24_lightning.finetune.distillation.teacher import memory_bytes, same_weights, weights_checksum
+from prox24_lightning.finetune.distillation.teacher import memory_bytes, same_weights, shard_like, weights_checksum
 from prox24_lightning.finetune.distillation.teacher_comparison import OutputLoss, TeacherComparison
 from prox24_lightning.finetune.lora import MaskedLora
 from prox24_lightning.finetune.mask_files import load_masks, save_masks
@@ -30,6 +30,7 @@ __all__ = [
     "pair_blocks",
     "same_weights",
     "save_masks",
+    "shard_like",
     "squared_error",
     "weights_checksum",
 ]

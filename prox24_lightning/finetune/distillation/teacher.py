@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.weights.names import clean_name
+from prox24_lightning.weights.sharded import gathered, is_fsdp, is_sharded, local_part
 
 
 def weights_checksum(module: nn.Module) -> str:
@@ -23,8 +24,9 @@ def weights_checksum(module: nn.Module) -> str:
 
 
 def memory_bytes(module: nn.Module) -> int:
-    """Return the bytes of parameters and buffers; tied ones count once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    """Return the bytes of parameters and buffers, of sharded ones this rank's part; tied ones count once."""
+    tensors = [local_part(tensor) for tensor in (*module.parameters(), *module.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def teacher_kwargs(teacher: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +43,30 @@ def teacher_kwargs(teacher: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, A
 
 @torch.no_grad()
 def same_weights(module: nn.Module, other: nn.Module) -> bool:
-    """Return whether the parameters of both are equal bit for bit, in order."""
-    pairs = zip(module.parameters(), other.parameters(), strict=False)
+    """Return whether the parameters of both are equal bit for bit, in order; all ranks call it if any is sharded."""
+    pairs = [(gathered(one), gathered(two)) for one, two in zip(module.parameters(), other.parameters(), strict=False)]
     return all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
+
+
+def shard_like(teacher: nn.Module, student: nn.Module) -> None:
+    """Shard the modules of ``teacher`` by FSDP2 as those of the same names in ``student`` are; others stay whole.
+
+    Each rank keeps its part, and gathers a module while it is called.
+    """
+    counterparts = {clean_name(name): module for name, module in teacher.named_modules()}
+    for name, module in reversed(list(student.named_modules())):  # those inside first
+        counterpart = counterparts.get(clean_name(name))
+        mesh = _mesh_of(module)
+        if mesh is None or counterpart is None or is_fsdp(counterpart):
+            continue
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(counterpart, mesh=mesh, mp_policy=module._get_fsdp_state()._mp_policy, reshard_after_forward=True)
+
+
+def _mesh_of(module: nn.Module) -> Any:
+    """Return the mesh over which FSDP2 alone shards the parameters of ``module``; None without one."""
+    if not is_fsdp(module):
+        return None
+    meshes = [parameter.device_mesh for parameter in module.parameters() if is_sharded(parameter)]  # type: ignore[attr-defined]
+    return meshes[0] if meshes and all(mesh.ndim == 1 for mesh in meshes) else None
