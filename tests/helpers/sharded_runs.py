@@ -25,7 +25,7 @@ from prox24_lightning.weights.sharded import gathered
 STEPS, START, FREEZE = 12, 2, 8
 
 
-def spawn(work: Callable[..., None], *arguments, seconds: float = 240) -> None:
+def spawn(work: Callable[..., None], *arguments, seconds: float = 280) -> None:
     """Run ``work(rank, *arguments)`` in two processes that find each other as torchrun's would, ``seconds`` at most."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
