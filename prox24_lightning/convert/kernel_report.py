@@ -15,6 +15,7 @@ _WORDS = {
     "dense_fp8": "dense in float8, way {}",
     "few": "own kernel, tiling {}",
     "warpgroup": "own kernel for warpgroups, tiling {}",
+    "many": "own kernel for many tokens, tiling {}",
     "cusparselt": "cuSPARSELt, algorithm {}",
     "torch": "torch's operator",
     "expand": "expanded, then cuBLAS",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import get_args
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from prox24_lightning.convert.autotune.kernel_table import (
 )
 from prox24_lightning.convert.kernel_report import in_words, print_kernels
 from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS
-from prox24_lightning.convert.kernels.registry import Kernel
+from prox24_lightning.convert.kernels.registry import Kernel, KernelName
 
 SHAPE = (4096, 1024)
 FEW = str(Kernel.few(TILINGS[0]))
@@ -35,3 +36,7 @@ def test_the_table_of_kernels():
     assert "slower than dense" in lines[1]
     assert "algorithm 3 died" in lines[1]
     assert in_words(Kernel("cusparselt")) == "cuSPARSELt, algorithm by default"
+
+
+def test_every_kernel_has_words():
+    assert all(name != in_words(Kernel(name)) for name in get_args(KernelName))

@@ -85,23 +85,17 @@ class KernelTable:
         return " ".join(f"{row.tokens}={row.kernel}" for row in kept)
 
     def slower(self, token_counts: Sequence[int]) -> tuple[TableRow, ...]:
-        """Return the rows at which the layer would be slower than dense, in float8 too if the weight has 8 bits."""
+        """Return the rows at which the layer would be slower than dense in 16 bits."""
         rows = (row for row in self.rows if row.tokens in token_counts)
-        return tuple(row for row in rows if (least := self.least_speedup(row)) is not None and least < SAME)
-
-    def least_speedup(self, row: TableRow) -> float | None:
-        """Return the speed-up over the fastest dense form that a layer of this table's form may take."""
-        over_fp8 = row.speedup_over_fp8 if self.form is not None else None
-        return min((each for each in (row.speedup, over_fp8) if each is not None), default=None)
+        return tuple(row for row in rows if row.speedup is not None and row.speedup < SAME)
 
     def decision(self, token_counts: Sequence[int]) -> str | None:
         """Return why a layer used at these numbers of tokens stays dense; None if it becomes sparse."""
         if all(row.kernel == DENSE for row in self.rows if row.tokens in token_counts):
             return "no packed kernel is faster at any of these numbers of tokens: stays dense"
         if slower := self.slower(token_counts):
-            where = ", ".join(f"{self.least_speedup(row):.2f} x at {row.tokens}" for row in slower)
-            remedy = "; keep_dense=True would use cuBLAS there" if self.form is None else ""
-            return f"slower ({where} tokens{remedy}): stays dense"
+            where = ", ".join(f"{row.speedup:.2f} x at {row.tokens}" for row in slower)
+            return f"slower ({where} tokens; keep_dense=True would use cuBLAS there): stays dense"
         return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from prox24_lightning.convert.autotune.disk_cache import Machine
@@ -95,11 +97,11 @@ def test_by_rule_in_8_bits():
     assert ways((8, 6), "fp8_e4m3", "expand") == ["expand"] * 5, "no float8 on this GPU: exact, without rounded tokens"
 
 
-def test_a_layer_of_8_bits_must_beat_dense_float8_too():
+def test_rows_hold_the_time_in_dense_float8():
     entry = KernelTimes(64, 20.0, {FEW: 12.0}, (), 11.0)
     table = choose(SHAPE, [entry], form="fp8_e4m3")
     assert table.rows[0].speedup == 20 / 12
     assert table.rows[0].speedup_over_fp8 == 11 / 12
-    assert table.decision((64,)) == "slower (0.92 x at 64 tokens): stays dense"
-    assert choose(SHAPE, [entry]).decision((64,)) is None, "16 bits are compared with 16 bits"
-    assert choose(SHAPE, [KernelTimes(64, 20.0, {FEW: 12.0})], form="int8").decision((64,)) is None
+    assert choose(SHAPE, [KernelTimes(64, 20.0, {FEW: 12.0})], form="int8").rows[0].speedup_over_fp8 is None
+    kept = choose(SHAPE, [replace(entry, dense_us=9.0)], keep_dense=True, form="int8")
+    assert (kept.rows[0].kernel, kept.rows[0].dense_fp8_us) == (DENSE, 11.0)
