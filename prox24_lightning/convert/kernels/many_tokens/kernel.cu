@@ -13,18 +13,6 @@
 // ../warpgroup/kernel.cu. The inputs come from the kernel before (round_tokens), which waits for all before it: the first
 // pieces of the weight are loaded while it runs.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#if FORM == 2
-typedef int Sum;
-#define ACC "+r"
-#else
-typedef float Sum;
-#define ACC "+f"
-#endif
-
 constexpr int ROWS = GROUPS * 64;
 constexpr int THREADS = GROUPS * 128 + 32;
 constexpr int VALUES = ROWS * 64, INPUTS = TOKENS * 128, METADATA = GROUPS * 1024;  // bytes of a stage
@@ -35,94 +23,18 @@ constexpr int STORED = CHUNK * 128;           // bytes of these
 constexpr int STORES = STAGES * STAGE;        // two buffers a warpgroup
 constexpr int SCALES = STORES + GROUPS * 2 * STORED;
 constexpr int BARRIERS = SCALES + GROUPS * TOKENS * 4;
-constexpr u32 ANY = 0x44444444;  // indices 0 and 1 in every group
-
-struct __align__(64) TensorMap {
-  char bytes[128];
-};
 
 // MULTIPLY
 
 extern __shared__ __align__(1024) char memory[];
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-
-__device__ __forceinline__ u32 in_block(u32 address, int block) {
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-  return there;
-}
-
-// A barrier that orders no memory accesses.
-__device__ __forceinline__ void cluster_barrier_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire;" ::: "memory");
-}
-
 __device__ __forceinline__ void group_barrier(int group) {
   asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, int parity) {
-  u32 done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-  } while (!done);
-}
-
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-               :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap* map, int column, int row, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-               " [%0], [%1, {%2, %3}], [%4], %5;"
-               :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
-}
-
-// Whether this lane is the one that acts for its warp. With this the compiler knows that a copy's operands are uniform.
-__device__ __forceinline__ bool elected() {
-  u32 yes;
-  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(yes));
-  return yes;
 }
 
 __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                :: "l"(map), "r"(column), "r"(row), "r"(from) : "memory");
-}
-
-// Rows of 64 or 128 bytes that the copy engine has swizzled.
-template <int BYTES>
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)(address >> 4 & 0x3fff) | (u64)1 << 16 | (u64)(8 * BYTES >> 4) << 32 | (u64)(BYTES == 128 ? 1 : 2) << 62;
-}
-
-__device__ __forceinline__ u32 lane_metadata(const char* tile, int lane) {
-  const uint4 row = *(const uint4*)(tile + lane / 4 * 16);
-  const u32 two = lane % 4 | (lane % 4 + 4) << 4;
-  return __byte_perm(__byte_perm(row.x, row.y, two), __byte_perm(row.z, row.w, two), 0x5410);
-}
-
-__device__ __forceinline__ float to_float(u16 v) {
-  float f;
-#if BF16
-  f = __uint_as_float((u32)v << 16);
-#else
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-#endif
-  return f;
-}
-
-__device__ __forceinline__ u32 to_halves(float low, float high) {
-  u32 v;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#endif
-  return v;
 }
 
 // Store the transposes of four matrices of eight rows by eight tokens; lane 8 i + t names the row of token t of matrix i.
@@ -257,7 +169,7 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
       asm volatile("" : "+r"(even[0]), "+r"(even[1]), "+r"(odd[0]), "+r"(odd[1]));
 #pragma unroll
-      for (int k = 0; k < TOKENS / 2; k++) asm volatile("" : ACC(acc[k]));
+      for (int k = 0; k < TOKENS / 2; k++) asm volatile("" : ACCUMULATOR(acc[k]));
       release(n - 1);
 #pragma unroll
       for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {

@@ -23,7 +23,7 @@ from prox24_lightning.convert.kernels.product import Product, cast_bias
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.round_tokens.kernel import form_macro
 from prox24_lightning.convert.kernels.rounded_buffer import padded_shape, places
-from prox24_lightning.convert.kernels.warpgroup.kernel import wgmma_instruction
+from prox24_lightning.convert.kernels.warpgroup.kernel import program_text
 from prox24_lightning.convert.kernels.warpgroup.tensor_map import TensorMap, encode_tensor_map
 from prox24_lightning.weights.rounding import RoundedForm
 
@@ -47,7 +47,7 @@ class _Parameters(Structure):
 @cache
 def compile_many_tokens(tiling: Tiling, dtype: torch.dtype, form: RoundedForm) -> bytes:
     """Return the machine code of a tiling, kept for the process; several threads may compile at once."""
-    text = SOURCE.read_text().replace("// MULTIPLY\n", wgmma_instruction(tiling.tokens, dtype, form))
+    text = program_text(SOURCE, tiling.tokens, dtype, form)
     macros = {**tiling.macros, "BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form)}
     return compile_program(text, macros, CAPABILITY, all_features=True)
 

@@ -20,18 +20,9 @@
 // The kernel may start while the one before it ends, and waits before it reads or writes memory; but in 8 bits the one
 // before it is round_tokens, which waits for all before it, so the weight can be read at once.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#if FORM == 2
-typedef int Sum;
-#else
-typedef float Sum;
-#endif
-
 constexpr int ROWS = GROUPS * 64;
 constexpr int TILE = FORM ? 512 : 256;  // bytes of metadata of 64 rows and 32 words
+constexpr int WORDS = FORM ? 4 : 2;     // of metadata that a lane supplies to the four products of a stage
 constexpr int THREADS = GROUPS * 128 + 32;
 constexpr int VALUES = ROWS * 128, INPUTS = TOKENS * 256, METADATA = GROUPS * 4 * TILE;  // bytes of a stage
 constexpr int STAGE = VALUES + INPUTS + METADATA;
@@ -39,107 +30,14 @@ constexpr int SHARE = TOKENS / CR;
 constexpr int STRIDE = ROWS + 4;  // of a token of partial sums in shared memory
 constexpr int SUMS = TOKENS * STRIDE * 4;
 constexpr int BARRIERS = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;  // where they lie: other blocks reach them late
-constexpr u32 ANY = 0x44444444;   // indices 0 and 1 in every group
-
-struct __align__(64) TensorMap {
-  char bytes[128];
-};
 
 // MULTIPLY
 
 extern __shared__ __align__(1024) char memory[];
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-
-__device__ __forceinline__ u32 in_block(u32 address, int block) {
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-  return there;
-}
-
 // After this barrier all blocks of the cluster see what was written before it.
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// A barrier that orders no memory accesses, for where nothing was written that other blocks read.
-__device__ __forceinline__ void cluster_barrier_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, int parity) {
-  u32 done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-  } while (!done);
-}
-
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-               :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap* map, int column, int row, u32 barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-               " [%0], [%1, {%2, %3}], [%4], %5;"
-               :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks) : "memory");
-}
-
-// Whether this lane is the one that acts for its warp. With this the compiler knows that a copy's operands are uniform.
-__device__ __forceinline__ bool elected() {
-  u32 yes;
-  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(yes));
-  return yes;
-}
-
-// Rows of 128 bytes that the copy engine has swizzled.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)(address >> 4 & 0x3fff) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
-
-#if FORM
-constexpr int WORDS = 4;  // of metadata that a lane supplies to the products of a stage: one to each
-
-// Lane c of four supplies byte c of each word.
-__device__ __forceinline__ u32 lane_metadata(const char* tile, int lane) {
-  const uint4 row = *(const uint4*)(tile + lane / 4 * 16);
-  const u32 two = lane % 4 | (lane % 4 + 4) << 4;
-  return __byte_perm(__byte_perm(row.x, row.y, two), __byte_perm(row.z, row.w, two), 0x5410);
-}
-#else
-constexpr int WORDS = 2;
-
-// The metadata that a lane supplies to the two products of 64 inputs: lanes 0 and 1 of four to the first, lanes 2 and 3
-// to the second.
-__device__ __forceinline__ u32 lane_metadata(const char* tiles, int lane) {
-  const uint2 row = *(const uint2*)(tiles + (lane & 2) * 128 + lane / 4 * 8);
-  u32 w = __byte_perm(row.x, row.y, lane & 1 ? 0x7531 : 0x6420);
-  u32 t = (w ^ (w >> 4)) & 0x00f000f0u;  // even fours of bits to the lower half, odd ones to the upper
-  w ^= t ^ (t << 4);
-  t = (w ^ (w >> 8)) & 0x0000ff00u;
-  return w ^ t ^ (t << 8);
-}
-#endif
-
-__device__ __forceinline__ float to_float(u16 v) {
-  float f;
-#if BF16
-  f = __uint_as_float((u32)v << 16);
-#else
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-#endif
-  return f;
-}
-
-__device__ __forceinline__ u32 to_halves(float low, float high) {
-  u32 v;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
-#endif
-  return v;
 }
 
 __device__ __forceinline__ float4 read_sums(u32 address) {
@@ -265,7 +163,7 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
     read_metadata(0, where);
     for (int i = 0; i < count; i++) {
       const u32 stage = stages + i % STAGES * STAGE;
-      const u64 a = descriptor(stage + group * 8192), b = descriptor(stage + VALUES);
+      const u64 a = descriptor<128>(stage + group * 8192), b = descriptor<128>(stage + VALUES);
       constexpr int HALF = TOKENS * 128 / 16;
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
       multiply<0>(acc, a, b, where[0]);

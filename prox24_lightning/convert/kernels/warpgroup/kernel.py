@@ -30,6 +30,7 @@ from prox24_lightning.convert.kernels.warpgroup.tiling import CAPABILITY, Tiling
 from prox24_lightning.weights.rounding import RoundedForm
 
 SOURCE = Path(__file__).with_name("kernel.cu")
+SHARED_SOURCE = Path(__file__).with_name("hopper.cu")
 
 _INPUT_MAPS = 64  # kept at most: an allocator hands out the same addresses again and again
 _WEIGHT_MAPS = 4096
@@ -48,7 +49,7 @@ class _Parameters(Structure):
 @cache
 def compile_warpgroup(tiling: Tiling, dtype: torch.dtype, form: RoundedForm | None = None) -> bytes:
     """Return the machine code of a tiling, kept for the process; several threads may compile at once."""
-    text = SOURCE.read_text().replace("// MULTIPLY\n", wgmma_instruction(tiling.tokens, dtype, form))
+    text = program_text(SOURCE, tiling.tokens, dtype, form)
     macros = {**tiling.macros, "BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form)}
     return compile_program(text, macros, CAPABILITY, all_features=True)
 
@@ -109,6 +110,12 @@ def prepare(
         return out
 
     return product
+
+
+def program_text(source: Path, tokens: int, dtype: torch.dtype, form: RoundedForm | None) -> str:
+    """Return a kernel on ``wgmma.sp`` behind what these share, and with its instruction."""
+    kernel = source.read_text().replace("// MULTIPLY\n", wgmma_instruction(tokens, dtype, form))
+    return f"{SHARED_SOURCE.read_text()}\n{kernel}"
 
 
 def wgmma_instruction(tokens: int, dtype: torch.dtype, form: RoundedForm | None = None) -> str:
