@@ -91,7 +91,13 @@ def test_compiled_blocks_in_bfloat16_are_run_again_on_a_gpu(caplog):
 
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        *(256, 128, 256), num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
     )
     model = hf.LlamaForCausalLM(config).cuda()
     for layer in model.model.layers:
