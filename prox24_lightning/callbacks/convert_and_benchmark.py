@@ -32,6 +32,7 @@ from prox24_lightning.utils.files import check_folder
 from prox24_lightning.utils.module_copy import cast_model, frozen_copy
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.names import clean_name
+from prox24_lightning.weights.rounding import WeightForm
 from prox24_lightning.weights.sharded import is_sharded
 from prox24_lightning.weights.whole_model import whole_on_first
 
@@ -75,6 +76,11 @@ class ConvertAndBenchmark(Callback):
         save_to: folder for the packed model, in ``dtype``: what the run leaves for ``from_pretrained`` and vLLM. Of a
             module with one Hugging Face model in it, that model, with the module's ``tokenizer`` if it has one. None
             writes none.
+        weights: "fp8_e4m3" or "int8" round the weights of converted layers, and of the folder, to 8 bits with a scale a
+            row, and the layers' inputs token by token. With fp8_e4m3 a layer that is faster dense in float8 takes that
+            form. None and the name of ``dtype`` ("bf16", "fp16") keep 16 bits.
+        max_error: largest relative error of a layer's output that is acceptable in 8 bits. The report ends with the
+            fastest form within it.
 
     Raises:
         ValueError: for arguments that are wrong whatever the model.
@@ -94,6 +100,8 @@ class ConvertAndBenchmark(Callback):
         rounds: int = 20,
         verbose: bool = True,
         save_to: str | Path | None = None,
+        weights: WeightForm | None = None,
+        max_error: float = 0.05,
     ) -> None:
         super().__init__()
         if dtype not in get_args(Dtype):
@@ -107,6 +115,8 @@ class ConvertAndBenchmark(Callback):
             run_mode=run_mode,
             keep_dense=keep_dense,
             rounds=rounds,
+            weights=weights,
+            max_error=max_error,
         )
         self.in_place = in_place
         self.dirpath = dirpath
@@ -210,13 +220,22 @@ class ConvertAndBenchmark(Callback):
                 "Whole model not timed: the first batch made no call that Python sees (it is compiled, perhaps), "
                 "and the module has no example_input_array."
             )
-        names = report.names("sparse")
+        names = (*report.names("sparse"), *report.dense_fp8_names)
         if self.in_place and names:
             with restored_on_error(pl_module):
                 cast_model(pl_module, self.settings.dtype, device)
                 # Optimizers and Prox24 outlive the fit and still hold the dense weights.
-                convert_model(pl_module, names, keep_dense=self.settings.keep_dense, empty_dense=True)
-            report = report.with_note(f"in_place: {len(names)} layers of the user's model are now sparse.")
+                convert_model(
+                    pl_module,
+                    names,
+                    keep_dense=self.settings.keep_dense,
+                    empty_dense=True,
+                    weights=self.settings.weights,
+                    dense_fp8=report.dense_fp8_names,
+                )
+            in_fp8 = f", {len(report.dense_fp8_names)} dense in float8" if report.dense_fp8_names else ""
+            sparse = len(report.names("sparse"))
+            report = report.with_note(f"in_place: {sparse} layers of the user's model are now sparse{in_fp8}.")
         return report
 
     def _drop_catcher(self) -> None:
@@ -245,7 +264,14 @@ class ConvertAndBenchmark(Callback):
         packable = find_packable(copy)
         if not packable.dims:
             raise ValueError(f"no weight is 2:4, so nothing was written to {self.save_to}")
-        written = save_folder(self.save_to, copy, packable, source="a Lightning run", companions=companions)
+        written = save_folder(
+            self.save_to,
+            copy,
+            packable,
+            source="a Lightning run",
+            companions=companions,
+            weights=self.settings.form,
+        )
         rank_zero_info(f"ConvertAndBenchmark: wrote {len(written.packed)} packed weights to {self.save_to}")
 
     def _log(self, trainer: Trainer, report: Report) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.cli.generation_rows import GenerateCalls, with_generation
+from prox24_lightning.cli.weight_forms import Weights, storage
 from prox24_lightning.convert.benchmark.example_inputs import model_inputs, own_example
 from prox24_lightning.convert.benchmark.language_report import Workload
 from prox24_lightning.convert.benchmark.render import print_report, write_report
@@ -23,7 +24,7 @@ from prox24_lightning.convert.benchmark.run import run_benchmark
 from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
 from prox24_lightning.convert.benchmark.time_language_model import time_language_model
 from prox24_lightning.convert.eligibility import find_target
-from prox24_lightning.io.pretrained import Dtype, Head, is_causal_lm
+from prox24_lightning.io.pretrained import Head, is_causal_lm
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.io.texts import PlainText, PythonTopics, TextSource, perplexity, token_sequences
 from prox24_lightning.utils.environment import describe_environment
@@ -40,7 +41,7 @@ def bench(
     package: bool = False,
     file: str | None = None,
     head: Head = "auto",
-    weights: Dtype = "auto",
+    weights: Weights = "auto",
     revision: str | None = None,
     download: bool = False,
     run_config: Path | None = None,
@@ -57,6 +58,7 @@ def bench(
     keep_dense: bool = False,
     generate: int = 128,
     rounds: int = 20,
+    max_error: float = 0.05,
 ) -> None:
     """Time a 2:4 model dense and converted in one process on the GPU, and compare their outputs.
 
@@ -75,7 +77,8 @@ def bench(
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: auto class of transformers that loads a Hugging Face model; auto takes the class that its config names.
-        weights: dtype of loading; auto is the model's own.
+        weights: fp8_e4m3 or int8 time layers that are rounded to 8 bits, with dense float8 and 16 bits beside them; a
+            dtype casts the model on loading; auto is the model's own.
         revision: branch, tag or commit of a model of the hub; null is the main branch.
         download: fetch a model of the hub that is not in its cache; false opens no connection.
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
@@ -95,8 +98,11 @@ def bench(
         generate: tokens that whole calls of generate() make after a prompt of ``context`` tokens, in transformers (with
             a static cache, and with accelerate_generation) and, where it is installed, in vLLM; 0 for no such calls.
         rounds: repetitions of each measurement; of calls of generate() at most 5.
+        max_error: largest relative error of a layer's output that is acceptable in 8 bits; the report ends with the
+            fastest form within it.
     """
     with errors_as_exit("bench"):
+        form, stored = storage(weights)
         settings = Settings(
             token_counts=tuple(token_counts or TOKEN_COUNTS),
             dtype=getattr(torch, dtype),
@@ -104,6 +110,8 @@ def bench(
             run_mode=run_mode,
             keep_dense=keep_dense,
             rounds=rounds,
+            weights=form,
+            max_error=max_error,
         )
         workloads = [Workload("prefill", 1, prefill), *(Workload("decode", n, context) for n in batches or (1, 8))]
         if (
@@ -126,7 +134,7 @@ def bench(
             package=package,
             file=file,
             head=head,
-            dtype=weights,
+            dtype=stored,
             revision=revision,
             download=download,
             config=run_config,
@@ -140,7 +148,7 @@ def bench(
         if not report.shapes:
             raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor gives the reasons")
         report = replace(report, machine={"model": source.description, **facts, **report.machine})
-        names = report.names("sparse")
+        names = (*report.names("sparse"), *report.dense_fp8_names)
         if _is_language_model(source) and names:
             report = _with_language(report, source.model, names, workloads, settings, score, about)
             if generate:
@@ -180,7 +188,16 @@ def _with_language(
 ) -> Report:
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        found = time_language_model(model, names, workloads, settings, device, score=score, text=about)
+        found = time_language_model(
+            model,
+            names,
+            workloads,
+            settings,
+            device,
+            score=score,
+            text=about,
+            dense_fp8=report.dense_fp8_names,
+        )
     except (RuntimeError, ValueError, IndexError) as error:  # keep the table of layers
         return report.with_note(f"Language model not timed: {describe(error)}")
     return replace(report, language=found)

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.cli.weight_forms import Weights, storage
 from prox24_lightning.convert.packed_model import find_packable
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.io.pretrained import Dtype, Head
@@ -21,8 +22,6 @@ from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, check_output, filling
 from prox24_lightning.utils.names import collapse_names
 from prox24_lightning.weights.rounding import RoundedForm
-
-Weights = Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp8_e4m3", "int8"]
 
 
 def convert(
@@ -81,7 +80,7 @@ def convert(
         if form == "packed":
             refuse_dense(out)
         check_output(out, overwrite=overwrite)
-        rounded, stored = _storage(weights, dtype)
+        rounded, stored = storage(weights, dtype)
         if rounded and form == "dense":
             raise ValueError(f"--weights {weights} rounds packed weights, and --form dense packs none: leave one out")
         if data is not None and not rounded:
@@ -127,17 +126,6 @@ def convert(
             markup=False,
             highlight=False,
         )
-
-
-def _storage(weights: Weights, dtype: Dtype) -> tuple[RoundedForm | None, Dtype]:
-    """Return the form that packed weights are rounded to, None for none, and the dtype to load the model in."""
-    if weights == "fp8_e4m3" or weights == "int8":
-        return weights, dtype
-    if dtype != "auto":
-        raise ValueError(f"--dtype {dtype} is for rounded weights: without them --weights names the dtype")
-    if weights == "bf16":
-        return None, "bfloat16"
-    return None, "float16" if weights == "fp16" else weights
 
 
 def _calibration_tokens(source: Source, data: TextSource, sequences: int, length: int) -> Tensor:

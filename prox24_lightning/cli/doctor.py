@@ -12,15 +12,18 @@ from rich.console import Console
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.convert.autotune.disk_cache import Machine
+from prox24_lightning.convert.benchmark.recommend import DENSE_FP8, packed_name
 from prox24_lightning.convert.benchmark.render import STATES
 from prox24_lightning.convert.doctor import Diagnosis, Gain, LayerDiagnosis, Potential, diagnose
 from prox24_lightning.convert.eligibility import Target, find_target
-from prox24_lightning.convert.measured_gain import measured_gain
+from prox24_lightning.convert.form_choice import form_problem
+from prox24_lightning.convert.measured_gain import measured_fp8_gain, measured_gain
 from prox24_lightning.convert.sections import Section, grouped, print_tables
 from prox24_lightning.io.pretrained import Dtype, Head, is_causal_lm
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.files import check_folder, write_text
+from prox24_lightning.weights.rounding import LARGEST
 
 
 def doctor(
@@ -78,6 +81,7 @@ def doctor(
             target=target,
             token_counts=counts,
             gain=_known_gain(target, getattr(torch, dtype)),
+            form_gains=_known_form_gains(target, getattr(torch, dtype)),
             machine={"model": source.description, **describe_environment()},
         )
         console = Console(stderr=json == "-")
@@ -95,6 +99,19 @@ def _known_gain(target: Target | None, dtype: torch.dtype) -> Gain | None:
     if target is None or target.problem is not None:
         return None
     return measured_gain(Machine.here(torch.cuda.current_device()), dtype)
+
+
+def _known_form_gains(target: Target | None, dtype: torch.dtype) -> dict[str, Gain]:
+    """Return the gains of the forms of 8 bits that the GPU multiplies."""
+    if target is None or target.problem is not None:
+        return {}
+    machine = Machine.here(torch.cuda.current_device())
+    gains = {
+        packed_name(form): measured_gain(machine, dtype, form=form)
+        for form in LARGEST
+        if not form_problem(form, target)
+    }
+    return gains if form_problem("fp8_e4m3", target) else {DENSE_FP8: measured_fp8_gain(machine, dtype), **gains}
 
 
 def print_diagnosis(found: Diagnosis, console: Console) -> None:
@@ -118,6 +135,8 @@ def print_diagnosis(found: Diagnosis, console: Console) -> None:
         rows = [(x.name, (str(x.shape), *_gains(x, counts))) for x in more]
         whole = ("all linear layers together", "", *_gains(found.once_pruned, counts))
         tables.append(("Gain once pruned to 2:4: dense time over sparse time", header, [*grouped(rows), whole]))
+    if able and found.forms:
+        tables.append(_forms_section(found))
     notes = [
         f"{len(able)} of {len(found.layers)} layers can run sparse: {found.sparse_share:.1%} of the weights of all "
         "linear layers. Together: by Amdahl's law on those weights; attention, norms and the host are not counted."
@@ -126,6 +145,11 @@ def print_diagnosis(found: Diagnosis, console: Console) -> None:
         notes.append(
             f"Once pruned, {found.once_pruned.layers} layers run sparse{'' if found.on_gpu else ' on a suitable GPU'}: "
             f"{found.once_pruned.share:.1%} of these weights."
+        )
+    if any(gain is None for gains in found.forms.values() for gain in gains.values()):
+        notes.append(
+            "Dense float8 needs no 2:4: compare before you choose. prox24 bench measures what is missing here, with "
+            "--weights fp8_e4m3 or int8 also 2:4 in 8 bits."
         )
     if any(value is None for layer in (*able, *more) for value in layer.expected.values()):
         notes.append('"<=": not measured here (prox24 bench does, on the GPU): the limit of equally good kernels.')
@@ -150,6 +174,27 @@ def _state(layer: LayerDiagnosis) -> str:
 
 def _gains(found: LayerDiagnosis | Potential | Diagnosis, counts: Sequence[int]) -> list[str]:
     return [_gain(found.expected[count], found.limit[count]) for count in counts]
+
+
+def _forms_section(found: Diagnosis) -> Section:
+    """Return the gains in 8 bits: dense float8, which any model gets without 2:4, has rows of its own."""
+    counts = found.token_counts
+    rows = [
+        (layer.name, (str(layer.shape), form, *(_measured(gains[count]) for count in counts)))
+        for form in found.forms
+        for layer in found.able
+        for gains in [layer.forms[form]]
+    ]
+    whole = [
+        ("all linear layers together", "", form, *(_measured(gains[count]) for count in counts))
+        for form, gains in found.forms.items()
+    ]
+    header = ("layers", "(out, in)", "weights", *(f"{count} tokens" for count in counts))
+    return "Gain in 8 bits: time dense in 16 bits over its own", header, [*grouped(rows), *whole]
+
+
+def _measured(gain: float | None) -> str:
+    return "not measured" if gain is None else f"{gain:.2f}"
 
 
 def _gain(expected: float | None, limit: float) -> str:

@@ -53,7 +53,7 @@ def with_generation(
     """
     if report.language is None:
         return report
-    rows = [*_transformers(source, names, settings, calls)]
+    rows = [*_transformers(source, names, report.dense_fp8_names, settings, calls)]
     if is_installed():
         release_memory()
         rows += _vllm(source, settings, calls, out)
@@ -65,11 +65,19 @@ def with_generation(
 
 
 def _transformers(
-    source: Source, names: tuple[str, ...], settings: Settings, calls: GenerateCalls
+    source: Source, names: tuple[str, ...], dense_fp8: tuple[str, ...], settings: Settings, calls: GenerateCalls
 ) -> tuple[Generation, ...]:
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        models = dense_and_converted(source.model, names, settings.dtype, device, keep_dense=settings.keep_dense)
+        models = dense_and_converted(
+            source.model,
+            names,
+            settings.dtype,
+            device,
+            keep_dense=settings.keep_dense,
+            weights=settings.weights,
+            dense_fp8=dense_fp8,
+        )
     except torch.OutOfMemoryError as error:
         problem = f"both forms do not fit into memory together ({describe(error)})"
         return tuple(
@@ -92,5 +100,6 @@ def _vllm(source: Source, settings: Settings, calls: GenerateCalls, out: Path) -
             find_packable(source.model),
             source=source.description,
             companions=source.companions,
+            weights=settings.form,
         )
         return time_vllm({"dense": dense, "converted": packed}, serving)

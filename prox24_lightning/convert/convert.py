@@ -6,7 +6,7 @@ and plans are known to :class:`~prox24_lightning.convert.layers.semi_structured_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -143,6 +143,7 @@ def convert_model(
     keep_dense: bool = False,
     empty_dense: bool = False,
     weights: WeightForm | None = None,
+    dense_fp8: Collection[str] = (),
 ) -> Conversion:
     """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed on the way.
 
@@ -159,6 +160,7 @@ def convert_model(
             token. With fp8_e4m3 and ``token_counts`` a layer that is slower packed than dense in float8 takes that form
             (:class:`~prox24_lightning.convert.layers.dense_fp8_linear.DenseFp8Linear`). "bf16" and "fp16" must be the
             model's own dtype, which None keeps.
+        dense_fp8: layers that become dense in float8, whatever was measured.
 
     Raises:
         ValueError: if a named layer does not exist or cannot run sparse, token_counts are not whole numbers from 1 up,
@@ -197,19 +199,19 @@ def convert_model(
             found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device, form=form)
             tables |= {(dtype, shape): table for shape, table in found.items()}
     converted = []
-    dense_fp8: dict[str, str] = {}
+    in_fp8 = dict.fromkeys(dense_fp8, "asked for by name")
     for name in wanted:
         layer = module_in(slots[name])
         table = None
-        if token_counts is not None:
+        if token_counts is not None and name not in in_fp8:
             table = tables[layer.get_parameter("weight").dtype, _pair(verdicts[name].shape)]
             choice = choose_form(table, token_counts)
             if choice.form == "dense":
                 verdicts[name] = replace(verdicts[name], machine=choice.why)
                 continue
             if choice.form == "dense_fp8":
-                dense_fp8[name] = choice.why
-        if name in dense_fp8:
+                in_fp8[name] = choice.why
+        if name in in_fp8:
             exchange(slots[name], convert_dense_fp8(layer, name=name))
         else:
             found_layer = convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense, weights=weights)
@@ -220,7 +222,7 @@ def convert_model(
             weight.data, weight.grad = weight.new_empty(0), None
         del layer
     dense = tuple(verdict for name, verdict in verdicts.items() if name not in converted)
-    return Conversion(tuple(converted), dense, tuple(tables.values()), dense_fp8)
+    return Conversion(tuple(converted), dense, tuple(tables.values()), in_fp8)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ class LayerDiagnosis:
         share: share of the weights of all linear layers; 0 for other layers.
         expected: tokens -> measured gain, None where it was not measured; empty for a layer that stays dense.
         limit: tokens -> largest gain with equally good kernels; empty for a layer that stays dense.
+        forms: form of 8 bits ("dense, float8" needs no 2:4) -> tokens -> measured gain; empty for a dense layer.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerDiagnosis:
     expected: dict[int, float | None]
     limit: dict[int, float]
     once_pruned: bool = False
+    forms: dict[str, dict[int, float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Diagnosis:
     """Result of :func:`diagnose`; ``sparse_share`` is the share of the linear weights that can be sparse.
 
     ``once_pruned`` is None where pruning adds no layer; ``on_gpu`` says whether this machine's GPU runs sparse layers.
+    ``forms`` holds the gain of all layers together in each form of 8 bits, None where not all were measured.
     """
 
     machine: dict[str, str]
@@ -88,6 +91,7 @@ class Diagnosis:
     notes: tuple[str, ...]
     once_pruned: Potential | None = None
     on_gpu: bool = False
+    forms: dict[str, dict[int, float | None]] = field(default_factory=dict)
 
     @property
     def able(self) -> tuple[LayerDiagnosis, ...]:
@@ -106,6 +110,7 @@ def diagnose(
     target: Target | None = None,
     token_counts: Sequence[int] = (1, 16, 64, 1024, 4096),
     gain: Gain | None = None,
+    form_gains: Mapping[str, Gain] | None = None,
     machine: Mapping[str, str] | None = None,
 ) -> Diagnosis:
     """Check every layer of a model and estimate its gain.
@@ -117,6 +122,7 @@ def diagnose(
             for a GPU with sparse tensor cores.
         token_counts: rows of a layer's input at which gains are given.
         gain: gains that were measured here; None: none were.
+        form_gains: the same of forms of 8 bits, by name.
         machine: facts for the report.
     """
     verdicts = check_model(model, dtype=dtype, target=target)
@@ -145,11 +151,20 @@ def diagnose(
                 {tokens: gain(verdict, tokens) if gain else None for tokens in counts},
                 {tokens: _limit(verdict.shape, dtype, tokens) for tokens in counts},
                 once_pruned,
+                {
+                    form: {tokens: found(verdict, tokens) for tokens in counts}
+                    for form, found in (form_gains or {}).items()
+                    if counts
+                },
             )
         )
     able_layers = [layer for layer in layers if layer.state != "dense"]
     now = _potential(able_layers, token_counts)
     more = [layer for layer in layers if layer.once_pruned]
+    forms = {
+        form: _together(able_layers, {layer.name: layer.forms[form] for layer in able_layers}, token_counts)
+        for form in form_gains or {}
+    }
     return Diagnosis(
         dict(machine or {}),
         str(dtype).removeprefix("torch."),
@@ -161,6 +176,7 @@ def diagnose(
         (*_notes(verdicts, target), *_slow_notes(able_layers)),
         _potential([*able_layers, *more], token_counts) if more else None,
         target is not None and target.problem is None,
+        forms,
     )
 
 
@@ -179,13 +195,20 @@ def _prunable(
 
 
 def _potential(layers: Sequence[LayerDiagnosis], token_counts: Sequence[int]) -> Potential:
-    expected: dict[int, float | None] = {}
-    for tokens in token_counts:
-        gains = {layer.name: layer.expected[tokens] for layer in layers}
-        known = {name: value for name, value in gains.items() if value is not None}
-        expected[tokens] = _amdahl(layers, known) if known and len(known) == len(gains) else None
+    expected = _together(layers, {layer.name: layer.expected for layer in layers}, token_counts)
     limits = {tokens: _amdahl(layers, {layer.name: layer.limit[tokens] for layer in layers}) for tokens in token_counts}
     return Potential(len(layers), sum(layer.share for layer in layers), expected, limits)
+
+
+def _together(
+    layers: Sequence[LayerDiagnosis], gains: Mapping[str, Mapping[int, float | None]], token_counts: Sequence[int]
+) -> dict[int, float | None]:
+    """Return the gain of all layers at each number of tokens; None where one of them was not measured."""
+    found: dict[int, float | None] = {}
+    for tokens in token_counts:
+        known = {name: value for name, of_layer in gains.items() if (value := of_layer[tokens]) is not None}
+        found[tokens] = _amdahl(layers, known) if known and len(known) == len(gains) else None
+    return found
 
 
 def _limit(shape: tuple[int, ...], dtype: torch.dtype, tokens: int) -> float:

@@ -82,7 +82,7 @@ def pretended(monkeypatch):
         shapes = (ShapeResult((16, 16), False, tuple(v.name for v in verdicts if v.runs), 0, 0, (), True, ""),)
         return replace(empty_report(settings, HOPPER), layers=layers, shapes=shapes, limits=limits)
 
-    def time_language_model(model, names, workloads, settings, device, *, score, text):
+    def time_language_model(model, names, workloads, settings, device, *, score, text, dense_fp8):
         asked["names"], asked["workloads"], asked["text"] = names, workloads, text
         if asked.get("fails"):
             raise asked["fails"]
@@ -103,8 +103,8 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(generation_rows, "is_installed", lambda: False)
 
-    def dense_and_converted(model, names, dtype, device, *, keep_dense):
-        asked["generated"] = names
+    def dense_and_converted(model, names, dtype, device, *, keep_dense, weights, dense_fp8):
+        asked["generated"], asked["weights"] = names, weights
         if asked.get("no room"):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return {"dense": model, "converted": model}
@@ -114,6 +114,15 @@ def pretended(monkeypatch):
 
 
 QUICK = ("--sequences", 2, "--length", 8, "--generate", 0)
+
+
+@pytest.mark.parametrize(("weights", "form"), [("fp8_e4m3", "fp8_e4m3"), ("int8", "int8"), ("bf16", None)])
+def test_a_form_of_8_bits_reaches_every_part(prox24, pretended, sparse_folder, tmp_path, weights, form):
+    words = ("--weights", weights, "--max_error", 0.1, "--sequences", 0, "--generate", 4, "--rounds", 2)
+    code, *_ = prox24("bench", sparse_folder, "--out", tmp_path / "out", *words)
+    assert code == 0
+    assert (pretended["settings"].weights, pretended["settings"].max_error) == (form, 0.1)
+    assert pretended["weights"] == form
 
 
 def test_whole_calls_of_generate(prox24, pretended, sparse_folder, tmp_path, monkeypatch):

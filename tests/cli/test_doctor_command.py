@@ -129,6 +129,38 @@ def test_gains_come_from_what_was_measured_on_this_gpu(prox24, sparse_folder, mo
     whole = 1 - share["q"] * 0.2 + share["up"] - share["down"] / 3
     assert found["expected"]["1"] == pytest.approx(1 / whole)
     assert found["expected"]["256"] is None
+    assert found["forms"] == {
+        form: {"1": None, "33": None, "256": None} for form in ("dense, float8", "2:4, fp8_e4m3", "2:4, int8")
+    }
+
+
+def test_dense_float8_and_packed_8_bits_have_rows_of_their_own(prox24, sparse_folder, monkeypatch, tmp_path):
+    machine = disk_cache.Machine("pretended H200", "driver", "torch", "library", "kernels")
+    entries = {
+        disk_cache.key(machine, torch.bfloat16, shape, 16, "fp8_e4m3"): KernelTimes(
+            16, 10.0, {"cusparselt:1": 4.0}, dense_fp8_us=5.0
+        )
+        for shape in ((16, 16), (8, 16), (32, 16), (16, 32))
+    }
+    disk_cache.add(tmp_path / "kernels.json", entries)
+    monkeypatch.setenv(disk_cache.PATH_VARIABLE, str(tmp_path / "kernels.json"))
+    monkeypatch.setattr(disk_cache.Machine, "here", lambda device: machine)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(command, "find_target", lambda: Target("pretended H200", (9, 0), "cusparselt"))
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = prox24("doctor", sparse_folder, "--json", str(tmp_path / "found.json"), "--token_counts", "[16, 64]")
+    assert code == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    up = next(layer for layer in found["layers"] if layer["name"] == "model.layers.1.mlp.up_proj")
+    assert up["forms"] == {
+        "dense, float8": {"16": 2.0, "64": None},
+        "2:4, fp8_e4m3": {"16": 2.5, "64": None},
+        "2:4, int8": {"16": None, "64": None},
+    }
+    assert "Gain in 8 bits" in out
+    assert "dense, float8" in out
+    assert "not measured" in out
+    assert "Dense float8 needs no 2:4" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from prox24_lightning.convert.benchmark.chip_limits import Limits
+from prox24_lightning.convert.benchmark.recommend import compare_forms, form_us
 from prox24_lightning.convert.benchmark.render_language import language_sections
 from prox24_lightning.convert.benchmark.report import Pair, Report
 from prox24_lightning.convert.eligibility import State
@@ -32,6 +33,7 @@ def sections(report: Report) -> list[Section]:
             "x",
         )
         tables.append(("Per layer, microseconds a call", (*header, "error", "kernel"), _shape_rows(report)))
+        tables.append(_forms_section(report))
     if report.model:
         columns = ("variant", "sparse layers", "eager", "x", "graph", "x", "peak MiB", "error")
         scope = f" ({report.model_scope})" if report.model_scope else ""
@@ -42,6 +44,25 @@ def sections(report: Report) -> list[Section]:
     if report.language is not None:
         tables += language_sections(report.language, report.limits)
     return tables
+
+
+def _forms_section(report: Report) -> Section:
+    """Return the times of every form of the weights side by side: dense float8 has a column of its own."""
+    forms = compare_forms(report.shapes, report.weights)
+    names = [form.name for form in forms]
+    rows: list[tuple[str, ...]] = []
+    for shape in report.shapes:
+        for result in shape.tokens:
+            us = form_us(result, report.weights)
+            cells = (_measured(us[name], "{:.1f}") for name in names)
+            rows.append((str(shape.shape), str(len(shape.layers)), str(result.tokens), *cells))
+    rows.append(("all, x dense", "", "", *(_measured(form.speedup, "{:.2f}") for form in forms)))
+    rows.append(("largest error", "", "", *(f"{form.error:.1e}" for form in forms)))
+    return "Forms of the weights, microseconds a call", ("(out, in)", "layers", "tokens", *names), rows
+
+
+def _measured(value: float | None, form: str) -> str:
+    return "not measured" if value is None else form.format(value)
 
 
 def _limits_title(limits: Limits) -> str:
@@ -117,6 +138,8 @@ def to_markdown(report: Report) -> str:
         lines += [f"**Failed:** {report.error}", ""]
     lines += markdown_lines(sections(report))
     lines += [f"- {note}" for note in report.notes]
+    if report.recommendation:
+        lines += ["", f"**{report.recommendation}**"]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -125,7 +148,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     if report.error:
         console.print(f"conversion and benchmark failed: {report.error}", style="red", markup=False)
-    print_tables(sections(report), report.notes, console)
+    print_tables(sections(report), [*report.notes, *filter(None, [report.recommendation])], console)
 
 
 def write_report(report: Report, folder: Path, filename: str) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ from prox24_lightning.convert.benchmark.chip_limits import Limits
 from prox24_lightning.convert.benchmark.language_report import LanguageReport
 from prox24_lightning.convert.eligibility import State
 from prox24_lightning.convert.measurement import Timing
+from prox24_lightning.weights.rounding import RoundedForm
 
 RunMode = Literal["eager", "graph"]
 
@@ -30,7 +31,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class TokenResult:
-    """One layer at one number of tokens; ``output_error`` is ||sparse - dense|| / ||dense||, ``kernel`` what ran."""
+    """One layer at one number of tokens.
+
+    Attributes:
+        tokens: rows of its input.
+        eager, graph: times; ``graph`` is None where the call could not be captured, for ``graph_problem``.
+        output_error: ||sparse - dense|| / ||dense||.
+        kernel: what ran.
+        fp8_eager, fp8_graph: times of the layer dense in float8, None where they were not measured.
+        fp8_error: error of its output.
+        packed_16_us: of a layer of 8 bits: microseconds of the same layer packed in 16 bits, from a CUDA graph.
+    """
 
     tokens: int
     eager: Pair
@@ -38,6 +49,10 @@ class TokenResult:
     graph_problem: str | None
     output_error: float
     kernel: str = ""
+    fp8_eager: Timing | None = None
+    fp8_graph: Timing | None = None
+    fp8_error: float | None = None
+    packed_16_us: float | None = None
 
     @property
     def best(self) -> Pair:
@@ -48,10 +63,23 @@ class TokenResult:
         pair = self.eager if mode == "eager" else self.graph
         return None if pair is None else pair.speedup
 
+    def speedup_over_fp8(self, mode: RunMode) -> float | None:
+        """Return the time dense in float8 over the sparse one."""
+        pair, fp8 = (self.eager, self.fp8_eager) if mode == "eager" else (self.graph, self.fp8_graph)
+        return None if pair is None or fp8 is None else fp8.median_us / pair.sparse.median_us
+
+    def fp8_speedup(self, mode: RunMode) -> float | None:
+        """Return the dense time over that of dense in float8."""
+        pair, fp8 = (self.eager, self.fp8_eager) if mode == "eager" else (self.graph, self.fp8_graph)
+        return None if pair is None or fp8 is None else pair.dense.median_us / fp8.median_us
+
 
 @dataclass(frozen=True)
 class ShapeResult:
-    """Layers of one shape, timed on the first of them: time depends on the shape, not on the values."""
+    """Layers of one shape, timed on the first of them: time depends on the shape, not on the values.
+
+    ``sparse``: they become sparse; ``dense_fp8``: they stay dense, in float8.
+    """
 
     shape: tuple[int, ...]
     bias: bool
@@ -61,6 +89,7 @@ class ShapeResult:
     tokens: tuple[TokenResult, ...]
     sparse: bool
     decision: str
+    dense_fp8: bool = False
 
     def limit_shares(self, result: TokenResult, limits: Limits, itemsize: int) -> tuple[float, float]:
         """Return the least possible time over the measured time, dense and sparse.
@@ -122,9 +151,17 @@ class Report:
     language: LanguageReport | None = None
     notes: tuple[str, ...] = field(default=())
     error: str | None = None
+    weights: RoundedForm | None = None
+    max_error: float = 0.0
+    recommendation: str | None = None
 
     def names(self, state: State) -> tuple[str, ...]:
         return tuple(layer.name for layer in self.layers if layer.state == state)
+
+    @property
+    def dense_fp8_names(self) -> tuple[str, ...]:
+        """The layers that stay dense, in float8."""
+        return tuple(name for shape in self.shapes if shape.dense_fp8 for name in shape.layers)
 
     def with_note(self, note: str) -> Report:
         return replace(self, notes=(*self.notes, note))
@@ -141,9 +178,16 @@ class Report:
                     for result in shape.tokens
                     if result.tokens == tokens and (speedup := result.speedup(mode)) is not None
                 ]
-                if found:
-                    mean = sum(log * layers for log, layers in found) / sum(layers for _, layers in found)
-                    values[f"convert/{mode}_layer_speedup_{tokens}_tokens"] = math.exp(mean)
+                over_fp8 = [
+                    (math.log(speedup), len(shape.layers))
+                    for shape in self.shapes
+                    for result in shape.tokens
+                    if result.tokens == tokens and (speedup := result.speedup_over_fp8(mode)) is not None
+                ]
+                for logs, name in ((found, "speedup"), (over_fp8, "speedup_over_fp8")):
+                    if logs:
+                        mean = sum(log * layers for log, layers in logs) / sum(layers for _, layers in logs)
+                        values[f"convert/{mode}_layer_{name}_{tokens}_tokens"] = math.exp(mean)
             for variant in self.model[1:]:
                 dense, sparse = self.model[0].median_us(mode), variant.median_us(mode)
                 if dense is not None and sparse is not None:

@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from prox24_lightning.convert.benchmark.chip_limits import measure_limits
+from prox24_lightning.convert.benchmark.recommend import compare_forms, recommendation
 from prox24_lightning.convert.benchmark.report import LayerOutcome, Report, ShapeResult
 from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
 from prox24_lightning.convert.benchmark.time_layers import time_shapes
 from prox24_lightning.convert.benchmark.time_model import time_model
 from prox24_lightning.convert.eligibility import LayerVerdict, State, Target, check_model, find_target
+from prox24_lightning.convert.form_choice import form_problem
 from prox24_lightning.utils.errors import describe
 
 
@@ -44,9 +46,14 @@ def run_benchmark(
 
     A layer that cannot be measured (out of memory, say) stays dense with the error as its reason; so does the whole
     model's part of the report.
+
+    Raises:
+        ValueError: if the GPU does not multiply the form of the settings.
     """
     on_gpu = device is None or device.type == "cuda"
     target = find_target(device) if on_gpu else None
+    if target is not None and (problem := form_problem(settings.form, target)) is not None:
+        raise ValueError(problem)
     verdicts = check_model(model, dtype=settings.dtype, target=target)
     report = empty_report(settings, target)
     if target is None or not any(verdict.runs for verdict in verdicts):
@@ -57,11 +64,14 @@ def run_benchmark(
             report = replace(report, limits=measure_limits(settings.dtype, here))
         except RuntimeError as error:  # out of memory, which says nothing about the layers
             report = report.with_note(f"The chip's limits were not measured: {describe(error)}")
-        shapes = time_shapes(model, [verdict for verdict in verdicts if verdict.runs], settings, here)
+        fp8 = form_problem("fp8_e4m3", target) is None
+        shapes = time_shapes(model, [verdict for verdict in verdicts if verdict.runs], settings, here, fp8=fp8)
         report = replace(report, shapes=shapes)
         if inputs is not None:
             report = time_model(report, model, inputs, settings, here, shared)
     report = replace(report, layers=_outcomes(verdicts, report.shapes, reasons or {}))
+    advice = recommendation(compare_forms(report.shapes, settings.form), settings.max_error)
+    report = replace(report, recommendation=advice)
     return report.with_note(note) if (note := _other_run_mode(report)) else report
 
 
@@ -99,6 +109,8 @@ def empty_report(settings: Settings, target: Target | None = None) -> Report:
         run_mode=settings.run_mode,
         token_counts=settings.token_counts,
         only_if_faster=settings.only_if_faster,
+        weights=settings.form,
+        max_error=settings.max_error,
     )
 
 

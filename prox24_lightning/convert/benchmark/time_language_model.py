@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
@@ -37,6 +37,7 @@ def time_language_model(
     *,
     score: Callable[[nn.Module], float] | None = None,
     text: str | None = None,
+    dense_fp8: Collection[str] = (),
 ) -> LanguageReport:
     """Convert a copy of ``model`` on the GPU, and time it with its dense and its converted layers in turn.
 
@@ -44,10 +45,11 @@ def time_language_model(
         model: callable as ``model(input_ids, past_key_values=..., use_cache=True)``; unchanged.
         names: the layers to convert.
         workloads: what is timed.
-        settings: dtype, rounds and whether the dense weights are kept.
+        settings: dtype, form, rounds and whether the dense weights are kept.
         device: a CUDA GPU, the current one.
         score: function that returns the perplexity of a model; None for none.
         text: name of the text, for the report.
+        dense_fp8: those of ``names`` that become dense in float8.
 
     Raises:
         ValueError: for a model that keeps no cache of layers.
@@ -81,11 +83,11 @@ def time_language_model(
     allocated = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats()
     start = perf_counter()
-    convert_model(copied, names, keep_dense=settings.keep_dense)
+    convert_model(copied, names, keep_dense=settings.keep_dense, weights=settings.weights, dense_fp8=dense_fp8)
     torch.cuda.synchronize()
     seconds = perf_counter() - start
     peak = torch.cuda.max_memory_allocated() - allocated + dense_bytes
-    converted = variant("converted", len(names))
+    converted = variant("converted", len(names) - len(dense_fp8))
     source = dict(named_layers(model))
     phases: dict[str, tuple[PhaseResult, ...]] | None = None
     with suppress(torch.OutOfMemoryError):

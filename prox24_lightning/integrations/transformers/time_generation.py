@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,18 +17,29 @@ from prox24_lightning.convert.measurement import host_seconds, release_memory
 from prox24_lightning.integrations.transformers.generation import accelerate_generation
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.module_copy import bare_copy
+from prox24_lightning.weights.rounding import WeightForm
 
 ORDINARY, ACCELERATED = "transformers, static cache", "transformers, accelerate_generation"
 
 
 def dense_and_converted(
-    model: nn.Module, names: Sequence[str], dtype: torch.dtype, device: torch.device, *, keep_dense: bool = False
+    model: nn.Module,
+    names: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    keep_dense: bool = False,
+    weights: WeightForm | None = None,
+    dense_fp8: Collection[str] = (),
 ) -> dict[Form, nn.Module]:
-    """Return two copies of a model on a GPU, which share all tensors but the weights of the layers in ``names``."""
+    """Return two copies of a model on a GPU, which share all tensors but the weights of the layers in ``names``.
+
+    ``keep_dense``, ``weights`` and ``dense_fp8`` are those of :func:`~prox24_lightning.convert.convert.convert_model`.
+    """
     dense = bare_copy(model, device=device, dtype=dtype)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
     converted = copy.deepcopy(dense, shared)
-    convert_model(converted, names, keep_dense=keep_dense)
+    convert_model(converted, names, keep_dense=keep_dense, weights=weights, dense_fp8=dense_fp8)
     return {"dense": dense, "converted": converted}
 
 

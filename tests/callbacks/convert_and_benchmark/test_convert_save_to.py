@@ -10,6 +10,8 @@ from tiny_runs import quiet_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from prox24_lightning import ConvertAndBenchmark, Prox24, register_with_transformers
+from prox24_lightning.convert import open_packed
+from prox24_lightning.weights.rounding import round_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .*dataloader.* does not have many workers")
 
@@ -30,15 +32,20 @@ class LanguageModule(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def test_save_to_leaves_a_folder_for_from_pretrained(tmp_path):
+@pytest.mark.parametrize("weights", [None, "fp8_e4m3", "int8"])
+def test_save_to_leaves_a_folder_for_from_pretrained(tmp_path, weights):
     module, folder = LanguageModule(), tmp_path / "packed"
-    callbacks = [Prox24(0, 2, verbose=False), ConvertAndBenchmark(verbose=False, save_to=folder)]
+    callbacks = [Prox24(0, 2, verbose=False), ConvertAndBenchmark(verbose=False, save_to=folder, weights=weights)]
     quiet_trainer(default_root_dir=tmp_path, max_steps=4, callbacks=callbacks).fit(
         module, torch.randint(0, 64, (8, 2, 9))
     )
     register_with_transformers()
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     trained = {name: value.bfloat16() for name, value in module.model.state_dict().items()}
+    packed = open_packed(folder).packed
+    assert {entry.form for entry in packed.values()} == {weights}
+    if weights is not None:
+        trained |= {name: round_weight(trained[name], weights) for name in packed}
     assert all(torch.equal(value, trained[name]) for name, value in loaded.state_dict().items())
     assert AutoTokenizer.from_pretrained(folder).decode([2]) == "w0"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,15 +23,17 @@ from prox24_lightning.convert import (
     convert,
     run_benchmark,
 )
-from prox24_lightning.convert.autotune.kernel_table import table_by_rule
+from prox24_lightning.convert.autotune.kernel_table import KernelTimes, choose, table_by_rule
 from prox24_lightning.convert.benchmark import alternating, run, time_model
 from prox24_lightning.convert.benchmark import time_layers as layer_benchmark
 from prox24_lightning.convert.benchmark.chip_limits import Limits
 from prox24_lightning.convert.benchmark.render import print_report, to_markdown, write_report
 from prox24_lightning.convert.benchmark.report import ModelVariant, Pair, TokenResult
+from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
 from prox24_lightning.convert.measurement import Timing, relative_error
 from prox24_lightning.mask import mask_24
 from prox24_lightning.utils.errors import describe
+from prox24_lightning.weights.rounding import expand_rows
 
 HOPPER = Target("pretended H200", (9, 0), "cusparselt")
 LIMITS = Limits(1e9, 1e10)
@@ -101,6 +104,9 @@ def test_a_wrong_output_is_never_worth_its_speed(error):
         ({"dtype": torch.float32}, "dtype=torch.float32 has no sparse kernel"),
         ({"run_mode": "fast"}, "run_mode='fast' is unknown"),
         ({"rounds": 1}, "rounds=1 is too few"),
+        ({"weights": "int4"}, "weights='int4' is unknown; use one of bf16, fp16, fp8_e4m3, int8"),
+        ({"weights": "fp16"}, "weights='fp16' does not fit dtype=torch.bfloat16"),
+        ({"max_error": 0.0}, r"max_error=0.0 must lie in \(0, 1\)"),
     ],
 )
 def test_settings_refuse(arguments, message):
@@ -133,14 +139,20 @@ def test_without_a_gpu_layers_are_checked_only():
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """Packed layers multiply densely on the CPU; ``times`` says how long each kind of call takes, in microseconds."""
-    times = {"dense": 10.0, "sparse": 5.0, "all_sparse": 8.0, "chosen": 7.0}
+    times = {"dense": 10.0, "sparse": 5.0, "dense_fp8": 8.0, "all_sparse": 8.0, "chosen": 7.0}
 
-    def tables(shapes, dtype, *, token_counts, keep_dense, device):
+    def tables(shapes, dtype, *, token_counts, keep_dense, device, form=None):
         assert {1, 64} <= set(token_counts)
-        return {shape: table_by_rule(shape, HOPPER.capability) for shape in shapes}
+        if form is None:
+            kernels = [KernelTimes(tokens, 10.0, {"cusparselt": 6.25}) for tokens in token_counts]
+            return {shape: choose(shape, kernels) for shape in shapes}
+        return {shape: table_by_rule(shape, HOPPER.capability, form=form) for shape in shapes}
 
     def forward(self, rows):
         bias = None if self.bias is None else self.bias.to(self.dtype)
+        if self.form is not None:
+            tokens = round_tokens(rows.flatten(0, -2), self.form)
+            rows = expand_rows(tokens.values, tokens.scales, rows.dtype).view_as(rows)
         return nn.functional.linear(rows, self.weight, bias)
 
     def measure(variants, *, calls=1, rounds=20, prepare=lambda name: None):
@@ -150,7 +162,8 @@ def pretended_gpu(monkeypatch):
         return {name: timing(times[name]) for name in variants}
 
     monkeypatch.setattr(layer_benchmark, "kernel_tables", tables)
-    monkeypatch.setattr(convert, "stored_table", lambda shape, *_, **__: table_by_rule(shape, HOPPER.capability))
+    stored = lambda shape, *_, form, **__: table_by_rule(shape, HOPPER.capability, form=form)  # noqa: E731
+    monkeypatch.setattr(convert, "stored_table", stored)
     monkeypatch.setattr(SemiStructuredLinear, "forward", forward)
     monkeypatch.setattr(run, "find_target", lambda device=None: HOPPER)
     monkeypatch.setattr(run, "measure_limits", lambda dtype, device: LIMITS)
@@ -207,8 +220,72 @@ def test_layers_and_model_are_timed_and_chosen(pretended_gpu):
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("weights", ["fp8_e4m3", "int8"])
+def test_rounded_layers_are_timed_beside_every_other_form(pretended_gpu, weights, tmp_path):
+    torch.manual_seed(0)
+    net = Net()
+    report = run_benchmark(net, Settings(**QUICK, weights=weights, max_error=0.1), inputs=whole(net))
+    assert report.names("sparse") == ("body.0", "body.2", "last")
+    one = report.shapes[0].tokens[0]
+    assert (one.fp8_graph.median_us, one.packed_16_us) == (8.0, 6.25)
+    assert 1e-3 < one.output_error < 0.06
+    page = to_markdown(report)
+    assert f"| (out, in) | layers | tokens | dense, 16 bits | dense, float8 | 2:4, 16 bits | 2:4, {weights} |" in page
+    assert "| (64, 32) | 2 | 64 | 10.0 | 8.0 | 6.2 | 5.0 |" in page
+    assert "| all, x dense |  |  | 1.00 | 1.25 | 1.60 | 2.00 |" in page
+    assert f"Fastest within an output error of 0.1: 2:4, {weights} (2.00 x dense, error " in report.recommendation
+    assert "Others: dense, float8 1.25 x, 2:4, 16 bits 1.60 x." in report.recommendation
+    assert report.scalars()["convert/graph_layer_speedup_over_fp8_64_tokens"] == pytest.approx(1.6)
+    assert report.model[1].output_error < 0.1
+    assert json.loads(report.to_json())["weights"] == weights
+    with (tmp_path / "out").open("w") as file:
+        print_report(report, Console(file=file, width=200))
+    assert "Fastest within an output error" in (tmp_path / "out").read_text().splitlines()[-1]
+
+
+def test_a_form_beyond_the_users_error_is_not_recommended(pretended_gpu):
+    net = Net()
+    report = run_benchmark(net, Settings(**QUICK, weights="fp8_e4m3", max_error=0.005), inputs=whole(net))
+    assert report.names("sparse") == ()
+    assert "output differs from dense by" in report.shapes[0].decision
+    assert "Fastest within an output error of 0.005: 2:4, 16 bits (1.60 x dense" in report.recommendation
+    assert re.search(r"2:4, fp8_e4m3 2\.00 x, error \d\.\de-02", report.recommendation)
+
+
+def test_layers_that_are_fastest_dense_in_float8_take_that_form(pretended_gpu):
+    pretended_gpu["dense_fp8"] = 4.0
+    net = Net()
+    report = run_benchmark(net, Settings(**QUICK, weights="fp8_e4m3", max_error=0.1), inputs=whole(net))
+    assert report.names("sparse") == ()
+    assert report.dense_fp8_names == ("body.0", "last", "body.2")
+    assert report.shapes[0].decision == "slower (graph: 0.80 x at 1, 0.80 x at 64 tokens): dense in float8"
+    assert [(variant.name, variant.sparse_layers) for variant in report.model] == [
+        ("dense", 0),
+        ("all_sparse", 3),
+        ("chosen", 0),
+    ]
+    assert "plain float8 of the dense model gives it" in report.recommendation
+
+
+def test_16_bits_have_float8_beside_them_and_no_more(pretended_gpu):
+    net = Net()
+    report = run_benchmark(net, Settings(**QUICK), inputs=whole(net))
+    assert "| (out, in) | layers | tokens | dense, 16 bits | dense, float8 | 2:4, 16 bits |" in to_markdown(report)
+    assert report.recommendation.startswith("Fastest within an output error of 0.05: 2:4, 16 bits (2.00 x dense")
+
+
+def test_a_gpu_without_float8_says_not_measured(pretended_gpu, monkeypatch):
+    monkeypatch.setattr(run, "find_target", lambda device=None: Target("pretended A100", (8, 0), "cusparselt"))
+    net = Net()
+    report = run_benchmark(net, Settings(**QUICK), inputs=whole(net))
+    assert "| (64, 32) | 2 | 64 | 10.0 | not measured | 5.0 |" in to_markdown(report)
+    assert "dense, float8 not measured" in report.recommendation
+    with pytest.raises(ValueError, match="fp8_e4m3 needs compute capability 8.9, pretended A100 has 8.0"):
+        run_benchmark(net, Settings(**QUICK, weights="fp8_e4m3"))
+
+
 def test_slow_layers_and_the_note_on_graphs(pretended_gpu, monkeypatch):
-    slow = {"dense": 10.0, "sparse": 20.0}
+    slow = {"dense": 10.0, "sparse": 20.0, "dense_fp8": 20.0}
     calls = iter([slow, None] * 100)  # eager loses, graph wins
 
     def measure(variants, *, calls_=calls, calls=1, rounds=20):
@@ -339,7 +416,7 @@ def test_report_on_paper_and_screen(pretended_gpu, tmp_path):
     ):
         assert expected in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in rows if "(64, 32)" in line and "pretended" not in line}) <= 3
+    assert len({line.count("|") for line in rows if "(64, 32)" in line and "pretended" not in line}) <= 4
     assert sorted(path.name for path in page.parent.iterdir()) == ["bench.json", "bench.md"]
     console = Console(width=200, record=True, quiet=False)
     print_report(report, console)

@@ -211,7 +211,7 @@ def test_a_language_model_is_measured_dense_then_converted(pretended_gpu):
     scored = []
     found = measured(model, score=lambda twin: scored.append(twin) or 7.0 + len(scored), text="a text")
     [(twin, names, options)] = pretended_gpu.converted
-    assert options == {"keep_dense": False}
+    assert options == {"keep_dense": False, "weights": None, "dense_fp8": ()}
     assert twin is not model
     assert names == NAMES
     assert scored == [twin, twin]
