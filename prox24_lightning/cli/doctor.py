@@ -135,7 +135,7 @@ def print_diagnosis(found: Diagnosis, console: Console) -> None:
         rows = [(x.name, (str(x.shape), *_gains(x, counts))) for x in more]
         whole = ("all linear layers together", "", *_gains(found.once_pruned, counts))
         tables.append(("Gain once pruned to 2:4: dense time over sparse time", header, [*grouped(rows), whole]))
-    if able and found.forms:
+    if found.forms and (able or more):
         tables.append(_forms_section(found))
     notes = [
         f"{len(able)} of {len(found.layers)} layers can run sparse: {found.sparse_share:.1%} of the weights of all "
@@ -182,8 +182,9 @@ def _forms_section(found: Diagnosis) -> Section:
     rows = [
         (layer.name, (str(layer.shape), form, *(_measured(gains[count]) for count in counts)))
         for form in found.forms
-        for layer in found.able
-        for gains in [layer.forms[form]]
+        for layer in found.layers
+        for gains in [layer.forms.get(form)]
+        if gains
     ]
     whole = [
         ("all linear layers together", "", form, *(_measured(gains[count]) for count in counts))

@@ -78,7 +78,7 @@ class Diagnosis:
     """Result of :func:`diagnose`; ``sparse_share`` is the share of the linear weights that can be sparse.
 
     ``once_pruned`` is None where pruning adds no layer; ``on_gpu`` says whether this machine's GPU runs sparse layers.
-    ``forms`` holds the gain of all layers together in each form of 8 bits, None where not all were measured.
+    ``forms`` holds the gain of all these layers together in each form of 8 bits, None where not all were measured.
     """
 
     machine: dict[str, str]
@@ -161,8 +161,9 @@ def diagnose(
     able_layers = [layer for layer in layers if layer.state != "dense"]
     now = _potential(able_layers, token_counts)
     more = [layer for layer in layers if layer.once_pruned]
+    counted = [*able_layers, *more]
     forms = {
-        form: _together(able_layers, {layer.name: layer.forms[form] for layer in able_layers}, token_counts)
+        form: _together(counted, {layer.name: layer.forms[form] for layer in counted}, token_counts)
         for form in form_gains or {}
     }
     return Diagnosis(

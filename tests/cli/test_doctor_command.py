@@ -51,7 +51,9 @@ def test_a_dense_model_has_nothing(prox24, dense_folder):
 
 def test_a_dense_model_gains_what_was_measured_on_this_gpu(prox24, dense_folder, monkeypatch):
     monkeypatch.setattr(command, "find_target", lambda: Target("pretended H200", (9, 0), "cusparselt"))
-    monkeypatch.setattr(command, "_known_gain", lambda *args: lambda verdict, tokens: 1.5 if tokens == 1 else None)
+    known = lambda verdict, tokens: 1.5 if tokens == 1 else None  # noqa: E731
+    monkeypatch.setattr(command, "_known_gain", lambda *args: known)
+    monkeypatch.setattr(command, "_known_form_gains", lambda *args: {"dense, float8": known})
     code, out, _ = prox24("doctor", dense_folder, "--token_counts", 1, 64, "--json", "-")
     assert code == 1
     found = json.loads(out)
@@ -62,6 +64,7 @@ def test_a_dense_model_gains_what_was_measured_on_this_gpu(prox24, dense_folder,
         "64": None,
     }
     assert {layer["once_pruned"] for layer in found["layers"] if "q_proj" in layer["name"]} == {True}
+    assert found["forms"] == {"dense, float8": found["once_pruned"]["expected"]}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +78,7 @@ def test_a_dense_model_gains_what_was_measured_on_this_gpu(prox24, dense_folder,
 def test_the_next_command_is_named(prox24, sparse_folder, monkeypatch, target, words):
     monkeypatch.setattr(command, "find_target", lambda: target)
     monkeypatch.setattr(command, "_known_gain", lambda *args: None)
+    monkeypatch.setattr(command, "_known_form_gains", lambda *args: {})
     _, out, _ = prox24("doctor", sparse_folder)
     assert out.splitlines()[-1] == words.format(sparse_folder)
 
