@@ -25,8 +25,8 @@ from prox24_lightning.io.near_duplicates import check_apart
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.oneshot import prune_layerwise
-from prox24_lightning.oneshot.budget.choose import LayerPrice, choose_dense, fill, predicted_speedup
 from prox24_lightning.oneshot.tradeoff import measure_prices
+from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, fill, predicted_speedup
 from prox24_lightning.weights.selection import select_weights
 from recipes.calibration_text import LibraryDocs, PythonDocs
 

@@ -86,6 +86,7 @@ FINETUNING: dict[str, Row] = {
     "prox24 by magnitude": Row(prox24=True, arguments={"calibration": "magnitude"}),
     "prox+mg half dense target reordered": _one_shot("prox", dense_target=0.5, reorder_inputs=True),
     "prox24 reordered": Row(prox24=True, arguments={"reorder_inputs": True}),
+    "prox24 quarter given back": Row(prox24=True, arguments={"budget": 0.25}),
     "prox24 reordered distilled": Row(prox24=True, arguments={"reorder_inputs": True}, distillation=0.5),
     "dense distilled": Row(distillation=0.5),
     "sparsegpt+mg distilled": _one_shot("sparsegpt", distillation=0.5),

@@ -93,6 +93,10 @@ class Prox24(Callback):
             begins, where that costs nothing at run time: hidden units, inputs of an output projection inside a head,
             channels between convolutions. Layers that compute these inputs, the state of the optimizers and averages
             move along; where one of these cannot, or outputs would change, the order stays.
+        budget: (``progressive``) share of the speed-up that is given back as the phase begins, for layers that stay
+            dense: those whose 2:4 form, one layer at a time, raises the model's loss most for the time that it saves.
+            The loss is what the module that training calls returns as ``loss``, or the error of its output; times are
+            those of this GPU's kernel table at 4096 tokens, or multiply-adds.
         metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` scales weights by the
             running rms of each input, so that they count by their effect on the layer's output; ``"weight"`` takes
             their magnitude.
@@ -140,6 +144,7 @@ class Prox24(Callback):
         gradient_weighting: bool = True,
         calibration: CalibrationMode = "auto",
         reorder_inputs: bool = False,
+        budget: float = 0.0,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -162,6 +167,7 @@ class Prox24(Callback):
             gradient_weighting=gradient_weighting,
             calibration=calibration,
             reorder_inputs=reorder_inputs,
+            budget=budget,
             metric=metric,
             schedule=schedule,
             fraction=fraction,

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from prox24_lightning.calibration.blocks import Blocks, find_blocks
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
-from prox24_lightning.oneshot.budget.measure import LayerTimes, layer_prices, within_budget
+from prox24_lightning.oneshot.budget import layer_prices, within_budget
 from prox24_lightning.oneshot.config import PruneConfig
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune_block import BlockPruner, skipped_weight
 from prox24_lightning.oneshot.pruning_report import LayerwiseReport
 from prox24_lightning.oneshot.work_dir import FinishedBlocks
+from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.solvers.config import Method, Refine, SolverConfig
 from prox24_lightning.solvers.input_order.choose import holders
 from prox24_lightning.utils.checksum import checksum

@@ -17,10 +17,11 @@ from torch import nn
 from prox24_lightning.calibration.blocks import find_blocks
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
-from prox24_lightning.oneshot.budget.choose import LayerPrice, choose_dense, predicted_speedup
-from prox24_lightning.oneshot.budget.measure import LayerTimes, layer_prices
+from prox24_lightning.oneshot.budget import layer_prices
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune import inside_blocks, prune_layerwise
+from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, predicted_speedup
+from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.files import replacing, write_text
 from prox24_lightning.utils.tensors import tensors_in

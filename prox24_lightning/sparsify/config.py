@@ -34,6 +34,7 @@ class SparsifyConfig:
     gradient_weighting: bool = True
     calibration: CalibrationMode = "auto"
     reorder_inputs: bool = False
+    budget: float = 0.0
     metric: Metric = "activation"
     schedule: str | Schedule = "auto"
     fraction: str | Schedule = "cubic"
@@ -117,6 +118,10 @@ class SparsifyConfig:
                 f"reorder_inputs=True needs strategy='progressive' and geometry='row', not {self.strategy!r} and "
                 f"{self.geometry!r}; leave it out"
             )
+        if not 0 <= self.budget < 1:
+            raise ValueError(f"budget={self.budget} must lie in [0, 1): the share of the speed-up that is given back")
+        if self.budget and self.strategy != "progressive":
+            raise ValueError(f"budget={self.budget} belongs to strategy='progressive'; set that too, or leave it out")
         if not 0 <= self.dense_target <= 1:
             raise ValueError(
                 f"dense_target={self.dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"

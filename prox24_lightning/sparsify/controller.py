@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from prox24_lightning.convert.layer_times import layer_times
 from prox24_lightning.finetune import save_masks
 from prox24_lightning.mask import violations_24
+from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.sparsify.checks import check_followed, check_optimizers, check_place, check_weights, optimized
 from prox24_lightning.sparsify.config import SparsifyConfig
 from prox24_lightning.sparsify.engine import SparsityEngine
@@ -28,8 +31,13 @@ from prox24_lightning.sparsify.strategies.progressive.strategy import Progressiv
 from prox24_lightning.sparsify.traps import traps
 from prox24_lightning.sparsify.zeros import only_24
 from prox24_lightning.utils.distributed import rank
-from prox24_lightning.weights.selection import GroupedWeight, Selection, select_weights
+from prox24_lightning.weights.selection import GroupedWeight, Selection, SkippedWeight, select_weights
 from prox24_lightning.weights.sharded import local_part, reshard
+
+log = logging.getLogger(__name__)
+
+BUDGET_TOKENS = 4096
+"""Rows of a layer's input at which its times count for the budget."""
 
 
 class SparsifyController:
@@ -157,6 +165,7 @@ class SparsifyController:
         self._previous = self._previous or self._engine if same_model else None
         self.selection = selection
         self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=config.metric, model=model)
+        self._engine.on_dense.append(self._leave_dense)
         self._model = weakref.ref(model)
         self.is_restored = False
         if config.sparse_training:
@@ -252,7 +261,8 @@ class SparsifyController:
         except ValueError as error:
             _warn(f"the model has changed at step {self.step}, and {self.config.name} cannot follow: {error}")
             return
-        now = {weight.name: weight for weight in selection.chosen if weight.name not in self._claimed}
+        taken = {*self._claimed, *engine.left_dense}
+        now = {weight.name: weight for weight in selection.chosen if weight.name not in taken}
         before = {weight.name: weight for weight in self.weights}
         held = set(model.modules())
         gone = [w for w in self.weights if w.name not in now and w.module not in held]
@@ -371,9 +381,26 @@ class SparsifyController:
                 gradient_weighting=config.gradient_weighting,
                 calibration=config.calibration,
                 reorder_inputs=config.reorder_inputs,
+                budget=config.budget,
+                layer_times=self._layer_times() if config.budget else None,
                 watch=self.watch,
             )
         return PostStepProx(config.strength_schedule, config.fraction_schedule, refit=config.refit)
+
+    def _layer_times(self) -> LayerTimes | None:
+        shapes = {w.name: (w.parameter.shape[0], w.parameter.shape[1]) for w in self.weights if w.parameter.dim() == 2}
+        return layer_times(shapes, BUDGET_TOKENS) or None
+
+    def _leave_dense(self, reasons: Mapping[str, str]) -> None:
+        left = [
+            SkippedWeight(w.name, type(w.module).__name__, tuple(w.parameter.shape), reasons[w.name])
+            for w in self.selection.chosen
+            if w.name in reasons
+        ]
+        chosen = tuple(weight for weight in self.selection.chosen if weight.name not in reasons)
+        self.selection = Selection(chosen, (*self.selection.skipped, *left))
+        if left and self.config.verbose and rank() == 0:
+            log.info("%s: %d of %d weights stay dense within the budget", self.config.name, len(left), len(chosen))
 
     def _require_engine(self) -> SparsityEngine:
         if self._engine is None:

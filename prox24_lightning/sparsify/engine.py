@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class SparsityEngine:
         self.masked = MaskedParameters()
         self.statistics = PassStatistics()
         self.companions: list[Companions] = []  # what moves with the weights, beside the optimizers' state
+        self.left_dense: dict[str, str] = {}  # weights that a budget leaves dense, and why
+        self.on_dense: list[Callable[[Mapping[str, str]], None]] = []  # called when weights are left dense
         self.on_masks: list[Callable[[], None]] = []  # called after weights got their masks: block after block
         self.on_frozen: list[Callable[[], None]] = []  # called once, when every weight has its mask
         self._begun = False
@@ -128,7 +131,7 @@ class SparsityEngine:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         trained = frozenset([*self.masked.masters, *(parameter for group in groups for parameter in group["params"])])
         weights = tuple(weight for weight in self.weights if weight.name not in self._settled)
-        self.strategy.attach(RunContext(weights, self.plan, self.metric_scale, trained, self._move))
+        self.strategy.attach(RunContext(weights, self.plan, self.metric_scale, trained, self._leave_dense, self._move))
         if self._moments is not None:
             self._moments.attach()
         if self.step >= self.plan.freeze:
@@ -240,6 +243,18 @@ class SparsityEngine:
                 masks = self.strategy.after_step(OptimizerStep(self.step, waiting, collected))
             self._enforce(masks)
 
+    def _leave_dense(self, reasons: Mapping[str, str]) -> None:
+        """Take weights out of the run."""
+        self.left_dense |= reasons
+        self.weights = tuple(weight for weight in self.weights if weight.name not in reasons)
+        for owned in self._owned.values():
+            owned[:] = [weight for weight in owned if weight.name not in reasons]
+        context = self.strategy.context
+        weights = tuple(weight for weight in context.weights if weight.name not in reasons)
+        self.strategy.context = replace(context, weights=weights)
+        for callback in self.on_dense:
+            callback(reasons)
+
     def _move(self, chosen: Sequence[ChosenOrder]) -> None:
         """Bring inputs into other orders, where all that is kept beside the weights can move along."""
         moved = move_all(chosen, [optimizer_companions(self._optimizers), *self.companions])
@@ -259,8 +274,8 @@ class SparsityEngine:
 
     def _freeze(self) -> None:
         """Freeze what is not frozen yet, and enforce all masks from now on."""
-        waiting = [weight for weight in self.weights if weight.name not in self.masks]
         self.strategy.before_finish()
+        waiting = [weight for weight in self.weights if weight.name not in self.masks]
         with self.masked.carry_writes(self._optimizers):
             masks = self.strategy.finish(waiting)
             for weight in waiting:  # solved before an interrupt that came before its mask
@@ -312,6 +327,7 @@ class SparsityEngine:
             "begun": self._begun,
             "settled": sorted(self._settled),
             "weights": self._dims(),
+            "left_dense": dict(self.left_dense),
             "masks": {name: {"bits": pack_mask(mask), "shape": list(mask.shape)} for name, mask in masks.items()},
             "strategy": {"kind": type(self.strategy).__name__, **self.strategy.state_dict()},
             "moments": None if self._moments is None else self._moments.state_dict(),
@@ -331,6 +347,7 @@ class SparsityEngine:
             raise ValueError(
                 f"sparsity state of version {state.get('version')} cannot be read; expected {STATE_VERSION}"
             )
+        self._leave_dense(state.get("left_dense", {}))
         weights = {weight.name: weight for weight in self.weights}
         if state["phase"] != "dense":
             check_same_weights(state["weights"], self._dims())

@@ -1,16 +1,15 @@
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from tiny_blocks import batches, prune, seeded
 from tiny_reordered import IDS, llama
 
-from prox24_lightning.oneshot.budget.choose import LayerPrice, choose_dense, fill, predicted_speedup
-from prox24_lightning.oneshot.budget.model_loss import ModelLoss
+from prox24_lightning.calibration.model_loss import ModelLoss
 from prox24_lightning.oneshot.tradeoff import measure_prices
-
-CPU = torch.device("cpu")
+from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, fill, predicted_speedup
 
 
 def price(name, loss, dense=2.0, sparse=1.0, local=0.0):
@@ -72,7 +71,7 @@ def test_predicted_speed():
 @torch.no_grad()
 def test_the_loss_of_a_language_model_is_that_of_the_next_token():
     model, _ = llama()
-    loss = ModelLoss(model, [{"input_ids": IDS}, {"input_ids": IDS.flip(0)}], CPU)
+    loss = ModelLoss([lambda: model(IDS), lambda: model(IDS.flip(0))], [IDS, IDS.flip(0)])
     assert loss() == pytest.approx(float(model(IDS, labels=IDS).loss), rel=1e-5)
 
 
@@ -80,12 +79,12 @@ def test_the_loss_of_a_language_model_is_that_of_the_next_token():
 def test_a_loss_that_the_model_returns_counts_itself():
     model, _ = llama()
     batch = {"input_ids": IDS, "labels": torch.zeros_like(IDS)}
-    assert ModelLoss(model, [batch], CPU)() == pytest.approx(float(model(**batch).loss), rel=1e-6)
+    assert ModelLoss([lambda: model(**batch)], [IDS])() == pytest.approx(float(model(**batch).loss), rel=1e-6)
 
 
 def test_other_models_are_compared_with_their_own_outputs():
     model = seeded()
-    loss = ModelLoss(model, batches(), CPU)
+    loss = ModelLoss([partial(model, x) for x in batches()], [None] * 3)
     assert loss() == 0.0
     with torch.no_grad():
         model.head.weight.mul_(2)
@@ -123,7 +122,7 @@ def test_a_model_on_another_device_goes_by_local_losses(monkeypatch, caplog):
     def failing(*args):
         raise RuntimeError("no loss here")
 
-    monkeypatch.setattr("prox24_lightning.oneshot.budget.measure.ModelLoss", failing)
+    monkeypatch.setattr("prox24_lightning.oneshot.budget.ModelLoss", failing)
     report = prune(seeded(), budget=0.2)
     assert "no loss here" in caplog.text
     assert any(weight.reason.startswith("budget") for weight in report.skipped)

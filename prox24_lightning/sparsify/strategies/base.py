@@ -32,6 +32,7 @@ class RunContext:
         plan: the steps at which the phases begin.
         scale_of: the scale of a weight's metric now in use.
         trained: the parameters that the optimizers train.
+        leave_dense: takes weights out of the run, by name with the reason.
         move: brings inputs into other orders, with all that is kept beside the weights.
     """
 
@@ -39,6 +40,7 @@ class RunContext:
     plan: PhasePlan
     scale_of: ScaleOf
     trained: frozenset[Tensor] = frozenset()
+    leave_dense: Callable[[Mapping[str, str]], None] = lambda reasons: None
     move: Callable[[Sequence[ChosenOrder]], None] = lambda chosen: None
 
 

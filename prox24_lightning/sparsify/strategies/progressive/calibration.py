@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -26,6 +27,8 @@ class SolveSettings:
     gradient_weighting: bool
     prox_steps: int | None
     reorder_inputs: bool = False
+    budget: float = 0.0
+    layer_times: LayerTimes | None = None
 
     def __post_init__(self) -> None:
         if self.batches < 1:

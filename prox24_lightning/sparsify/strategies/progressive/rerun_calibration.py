@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,8 @@ from prox24_lightning.calibration.isolation.reproduction import RerunSettings
 from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.calibration.outermost import outermost_modules, parts_with
 from prox24_lightning.calibration.output_gradients import OutputGradients
+from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense
+from prox24_lightning.solvers.budget.price import mean_prices, reason, times_or_products
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
 from prox24_lightning.sparsify.strategies.progressive.blocks import (
     Block,
@@ -25,6 +28,7 @@ from prox24_lightning.sparsify.strategies.progressive.blocks import (
     cut_into_blocks,
     order_of_blocks,
 )
+from prox24_lightning.sparsify.strategies.progressive.budget import layer_prices
 from prox24_lightning.sparsify.strategies.progressive.calibration import Calibration, SolveSettings
 from prox24_lightning.sparsify.strategies.progressive.errors import described, on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.input_orders import choose_orders
@@ -156,14 +160,16 @@ class RerunCalibration(Calibration):
         return problem
 
     def begin(self) -> str | None:
-        """Find the order of the blocks, choose the orders of inputs, and keep the dense reference; return why there is
-        none after all.
+        """Find the order of the blocks, choose what stays dense and the orders of inputs, and keep the dense reference;
+        return why there is none after all.
 
         Raises:
             RerunError: if the model cannot be called again.
         """
         self._place()
         check_same_order(self.blocks)
+        if self.settings.budget and not self._sharded:
+            self._spend_budget()
         if self.settings.reorder_inputs and not self._sharded:
             self._reorder_inputs()
         if not self._with_reference or not self.blocks or len(self._hooked) != 1:
@@ -179,6 +185,29 @@ class RerunCalibration(Calibration):
         if problem is not None:
             hooked.reference, self._with_reference = None, False
         return problem
+
+    def _spend_budget(self) -> None:
+        prices: list[LayerPrice] = []
+        times = times_or_products(self.context.weights, self.settings.layer_times)
+        for hooked in self._hooked:
+            blocks = [block for block in self.blocks if block.hooked is hooked]
+            if blocks and all(gathered_objects(bool(hooked.calls))):
+                with hooked.rerunning(), self._graph_memory.shared():
+                    prices += layer_prices(self.model, hooked, self._neighbours(blocks), times)
+        prices = mean_prices(prices)
+        dense = choose_dense(prices, self.settings.budget)
+        kept = tuple(weight for weight in self.context.weights if weight.name not in dense)
+        if not kept:
+            log.warning("2:4 would make no layer faster: budget=%g has no effect", self.settings.budget)
+            return
+        self.context.leave_dense({price.name: reason(price) for price in prices if price.name in dense})
+        self.context = replace(self.context, weights=kept)
+        left = cut_into_blocks(self.model, kept, self._hooked)
+        for name in {block.name for block in self.blocks} - {block.name for block in left}:
+            if (gradients := self._gradients.pop(name, None)) is not None:
+                gradients.end_batch()
+        self.blocks = left
+        self._arrange([name for name in self._order if name in {block.name for block in left}])
 
     def _reorder_inputs(self) -> None:
         chosen = []

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.sparsify.solve_watch import SolveWatch
 from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, RunContext, Strategy, projected_mask
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -78,6 +79,9 @@ class Progressive(Strategy):
         prox_steps: proximal steps a layer; None is the solver's own default.
         reorder_inputs: choose which inputs share a group of four, as the phase begins, where batches are run again
             (:mod:`~prox24_lightning.solvers.input_order.choose`).
+        budget: share of the speed-up that is given back as the phase begins, for layers that stay dense
+            (:mod:`~prox24_lightning.solvers.budget.price`).
+        layer_times: name of a weight -> time of its product, dense and 2:4; None goes by multiply-adds.
         calibration: ``"auto"`` takes the first way that works, ``"stream"`` or ``"magnitude"`` that one.
         watch: shows and stops what is solved.
     """
@@ -94,6 +98,8 @@ class Progressive(Strategy):
         prox_steps: int | None = None,
         calibration: CalibrationMode = "auto",
         reorder_inputs: bool = False,
+        budget: float = 0.0,
+        layer_times: LayerTimes | None = None,
         watch: SolveWatch | None = None,
     ) -> None:
         super().__init__()
@@ -103,7 +109,14 @@ class Progressive(Strategy):
                 f"calibration={calibration!r} is unknown; use one of {', '.join(get_args(CalibrationMode))}"
             )
         self.settings = SolveSettings(
-            batches, dense_target, reconstruction_steps, gradient_weighting, prox_steps, reorder_inputs
+            batches,
+            dense_target,
+            reconstruction_steps,
+            gradient_weighting,
+            prox_steps,
+            reorder_inputs,
+            budget,
+            layer_times,
         )
         self._model = model
         self._root_is_called = root_is_called
@@ -230,8 +243,8 @@ class Progressive(Strategy):
         if rank() == 0:
             log.warning(
                 "blocks are not run again, because %s: each layer is solved on a Hessian that forward hooks sum up in "
-                "the training batches before its pruning step; dense_target, reconstruction_steps and reorder_inputs "
-                "have no effect (calibration='stream' if this is meant)",
+                "the training batches before its pruning step; dense_target, reconstruction_steps, reorder_inputs "
+                "and budget have no effect (calibration='stream' if this is meant)",
                 problem,
             )
 

@@ -7,55 +7,47 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from prox24_lightning.calibration.blocks import call_model
-from prox24_lightning.utils.tensors import first_tensor, to_device
+from prox24_lightning.utils.tensors import first_tensor
 
 
 class ModelLoss:
-    """Mean loss over batches: what the model returns as ``loss``, the loss of the next token, or the relative squared
+    """Mean loss over runs: what the model returns as ``loss``, the loss of the next token, or the relative squared
     error of its first output against the outputs that it gave when this object was made.
 
     Args:
-        model: called as :func:`~prox24_lightning.oneshot.prune_layerwise` calls it.
-        batches: mappings, tuples or tensors.
-        device: of the model.
+        runs: each calls the model, as it is then, on one batch.
+        ids: the tokens of each run, (sequences, length), if it is one of a language model; else None.
+
+    Raises:
+        ValueError: if the model returns nothing that can be compared.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], device: torch.device) -> None:
-        self._model, self._device = model, device
-        self._batches = [to_device(dict(one) if isinstance(one, Mapping) else one, device) for one in batches]
+    def __init__(self, runs: Sequence[Callable[[], Any]], ids: Sequence[Any]) -> None:
+        self._runs, self._ids = list(runs), list(ids)
         self._references: list[Tensor] = []
+        output = self._runs[0]()
         self._terms: Callable[[int, Any], Tensor] = self._own
-        output = call_model(model, to_device(self._batches[0], device, copy=True))
         if _loss_of(output) is None:
             self._terms = self._next_token
-            if not self._predicts_tokens(output):
+            if not all(isinstance(one, Tensor) for one in self._ids) or not _predicts(output, self._ids[0]):
                 self._terms = self._difference
-                self._references = [_output(call_model(model, batch)).detach().clone() for batch in self._batches]
+                self._references = [_output(run()).detach().clone() for run in self._runs]
 
     @torch.no_grad()
     def __call__(self) -> float:
         """Return the loss of the model as it is now."""
-        total = torch.zeros((), device=self._device)
-        for number, batch in enumerate(self._batches):
-            total += self._terms(number, call_model(self._model, to_device(batch, self._device, copy=True)))
-        return float(total / len(self._batches))
-
-    def _predicts_tokens(self, output: Any) -> bool:
-        first = self._batches[0]
-        ids, logits = first.get("input_ids") if isinstance(first, Mapping) else None, getattr(output, "logits", None)
-        return isinstance(ids, Tensor) and isinstance(logits, Tensor) and logits.shape[:-1] == ids.shape
+        return sum(float(self._terms(number, run())) for number, run in enumerate(self._runs)) / len(self._runs)
 
     def _own(self, number: int, output: Any) -> Tensor:
         loss = _loss_of(output)
         assert loss is not None
-        return loss.float()
+        return loss.detach().float()
 
     def _next_token(self, number: int, output: Any) -> Tensor:
-        ids = self._batches[number]["input_ids"]
-        losses = [
+        ids = self._ids[number]
+        losses = [  # one sequence at a time: logits in float32 are large
             F.cross_entropy(logits[:-1].float(), one[1:], reduction="sum")
             for logits, one in zip(output.logits, ids, strict=True)
         ]
@@ -63,7 +55,13 @@ class ModelLoss:
 
     def _difference(self, number: int, output: Any) -> Tensor:
         reference = self._references[number].float()
-        return (_output(output).float() - reference).square().sum() / reference.square().sum().clamp_min(1e-30)
+        return (_output(output).detach().float() - reference).square().sum() / reference.square().sum().clamp_min(1e-30)
+
+
+def _predicts(output: Any, ids: Tensor) -> bool:
+    """Whether the model gives logits for each token."""
+    logits = getattr(output, "logits", None)
+    return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -1,5 +1,5 @@
 """Which layers stay dense when a share of the speed-up is given back."""
 
-from prox24_lightning.oneshot.budget.choose import LayerPrice, choose_dense, predicted_speedup
+from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, predicted_speedup
 
 __all__ = ["LayerPrice", "choose_dense", "predicted_speedup"]

@@ -1,0 +1,91 @@
+"""The price of layers: the model's loss with one of them alone 2:4, and the time that 2:4 saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.input_groups import InputGroup
+from prox24_lightning.solvers.budget.choose import LayerPrice
+from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.solvers.input_group import Run, input_group_hessian
+from prox24_lightning.solvers.layer import solve
+from prox24_lightning.utils.distributed import from_first, gathered_objects
+from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix
+from prox24_lightning.weights.selection import GroupedWeight
+
+SENSITIVITY = SolverConfig("wanda", refine_steps=50)
+
+LayerTimes = Mapping[str, tuple[float, float]]
+"""Name of a weight -> time of its product, dense and 2:4, in one unit."""
+
+
+def times_or_products(weights: Sequence[GroupedWeight], times: LayerTimes | None) -> LayerTimes:
+    """Return ``times``, or multiply-adds of all ``weights`` where it lacks one."""
+    if times is not None and all(weight.name in times for weight in weights):
+        return times
+    sizes = {weight.name: float(weight.parameter.numel()) for weight in weights}
+    return {name: (size, size / 2) for name, size in sizes.items()}
+
+
+def prices_of_groups(
+    groups: Sequence[InputGroup],
+    weights: Mapping[nn.Module, GroupedWeight],
+    runs: Sequence[Run],
+    times: LayerTimes,
+    loss: Callable[[], float] | None,
+    *,
+    describe: Callable[[str], None] = lambda text: None,
+    attempt: Callable[[Callable[[], HessianAccumulator]], HessianAccumulator] | None = None,
+) -> list[LayerPrice]:
+    """Return the prices of the layers of a block, by Wanda's mask with refined values.
+
+    Args:
+        groups: the layers.
+        weights: layer -> its weight; as before afterwards.
+        runs: each calls the block on one calibration batch.
+        times: of the layers.
+        loss: of the whole model as it is when called; None takes each layer's own loss.
+        describe: told what is measured.
+        attempt: see :func:`~prox24_lightning.solvers.input_group.input_group_hessian`.
+    """
+    prices = []
+    dense_loss = None if loss is None else loss()
+    for group in groups:
+        hessian = input_group_hessian(group, runs, attempt=attempt).hessian
+        for layer in group.layers:
+            weight = weights[layer]
+            describe(f"price of {weight.module_name}")
+            solution = solve(as_matrix(layer), hessian, SENSITIVITY, dim=weight.matrix_dim, name=weight.module_name)
+            rise = local = solution.refined_loss or 0.0
+            if loss is not None and dense_loss is not None:
+                rise = _with(weight.parameter, from_matrix(layer, solution.weight), loss) - dense_loss
+            prices.append(LayerPrice(weight.name, rise, local, *times[weight.name]))
+    return prices
+
+
+def mean_prices(prices: Sequence[LayerPrice]) -> list[LayerPrice]:
+    """Return the prices with losses averaged over the ranks, the same on all of them."""
+    shares = gathered_objects([price.loss for price in prices])
+    means = [sum(values) / len(shares) for values in zip(*shares, strict=True)]
+    return from_first([replace(price, loss=mean) for price, mean in zip(prices, means, strict=True)])
+
+
+def reason(price: LayerPrice) -> str:
+    """Return why a layer stays dense within a budget."""
+    return f"budget: 2:4 of this layer alone would raise the loss by {price.loss:.4f}"
+
+
+@torch.no_grad()
+def _with(parameter: Tensor, values: Tensor, loss: Callable[[], float]) -> float:
+    """Return the loss with other values in a parameter."""
+    dense = parameter.detach().clone()
+    try:
+        parameter.copy_(values)
+        return loss()
+    finally:
+        parameter.copy_(dense)
