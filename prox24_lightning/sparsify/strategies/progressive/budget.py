@@ -11,6 +11,7 @@ from torch import nn
 from prox24_lightning.calibration.hooked_module import HookedModule
 from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.model_loss import ModelLoss
+from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.solvers.budget.choose import LayerPrice
 from prox24_lightning.solvers.budget.price import LayerTimes, prices_of_groups
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -23,7 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def layer_prices(
-    model: nn.Module, hooked: HookedModule, neighbours: Sequence[Sequence[Block]], times: LayerTimes
+    model: nn.Module,
+    hooked: HookedModule,
+    neighbours: Sequence[Sequence[Block]],
+    calls: Sequence[ModuleCall],
+    times: LayerTimes,
 ) -> list[LayerPrice]:
     """Return the prices of the layers of blocks, by the loss that the hooked module returns, or its output's error.
 
@@ -31,16 +36,17 @@ def layer_prices(
         model: what holds the hooked module.
         hooked: is rerunning.
         neighbours: its blocks, in the order in which they run; those that share reruns of the recorded batches.
+        calls: of the hooked module.
         times: of all layers.
 
     Raises:
         RerunError: if the model cannot be called again.
     """
-    calls = [BlockRun(model, call, hooked.module) for call in hooked.calls]
+    whole = [BlockRun(model, call, hooked.module) for call in calls]
     loss: ModelLoss | None = None
     problem = None
     try:
-        loss = ModelLoss(calls, [call.call.kwargs.get("input_ids") for call in calls])
+        loss = ModelLoss(whole, [call.kwargs.get("input_ids") for call in calls])
     except ValueError as error:
         problem = described(error)
     if (problem := next((found for found in gathered_objects(problem) if found), None)) is not None:
@@ -49,7 +55,7 @@ def layer_prices(
             log.warning("the budget goes by each layer's own loss, since the model's cannot be measured: %s", problem)
     prices: list[LayerPrice] = []
     for together in neighbours:
-        reruns = on_all_ranks(partial(BlockReruns, model, hooked, together))
+        reruns = on_all_ranks(partial(BlockReruns, model, hooked, together, calls))
         for block in together:
             runs = on_all_ranks(partial(reruns.runs_of, block))
             if not all(gathered_objects(bool(runs))):

@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 
 from prox24_lightning.calibration.hooked_module import HookedModule
+from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.solvers.input_group import Run
 from prox24_lightning.solvers.input_order.choose import ChosenOrder, choose_order, holders, proved_orders
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -20,13 +21,16 @@ from prox24_lightning.weights.selection import GroupedWeight
 log = logging.getLogger(__name__)
 
 
-def choose_orders(model: nn.Module, hooked: HookedModule, neighbours: Sequence[Sequence[Block]]) -> list[ChosenOrder]:
+def choose_orders(
+    model: nn.Module, hooked: HookedModule, neighbours: Sequence[Sequence[Block]], calls: Sequence[ModuleCall]
+) -> list[ChosenOrder]:
     """Return better orders of inputs inside of blocks; where a model has no blocks, inside all of the hooked module.
 
     Args:
         model: what holds the hooked module.
         hooked: is rerunning.
         neighbours: its blocks, in the order in which they run; those that share reruns of the recorded batches.
+        calls: of the hooked module.
 
     Raises:
         RerunError: if the model cannot be called again.
@@ -39,15 +43,15 @@ def choose_orders(model: nn.Module, hooked: HookedModule, neighbours: Sequence[S
         layers += [weight for block in together if block not in blocks for weight in block.weights]
         if not blocks:
             continue
-        reruns = on_all_ranks(partial(BlockReruns, model, hooked, blocks))
+        reruns = on_all_ranks(partial(BlockReruns, model, hooked, blocks, calls))
         for block in blocks:
             runs = on_all_ranks(partial(reruns.runs_of, block))
             found += _chosen(block.module, runs, block.weights, shared)
             if runs:
                 on_all_ranks(partial(reruns.pass_on, block, runs, None))
     if layers:
-        calls = [BlockRun(model, call, hooked.module) for call in hooked.calls]
-        found += _chosen(hooked.module, calls, layers, shared)
+        whole = [BlockRun(model, call, hooked.module) for call in calls]
+        found += _chosen(hooked.module, whole, layers, shared)
     return found
 
 

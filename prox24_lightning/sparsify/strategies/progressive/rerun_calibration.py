@@ -193,7 +193,9 @@ class RerunCalibration(Calibration):
             blocks = [block for block in self.blocks if block.hooked is hooked]
             if blocks and all(gathered_objects(bool(hooked.calls))):
                 with hooked.rerunning(), self._graph_memory.shared():
-                    prices += layer_prices(self.model, hooked, self._neighbours(blocks), times)
+                    prices += layer_prices(
+                        self.model, hooked, self._neighbours(blocks), self._shared_calls(hooked), times
+                    )
         prices = mean_prices(prices)
         dense = choose_dense(prices, self.settings.budget)
         kept = tuple(weight for weight in self.context.weights if weight.name not in dense)
@@ -215,7 +217,7 @@ class RerunCalibration(Calibration):
             blocks = [block for block in self.blocks if block.hooked is hooked]
             if blocks and all(gathered_objects(bool(hooked.calls))):
                 with hooked.rerunning(), self._graph_memory.shared():
-                    chosen += choose_orders(self.model, hooked, self._neighbours(blocks))
+                    chosen += choose_orders(self.model, hooked, self._neighbours(blocks), self._shared_calls(hooked))
         # Apart from the reruns: there buffers are copies.
         self.context.move(chosen)
 
