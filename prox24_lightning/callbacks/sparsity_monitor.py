@@ -217,7 +217,7 @@ class SparsityMonitor(Callback):
             if self.summary and self._begun and entry.layers and trainer.is_global_zero:
                 shapes = {weight.name: tuple(weight.parameter.shape) for weight in entry.weights}
                 with self._output.guarded("printing the summary"):
-                    print_summary(entry.layers, shapes, entry.describe())
+                    print_summary(entry.layers, shapes, entry.describe(), _last_checkpoint(trainer))
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -345,3 +345,9 @@ class SparsityMonitor(Callback):
     def _finished_steps(trainer: Trainer) -> int:
         """Return the number of batches that led to a step, which is the x-axis of all that Lightning logs."""
         return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _last_checkpoint(trainer: Trainer) -> str:
+    """Return the newest file of the first ModelCheckpoint; "" if there is none."""
+    checkpoint: Any = trainer.checkpoint_callback
+    return getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")

@@ -132,6 +132,12 @@ def tradeoff(
             else:
                 write_text(output / "prune.yaml", yaml.safe_dump(content, sort_keys=False))
                 console.print(f"picked: {pick.speedup:.3f} x, {pick.loss - found.dense_loss:+.4f} nats, in prune.yaml")
+                console.print(
+                    f"next: prox24 prune {model.name} --config {output / 'prune.yaml'} --text my.txt",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
         console.print(f"results: {output}")
 
 

@@ -9,21 +9,30 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from prox24_lightning.utils.names import numbers_as_wildcards
+from prox24_lightning.utils.names import numbers_as_wildcards, shorten_all
 from prox24_lightning.weights.selection import Selection
 
+_OTHERS = 46
+"""Characters of a row beside the name: count, shape, borders, and what a reason needs to be read."""
 
-def selection_table(selection: Selection, title: str) -> Table:
-    """Return one row a kind of weight: repeated blocks (``layers.0``, ``layers.1``, ...) share a row."""
+
+def selection_table(selection: Selection, title: str, width: int = 80) -> Table:
+    """Return one row a kind of weight: repeated blocks (``layers.0``, ``layers.1``, ...) share a row.
+
+    The table is ``width`` characters wide at most: names are cut in the middle.
+    """
     table = Table(title=title, title_justify="left")
-    for column, justify in (("weight", "left"), ("", "right"), ("shape", "left"), ("decision", "left")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for column, justify in (("weight", "left"), ("", "right"), ("shape", "left")):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("decision", overflow="fold")
     chosen = ((weight.name, tuple(weight.parameter.shape), "2:4") for weight in selection.chosen)
     skipped = ((weight.name, weight.shape, f"dense: {weight.reason}") for weight in selection.skipped)
-    for style, rows in (("green", _collapsed(chosen)), ("dim", _collapsed(skipped))):
+    kinds = (("green", _collapsed(chosen)), ("dim", _collapsed(skipped)))
+    short = shorten_all((name for _, rows in kinds for name, _, _ in rows), max(20, width - _OTHERS))
+    for style, rows in kinds:
         for (name, shape, decision), count in rows.items():
             times = f"x {count}" if count > 1 else ""
-            table.add_row(name, times, " x ".join(map(str, shape)), decision, style=style)
+            table.add_row(short[name], times, " x ".join(map(str, shape)), decision, style=style)
     return table
 
 
@@ -39,4 +48,5 @@ def _collapsed(rows: Iterable[tuple[str, tuple[int, ...], str]]) -> dict[tuple[s
 @rank_zero_only
 def print_selection(selection: Selection, title: str) -> None:
     """Print :func:`selection_table` on the first rank."""
-    Console().print(selection_table(selection, title))
+    console = Console()
+    console.print(selection_table(selection, title, console.width))

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from prox24_lightning.monitoring.statistics import SparsityStats
-from prox24_lightning.utils.names import numbers_as_wildcards
+from prox24_lightning.utils.names import common_start, numbers_as_wildcards, shorten_all
 
 MAX_ROWS = 48
 """With more layers, those whose names differ in numbers only share a row."""
 MAX_NAMED = 8
+_OTHERS, _COUNT = 52, 12
+"""Characters of a row beside the name: shape, groups and three shares; and how many layers share the row."""
 
 
-def summary_table(layers: Mapping[str, SparsityStats], shapes: Mapping[str, tuple[int, ...]], title: str) -> Table:
-    """Return one row a layer: name, shape, groups, 2:4 fraction, retained squared norm, zeros; yellow where not 2:4."""
-    table = Table(title=title, title_justify="left")
+def summary_table(
+    layers: Mapping[str, SparsityStats], shapes: Mapping[str, tuple[int, ...]], title: str, width: int = 80
+) -> Table:
+    """Return one row a layer: name, shape, groups, 2:4 fraction, retained squared norm, zeros; yellow where not 2:4.
+
+    The table is ``width`` characters wide at most: names are cut in the middle.
+    """
+    rows = _rows(layers, shapes)
+    names = [name.removesuffix(".weight") for name, _ in rows]
+    start = common_start(names)
+    title += f"\nnames begin with {start}" if start else ""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
     for column, justify in (("weight", "left"), ("shape", "left"), ("groups", "right"), ("2:4", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for column in ("retained norm²", "zeros"):
-        table.add_column(column, justify="right")
-    for name, members in _rows(layers, shapes).items():
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for column in ("retained\nnorm²", "zeros"):
+        table.add_column(column, justify="right", no_wrap=True)
+    room = width - _OTHERS - (_COUNT if len(rows) < len(layers) else 0)
+    short = shorten_all((name.removeprefix(start) for name in names), max(16, room))
+    for shown, (name, members) in zip(names, rows.items(), strict=True):
         groups = sum(layer.groups for layer in members)
         fraction = sum(layer.groups_24 * layer.groups for layer in members) / groups
         zeros = sum(layer.sparsity * layer.groups for layer in members) / groups
         done = all(layer.groups_24 == 1 for layer in members)
         table.add_row(
-            name[0].removesuffix(".weight") + (f" ({len(members)} layers)" if len(members) > 1 else ""),
+            short[shown.removeprefix(start)] + (f" ({len(members)} layers)" if len(members) > 1 else ""),
             " x ".join(map(str, name[1])),
             f"{groups:,}",
             percent(1.0 if done else fraction),
@@ -49,12 +64,24 @@ def dense_warning(layers: Mapping[str, SparsityStats]) -> str | None:
     return f"{len(dense)} of {len(layers)} weights are not 2:4: {named}{more}"
 
 
-def print_summary(layers: Mapping[str, SparsityStats], shapes: Mapping[str, tuple[int, ...]], title: str) -> None:
-    """Print :func:`summary_table` and, where it applies, :func:`dense_warning`."""
+def print_summary(
+    layers: Mapping[str, SparsityStats],
+    shapes: Mapping[str, tuple[int, ...]],
+    title: str,
+    checkpoint: str | Path | None = None,
+) -> None:
+    """Print :func:`summary_table`, where it applies :func:`dense_warning`, and the command that goes on.
+
+    Args:
+        layers, shapes, title: see :func:`summary_table`.
+        checkpoint: file or folder of the run's last checkpoint; None where there is none.
+    """
     console = Console()
-    console.print(summary_table(layers, shapes, title))
+    console.print(summary_table(layers, shapes, title, console.width))
     if (warning := dense_warning(layers)) is not None:
         console.print(warning, style="bold yellow", highlight=False, markup=False)
+    if checkpoint:
+        console.print(f"next: prox24 doctor {checkpoint}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _rows(

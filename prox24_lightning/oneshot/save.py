@@ -82,7 +82,11 @@ def _card(model: Any, report: LayerwiseReport, protocol: Mapping[str, Any]) -> s
         f"{len(report.masks)} weights ({sparse:,} of {whole:,} parameters) have at most two non-zeros in every four "
         f"consecutive entries along the {side}.",
         "Pruned layer by layer without training (arXiv 2501.18015). Weights are stored dense, with zeros; "
-        f"`{MASKS_FILE}` holds the masks at one bit a weight.",
+        f"`{MASKS_FILE}` holds the masks at one bit a weight. In this folder:",
+        "",
+        f'```python\nimport transformers\n\nmodel = transformers.{type(model).__name__}.from_pretrained(".")\n```',
+        "",
+        "`prox24 convert THIS_FOLDER OUT` packs it at about half the size, for sparse tensor cores.",
         "",
         markdown_table(("protocol", "value"), {**protocol, **report.settings, **measured}.items()),
         "",

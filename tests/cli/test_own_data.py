@@ -37,7 +37,7 @@ def prune(prox24, home, out, *words):
         (["--text", "folder", "--eval_text", "held_out.jsonl"], "calibration folder, evaluation held_out.jsonl"),
     ],
 )
-def test_text_of_the_users_own(prox24, home, tmp_path, words, card):
+def test_text_of_the_users_own(prox24, home, tmp_path, monkeypatch, words, card):
     places = [home / word if not word.startswith("--") else word for word in words]
     code, out, err = prune(prox24, home, tmp_path / "out", *places)
     assert code == 0, err
@@ -45,6 +45,9 @@ def test_text_of_the_users_own(prox24, home, tmp_path, words, card):
     flat = " ".join(out.split())
     assert f"next: prox24 doctor {tmp_path / 'out'} says what it gains, prox24 convert " in flat
     page = (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "out")
+    exec(page.split("```python\n")[1].split("```")[0], found := {})
+    assert type(found["model"]).__name__ == "LlamaForCausalLM"
     assert f"| data | {card} |" in page
     if "--eval_text" in words:
         assert "of its passages of 30 words stand in the calibration text too" in page

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
+from rich.console import Console
+from torch import nn
+
+from prox24_lightning.monitoring.selection_table import selection_table
 from prox24_lightning.monitoring.statistics import SparsityStats
-from prox24_lightning.monitoring.summary import dense_warning, percent, summary_table
+from prox24_lightning.monitoring.summary import dense_warning, percent, print_summary, summary_table
+from prox24_lightning.weights.selection import GroupedWeight, Selection, SkippedWeight
 
 
 def stats(fraction):
@@ -31,3 +38,34 @@ def test_percent_never_rounds_up_to_all():
     assert percent(1.0) == "100 %"
     assert percent(1 - 1e-9) == "99.99 %"
     assert percent(0.5) == "50.00 %"
+
+
+def printed(table, width=80):
+    out = io.StringIO()
+    Console(file=out, width=width).print(table)
+    return out.getvalue()
+
+
+def test_the_tables_fit_80_columns_and_keep_names_apart():
+    names = [f"model.language_model.layers.{i}.self_attn.{p}_proj.weight" for i in (0, 11) for p in "qk"]
+    text = printed(summary_table(dict.fromkeys(names, stats(0.9)), dict.fromkeys(names, (14336, 16384)), "title"))
+    assert "names begin with model.language_model.layers." in text
+    rows = [line.split() for line in text.splitlines() if "proj" in line]
+    assert len({row[0] for row in rows}) == 4
+    assert all("…" not in "".join(row[1:]) for row in rows)
+    assert text.count("14336 x 16384") == 4
+    chosen = tuple(
+        GroupedWeight(name, "", nn.Linear(16, 8), "weight", 1) for name in (names[0], names[1].replace("0", "5"))
+    )
+    skipped = (SkippedWeight("model.lm_head.weight", "Linear", (64, 256), "output head: the last layer of the model"),)
+    text = printed(selection_table(Selection(chosen, skipped), "title"))
+    assert "q_proj.weight" in text
+    assert "k_proj.weight" in text
+    assert "dense: output head: the last layer of the model" in " ".join(text.replace("│", " ").split())
+
+
+def test_the_next_command_names_the_checkpoint(capsys):
+    print_summary({"a": stats(1.0)}, {"a": (4, 10)}, "title", "runs/last.ckpt")
+    assert capsys.readouterr().out.splitlines()[-1] == "next: prox24 doctor runs/last.ckpt"
+    print_summary({"a": stats(1.0)}, {"a": (4, 10)}, "title")
+    assert "next:" not in capsys.readouterr().out
