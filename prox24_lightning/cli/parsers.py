@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from prox24_lightning.cli.exit_codes import ERROR
-from prox24_lightning.utils.config_errors import first_reason
+from prox24_lightning.utils.errors import first_reason
 
 _OF_EVERY_COMMAND = ("help", "config", "print_config")
 

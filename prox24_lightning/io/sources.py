@@ -18,8 +18,7 @@ from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.state_dict_model import layers_of
 from prox24_lightning.io.packed_folder import PACKED_ENDING
 from prox24_lightning.io.pretrained import Dtype, Head, Pretrained
-from prox24_lightning.utils.config_errors import first_reason
-from prox24_lightning.utils.errors import describe
+from prox24_lightning.utils.errors import describe, first_reason
 from prox24_lightning.utils.module_copy import cast_model
 
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")

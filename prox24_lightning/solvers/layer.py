@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prox24_lightning.mask import zeros_per_group
+from prox24_lightning.mask import mask_24, zeros_per_group
 from prox24_lightning.solvers.admm import admm
 from prox24_lightning.solvers.config import Method, Refine, SolverConfig
 from prox24_lightning.solvers.loss import check_layer, row_losses
-from prox24_lightning.solvers.magnitude import magnitude
 from prox24_lightning.solvers.masked_cg import masked_cg
 from prox24_lightning.solvers.proximal_gradient import proximal_gradient
 from prox24_lightning.solvers.rounding import round_on_support
@@ -173,7 +172,7 @@ def solve(
 
     found, damping = dense, config.method_damping
     if config.method in ("magnitude", "keep"):
-        mask = magnitude(dense, dim=dim)
+        mask = mask_24(dense, dim=dim)
         if config.method == "keep" and bool((dense != 0).logical_and_(~mask).any()):
             raise ValueError(f"{name}: method='keep' keeps the zeros of a 2:4 weight, and this one has too few")
     elif config.method == "wanda":

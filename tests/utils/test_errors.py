@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
 
-from prox24_lightning.utils.config_errors import first_reason
+from prox24_lightning.utils.errors import first_reason
 
 
 class Part:
