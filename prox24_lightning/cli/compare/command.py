@@ -16,6 +16,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from prox24_lightning.callbacks.prox24 import Prox24
 from prox24_lightning.cli.callback_entries import callback_entries, loaded_class
 from prox24_lightning.cli.compare.comparison import VARIANTS, Comparison, Run, Variant
 from prox24_lightning.cli.compare.config_edit import (
+    rate_key,
     separate_outputs,
     with_one_shot_magnitude,
     without_conversion,
@@ -83,6 +85,16 @@ class CompareCLI(Prox24CLI):
             default="validation",
             help="data of the final score; test is for data that no setting was chosen on",
         )
+        group.add_argument(
+            "--lrs",
+            type=list[float] | None,
+            default=None,
+            help="learning rates to try for every variant alike; the seeds run with each variant's best",
+        )
+        group.add_argument("--search_seed", type=int, default=1000, help="seed of the runs that choose the rate")
+        group.add_argument(
+            "--lr_key", type=str | None, default=None, help="where the config holds the rate (default: found)"
+        )
         group.add_argument("--asp_at", type=float, default=0.5, help="when asp prunes, as a fraction of the run")
         group.add_argument(
             "--output", type=str | None, default=None, help="folder of results and logs (default: runs/CONFIG/TIME)"
@@ -130,6 +142,13 @@ def compare(words: list[str]) -> None:
         )
     if not 0 <= options.asp_at <= 1:
         raise ValueError(f"asp_at={options.asp_at} must lie between 0 (before the first step) and 1 (after the last)")
+    key = rate_key(options, options.lr_key) if options.lrs else None
+    chosen_by = metric
+    if options.lrs:
+        if options.search_seed in options.seeds:
+            raise ValueError(f"search_seed={options.search_seed} is one of the seeds; rates are chosen on another")
+        # Whatever the reported split: test data is for settings that were chosen without it.
+        chosen_by = _metric(Namespace(**{**vars(options), "split": "validation", "metric": _searched(options)}))[0]
     output = Path(options.output) if options.output else _default_output(options)
     check_output(output, overwrite=options.overwrite)
     output.mkdir(parents=True, exist_ok=True)
@@ -140,10 +159,22 @@ def compare(words: list[str]) -> None:
         config=parsed.parser.dump(options, skip_none=True),
     )
     _check_metric(words, metric, options.split)
+    searches = [(variant, rate) for variant in options.variants for rate in options.lrs or ()]
     plan = [(seed, variant) for seed in options.seeds for variant in options.variants]
+    for number, (variant, rate) in enumerate(searches, start=1):
+        console.rule(f"search {number} of {len(searches)}: {variant}, rate {rate:g}")
+        place = output / "search" / f"rate_{rate:g}"
+        found = _guarded_run(words, variant, options.search_seed, chosen_by, "validation", place, key, rate)
+        comparison.runs.append(replace(found, search=True))
+        comparison.write(output)
+        gc.collect()
     for number, (seed, variant) in enumerate(plan, start=1):
-        console.rule(f"run {number} of {len(plan)}: {variant}, seed {seed}")
-        comparison.runs.append(_guarded_run(words, variant, seed, metric, options.split, output))
+        best = comparison.best_rate(variant)
+        console.rule(f"run {number} of {len(plan)}: {variant}, seed {seed}{'' if best is None else f', rate {best:g}'}")
+        if options.lrs and best is None:
+            comparison.runs.append(Run(variant, seed, error="no rate of the search ended with a finite score"))
+            continue
+        comparison.runs.append(_guarded_run(words, variant, seed, metric, options.split, output, key, best))
         comparison.write(output)
         gc.collect()
     console.print(comparison.table())
@@ -190,20 +221,45 @@ def _known(metric: str, scores: dict[str, float], split: Split) -> float:
     return scores[metric]
 
 
-def _guarded_run(words: list[str], variant: Variant, seed: int, metric: str, split: Split, output: Path) -> Run:
+def _searched(options: Namespace) -> str | None:
+    """Return the metric that rates are chosen by, of the validation data; None is ModelCheckpoint's."""
+    return options.metric if options.split == "validation" else None
+
+
+def _guarded_run(
+    words: list[str],
+    variant: Variant,
+    seed: int,
+    metric: str,
+    split: Split,
+    output: Path,
+    key: str | None = None,
+    rate: float | None = None,
+) -> Run:
     """Return one run; a crash becomes a failed row, so that the finished rows are kept."""
     try:
-        return _run(words, variant, seed, metric, split, output)
+        return replace(_run(words, variant, seed, metric, split, output, key, rate), lr=rate)
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        return Run(variant, seed, error=f"{type(error).__name__}: {error}")
+        return Run(variant, seed, error=f"{type(error).__name__}: {error}", lr=rate)
 
 
-def _run(words: list[str], variant: Variant, seed: int, metric: str, split: Split, output: Path) -> Run:
+def _run(
+    words: list[str],
+    variant: Variant,
+    seed: int,
+    metric: str,
+    split: Split,
+    output: Path,
+    key: str | None,
+    rate: float | None,
+) -> Run:
     selections: list[dict[str, Any]] = []
 
     def edit(config: Namespace) -> None:
         config.seed_everything = seed
+        if key is not None and rate is not None:
+            config[key] = rate
         for entry in callback_entries(config):
             if issubclass(loaded_class(entry), Prox24):
                 arguments = entry.get("init_args", Namespace())

@@ -27,7 +27,10 @@ LABELS: dict[Variant, str] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One finished or failed run. ``sparse`` of ``groups`` groups are 2:4; ``batches`` is a checksum."""
+    """One finished or failed run. ``sparse`` of ``groups`` groups are 2:4; ``batches`` is a checksum.
+
+    ``lr`` is the learning rate where rates are searched, and ``search`` tells the runs that only choose it.
+    """
 
     variant: Variant
     seed: int
@@ -39,6 +42,8 @@ class Run:
     steps: int = 0
     batches: str = ""
     error: str | None = None
+    lr: float | None = None
+    search: bool = False
 
 
 @dataclass
@@ -60,14 +65,15 @@ class Comparison:
         """Return one row a variant: label, metric, 2:4 groups, seconds, seeds. Spread: sample standard deviation."""
         rows = []
         for variant in VARIANTS:
-            runs = [run for run in self.runs if run.variant == variant]
+            runs = [run for run in self.runs if run.variant == variant and not run.search]
+            rate = next((f", rate {run.lr:g}" for run in runs if run.lr is not None), "")
             done = [run for run in runs if run.error is None]
             failed = f" ({len(runs) - len(done)} failed)" if len(done) < len(runs) else ""
             if done:
                 sparse, groups = sum(run.sparse for run in done), sum(run.groups for run in done)
                 rows.append(
                     (
-                        LABELS[variant],
+                        LABELS[variant] + rate,
                         _mean_and_spread([run.score for run in done if run.score is not None], digits=4),
                         f"{sparse / max(groups, 1):.2%}",
                         _mean_and_spread([run.seconds for run in done], digits=1),
@@ -78,13 +84,19 @@ class Comparison:
                 rows.append((LABELS[variant], "failed", "-", "-", ", ".join(str(run.seed) for run in runs)))
         return rows
 
+    def best_rate(self, variant: Variant) -> float | None:
+        """Return the learning rate of the best search run of a variant; None if none has a finite score."""
+        found = [run for run in self.runs if run.search and run.variant == variant and _finite(run.score) is not None]
+        better = min if self.mode == "min" else max
+        return better(found, key=lambda run: run.score or 0.0).lr if found else None
+
     @property
     def headings(self) -> tuple[str, str, str, str, str]:
         better = "lower" if self.mode == "min" else "higher"
         return "variant", f"{self.metric} ({better} is better)", "groups that are 2:4", "training, s", "seeds"
 
     def table(self) -> Table:
-        steps = sorted({run.steps for run in self.runs if run.error is None})
+        steps = sorted({run.steps for run in self.runs if run.error is None and not run.search})
         table = Table(title=f"{' or '.join(map(str, steps)) or 'no'} optimizer steps a run")
         for heading in self.headings:
             table.add_column(heading)
@@ -95,8 +107,14 @@ class Comparison:
     def warnings(self) -> list[str]:
         """Return what makes the comparison unfair or incomplete."""
         found = [f"{run.variant}, seed {run.seed} failed: {run.error}" for run in self.runs if run.error]
-        for seed in sorted({run.seed for run in self.runs}):
-            done = [run for run in self.runs if run.seed == seed and run.error is None]
+        for variant in VARIANTS:
+            rates = sorted({run.lr for run in self.runs if run.search and run.variant == variant and run.lr})
+            if len(rates) > 1 and (best := self.best_rate(variant)) in (rates[0], rates[-1]):
+                end, more = ("smallest", "smaller") if best == rates[0] else ("largest", "larger")
+                found.append(f"{variant}: the best rate, {best:g}, is the {end} that was tried; add {more} ones")
+        reported = [run for run in self.runs if not run.search]
+        for seed in sorted({run.seed for run in reported}):
+            done = [run for run in reported if run.seed == seed and run.error is None]
             found += [
                 f"{run.variant}, seed {seed} ended with {self.metric} = {run.score}: it diverged"
                 for run in done

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from prox24_lightning.callbacks.prox24 import Prox24
 from prox24_lightning.cli.callback_entries import callback_entries, entries, loaded_class
 
+_RATE_PARTS = ("optimizer.init_args.", "model.init_args.", "model.")
 _KEPT_BY_ASP = ("targets", "skip", "geometry", "name", "verbose")
 
 
@@ -39,6 +40,21 @@ def without_conversion(config: Namespace) -> None:
     config.trainer.callbacks = [
         entry for entry in callback_entries(config) if loaded_class(entry).__name__ != "ConvertAndBenchmark"
     ]
+
+
+def rate_key(config: Namespace, named: str | None) -> str:
+    """Return where the config holds the learning rate: as named, else ``lr`` or ``learning_rate`` of the optimizer or
+    the model.
+
+    Raises:
+        ValueError: if there is none, with the option that names it.
+    """
+    keys = [f"{part}{name}" for part in _RATE_PARTS for name in ("lr", "learning_rate")]
+    for key in [named] if named else keys:
+        if isinstance(config.get(key), (int, float)):
+            return key
+    place = f"{named!r} is no number of the config" if named else f"the config has none of {', '.join(keys)}"
+    raise ValueError(f"rates are to be searched, but {place}; name the learning rate by --lr_key")
 
 
 def separate_outputs(config: Namespace, output: Path, variant: str, seed: int) -> None:

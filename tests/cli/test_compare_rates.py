@@ -1,0 +1,66 @@
+"""``prox24 compare --lrs``: every variant gets its own best learning rate, chosen on other data and another seed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from jsonargparse import Namespace
+
+from prox24_lightning.cli.compare.comparison import Comparison, Run
+from prox24_lightning.cli.compare.config_edit import rate_key
+from prox24_lightning.cli.main import main
+
+CONFIG = Path(__file__).parent.parent.parent / "configs" / "digits.yaml"
+TINY = [
+    *("--model.channels=4", "--model.hidden=8", "--data.batch_size=16", "--trainer.max_steps=20"),
+    *("--trainer.val_check_interval=10", "--trainer.limit_val_batches=4", "--trainer.enable_progress_bar=false"),
+    "--trainer.accelerator=cpu",
+]
+
+
+def words(output, *more):
+    return ["compare", "--config", str(CONFIG), "--output", str(output), "--overwrite", "true", *TINY, *more]
+
+
+def test_the_seeds_run_with_the_best_rate_of_each_variant(tmp_path):
+    main(
+        words(
+            tmp_path, "--variants", "dense", "prox24", "--lrs", "[1e-9, 2e-2]", "--metric", "val_loss", "--mode", "min"
+        )
+    )
+    runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
+    assert [(run["variant"], run["lr"], run["seed"]) for run in runs if run["search"]] == [
+        (variant, rate, 1000) for variant in ("dense", "prox24") for rate in (1e-9, 2e-2)
+    ]
+    assert [(run["variant"], run["lr"], run["seed"]) for run in runs if not run["search"]] == [
+        ("dense", 2e-2, 0),
+        ("prox24", 2e-2, 0),
+    ]
+    page = (tmp_path / "comparison.md").read_text()
+    assert "Prox24, rate 0.02" in page
+    assert "the best rate, 0.02, is the largest that was tried; add larger ones" in page
+
+
+def test_the_best_rate_follows_the_mode_and_leaves_out_what_diverged():
+    runs = [
+        Run("prox24", 9, score, lr=lr, search=True) for lr, score in ((1e-4, 2.0), (3e-4, 1.5), (1e-3, float("nan")))
+    ]
+    for mode, rate in (("min", 3e-4), ("max", 1e-4)):
+        assert Comparison("val_loss", mode, "", "", {}, runs).best_rate("prox24") == rate
+    assert Comparison("val_loss", "min", "", "", {}, runs).best_rate("dense") is None
+
+
+def test_where_the_config_holds_the_rate():
+    config = Namespace(model=Namespace(init_args=Namespace(learning_rate=0.1, peak=0.2)))
+    assert rate_key(config, None) == "model.init_args.learning_rate"
+    assert rate_key(config, "model.init_args.peak") == "model.init_args.peak"
+    with pytest.raises(ValueError, match="name the learning rate by --lr_key"):
+        rate_key(Namespace(model=Namespace(init_args=Namespace(peak=0.2))), None)
+    with pytest.raises(ValueError, match="'model.rate' is no number of the config"):
+        rate_key(config, "model.rate")
+
+
+def test_rates_are_not_chosen_on_a_reported_seed(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(words(tmp_path, "--lrs", "[0.001]", "--seeds", "1000"))
+    assert "search_seed=1000 is one of the seeds" in capsys.readouterr().err
