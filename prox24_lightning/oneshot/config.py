@@ -35,6 +35,10 @@ class PruneConfig:
             raise ValueError(f"budget={self.budget} must lie in [0, 1)")
         if not 0 <= self.dense_target <= 1:
             raise ValueError(f"dense_target={self.dense_target} must lie in [0, 1]")
+        if self.solver.method == "keep" and self.reorder_inputs:
+            raise ValueError("method='keep' keeps the groups as they are: leave reorder_inputs=True out")
+        if self.solver.method == "keep" and self.budget:
+            raise ValueError(f"method='keep' leaves no layer dense: leave budget={self.budget} out")
         if self.solver.weights is not None and self.geometry == "column":
             raise ValueError(
                 f"weights={self.solver.weights!r} with geometry='column': scales belong to outputs, and groups along "

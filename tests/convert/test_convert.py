@@ -21,12 +21,14 @@ from prox24_lightning.convert import (
     expand_model,
 )
 from prox24_lightning.convert.autotune.kernel_table import KernelTimes, choose, table_by_rule
+from prox24_lightning.convert.convert import convert_dense_fp8
 from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
 from prox24_lightning.convert.kernels.packed_buffer import buffer_bytes, to_buffer
+from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
 from prox24_lightning.convert.layers.dense_fp8_linear import DenseFp8Linear
 from prox24_lightning.mask import mask_24
 from prox24_lightning.utils.module_copy import bare_copy
-from prox24_lightning.weights.rounding import round_weight
+from prox24_lightning.weights.rounding import expand_rows, round_weight
 
 
 def pruned(layer: nn.Module, dim: int = 1) -> nn.Module:
@@ -351,6 +353,35 @@ def test_output_and_expansion(gpu, dtype, bias, shape):
     assert torch.equal(expanded.weight, layer.weight)
     assert expanded.weight.requires_grad
     assert not bias or torch.equal(expanded.bias, layer.bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(128, 64), (5 * 32, 3 * 64), (4096, 4160)])
+@pytest.mark.parametrize("form", [*FORMS, "dense_fp8"])
+def test_rounded_output_and_expansion(gpu, dtype, bias, shape, form):
+    layer = pruned(nn.Linear(shape[1], shape[0], bias=bias)).to(gpu, dtype)
+    rounding = "fp8_e4m3" if form == "dense_fp8" else form
+    converted = convert_dense_fp8(layer) if form == "dense_fp8" else convert_linear(layer, weights=form)
+    reference = copy.deepcopy(layer)
+    with torch.no_grad():
+        reference.weight.copy_(rounded(layer.weight, rounding))
+    assert torch.equal(converted.weight, reference.weight), "exactly"
+    for tokens in ((1,), (7,), (3, 5), (64,), (300,), (0,)):
+        rows = torch.randn(*tokens, shape[1], device=gpu, dtype=dtype)
+        tokens_rounded = round_tokens(rows.flatten(0, -2).cpu(), rounding)
+        exact = expand_rows(tokens_rounded.values, tokens_rounded.scales, dtype).view_as(rows).to(gpu)
+        with torch.no_grad():
+            found, expected = converted(rows), reference(exact)
+        assert found.shape == expected.shape
+        if found.numel():
+            assert relative(found, expected) < 1e-2
+    assert torch.equal(expand_linear(converted).weight, reference.weight)
+    assert torch.equal(unpack_24(converted.packed_weight), reference.weight)
+    with torch.no_grad(), torch.autocast("cuda", dtype):
+        assert relative(converted(rows.new_ones(3, shape[1]).float()), reference(rows.new_ones(3, shape[1]))) < 2e-2
 
 
 @pytest.mark.gpu

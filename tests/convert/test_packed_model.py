@@ -18,6 +18,7 @@ from prox24_lightning.convert.packed_model import EmptyOnMeta, find_packable, lo
 from prox24_lightning.mask import is_24, mask_24
 from prox24_lightning.weights import chunks
 from prox24_lightning.weights.eligibility import fit_groups
+from prox24_lightning.weights.rounding import round_weight
 
 
 def prune(model, skip=()):
@@ -249,6 +250,24 @@ def test_packed_weights_become_sparse_layers_without_being_expanded(tmp_path, pr
         assert not layer.training
     assert torch.equal(twin.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
     assert torch.equal(twin.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("capability", "form", "sparse"), [((9, 0), "fp8_e4m3", True), ((8, 6), "int8", True), ((8, 6), "fp8_e4m3", False)]
+)
+def test_rounded_weights_become_sparse_layers_where_the_gpu_multiplies_them(
+    tmp_path, pretended_gpu, monkeypatch, capability, form, sparse
+):
+    monkeypatch.setattr(packed_model, "target_of", lambda device: Target("pretended", capability, "cusparselt"))
+    model = nn.Sequential(prune(nn.Linear(32, 64)), prune(nn.Linear(64, 32))).bfloat16()
+    forms = {"0.weight": form, "1.weight": form}
+    file = PackedFile(write_packed(tmp_path / "p", model.state_dict(), find_packable(model).dims, forms=forms))
+    twin = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    assert load_packed(twin, file, device="cpu", sparse=True) == (("0", "1") if sparse else ())
+    for layer, dense in zip(twin, model, strict=True):
+        assert isinstance(layer, SemiStructuredLinear) == sparse
+        assert getattr(layer, "form", form) == form
+        assert torch.equal(layer.weight, round_weight(dense.weight.detach(), form))
 
 
 def test_what_cannot_run_sparse_is_expanded(tmp_path, pretended_gpu):

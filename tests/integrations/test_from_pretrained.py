@@ -441,6 +441,27 @@ def test_on_a_gpu_the_layers_run_sparse(tmp_path, device_map):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["fp8_e4m3", "int8"])
+def test_rounded_folders_run_sparse_on_a_gpu(tmp_path, weights):
+    config = hf.LlamaConfig(**{**LLAMA, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4})
+    model = sparse(lambda: hf.LlamaForCausalLM(config), torch.bfloat16)
+    folder = packed(tmp_path / "packed", model, weights=weights)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cuda")
+    layers = [module for module in loaded.modules() if isinstance(module, SemiStructuredLinear)]
+    assert {layer.form for layer in layers} == {weights}
+    expected = load_folder(folder, hf.AutoModelForCausalLM, device="cuda")
+    ids = IDS.cuda()
+    found, wanted = logits(loaded, ids).float(), logits(expected, ids).float()
+    assert float((found - wanted).norm() / wanted.norm()) < 0.1, "the inputs of layers are rounded"
+    block = loaded.model.layers[0].mlp
+    x = torch.randn(2, 5, 128, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x), atol=0.02, rtol=0.02)
+    loaded.save_pretrained(tmp_path / "again")
+    assert same_files(folder, tmp_path / "again") == []
+
+
+@pytest.mark.gpu
 def test_one_block_compiles_as_one_graph_on_a_gpu(tmp_path):
     config = hf.LlamaConfig(**{**LLAMA, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4})
     folder = packed(tmp_path / "packed", sparse(lambda: hf.LlamaForCausalLM(config), torch.bfloat16))

@@ -104,3 +104,7 @@ def test_what_cannot_be_rounded_is_refused():
         solve_layer(dense, hessian, weights="int4")
     with pytest.raises(ValueError, match="weights='int8' with geometry='column'"):
         PruneConfig(SolverConfig(weights="int8"), geometry="column")
+    with pytest.raises(ValueError, match="leave reorder_inputs=True out"):
+        PruneConfig(SolverConfig("keep"), reorder_inputs=True)
+    with pytest.raises(ValueError, match=r"method='keep' leaves no layer dense: leave budget=0\.1 out"):
+        PruneConfig(SolverConfig("keep"), budget=0.1)
