@@ -81,7 +81,8 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 folder, eager, asked = sys.argv[1], sys.argv[2] == "eager", json.loads(sys.argv[3])
-llm = LLM(folder, dtype="float32", enforce_eager=eager, max_model_len=128, skip_tokenizer_init=True, seed=0)
+llm = LLM(folder, dtype="float32", enforce_eager=eager, max_model_len=128, skip_tokenizer_init=True, seed=0,
+          gpu_memory_utilization=0.3)  # of the memory of the CPU, which others may use
 settings = SamplingParams(temperature=0, max_tokens={tokens}, ignore_eos=True, detokenize=False)
 answers = []
 for batch in asked:
