@@ -20,15 +20,15 @@ ROUNDS = 192
 """In each round every group of four trades with one other."""
 _PATIENCE = 24
 """So many rounds without a change end the search."""
-_ELEMENTS = 1 << 24
-"""Entries that are compared at a time."""
+_ELEMENTS = (1 << 20, 1 << 25)
+"""Entries that are compared at a time, on a CPU and on a GPU."""
 
 # All 35 ways to split eight inputs into two groups of four, as indices into the 28 pairs of the eight.
 _PAIRS = list(itertools.combinations(range(8), 2))
-_NUMBER = {pair: number for number, pair in enumerate(_PAIRS)}
 _FIRST_HALVES = [(0, *rest) for rest in itertools.combinations(range(1, 8), 3)]
 _SPLITS = [(*half, *(i for i in range(8) if i not in half)) for half in _FIRST_HALVES]
 _HALVES = [split[start : start + 4] for split in _SPLITS for start in (0, 4)]
+_HALF_PAIRS = [(_PAIRS.index((a, b)), _PAIRS.index((c, d))) for a, b, c, d in _HALVES]
 
 
 def saliency(weight: Tensor, hessian: Tensor, *, damping: float = 1e-3, name: str = "layer") -> Tensor:
@@ -98,21 +98,19 @@ def best_order(values: Tensor, *, runs: int = 1, rounds: int = ROUNDS, seed: int
 def _best_splits(by_input: Tensor, eights: Tensor) -> Tensor:
     """Return for each row of eight inputs the number of the split that loses least; 0, the present one, where none is
     better."""
-    at_a_time = max(1, _ELEMENTS // (8 * by_input.shape[1]))
+    at_a_time = max(1, _ELEMENTS[by_input.device.type == "cuda"] // (len(_HALVES) * by_input.shape[1]))
     return torch.cat([_best_split(by_input[part]) for part in eights.split(at_a_time)])
 
 
 def _best_split(values: Tensor) -> Tensor:
     """``values``: (pairs, 8, rows)."""
+    first, second = torch.tensor(_PAIRS, device=values.device).unbind(1)
+    front, back = torch.tensor(_HALF_PAIRS, device=values.device).unbind(1)
+    left, right = values[:, first], values[:, second]
     # The two smallest of four add up to the least sum of two of them: of a pair, or of the lesser ones of two pairs.
-    sums = {pair: values[:, pair[0]] + values[:, pair[1]] for pair in _PAIRS}
-    lesser = {pair: torch.minimum(values[:, pair[0]], values[:, pair[1]]) for pair in _PAIRS}
-    losses = torch.stack(
-        [
-            torch.minimum(torch.minimum(sums[a, b], sums[c, d]), lesser[a, b] + lesser[c, d]).sum(-1)
-            for a, b, c, d in _HALVES
-        ]
-    )
-    losses = losses.unflatten(0, (-1, 2)).sum(1)  # (35, pairs)
-    found, best = losses.min(0)
-    return torch.where(found < losses[0] * (1 - 1e-6), best, 0)
+    sums, lesser = left + right, torch.minimum(left, right)
+    least = torch.minimum(sums[:, front], sums[:, back])
+    losses = torch.minimum(least, lesser[:, front] + lesser[:, back]).sum(-1)  # (pairs, 70)
+    losses = losses.unflatten(1, (-1, 2)).sum(2)
+    found, best = losses.min(1)
+    return torch.where(found < losses[:, 0] * (1 - 1e-6), best, 0)
