@@ -332,7 +332,7 @@ class Prox24(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._controller.after_batch()
+        self._controller.after_batch(trainer.optimizers)
         if self._length is not None and not self._length.is_exact and self._length.is_last_batch():
             self._controller.freeze_now()  # the length was an estimate
 

@@ -242,9 +242,14 @@ class SparsifyController:
             self.change_length(total_steps)
         engine.before_batch()
 
-    def after_batch(self) -> None:
-        """The batch has ended: validation and other calls of the model are no training."""
+    def after_batch(self, optimizers: Sequence[Optimizer]) -> None:
+        """The batch has ended: validation and other calls of the model are no training.
+
+        Layers that were exchanged during the batch get their masks here, before anything is saved.
+        """
         self._require_engine().after_batch()
+        if self._watch is not None and self._watch.has_changed(optimizers):
+            self._follow_model(optimizers)
 
     def _follow_model(self, optimizers: Sequence[Optimizer]) -> None:
         """Go on with the layers that the model has now, and with those that have begun to train.

@@ -280,3 +280,28 @@ def test_layers_that_begin_to_train_join(strategy, epoch):
     assert callback.phase == "frozen"
     assert is_24(module.backbone[0].weight)
     assert is_24(module.head[0].weight)
+
+
+def test_a_layer_exchanged_within_a_batch_is_masked_when_the_batch_ends():
+    """What a callback after Prox24 saves or validates is 2:4, though the new layer has taken a dense step."""
+    seen = []
+
+    class Module(TinyModule):
+        def on_before_zero_grad(self, optimizer):
+            if self.trainer.global_step == 13:
+                self.model[2] = layer = nn.Linear(16, 16)
+                group = optimizer.param_groups[0]
+                group["params"] = [*self.parameters()]
+                assert not is_24(layer.weight)
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step >= 12:
+                seen.append(is_24(pl_module.model[2].weight))
+
+    callback = prox()
+    with pytest.warns(UserWarning, match="from step 14 on also these weights become 2:4: model.2.weight"):
+        fit(callback, Look(), module=Module())
+    assert callback.phase == "frozen"
+    assert seen == [True] * len(seen)
+    assert len(seen) >= 3

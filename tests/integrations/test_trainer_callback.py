@@ -7,7 +7,7 @@ import torch
 from tiny_runs import TinyModule, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from prox24_lightning import Prox24, Prox24TrainerCallback, load_masks
 from prox24_lightning.mask import is_24, mask_24
@@ -154,6 +154,30 @@ def test_the_best_checkpoint_is_the_best_since_the_freeze(tmp_path, strategy):
     assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / f"checkpoint-{FREEZE}")
     assert all(is_24(weight.parameter) for weight in mine.weights)
     assert load_masks(trainer.model, tmp_path / "masks.safetensors", expect="same").masks.keys() == mine.masks.keys()
+
+
+def test_the_patience_of_early_stopping_begins_anew_at_the_freeze(tmp_path):
+    """The loss rises while weights go 2:4; of the patience of seven evaluations six are gone before the freeze."""
+    stopping, counts = EarlyStoppingCallback(early_stopping_patience=7), {}
+
+    class Rises(InOrder):
+        def evaluate(self, *args, **kwargs):
+            step = self.state.global_step
+            metrics = {"eval_loss": 2.0 + step / 100 if step > START else 1.0 - step / 100}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            counts[step] = stopping.early_stopping_patience_counter
+            return metrics
+
+        def __init__(self, *args, callbacks, **kwargs):
+            super().__init__(*args, callbacks=[*callbacks, stopping], **kwargs)
+
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    best["metric_for_best_model"] = "eval_loss"
+    trainer = train(callback(), tmp_path, kind=Rises, **best)
+    assert trainer.state.global_step == STEPS
+    assert counts == {1: 0, 2: 0, **{step: step - START for step in range(START + 1, FREEZE)}} | {
+        step: step - FREEZE for step in range(FREEZE, STEPS + 1)
+    }
 
 
 def test_a_checkpoint_that_was_written_without_the_callback_is_reported(tmp_path):

@@ -179,7 +179,7 @@ class Prox24TrainerCallback(TrainerCallback):
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.controller.after_batch()
+        self.controller.after_batch(_bare(kwargs["optimizer"]))
         self._announce(state)
         if control.should_save:
             self._prepare_checkpoint(state)
