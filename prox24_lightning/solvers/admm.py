@@ -7,6 +7,8 @@ grows. The loss is minimised exactly in every step, through ``(H + rho I)^-1``, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,15 +23,40 @@ RHOS = Exponential(0.01, 1.0)
 """ADMM's rho, relative to the mean squared input: from "follow the loss" to "agree with the sparse copy"."""
 
 
+@dataclass(frozen=True)
+class Path:
+    """How strength and rho grow.
+
+    Attributes:
+        steps: ADMM steps.
+        levels: how many values rho takes.
+        strengths: of the prox over the steps, in units of 1 / rms of the scaled rows.
+        rhos: over the levels.
+    """
+
+    steps: int
+    levels: int
+    strengths: Schedule
+    rhos: Schedule
+
+
+PATHS = {
+    "full": Path(200, 20, STRENGTHS, RHOS),
+    "short": Path(75, 10, Exponential(0.2, 30.0), Exponential(0.0447, 0.74)),
+}
+"""The short path is the part in which masks are decided: below it few groups are 2:4, above it few masks change."""
+
+
 def admm(
     weight: Tensor,
     hessian: Tensor,
     *,
     dim: Dim = -1,
-    steps: int = 200,
-    levels: int = 20,
+    steps: int = PATHS["full"].steps,
+    levels: int = PATHS["full"].levels,
     damping: float = 1e-3,
     strengths: Schedule = STRENGTHS,
+    rhos: Schedule = RHOS,
     by_input: bool = True,
     name: str = "layer",
     shared: bool = False,
@@ -49,6 +76,7 @@ def admm(
         levels: how many values rho takes; each needs one inverse of an (in_features, in_features) matrix.
         damping: added to the diagonal of ``hessian``, relative to each entry.
         strengths: of the prox over the steps, in units of 1 / rms of the scaled rows.
+        rhos: over the levels.
         by_input: scale each weight by the rms of its own input; False scales all alike.
         name: for error messages.
         shared: other ranks solve other rows with the same Hessian: its inverses are shared out.
@@ -71,9 +99,9 @@ def admm(
     run = GraphedStep(step, dense.device)
     pulled = dense @ hessian
     last_rho = None
-    rhos = [RHOS(level / max(1, levels - 1)) for level in range(levels)]
-    inverses = shifted_inverses(hessian, rhos, name=name, shared=shared)
-    for level, (rho, found) in enumerate(zip(rhos, inverses, strict=True)):
+    values = [rhos(level / max(1, levels - 1)) for level in range(levels)]
+    inverses = shifted_inverses(hessian, values, name=name, shared=shared)
+    for level, (rho, found) in enumerate(zip(values, inverses, strict=True)):
         inverse.copy_(found)
         torch.mm(pulled, inverse, out=base)
         inverse.mul_(rho)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.mask import mask_24, zeros_per_group
-from prox24_lightning.solvers.admm import admm
+from prox24_lightning.solvers.admm import PATHS, admm
 from prox24_lightning.solvers.config import Method, Refine, SolverConfig
 from prox24_lightning.solvers.loss import check_layer, row_losses
 from prox24_lightning.solvers.masked_cg import masked_cg
@@ -182,7 +182,19 @@ def solve(
     else:
         steps = config.method_steps
         if config.method == "prox":
-            found = admm(dense, hessian, dim=dim, steps=steps, damping=damping, name=name, shared=shared)
+            path = PATHS[config.path]
+            found = admm(
+                dense,
+                hessian,
+                dim=dim,
+                steps=steps,
+                levels=path.levels,
+                damping=damping,
+                strengths=path.strengths,
+                rhos=path.rhos,
+                name=name,
+                shared=shared,
+            )
         else:
             momentum = config.momentum
             found = proximal_gradient(dense, hessian, dim=dim, steps=steps, momentum=momentum, damping=damping)

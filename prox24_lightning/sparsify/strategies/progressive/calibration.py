@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from prox24_lightning.solvers.budget.price import LayerTimes
+from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -39,6 +40,15 @@ class SolveSettings:
             raise ValueError(f"reconstruction_steps={self.reconstruction_steps} must be 0 or more")
         if self.prox_steps is not None and self.prox_steps < 1:
             raise ValueError(f"prox_steps={self.prox_steps} must be at least 1")
+
+    def solver(self, module: nn.Module) -> SolverConfig:
+        """Return how the layer ``module`` is solved.
+
+        The matrix of a convolution has kernel positions times channels as columns, and training waits for it: it goes
+        the short path, if the number of steps is left to the solver.
+        """
+        short = self.prox_steps is None and isinstance(module, (nn.Conv1d, nn.Conv2d))
+        return SolverConfig(steps=self.prox_steps, path="short" if short else "full")
 
 
 class Calibration(ABC):

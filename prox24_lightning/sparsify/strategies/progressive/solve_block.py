@@ -81,7 +81,7 @@ def solve_block(
         try:
             with without_tf32():
                 solved = solve_input_group(
-                    members, hessian, config=SolverConfig(steps=settings.prox_steps), dense_target=settings.dense_target
+                    members, hessian, config=settings.solver(group.layers[0]), dense_target=settings.dense_target
                 )
         except ValueError as error:
             log.warning("%s; its largest weights are kept instead", error)

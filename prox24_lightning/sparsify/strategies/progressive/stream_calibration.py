@@ -15,7 +15,6 @@ from prox24_lightning.calibration.experts.hessians import ExpertHessians
 from prox24_lightning.calibration.hooks import before_call, in_backward, inside_compiled, remove_all
 from prox24_lightning.calibration.input_groups import InputGroupFinder
 from prox24_lightning.calibration.streamed_hessian import StreamedHessian
-from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import solve_expert_weight
 from prox24_lightning.solvers.input_group import solve_input_group
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
@@ -112,7 +111,7 @@ class StreamCalibration(Calibration):
             why = streamed.problem or "no training batch before its pruning step calls it"
             log.warning("%s: its inputs were not seen (%s); its largest weights are kept instead", names, why)
             return {}
-        config = SolverConfig(steps=self.settings.prox_steps)
+        config = self.settings.solver(block.module)
         try:
             with without_tf32():
                 if isinstance(accumulator, ExpertHessians):

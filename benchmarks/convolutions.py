@@ -1,0 +1,209 @@
+"""How long training pauses while the convolutions of a ResNet-18 are solved on a CPU, and what the short path costs.
+
+    python -m benchmarks.convolutions --output benchmarks/results
+
+A ResNet-18 of the given width learns the handwritten digits of scikit-learn, 24 x 24. Then all of its convolutions are
+solved in one pruning step, once by ADMM's full path (200 steps a layer), once by the short one that training takes for
+convolutions (75 steps), from the same weights and batches, and the network is fine-tuned under its masks. Times are CPU
+seconds of the process, which other processes on the machine do not count into. The local losses are those of single
+layers on the dense network's inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+
+from benchmarks.result_files import write_result
+from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.input_groups import layer_input
+from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.solvers.layer import solve
+from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
+from prox24_lightning.weights.layer_matrix import as_matrix, input_rows
+from prox24_lightning.weights.selection import select_weights
+
+BATCHES = 8
+HELD_OUT = 300
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions beside an identity, or a 1 x 1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        beside = [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.downsample = nn.Identity() if same else nn.Sequential(*beside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.downsample(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with a 3 x 3 stem for small images; ``width`` is 64 in the original."""
+
+    def __init__(self, width: int, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        sizes = [width, width, 2 * width, 4 * width, 8 * width]
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(BasicBlock(inputs, outputs, 1 + (inputs != outputs)), BasicBlock(outputs, outputs, 1))
+                for inputs, outputs in itertools.pairwise(sizes)
+            )
+        )
+        self.fc = nn.Linear(sizes[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layers(self.stem(x)).mean((2, 3)))
+
+
+def main(
+    output: Path = Path("benchmarks/results"),
+    width: int = 16,
+    dense_steps: int = 120,
+    tuned_steps: int = 40,
+    batch_size: int = 32,
+    threads: int = 1,
+    seed: int = 0,
+) -> None:
+    """Measure and write the table.
+
+    Args:
+        output: folder for the Markdown and JSON result.
+        width: channels of the first stage.
+        dense_steps: steps of the dense network.
+        tuned_steps: steps under the masks.
+        batch_size: images a step.
+        threads: CPU threads.
+        seed: of weights and batches.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    images, labels = digits()
+    dense = ResNet18(width)
+    train(dense, images, labels, dense_steps, batch_size, seed)
+    before = evaluated(dense, images, labels)
+    rows: list[dict[str, object]] = []
+    losses = {path: local_losses(dense, images[:128], path) for path in ("full", "short")}
+    for path, prox_steps in (("full", 200), ("short", None)):
+        model = copy.deepcopy(dense)
+        seconds, pruned = prune_and_tune(model, images, labels, tuned_steps, batch_size, seed + 1, prox_steps)
+        ratios = [mine / full for mine, full in zip(losses[path], losses["full"], strict=True)]
+        rows.append(
+            {
+                "path": path,
+                "CPU s": seconds,
+                "local loss, mean over layers": sum(ratios) / len(ratios),
+                "largest": max(ratios),
+                "held-out loss when pruned": pruned,
+                **{f"{name} after tuning": value for name, value in evaluated(model, images, labels).items()},
+            }
+        )
+    write_result(
+        output,
+        "convolutions",
+        "Solving the convolutions of a ResNet-18 in one pruning step (CPU)",
+        rows,
+        note=f"Width {width}, {len(losses['full'])} convolutions, {BATCHES} batches of {batch_size} "
+        f"images of 24 x 24, {threads} threads; local losses relative to the full path; {tuned_steps} steps of "
+        f"fine-tuning, the first eight of them dense. The dense network has a held-out loss of "
+        f"{before['held-out loss']:.3f} and an accuracy of {before['accuracy']:.3f}.",
+    )
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's digits as images (n, 1, 24, 24) in [-1, 1], and their labels."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    return F.interpolate(images, scale_factor=3, mode="bilinear"), torch.tensor(labels)
+
+
+def train(model: ResNet18, images: Tensor, labels: Tensor, steps: int, batch_size: int, seed: int) -> None:
+    """Train the dense network."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch in batches(len(images) - HELD_OUT, steps, batch_size, seed):
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def prune_and_tune(
+    model: ResNet18, images: Tensor, labels: Tensor, steps: int, batch_size: int, seed: int, prox_steps: int | None
+) -> tuple[float, float]:
+    """Train on, prune in one step once eight batches have been seen, and tune what is left.
+
+    Returns:
+        CPU seconds of the step that prunes, and the held-out loss right after it.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    strategy = Progressive(model, prox_steps=prox_steps)
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(BATCHES, BATCHES), strategy, metric="activation")
+    engine.bind([optimizer])
+    seconds = loss = 0.0
+    for step, batch in enumerate(batches(len(images) - HELD_OUT, steps, batch_size, seed), start=1):
+        engine.before_batch()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        begin = time.process_time()
+        optimizer.step()
+        spent = time.process_time() - begin
+        optimizer.zero_grad()
+        engine.after_batch()
+        if step == BATCHES:
+            seconds, loss = spent, evaluated(model, images, labels)["held-out loss"]
+    engine.unbind()
+    return seconds, loss
+
+
+def batches(images: int, steps: int, batch_size: int, seed: int) -> list[Tensor]:
+    """Return the numbers of the images of each step."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(images, (batch_size,), generator=generator) for _ in range(steps)]
+
+
+@torch.no_grad()
+def evaluated(model: ResNet18, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return loss and accuracy on the held-out images."""
+    model.eval()
+    logits = model(images[-HELD_OUT:])
+    model.train()
+    accuracy = (logits.argmax(1) == labels[-HELD_OUT:]).float().mean()
+    return {"held-out loss": F.cross_entropy(logits, labels[-HELD_OUT:]).item(), "accuracy": accuracy.item()}
+
+
+@torch.no_grad()
+def local_losses(model: ResNet18, images: Tensor, path: str) -> list[float]:
+    """Return the local loss of every convolution that can be 2:4, solved on its inputs in the dense network."""
+    weights = select_weights(model).chosen
+    sums = {weight.module: HessianAccumulator() for weight in weights}
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        sums[module].add(input_rows(module, layer_input(args, kwargs)))
+
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in sums]
+    model.eval()
+    model(images)
+    model.train()
+    for handle in handles:
+        handle.remove()
+    config = SolverConfig(path=path)  # type: ignore[arg-type]
+    return [solve(as_matrix(module), found.hessian, config).refined_loss or 0.0 for module, found in sums.items()]
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
