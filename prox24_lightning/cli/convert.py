@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.cli.weight_forms import Weights, storage
 from prox24_lightning.convert.packed_model import find_packable
+from prox24_lightning.io.own_text import OwnText
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source
@@ -39,6 +40,7 @@ def convert(
     run_config: Path | None = None,
     targets: list[str] | None = None,
     skip: list[str] | None = None,
+    text: str | None = None,
     data: TextSource | None = None,
     sequences: int = 128,
     length: int = 1024,
@@ -68,8 +70,10 @@ def convert(
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
         targets: patterns of weights or modules that must be packed; null packs all that can be.
         skip: patterns of weights or modules that are stored dense.
-        data: source of calibration text for rounded weights of a language model: each layer's entries then make up for
-            each other's errors on its inputs; null rounds every entry to its nearest value.
+        text: calibration text for rounded weights of a language model, whose entries then make up for each other's
+            errors on their layer's inputs: a UTF-8 file, a folder of text files, a .jsonl file with a field "text", or
+            a data set of the hub (with --download); null rounds every entry to its nearest value.
+        data: class of a source of text, in place of text.
         sequences: number of calibration sequences.
         length: tokens a sequence.
         batch_size: sequences a batch.
@@ -83,8 +87,12 @@ def convert(
         rounded, stored = storage(weights, dtype)
         if rounded and form == "dense":
             raise ValueError(f"--weights {weights} rounds packed weights, and --form dense packs none: leave one out")
-        if data is not None and not rounded:
-            raise ValueError("--data is for rounded weights: name --weights fp8_e4m3 or int8")
+        if (text or data) and not rounded:
+            raise ValueError("--text and --data are for rounded weights: name --weights fp8_e4m3 or int8")
+        if text and data:
+            raise ValueError("both data and text are given: name one source of text")
+        if text:
+            data = OwnText(text, download=download)
         source = load_source(
             model,
             package=package,
@@ -131,7 +139,8 @@ def convert(
 def _calibration_tokens(source: Source, data: TextSource, sequences: int, length: int) -> Tensor:
     if source.pretrained is None or not source.companions:
         raise ValueError(
-            f"--data needs a Hugging Face model with its tokenizer, and {source.description} is none: leave --data out"
+            f"calibration text needs a Hugging Face model with its tokenizer, and {source.description} is none: leave "
+            "--text and --data out"
         )
     return token_sequences(source.companions[0], data.texts("calibration"), sequences, length)
 

@@ -137,7 +137,15 @@ def test_calibration_text_lets_entries_make_up_for_each_other(prox24, sparse_fol
     assert errors[1] < errors[0]
     assert not same_state(found[0].state_dict(), found[1].state_dict())
     code, _, err = prox24("convert", sparse_folder, tmp_path / "wide", *calibrate)
-    assert (code, "--data is for rounded weights" in err) == (2, True)
+    assert (code, "--text and --data are for rounded weights" in err) == (2, True)
+    (tmp_path / "my.txt").write_text("\n\n".join(Chains().texts("calibration")))
+    own = ("--text", tmp_path / "my.txt", *calibrate[2:])
+    assert prox24("convert", sparse_folder, tmp_path / "own", "--weights", "fp8_e4m3", *own)[0] == 0
+    loaded = packed_folder.load_folder(tmp_path / "own", hf.AutoModelForCausalLM)
+    with torch.no_grad():
+        assert float((loaded(ids).logits - model(ids).logits).square().sum()) < errors[0]
+    code, _, err = prox24("convert", sparse_folder, tmp_path / "both", "--weights", "int8", *own, *calibrate[:2])
+    assert (code, "name one source of text" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
