@@ -145,6 +145,8 @@ def test_zeros_add_up_to_all_groups(drawn):
     assert len(tops) == 5
     assert tops[-1] == pytest.approx(1.0)
     assert tops[0] == pytest.approx(max(record.series["zeros_2"]))
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert (np.diff(corners, axis=0) == 0).any(axis=1).all(), "steps are drawn as steps"
 
 
 def test_energy_and_flips(drawn):
