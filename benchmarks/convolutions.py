@@ -4,8 +4,8 @@
 
 A ResNet-18 of the given width learns the handwritten digits of scikit-learn, 24 x 24. Then all of its convolutions are
 solved in one pruning step, once by ADMM's full path (200 steps a layer), once by the short one that training takes for
-convolutions (75 steps), from the same weights and batches, and the network is fine-tuned under its masks. Times are CPU
-seconds of the process, which other processes on the machine do not count into. The local losses are those of single
+convolutions (150 steps), from the same weights and batches, and the network is fine-tuned under its masks. Times are
+CPU seconds of the process, which other processes on the machine do not count into. The local losses are those of single
 layers on the dense network's inputs.
 """
 

@@ -1,4 +1,4 @@
-"""The short path of ADMM: a third of the steps, nearly the same loss; training takes it for convolutions."""
+"""The short path of ADMM leaves out its first quarter, not its result; training takes it for convolutions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_loss_is_nearly_that_of_the_full_path(correlation):
     weight, hessian = layer(24, 48, correlation)
     full, short = (solve(weight, hessian, SolverConfig(path=path)) for path in ("full", "short"))
     assert is_24(short.weight)
-    assert short.refined_loss < 1.02 * full.refined_loss
+    assert short.refined_loss < 1.01 * full.refined_loss
     assert short.refined_loss < solve(weight, hessian, SolverConfig(steps=10)).refined_loss
 
 
@@ -30,7 +30,7 @@ def test_it_takes_its_own_steps_and_levels():
     pieces = []
     with watched(pieces.append):
         solve(weight, hessian, SolverConfig(path="short", refine=None))
-    assert len(pieces) == PATHS["short"].steps == 75
+    assert len(pieces) == PATHS["short"].steps == 150
     assert SolverConfig(path="short", steps=20).method_steps == 20
     assert SolverConfig().method_steps == PATHS["full"].steps == 200
 
@@ -57,10 +57,10 @@ def test_training_takes_it_for_convolutions(module, prox_steps, path):
 
 
 def test_numbers_of_the_paths():
-    """The short path is a part of the full one: where strength is the same, so is rho, up to a third."""
+    """The short path is the rest of the full one: where strength is the same, so is rho."""
     full, short = PATHS["full"], PATHS["short"]
     for progress in (0.0, 1.0):
         strength, rho = short.strengths(progress), short.rhos(progress)
         place = math.log(strength / full.strengths(0.0)) / math.log(full.strengths(1.0) / full.strengths(0.0))
-        assert 0 < place < 1
-        assert rho == pytest.approx(full.rhos(place), rel=0.4)
+        assert 0.2 < place < 1.001
+        assert rho == pytest.approx(full.rhos(place), rel=1e-2)
