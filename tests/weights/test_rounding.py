@@ -12,6 +12,7 @@ from prox24_lightning.weights.rounding import (
     SMALLEST_SCALE,
     expand_rows,
     round_rows,
+    round_values,
     rounded_form,
     row_scales,
 )
@@ -98,6 +99,12 @@ def test_a_row_that_cannot_be_rounded_is_refused_with_layer_and_row(bad):
     weight = weight if abs(bad) == 1e300 else weight.float()
     with pytest.raises(ValueError, match=r"layers\.0\.up: row 2900 holds NaN, inf or a value beyond float32.*dense"):
         pack_24(weight, form="int8", name="layers.0.up")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_exceeds_the_range_is_clamped(form):
+    found = round_values(torch.tensor([[1000.0, -1e30, 3.0]]), torch.ones(1), form)
+    assert found.float().tolist() == [[LARGEST[form], -LARGEST[form], 3.0]]
 
 
 def test_rounding_does_not_hide_a_third_entry():
