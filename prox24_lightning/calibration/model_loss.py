@@ -46,7 +46,7 @@ class ModelLoss:
         return loss.detach().float()
 
     def _next_token(self, number: int, output: Any) -> Tensor:
-        ids = self._ids[number]
+        ids = self._ids[number].to(output.logits.device)
         losses = [  # one sequence at a time: logits in float32 are large
             F.cross_entropy(logits[:-1].float(), one[1:], reduction="sum")
             for logits, one in zip(output.logits, ids, strict=True)

@@ -81,7 +81,9 @@ def _model_loss(model: nn.Module, inputs: BlockInputs, batches: Sequence[Any]) -
         moved = [to_device(one, inputs.home) for one in plain]
         runs = [partial(_call, model, one) for one in moved]
         try:
-            return ModelLoss(runs, [one.get("input_ids") if isinstance(one, dict) else None for one in moved])
+            loss = ModelLoss(runs, [one.get("input_ids") if isinstance(one, dict) else None for one in moved])
+            loss()
+            return loss
         except Exception as error:  # of the user's forward
             problem = f"{type(error).__name__}: {error}"
     log.warning("the budget goes by each layer's own loss, since the model's cannot be measured: %s", problem)

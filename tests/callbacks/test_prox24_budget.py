@@ -114,3 +114,14 @@ def test_the_budget_goes_to_what_hurts_most():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SparsifyConfig(**settings)
+
+
+def test_a_loss_that_cannot_be_measured_leaves_each_layers_own(monkeypatch, caplog):
+    def failing(self):
+        raise RuntimeError("odd output")
+
+    monkeypatch.setattr("prox24_lightning.calibration.model_loss.ModelLoss.__call__", failing)
+    found, prox = run(budget=0.3)
+    assert "odd output" in caplog.text
+    assert dense_names(prox)
+    assert all(is_24(found.get_parameter(name)) for name in prox.masks)

@@ -22,6 +22,9 @@ from prox24_lightning.weights.layer_matrix import why_not_solvable
 
 log = logging.getLogger(__name__)
 
+_PROBES = 2
+"""Recorded calls on which the loss is measured once a layer."""
+
 
 def layer_prices(
     model: nn.Module,
@@ -42,12 +45,13 @@ def layer_prices(
     Raises:
         RerunError: if the model cannot be called again.
     """
-    whole = [BlockRun(model, call, hooked.module) for call in calls]
+    whole = [BlockRun(model, call, hooked.module) for call in calls[-_PROBES:]]
     loss: ModelLoss | None = None
     problem = None
     try:
-        loss = ModelLoss(whole, [call.kwargs.get("input_ids") for call in calls])
-    except ValueError as error:
+        loss = ModelLoss(whole, [run.call.kwargs.get("input_ids") for run in whole])
+        loss()
+    except Exception as error:  # of the user's forward
         problem = described(error)
     if (problem := next((found for found in gathered_objects(problem) if found), None)) is not None:
         loss = None
