@@ -24,6 +24,8 @@ from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
 from prox24_lightning.convert import find_packable  # noqa: E402
 from prox24_lightning.integrations.vllm import plugin  # noqa: E402
+from prox24_lightning.integrations.vllm.served_rates import Serving  # noqa: E402
+from prox24_lightning.integrations.vllm.time_generation import time_vllm  # noqa: E402
 from prox24_lightning.io.packed_folder import load_folder, save_folder  # noqa: E402
 from prox24_lightning.mask import mask_24  # noqa: E402
 
@@ -119,6 +121,16 @@ def test_a_folder_of_8_bits_is_served_as_transformers_loads_it(tmp_path):
     model = load_folder(folder, hf.AutoModelForCausalLM)
     asked = prompts()[:4]
     assert served(folder, [asked]) == [[by_transformers(model, prompt) for prompt in asked]]
+
+
+def test_bench_times_both_forms(tmp_path):
+    model = sparse_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    folders = {"dense": tmp_path / "dense", "converted": pack(tmp_path / "packed", model)}
+    asked = Serving("float32", (1, 2), prompt=8, new=8, rounds=1, vocabulary=62, eager=True)
+    rows = time_vllm(folders, asked)
+    assert [(row.host, row.batch, row.problem) for row in rows] == [("vLLM", 1, ""), ("vLLM", 2, "")]
+    assert all(row.dense > 0 and row.converted > 0 for row in rows)
 
 
 def test_groups_that_run_as_one_layer_are_dense_as_a_whole(tmp_path):

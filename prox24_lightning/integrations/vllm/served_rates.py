@@ -25,6 +25,7 @@ class Serving:
         rounds: calls; the median counts.
         vocabulary: tokens of the prompts are below it.
         memory: share of the GPU's memory that vLLM may take; None is its own choice.
+        eager: without compiling and CUDA graphs, which starts sooner and runs slower.
     """
 
     dtype: str
@@ -34,6 +35,7 @@ class Serving:
     rounds: int
     vocabulary: int
     memory: float | None = None
+    eager: bool = False
 
 
 def served_rates(folder: str, serving: Serving) -> list[float]:
@@ -44,6 +46,7 @@ def served_rates(folder: str, serving: Serving) -> list[float]:
         folder,
         dtype=serving.dtype,
         max_model_len=serving.prompt + serving.new,
+        enforce_eager=serving.eager,
         enable_prefix_caching=False,  # rounds repeat the prompts
         skip_tokenizer_init=True,
         seed=0,
