@@ -24,7 +24,7 @@ class SolveState:
         blocks: all blocks of the model.
         name: the layer that is solved.
         seconds: since the pause began.
-        seconds_left: until it ends; None while no block has been solved by which that could be estimated.
+        seconds_left: until it ends; None before the first block is solved, since nothing is known yet.
     """
 
     block: int

@@ -32,8 +32,8 @@ def memory_bytes(module: nn.Module) -> int:
 def teacher_kwargs(teacher: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``kwargs`` without ``labels``, from which a model would compute a loss that nobody reads.
 
-    Nor with ``num_items_in_batch``, by which transformers' models divide it. A ``forward`` that requires ``labels``
-    keeps them.
+    ``num_items_in_batch``, the divisor of that loss in transformers' models, is left out too. A ``forward`` that
+    requires ``labels`` keeps them.
     """
     labels = inspect.signature(teacher.forward).parameters.get("labels")
     needed = labels is not None and labels.default is inspect.Parameter.empty
