@@ -21,6 +21,8 @@ from prox24_lightning.utils.files import write_text
 from prox24_lightning.utils.markdown import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
+COLUMN_GAP = 2
+"""Characters that rich puts between the columns of a Markdown table."""
 
 
 def machine() -> dict[str, str]:
@@ -62,8 +64,17 @@ def write_result(
     content = json.dumps({"title": title, "machine": facts, "rows": list(rows)}, indent=1)
     write_text(result_path(folder, name, ".json", part=part), content)
     if not quiet:
-        Console().print(Markdown(text))
+        print_whole(text, table)
     return path
+
+
+def print_whole(text: str, table: str) -> None:
+    """Print Markdown in a width in which no cell of ``table``, a part of it, is cut: a log may be all that is left."""
+    rows = [line.split(" | ") for line in table.splitlines()]
+    needed = sum(max(len(cell) for cell in column) + COLUMN_GAP for column in zip(*rows, strict=True))
+    console = Console()
+    console.width = max(console.width, needed + COLUMN_GAP)
+    console.print(Markdown(text))
 
 
 def index(folder: Path = RESULTS) -> str:

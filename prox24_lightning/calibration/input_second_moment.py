@@ -138,7 +138,7 @@ class InputSecondMoments:
             flat = flat.movedim(-spatial - 1, -1)
         flat = flat.reshape(-1, flat.shape[-1])
         squares = torch.linalg.vector_norm(flat, dim=0, dtype=_wide(flat)).square_().float()
-        self._add(name, squares, squares.new_tensor(float(flat.shape[0])))
+        self._add(name, squares, squares.new_full((), flat.shape[0]))  # filled there: a copy would wait for the device
 
     def _add(self, name: str, squares: Tensor, count: Tensor) -> None:
         """Add sums of squares, (in_features,) or of experts (experts, in_features), of ``count`` tokens."""
@@ -173,9 +173,12 @@ class InputSecondMoments:
         parts: list[Tensor] = []
         for name, weight in self.weights.items():
             device = local_part(weight.parameter).device
+            if name in self._sum:
+                parts += [self._sum[name], self._count[name]]
+                continue
             rows = [len(weight.parameter)] if weight.is_experts else []
-            parts.append(self._sum.get(name, torch.zeros(*rows, _input_size(weight), device=device)))
-            parts.append(self._count.get(name, torch.zeros([*rows, 1] if rows else [], device=device)))
+            parts.append(torch.zeros(*rows, _input_size(weight), device=device))
+            parts.append(torch.zeros([*rows, 1] if rows else [], device=device))
         flat = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(flat)
         reduced = flat.split([part.numel() for part in parts])
@@ -244,7 +247,7 @@ def _expert_squares(weight: GroupedWeight, inputs: Mapping[int, Tensor]) -> tupl
     for expert, rows in inputs.items():
         squares[expert] = torch.linalg.vector_norm(rows, dim=0, dtype=_wide(rows)).square_().float()
         tokens[expert] = len(rows)
-    return squares, tokens.to(squares.device)
+    return squares, tokens.to(squares.device, non_blocking=True)
 
 
 def _broadcast(weight: GroupedWeight, scale: Tensor) -> Tensor:

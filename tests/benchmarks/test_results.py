@@ -25,6 +25,15 @@ def test_a_result_lies_in_the_folder_of_its_benchmark(tmp_path, name, part, file
     assert json.loads(result_path(tmp_path, name, ".json", part=part).read_text())["rows"] == [{"size": 1, "ms": 0.5}]
 
 
+def test_no_cell_is_cut_in_print(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [{f"a long name of column {column}": f"cell {column} of row {row}" for column in range(9)} for row in (0, 1)]
+    write_result(tmp_path, "speed", "A title", rows, note="A note of some words. " * 9)
+    lines = capsys.readouterr().out.splitlines()
+    for row in (list(rows[0]), *(row.values() for row in rows)):
+        assert any(all(cell in line for cell in row) for line in lines), row
+
+
 def test_the_index_links_the_newest_file_of_every_variant(tmp_path):
     for name in ("2026-01-01", "2026-01-02", "2026-01-01_long"):
         (tmp_path / "speed").mkdir(exist_ok=True)

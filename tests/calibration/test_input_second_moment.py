@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from prox24_lightning.calibration.input_second_moment import SCALE_FLOOR, InputSecondMoments
@@ -156,3 +157,30 @@ def test_detach_removes_the_hooks():
     model(torch.ones(2, 8))
     moments.fold()
     assert moments.missing() == ["0.weight"]
+
+
+class FromAndToTheHost(TorchDispatchMode):
+    """Notes operations that on a GPU wait for the device: numbers that are copied there, or read."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if name.partition(".")[0] in ("aten::lift_fresh", "aten::_local_scalar_dense", "aten::nonzero"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_copies_and_reads_nothing():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(6, 8)
+    with FromAndToTheHost() as operations:
+        x.new_tensor(1.0)
+        x.sum().item()
+    assert len(operations.found) == 2, "both are seen"
+    with FromAndToTheHost() as operations:
+        moments = watch(model, x, x)
+        assert moments.scale("0.weight") is not None
+    assert operations.found == []

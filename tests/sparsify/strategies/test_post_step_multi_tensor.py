@@ -12,6 +12,7 @@ from prox24_lightning.monitoring.statistics import measure_sparsity
 from prox24_lightning.prox import MultiTensorProx, settle_24
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx
+from prox24_lightning.sparsify.engine import MOMENT_EVERY, SparsityEngine
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.strategies.base import OptimizerStep, RunContext
 from prox24_lightning.sparsify.strategies.post_step.strength import strengths_for_fraction
@@ -126,3 +127,41 @@ def test_masks_hold_on_a_gpu_after_they_were_changed():
         assert torch.equal(parameter.grad, mask.float())
         with torch.no_grad():
             parameter.copy_(torch.randn_like(parameter))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_strength", [True, False])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+def test_steps_do_not_wait_for_the_device_also_where_they_sample_layer_inputs(by_strength):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    train = training_step("cuda", by_strength)
+    for _ in range(2 * MOMENT_EVERY):  # kernels are compiled and tables written
+        train()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(MOMENT_EVERY):
+            train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def training_step(device, by_strength):
+    """A function that makes one step of a small model in the sparsify phase, in the metric of its layer inputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 128), nn.Linear(128, 256)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    strategy = PostStepProx(STRENGTH_SCHEDULES["constant"] if by_strength else None, FRACTION_CURVES["linear"])
+    engine = SparsityEngine(select_weights(model).chosen, PhasePlan(0, 100), strategy, metric="activation", model=model)
+    engine.bind([optimizer])
+    x = torch.randn(32, 256, device=device)
+
+    def train():
+        engine.before_batch()
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.after_batch()
+
+    return train
