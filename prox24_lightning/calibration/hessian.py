@@ -13,15 +13,17 @@ from prox24_lightning.utils.distributed import gathered_objects, world_size
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left^T right`` in float32. Tensor cores multiply 16-bit entries exactly, and add up in float32."""
+    """``total += left^T right`` in its dtype. Tensor cores multiply 16-bit entries exactly, and add up in float32."""
     if left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16):
         total.add_(torch.mm(left.T, right, out_dtype=torch.float32))
     else:
-        total.addmm_(left.float().T, right.float())
+        total.addmm_(left.to(total.dtype).T, right.to(total.dtype))
 
 
 class HessianAccumulator:
     """Running ``H = X^T X / tokens`` of a layer's inputs, and optionally ``C = X_dense^T X / tokens``, in float32.
+
+    Inputs of float64 are summed in float64: then no order of batches or ranks shows in the result.
 
     ``X`` is what the layer sees now, with everything before it pruned; ``X_dense`` what it saw in the dense model.
     """
@@ -35,7 +37,8 @@ class HessianAccumulator:
     def add(self, rows: Tensor, dense_rows: Tensor | None = None) -> None:
         """Count a batch: both (tokens, in_features), any floating dtype."""
         if self._sum is None:
-            self._sum = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            self._sum = torch.zeros(rows.shape[1], rows.shape[1], dtype=wide, device=rows.device)
         _add_product(self._sum, rows, rows)
         self.tokens += rows.shape[0]
         if dense_rows is not None:
@@ -48,12 +51,12 @@ class HessianAccumulator:
         """``H``, (in_features, in_features)."""
         if self._sum is None:
             raise RuntimeError("no input has been counted")
-        return self._sum / max(1, self.tokens)
+        return (self._sum / max(1, self.tokens)).float()
 
     @property
     def cross(self) -> Tensor | None:
         """``C``, or None if no dense inputs were given."""
-        return None if self._cross is None else self._cross / max(1, self.tokens)
+        return None if self._cross is None else (self._cross / max(1, self.tokens)).float()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of this rank, on the CPU."""
@@ -76,10 +79,12 @@ class HessianAccumulator:
         """
         if world_size() == 1:
             return
-        counted = gathered_objects((self.tokens, self._cross is not None))
+        mine = None if self._sum is None else self._sum.dtype
+        counted, dtypes = zip(*gathered_objects(((self.tokens, self._cross is not None), mine)), strict=True)
         self.tokens = sum(tokens for tokens, _ in counted)
         if self._sum is None:
-            self._sum = torch.zeros(columns, columns, device=device)
+            dtype = next((one for one in dtypes if one is not None), torch.float32)
+            self._sum = torch.zeros(columns, columns, dtype=dtype, device=device)
         dist.all_reduce(self._sum)
         # What one rank could not compare with the dense model none of them does.
         if not any(cross for _, cross in counted) or not all(cross for tokens, cross in counted if tokens):

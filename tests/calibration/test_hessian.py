@@ -35,3 +35,17 @@ def test_the_hessian_of_16_bit_inputs_is_that_of_float32(dtype):
     exact.add(x.double().cpu(), dense.double().cpu())
     torch.testing.assert_close(found.hessian.cpu(), exact.hessian, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.cross.cpu(), exact.cross, rtol=1e-4, atol=1e-4)
+
+
+def test_no_order_of_batches_shows_where_inputs_are_float64():
+    torch.manual_seed(0)
+    batches = torch.randn(32, 50, 16, dtype=torch.float64) * 10
+    found = []
+    for order in (batches, batches.flip(0)):
+        accumulator = HessianAccumulator()
+        for rows in order:
+            accumulator.add(rows, rows + 1)
+        found.append((accumulator.hessian, accumulator.cross))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][0].dtype == torch.float32

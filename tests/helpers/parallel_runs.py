@@ -30,8 +30,12 @@ from prox24_lightning.solvers.config import DEFAULT_STEPS
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.weights.sharded import gathered, whole
 
-STEPS, START, FREEZE = 32, 2, 27
-"""Each of the three blocks has a pruning step of its own: 8 batches lie between two of them."""
+STEPS, START, FREEZE = 22, 2, 18
+"""Each of the two blocks has a pruning step of its own: 8 batches lie between them."""
+LAYERS, SOLVES = 12, 2
+"""2:4 layers of the decoder, and pruning steps."""
+MIDDLE, FROZEN = 12, 20
+"""Steps at which checkpoints are written: one block is sparse, and all are."""
 WIDTH, HEADS, FEATURES = 32, 4, 8
 TIMEOUT = timedelta(seconds=60)
 
@@ -61,7 +65,7 @@ class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(FEATURES, WIDTH), nn.Linear(WIDTH, 4)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -95,10 +99,10 @@ class ParallelModule(LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        return F.mse_loss(self.model(x).float(), y)
+        return F.mse_loss(self.model(x).to(y.dtype), y)
 
     def configure_optimizers(self):
-        # Adam makes steps of full size from gradients that are rounding errors.
+        # Adam would make steps of full size from gradients that are rounding errors (of the keys' bias: exactly zero).
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, foreach=False)
 
 
@@ -117,11 +121,13 @@ class MaskRecord(Callback):
             self.found.append((self.prox.step, len(masks), checksum(every)))
 
 
-def loader(split: bool) -> StatefulLoader:
-    """Eight sequences a step: all of them, or this rank's four."""
+def loader(split: bool, *, dtype: torch.dtype = torch.float32, twins: bool = False) -> StatefulLoader:
+    """Eight sequences a step: all of them, or this rank's four; ``twins``: which are the other rank's four as well."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(STEPS, 8, 8, FEATURES, generator=generator)
-    y = torch.tanh(x.cumsum(2) @ torch.randn(FEATURES, 4, generator=generator))
+    x = torch.randn(STEPS, 8, 8, FEATURES, generator=generator, dtype=dtype)
+    if twins:
+        x = x[:, :4].repeat_interleave(2, dim=1)
+    y = torch.tanh(x.cumsum(2) @ torch.randn(FEATURES, 4, generator=generator, dtype=dtype))
     share = slice(int(os.environ["RANK"]), None, 2) if split else slice(None)
     return StatefulLoader([[x[step][share], y[step][share]] for step in range(STEPS)])
 
@@ -136,10 +142,15 @@ def fit(
     precision: str = "32-true",
     compiled: bool = False,
     policy: bool = False,
+    double: bool = False,
+    twins: bool = False,
     model: Callable[[], nn.Module] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train; returns what this rank has in the end, gathered: weights, masks and their hashes at every freeze."""
+    """Train; returns what this rank has in the end, gathered: weights, masks and their hashes at every freeze.
+
+    ``double``: in float64, parameters and batches.
+    """
     seed_everything(0, verbose=False)
     if compiled:
         torch._dynamo.reset()
@@ -147,7 +158,7 @@ def fit(
     record = MaskRecord(prox)
     callbacks = [prox, record, *also]
     if folder is not None:
-        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"))
+        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1, filename="{step}"))
     more: dict[str, Any] = {"devices": 2 if parallel else 1}
     if parallel == "ddp":
         more["strategy"] = DDPStrategy(timeout=TIMEOUT)
@@ -164,10 +175,13 @@ def fit(
         **more,
     )
     module = ParallelModule(parallel, compiled=compiled, policy=policy, model=None if model is None else model())
+    if double:
+        module.double()
+    batches = loader(parallel in ("ddp", "fsdp2"), dtype=torch.float64 if double else torch.float32, twins=twins)
     log = _Warnings()
     with log.kept(), patch.dict(DEFAULT_STEPS, {"prox": 200 if device == "gpu" else 40}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each device, strategy and precision has advice of its own
-        trainer.fit(module, loader(parallel in ("ddp", "fsdp2")), ckpt_path=resume)
+        trainer.fit(module, batches, ckpt_path=resume)
     state = {name: gathered(value).cpu().clone() for name, value in module.state_dict().items()}
     parameters = {weight.name: weight.parameter for weight in prox.weights}
     masks = {f"mask of {name}": whole(mask, parameters[name]).cpu() for name, mask in prox.masks.items()}
