@@ -57,7 +57,7 @@ def gaps(
     for inputs in sizes:
         for correlation in correlations:
             generator = torch.Generator().manual_seed(seed)
-            optimum, sums = 0.0, {method: [0.0, 0.0, 0.0] for method in get_args(Method)}
+            optimum, sums = 0.0, {method: [0.0, 0.0, 0.0] for method in get_args(Method) if method != "keep"}
             for _ in range(layers):
                 weight, hessian = random_layer(rows, inputs, correlation, generator)
                 best, mask = BEST[geometry](weight, hessian)

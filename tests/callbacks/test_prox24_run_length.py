@@ -98,6 +98,7 @@ def test_whole_steps_count_every_optimizer():
     assert frozen_after(Manual(optimizers=2), start=100, freeze=150) == 75
 
 
+@pytest.mark.filterwarnings("ignore:freeze=1.0 is the end of the run")
 @pytest.mark.parametrize("freeze", [1.0, 90])
 def test_a_freeze_at_the_end_of_the_run_is_never_missed(freeze):
     assert frozen_after(Manual(every=4), start=0.5, freeze=freeze) == EPOCHS * BATCHES

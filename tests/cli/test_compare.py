@@ -113,6 +113,7 @@ def test_each_run_has_its_own_logs_and_checkpoint(finished):
             assert list(folder.glob("events.out.tfevents.*"))
 
 
+@pytest.mark.filterwarnings("ignore:freeze=1.0 is the end of the run")
 def test_asp_is_dense_until_it_prunes(tmp_path):
     """Pruned after the last step, its weights are the dense run's largest two of every four."""
     main(words(tmp_path, "--variants", "dense", "asp", "--asp_at", "1.0"))

@@ -27,7 +27,7 @@ def test_files_that_are_there_are_refused_and_kept(prox24, tmp_path):
     code, _, err = prox24("recipes", tmp_path)
     assert code == 2
     assert "holds configs/digits.yaml already" in err
-    assert "--overwrite true" in err
+    assert "--overwrite" in err
     assert (tmp_path / "configs" / "digits.yaml").read_text() == "mine"
     assert not (tmp_path / "recipes").exists()
 

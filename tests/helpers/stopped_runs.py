@@ -41,6 +41,7 @@ class SendSignal(Callback):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     config.DEFAULT_STEPS["prox"] = 10**9
     prox = Prox24(2, 10, verbose=False)
     callbacks = [SendSignal(getattr(signal, sys.argv[1]), prox), prox, OnExceptionCheckpoint(Path(sys.argv[2]))]

@@ -123,6 +123,7 @@ def test_a_folder_of_8_bits_is_served_as_transformers_loads_it(tmp_path):
     assert served(folder, [asked]) == [[by_transformers(model, prompt) for prompt in asked]]
 
 
+@pytest.mark.slow
 def test_bench_times_both_forms(tmp_path):
     model = sparse_model("llama")
     model.save_pretrained(tmp_path / "dense")
