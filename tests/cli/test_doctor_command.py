@@ -83,6 +83,15 @@ def test_the_next_command_is_named(prox24, sparse_folder, monkeypatch, target, w
     assert out.splitlines()[-1] == words.format(sparse_folder)
 
 
+def test_a_packed_folder_is_not_to_be_packed_again(prox24, sparse_folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "find_target", lambda: None)
+    monkeypatch.setattr(command, "_known_form_gains", lambda *args: {})
+    packed = tmp_path / "packed"
+    assert prox24("convert", sparse_folder, packed)[0] == 0
+    _, out, _ = prox24("doctor", packed)
+    assert out.splitlines()[-1] == f"next: prox24 bench {packed} times it on a GPU"
+
+
 def test_json_alone_on_stdout(prox24, sparse_folder):
     code, out, err = prox24("doctor", sparse_folder, "--json", "-")
     assert code == 0
