@@ -1,6 +1,6 @@
 """Relative error of a layer's output in each form of the weights, Gaussian weights and inputs: what the guide quotes.
 
-    python -m benchmarks.rounding_error
+python -m benchmarks.rounding_error
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def main(
         for name, outlier in (("Gaussian", 1.0), ("one in a hundred ten times larger", 10.0))
     ]
     note = f"2:4 weight {out_features} x {in_features}, {tokens} tokens; scales a row and a token, output in bfloat16."
-    write_result(output, "rounding/layer", "Relative error of a layer's output by the form of its weights", rows, note=note)
+    title = "Relative error of a layer's output by the form of its weights"
+    write_result(output, "rounding/layer", title, rows, note=note)
 
 
 if __name__ == "__main__":
