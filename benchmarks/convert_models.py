@@ -59,12 +59,12 @@ def build(name: str, device: torch.device) -> nn.Module:
             model = LlamaForCausalLM(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    for layer in _decoder_layers(model).values():
+    for layer in decoder_layers(model).values():
         layer.weight.mul_(mask_24(layer.weight))
     return model
 
 
-def _decoder_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def decoder_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("model.layers")}
 
 
@@ -174,7 +174,7 @@ def _all_timed(model: nn.Module, calls: Mapping[str, Callable[[], Tensor]], roun
 def model_rows(name: str, prompt: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = build(name, device)
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     dense_bytes = sum(layer.weight.nbytes for layer in layers.values())
     shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
     prefilled = f"prefill of {prompt} tokens"
@@ -184,10 +184,10 @@ def model_rows(name: str, prompt: int, rounds: int, device: torch.device) -> lis
     before = _all_timed(model, calls, rounds)
     memory = torch.cuda.memory_allocated(device)
     layers.clear()
-    done = convert_model(model, list(_decoder_layers(model)), token_counts=tuple(counts.values()))
+    done = convert_model(model, list(decoder_layers(model)), token_counts=tuple(counts.values()))
     release_memory()
     converted = [module for module in model.modules() if isinstance(module, SemiStructuredLinear)]
-    kept_dense = sum(layer.weight.nbytes for layer in _decoder_layers(model).values())
+    kept_dense = sum(layer.weight.nbytes for layer in decoder_layers(model).values())
     packed = sum(module.stored_bytes for module in converted)
     after = _all_timed(model, calls, rounds)
     rows = []

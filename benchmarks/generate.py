@@ -1,39 +1,55 @@
-"""``model.generate(...)`` of transformers, dense and converted, with and without ``accelerate_generation``.
+"""``model.generate(...)`` of transformers end to end, the model dense and 2:4, in 16 bits and in 8.
 
     python -m benchmarks.generate --model 8B
 
-LLaMA's shapes, random 2:4 weights, bfloat16. All four ways are called in turns in one process, so that a drifting host
-slows all alike; times are medians over the rounds.
+LLaMA's shapes, random weights, bfloat16 outside of the layers. All forms are called in turns in one process and the
+same way, with ``accelerate_generation``, so that a drifting host slows all alike; times are medians over the rounds.
+Dense weights are dense, without zeros, which would cost less power. Embedding and head are bfloat16 in every form.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.convert_models import build
+from benchmarks.convert_models import build, decoder_layers
 from benchmarks.result_files import RESULTS, write_result
-from prox24_lightning.convert import convert_model
-from prox24_lightning.convert.measurement import host_seconds
+from prox24_lightning.convert.autotune.tune import kernel_tables
+from prox24_lightning.convert.convert import convert_linear, insert_layers
+from prox24_lightning.convert.form_choice import choose_form
+from prox24_lightning.convert.layers.dense_fp8_linear import DenseFp8Linear
+from prox24_lightning.convert.measurement import host_seconds, release_memory
 from prox24_lightning.integrations.transformers.generation import accelerate_generation
 from prox24_lightning.integrations.transformers.time_generation import generation_call
+from prox24_lightning.weights.rounding import RoundedForm, round_rows
+
+Form = Literal["dense bf16", "dense fp8", "2:4 bf16", "2:4 fp8", "2:4 int8"]
+
+_ROUNDED: dict[Form, RoundedForm | None] = {"2:4 bf16": None, "2:4 fp8": "fp8_e4m3", "2:4 int8": "int8"}
+
+_RECOMPILES = 64
+"""Of a small operation: the forms are layers of several classes, and dynamo gives up after eight."""
+
+Call = Callable[[], Any]
 
 
 def main(
     model: str = "8B",
+    forms: list[Form] = ["dense bf16", "dense fp8", "2:4 bf16", "2:4 fp8"],  # noqa: B006
     prompt: int = 512,
     new: int = 128,
     long_prompt: int = 4096,
     batches: list[int] = [1, 8],  # noqa: B006
     rounds: int = 5,
-    transformers_too: bool = True,
+    transformers_too: bool = False,
     output: Path = RESULTS,
     device: str = "cuda",
 ) -> None:
@@ -41,6 +57,8 @@ def main(
 
     Args:
         model: "tiny", "1B" or "8B".
+        forms: of the weights of the blocks' linear layers. A 2:4 layer that is slower than the fastest dense form
+            takes that, as in ``convert_model``.
         prompt: tokens of the prompt.
         new: tokens to generate.
         long_prompt: tokens of the prompt whose time to the first token is measured.
@@ -51,86 +69,150 @@ def main(
         device: where the model runs; on a CPU nothing is converted, which tries the script out.
     """
     torch.manual_seed(0)
-    dense = build(model, torch.device(device))
-    converted = copy.deepcopy(dense)
-    if device == "cuda":
-        convert_model(converted, token_counts=(*batches, prompt, long_prompt))
-    models = {"dense": dense, "converted": converted}
-    rows = []
-    for batch in batches:
-        rows += _tokens_per_second(models, batch, prompt, new, rounds, transformers_too)
-    rows += _first_token(models, long_prompt, rounds)
+    torch._dynamo.config.recompile_limit = _RECOMPILES
+    begin = time.perf_counter()
+    models, in_form = _models(model, forms, torch.device(device), (*batches, prompt, long_prompt))
+    made = time.perf_counter() - begin
     note = (
-        f"LLaMA-shaped {model}, random 2:4 weights, bfloat16, greedy, {prompt} + {new} tokens; dense and converted in "
-        f"turns in one process, medians of {rounds} rounds. Device: all GPU work of a token, by torch's profiler."
+        f"LLaMA-shaped {model}, random weights, greedy, {prompt} + {new} tokens, in turns in one process, medians of "
+        f"{rounds} rounds; kernels measured and models made in {made:.0f} s. Device: all GPU work, by torch's "
+        f"profiler. Layers: {in_form}."
     )
-    write_result(output, f"generate/{model}", "generate() of transformers, dense and converted", rows, note=note)
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        for way in ("transformers", "accelerated")[0 if transformers_too else 1 :]:
+            rows += _decoding(models, way, batch, prompt, new, rounds)
+            write_result(output, f"generate/{model}", "generate() of transformers by form", rows, note=note, quiet=True)
+    rows += _first_token(models, long_prompt, rounds)
+    write_result(output, f"generate/{model}", "generate() of transformers by form", rows, note=note)
+    found = bars(rows)
+    if found:
+        write_result(output, f"generate/{model}", "End to end: the figures in short", found, part="bars")
 
 
-def _tokens_per_second(
-    models: dict[str, nn.Module], batch: int, prompt: int, new: int, rounds: int, transformers_too: bool
+def _models(
+    name: str, forms: Sequence[Form], device: torch.device, counts: Sequence[int]
+) -> tuple[dict[Form, nn.Module], str]:
+    """Return a model in each form, which share embedding, norms and head, and how many layers each has in which."""
+    first = build(name, device)
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*first.parameters(), *first.buffers())}
+    models = {form: copy.deepcopy(first, dict(shared)) for form in forms if form != "dense bf16"}
+    models["dense bf16"] = first
+    counted = []
+    for form in _ROUNDED if device.type == "cuda" else ():
+        if form in models:
+            layers = dict(_packed(first, _ROUNDED[form], device, counts))
+            insert_layers(models[form], layers.items())
+            fp8 = sum(isinstance(layer, DenseFp8Linear) for layer in layers.values())
+            dense = len(decoder_layers(first)) - len(layers)
+            counted.append(f"{form}: {len(layers) - fp8} packed, {fp8} dense in float8, {dense} dense in bfloat16")
+    for layer in decoder_layers(first).values():
+        layer.weight.normal_(0, 0.02)
+    if "dense fp8" in models and device.type == "cuda":
+        insert_layers(models["dense fp8"], ((name, _dense_fp8(layer)) for name, layer in decoder_layers(first).items()))
+    release_memory()
+    return {form: models[form] for form in forms}, "; ".join(counted) or "not converted"
+
+
+def _packed(
+    model: nn.Module, form: RoundedForm | None, device: torch.device, counts: Sequence[int]
+) -> Iterator[tuple[str, nn.Module]]:
+    layers = decoder_layers(model)
+    shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
+    # Measured at these numbers of tokens alone: convert_model measures all that a server may need.
+    tables = kernel_tables(shapes, torch.bfloat16, token_counts=counts, device=device, form=form)
+    for table in tables.values():
+        print(table.shape, form, table.text, choose_form(table, counts), flush=True)
+    for name, layer in layers.items():
+        table = tables[layer.out_features, layer.in_features]
+        choice = choose_form(table, counts).form
+        if choice == "packed":
+            yield name, convert_linear(layer, name=name, kernels=table, weights=form)
+        elif choice == "dense_fp8":
+            yield name, _dense_fp8(layer)
+
+
+def _dense_fp8(layer: nn.Linear) -> DenseFp8Linear:
+    return DenseFp8Linear(round_rows(layer.weight, "fp8_e4m3"), layer.weight.dtype, layer.bias).eval()
+
+
+def _decoding(
+    models: dict[Form, nn.Module], way: str, batch: int, prompt: int, new: int, rounds: int
 ) -> list[dict[str, Any]]:
-    rows = []
-    for way in ("transformers", "accelerated")[0 if transformers_too else 1 :]:
-        handles = [accelerate_generation(one) for one in models.values()] if way == "accelerated" else []
-        calls = {
-            f"{name} {count}": generation_call(one, batch, prompt, count)
-            for name, one in models.items()
-            for count in (1, new)
-        }
-        seconds = host_seconds(calls, rounds)
-        device = {name: _device_seconds(calls[f"{name} {new}"], calls[f"{name} 1"], new) for name in models}
-        wall = {name: (seconds[f"{name} {new}"] - seconds[f"{name} 1"]) / (new - 1) for name in models}
-        rate = {name: batch * new / seconds[f"{name} {new}"] for name in models}
-        rows.append(
-            {
-                "loop": way,
-                "what": f"{prompt} + {new} tokens, batch {batch}",
-                "dense tokens/s": rate["dense"],
-                "converted tokens/s": rate["converted"],
-                "x": rate["converted"] / rate["dense"],
-                "ms a token, dense": 1000 * wall["dense"],
-                "ms a token, converted": 1000 * wall["converted"],
-                "wall / device, converted": wall["converted"] / device["converted"] if device["converted"] else "",
-            }
-        )
-        for handle in handles:
-            handle.remove()
-        torch._dynamo.reset()
-    return rows
-
-
-def _first_token(models: dict[str, nn.Module], prompt: int, rounds: int) -> list[dict[str, Any]]:
-    handles = [accelerate_generation(one) for one in models.values()]
-    calls = {name: generation_call(one, 1, prompt, 1) for name, one in models.items()}
+    handles = [accelerate_generation(one) for one in models.values()] if way == "accelerated" else []
+    calls = {
+        (form, count): generation_call(one, batch, prompt, count) for form, one in models.items() for count in (1, new)
+    }
     seconds = host_seconds(calls, rounds)
+    rows = []
+    for form in models:
+        whole, first = calls[form, new], calls[form, 1]
+        token = (seconds[form, new] - seconds[form, 1]) / (new - 1)
+        spent = (_device_seconds(whole) - _device_seconds(first)) / (new - 1)
+        rate = batch * new / seconds[form, new]
+        rows.append(_row(way, f"decode, batch {batch}", form, 1000 * token, 1000 * spent, rate))
+    _finish(handles)
+    return _with_ratios(rows)
+
+
+def _first_token(models: dict[Form, nn.Module], prompt: int, rounds: int) -> list[dict[str, Any]]:
+    handles = [accelerate_generation(one) for one in models.values()]
+    calls = {form: generation_call(one, 1, prompt, 1) for form, one in models.items()}
+    seconds = host_seconds(calls, rounds)
+    rows = [
+        _row(
+            "accelerated",
+            f"first token of {prompt}",
+            form,
+            1000 * seconds[form],
+            1000 * _device_seconds(calls[form]),
+            prompt / seconds[form],
+        )
+        for form in models
+    ]
+    _finish(handles)
+    return _with_ratios(rows)
+
+
+def _finish(handles: Sequence[Any]) -> None:
     for handle in handles:
         handle.remove()
-    return [
-        {
-            "loop": "accelerated",
-            "what": f"first token of {prompt}",
-            "dense tokens/s": 1 / seconds["dense"],
-            "converted tokens/s": 1 / seconds["converted"],
-            "x": seconds["dense"] / seconds["converted"],
-            "ms a token, dense": 1000 * seconds["dense"],
-            "ms a token, converted": 1000 * seconds["converted"],
-            "wall / device, converted": "",
-        }
-    ]
+    torch._dynamo.reset()
+    release_memory()
 
 
-def _device_seconds(call: Callable[[], Any], first: Callable[[], Any], new: int) -> float:
-    """GPU seconds of one generated token: those of ``call`` without those of ``first``, by the profiler."""
+def _row(loop: str, what: str, form: Form, ms: float, device_ms: float, rate: float) -> dict[str, Any]:
+    return {"loop": loop, "what": what, "form": form, "ms": ms, "device ms": device_ms, "tokens/s": rate}
+
+
+def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add what each form gains over the dense ones, by the time that a caller sees."""
+    ms = {row["form"]: row["ms"] for row in rows}
+    dense = {f"x {form}": ms.get(form) for form in ("dense bf16", "dense fp8")}
+    return [row | {name: "" if other is None else other / row["ms"] for name, other in dense.items()} for row in rows]
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the gains of 2:4 in fp8, each beside its bar."""
+    least = {("decode, batch 1", "x dense fp8"): 1.25, ("decode, batch 1", "x dense bf16"): 1.9}
+    found = []
+    for row in rows:
+        if row["form"] == "2:4 fp8" and row["loop"] == "accelerated":
+            prefill = {(row["what"], "x dense fp8"): 1.2} if row["what"].startswith("first token") else {}
+            for (what, over), bar in (least | prefill).items():
+                if what == row["what"] and row[over] != "":
+                    found.append({"figure": f"2:4 fp8 {over}, {what}", "value": row[over], "bar": f"at least {bar}"})
+    return found
+
+
+def _device_seconds(call: Call) -> float:
+    """Return the GPU seconds of a call, by the profiler."""
     if not torch.cuda.is_available():
         return 0.0
-    spent = []
-    for one in (call, first):
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
-            one()
-            torch.cuda.synchronize()
-        spent.append(sum(event.self_device_time_total for event in found.key_averages()) / 1e6)
-    return (spent[0] - spent[1]) / (new - 1)
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in found.key_averages()) / 1e6
 
 
 if __name__ == "__main__":
