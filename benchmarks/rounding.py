@@ -14,8 +14,7 @@ accelerate``). Perplexity is that of held-out documents: "stdlib" from the same 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 from benchmarks.result_files import write_result
-from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
+from prox24_lightning.calibration.rounded_inputs import rounded_inputs
 from prox24_lightning.io.near_duplicates import check_apart
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.oneshot import prune_layerwise
-from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_weight
+from prox24_lightning.weights.rounding import RoundedForm, round_weight
 from prox24_lightning.weights.selection import select_weights
 from recipes.calibration_text import LibraryDocs, PythonDocs
 from recipes.causal_lm import SMOLLM2
@@ -91,7 +90,7 @@ def main(
     def add(label: str, form: RoundedForm | None = None, seconds: float = 0.0) -> None:
         """Score the network as it is; with ``form`` also with its inputs rounded."""
         for inputs in ("", "rounded") if form else ("",):
-            with _rounded_inputs(layers, form if inputs else None):
+            with rounded_inputs(layers, form if inputs else None):
                 scores = {column: perplexity(network, texts) for column, texts in held_out.items()}
             if form is None:
                 reference.update(scores)
@@ -163,24 +162,6 @@ def _round(layers: Sequence[nn.Module], form: RoundedForm) -> None:
     for layer in layers:
         weight = layer.get_parameter("weight")
         weight.copy_(round_weight(weight, form))
-
-
-@contextmanager
-def _rounded_inputs(layers: Sequence[nn.Module], form: RoundedForm | None) -> Iterator[None]:
-    """Round the inputs of the layers token by token."""
-
-    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        tokens = args[0].flatten(0, -2)
-        assert form is not None
-        rounded = round_tokens(tokens, form)
-        return (expand_rows(rounded.values, rounded.scales, tokens.dtype).view_as(args[0]), *args[1:])
-
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers if form is not None]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 if __name__ == "__main__":

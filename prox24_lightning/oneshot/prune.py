@@ -72,8 +72,8 @@ def prune_layerwise(
         batches: calibration batches: mappings (keyword arguments of the model), tuples or tensors. Read once.
         method, refine, steps, momentum, damping, refine_steps, tolerance, weights: of the solver, see
             :func:`~prox24_lightning.solvers.layer.solve_layer`. With ``weights`` the values of linear layers are those
-            of a packed file in that form, which stores the result without a further change; ``method="keep"`` with it
-            rounds a model that is 2:4 already.
+            of a packed file in that form, which stores the result without a further change, and their inputs are
+            rounded as the kernels for that form do; ``method="keep"`` with it rounds a model that is 2:4 already.
         targets, skip: patterns of names, see :func:`~prox24_lightning.weights.selection.select_weights`.
         geometry: ``"row"``: groups of four along a layer's inputs, ``"column"``: along its outputs, ``"block"``: along
             both in every 4 x 4 block.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.calibration.input_groups import find_input_groups
+from prox24_lightning.calibration.rounded_inputs import rounded_inputs
 from prox24_lightning.oneshot.block_inputs import BlockInputs
 from prox24_lightning.oneshot.config import PruneConfig
 from prox24_lightning.oneshot.parallel import check_same_input_groups
@@ -73,9 +75,15 @@ class BlockPruner:
                 if self.finished is not None:
                     self.finished.save(index, done)
             self.report.dims.update({weight.name: weight.dim for weight in weights if weight.name in self.report.masks})
-            self.inputs.advance(index, block)
+            with self._rounded_inputs(weights):
+                self.inputs.advance(index, block)
             if self.dense_inputs is not None and dense is not None:
                 self.dense_inputs.advance(index, dense)
+
+    def _rounded_inputs(self, weights: Sequence[GroupedWeight]) -> AbstractContextManager[None]:
+        """Let the linear layers see the inputs that they will have in 8 bits, if they are to be rounded."""
+        linear = [weight.module for weight in weights if weight.parameter.dim() == 2]
+        return rounded_inputs(linear, self.config.solver.weights)
 
     def _dense_copy(self, index: int, block: nn.Module) -> nn.Module | None:
         if self.dense_inputs is None:
@@ -167,7 +175,8 @@ class BlockPruner:
             if group.layers[0] in experts:
                 self._solve_experts(index, experts[group.layers[0]], runs, done)
                 continue
-            hessian = input_group_hessian(group, runs, dense_runs, references)
+            with self._rounded_inputs(weights):
+                hessian = input_group_hessian(group, runs, dense_runs, references)
             members = [layers[layer] for layer in group.layers]
             solved = solve_input_group(
                 members, hessian, config=self.config.solver, dense_target=self.config.dense_target

@@ -4,6 +4,7 @@ A row ``w`` becomes 8-bit ``values`` and a float32 ``scale`` with ``w ~ values *
 mantissa, up to 448) or symmetric int8 (up to 127). The scale is the row's largest magnitude over the form's largest
 value, rounded up to 16 significant bits. The product of value and scale is then exact in float32, so every device
 expands to the same bits, and rounding a rounded row again changes nothing: a rounded weight can be stored dense.
+:func:`round_tokens` does the same to a layer's inputs, as the kernels for rounded weights do.
 """
 
 from __future__ import annotations
@@ -133,6 +134,29 @@ def round_weight(weight: Tensor, form: RoundedForm, *, name: str = "weight") -> 
         rows = round_rows(weight[part], form, name=name, first_row=part.start)
         rounded[part] = expand_rows(rows.values, rows.scales, weight.dtype)
     return rounded
+
+
+def round_tokens(inputs: Tensor, form: RoundedForm, scale: float | None = None) -> RoundedRows:
+    """Round each token to the nearest values of ``form``, ties to even: ``inputs ~ values * scales``.
+
+    Args:
+        inputs: (tokens, in_features), floating point.
+        form: of the values.
+        scale: of all tokens; None gives each token its largest magnitude over the form's largest value. What exceeds
+            the range of a given scale is clamped.
+
+    Returns:
+        Values and float32 (tokens,) scales. A token with NaN or inf has a scale of NaN or inf: its products are NaN.
+    """
+    largest = LARGEST[form]
+    most = inputs.abs().amax(-1).float() if inputs.shape[1] else inputs.new_zeros(len(inputs), dtype=torch.float32)
+    scales = most * torch.tensor(1 / largest, dtype=torch.float32)
+    if scale is not None:
+        scales = torch.where(torch.isfinite(scales), torch.full_like(scales, scale), scales)
+    scales = scales.clamp_min(SMALLEST_SCALE)
+    quotients = (inputs.float() * (1 / scales).unsqueeze(-1)).clamp(-largest, largest)
+    values = quotients.nan_to_num(0).round() if form == "int8" else quotients
+    return RoundedRows(values.to(VALUE_DTYPES[form]), scales)
 
 
 def rounded_form(dtype: torch.dtype) -> RoundedForm:

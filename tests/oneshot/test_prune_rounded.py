@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny_blocks import batches, prune, seeded
 
+from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.rounded_inputs import rounded_like_tokens
 from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
 from prox24_lightning.mask import is_24
 from prox24_lightning.weights.rounding import round_weight
@@ -66,3 +68,17 @@ def test_a_finished_block_keeps_its_rounded_loss(tmp_path):
     reports = [prune(model, weights="int8", work_dir=tmp_path / "work") for model in models]
     assert [layer.rounded_loss for layer in reports[0].layers] == [layer.rounded_loss for layer in reports[1].layers]
     assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_the_solver_sees_the_inputs_rounded_as_the_kernels_round_them(monkeypatch):
+    seen = []
+    count = HessianAccumulator.add
+    monkeypatch.setattr(HessianAccumulator, "add", lambda self, *rows: seen.append(rows) or count(self, *rows))
+    model = seeded()
+    prune(model, method="wanda", refine=None)
+    seen.clear()
+    prune(model, method="keep", refine=None, weights="int8", dense_target=1.0)
+    assert seen
+    for rows, dense_rows in seen:
+        torch.testing.assert_close(rounded_like_tokens(rows, "int8"), rows)
+        assert not torch.allclose(rounded_like_tokens(dense_rows, "int8"), dense_rows)

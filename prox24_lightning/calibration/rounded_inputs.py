@@ -1,0 +1,44 @@
+"""Let layers see their inputs as the kernels for weights of 8 bits round them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.calibration.hooks import remove_all
+from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_tokens
+
+
+@contextmanager
+def rounded_inputs(layers: Iterable[nn.Module], form: RoundedForm | None) -> Iterator[None]:
+    """Round the inputs of linear layers token by token as long as the context lasts.
+
+    Gradients pass the rounding as if it were not there (a straight-through estimate).
+
+    Args:
+        layers: whose first argument is (..., in_features).
+        form: of the rounded values; None rounds nothing.
+    """
+
+    def rounded(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (rounded_like_tokens(args[0], form), *args[1:]), kwargs
+        name, x = next(iter(kwargs.items()))
+        return args, {**kwargs, name: rounded_like_tokens(x, form)}
+
+    handles = [] if form is None else [layer.register_forward_pre_hook(rounded, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        remove_all(handles)
+
+
+def rounded_like_tokens(inputs: Tensor, form: RoundedForm) -> Tensor:
+    """Return (..., in_features) inputs with every token rounded to ``form``, in their dtype."""
+    found = round_tokens(inputs.detach().flatten(0, -2), form)
+    values = expand_rows(found.values, found.scales, inputs.dtype).view(inputs.shape)
+    return inputs + (values - inputs).detach() if inputs.requires_grad and torch.is_grad_enabled() else values
