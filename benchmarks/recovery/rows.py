@@ -23,6 +23,7 @@ class Row:
         peer: name in :data:`PEERS`, and ``arguments`` its arguments.
         prox24: whether Prox24 runs, and ``arguments`` its arguments.
         distillation: share of the distillation from the dense model in the loss; 0 is none.
+        teacher: further arguments of ``Distillation``.
     """
 
     prune: dict[str, Any] | None = None
@@ -30,10 +31,11 @@ class Row:
     prox24: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
     distillation: float = 0.0
+    teacher: dict[str, Any] = field(default_factory=dict)
 
     def definition(self) -> dict[str, Any]:
-        """What tells this row from another of the same name."""
-        return asdict(self)
+        """What tells this row from another of the same name; recorded runs know none of ``teacher`` where it is empty."""
+        return {key: value for key, value in asdict(self).items() if key != "teacher" or value}
 
     def callbacks(self, calibration: Sequence[Any]) -> list[Callback]:
         """The callbacks in the order in which they have to act.
@@ -45,7 +47,7 @@ class Row:
         if self.distillation:
             from prox24_lightning import Distillation
 
-            found.append(Distillation(share=self.distillation, verbose=False))
+            found.append(Distillation(**{"share": self.distillation, "verbose": False, **self.teacher}))
         if self.prune is not None:
             found.append(OneShot(calibration, **self.prune))
             found.append(Prox24(start=0, freeze=0, strategy="post_step", metric="weight", verbose=False))
@@ -91,6 +93,7 @@ FINETUNING: dict[str, Row] = {
     "dense distilled": Row(distillation=0.5),
     "sparsegpt+mg distilled": _one_shot("sparsegpt", distillation=0.5),
     "prox24 distilled": Row(prox24=True, distillation=0.5),
+    "prox24 distilled hidden": Row(prox24=True, distillation=0.5, teacher={"features": 1.0}),
 }
 """Rows for a trained model; "+mg" is refined by masked gradient before the first step."""
 
@@ -108,11 +111,13 @@ SCRATCH: dict[str, Row] = {
 
 
 def further_rows(variants: dict[str, dict[str, Any]] | None) -> dict[str, Row]:
-    """Rows of Prox24 with other arguments; ``distillation`` among them is the row's share of it."""
+    """Rows of Prox24 with other arguments; ``distillation`` among them is the row's share of it, ``teacher`` further
+    arguments of ``Distillation``."""
     rows = {}
     for name, given in (variants or {}).items():
         arguments = dict(given)
-        rows[name] = Row(prox24=True, distillation=arguments.pop("distillation", 0.0), arguments=arguments)
+        share, teacher = arguments.pop("distillation", 0.0), arguments.pop("teacher", {})
+        rows[name] = Row(prox24=True, distillation=share, teacher=teacher, arguments=arguments)
     return rows
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.calibration.output_error import relative_error, token_weights
 from prox24_lightning.utils.cuda_graphs import GraphedFunction, GraphedStep
 from prox24_lightning.utils.distributed import mean_over_ranks
 from prox24_lightning.utils.long_work import between_pieces
@@ -28,28 +29,6 @@ _WARM_UP = 16
 """Steps of growing size at the start: Adam's first steps take every weight as far as the others, and of some blocks
 they double the error that the rest of the steps then have to make good."""
 _BETAS = (0.9, 0.95)
-_EPSILON = 1e-12
-
-
-def relative_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the squared error of each token relative to the token's squared norm, averaged over tokens.
-
-    What reads a block's output normalises each token first, so that the few tokens of huge norm which language models
-    have (arXiv 2402.17762) do not count for more than the others.
-
-    Args:
-        output, target: (..., features).
-        weights: :func:`token_weights` of ``target``, where they are known already.
-    """
-    weights = token_weights(target) if weights is None else weights
-    return ((output.float() - target.float()).square().sum(-1) * weights).sum()
-
-
-def token_weights(target: Tensor) -> Tensor:
-    """Return the weight of each token in the error, (...), one over its squared norm; ``target`` is (..., features)."""
-    squared_norm = target.float().square().sum(-1)
-    floor = 1e-3 * squared_norm.median()
-    return 1 / (squared_norm.clamp_min(floor + _EPSILON) * squared_norm.numel())
 
 
 def reconstruct_block(

@@ -84,7 +84,7 @@ def test_features_add_the_relative_error_of_every_block():
 
     def loss(student, teacher, x, y):
         (mine, logits), (theirs, target) = states(student, x), states(teacher, x)
-        errors = [(a - b).square().sum() / b.square().sum() for a, b in zip(mine, theirs, strict=True)]
+        errors = [((a - b).norm(dim=-1) / b.norm(dim=-1)).square().mean() for a, b in zip(mine, theirs, strict=True)]
         return 0.5 * F.cross_entropy(logits, y.argmax(-1)) + 0.5 * kl(logits, target) + 2 * sum(errors) / 3
 
     module = ResidualClassifier()

@@ -136,6 +136,17 @@ def test_feature_loss_is_relative():
     assert torch.isfinite(feature_loss(torch.zeros(3), torch.zeros(3)))
 
 
+def test_feature_loss_counts_every_token_alike():
+    teacher = logits(2, 4, 8)
+    teacher[0, 0] *= 1000
+    student = teacher.clone()
+    student[1, 2] = 0
+    torch.testing.assert_close(feature_loss(student, teacher), torch.tensor(1 / 8))
+    image = logits(2, 8, 4, 4)
+    image[0] *= 1000
+    torch.testing.assert_close(feature_loss(image * torch.tensor([1.0, 0]).view(2, 1, 1, 1), image), torch.tensor(0.5))
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match=r"logits have shape \(2, 3\), the teacher's \(2, 4\)"):
         distillation_loss(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prox24_lightning.calibration.output_error import relative_error
+
 _CHUNK = 1 << 24
 """Logits per chunk: float32 copies stay at 64 MiB each, whatever batch and vocabulary."""
 
@@ -88,16 +90,19 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ``||student - teacher||^2 / ||teacher||^2`` of two hidden states, in float32; a zero student gives 1.
+    """Return ``||student - teacher||^2 / ||teacher||^2`` of hidden states, averaged over tokens; a zero student gives 1.
+
+    A token is what lies along the last dimension; of images and the like, (samples, channels, height, width), it is a
+    whole sample. What reads a hidden state normalises each token first: without a norm of its own for each, the few
+    tokens of huge norm which language models have (arXiv 2402.17762) would be all that counts. In float32.
 
     Raises:
         ValueError: if the shapes differ.
     """
     _check_shapes(student, teacher, "hidden states")
-    compute = torch.promote_types(student.dtype, torch.float32)
-    target = teacher.detach().to(compute)
-    norm = target.square().sum().clamp_min(torch.finfo(compute).tiny)
-    return (student.to(compute) - target).square().sum() / norm
+    if student.dim() > 3:
+        student, teacher = student.flatten(1), teacher.flatten(1)
+    return relative_error(student, teacher.detach())
 
 
 def logits_of(output: Any) -> Tensor:

@@ -43,8 +43,8 @@ class DistillationTrainerCallback(TrainerCallback):
         share: weight of the distillation loss, above 0 and at most 1; 1 drops the training loss.
         teacher: another model, called like the trainer's; it is copied and not changed.
         temperature: (``loss="kl"``) above 0; softens both distributions.
-        features: weight of the hidden-state loss: the squared error of each block's output relative to the teacher's,
-            averaged over the blocks; 0 leaves it out.
+        features: weight of the hidden-state loss: the squared error of each block's output relative to the teacher's
+            squared norm, token by token, averaged over tokens and blocks; 0 leaves it out.
         loss: ``"kl"`` for logits with the classes last, averaged over all positions, padding included; ``"mse"`` for
             outputs that are not logits.
 

@@ -18,7 +18,7 @@ from prox24_lightning.calibration.hooks import inside_compiled
 from prox24_lightning.calibration.isolation.reproduction import RerunSettings
 from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.calibration.outermost import outermost_modules, parts_with
-from prox24_lightning.calibration.output_gradients import OutputGradients
+from prox24_lightning.calibration.output_error import OutputGradients
 from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense
 from prox24_lightning.solvers.budget.price import mean_prices, reason, times_or_products
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext

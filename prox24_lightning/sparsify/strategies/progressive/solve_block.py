@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from prox24_lightning.calibration.input_groups import find_input_groups
-from prox24_lightning.calibration.output_gradients import OutputGradients
+from prox24_lightning.calibration.output_error import OutputGradients
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import Run, input_group_hessian, solve_input_group

@@ -75,7 +75,7 @@ class Progressive(Strategy):
             layers outside of blocks and for sharded models.
         gradient_weighting: in reconstruction, features of the block's output count by the squared gradients that the
             last training batches sent through them
-            (:class:`~prox24_lightning.calibration.output_gradients.OutputGradients`).
+            (:class:`~prox24_lightning.calibration.output_error.OutputGradients`).
         prox_steps: proximal steps a layer; None is the solver's own default, for convolutions on its short path.
         reorder_inputs: choose which inputs share a group of four, as the phase begins, where batches are run again
             (:mod:`~prox24_lightning.solvers.input_order.choose`).

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.output_gradients import OutputGradients
+from prox24_lightning.calibration.output_error import OutputGradients
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which features of a block's output matter: the gradients that training sends through them anyway."""
+"""What an error in a block's output counts: relative to the norm of each token, and by the gradients of training."""
 
 from __future__ import annotations
 
@@ -15,6 +15,32 @@ from prox24_lightning.calibration.hooks import after_call
 from prox24_lightning.utils.distributed import mean_over_ranks
 
 _SMALLEST = 1e-30
+_EPSILON = 1e-12
+
+
+def relative_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the squared error of each token relative to the token's squared norm, averaged over tokens, in float32.
+
+    What reads a block's output normalises each token first, so that the few tokens of huge norm which language models
+    have (arXiv 2402.17762) do not count for more than the others.
+
+    Args:
+        output, target: (..., features).
+        weights: :func:`token_weights` of ``target``, where they are known already.
+    """
+    weights = token_weights(target) if weights is None else weights
+    return ((_wide(output) - _wide(target)).square().sum(-1) * weights).sum()
+
+
+def token_weights(target: Tensor) -> Tensor:
+    """Return the weight of each token in the error, (...), one over its squared norm; ``target`` is (..., features)."""
+    squared_norm = _wide(target).square().sum(-1)
+    floor = 1e-3 * squared_norm.median()
+    return 1 / (squared_norm.clamp_min(floor + _EPSILON) * squared_norm.numel())
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class OutputGradients:
