@@ -34,8 +34,17 @@ class HessianAccumulator:
         self._cross: Tensor | None = None
 
     @torch.no_grad()
-    def add(self, rows: Tensor, dense_rows: Tensor | None = None) -> None:
-        """Count a batch: both (tokens, in_features), any floating dtype."""
+    def add(self, rows: Tensor, dense_rows: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Count a batch.
+
+        Args:
+            rows, dense_rows: (tokens, in_features), any floating dtype.
+            weights: (tokens,), what each token counts; None is 1 for all.
+        """
+        if weights is not None:
+            roots = weights.to(rows.device).sqrt().unsqueeze(1).to(rows.dtype)
+            rows = rows * roots
+            dense_rows = None if dense_rows is None else dense_rows * roots
         if self._sum is None:
             wide = torch.promote_types(rows.dtype, torch.float32)
             self._sum = torch.zeros(rows.shape[1], rows.shape[1], dtype=wide, device=rows.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.calibration.blocks import hidden_state
-from prox24_lightning.calibration.hooks import after_call
+from prox24_lightning.calibration.hooks import after_call, remove_all
 from prox24_lightning.utils.distributed import mean_over_ranks
 
 _SMALLEST = 1e-30
@@ -82,10 +82,14 @@ class OutputGradients:
 
     def weights(self, features: int, device: torch.device) -> Tensor:
         """What a unit of squared error in each feature counts: (features,), mean 1; the same on every rank."""
+        return mean_over_ranks(self.own_weights(features, device))
+
+    def own_weights(self, features: int, device: torch.device) -> Tensor:
+        """Return :meth:`weights` by the batches of this rank alone."""
         found = torch.ones(features, device=device)
         if self.total is not None and self.total.numel() == features:
             found = self.total.to(device)
-        return mean_over_ranks(found / found.mean().clamp_min(_SMALLEST))
+        return found / found.mean().clamp_min(_SMALLEST)
 
     def _listen(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
@@ -100,3 +104,56 @@ class OutputGradients:
         squares = torch.nan_to_num(squares / squares.mean().clamp_min(_SMALLEST), 0.0, 0.0, 0.0)
         fits = self.total is not None and self.total.shape == squares.shape
         self.total = self.total.to(squares) + squares if fits and self.total is not None else squares
+
+
+def token_importance(
+    layers: Iterable[nn.Module], output_of: Callable[[], Tensor], gradients: OutputGradients | None = None
+) -> dict[nn.Module, list[Tensor]]:
+    """Return what an error at each token of a layer's output counts for :func:`relative_error` of the block's output.
+
+    To second order the error grows by ``||J_t d||^2`` for an error ``d`` of the layer's output at token ``t``, with the
+    Jacobian ``J_t`` from there to the block's output. A random sign at each entry of the output, sent back through the
+    block, measures ``||J_t||^2`` without bias (Hutchinson's estimator): one backward pass, whatever the number of
+    layers.
+
+    Args:
+        layers: linear layers and convolutions inside the block.
+        output_of: calls the block under gradients and returns its output, (..., features).
+        gradients: what features of the output count by; None is the same for all.
+
+    Returns:
+        for each layer one tensor a call, (tokens,) in the order of
+        :func:`~prox24_lightning.weights.layer_matrix.input_rows`, with mean 1 over all calls.
+    """
+    found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+
+    def note(layer: nn.Module, args: tuple, output: Tensor) -> None:
+        found[layer].append(output)
+
+    handles = [layer.register_forward_hook(note) for layer in found]
+    try:
+        with torch.enable_grad():
+            target = output_of()
+    finally:
+        remove_all(handles)
+    generator = torch.Generator(target.device).manual_seed(0)
+    signs = torch.randint(2, target.shape, generator=generator, device=target.device) * 2.0 - 1.0
+    weights = token_weights(target.detach()).unsqueeze(-1) * target.shape[:-1].numel()
+    if gradients is not None:
+        weights = weights * gradients.own_weights(target.shape[-1], target.device)
+    sent = (signs * weights.sqrt()).to(target.dtype)
+    outputs = [output for layer_outputs in found.values() for output in layer_outputs]
+    gradients = iter(torch.autograd.grad(target, outputs, sent, materialize_grads=True))
+    result = {}
+    for layer, layer_outputs in found.items():
+        squares = [_squares_of_tokens(layer, next(gradients)) for _ in layer_outputs]
+        mean = torch.cat(squares).mean() if squares else torch.ones(())
+        if not bool(mean.isfinite()) or not bool(mean > 0):
+            raise ValueError(f"no gradient, or one that is not finite, reaches its {type(layer).__name__}")
+        result[layer] = [square / mean for square in squares]
+    return result
+
+
+def _squares_of_tokens(layer: nn.Module, gradient: Tensor) -> Tensor:
+    spatial = len(layer.kernel_size) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else 0
+    return _wide(gradient).square().sum(-1 - spatial).flatten()

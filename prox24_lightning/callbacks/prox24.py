@@ -25,7 +25,7 @@ from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, Spa
 from prox24_lightning.sparsify.controller import SparsifyController
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase
-from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
+from prox24_lightning.sparsify.strategies.progressive.strategy import CALIBRATION_BATCHES, RECONSTRUCTION_STEPS
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.selection import GroupedWeight, Selection
 
@@ -97,6 +97,10 @@ class Prox24(Callback):
             dense: those whose 2:4 form, one layer at a time, raises the model's loss most for the time that it saves.
             The loss is what the module that training calls returns as ``loss``, or the error of its output; times are
             those of this GPU's kernel table at 4096 tokens, or multiply-adds.
+        calibration_batches: (``progressive``) so many of the last training batches a block is solved on. More take longer
+            to run again, and memory for a block's outputs on each.
+        token_weighting: (``progressive``) how far tokens count, while a layer is solved, by what an error there does to
+            the output of its block, measured by one backward pass: 0 all alike, 1 by that alone.
         metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` scales weights by the
             running rms of each input, so that they count by their effect on the layer's output; ``"weight"`` takes
             their magnitude.
@@ -145,6 +149,8 @@ class Prox24(Callback):
         calibration: CalibrationMode = "auto",
         reorder_inputs: bool = False,
         budget: float = 0.0,
+        calibration_batches: int = CALIBRATION_BATCHES,
+        token_weighting: float = 0.0,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -168,6 +174,8 @@ class Prox24(Callback):
             calibration=calibration,
             reorder_inputs=reorder_inputs,
             budget=budget,
+            calibration_batches=calibration_batches,
+            token_weighting=token_weighting,
             metric=metric,
             schedule=schedule,
             fraction=fraction,

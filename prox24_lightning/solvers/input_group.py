@@ -34,6 +34,7 @@ def input_group_hessian(
     references: Mapping[nn.Module, nn.Module] | None = None,
     *,
     attempt: Callable[[Callable[[], HessianAccumulator]], HessianAccumulator] | None = None,
+    token_weights: Sequence[Mapping[nn.Module, Sequence[Tensor]]] | None = None,
 ) -> HessianAccumulator:
     """Return the Hessian of the input that the layers of ``group`` share, over all ``runs`` on all ranks.
 
@@ -43,9 +44,10 @@ def input_group_hessian(
         dense_runs: the same batches through the dense reference of the block, for the cross products.
         references: layer of the block -> the same in the dense reference.
         attempt: makes the runs of this rank, before the ranks add up what they have found; None makes them as they are.
+        token_weights: for each run what the tokens of each layer count, (tokens,) for each call; None is 1 for all.
     """
     layer = group.layers[0]
-    made = partial(_local_hessian, group, runs, dense_runs, references)
+    made = partial(_local_hessian, group, runs, dense_runs, references, token_weights)
     accumulator = made() if attempt is None else attempt(made)
     weight = layer.get_parameter("weight")
     accumulator.all_reduce(matrix_columns(layer), local_part(weight).device)
@@ -57,24 +59,38 @@ def _local_hessian(
     runs: Sequence[Run],
     dense_runs: Sequence[Run] | None,
     references: Mapping[nn.Module, nn.Module] | None,
+    token_weights: Sequence[Mapping[nn.Module, Sequence[Tensor]]] | None,
 ) -> HessianAccumulator:
     layer = group.layers[0]
     accumulator = HessianAccumulator()
     for number, run in enumerate(runs):
         between_pieces()
         rows = [input_rows(layer, gathered(x)) for x in record_inputs(layer, run, once=group.once)]
+        weights = _mean_weights(group, rows, None if token_weights is None else token_weights[number])
         if dense_runs is None or references is None:
-            for part in rows:
-                accumulator.add(part)
+            for part, counts in zip(rows, weights, strict=True):
+                accumulator.add(part, weights=counts)
             continue
         dense_inputs = record_inputs(references[layer], dense_runs[number], once=group.once)
         dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs]
         if [len(part) for part in rows] != [len(part) for part in dense_rows]:
             # A router sends other tokens here in the dense reference: the layer's outputs there cannot be compared.
-            return _local_hessian(group, runs, None, None)
-        for part, dense_part in zip(rows, dense_rows, strict=True):
-            accumulator.add(part, dense_part)
+            return _local_hessian(group, runs, None, None, token_weights)
+        for part, dense_part, counts in zip(rows, dense_rows, weights, strict=True):
+            accumulator.add(part, dense_part, counts)
     return accumulator
+
+
+def _mean_weights(
+    group: InputGroup, rows: Sequence[Tensor], found: Mapping[nn.Module, Sequence[Tensor]] | None
+) -> list[Tensor | None]:
+    """What the tokens of a group's input count in each call: the mean over its layers; None is 1 for all."""
+    if found is None:
+        return [None] * len(rows)
+    by_call = [torch.stack(calls).mean(0) for calls in zip(*(found[layer] for layer in group.layers), strict=True)]
+    if [len(part) for part in rows] != [len(counts) for counts in by_call]:
+        return [None] * len(rows)
+    return list(by_call)
 
 
 def solve_input_group(

@@ -12,7 +12,7 @@ from prox24_lightning.sparsify.engine import Metric
 from prox24_lightning.sparsify.phases import check_step
 from prox24_lightning.sparsify.strategies.post_step.strategy import Refit
 from prox24_lightning.sparsify.strategies.progressive.calibration import CalibrationMode
-from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
+from prox24_lightning.sparsify.strategies.progressive.strategy import CALIBRATION_BATCHES, RECONSTRUCTION_STEPS
 from prox24_lightning.weights.groups import Geometry
 
 StrategyName = Literal["post_step", "progressive", "keep"]
@@ -35,6 +35,8 @@ class SparsifyConfig:
     calibration: CalibrationMode = "auto"
     reorder_inputs: bool = False
     budget: float = 0.0
+    calibration_batches: int = CALIBRATION_BATCHES
+    token_weighting: float = 0.0
     metric: Metric = "activation"
     schedule: str | Schedule = "auto"
     fraction: str | Schedule = "cubic"
@@ -126,6 +128,14 @@ class SparsifyConfig:
             raise ValueError(
                 f"dense_target={self.dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
             )
+        if not 0 <= self.token_weighting <= 1:
+            raise ValueError(
+                f"token_weighting={self.token_weighting} must lie in [0, 1]: 0 counts all tokens alike, 1 by the error "
+                "of the block's output alone"
+            )
+        batches = self.calibration_batches
+        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+            raise ValueError(f"calibration_batches={batches!r} must be a whole number of training batches, at least 1")
         steps = self.reconstruction_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(

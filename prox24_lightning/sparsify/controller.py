@@ -387,6 +387,8 @@ class SparsifyController:
                 calibration=config.calibration,
                 reorder_inputs=config.reorder_inputs,
                 budget=config.budget,
+                batches=config.calibration_batches,
+                token_weighting=config.token_weighting,
                 layer_times=self._layer_times() if config.budget else None,
                 watch=self.watch,
             )

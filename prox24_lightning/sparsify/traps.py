@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from prox24_lightning.sparsify.config import SparsifyConfig
 from prox24_lightning.sparsify.phases import PhasePlan
-from prox24_lightning.sparsify.strategies.progressive.strategy import CALIBRATION_BATCHES
 from prox24_lightning.sparsify.zeros import weights_24
 from prox24_lightning.weights.selection import GroupedWeight
 
@@ -31,7 +30,7 @@ def traps(
             f"from step {plan.start} to step {plan.freeze}; strategy='keep' keeps the zeros that are there, and "
             "fine-tunes the rest"
         )
-    few = CALIBRATION_BATCHES
+    few = config.calibration_batches
     solves = config.strategy == "progressive" and config.calibration != "magnitude"
     if solves and plan.freeze == 0 and len(sparse) < len(weights):
         yield (

@@ -14,6 +14,15 @@ def test_the_hessian_of_two_batches_is_that_of_both():
     torch.testing.assert_close(found.cross, dense.T @ x / 30, rtol=2e-2, atol=2e-2)
 
 
+def test_tokens_count_by_their_weights():
+    x, dense = torch.randn(3, 8), torch.randn(3, 8)
+    found, repeated = HessianAccumulator(), HessianAccumulator()
+    found.add(x, dense, torch.tensor([3.0, 0.0, 1.0]))
+    repeated.add(x[[0, 0, 0, 2]], dense[[0, 0, 0, 2]])
+    torch.testing.assert_close(3 * found.hessian, 4 * repeated.hessian)
+    torch.testing.assert_close(3 * found.cross, 4 * repeated.cross)
+
+
 def test_bfloat16_inputs_are_summed_in_float32():
     x = torch.full((4096, 4), 1.0, dtype=torch.bfloat16)
     found = HessianAccumulator()

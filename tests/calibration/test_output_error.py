@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.output_error import OutputGradients
+from prox24_lightning.calibration.output_error import OutputGradients, token_importance, token_weights
+from prox24_lightning.weights.layer_matrix import input_rows
 
 
 @pytest.fixture
@@ -61,3 +62,37 @@ def test_an_output_that_is_no_tensor_is_let_pass_and_detached_hears_nothing():
     found.end_batch()
     layer(torch.randn(3, 4)).sum().backward()
     assert found.total is None
+
+
+def test_tokens_count_by_what_their_error_does_to_the_output(layer):
+    x = torch.randn(2, 5, 4)
+    x[0, 0] *= 100
+    found = token_importance([layer], lambda: layer(x))
+    weights = token_weights(layer(x).detach()).flatten()  # of the last layer: no other entry of its output is reached
+    torch.testing.assert_close(found[layer], [weights / weights.mean()])
+    behind = torch.arange(10.0).view(2, 5, 1)
+    found = token_importance([layer], lambda: layer(x) * behind + 1000)
+    torch.testing.assert_close(found[layer], [behind.flatten().square() / behind.square().mean()], rtol=0.05, atol=0.0)
+
+
+def test_features_that_do_not_count_leave_their_tokens_out(layer):
+    gradients = OutputGradients("layer", layer, lambda output: -1, total=torch.tensor([1.0, 1, 1, 0, 0, 0]))
+    sides = torch.tensor([[1.0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]])  # the second token reaches the last features only
+    found = token_importance([layer], lambda: layer(torch.ones(2, 4)) * sides + 1, gradients)
+    assert float(found[layer][0][1]) == 0 and float(found[layer][0][0]) == 2
+
+
+def test_positions_of_a_convolution_count_in_the_order_of_its_patches():
+    layer = nn.Conv2d(4, 6, 3, stride=2, padding=1)
+    x, places = torch.randn(2, 4, 6, 6), torch.arange(18.0).view(2, 1, 3, 3)
+    found = token_importance([layer], lambda: (layer(x) * places + 1000).movedim(1, -1))
+    rows = input_rows(layer, x)
+    assert len(found[layer][0]) == len(rows) == 18
+    torch.testing.assert_close(
+        found[layer][0], (places.square() / places.square().mean()).flatten(), rtol=0.05, atol=0.0
+    )
+
+
+def test_a_layer_that_no_gradient_reaches_is_named(layer):
+    with pytest.raises(ValueError, match="no gradient, or one that is not finite, reaches its Linear"):
+        token_importance([layer], lambda: layer(torch.ones(2, 4)) * 0 + 1)

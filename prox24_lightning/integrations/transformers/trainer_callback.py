@@ -21,7 +21,7 @@ from prox24_lightning.schedules import Schedule
 from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, SparsifyConfig, StrategyName
 from prox24_lightning.sparsify.controller import SparsifyController
 from prox24_lightning.sparsify.phases import Phase
-from prox24_lightning.sparsify.strategies.progressive.strategy import RECONSTRUCTION_STEPS
+from prox24_lightning.sparsify.strategies.progressive.strategy import CALIBRATION_BATCHES, RECONSTRUCTION_STEPS
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.selection import GroupedWeight, Selection
 
@@ -64,6 +64,8 @@ class Prox24TrainerCallback(TrainerCallback):
         calibration: CalibrationMode = "auto",
         reorder_inputs: bool = False,
         budget: float = 0.0,
+        calibration_batches: int = CALIBRATION_BATCHES,
+        token_weighting: float = 0.0,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -88,6 +90,8 @@ class Prox24TrainerCallback(TrainerCallback):
             calibration=calibration,
             reorder_inputs=reorder_inputs,
             budget=budget,
+            calibration_batches=calibration_batches,
+            token_weighting=token_weighting,
             metric=metric,
             schedule=schedule,
             fraction=fraction,

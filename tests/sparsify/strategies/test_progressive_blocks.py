@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from prox24_lightning.calibration.output_error import relative_error
 from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
 from prox24_lightning.weights.selection import select_weights
@@ -109,6 +110,21 @@ def test_without_training_it_is_the_one_shot_walk(plan, dense_target):
     for (name, value), expected in zip(model.named_parameters(), pruned.parameters(), strict=True):
         assert torch.allclose(value, expected, atol=1e-4), name
     assert all(module.training for module in model.modules()), "the mode of every module comes back"
+
+
+def test_layers_solved_for_what_tokens_count_leave_a_smaller_error_of_the_block():
+    """A few tokens of huge norm fill the Hessian, and count no more than others in what the block returns."""
+    dense, (data, *_) = Blocks(), batches(1)
+    data[::8] *= 30
+    errors = {}
+    for share in (0.0, 1.0):
+        model = copy.deepcopy(dense)
+        train(model, engine_for(model, PhasePlan(1, 1), reconstruction_steps=0, token_weighting=share), [data])
+        with torch.no_grad():
+            x = dense.embed(data)
+            outputs = [each.blocks[0].eval()(x, shift=0.0) for each in (model, dense)]
+        errors[share] = float(relative_error(*outputs))
+    assert errors[1.0] < 0.9 * errors[0.0], errors
 
 
 @pytest.mark.parametrize("dense_target", [0.0, 0.5])
@@ -290,6 +306,7 @@ def test_what_training_compiled_serves_reconstruction_where_the_mode_makes_no_di
         ({"batches": 0}, "batches=0 must be at least 1"),
         ({"dense_target": 1.5}, r"dense_target=1.5 must lie in \[0, 1\]"),
         ({"reconstruction_steps": -1}, "reconstruction_steps=-1 must be 0 or more"),
+        ({"token_weighting": 1.5}, r"token_weighting=1.5 must lie in \[0, 1\]"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -30,6 +30,7 @@ class SolveSettings:
     reorder_inputs: bool = False
     budget: float = 0.0
     layer_times: LayerTimes | None = None
+    token_weighting: float = 0.0
 
     def __post_init__(self) -> None:
         if self.batches < 1:
@@ -38,6 +39,8 @@ class SolveSettings:
             raise ValueError(f"dense_target={self.dense_target} must lie in [0, 1]")
         if self.reconstruction_steps < 0:
             raise ValueError(f"reconstruction_steps={self.reconstruction_steps} must be 0 or more")
+        if not 0 <= self.token_weighting <= 1:
+            raise ValueError(f"token_weighting={self.token_weighting} must lie in [0, 1]")
         if self.prox_steps is not None and self.prox_steps < 1:
             raise ValueError(f"prox_steps={self.prox_steps} must be at least 1")
 

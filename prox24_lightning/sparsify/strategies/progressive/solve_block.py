@@ -8,10 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from prox24_lightning.calibration.input_groups import find_input_groups
-from prox24_lightning.calibration.output_error import OutputGradients
+from prox24_lightning.calibration.blocks import hidden_state
+from prox24_lightning.calibration.output_error import OutputGradients, token_importance
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import Run, input_group_hessian, solve_input_group
@@ -70,14 +71,19 @@ def solve_block(
     targets, dense_outputs = None, None
     if solvable and reconstruction_steps:
         targets, dense_outputs = attempt(partial(_targets, block, runs, dense_runs, settings.dense_target))
-    for group in attempt(lambda: find_input_groups([*owners, *experts], runs[0])):
+    groups = attempt(lambda: find_input_groups([*owners, *experts], runs[0]))
+    counted = None
+    if settings.token_weighting and attempt is on_all_ranks:
+        layers = [layer for group in groups for layer in group.layers if layer in owners]
+        counted = _token_weights(block, layers, runs, gradients, settings.token_weighting)
+    for group in groups:
         if group.layers[0] in experts:
             between_pieces(experts[group.layers[0]][0].module_name)
             found |= _solve_experts(experts[group.layers[0]], runs, settings.prox_steps)
             continue
         members = [owners[layer] for layer in group.layers]
         between_pieces(" + ".join(weight.module_name for weight in members))
-        hessian = input_group_hessian(group, runs, dense_runs, counterparts, attempt=attempt)
+        hessian = input_group_hessian(group, runs, dense_runs, counterparts, attempt=attempt, token_weights=counted)
         try:
             with without_tf32():
                 solved = solve_input_group(
@@ -117,6 +123,31 @@ def _targets(
     except ValueError as error:
         log.warning("%s is not reconstructed: %s", block.name, error)
         return None, None
+
+
+def _token_weights(
+    block: Block,
+    layers: Sequence[nn.Module],
+    runs: Sequence[BlockRun],
+    gradients: OutputGradients | None,
+    share: float,
+) -> list[dict[nn.Module, list[Tensor]]] | None:
+    """What each token counts in the Hessians of ``layers``, for each run; None, with a warning, where that fails."""
+
+    def output_of(run: BlockRun) -> Tensor:
+        output = hidden_state(run.with_arguments(run.arguments())(), block.name)
+        return output.movedim(block.feature_dim(output), -1)
+
+    found = []
+    try:
+        for run in runs:
+            between_pieces()
+            counted = token_importance(layers, partial(output_of, run), gradients)
+            found.append({layer: [one.mul(share).add(1 - share) for one in calls] for layer, calls in counted.items()})
+    except Exception as error:  # of the user's forward under gradients
+        log.warning("%s: every token counts the same in its Hessians: %s", block.name, error)
+        return None
+    return found
 
 
 def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], prox_steps: int | None) -> Masks:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 8
 """Batches on which a block is solved: the last ones of the training itself."""
+_APART = 8
+"""Steps between two pruning steps, at least, unless blocks are solved on fewer batches."""
 RECONSTRUCTION_STEPS = 96
 """Gradient steps on a block whose layers have been solved."""
 _PATIENCE = 16
@@ -39,7 +41,7 @@ _Way = Literal["undecided", "rerun", "stream", "magnitude"]
 class Progressive(Strategy):
     """One block after the other, in the order in which the model runs them, spread evenly over the sparsify phase.
 
-    Pruning steps are at least ``batches`` steps apart; where the phase is short several blocks share one. A block's
+    Pruning steps are at least ``batches`` steps apart, or 8; where the phase is short several blocks share one. A block's
     layers are solved one after the other on what they see then, by the paper's layer-wise prox and masked gradient
     (arXiv 2501.18015, section 3), and frozen; everything that comes after trains on against the sparse block. A model
     without a list of like blocks goes layer after layer.
@@ -82,6 +84,9 @@ class Progressive(Strategy):
         budget: share of the speed-up that is given back as the phase begins, for layers that stay dense
             (:mod:`~prox24_lightning.solvers.budget.price`).
         layer_times: name of a weight -> time of its product, dense and 2:4; None goes by multiply-adds.
+        token_weighting: how far tokens count in a layer's Hessian by what an error there does to the block's output
+            (:func:`~prox24_lightning.calibration.output_error.token_importance`): 0 all alike, 1 by that alone. Sharded
+            models and experts count all alike.
         calibration: ``"auto"`` takes the first way that works, ``"stream"`` or ``"magnitude"`` that one.
         watch: shows and stops what is solved.
     """
@@ -100,6 +105,7 @@ class Progressive(Strategy):
         reorder_inputs: bool = False,
         budget: float = 0.0,
         layer_times: LayerTimes | None = None,
+        token_weighting: float = 0.0,
         watch: SolveWatch | None = None,
     ) -> None:
         super().__init__()
@@ -117,6 +123,7 @@ class Progressive(Strategy):
             reorder_inputs,
             budget,
             layer_times,
+            token_weighting,
         )
         self._model = model
         self._root_is_called = root_is_called
@@ -299,7 +306,7 @@ class Progressive(Strategy):
         plan, blocks = self.context.plan, self._require().blocks
         start = min(max(plan.start, self._since), plan.freeze)
         span, count = plan.freeze - start, len(blocks)
-        steps = max(1, min(count, span // self.settings.batches))
+        steps = max(1, min(count, span // min(self.settings.batches, _APART)))
         numbers = [i * steps // count + 1 for i in range(count)]
         return [(block, start - (-span * number // steps)) for block, number in zip(blocks, numbers, strict=True)]
 
