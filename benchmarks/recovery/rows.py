@@ -34,7 +34,7 @@ class Row:
     teacher: dict[str, Any] = field(default_factory=dict)
 
     def definition(self) -> dict[str, Any]:
-        """What tells this row from another of the same name; recorded runs know none of ``teacher`` where it is empty."""
+        """What tells this row from another of the same name; an empty ``teacher`` is left out, as in older records."""
         return {key: value for key, value in asdict(self).items() if key != "teacher" or value}
 
     def callbacks(self, calibration: Sequence[Any]) -> list[Callback]:

@@ -123,7 +123,8 @@ def token_importance(
 
     Returns:
         for each layer one tensor a call, (tokens,) in the order of
-        :func:`~prox24_lightning.weights.layer_matrix.input_rows`, with mean 1 over all calls.
+        :func:`~prox24_lightning.weights.layer_matrix.input_rows`, with mean 1 over all calls; ones where no gradient
+        reaches the layer, or one that is not finite.
     """
     found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
 
@@ -143,14 +144,13 @@ def token_importance(
         weights = weights * gradients.own_weights(target.shape[-1], target.device)
     sent = (signs * weights.sqrt()).to(target.dtype)
     outputs = [output for layer_outputs in found.values() for output in layer_outputs]
-    gradients = iter(torch.autograd.grad(target, outputs, sent, materialize_grads=True))
+    sent_back = iter(torch.autograd.grad(target, outputs, sent, materialize_grads=True))
     result = {}
     for layer, layer_outputs in found.items():
-        squares = [_squares_of_tokens(layer, next(gradients)) for _ in layer_outputs]
-        mean = torch.cat(squares).mean() if squares else torch.ones(())
-        if not bool(mean.isfinite()) or not bool(mean > 0):
-            raise ValueError(f"no gradient, or one that is not finite, reaches its {type(layer).__name__}")
-        result[layer] = [square / mean for square in squares]
+        squares = [_squares_of_tokens(layer, next(sent_back)) for _ in layer_outputs]
+        mean = torch.cat(squares).mean() if squares else target.new_zeros(())
+        counts = bool(mean.isfinite()) and bool(mean > 0)
+        result[layer] = [square / mean if counts else torch.ones_like(square) for square in squares]
     return result
 
 

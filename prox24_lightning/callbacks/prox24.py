@@ -97,8 +97,8 @@ class Prox24(Callback):
             dense: those whose 2:4 form, one layer at a time, raises the model's loss most for the time that it saves.
             The loss is what the module that training calls returns as ``loss``, or the error of its output; times are
             those of this GPU's kernel table at 4096 tokens, or multiply-adds.
-        calibration_batches: (``progressive``) so many of the last training batches a block is solved on. More take longer
-            to run again, and memory for a block's outputs on each.
+        calibration_batches: (``progressive``) how many of the last training batches a block is solved on. More take
+            longer to run again, and memory for a block's outputs on each.
         token_weighting: (``progressive``) how far tokens count, while a layer is solved, by what an error there does to
             the output of its block, measured by one backward pass: 0 all alike, 1 by that alone.
         metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` scales weights by the

@@ -90,7 +90,7 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def feature_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ``||student - teacher||^2 / ||teacher||^2`` of hidden states, averaged over tokens; a zero student gives 1.
+    """Return ``||student - teacher||^2 / ||teacher||^2`` of hidden states, averaged over tokens: 1 for a zero student.
 
     A token is what lies along the last dimension; of images and the like, (samples, channels, height, width), it is a
     whole sample. What reads a hidden state normalises each token first: without a norm of its own for each, the few

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.blocks import hidden_state
+from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.output_error import OutputGradients, token_importance
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import solve_experts

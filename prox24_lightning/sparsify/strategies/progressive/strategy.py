@@ -41,10 +41,10 @@ _Way = Literal["undecided", "rerun", "stream", "magnitude"]
 class Progressive(Strategy):
     """One block after the other, in the order in which the model runs them, spread evenly over the sparsify phase.
 
-    Pruning steps are at least ``batches`` steps apart, or 8; where the phase is short several blocks share one. A block's
-    layers are solved one after the other on what they see then, by the paper's layer-wise prox and masked gradient
-    (arXiv 2501.18015, section 3), and frozen; everything that comes after trains on against the sparse block. A model
-    without a list of like blocks goes layer after layer.
+    Pruning steps are at least 8 steps apart (or ``batches``, if that is fewer); where the phase is short several blocks
+    share one. A block's layers are solved one after the other on what they see then, by the paper's layer-wise prox and
+    masked gradient (arXiv 2501.18015, section 3), and frozen; everything that comes after trains on against the sparse
+    block. A model without a list of like blocks goes layer after layer.
 
     Where the inputs come from is decided in the first batches, the same on all ranks, and named in one warning where it
     is not the first:
