@@ -40,6 +40,8 @@ from prox24_lightning.utils.distributed import gathered_objects
 
 PRUNED = 4
 """Blocks that the progressive phase solves, from the first to the last of the model."""
+SETTLE = 12
+"""Steps after a pause that are not timed: a GPU that has been nearly idle in it clocks higher for a second."""
 TIMEOUT = timedelta(seconds=90)
 PROJECTED = (1, 2, 4, 8, 16, 32, 64)
 MIB = 2**20
@@ -73,10 +75,17 @@ class ParallelBench(Bench):
             self.traffic.bytes = sent
 
     def measured_round(self, phase: Phase, warm_up: int) -> float:
-        """Milliseconds a step of one round, on the slowest rank; notes what the package sent in a step."""
-        before = self.traffic.bytes
-        with self.traffic.counted(), self.parts.timed():
-            taken = self.round(phase, warm_up)
+        """Milliseconds a step of one round, on the slowest rank; notes what the package sent in a step.
+
+        A round in which a block was solved is repeated.
+        """
+        while True:
+            before, pauses = self.traffic.bytes, len(self.pauses)
+            with self.traffic.counted(), self.parts.timed():
+                taken = self.round(phase, warm_up)
+            if len(self.pauses) == pauses:
+                break
+            warm_up = SETTLE
         self.sent.setdefault(phase.name, []).append((self.traffic.bytes - before) // (warm_up + ROUND))
         return max(gathered_objects(taken))
 
@@ -85,13 +94,14 @@ def phases(bench: Bench, depth: int, rounds: int) -> list[Phase]:
     """All phases, the step without Prox24 first."""
     steps = FIRST + rounds * (WARM_UP + ROUND)
     blocks = sorted({round(index * (depth - 1) / max(1, PRUNED - 1)) for index in range(PRUNED)})
+    repeated = len(blocks) * (WARM_UP + 2 * ROUND + SETTLE)  # a pause a round
     growing = STRENGTH_SCHEDULES["exponential"]
     configs = {
         "without": None,
         "dense": SparsifyConfig(NEVER - 2, NEVER - 1, strategy="post_step", verbose=False),
         "sparsify, by fraction": SparsifyConfig(0, steps + 1, strategy="post_step", verbose=False),
         "sparsify, by strength": SparsifyConfig(0, steps + 1, strategy="post_step", schedule=growing, verbose=False),
-        "sparsify, progressive": SparsifyConfig(0, steps, targets=[f"blocks.{i}.*" for i in blocks], verbose=False),
+        "sparsify, progressive": SparsifyConfig(0, repeated, targets=[f"blocks.{i}.*" for i in blocks], verbose=False),
         "frozen": SparsifyConfig(0, 0, strategy="post_step", verbose=False),
     }
     return [
@@ -260,10 +270,12 @@ def main(
         gpus: numbers of GPUs, the smallest first.
         model: name of benchmarks.train_step.SIZES.
         output: folder for the Markdown and JSON results.
-        rounds: how often a few steps of every phase are timed, two at least.
+        rounds: how often a few steps of every phase are timed; two more than the blocks that are solved, at least.
         device: "cuda", or "cpu" over gloo.
         seconds: limit for each number of GPUs; its processes are ended then.
     """
+    if rounds < PRUNED + 2:
+        raise ValueError(f"rounds is {rounds}: each of {PRUNED} blocks is solved in one of its own; give {PRUNED + 2}")
     found: list[dict[str, Any]] = []
     for count in sorted(gpus):
         with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
@@ -292,8 +304,8 @@ def _write(output: Path, found: Sequence[dict[str, Any]], model: str, rounds: in
         f"DDP, bf16 autocast, fused AdamW, float32 weights, random tokens; metric activation. Rounds of {ROUND} steps "
         f"in turns, {rounds} of them; times are those of the slowest rank; 'more than without' is the median over the "
         f"rounds of what is added to the step without Prox24 in the same round. The progressive phase solves {PRUNED} "
-        "blocks from the first to the last; its pauses are not part of its step; the median leaves out the first, "
-        "which also compiles kernels. Pauses: "
+        f"blocks from the first to the last; its pauses, and {SETTLE} steps after each, are not part of its step; the "
+        "median leaves out the first pause, which also compiles kernels. Pauses: "
         + "; ".join(f"{one['gpus']} GPUs {', '.join(f'{t:.2f}' for t in one['pauses'])} s" for one in found)
         + f". Masks equal on all ranks: {all(one['masks equal'] for one in found)}. "
         f"Peak memory: {last['peak'] / 2**30:.1f} GiB a GPU, weights of all phases included."

@@ -23,7 +23,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 class HessianAccumulator:
     """Running ``H = X^T X / tokens`` of a layer's inputs, and optionally ``C = X_dense^T X / tokens``, in float32.
 
-    Inputs of float64 are summed in float64: then no order of batches or ranks shows in the result.
+    Inputs of float64 give them in float64: then no order of batches or ranks shows in the result.
 
     ``X`` is what the layer sees now, with everything before it pruned; ``X_dense`` what it saw in the dense model.
     """
@@ -60,12 +60,12 @@ class HessianAccumulator:
         """``H``, (in_features, in_features)."""
         if self._sum is None:
             raise RuntimeError("no input has been counted")
-        return (self._sum / max(1, self.tokens)).float()
+        return self._sum / max(1, self.tokens)
 
     @property
     def cross(self) -> Tensor | None:
         """``C``, or None if no dense inputs were given."""
-        return None if self._cross is None else (self._cross / max(1, self.tokens)).float()
+        return None if self._cross is None else self._cross / max(1, self.tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of this rank, on the CPU."""

@@ -163,10 +163,10 @@ def output_target(weight: Tensor, accumulator: HessianAccumulator, share: float)
     With ``X`` the inputs now and ``X_d`` those in the dense model, ``share`` = 1 solves ``min_T ||X T^T - X_d W^T||``:
     ``T = W + W (C - H) H^-1`` with ``C = X_d^T X / tokens``. Inputs that are all zero leave ``W``.
     """
-    cross = accumulator.cross
-    shifted = accumulator.hessian
-    if not share or cross is None or not bool(shifted.diagonal().any()):
+    cross, hessian = accumulator.cross, accumulator.hessian.to(weight)
+    if not share or cross is None or not bool(hessian.diagonal().any()):
         return weight
-    shifted.diagonal().add_(0.01 * shifted.diagonal().mean())
-    change = torch.linalg.solve(shifted, (weight @ (cross - accumulator.hessian)).T).T
+    shifted = hessian.clone()
+    shifted.diagonal().add_(0.01 * hessian.diagonal().mean())
+    change = torch.linalg.solve(shifted, (weight @ (cross.to(weight) - hessian)).T).T
     return weight + share * change

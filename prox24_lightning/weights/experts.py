@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -68,8 +69,8 @@ def _numbers(module: nn.Module, names: Iterable[str]) -> set[int]:
 
 
 def expert_matrices(parameter: Tensor, input_dim: int) -> Tensor:
-    """Return a 3-D parameter, or a tensor of its shape, as float32 (experts, out, in)."""
-    return parameter.detach().float().movedim(input_dim, -1)
+    """Return a 3-D parameter, or a tensor of its shape, as (experts, out, in) in float32; float64 stays."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)).movedim(input_dim, -1)
 
 
 def from_expert_matrices(matrices: Tensor, input_dim: int) -> Tensor:

@@ -6,6 +6,7 @@ groups of four consecutive columns lie along input channels at every kernel posi
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,8 +40,9 @@ def why_not_solvable(module: nn.Module, parameter_name: str = "weight") -> str |
 
 
 def as_matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
-    """Return the layer's weight, or a tensor of its shape, as float32 (out_features, columns)."""
-    weight = (module.get_parameter("weight") if weight is None else weight).detach().float()
+    """Return the layer's weight, or a tensor of its shape, as (out_features, columns) in float32; float64 stays."""
+    weight = (module.get_parameter("weight") if weight is None else weight).detach()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if is_transposed_linear(module):
         return weight.T
     if weight.dim() > 2:

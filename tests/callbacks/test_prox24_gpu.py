@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from parallel_runs import fit
 from sharded_runs import ShardedModule
 from tiny_runs import StatefulLoader, quiet_trainer, tiny_loader
 
@@ -71,3 +72,12 @@ def test_a_resumed_run_on_a_gpu_equals_the_unbroken_one(tmp_path, strategy, prec
         tmp_path / "resumed", "auto", strategy, precision, resume=tmp_path / "unbroken" / f"step={CUT}.ckpt"
     )
     assert [name for name, value in unbroken.items() if not torch.equal(resumed[name], value)] == []
+
+
+@pytest.mark.parametrize("options", [{"reconstruction_steps": 0}, {"strategy": "post_step"}])
+def test_a_run_in_float64_gives_on_a_gpu_what_it_gives_on_a_cpu(options):
+    """In float32 a rounding error decides between masks that are nearly as good."""
+    cpu, found = (fit("", device, double=True, **options) for device in ("cpu", ACCELERATOR))
+    assert [name for name, mask in cpu["masks"].items() if not torch.equal(found["masks"][name], mask)] == []
+    for name, value in cpu["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, atol=1e-6, rtol=0, msg=name)

@@ -179,7 +179,7 @@ def fit(
         module.double()
     batches = loader(parallel in ("ddp", "fsdp2"), dtype=torch.float64 if double else torch.float32, twins=twins)
     log = _Warnings()
-    with log.kept(), patch.dict(DEFAULT_STEPS, {"prox": 200 if device == "gpu" else 40}), warnings.catch_warnings():
+    with log.kept(), patch.dict(DEFAULT_STEPS, {"prox": 40}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each device, strategy and precision has advice of its own
         trainer.fit(module, batches, ckpt_path=resume)
     state = {name: gathered(value).cpu().clone() for name, value in module.state_dict().items()}

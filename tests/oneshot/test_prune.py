@@ -49,6 +49,23 @@ def test_hessians_are_those_of_the_pruned_model():
         assert layer.tokens == len(rows)
 
 
+def test_a_model_in_float64_is_solved_in_float64():
+    """Its 2:4 weights are the least-squares solution on their masks to more digits than float32 has."""
+    model = seeded(blocks=1).double()
+    dense = copy.deepcopy(model)
+    data = [batch.double() for batch in batches()]
+    report = prune(model, data, method="magnitude", tolerance=1e-12, damping=0.0, dense_target=0.0)
+    layer, wanted = model.layers[0].left, dense.layers[0].left.weight
+    seen = []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    rows = torch.cat(seen)
+    gradient = (layer.weight - wanted) @ (rows.T @ rows / len(rows))
+    assert float(gradient[report.masks["layers.0.left.weight"]].detach().abs().max()) < 1e-9
+
+
 def test_layers_with_one_input_are_solved_together_and_as_if_alone():
     together, alone = seeded(blocks=1), seeded(blocks=1)
     prune(together)

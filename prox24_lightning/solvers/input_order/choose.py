@@ -124,6 +124,7 @@ def choose_order(
         hessian = input_group_hessian(InputGroup((consumer,), once=True), runs, attempt=attempt).hessian
         matrix = as_matrix(consumer)
         check_layer(matrix, hessian, name)
+        hessian = hessian.to(matrix)
         # One row for each output and column of a unit.
         columns = free.matrix_columns(consumer)
         values.append(saliency(matrix, hessian, name=name)[:, columns].movedim(2, 0).flatten(0, 1))
