@@ -44,6 +44,7 @@ class PythonSources(TextSource):
         held_out: import names whose files are for evaluation only.
         held_out_share: share of the standard library's text that is left out as well: the files whose docstrings
             :class:`~recipes.calibration_text.PythonDocs` keeps for evaluation by the same share.
+        standard_library: train on the standard library's files too.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class PythonSources(TextSource):
         libraries: tuple[str, ...] = LIBRARIES,
         held_out: tuple[str, ...] = HELD_OUT,
         held_out_share: float = 0.2,
+        standard_library: bool = True,
     ) -> None:
         if both := sorted(set(libraries) & set(held_out)):
             raise ValueError(f"libraries and held_out both name {both}; a library is for training or for evaluation")
         self.libraries = libraries
         self.held_out = held_out
         self.held_out_share = held_out_share
+        self.standard_library = standard_library
 
     def texts(self, split: Split) -> Iterable[str]:
         evaluation = [text for name in self.held_out for _, text in _sources(_folder(name, required=True))]
@@ -65,7 +68,7 @@ class PythonSources(TextSource):
         held_out = stdlib_held_out(self.held_out_share)
         docs = (document.text for document in stdlib_documents() if document.name in held_out)
         windows = all_windows([*evaluation, *docs])
-        standard = _sources(Path(sysconfig.get_path("stdlib")))
+        standard = _sources(Path(sysconfig.get_path("stdlib")) if self.standard_library else None)
         found = [text for name, text in standard if name not in held_out]
         for library in self.libraries:
             found += [text for _, text in _sources(_folder(library))]
@@ -74,8 +77,9 @@ class PythonSources(TextSource):
     def describe(self) -> str:
         trained = ", ".join(_named(library) for library in self.libraries if _folder(library) is not None)
         held_out = ", ".join(_named(library) for library in self.held_out)
+        standard = f"Python {python_version()} without {self.held_out_share:.0%} of them, and of "
         return (
-            f"source files of Python {python_version()} without {self.held_out_share:.0%} of them, and of {trained}, "
+            f"source files of {standard if self.standard_library else ''}{trained}, "
             f"none of them near-duplicates of evaluation text; for evaluation {held_out}"
         )
 
