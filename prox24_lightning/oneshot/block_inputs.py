@@ -121,7 +121,11 @@ class BlockInputs:
         """Return the output of block ``index``, or of a copy of it, on a copy of batch ``number``."""
         if self.blocks.whole:
             return call_model(block, to_device(self.batches[number], self.device, copy=True))
-        return self.calls[number][index].with_hidden(self.hidden[number]).to(self.device)(block)
+        return self.call(index, number)(block)
+
+    def call(self, index: int, number: int) -> ModuleCall:
+        """Return the call of block ``index`` on batch ``number``, on :attr:`device`; of a chain of blocks only."""
+        return self.calls[number][index].with_hidden(self.hidden[number]).to(self.device)
 
     def runs(self, index: int, block: nn.Module) -> list[Callable[[], Any]]:
         """Return a function for each batch that calls :meth:`run`."""

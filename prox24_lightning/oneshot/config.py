@@ -27,6 +27,7 @@ class PruneConfig:
     budget: float = 0.0
     dense_target: float = 0.5
     reorder_inputs: bool = False
+    reconstruct_steps: int = 0
     offload: str = "device"
     work_dir: str | Path | None = None
 
@@ -35,6 +36,8 @@ class PruneConfig:
             raise ValueError(f"budget={self.budget} must lie in [0, 1)")
         if not 0 <= self.dense_target <= 1:
             raise ValueError(f"dense_target={self.dense_target} must lie in [0, 1]")
+        if self.reconstruct_steps < 0:
+            raise ValueError(f"reconstruct_steps={self.reconstruct_steps} must not be negative; 0 leaves them out")
         if self.solver.method == "keep" and self.reorder_inputs:
             raise ValueError("method='keep' keeps the groups as they are: leave reorder_inputs=True out")
         if self.solver.method == "keep" and self.budget:
@@ -58,5 +61,6 @@ class PruneConfig:
             "budget": self.budget,
             "dense_target": self.dense_target,
             **({"reorder_inputs": True} if self.reorder_inputs else {}),
+            **({"reconstruct_steps": self.reconstruct_steps} if self.reconstruct_steps else {}),
             **{name: value for name, value in solver.items() if value != defaults[name]},
         }

@@ -47,6 +47,7 @@ def prune_layerwise(
     layer_times: LayerTimes | None = None,
     dense_target: float = 0.5,
     reorder_inputs: bool = False,
+    reconstruct_steps: int = 0,
     device: str | torch.device | None = None,
     offload: str = "device",
     work_dir: str | Path | None = None,
@@ -93,6 +94,10 @@ def prune_layerwise(
             run time: hidden units, inputs of an output projection inside a head, channels between convolutions. The
             rows of the layers that compute them move along, so the dense model computes the same; that is proved on the
             first batch, and what cannot be proved stays as it is.
+        reconstruct_steps: gradient steps that refine the weights of each solved block together, so that its output
+            comes closest to the dense model's
+            (:func:`~prox24_lightning.solvers.block_reconstruction.reconstruct_block`); with ``weights`` they are taken
+            at the rounded values. As ``dense_target`` it costs a second copy of the block and of the hidden states.
         device: where blocks are solved; None is where the model is.
         offload: where the hidden states wait: ``"device"``, ``"cpu"`` or a folder, which several runs may share.
         work_dir: folder for finished blocks, for one run at a time; a run that was killed goes on at the first
@@ -117,6 +122,7 @@ def prune_layerwise(
         budget=budget,
         dense_target=dense_target,
         reorder_inputs=reorder_inputs,
+        reconstruct_steps=reconstruct_steps,
         offload=offload,
         work_dir=work_dir,
     )
@@ -180,7 +186,8 @@ def _prune_blocks(
                 "inputs": inputs.identity(),
             }
             finished = stack.enter_context(FinishedBlocks.open(config.work_dir, {**config.settings(), **identity}))
-        dense_inputs = stack.enter_context(inputs.copied()) if config.dense_target else None
+        twice = config.dense_target or config.reconstruct_steps
+        dense_inputs = stack.enter_context(inputs.copied()) if twice else None
         pruner = BlockPruner(config, inputs, dense_inputs, finished, report, bar, holders(model), moved)
         for index in range(len(blocks)):
             pruner.prune(index, [weight for weight in chosen if blocks.owns(index, weight.module_name)])

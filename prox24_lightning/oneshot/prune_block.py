@@ -19,6 +19,7 @@ from prox24_lightning.oneshot.config import PruneConfig
 from prox24_lightning.oneshot.parallel import check_same_input_groups
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.pruning_report import LayerRecord, LayerwiseReport
+from prox24_lightning.oneshot.reconstruct import reconstruct
 from prox24_lightning.oneshot.work_dir import FinishedBlock, FinishedBlocks
 from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
@@ -71,6 +72,7 @@ class BlockPruner:
                 self._restore(index, weights, saved)
             elif weights:
                 done = self._solve(index, block, dense, weights, moves, notes)
+                self._reconstruct(index, block, dense, weights, done)
                 self._note(done)
                 if self.finished is not None:
                     self.finished.save(index, done)
@@ -187,6 +189,34 @@ class BlockPruner:
                 self._add(done, index, weight, mask, solution, hessian.tokens, "; ".join(said))
                 self.progress.step(1, weight.module_name)
         return done
+
+    def _reconstruct(
+        self, index: int, block: nn.Module, dense: nn.Module | None, weights: list[GroupedWeight], done: FinishedBlock
+    ) -> None:
+        """Refine the solved weights together; what keeps them from that is named in a warning."""
+        steps, name = self.config.reconstruct_steps, self.inputs.blocks.names[index]
+        if not steps or dense is None or self.dense_inputs is None or not done.masks:
+            return
+        if self.inputs.blocks.whole:
+            logger.warning("reconstruct_steps=%d is left out: it takes a chain of blocks", steps)
+            return
+        self.progress.describe(f"reconstruction of {name}")
+        linear = [weight for weight in weights if not weight.is_experts]
+        try:
+            with self._rounded_inputs(weights):
+                reconstruct(
+                    index,
+                    block,
+                    dense,
+                    self.inputs,
+                    self.dense_inputs,
+                    linear,
+                    done.masks,
+                    steps,
+                    self.config.solver.weights,
+                )
+        except Exception as error:  # of the user's forward under gradients
+            logger.warning("%s is not reconstructed: %s", name, error)
 
     def _solve_experts(self, index: int, weights: list[GroupedWeight], runs: Runs, done: FinishedBlock) -> None:
         for found in solve_experts(weights, runs, config=self.config.solver):

@@ -18,6 +18,9 @@ from prox24_lightning.utils.long_work import between_pieces
 Forward = Callable[[Any], Tensor]
 """Calls the block once, on one calibration batch, and returns its output, (..., features)."""
 
+Rounding = Callable[[Tensor], Tensor]
+"""float32 values of a parameter -> what is stored of them."""
+
 LEARNING_RATE = 1.2e-2
 """Largest step, relative to the rms of each tensor."""
 _SMALLEST_RMS = 1e-2
@@ -41,6 +44,7 @@ def reconstruct_block(
     steps: int,
     trained: Collection[Tensor] | None = None,
     feature_weights: Tensor | None = None,
+    roundings: Mapping[str, Rounding] | None = None,
     learning_rate: float = LEARNING_RATE,
     graphed: bool = True,
 ) -> tuple[float, float]:
@@ -61,6 +65,8 @@ def reconstruct_block(
         steps: how many.
         trained: parameters that may change; None: those that ask for gradients.
         feature_weights: (features,), what a unit of squared error in each feature counts; None is 1 for all.
+        roundings: by the names of those parameters that are stored rounded. The block computes with rounded values,
+            whose gradients move the float32 values behind them (a straight-through estimate).
         learning_rate: relative to the rms of each parameter; where the error does not fall, smaller ones are tried.
         graphed: steps may be captured as a CUDA graph; False where ``forward`` draws random numbers.
 
@@ -82,7 +88,7 @@ def reconstruct_block(
         try:
             for attempt in range(_ATTEMPTS if parameters else 0):
                 rate = learning_rate * _SHRINKAGE**attempt
-                _descend(parameters, masks, error_of, parts, steps, rate, graphed=graphed)
+                _descend(parameters, masks, error_of, parts, steps, rate, roundings or {}, graphed=graphed)
                 last = _mean_error(error_of, parts)
                 if last < first:
                     return first, last
@@ -124,6 +130,7 @@ def _descend(
     parts: Sequence[tuple[Any, Tensor, Tensor]],
     steps: int,
     learning_rate: float,
+    roundings: Mapping[str, Rounding],
     *,
     graphed: bool,
 ) -> None:
@@ -153,7 +160,12 @@ def _descend(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             torch.mul(rate, size, out=group["lr"])
         optimizer.step()
-        _write(parameters, masters)
+        with torch.no_grad():
+            stored = [
+                roundings[name](master) if name in roundings else master
+                for name, master in zip(parameters, masters, strict=True)
+            ]
+        _write(parameters, stored)
 
     # On a GPU the hundreds of small kernels of both are captured once; the ranks exchange gradients in between.
     first, second = (differentiate, update)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prox24_lightning.solvers.config import DAMPING
 from prox24_lightning.solvers.loss import regularized
-from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_values, row_scales
+from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_values, row_scales, scales_of
 
 
 def round_on_support(
@@ -74,6 +74,15 @@ def round_on_support(
                 part[:, i] = moved
             gradient.addmm_(part - before, hessian[start:stop])
     return rounded
+
+
+def round_plainly(weight: Tensor, form: RoundedForm) -> Tensor:
+    """Return float32 (out_features, in_features) rows with each entry rounded by itself, as the packed file holds them.
+
+    Nothing waits for the device, so that a step of training can be captured with it.
+    """
+    # The scale that the packed file will find: that of the largest entry as the model stores it.
+    return _nearest(weight, scales_of(weight.abs().amax(1).to(torch.bfloat16).float(), form), form)
 
 
 def _nearest(weight: Tensor, scales: Tensor, form: RoundedForm) -> Tensor:

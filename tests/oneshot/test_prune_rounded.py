@@ -8,9 +8,10 @@ import json
 import pytest
 import torch
 from tiny_blocks import batches, prune, seeded
+from torch import nn
 
 from prox24_lightning.calibration.hessian import HessianAccumulator
-from prox24_lightning.calibration.rounded_inputs import rounded_like_tokens
+from prox24_lightning.calibration.rounded_inputs import rounded_inputs, rounded_like_tokens
 from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
 from prox24_lightning.mask import is_24
 from prox24_lightning.weights.rounding import round_weight
@@ -82,3 +83,21 @@ def test_the_solver_sees_the_inputs_rounded_as_the_kernels_round_them(monkeypatc
     for rows, dense_rows in seen:
         torch.testing.assert_close(rounded_like_tokens(rows, "int8"), rows)
         assert not torch.allclose(rounded_like_tokens(dense_rows, "int8"), dense_rows)
+
+
+@pytest.mark.parametrize("weights", [None, "fp8_e4m3"])
+def test_reconstruction_brings_the_whole_model_nearer_to_the_dense_one(weights):
+    dense, models = seeded(), {}
+    for steps in (0, 60):
+        model = models[steps] = seeded()
+        report = prune(model, method="wanda", weights=weights, dense_target=0.5, reconstruct_steps=steps)
+        for layer in report.layers:
+            weight = model.get_parameter(layer.name)
+            assert is_24(weight)
+            assert weights is None or torch.equal(round_weight(weight, weights), weight)
+    with rounded_inputs(linear_layers(models[0]), weights), rounded_inputs(linear_layers(models[60]), weights):
+        assert error(models[60], dense) < 0.8 * error(models[0], dense)
+
+
+def linear_layers(model):
+    return [module for name, module in model.named_modules() if "layers" in name and isinstance(module, nn.Linear)]
