@@ -24,13 +24,17 @@ def rounded_inputs(layers: Iterable[nn.Module], form: RoundedForm | None) -> Ite
         form: of the rounded values; None rounds nothing.
     """
 
+    if form is None:
+        yield
+        return
+
     def rounded(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
             return (rounded_like_tokens(args[0], form), *args[1:]), kwargs
         name, x = next(iter(kwargs.items()))
         return args, {**kwargs, name: rounded_like_tokens(x, form)}
 
-    handles = [] if form is None else [layer.register_forward_pre_hook(rounded, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(rounded, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:

@@ -74,13 +74,15 @@ def test_a_finished_block_keeps_its_rounded_loss(tmp_path):
 def test_the_solver_sees_the_inputs_rounded_as_the_kernels_round_them(monkeypatch):
     seen = []
     count = HessianAccumulator.add
-    monkeypatch.setattr(HessianAccumulator, "add", lambda self, *rows: seen.append(rows) or count(self, *rows))
+    monkeypatch.setattr(
+        HessianAccumulator, "add", lambda self, *rows, **more: seen.append(rows) or count(self, *rows, **more)
+    )
     model = seeded()
     prune(model, method="wanda", refine=None)
     seen.clear()
     prune(model, method="keep", refine=None, weights="int8", dense_target=1.0)
     assert seen
-    for rows, dense_rows in seen:
+    for rows, dense_rows, _ in seen:
         torch.testing.assert_close(rounded_like_tokens(rows, "int8"), rows)
         assert not torch.allclose(rounded_like_tokens(dense_rows, "int8"), dense_rows)
 
