@@ -40,8 +40,8 @@ _BYTES, _PRODUCTS = 0.5625, 0.5  # what sparsity leaves of them
 _GROUPED = "benchmark_grouped_keys"  # a name with "flash" in it would send transformers to the hub
 
 
-def build(name: str, device: torch.device) -> nn.Module:
-    """A LLaMA of random 2:4 weights in bfloat16; its head and embedding are dense."""
+def build(name: str, device: torch.device, layers: int | None = None) -> nn.Module:
+    """A LLaMA of random 2:4 weights in bfloat16, of ``layers`` layers; its head and embedding are dense."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -50,7 +50,7 @@ def build(name: str, device: torch.device) -> nn.Module:
         max_position_embeddings=_LONGEST,
         tie_word_embeddings=False,
         attn_implementation="sdpa",
-        **MODELS[name],
+        **MODELS[name] | ({} if layers is None else {"num_hidden_layers": layers}),
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

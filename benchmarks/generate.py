@@ -44,6 +44,7 @@ Call = Callable[[], Any]
 def main(
     model: str = "8B",
     forms: list[Form] = ["dense bf16", "dense fp8", "2:4 bf16", "2:4 fp8"],  # noqa: B006
+    layers: int | None = None,
     prompt: int = 512,
     new: int = 128,
     long_prompt: int = 4096,
@@ -59,6 +60,7 @@ def main(
         model: "tiny", "1B" or "8B".
         forms: of the weights of the blocks' linear layers. A 2:4 layer that is slower than the fastest dense form
             takes that, as in ``convert_model``.
+        layers: of the model; null is all of them. transformers' own loop compiles each, which takes long.
         prompt: tokens of the prompt.
         new: tokens to generate.
         long_prompt: tokens of the prompt whose time to the first token is measured.
@@ -71,10 +73,13 @@ def main(
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = _RECOMPILES
     begin = time.perf_counter()
-    models, in_form = _models(model, forms, torch.device(device), (*batches, prompt, long_prompt))
+    models, in_form = _models(model, forms, torch.device(device), (*batches, prompt, long_prompt), layers)
     made = time.perf_counter() - begin
+    shape, name = model, f"generate/{model}"
+    if layers is not None:
+        shape, name = f"{model} of {layers} layers", f"{name}_{layers}_layers"
     note = (
-        f"LLaMA-shaped {model}, random weights, greedy, {prompt} + {new} tokens, in turns in one process, medians of "
+        f"LLaMA-shaped {shape}, random weights, greedy, {prompt} + {new} tokens, in turns in one process, medians of "
         f"{rounds} rounds; kernels measured and models made in {made:.0f} s. Device: all GPU work, by torch's "
         f"profiler. Layers: {in_form}."
     )
@@ -82,30 +87,30 @@ def main(
     for batch in batches:
         for way in ("transformers", "accelerated")[0 if transformers_too else 1 :]:
             rows += _decoding(models, way, batch, prompt, new, rounds)
-            write_result(output, f"generate/{model}", "generate() of transformers by form", rows, note=note, quiet=True)
+            write_result(output, name, "generate() of transformers by form", rows, note=note, quiet=True)
     rows += _first_token(models, long_prompt, rounds)
-    write_result(output, f"generate/{model}", "generate() of transformers by form", rows, note=note)
+    write_result(output, name, "generate() of transformers by form", rows, note=note)
     found = bars(rows)
     if found:
-        write_result(output, f"generate/{model}", "End to end: the figures in short", found, part="bars")
+        write_result(output, name, "End to end: the figures in short", found, part="bars")
 
 
 def _models(
-    name: str, forms: Sequence[Form], device: torch.device, counts: Sequence[int]
+    name: str, forms: Sequence[Form], device: torch.device, counts: Sequence[int], layers: int | None
 ) -> tuple[dict[Form, nn.Module], str]:
     """Return a model in each form, which share embedding, norms and head, and how many layers each has in which."""
-    first = build(name, device)
+    first = build(name, device, layers)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*first.parameters(), *first.buffers())}
     models = {form: copy.deepcopy(first, dict(shared)) for form in forms if form != "dense bf16"}
     models["dense bf16"] = first
     counted = []
     for form in _ROUNDED if device.type == "cuda" else ():
         if form in models:
-            layers = dict(_packed(first, _ROUNDED[form], device, counts))
-            insert_layers(models[form], layers.items())
-            fp8 = sum(isinstance(layer, DenseFp8Linear) for layer in layers.values())
-            dense = len(decoder_layers(first)) - len(layers)
-            counted.append(f"{form}: {len(layers) - fp8} packed, {fp8} dense in float8, {dense} dense in bfloat16")
+            made = dict(_packed(first, _ROUNDED[form], device, counts))
+            insert_layers(models[form], made.items())
+            fp8 = sum(isinstance(layer, DenseFp8Linear) for layer in made.values())
+            dense = len(decoder_layers(first)) - len(made)
+            counted.append(f"{form}: {len(made) - fp8} packed, {fp8} dense in float8, {dense} dense in bfloat16")
     for layer in decoder_layers(first).values():
         layer.weight.normal_(0, 0.02)
     if "dense fp8" in models and device.type == "cuda":

@@ -91,6 +91,13 @@ def test_the_same_tokens(options):
     assert "generate" not in vars(model)
 
 
+def test_one_token_costs_no_cache_and_no_graph():
+    model = tiny()
+    handle = accelerate_generation(model)
+    assert generated(model, prompts(), **{**GREEDY, "max_new_tokens": 1}).shape == (3, 8)
+    assert not handle._decoders
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_other_families(name):
     model, given = tiny(name), prompts()

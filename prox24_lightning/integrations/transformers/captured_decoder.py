@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,16 +25,20 @@ class FixedCache:
         self._rows = torch.arange(batch, device=device)
         self._layers: list[tuple[Tensor, Tensor]] = []
 
-    def fill(self, cache: Any, lengths: Tensor) -> None:
-        """Take the tokens of a prompt, without the padding on their left."""
+    def fill(self, cache: Any, lengths: Sequence[int]) -> None:
+        """Take the tokens of a prompt, without the padding on their left; waits for no device."""
         if not self._layers:
             for layer in cache.layers:
                 self._layers.append(tuple(self._empty(part) for part in (layer.keys, layer.values)))  # type: ignore[arg-type]
         for mine, layer in zip(self._layers, cache.layers, strict=True):
             for kept, part in zip(mine, (layer.keys, layer.values), strict=True):
-                for row, length in enumerate(lengths.tolist()):
+                if len(set(lengths)) == 1:
+                    kept[:, : lengths[0]] = part[:, :, part.shape[2] - lengths[0] :].transpose(1, 2)
+                    continue
+                for row, length in enumerate(lengths):
                     kept[row, :length] = part[row, :, part.shape[2] - length :].transpose(0, 1)
-        self.position.copy_(lengths)
+        for row, length in enumerate(lengths):
+            self.position[row] = length
 
     def _empty(self, part: Tensor) -> Tensor:
         batch, heads, _, features = part.shape
@@ -71,8 +75,8 @@ class Decoder:
         self._logits: Tensor | None = None
         self._captures = model.device.type == "cuda"
 
-    def fill(self, cache: Any, lengths: Tensor) -> None:
-        """Begin with the tokens of a prompt: ``cache`` as the model filled it, ``lengths`` (batch,) without padding."""
+    def fill(self, cache: Any, lengths: Sequence[int]) -> None:
+        """Begin with the tokens of a prompt: ``cache`` as the model filled it, ``lengths`` of each without padding."""
         self._cache.fill(cache, lengths)
 
     def logits(self, tokens: Tensor) -> Tensor:

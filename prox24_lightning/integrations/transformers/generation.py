@@ -127,20 +127,23 @@ class AcceleratedGeneration:
             return sample
         if mask is not None and bool(mask.all()):
             mask = None
-        lengths = input_ids.new_full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.sum(-1)
+        batch, tokens = input_ids.shape
+        # Asked for now: behind the prompt the host would wait for the device.
+        lengths = [tokens] * batch if mask is None else mask.sum(-1).tolist()
         cache = DynamicCache(config=model.config)
         positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp_min(0)
         logits = self._prompt_logits(model, input_ids, cache, attention_mask=mask, position_ids=positions)
         longest = stopping_criteria.max_length
-        decoder = self._decoder(model, len(input_ids), longest)
-        decoder.fill(cache, lengths)
-        del cache
         choose = _Choice(generation_config, logits_processor, input_ids, longest)
-        tokens = choose(logits[:, -1])
-        for step in range(1, longest - input_ids.shape[1]):
-            tokens = choose(decoder.logits(tokens))
-            if step % STEPS_BETWEEN_CHECKS == 0 and choose.finished():
-                break
+        chosen = choose(logits[:, -1])
+        if longest - tokens > 1:
+            decoder = self._decoder(model, batch, longest)
+            decoder.fill(cache, lengths)
+            del cache
+            for step in range(1, longest - tokens):
+                chosen = choose(decoder.logits(chosen))
+                if step % STEPS_BETWEEN_CHECKS == 0 and choose.finished():
+                    break
         return choose.sequences()
 
     def _prompt_logits(self, model: Any, input_ids: Tensor, cache: Any, **given: Any) -> Tensor:
