@@ -5,13 +5,13 @@ tests look at what it left.
 
 Runs that must be equal train in float64 by SGD. A rounding error of the last digit decides between two masks that are
 nearly as good, the row then becomes another one, and all that is pruned later with it: in float32 a few percent of the
-last block's mask differ, and no tolerance tells that from a fault. In float64 the CPU gives the same masks and weights
-equal to 1e-6. AdamW would divide gradients that are zero but for rounding by themselves. On GPUs the solver, which
-works in float32, may add up in another order for a part of the rows than for all, so a few rows may differ there.
+last block's mask differ, and no tolerance tells that from a fault. In float64 masks are the same, and weights equal to
+1e-4 (inputs hardly vary in some directions, in which the refit is free). AdamW would divide gradients that are zero but
+for rounding by themselves.
 
-Two H200s ran an earlier form of this file, all in float32: 10 tests failed, among them the resumed runs (one
-compared a step number that a resumed run cannot have), distillation and ``prune_layerwise``; the others' names are
-lost. The form below has not run on GPUs.
+On two H200s, when the solver still worked in float32 on models in float64, 37 tests passed and 2 failed: 8 % of the
+masks of "fsdp2 solved" differed from those of one process in the first block, and 5 % after a resume at step 12. It has
+not run on two GPUs since.
 """
 
 from __future__ import annotations
@@ -178,10 +178,10 @@ def both(folder, name):
     return first, second
 
 
-def share_of_equal(found, expected, part=""):
-    """Share of the entries of all masks (of those with ``part`` in their names) that are equal."""
+def share_of_equal(found, expected):
+    """Share of the entries of all masks that are equal."""
     assert found["masks"].keys() == expected["masks"].keys()
-    equal = [(mask == expected["masks"][name]).flatten() for name, mask in found["masks"].items() if part in name]
+    equal = [(mask == expected["masks"][name]).flatten() for name, mask in found["masks"].items()]
     return float(torch.cat(equal).double().mean())
 
 
@@ -189,14 +189,10 @@ def largest_difference(found, expected):
     return max(float((found["weights"][name] - value).abs().max()) for name, value in expected["weights"].items())
 
 
-def check_equal(found, expected, device):
+def check_equal(found, expected):
     print(share_of_equal(found, expected), largest_difference(found, expected))
-    if device == "cpu":
-        assert share_of_equal(found, expected) == 1
-        assert largest_difference(found, expected) < 1e-6
-    else:
-        assert share_of_equal(found, expected, "blocks.0.") > 0.99, "nothing is pruned before these"
-        assert share_of_equal(found, expected) > 0.9
+    assert share_of_equal(found, expected) == 1
+    assert largest_difference(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", [*EQUAL, *ALIKE])
@@ -219,7 +215,7 @@ def test_two_ranks_give_what_one_process_gives(left, name):
     device, folder = left
     skip_unless_run(device, name)
     found, _ = both(folder, name)
-    check_equal(found, read(folder / "one.pt", name.split()[1]), device)
+    check_equal(found, read(folder / "one.pt", name.split()[1]))
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -238,7 +234,7 @@ def test_a_resumed_run_ends_as_the_unbroken_one(left, step):
     found, _ = both(folder, f"resumed from {step}")
     unbroken, _ = both(folder, "fsdp2 solved")
     assert share_of_equal(found, unbroken) == 1
-    assert largest_difference(found, unbroken) <= (1e-6 if device == "gpu" else 0)
+    assert largest_difference(found, unbroken) <= (1e-4 if device == "gpu" else 0)
 
 
 @pytest.mark.parametrize("step", [MIDDLE, FROZEN])
@@ -247,7 +243,7 @@ def test_two_ranks_read_what_one_process_wrote(left, step):
     found, _ = both(folder, f"grown from {step}")
     expected = read(folder / "one.pt", "solved")
     if step == FROZEN:
-        check_equal(found, expected, "cpu")
+        check_equal(found, expected)
     else:
         assert share_of_equal(found, expected) > 0.9, "both ranks calibrate with what the one had recorded before"
 
@@ -257,7 +253,7 @@ def test_one_process_reads_what_two_ranks_wrote(left, step):
     device, folder = left
     found = fit("", device, resume=folder / "fsdp2" / f"step={step}.ckpt", **SOLVED)
     expected, _ = both(folder, "fsdp2 solved")
-    check_equal(found, expected, "cpu" if step == FROZEN else device)
+    check_equal(found, expected)
 
 
 def test_batches_that_are_cut_lead_to_masks_that_are_as_good(left):
@@ -279,9 +275,9 @@ def test_sharded_experts(left):
 
 
 def test_distillation_of_a_sharded_model(left):
-    device, folder = left
+    _, folder = left
     found, _ = both(folder, "distillation")
-    check_equal(found, read(folder / "one.pt", "distillation"), device)
+    check_equal(found, read(folder / "one.pt", "distillation"))
 
 
 def test_a_monitor_measures_the_parts_of_all_ranks(left):
@@ -294,11 +290,11 @@ def test_a_monitor_measures_the_parts_of_all_ranks(left):
 
 
 def test_prune_layerwise_on_two_devices(left):
-    device, folder = left
+    _, folder = left
     found, _ = both(folder, "prune_layerwise")
     expected = read(folder / "one.pt", "prune_layerwise")
     assert found["tokens"] == expected["tokens"]
     for one in (found, expected):
         matrices = {name: value for name, value in one["weights"].items() if value.dim() == 2 and "blocks" in name}
         one["masks"] = {name: value != 0 for name, value in matrices.items()}
-    check_equal(found, expected, device)
+    check_equal(found, expected)
