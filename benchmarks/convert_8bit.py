@@ -1,12 +1,15 @@
 """Weights of 8 bits on this machine's GPU: 2:4 in float8 and int8 against dense float8 and against bfloat16.
 
     python -m benchmarks.convert_8bit
-    python -m benchmarks.convert_8bit --tokens 1 64 4096 --no-search
+    python -m benchmarks.convert_8bit --tokens 1 64 4096 --search --seconds 600
 
 Replayed from CUDA graphs over several weights in turn that no cache holds together. Rounding the tokens is part of
 every time in 8 bits. Each form takes its fastest kernel, chosen beforehand; then all forms are measured in turns.
 "Dense fp8" has a scale a row and a token, as the packed weight; "one scale" is faster and coarser: one scale a matrix,
 fixed before. Dense weights are dense: without zeros, which cost less power.
+
+The tables are written after every number of tokens; one that would not end within ``--seconds`` is left out, and named.
+Packed bfloat16 takes cuSPARSELt's default algorithm for many tokens unless ``--search`` tries them all, for minutes.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import argparse
 import gc
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +49,7 @@ from prox24_lightning.weights.rounding import RoundedForm, round_rows
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 """(out_features, in_features): attention, the up and down projections of LLaMA 3 8B, and a square one."""
 
-TOKENS = (1, 8, 16, 64, 256, 1024, 4096, 16384)
+TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 
 BARS = (
     ("1 to 64 tokens", 1, 64, 1.30, 2.2),
@@ -60,58 +65,81 @@ _FORMS: dict[str, RoundedForm | None] = {"packed bf16": None, "packed fp8": "fp8
 _FEWEST_SEARCHED = 256  # tokens from which cuSPARSELt is tried in bfloat16
 _MANY = 1024  # from so many on two weights in turn are enough: the inputs and results push them out of the cache
 _CHOICE_ROUNDS = 3
+_IN_SHORT = "Weights of 8 bits: the figures in short"
 
 Shape = tuple[int, int]
 Call = Callable[[], None]
 
 
-def shape_rows(
-    shape: Shape, token_counts: Sequence[int], algorithms: dict[tuple[Shape, int], tuple[int, ...]], rounds: int
-) -> list[dict[str, Any]]:
-    device = torch.cuda.current_device()
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    copies = 2 + 2 * cache // rounded_buffer.buffer_bytes(shape)
-    weights = {name: _packed(shape, form, copies) for name, form in _FORMS.items()}
-    dense = [torch.randn(shape, device="cuda", dtype=_DTYPE) for _ in range(copies)]
-    dense_fp8 = [rounded_buffer.to_dense_buffer(round_rows(weight, "fp8_e4m3")) for weight in dense]
-    rows = []
-    for tokens in token_counts:
+class ShapeBenchmark:
+    """Weights of one shape in every form, several that no cache holds together."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._copies = 2 + 2 * cache // rounded_buffer.buffer_bytes(shape)
+        self._packed = {name: _packed(shape, form, self._copies) for name, form in _FORMS.items()}
+        self._dense = [torch.randn(shape, device="cuda", dtype=_DTYPE) for _ in range(self._copies)]
+        self._fp8 = [rounded_buffer.to_dense_buffer(round_rows(weight, "fp8_e4m3")) for weight in self._dense]
+
+    def row(self, tokens: int, algorithms: Sequence[int], rounds: int) -> dict[str, Any]:
+        """Choose the kernel of each form, then measure all forms in turns; ``algorithms`` of cuSPARSELt in bfloat16."""
+        shape = self._shape
         inputs = torch.randn(tokens, shape[1], device="cuda", dtype=_DTYPE)
-        used = copies if tokens < _MANY else 2
-        found = {"dense bf16": ("dense", _dense(inputs, dense[:used]))}
-        fp8_kernels = dense_fp8_kernels(torch.cuda.get_device_capability())
-        found["dense fp8"] = _fastest(fp8_kernels, shape, inputs, "fp8_e4m3", dense_fp8[:used])
-        found["one scale"] = ("dense_fp8", _one_scale(inputs, dense_fp8[:used], shape))
+        used = self._copies if tokens < _MANY else 2
+        fp8 = self._fp8[:used]
+        found = {
+            "dense bf16": ("dense", _graph(_dense(inputs, self._dense[:used]))),
+            "dense fp8": _fastest(dense_fp8_kernels(_capability()), shape, inputs, "fp8_e4m3", fp8),
+            "one scale": ("dense_fp8", _graph(_one_scale(inputs, fp8, shape))),
+        }
         for name, form in _FORMS.items():
-            kernels = _kernels(shape, tokens, form, algorithms)
-            found[name] = _fastest(kernels, shape, inputs, form, weights[name][:used])
-        graphs = {name: capture(call).replay for name, (_, call) in found.items()}
+            kernels = _kernels(tokens, form, algorithms)
+            found[name] = _fastest(kernels, shape, inputs, form, self._packed[name][:used])
+        graphs = {name: replay for name, (_, replay) in found.items()}
         times = time_calls(graphs, calls=used, rounds=rounds if tokens < 4096 else max(2, rounds // 2))
         us = {name: timing.median_us for name, timing in times.items()}
-        rows.append(
-            {
-                "layer": f"{shape[0]} x {shape[1]}",
-                "tokens": tokens,
-                **{f"{name} us": us[name] for name in ("dense bf16", "dense fp8", "one scale", *_FORMS)},
-                "fp8 x dense fp8": us["dense fp8"] / us["packed fp8"],
-                "int8 x dense fp8": us["dense fp8"] / us["packed int8"],
-                "fp8 x one scale": us["one scale"] / us["packed fp8"],
-                "fp8 x dense bf16": us["dense bf16"] / us["packed fp8"],
-                "fp8 x fastest dense": min(us["dense fp8"], us["dense bf16"]) / us["packed fp8"],
-                **{f"{name} kernel": str(found[name][0]) for name in ("dense fp8", *_FORMS)},
-            }
-        )
-        print(*(round(value, 2) if type(value) is float else value for value in rows[-1].values()), flush=True)
-        del graphs, found
-    return rows
+        return {
+            "layer": f"{shape[0]} x {shape[1]}",
+            "tokens": tokens,
+            **{f"{name} us": us[name] for name in ("dense bf16", "dense fp8", "one scale", *_FORMS)},
+            "fp8 x dense fp8": us["dense fp8"] / us["packed fp8"],
+            "int8 x dense fp8": us["dense fp8"] / us["packed int8"],
+            "fp8 x one scale": us["one scale"] / us["packed fp8"],
+            "fp8 x dense bf16": us["dense bf16"] / us["packed fp8"],
+            "fp8 x fastest dense": min(us["dense fp8"], us["dense bf16"]) / us["packed fp8"],
+            **{f"{name} kernel": str(found[name][0]) for name in ("dense fp8", *_FORMS)},
+        }
 
 
-def _kernels(
-    shape: Shape, tokens: int, form: RoundedForm | None, algorithms: dict[tuple[Shape, int], tuple[int, ...]]
-) -> list[Kernel]:
-    kernels = list(own_kernels(tokens, torch.cuda.get_device_capability(), form))
+class Deadline:
+    """Says whether a number of tokens can still be measured, from the longest so far."""
+
+    def __init__(self, seconds: float) -> None:
+        self._begin, self._seconds, self._longest = time.perf_counter(), seconds, 0.0
+
+    @property
+    def passed(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self._begin
+
+    def allows(self) -> bool:
+        """Whether one more as long as the longest so far ends in time."""
+        return self.passed + self._longest <= self._seconds
+
+    def took(self, seconds: float) -> None:
+        """Note how long one took."""
+        self._longest = max(self._longest, seconds)
+
+
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
+
+
+def _kernels(tokens: int, form: RoundedForm | None, algorithms: Sequence[int]) -> list[Kernel]:
+    kernels = list(own_kernels(tokens, _capability(), form))
     if form is None:
-        kernels += [Kernel("cusparselt", (algorithm,)) for algorithm in algorithms.get((shape, tokens), ())]
+        kernels += [Kernel("cusparselt", (algorithm,)) for algorithm in algorithms]
     if not kernels:
         kernels.append(Kernel("cusparselt"))
     return kernels
@@ -119,7 +147,7 @@ def _kernels(
 
 def _compile(token_counts: Sequence[int]) -> None:
     """Compile in parallel: NVRTC runs outside Python's lock."""
-    capability = torch.cuda.get_device_capability()
+    capability = _capability()
     found = {
         (kernel, form)
         for tokens in token_counts
@@ -140,7 +168,8 @@ def _packed(shape: Shape, form: RoundedForm | None, count: int) -> list[Tensor]:
 def _fastest(
     kernels: Sequence[Kernel], shape: Shape, inputs: Tensor, form: RoundedForm | None, buffers: Sequence[Tensor]
 ) -> tuple[Kernel, Call]:
-    calls: dict[str, Call] = {}
+    """Return the fastest kernel, and its graph over all buffers."""
+    replays: dict[str, Call] = {}
     for kernel in kernels:
         product = prepare(kernel, _DTYPE, shape, len(inputs), inputs.device.index, form)
 
@@ -148,12 +177,21 @@ def _fastest(
             for buffer in buffers:
                 product(inputs, buffer, None, None)
 
-        calls[str(kernel)] = call
-    best = next(iter(calls))
-    if len(calls) > 1:
-        times = time_calls({name: capture(call).replay for name, call in calls.items()}, rounds=_CHOICE_ROUNDS)
+        replays[str(kernel)] = _graph(call)
+    best = next(iter(replays))
+    if len(replays) > 1:
+        times = time_calls(replays, rounds=_CHOICE_ROUNDS)
         best = min(times, key=lambda name: times[name].median_us)
-    return Kernel.parse(best), calls[best]
+    return Kernel.parse(best), replays[best]
+
+
+def _graph(call: Call) -> Call:
+    """Return what replays ``call`` as a CUDA graph, and keeps the plans and workspaces that the graph uses."""
+    return partial(_replay, capture(call, warm_ups=1), call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
+    graph.replay()
 
 
 def _dense(inputs: Tensor, weights: Sequence[Tensor]) -> Call:
@@ -208,7 +246,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, help="out x in, as 4096x4096")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--no-search", action="store_true", help="cuSPARSELt's default algorithm in bfloat16")
+    parser.add_argument("--search", action="store_true", help="try cuSPARSELt's algorithms in bfloat16, for minutes")
+    parser.add_argument("--seconds", type=float, default=200, help="of all, without the search")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -216,10 +255,11 @@ def main() -> None:
     tokens = sorted(set(arguments.tokens))
     points = [(shape, count) for shape in arguments.shapes for count in tokens if count >= _FEWEST_SEARCHED]
     algorithms: dict[tuple[Shape, int], tuple[int, ...]] = {}
-    if not arguments.no_search and support(torch.cuda.current_device()).kernel == "cusparselt":
+    if arguments.search and support(torch.cuda.current_device()).kernel == "cusparselt":
         jobs = [AlgorithmJob("bfloat16", shape, count, 2, torch.cuda.current_device()) for shape, count in points]
         answers = fastest_algorithms(jobs)
         algorithms = {point: answer.algorithms for point, answer in zip(points, answers, strict=True)}
+    deadline = Deadline(arguments.seconds)
     note = (
         "Microseconds a product, rounding of the tokens included; x: the other form over the packed one, above 1 the "
         "packed one is faster. Layers: (out_features, in_features). `one scale`: dense float8 with one scale a matrix."
@@ -227,11 +267,30 @@ def main() -> None:
     _compile(tokens)
     gc.freeze()  # each capture collects garbage, which takes longer than the products with all modules to look through
     rows: list[dict[str, Any]] = []
+    missing: list[str] = []
     for shape in arguments.shapes:
-        rows += shape_rows(shape, tokens, algorithms, arguments.rounds)
-        write_result(arguments.output, "convert_8bit", "Weights of 8 bits", rows, note=note, quiet=True)
+        weights = ShapeBenchmark(shape)
+        for count in tokens:
+            if not deadline.allows():
+                missing.append(f"{shape[0]} x {shape[1]} at {count}")
+                continue
+            begin = deadline.passed
+            rows.append(weights.row(count, algorithms.get((shape, count), ()), arguments.rounds))
+            deadline.took(deadline.passed - begin)
+            print(f"{deadline.passed:.0f} s:", *(_short(value) for value in rows[-1].values()), flush=True)
+            write_result(arguments.output, "convert_8bit", "Weights of 8 bits", rows, note=note, quiet=True)
+            figures = bars(rows)
+            write_result(arguments.output, "convert_8bit", _IN_SHORT, figures, part="bars", quiet=True)
+        del weights
         release_memory()
-    write_result(arguments.output, "convert_8bit", "Weights of 8 bits: the figures in short", bars(rows), part="bars")
+    if missing:
+        print(f"not measured within {arguments.seconds:g} s: {', '.join(missing)}")
+    if rows:
+        write_result(arguments.output, "convert_8bit", _IN_SHORT, bars(rows), part="bars")
+
+
+def _short(value: Any) -> Any:
+    return round(value, 2) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
