@@ -96,11 +96,15 @@ def convert_linear(
 
 
 @torch.no_grad()
-def convert_dense_fp8(linear: nn.Module, *, name: str = "layer") -> DenseFp8Linear:
+def convert_dense_fp8(linear: nn.Module, *, name: str = "layer", kernels: KernelTable | None = None) -> DenseFp8Linear:
     """Return a layer of a linear layer on a GPU that keeps the rounded weight dense in float8; arguments and errors as
     of :func:`convert_linear`."""
     dense, bias = _convertible(linear, name, "fp8_e4m3")
-    layer = DenseFp8Linear(round_rows(dense, "fp8_e4m3", name=name), dense.dtype, bias, transposed_kind(linear)).eval()
+    shape = dense.shape[0], dense.shape[1]
+    if kernels is None:
+        kernels = stored_table(shape, dense.dtype, device=dense.get_device(), form="fp8_e4m3")
+    rounded = round_rows(dense, "fp8_e4m3", name=name)
+    layer = DenseFp8Linear(rounded, dense.dtype, bias, kernels.dense_fp8_text, transposed_kind(linear)).eval()
     _share_hooks(linear, layer)
     return layer
 
@@ -203,16 +207,17 @@ def convert_model(
     for name in wanted:
         layer = module_in(slots[name])
         table = None
-        if token_counts is not None and name not in in_fp8:
+        if token_counts is not None:
             table = tables[layer.get_parameter("weight").dtype, _pair(verdicts[name].shape)]
-            choice = choose_form(table, token_counts)
+        if table is not None and name not in in_fp8:
+            choice = choose_form(table, token_counts or ())
             if choice.form == "dense":
                 verdicts[name] = replace(verdicts[name], machine=choice.why)
                 continue
             if choice.form == "dense_fp8":
                 in_fp8[name] = choice.why
         if name in in_fp8:
-            exchange(slots[name], convert_dense_fp8(layer, name=name))
+            exchange(slots[name], convert_dense_fp8(layer, name=name, kernels=table))
         else:
             found_layer = convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense, weights=weights)
             exchange(slots[name], found_layer)

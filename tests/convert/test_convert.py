@@ -118,7 +118,8 @@ def pretended_times(monkeypatch):
 
     def pretend(capability=(9, 0), **us):
         def tables(shapes, dtype, *, form, keep_dense, **_):
-            times = KernelTimes(256, us["dense"], {"cusparselt:1": us["packed"]}, dense_fp8_us=us.get("fp8"))
+            fp8 = us.get("fp8"), "dense_fp8:0" if "fp8" in us else ""
+            times = KernelTimes(256, us["dense"], {"cusparselt:1": us["packed"]}, (), *fp8)
             return {shape: choose(shape, [times], keep_dense=keep_dense, form=form) for shape in shapes}
 
         monkeypatch.setattr(convert, "target_of", lambda device: Target("pretended", capability, "cusparselt"))
@@ -154,6 +155,7 @@ def test_a_layer_that_is_fastest_dense_in_float8_takes_that_form(pretended_times
     assert done.converted == ("0", "2")
     assert done.dense_fp8["0"] == "packed is slower than dense (0.83 x at 256 tokens): dense in float8"
     assert isinstance(model[0], DenseFp8Linear)
+    assert model[0].kernels == "256=dense_fp8:0", "the way that was measured, not the one by rule"
     assert torch.equal(model[0].weight, expected)
     assert torch.equal(unpack_24(model[0].packed_weight), expected)
     other = mlp().bfloat16()

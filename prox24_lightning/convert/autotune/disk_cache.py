@@ -25,7 +25,7 @@ import torch
 from prox24_lightning.convert import kernels
 from prox24_lightning.convert.autotune.kernel_table import KernelTimes
 from prox24_lightning.convert.kernels.cuda_driver import driver_version
-from prox24_lightning.convert.kernels.registry import is_packed_kernel
+from prox24_lightning.convert.kernels.registry import OLDEST_FP8_CAPABILITY, dense_fp8_kernels, is_packed_kernel
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.file_lock import locked
@@ -186,7 +186,11 @@ def _read_entry(entry: Any) -> KernelTimes | None:
         return KernelTimes(tokens, float(dense_us), {}, (_DAMAGED,))
     found = {name: float(us) for name, us in times.items()}
     fp8_us = None if dense_fp8_us is None else float(dense_fp8_us)
-    return KernelTimes(tokens, float(dense_us), found, tuple(notes), fp8_us)
+    way = entry.get("dense_fp8_kernel", "")
+    return KernelTimes(tokens, float(dense_us), found, tuple(notes), fp8_us, way if way in _DENSE_FP8 else "")
+
+
+_DENSE_FP8 = [str(kernel) for kernel in dense_fp8_kernels(OLDEST_FP8_CAPABILITY)]
 
 
 def _is_time(value: Any) -> bool:

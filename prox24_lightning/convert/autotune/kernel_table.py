@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from prox24_lightning.convert.kernels.dense_fp8.kernel import AFTERWARDS, BY_ROWS
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
 from prox24_lightning.convert.kernels.many_tokens.tiling import tilings as many_tokens_tilings
 from prox24_lightning.convert.kernels.registry import Kernel, KernelName
@@ -19,6 +20,7 @@ DENSE = Kernel("dense")
 SAME = 0.98
 """A speed-up above this counts as no slower: two measurements of one kernel differ by as much."""
 
+_FEW_DENSE_FP8_TOKENS = 256  # without measurements, a dense float8 weight takes its scales afterwards up to here
 _FEW_TOKENS = 64  # without measurements, few_tokens runs up to here
 _FEW_ROUNDED_TOKENS = 256  # and on Hopper the kernel for a warpgroup up to here, if the weight has 8 bits
 
@@ -33,6 +35,7 @@ class KernelTimes:
         kernels: text of a kernel -> its time.
         notes: what could not be measured, and why.
         dense_fp8_us: a dense float8 weight, the fastest way, with the rounding of the tokens; None on a GPU without.
+        dense_fp8_kernel: text of that way; "" if it is not known.
     """
 
     tokens: int
@@ -40,6 +43,7 @@ class KernelTimes:
     kernels: Mapping[str, float]
     notes: tuple[str, ...] = ()
     dense_fp8_us: float | None = None
+    dense_fp8_kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class TableRow:
     dense_us: float | None = None
     notes: tuple[str, ...] = ()
     dense_fp8_us: float | None = None
+    dense_fp8_kernel: Kernel | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -81,8 +86,12 @@ class KernelTable:
     @property
     def text(self) -> str:
         """The table as the operator's argument; neighbours with one kernel share an entry."""
-        kept = [row for row, after in zip(self.rows, [*self.rows[1:], None], strict=True) if _differs(row, after)]
-        return " ".join(f"{row.tokens}={row.kernel}" for row in kept)
+        return _text([(row.tokens, row.kernel) for row in self.rows])
+
+    @property
+    def dense_fp8_text(self) -> str:
+        """The same of a dense float8 weight; by rule where no way of multiplying it has been measured."""
+        return _text([(row.tokens, row.dense_fp8_kernel or dense_fp8_by_rule(row.tokens)) for row in self.rows])
 
     def slower(self, token_counts: Sequence[int]) -> tuple[TableRow, ...]:
         """Return the rows at which the layer would be slower than dense in 16 bits."""
@@ -115,14 +124,15 @@ def choose(
     """
     rows = []
     for entry in sorted(times, key=lambda entry: entry.tokens):
+        fp8 = entry.dense_fp8_us, Kernel.parse(entry.dense_fp8_kernel) if entry.dense_fp8_kernel else None
         ranked = sorted(entry.kernels.items(), key=lambda item: item[1])
         if ranked and not (keep_dense and entry.dense_us * SAME <= ranked[0][1]):
             text, us = ranked[0]
             kernel = Kernel.parse(text)
-            rows.append(TableRow(entry.tokens, kernel, us, entry.dense_us, entry.notes, entry.dense_fp8_us))
+            rows.append(TableRow(entry.tokens, kernel, us, entry.dense_us, entry.notes, *fp8))
         elif keep_dense:
             us = entry.dense_us
-            rows.append(TableRow(entry.tokens, DENSE, us, us, entry.notes, entry.dense_fp8_us))
+            rows.append(TableRow(entry.tokens, DENSE, us, us, entry.notes, *fp8))
         else:
             why = "; ".join(entry.notes) or "none fits"
             raise ValueError(f"no packed kernel runs for {shape} at {entry.tokens} tokens: {why}")
@@ -165,6 +175,11 @@ def _by_rule(
     return Kernel.few(tilings[0]) if tilings else None
 
 
+def dense_fp8_by_rule(tokens: int) -> Kernel:
+    """Return the way of multiplying a dense float8 weight without measurements."""
+    return Kernel("dense_fp8", (AFTERWARDS if tokens <= _FEW_DENSE_FP8_TOKENS else BY_ROWS,))
+
+
 def completed(measured: Sequence[TableRow], by_rule: Sequence[TableRow]) -> tuple[TableRow, ...]:
     """Return the measured rows, and those by rule for numbers of tokens that have not been measured."""
     known = {row.tokens for row in measured}
@@ -172,5 +187,8 @@ def completed(measured: Sequence[TableRow], by_rule: Sequence[TableRow]) -> tupl
     return tuple(sorted(rows, key=lambda row: row.tokens))
 
 
-def _differs(row: TableRow, after: TableRow | None) -> bool:
-    return after is None or row.kernel != after.kernel
+def _text(kernels: Sequence[tuple[int, Kernel]]) -> str:
+    """Return a table of tokens and kernels as text; neighbours with one kernel share an entry."""
+    after = [kernel for _, kernel in kernels[1:]]
+    kept = [entry for entry, kernel in zip(kernels, [*after, None], strict=True) if entry[1] != kernel]
+    return " ".join(f"{tokens}={kernel}" for tokens, kernel in kept)

@@ -231,7 +231,7 @@ def time_point(
     again = time_calls({name: graphs[name] for name in finalists}, calls=calls_each, rounds=2 * _ROUNDS)
     times = {name: timing.median_us for name, timing in again.items()}
     fp8_us = times.pop(fp8[0]) if fp8 else None
-    return KernelTimes(tokens, times.pop("dense"), times, tuple(problems), fp8_us)
+    return KernelTimes(tokens, times.pop("dense"), times, tuple(problems), fp8_us, fp8[0] if fp8 else "")
 
 
 def _rounded(inputs: Tensor, form: RoundedForm) -> Tensor:

@@ -15,9 +15,6 @@ from prox24_lightning.weights.rounding import RoundedForm, RoundedRows, expand_r
 
 FORM: RoundedForm = "fp8_e4m3"
 
-KERNELS = "256=dense_fp8:1 16384=dense_fp8:0"
-"""Scales in a pass of their own for few tokens, inside of the product for many."""
-
 
 class DenseFp8Linear(SemiStructuredLinear):
     """A linear layer in float8_e4m3 with a scale a row and a token, zeros and all; forward only.
@@ -30,8 +27,9 @@ class DenseFp8Linear(SemiStructuredLinear):
         weight: the rounded weight, (out_features, in_features).
         dtype: float16 or bfloat16, of inputs and outputs.
         bias: (out_features,) in any floating dtype, or None.
+        kernels: which of ``torch._scaled_mm``'s ways at which number of tokens
+            (:attr:`~prox24_lightning.convert.autotune.kernel_table.KernelTable.dense_fp8_text`).
         transposed: see :class:`SemiStructuredLinear`.
-        kernels: which of ``torch._scaled_mm``'s ways at which number of tokens.
     """
 
     def __init__(
@@ -39,8 +37,8 @@ class DenseFp8Linear(SemiStructuredLinear):
         weight: RoundedRows,
         dtype: torch.dtype,
         bias: Tensor | None,
+        kernels: str,
         transposed: type[Any] | None = None,
-        kernels: str = KERNELS,
     ) -> None:
         shape = weight.values.shape[0], weight.values.shape[1]
         super().__init__(to_dense_buffer(weight), shape, dtype, bias, kernels, transposed=transposed, form=FORM)

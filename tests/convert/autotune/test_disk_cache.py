@@ -259,7 +259,8 @@ def test_the_path_of_the_cache(monkeypatch, tmp_path):
 def test_forms_have_entries_of_their_own(tmp_path):
     path = tmp_path / "kernels.json"
     entries = {
-        form: KernelTimes(8, 10.0, {FEW: us}, (), 8.5) for form, us in ((None, 9.0), ("fp8_e4m3", 5.0), ("int8", 4.0))
+        form: KernelTimes(8, 10.0, {FEW: us}, (), 8.5, "dense_fp8:1")
+        for form, us in ((None, 9.0), ("fp8_e4m3", 5.0), ("int8", 4.0))
     }
     for form, entry in entries.items():
         disk_cache.add(path, {disk_cache.key(MACHINE, torch.float16, SHAPE, 8, form): entry})
@@ -272,3 +273,6 @@ def test_an_entry_without_a_time_in_float8_is_read(tmp_path):
     path = tmp_path / "kernels.json"
     path.write_text(file_text())
     assert disk_cache.read(path)["key"].dense_fp8_us is None
+    path.write_text(file_text(dense_fp8_us=9.0, dense_fp8_kernel="cusparselt"))
+    found = disk_cache.read(path)["key"]
+    assert (found.dense_fp8_us, found.dense_fp8_kernel) == (9.0, "")

@@ -97,6 +97,13 @@ def test_by_rule_in_8_bits():
     assert ways((8, 6), "fp8_e4m3", "expand") == ["expand"] * 5, "no float8 on this GPU: exact, without rounded tokens"
 
 
+def test_ways_of_dense_float8_are_those_measured_or_go_by_rule():
+    times = [KernelTimes(tokens, 20.0, {FEW: 12.0}, (), 11.0, way) for tokens, way in ((1, ""), (64, "dense_fp8:0"))]
+    assert choose(SHAPE, times).dense_fp8_text == "1=dense_fp8:1 64=dense_fp8:0"
+    by_rule = table_by_rule(SHAPE, (9, 0), form="fp8_e4m3").dense_fp8_text
+    assert by_rule == "256=dense_fp8:1 16384=dense_fp8:0"
+
+
 def test_rows_hold_the_time_in_dense_float8():
     entry = KernelTimes(64, 20.0, {FEW: 12.0}, (), 11.0)
     table = choose(SHAPE, [entry], form="fp8_e4m3")
