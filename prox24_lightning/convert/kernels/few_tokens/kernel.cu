@@ -57,9 +57,16 @@ __device__ __forceinline__ u32 load_word_once(const void* address) {
   return v;
 }
 
+// Inputs that the kernel before writes while this one runs: a load as "nc" may be moved before the wait for it.
+#if FORM
+#define LOAD "ld.global"
+#else
+#define LOAD "ld.global.nc"
+#endif
+
 __device__ __forceinline__ uint4 load_often(const void* address) {
   uint4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile(LOAD ".v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
   return v;
 }
@@ -254,7 +261,9 @@ __device__ __forceinline__ void finish(const Sum (&acc)[MT][NT][4], const float*
 #endif
     float result = sum;
 #if FORM
-    result *= row_scales[out] * token_scales[token];
+    float scale;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(scale) : "l"(token_scales + token));
+    result *= row_scales[out] * scale;
 #endif
     if (bias) result += to_float(bias[out]);
     y[(size_t)token * outputs + out] = to_half(result);

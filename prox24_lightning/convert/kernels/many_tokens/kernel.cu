@@ -125,7 +125,10 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
     for (int at = first; at < tiles; at += step) {
       const Tile tile = tile_at(at, row_tiles, token_tiles);
       const bool inside = tile.row + group * 64 < rows;
-      for (int t = threadIdx.x % 128; t < TOKENS; t += 128) scales[t] = token_scales[min(tile.token + t, tokens - 1)];
+      for (int t = threadIdx.x % 128; t < TOKENS; t += 128) {
+        const float* scale = token_scales + min(tile.token + t, tokens - 1);
+        asm volatile("ld.global.f32 %0, [%1];" : "=f"(scales[t]) : "l"(scale));
+      }
       float of_row[2] = {}, added[2] = {};
 #pragma unroll
       for (int k = 0; k < 2; k++) {

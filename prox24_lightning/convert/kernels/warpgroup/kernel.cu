@@ -72,7 +72,8 @@ __device__ __forceinline__ void finish(const float* row_scales, const float* tok
     }
 #if FORM
     const float4 of_rows = *(const float4*)(row_scales + out);  // as many as padded rows
-    const float scale = token_scales[token];
+    float scale;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(scale) : "l"(token_scales + token));
     sum[0] *= of_rows.x * scale, sum[1] *= of_rows.y * scale, sum[2] *= of_rows.z * scale, sum[3] *= of_rows.w * scale;
 #endif
     if (bias)
@@ -95,7 +96,7 @@ __device__ __forceinline__ void finish(const float* row_scales, const float* tok
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, CS, 1)
 warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap inputs,
           const __grid_constant__ TensorMap metadata, const float* __restrict__ row_scales, const float* __restrict__ token_scales,
-          const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int rows, int columns, int outputs) {
+          const u16* bias, u16* __restrict__ y, int tokens, int rows, int columns, int outputs) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   const int pieces = (columns + 127) / 128;
   const int first = pieces * blockIdx.y / CS, count = pieces * (blockIdx.y + 1) / CS - first;
