@@ -130,7 +130,7 @@ class Prox24(Callback):
             that :func:`~prox24_lightning.load_masks` puts onto any model with these weights. None writes none;
             :meth:`save_masks` does it later.
         name: distinguishes several instances of one trainer in checkpoints and logs.
-        verbose: print the table of chosen and skipped weights at the start.
+        verbose: print the table of chosen and skipped weights at the start, and a line for each phase.
 
     Raises:
         ValueError, TypeError: for arguments that are wrong whatever the model.
@@ -194,6 +194,7 @@ class Prox24(Callback):
         self._records: BestRecords | None = None
         self._length: RunLength | None = None
         self._copies: AveragedCopies | None = None
+        self._shown_phase: Phase | None = None
 
     # What users, monitors and final hooks read.
 
@@ -317,7 +318,7 @@ class Prox24(Callback):
         # With several Prox24 the model is 2:4 when the last of them is frozen.
         engine.on_frozen.append(lambda: self._restart_records(others))
         if self.config.verbose:
-            print_selection(self.selection, f"{self.name}: 2:4 from step {self.start_step} to step {self.freeze_step}")
+            print_selection(self.selection, self.config.headline(self.start_step, self.freeze_step))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -327,6 +328,8 @@ class Prox24(Callback):
             self._controller.change_length(self._length.total)
         self._copies = AveragedCopies(trainer, pl_module)
         self._controller.bind(trainer.optimizers)
+        self._shown_phase = None
+        self._announce()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -343,6 +346,7 @@ class Prox24(Callback):
         self._controller.after_batch(trainer.optimizers)
         if self._length is not None and not self._length.is_exact and self._length.is_last_batch():
             self._controller.freeze_now()  # the length was an estimate
+        self._announce()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -396,6 +400,12 @@ class Prox24(Callback):
         self._controller.watch.detach()
         self._loaded.end_run()
         self._records = self._copies = self._length = None  # they hold trainer and module
+
+    def _announce(self) -> None:
+        """Log the phase, if it is a new one."""
+        if self.phase != self._shown_phase and self.config.verbose:
+            rank_zero_info(f"{self.name}: phase {self.phase} after step {self.step}")
+        self._shown_phase = self.phase
 
     def _restart_records(self, others: Sequence[Prox24]) -> None:
         if self._records is not None and all(other.phase == "frozen" for other in others):

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.prox24 import Prox24
@@ -318,10 +318,8 @@ class SparsityMonitor(Callback):
         begins = [entry for entry in self._monitored if entry.enters_phase(steps)]
         for entry in begins:
             text = f"{entry.label}: phase {entry.history.phases[-1][1]} after step {steps}"
-            rank_zero_info(text)
-            if not trainer.is_global_zero:
-                continue
-            self._output.text(trainer, f"{self._prefix(entry)}phase_changes", text, steps)
+            if trainer.is_global_zero:
+                self._output.text(trainer, f"{self._prefix(entry)}phase_changes", text, steps)
         return bool(begins)
 
     def _prefix(self, entry: MonitoredWeights) -> str:

@@ -80,7 +80,7 @@ COMMANDS = {
         words="FOLDER",
     ),
     "tradeoff": Command(
-        "loss against predicted speed from dense to 2:4, and the fastest of MODEL with so much loss",
+        "loss of MODEL against predicted speed, from dense to 2:4",
         "prox24_lightning.cli.tradeoff:tradeoff",
         typed=True,
         words="[MODEL]",

@@ -26,6 +26,10 @@ FEW_TOKENS = 64
 """Up to here reading a weight takes longer than multiplying by it. A token costs one operation a byte in 16 bits; by
 their data sheets, GPUs with sparse tensor cores do 76 (RTX 3090) to 400 (L4) in the time of reading one."""
 
+TINY = 2**18
+"""Weights of a layer below which a gain cannot be seen: any of these GPUs reads so few in the microsecond or two that
+starting a kernel takes."""
+
 Gain = Callable[[LayerVerdict, int], float | None]
 """(layer, tokens) -> dense time over sparse time, as measured on this machine; None where it was not measured."""
 
@@ -174,7 +178,7 @@ def diagnose(
         now.share,
         now.expected,
         now.limit,
-        (*_notes(verdicts, target), *_slow_notes(able_layers)),
+        (*_notes(verdicts, target), *_slow_notes(able_layers), *_tiny_notes([*able_layers, *more])),
         _potential([*able_layers, *more], token_counts) if more else None,
         target is not None and target.problem is None,
         forms,
@@ -239,6 +243,18 @@ def _notes(verdicts: Sequence[LayerVerdict], target: Target | None) -> list[str]
             "sparse kernels is its own choice, by its own timing: nothing is promised here."
         )
     return notes
+
+
+def _tiny_notes(layers: Sequence[LayerDiagnosis]) -> list[str]:
+    """Say that no gain is to be expected of tiny layers, whatever their limit, unless it was measured."""
+    tiny = sum(math.prod(layer.shape) < TINY and None in layer.expected.values() for layer in layers)
+    if not tiny:
+        return []
+    which = "All of these layers" if tiny == len(layers) else f"{tiny} of these {len(layers)} layers"
+    return [
+        f"{which} are too small to gain (less than {TINY:,} weights): starting a kernel takes longer than its work, "
+        "dense or sparse."
+    ]
 
 
 def _slow_notes(layers: Sequence[LayerDiagnosis]) -> list[str]:

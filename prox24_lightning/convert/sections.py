@@ -61,7 +61,8 @@ def _table(
         elif _is_text(rows, j):
             table.add_column(header[j], overflow="fold")
         else:
-            table.add_column(header[j].replace(" ", "\n"), overflow="fold", no_wrap=True)
+            fits = len(header[j]) <= max((len(row[j]) for row in rows), default=0)
+            table.add_column(header[j] if fits else header[j].replace(" ", "\n"), overflow="fold", no_wrap=True)
     for name, row in zip(first, rows, strict=True):
         table.add_row(*(Text(name if j == 0 else row[j]) for j in columns))
     return table

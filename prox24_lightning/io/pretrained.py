@@ -47,7 +47,8 @@ class Pretrained:
     def describe(self) -> str:
         """Return one line for a model card."""
         where = "package " if self.package else ""
-        parts = [f"{where}{self.name}", self.file, f"revision {self.revision}" if self.revision else None, self.dtype]
+        revision, dtype = f"revision {self.revision}" if self.revision else None, self.dtype
+        parts = [f"{where}{self.name}", self.file, revision, None if dtype == "auto" else dtype]
         return ", ".join(part for part in parts if part)
 
     def load(self) -> tuple[Any, list[Any]]:

@@ -94,7 +94,7 @@ class LayerwiseReport:
             loss for loss in ("refined", "rounded") if any(getattr(x, f"{loss}_loss") is not None for x in self.layers)
         ]
         counts = ["tokens"] if len(tokens) > 1 else []
-        for column in ("shape", *counts, "loss", *optional, "2:4\nbefore", "s"):
+        for column in ("shape", *counts, "loss", *optional, "s"):
             table.add_column(column, justify="right", no_wrap=True)
         for name, layer in zip(names, self.layers, strict=True):
             losses = [layer.loss, *(getattr(layer, f"{loss}_loss") for loss in optional)]
@@ -103,7 +103,6 @@ class LayerwiseReport:
                 " x ".join(map(str, layer.shape)),
                 *([str(layer.tokens)] if counts else []),
                 *("" if loss is None else f"{loss:.5f}" for loss in losses),
-                f"{layer.reached:.1%}",
                 f"{layer.seconds:.1f}",
             )
         table.caption_justify = "left"

@@ -49,6 +49,12 @@ class SparsifyConfig:
     name: str = "prox24"
     verbose: bool = True
 
+    def headline(self, start: int, freeze: int) -> str:
+        """Return in words what a run does between these two steps."""
+        if self.strategy == "keep":
+            return f"{self.name}: the zeros of weights that are 2:4 are kept from the first step on"
+        return f"{self.name}: 2:4 from step {start} to step {freeze}"
+
     def __post_init__(self) -> None:
         self._check_steps()
         for argument, choices in (

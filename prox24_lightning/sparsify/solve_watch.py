@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,6 +13,8 @@ from prox24_lightning.utils.long_work import watched
 _FIRST_SHOWN = 1.0
 """Seconds after which a pause is shown."""
 _SHOWN_EVERY = 0.2
+_ALIKE = 2.0
+"""Blocks whose costs differ by at most this factor take times in proportion to them; others may not."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class SolveState:
         blocks: all blocks of the model.
         name: the layer that is solved.
         seconds: since the pause began.
-        seconds_left: until it ends; None before the first block is solved, since nothing is known yet.
+        seconds_left: until it ends; None until blocks as large as those to come have been solved.
     """
 
     block: int
@@ -62,9 +64,9 @@ class SolveWatch:
         self._state = SolveState(0, 0, "", 0.0)
         self._begin = self._shown = self._block_begin = 0.0
         self._is_shown = False
-        self._work_left = 0.0
-        # Of all blocks solved so far, in this pause and before.
-        self._work = self._seconds = 0.0
+        self._left: list[float] = []
+        # Cost and seconds of all blocks solved so far, in this pause and before.
+        self._solved: list[tuple[float, float]] = []
 
     def attach(self, display: SolveDisplay | None = None, check: Callable[[], None] | None = None) -> None:
         """From now on show pauses by ``display``, and call ``check`` between pieces: it raises to stop."""
@@ -75,16 +77,16 @@ class SolveWatch:
         self._display = self._check = None
 
     @contextmanager
-    def pause(self, blocks: int, work: float) -> Iterator[None]:
+    def pause(self, blocks: int, costs: Sequence[float]) -> Iterator[None]:
         """Watch a pause.
 
         Args:
-            blocks: all blocks of the model.
-            work: expected cost of those that are solved in it, in any unit that is the same in every pause.
+            blocks: the number of all blocks of the model.
+            costs: expected cost of each block that is solved in it, in any unit that is the same in every pause.
         """
         self.interrupted, self._is_shown = None, False
         self._begin = self._shown = self._block_begin = time.perf_counter()
-        self._work_left = work
+        self._left = list(costs)
         self._state = SolveState(0, blocks, "", 0.0)
         try:
             with watched(self._between_pieces):
@@ -103,11 +105,9 @@ class SolveWatch:
         self._state = replace(self._state, block=number, name=name)
         self._between_pieces("")
 
-    def solved(self, work: float) -> None:
-        """The block, of this cost, has been solved."""
-        self._work += work
-        self._work_left -= work
-        self._seconds += time.perf_counter() - self._block_begin
+    def solved(self) -> None:
+        """The block has been solved."""
+        self._solved.append((self._left.pop(0), time.perf_counter() - self._block_begin))
 
     def _between_pieces(self, name: str) -> None:
         if self._check is not None:
@@ -121,10 +121,19 @@ class SolveWatch:
 
     def _now(self) -> SolveState:
         now = time.perf_counter()
+        expected = [self._expected(cost) for cost in self._left]
         left = None
-        if self._work:
-            left = max(0.0, self._seconds / self._work * self._work_left - (now - self._block_begin))
+        if None not in expected:
+            left = max(0.0, sum(seconds for seconds in expected if seconds) - (now - self._block_begin))
         return replace(self._state, seconds=now - self._begin, seconds_left=left)
+
+    def _expected(self, cost: float) -> float | None:
+        """Return the seconds that a block takes by those of its size that are solved; None where there is none."""
+        alike = [
+            (other, seconds) for other, seconds in self._solved if other <= _ALIKE * cost and cost <= _ALIKE * other
+        ]
+        work = sum(other for other, _ in alike)
+        return cost * sum(seconds for _, seconds in alike) / work if work else None
 
 
 class LogLines:

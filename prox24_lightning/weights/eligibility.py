@@ -38,7 +38,8 @@ def fit_groups(module: nn.Module, parameter_name: str, parameter: Tensor, geomet
     ):
         return f"{type(module).__name__} {UNKNOWN_KIND}", 0
     if isinstance(module, _CONVOLUTIONS) and parameter.shape[1] == 1:
-        return "depthwise convolution: one input channel a filter", 0
+        kind = "convolution" if module.groups == 1 else "depthwise convolution"
+        return f"{kind} with one input channel a filter: no four to choose from", 0
     sides = {"input": inputs, "output": outputs}
     taken = {"row": ["input"], "column": ["output"], "block": ["output", "input"]}[geometry]
     dims = [sides[side] for side in taken]

@@ -177,7 +177,7 @@ def test_a_language_model_gives_tables_json_and_a_plot(prox24, pretended, sparse
     assert len(pretended["names"]) == 10
     assert pretended["text"].startswith("help topics of Python")
     stored = json.loads((out / "bench.json").read_text())
-    assert stored["machine"]["model"] == f"{sparse_folder}, auto"
+    assert stored["machine"]["model"] == str(sparse_folder)
     assert stored["limits"]["bytes_per_second"] == 4e12
     assert stored["scalars"]["convert/decode_4x8_tokens_per_second_converted"] == 8e5
     dense, converted = stored["language"]["variants"]

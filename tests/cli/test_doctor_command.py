@@ -33,7 +33,7 @@ def test_a_sparse_model(prox24, sparse_folder, tmp_path):
     assert states["model.layers.0.self_attn.k_proj"] == "dense"
     assert states["lm_head"] == "dense"
     assert found["token_counts"] == [1, 128]
-    assert found["machine"]["model"] == f"{sparse_folder}, auto"
+    assert found["machine"]["model"] == str(sparse_folder)
 
 
 def test_a_dense_model_has_nothing(prox24, dense_folder):

@@ -89,7 +89,15 @@ def test_convolutions_are_promised_nothing():
     )
     assert "Convolutions run dense in torch" in found.notes[0]
     assert "nothing is promised" in found.notes[0]
-    assert diagnose(nn.Sequential(nn.Linear(32, 32)), target=HOPPER).notes == ()
+    assert diagnose(nn.Sequential(nn.Linear(512, 512)), target=HOPPER).notes == ()
+
+
+def test_no_gain_is_foretold_for_tiny_layers():
+    tiny = nn.Sequential(nn.Linear(32, 32))
+    assert "All of these layers are too small to gain" in diagnose(tiny, target=HOPPER).notes[0]
+    assert diagnose(tiny, target=HOPPER, gain=lambda verdict, tokens: 1.2).notes == (), "measured"
+    both = diagnose(nn.Sequential(nn.Linear(32, 32), nn.Linear(512, 512)), target=HOPPER)
+    assert "1 of these 2 layers" in both.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,11 @@ def clock(monkeypatch):
 def test_the_time_left_follows_from_the_work_that_is_done(clock):
     watch, display = SolveWatch(), Display()
     watch.attach(display)
-    with watch.pause(blocks=30, work=3.0):
+    with watch.pause(blocks=30, costs=[1.0, 1.0, 1.0]):
         watch.block(3, "layers.2")
         clock.work(1.0, "layers.2.mlp")
         clock.work(3.0)
-        watch.solved(1.0)
+        watch.solved()
         watch.block(4, "layers.3")
         clock.work(1.0, "layers.3.attn")
     first, *_, last = display.shown
@@ -52,16 +52,33 @@ def test_the_time_left_follows_from_the_work_that_is_done(clock):
     assert last == SolveState(4, 30, "layers.3.attn", 5.0, 7.0)  # 4 s a unit: two units, of which one second is done
     assert str(last) == "block 4 of 30 (layers.3.attn), 7 s left"
     assert display.ends == [last]
-    with watch.pause(blocks=30, work=2.0):  # the first pause tells how long it takes
+    with watch.pause(blocks=30, costs=[1.0, 1.0]):  # the first pause tells how long it takes
         watch.block(5, "layers.4")
         clock.work(2.0)
     assert display.shown[-1] == SolveState(5, 30, "layers.4", 2.0, 6.0)
 
 
+def test_nothing_is_foretold_from_blocks_of_another_size(clock):
+    watch, display = SolveWatch(), Display()
+    watch.attach(display)
+    with watch.pause(blocks=3, costs=[1.0, 25.0, 20.0]):
+        watch.block(1, "conv")
+        clock.work(2.0)
+        watch.solved()
+        watch.block(2, "linear.0")
+        clock.work(1.0)
+        assert display.shown[-1].seconds_left is None  # 48 s by the first block; it takes 5
+        clock.work(4.0)
+        watch.solved()
+        watch.block(3, "linear.1")
+        clock.work(1.0)
+    assert display.shown[-1].seconds_left == 3.0
+
+
 def test_a_short_pause_is_not_shown(clock):
     watch, display = SolveWatch(), Display()
     watch.attach(display)
-    with watch.pause(blocks=1, work=1.0):
+    with watch.pause(blocks=1, costs=[1.0]):
         watch.block(1, "layer")
         clock.work(0.9)
     assert display.shown == display.ends == []
@@ -76,7 +93,7 @@ def test_what_was_at_work_when_it_was_stopped(clock):
     watch.attach(None, stop)
 
     def solve():
-        with watch.pause(blocks=8, work=1.0):
+        with watch.pause(blocks=8, costs=[1.0]):
             watch.block(2, "layers.1")
             for _ in range(5):
                 clock.work(1.0, "layers.1.mlp")

@@ -27,6 +27,7 @@ class SparsityMonitorTrainerCallback(TrainerCallback):
     """:class:`~prox24_lightning.SparsityMonitor` for ``transformers.Trainer``: scalars, a figure, a closing table.
 
     It logs through the trainer, so it takes it: ``trainer.add_callback(SparsityMonitorTrainerCallback(trainer))``.
+    The scalars go to the trainer's loggers and ``log_history``; the console shows phases and the closing table.
     It monitors the weights of every ``Prox24TrainerCallback`` of the trainer; without one, all weights that could be
     2:4, with one warning if they are 2:4 and nothing keeps them so. The history goes into the checkpoint folders. What
     fails in it is named in one warning, and the run continues.
@@ -178,7 +179,7 @@ class SparsityMonitorTrainerCallback(TrainerCallback):
                     values.update(entry.scalars(prefix, f"{self.name}_layers/" if self.per_layer else None))
         if values:
             with self._output.guarded("logging"):
-                log_scalars(self._trainer, values)
+                log_scalars(self._trainer, values, console=False)
 
     def _enter_phases(self, state: TrainerState) -> bool:
         entered = [entry.enters_phase(state.global_step) for entry in self._monitored]

@@ -158,8 +158,7 @@ class Prox24TrainerCallback(TrainerCallback):
         engine = controller.prepare(kwargs["model"], optimizers, state.max_steps, {})
         engine.on_frozen.append(lambda: _forget_best(state))
         if self.config.verbose and state.is_world_process_zero:
-            steps = f"from step {controller.start_step} to step {controller.freeze_step}"
-            print_selection(controller.selection, f"{self.config.name}: 2:4 {steps}")
+            print_selection(controller.selection, self.config.headline(controller.start_step, controller.freeze_step))
         self._shown_phase = None
         self._files = CheckpointState(args.output_dir or ".", self.config.name, controller.weights)
         loaded = self._files.read(state.global_step, self.resume_from) if state.global_step else {}

@@ -272,11 +272,11 @@ class Progressive(Strategy):
         masks: Masks = {}
         every = self._require().blocks
         done, watch = sum(not self._waits(block) for block in every), self.watch
-        with watch.pause(len(every), sum(map(_work, blocks))), undone_on_error(_parameters(blocks)) as saved:
+        with watch.pause(len(every), [_cost(block) for block in blocks]), undone_on_error(_parameters(blocks)) as saved:
             try:
                 watch.block(done + 1, blocks[0].name)
                 for number, (block, found) in enumerate(self._require().solve(blocks), start=1):
-                    watch.solved(_work(block))
+                    watch.solved()
                     if number < len(blocks):
                         watch.block(done + number + 1, blocks[number].name)
                     for weight in block.weights:
@@ -331,7 +331,7 @@ class Progressive(Strategy):
             self._loaded = state["calibration"]
 
 
-def _work(block: Block) -> float:
+def _cost(block: Block) -> float:
     """Return what solving a block costs, in a unit of its own: the products of its weights with their Hessians."""
     return sum(weight.parameter.numel() ** 2 / weight.parameter.shape[0] for weight in block.weights)
 
