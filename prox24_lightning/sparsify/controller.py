@@ -384,6 +384,7 @@ class SparsifyController:
                 dense_target=config.dense_target,
                 reconstruction_steps=config.reconstruction_steps,
                 gradient_weighting=config.gradient_weighting,
+                passes=config.passes,
                 calibration=config.calibration,
                 reorder_inputs=config.reorder_inputs,
                 budget=config.budget,
