@@ -36,8 +36,7 @@ from prox24_lightning.weights.sharded import local_part, reshard
 
 log = logging.getLogger(__name__)
 
-BUDGET_TOKENS = 4096
-"""Rows of a layer's input at which its times count for the budget."""
+BUDGET_TOKENS = 4096  # rows of a layer's input at which its times count for the budget
 
 
 class SparsifyController:

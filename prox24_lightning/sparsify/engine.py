@@ -295,7 +295,7 @@ class SparsityEngine:
         if not masks:
             return
         parameters = {weight.name: weight.parameter for weight in self.weights}
-        returning = {
+        returning: dict[Tensor, Tensor] = {
             parameters[name]: mask & ~self.masks[name].to(mask.device)
             for name, mask in masks.items()
             if name in self.masks
