@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.convert_models import build, decoder_layers
 from benchmarks.result_files import RESULTS, write_result
+from prox24_lightning.convert.autotune.kernel_table import KernelTable
 from prox24_lightning.convert.autotune.tune import kernel_tables
 from prox24_lightning.convert.convert import convert_linear, insert_layers
 from prox24_lightning.convert.form_choice import choose_form
@@ -114,7 +115,7 @@ def _models(
     for layer in decoder_layers(first).values():
         layer.weight.normal_(0, 0.02)
     if "dense fp8" in models and device.type == "cuda":
-        insert_layers(models["dense fp8"], ((name, _dense_fp8(layer)) for name, layer in decoder_layers(first).items()))
+        insert_layers(models["dense fp8"], _in_dense_fp8(first, device, counts))
     release_memory()
     return {form: models[form] for form in forms}, "; ".join(counted) or "not converted"
 
@@ -134,11 +135,20 @@ def _packed(
         if choice == "packed":
             yield name, convert_linear(layer, name=name, kernels=table, weights=form)
         elif choice == "dense_fp8":
-            yield name, _dense_fp8(layer)
+            yield name, _dense_fp8(layer, table)
 
 
-def _dense_fp8(layer: nn.Linear) -> DenseFp8Linear:
-    return DenseFp8Linear(round_rows(layer.weight, "fp8_e4m3"), layer.weight.dtype, layer.bias).eval()
+def _in_dense_fp8(model: nn.Module, device: torch.device, counts: Sequence[int]) -> Iterator[tuple[str, nn.Module]]:
+    layers = decoder_layers(model)
+    shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
+    tables = kernel_tables(shapes, torch.bfloat16, token_counts=counts, device=device, form="fp8_e4m3")
+    for name, layer in layers.items():
+        yield name, _dense_fp8(layer, tables[layer.out_features, layer.in_features])
+
+
+def _dense_fp8(layer: nn.Linear, table: KernelTable) -> DenseFp8Linear:
+    rounded = round_rows(layer.weight, "fp8_e4m3")
+    return DenseFp8Linear(rounded, layer.weight.dtype, layer.bias, table.dense_fp8_text).eval()
 
 
 def _decoding(
