@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from distilled_runs import TinyClassifier, distillation
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from new_processes import spawn
 from resumed_runs import STEPS as BATCHES
 from resumed_runs import assert_same, everything
 from tiny_runs import StatefulLoader, quiet_trainer, tiny_loader
@@ -51,26 +52,26 @@ def test_resume(unbroken, tmp_path, step):
     assert weights_checksum(trainer.callbacks[1].teacher) == weights_checksum(AdamClassifier().model)
 
 
-class SaveRank(Callback):
-    def __init__(self, folder):
-        self.folder = folder
+# Every step sees all samples, whoever has which of them.
+EVERYWHERE = {"max_steps": 4, "max_epochs": -1}
 
-    def on_train_end(self, trainer, pl_module):
-        weights = {name: value.detach().clone() for name, value in pl_module.named_parameters()}
-        torch.save(weights, self.folder / f"rank{trainer.global_rank}.pt")
+
+def seeded():
+    torch.manual_seed(0)
+    return TinyClassifier()
+
+
+def fit_on_one_of_two(rank, folder):
+    double = seeded()
+    trainer = quiet_trainer(**EVERYWHERE, devices=2, strategy="ddp", callbacks=[distillation()])
+    trainer.fit(double, tiny_loader(batches=2, batch_size=16))
+    torch.save(double.state_dict(), folder / f"rank{rank}.pt")
 
 
 def test_two_ranks_give_the_run_of_one_with_their_batches_together(tmp_path):
-    single = TinyClassifier()
-    start = {name: value.clone() for name, value in single.state_dict().items()}
-    # Every step sees all samples, whoever has which of them.
-    everywhere = {"max_steps": 4, "max_epochs": -1}
-    quiet_trainer(**everywhere, callbacks=[distillation()]).fit(single, tiny_loader(batches=1, batch_size=32))
-    double = TinyClassifier()
-    double.load_state_dict(start)
-    callbacks = [distillation(), SaveRank(tmp_path)]
-    trainer = quiet_trainer(**everywhere, devices=2, strategy="ddp_spawn", callbacks=callbacks)
-    trainer.fit(double, tiny_loader(batches=2, batch_size=16))
+    single = seeded()
+    quiet_trainer(**EVERYWHERE, callbacks=[distillation()]).fit(single, tiny_loader(batches=1, batch_size=32))
+    spawn(fit_on_one_of_two, tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, value in single.named_parameters():
         assert torch.equal(first[name], second[name]), f"{name} differs between the ranks"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from killed_runs import MOMENTS, kills
+from killed_runs import MOMENTS, kills, main
+from new_processes import in_new_process
 from resumed_runs import FREEZE, SETTINGS, START, assert_same
 
 pytestmark = pytest.mark.slow
@@ -17,9 +14,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).parent.parent / "helpers" / "killed_runs.py"
-    done = subprocess.run([sys.executable, "-W", "ignore", script, folder], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    in_new_process(main, folder)
     return folder
 
 

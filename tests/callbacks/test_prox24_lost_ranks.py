@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import socket
 import time
 import warnings
 from datetime import timedelta
@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from new_processes import START, enter_group, free_port
 from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24
@@ -48,11 +48,7 @@ class Fault(Callback):
 
 
 def work(rank: int, port: int, kind: str, folder: Path) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    enter_group(rank, port)
     prox = Prox24(2, 10, targets=["model.0", "model.2"], verbose=False, masks_file=folder / "masks.safetensors")
     trainer = quiet_trainer(
         max_steps=14,
@@ -76,10 +72,7 @@ def work(rank: int, port: int, kind: str, folder: Path) -> None:
 def left(request, tmp_path_factory):
     """The kind of the fault, and the folder that the two ranks left."""
     folder = tmp_path_factory.mktemp(request.param)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
+    context, port = multiprocessing.get_context(START), free_port()
     ranks = [context.Process(target=work, args=(rank, port, request.param, folder)) for rank in (0, 1)]
     for process in ranks:
         process.start()

@@ -20,8 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from experts import MixtureModel
+from new_processes import spawn
 from parallel_runs import FEATURES, FREEZE, FROZEN, LAYERS, MIDDLE, SOLVES, START, Cases, Decoder, fit, join, read
-from sharded_runs import spawn
 from torch import nn
 
 from prox24_lightning import Distillation, SparsityMonitor

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from resumed_runs import FREEZE, SETTINGS, START, STEPS, assert_same, everything, run
+from new_processes import in_new_process
+from resumed_runs import FREEZE, SETTINGS, START, STEPS, assert_same, everything, run, run_and_save
 from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import Prox24, load_masks
@@ -48,13 +46,7 @@ def test_resume_in_a_new_process(unbroken, tmp_path):
         pytest.skip("the settings with more state are enough here")
     for step in (13, 29):  # while sparsifying, and frozen
         target = tmp_path / f"{step}.pt"
-        code = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent / 'helpers')!r})\n"
-            f"import torch, resumed_runs as t\n"
-            f"r = t.run({setting!r}, {str(tmp_path)!r}, resume={str(folder / f'step={step}.ckpt')!r})\n"
-            f"torch.save(t.everything(*r), {str(target)!r})"
-        )
-        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+        in_new_process(run_and_save, setting, tmp_path, folder / f"step={step}.ckpt", target)
         assert_same(expected, torch.load(target, weights_only=True))
 
 

@@ -9,7 +9,8 @@ import json
 
 import pytest
 import torch
-from sharded_runs import FREEZE, STEPS, fit, gathered, spawn
+from new_processes import spawn
+from sharded_runs import FREEZE, STEPS, fit, gathered
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -1,6 +1,6 @@
-"""Runs that die of ``kill -9`` and are taken up by another process: ``python killed_runs.py FOLDER``.
+"""Runs that die of ``kill -9`` and are taken up by another process.
 
-One process imports everything and forks; each run is a process of its own, and what it knew is gone with it.
+One process forks, and each run is a process of its own: what it knew is gone with it.
 """
 
 from __future__ import annotations
@@ -8,15 +8,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from lightning.pytorch import Callback
-from resumed_runs import FREEZE, SETTINGS, START, STEPS, everything, run
+from resumed_runs import FREEZE, SETTINGS, START, STEPS, run, run_and_save
 
 MOMENTS = ("forward", "backward", "step", "saving")
 
@@ -76,10 +74,10 @@ def in_a_child(work: Callable[[], None]) -> int:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+    """Leave in ``folder`` what each setting's unbroken run ends with, and each killed and resumed run."""
 
     def save(name: str, setting: str, where: str, resume: Path | None = None) -> None:
-        torch.save(everything(*run(setting, folder / where, resume=resume)), folder / name)
+        run_and_save(setting, folder / where, resume, folder / name)
 
     for setting in SETTINGS:
         assert in_a_child(lambda setting=setting: save(f"{setting}.pt", setting, f"unbroken_{setting}")) == 0
@@ -92,7 +90,3 @@ def main(folder: Path) -> None:
             lambda kill=kill, index=index, newest=newest: save(f"{index}.pt", kill.setting, f"resumed_{index}", newest)
         )
         assert resumed == 0, f"{kill} could not be resumed"
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -41,6 +41,11 @@ def run(setting, folder, steps=STEPS, resume=None, more=()):
     return trainer, module
 
 
+def run_and_save(setting, folder, resume, target):
+    """Write :func:`everything` of a run to the file ``target``."""
+    torch.save(everything(*run(setting, folder, resume=resume)), target)
+
+
 def everything(trainer, module):
     """Weights, optimizer state, and all that the callback keeps, in one flat dict."""
     state = {f"weight {name}": value for name, value in module.state_dict().items()}

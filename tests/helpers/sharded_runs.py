@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -23,31 +17,6 @@ from prox24_lightning import Prox24
 from prox24_lightning.weights.sharded import gathered
 
 STEPS, START, FREEZE = 12, 2, 8
-
-
-def spawn(work: Callable[..., None], *arguments, seconds: float = 280) -> None:
-    """Run ``work(rank, *arguments)`` in two processes that find each other as torchrun's would, ``seconds`` at most."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.spawn(_enter, (work, port, arguments), nprocs=2, join=False)
-    end = time.monotonic() + seconds
-    try:
-        while not context.join(timeout=1.0):
-            if time.monotonic() > end:
-                raise TimeoutError(f"the processes have not ended in {seconds} s")
-    finally:
-        for process in context.processes:
-            process.kill()
-
-
-def _enter(rank: int, work: Callable[..., None], port: int, arguments: tuple) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    work(rank, *arguments)
 
 
 class ShardedModule(TinyModule):

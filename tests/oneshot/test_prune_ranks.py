@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from new_processes import spawn
 from tiny_blocks import batches, prune, seeded
 
 from prox24_lightning.oneshot.block_inputs import BlockInputs
@@ -22,9 +21,8 @@ CASES = {
 }
 
 
-def work(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def work(rank, folder):
+    dist.init_process_group("gloo")
     seen = []
     recorded = BlockInputs.recorded
 
@@ -62,10 +60,7 @@ def work(rank, port, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, folder), nprocs=2)
+    spawn(work, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from contextlib import suppress
 
 import pytest
@@ -72,36 +73,40 @@ def prompts():
     return [torch.randint(2, 62, (length,), generator=draw).tolist() for length in (5, 9, 1, 17, 3, 8, 12, 2) * 2]
 
 
-def by_transformers(model, prompt):
-    ids = torch.tensor([prompt])
-    settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+@torch.no_grad()
+def check_greedy(model, asked, answers):
+    """Every token of an answer is the one that ``model`` finds likeliest after the prompt and the tokens before it."""
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert len(answer) == TOKENS
+        likeliest = model(torch.tensor([prompt + answer])).logits[0].argmax(-1).tolist()
+        assert answer == likeliest[len(prompt) - 1 : -1]
 
 
-SERVE = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-folder, eager, asked = sys.argv[1], sys.argv[2] == "eager", json.loads(sys.argv[3])
-llm = LLM(folder, dtype="float32", enforce_eager=eager, max_model_len=128, skip_tokenizer_init=True, seed=0,
-          gpu_memory_utilization=0.3)  # of the memory of the CPU, which others may use
-settings = SamplingParams(temperature=0, max_tokens={tokens}, ignore_eos=True, detokenize=False)
-answers = []
-for batch in asked:
-    found = llm.generate([dict(prompt_token_ids=prompt) for prompt in batch], settings)
-    answers.append([list(one.outputs[0].token_ids) for one in found])
-print("ANSWERS", json.dumps(answers))
-"""
+@pytest.fixture(autouse=True)
+def _engine_in_this_process(monkeypatch):
+    """A process of its own for each engine would load torch and vLLM anew; the server has such."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def served(folder, batches, *, eager=True):
-    """Answers of vLLM in a process of its own; its engine is another process, which finds the plugin by itself."""
-    code = SERVE.replace("{tokens}", str(TOKENS))
-    words = [sys.executable, "-c", code, str(folder), "eager" if eager else "compiled", json.dumps(batches)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=280)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
-    assert lines, (done.stdout + done.stderr)[-3000:]
-    return json.loads(lines[-1].removeprefix("ANSWERS "))
+def served(folder, *batches, eager=True):
+    """Answers of one engine of vLLM to several batches of prompts."""
+    settings = vllm.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    answers = []
+    with warnings.catch_warnings(action="ignore"):  # vLLM's own
+        engine = vllm.LLM(
+            str(folder),
+            dtype="float32",
+            enforce_eager=eager,
+            max_model_len=128,
+            skip_tokenizer_init=True,
+            seed=0,
+            gpu_memory_utilization=0.3,  # of the memory of the CPU, which others may use
+        )
+        for batch in batches:
+            found = engine.generate([{"prompt_token_ids": prompt} for prompt in batch], settings, use_tqdm=False)
+            answers.append([list(one.outputs[0].token_ids) for one in found])
+    return answers
 
 
 @pytest.mark.parametrize(("name", "eager"), [("llama", True), ("qwen2", True), ("qwen3", True), ("llama", False)])
@@ -109,18 +114,17 @@ def test_the_same_tokens_as_transformers(name, eager, tmp_path):
     model = sparse_model(name)
     folder = pack(tmp_path / "packed", model)
     asked = prompts()
-    expected = [by_transformers(model, prompt) for prompt in asked]
-    batches = [asked[:1], asked[:4], asked]
-    for batch, answers in zip(batches, served(folder, batches, eager=eager), strict=True):
-        assert answers == expected[: len(batch)]
-    assert len({tuple(answer) for answer in expected}) > 8, "the prompts lead to different answers"
+    one, four, all_of_them = served(folder, asked[:1], asked[:4], asked, eager=eager)
+    check_greedy(model, asked, all_of_them)
+    assert (one, four) == (all_of_them[:1], all_of_them[:4])
+    assert len({tuple(answer) for answer in all_of_them}) > 8, "the prompts lead to different answers"
 
 
 def test_a_folder_of_8_bits_is_served_as_transformers_loads_it(tmp_path):
     folder = pack(tmp_path / "packed", sparse_model("llama"), weights="fp8_e4m3")
-    model = load_folder(folder, hf.AutoModelForCausalLM)
     asked = prompts()[:4]
-    assert served(folder, [asked]) == [[by_transformers(model, prompt) for prompt in asked]]
+    (answers,) = served(folder, asked)
+    check_greedy(load_folder(folder, hf.AutoModelForCausalLM), asked, answers)
 
 
 @pytest.mark.slow
@@ -143,7 +147,8 @@ def test_groups_that_run_as_one_layer_are_dense_as_a_whole(tmp_path):
     assert "model.layers.1.mlp.gate_proj.weight" in packable.dims
     folder = pack(tmp_path / "packed", model)
     asked = prompts()[:2]
-    assert served(folder, [asked]) == [[by_transformers(model, prompt) for prompt in asked]]
+    (answers,) = served(folder, asked)
+    check_greedy(model, asked, answers)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +183,15 @@ def test_a_group_that_is_packed_in_part_is_refused():
 
 
 def test_the_server_answers(tmp_path):
+    """Server and engine are two processes, which find the plugin by themselves."""
     model = sparse_model("llama")
     folder, port = pack(tmp_path / "packed", model), free_port()
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     prompt = prompts()[0]
-    expected = tokenizer.decode(by_transformers(model, prompt))
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, len(prompt) :]
     # The module behind `vllm serve`: the command itself asks for the version of a package named vllm, which the CPU
     # build is not.
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
@@ -203,7 +211,7 @@ def test_the_server_answers(tmp_path):
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-    assert answer["choices"][0]["text"].split() == expected.split()
+    assert answer["choices"][0]["text"].split() == tokenizer.decode(expected).split()
 
 
 def free_port():

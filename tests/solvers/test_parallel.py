@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_runs import spawn
+from new_processes import spawn
 
 from prox24_lightning.calibration.experts.hessians import ExpertHessians
 from prox24_lightning.mask import is_24

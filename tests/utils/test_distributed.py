@@ -7,7 +7,7 @@ import errno
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_runs import spawn
+from new_processes import spawn
 
 from prox24_lightning.utils.distributed import any_rank, check_same, from_first, mean_over_ranks, on_first, stacked
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from new_processes import spawn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 
@@ -316,21 +317,15 @@ def test_wrong_arguments(arguments, message):
         ConvertAndBenchmark(**arguments)
 
 
-class SaveRank(Callback):
-    """Writes which ranks reported: with spawned processes nothing else comes back."""
-
-    def __init__(self, folder, final):
-        self.folder, self.final = folder, final
-
-    def on_fit_end(self, trainer, pl_module):
-        (self.folder / f"rank{trainer.global_rank}").write_text(str(self.final.report is not None))
+def fit_on_one_of_two(rank, folder):
+    final = ConvertAndBenchmark(dirpath=folder / "out", verbose=False)
+    trainer = quiet_trainer(devices=2, strategy="ddp", max_steps=2, callbacks=[prox(freeze=1), final])
+    trainer.fit(TinyModule(), tiny_loader())
+    (folder / f"rank{rank}").write_text(str(final.report is not None))
 
 
 def test_on_two_ranks_the_first_one_reports(tmp_path):
-    final = ConvertAndBenchmark(dirpath=tmp_path / "out", verbose=False)
-    callbacks = [prox(freeze=1), final, SaveRank(tmp_path, final)]
-    trainer = quiet_trainer(devices=2, strategy="ddp_spawn", max_steps=2, callbacks=callbacks)
-    trainer.fit(TinyModule(), tiny_loader())
+    spawn(fit_on_one_of_two, tmp_path)
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["True", "False"]
     assert (tmp_path / "out" / "benchmark.json").exists()
 
