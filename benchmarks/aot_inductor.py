@@ -2,8 +2,8 @@
 
     python -m benchmarks.aot_inductor --model 1B
 
-Each form has a process of its own, a time limit, and a line for every stage that ends; where the limit ends it, the
-stack says what it was doing.
+Each form has a process of its own beside the other's, a time limit, and a line for every stage that ends; where the
+limit ends it, the stack says what it was doing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jsonargparse import auto_cli
@@ -72,7 +72,8 @@ def main(
         faulthandler.dump_traceback_later(limit, exit=True)
         compile_block(model, tokens, form, torch.device(device))
         return
-    rows = [_row(each, model, tokens, limit, device) for each in ("dense", "converted")]
+    children = {each: _child(each, model, tokens, limit, device) for each in get_args(Form)}
+    rows = [_row(each, child, limit) for each, child in children.items()]
     note = (
         f"One decoder block of a LLaMA-shaped {model}, random 2:4 weights, bfloat16, {tokens} tokens, by torch.export "
         "and torch._inductor.aoti_compile_and_package. Seconds of each stage; error: of the outputs, relative to the "
@@ -119,19 +120,24 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _row(form: Form, model: str, tokens: int, limit: int, device: str) -> dict[str, Any]:
+def _child(form: Form, model: str, tokens: int, limit: int, device: str) -> subprocess.Popen[str]:
+    """Start the process that compiles one form; the other compiles beside it, mostly on another core."""
     arguments = {"model": model, "tokens": tokens, "limit": limit, "form": form, "device": device}
     command = [sys.executable, "-m", "benchmarks.aot_inductor", *(f"--{k}={v}" for k, v in arguments.items())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    stages = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.startswith(_STAGES)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _row(form: Form, child: subprocess.Popen[str], limit: int) -> dict[str, Any]:
+    out, errors = child.communicate()
+    stages = {line.split()[0]: line.split()[1] for line in out.splitlines() if line.startswith(_STAGES)}
     problem = ""
-    if done.returncode:
-        print(done.stdout, done.stderr[-8000:], sep="\n", flush=True)
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    if child.returncode:
+        print(out, errors[-8000:], sep="\n", flush=True)
+        lines = [line.strip() for line in errors.splitlines() if line.strip()]
         frames = [line for line in lines if line.startswith("File ")]
         late = f"not done within {limit} s, in {frames[0] if frames else 'native code'}"
         why = late if any(line.startswith("Timeout") for line in lines) else (lines or ["no message"])[-1]
-        problem = f"exit code {done.returncode}: {why}"
+        problem = f"exit code {child.returncode}: {why}"
     return {"block": form, **{stage: stages.get(stage, "") for stage in _STAGES}, "problem": problem}
 
 

@@ -30,6 +30,7 @@ from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.files import check_folder
 from prox24_lightning.utils.module_copy import cast_model, frozen_copy
+from prox24_lightning.utils.names import counted
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.rounding import WeightForm
@@ -272,7 +273,7 @@ class ConvertAndBenchmark(Callback):
             companions=companions,
             weights=self.settings.form,
         )
-        rank_zero_info(f"ConvertAndBenchmark: wrote {len(written.packed)} packed weights to {self.save_to}")
+        rank_zero_info(f"ConvertAndBenchmark: wrote {counted(len(written.packed), 'packed weight')} to {self.save_to}")
 
     def _log(self, trainer: Trainer, report: Report) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,7 +14,7 @@ from torch import nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.cli.generation_rows import GenerateCalls, with_generation
-from prox24_lightning.cli.weight_forms import Weights, storage
+from prox24_lightning.cli.layer_dtype import LayerDtype, layer_dtype
 from prox24_lightning.convert.benchmark.example_inputs import model_inputs, own_example
 from prox24_lightning.convert.benchmark.language_report import Workload
 from prox24_lightning.convert.benchmark.render import print_report, write_report
@@ -30,22 +30,23 @@ from prox24_lightning.io.texts import PlainText, PythonTopics, TextSource, perpl
 from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.files import check_output, replacing
+from prox24_lightning.weights.rounding import RoundedForm
 
 TOKEN_COUNTS = (1, 16, 64, 1024, 4096)
 
 
 def bench(
     model: str,
-    out: Path = Path("runs/bench"),
+    output: Path | None = None,
     overwrite: bool = False,
     package: bool = False,
     file: str | None = None,
     head: Head = "auto",
-    weights: Weights = "auto",
+    weights: RoundedForm | None = None,
+    dtype: LayerDtype = "auto",
     revision: str | None = None,
     download: bool = False,
     run_config: Path | None = None,
-    dtype: Literal["bfloat16", "float16"] = "bfloat16",
     token_counts: list[int] | None = None,
     prefill: int = 1024,
     context: int = 512,
@@ -64,25 +65,26 @@ def bench(
 
     Every layer that can run sparse is timed at the token counts. A language model is then timed as a whole: prefill of
     one prompt and decoding at each batch size, in eager mode and replayed from CUDA graphs; whole calls of generate();
-    peak memory, the share of the chip's measured limits, the error of the logits and the perplexity. Written:
-    bench.json, bench.md, and for a language model bench.png.
+    peak memory, the share of the chip's measured limits, the error of the logits and the perplexity. With --output it
+    writes bench.json, bench.md, and for a language model bench.png.
 
     Exit code 0: measured. 2: an error; no GPU, and a model with nothing to convert, are errors.
 
     Args:
         model: Hugging Face name or folder, packed folder or file, checkpoint (.ckpt, .pt, .safetensors), or config
             (.yaml).
-        out: folder for the results.
+        output: folder for the results; null writes no file.
         overwrite: write into a folder that holds files already.
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: auto class of transformers that loads a Hugging Face model; auto takes the class that its config names.
-        weights: fp8_e4m3 or int8 time layers that are rounded to 8 bits, with dense float8 and 16 bits beside them; a
-            dtype casts the model on loading; auto is the model's own.
+        weights: fp8_e4m3 or int8 time layers that are rounded to 8 bits, with dense float8 and 16 bits beside them;
+            null times 16 bits alone.
+        dtype: in which the model is loaded, and its layers run; auto is the model's own, bfloat16 for a model in
+            another dtype than these.
         revision: branch, tag or commit of a model of the hub; null is the main branch.
         download: fetch a model of the hub that is not in its cache; false opens no connection.
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
-        dtype: of dense and sparse layers.
         token_counts: rows of input at which layers are timed, and at none of which a converted one may be slower; null:
             those of the workloads (batches and prefill), without a language model 1, 16, 64, 1024, 4096.
         prefill: tokens of the prompt.
@@ -102,15 +104,13 @@ def bench(
             fastest form within it.
     """
     with errors_as_exit("bench"):
-        form, stored = storage(weights)
         settings = Settings(
             token_counts=tuple(token_counts or TOKEN_COUNTS),
-            dtype=getattr(torch, dtype),
             only_if_faster=not convert_all,
             run_mode=run_mode,
             keep_dense=keep_dense,
             rounds=rounds,
-            weights=form,
+            weights=weights,
             max_error=max_error,
         )
         workloads = [Workload("prefill", 1, prefill), *(Workload("decode", n, context) for n in batches or (1, 8))]
@@ -119,7 +119,8 @@ def bench(
             or min(sequences, generate) < 0
         ):
             raise ValueError("prefill, context, batches and length must be 1 or more, sequences and generate 0 or more")
-        check_output(out, overwrite=overwrite)
+        if output is not None:
+            check_output(output, overwrite=overwrite)
         target = find_target()
         if target is None:
             raise ValueError(
@@ -134,11 +135,12 @@ def bench(
             package=package,
             file=file,
             head=head,
-            dtype=stored,
+            dtype=dtype,
             revision=revision,
             download=download,
             config=run_config,
         )
+        settings = replace(settings, dtype=layer_dtype(source.model, dtype))
         if token_counts is None and _is_language_model(source):
             settings = replace(settings, token_counts=tuple(sorted({workload.tokens for workload in workloads})))
         console = Console()
@@ -153,14 +155,14 @@ def bench(
             report = _with_language(report, source.model, names, workloads, settings, score, about)
             if generate:
                 calls = GenerateCalls.of(batches or (1, 8), context, generate, rounds)
-                report = with_generation(report, source, names, settings, calls, out)
+                report = with_generation(report, source, names, settings, calls)
         elif _is_language_model(source):
             report = report.with_note(
                 "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is. If it is "
                 "used at some of them only, name those (--token_counts); --keep_dense true lets cuBLAS take the others."
             )
         print_report(report, console)
-        for path in _write(report, out):
+        for path in _write(report, output) if output is not None else ():
             console.print(str(path), markup=False, highlight=False)
         if names:
             console.print(f"next: prox24 convert {model} OUT writes it packed", markup=False, highlight=False)

@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
-from prox24_lightning.cli.weight_forms import Weights, storage
 from prox24_lightning.convert.packed_model import find_packable
 from prox24_lightning.io.own_text import OwnText
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
@@ -21,7 +20,7 @@ from prox24_lightning.io.texts import TextSource, token_sequences
 from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, check_output, filling
-from prox24_lightning.utils.names import collapse_names
+from prox24_lightning.utils.names import collapse_names, counted
 from prox24_lightning.weights.rounding import RoundedForm
 
 
@@ -33,7 +32,7 @@ def convert(
     package: bool = False,
     file: str | None = None,
     head: Head = "auto",
-    weights: Weights = "auto",
+    weights: RoundedForm | None = None,
     dtype: Dtype = "auto",
     revision: str | None = None,
     download: bool = False,
@@ -62,9 +61,9 @@ def convert(
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: auto class of transformers that loads a Hugging Face model; auto takes the class that its config names.
-        weights: how the packed weights are stored: fp8_e4m3 or int8 round them to 8 bits with a scale a row, a dtype
-            (bf16, fp16 for short) casts the model; auto is the model's own dtype.
-        dtype: with rounded weights: cast the model to it, whose dtype the weights expand to; auto is the model's own.
+        weights: how the packed weights are stored: fp8_e4m3 or int8 round them to 8 bits with a scale a row; null keeps
+            them in the model's dtype.
+        dtype: in which the model is loaded, and to which rounded weights expand; auto is the model's own.
         revision: branch, tag or commit of a model of the hub; null is the main branch.
         download: fetch a model of the hub that is not in its cache; false opens no connection.
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
@@ -84,10 +83,9 @@ def convert(
         if form == "packed":
             refuse_dense(out)
         check_output(out, overwrite=overwrite)
-        rounded, stored = storage(weights, dtype)
-        if rounded and form == "dense":
+        if weights and form == "dense":
             raise ValueError(f"--weights {weights} rounds packed weights, and --form dense packs none: leave one out")
-        if (text or data) and not rounded:
+        if (text or data) and not weights:
             raise ValueError("--text and --data are for rounded weights: name --weights fp8_e4m3 or int8")
         if text and data:
             raise ValueError("both data and text are given: name one source of text")
@@ -98,7 +96,7 @@ def convert(
             package=package,
             file=file,
             head=head,
-            dtype=stored,
+            dtype=dtype,
             revision=revision,
             download=download,
             config=run_config,
@@ -106,7 +104,7 @@ def convert(
         if form == "dense":
             write_dense(out, source)
             console.print(
-                f"wrote {source.description}, dense with zeros, to {out}",
+                f"wrote {model}, dense with zeros, to {out}",
                 f"next: prox24 doctor {out if source.pretrained else out / 'model.safetensors'}",
                 sep="\n",
                 markup=False,
@@ -116,16 +114,17 @@ def convert(
         packable = find_packable(source.model, targets=targets, skip=skip)
         if not packable.dims:
             raise ValueError(f"no weight of {model} is 2:4, so nothing would be packed: {_reasons(packable.dense)}")
-        if data is not None and rounded:
+        if data is not None and weights:
             ids = _calibration_tokens(source, data, sequences, length)
             names = [name for name in packable.dims if source.model.get_parameter(name).dim() == 2]
-            _round(source.model, names, rounded, ids.split(batch_size), device)
+            _round(source.model, names, weights, ids.split(batch_size), device)
         written = save_folder(
-            out, source.model, packable, source=source.description, companions=source.companions, weights=rounded
+            out, source.model, packable, source=source.description, companions=source.companions, weights=weights
         )
+        rounded = f"rounded to {weights}, " if weights else ""
         console.print(
-            f"{len(written.packed)} weights {f'rounded to {rounded}, ' if rounded else ''}packed and read back equal; "
-            f"{len(packable.dense)} weights stored dense. {_reasons(packable.dense)}",
+            f"{counted(len(written.packed), 'weight')} {rounded}packed and read back equal; "
+            f"{counted(len(packable.dense), 'weight')} stored dense. {_reasons(packable.dense)}",
             f"tensors: {written.dense_bytes:,} bytes dense, {written.stored_bytes:,} bytes packed "
             f"({written.stored_bytes / written.dense_bytes:.4f}); in {out / written.path.name}",
             f"next: prox24 bench {out if source.pretrained else out / written.path.name} on a GPU; {out / 'README.md'} "

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.cli.layer_dtype import LayerDtype, layer_dtype
 from prox24_lightning.convert.autotune.disk_cache import Machine
 from prox24_lightning.convert.benchmark.recommend import DENSE_FP8, packed_name
 from prox24_lightning.convert.benchmark.render import STATES
@@ -20,7 +20,7 @@ from prox24_lightning.convert.form_choice import form_problem
 from prox24_lightning.convert.measured_gain import measured_fp8_gain, measured_gain
 from prox24_lightning.convert.sections import Section, grouped, print_tables
 from prox24_lightning.io.packed_folder import is_packed_folder
-from prox24_lightning.io.pretrained import Dtype, Head, is_causal_lm
+from prox24_lightning.io.pretrained import Head, is_causal_lm
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.files import check_folder, write_text
@@ -32,11 +32,10 @@ def doctor(
     package: bool = False,
     file: str | None = None,
     head: Head = "auto",
-    weights: Dtype = "auto",
+    dtype: LayerDtype = "auto",
     revision: str | None = None,
     download: bool = False,
     run_config: Path | None = None,
-    dtype: Literal["bfloat16", "float16"] = "bfloat16",
     token_counts: list[int] | None = None,
     json: str | None = None,
 ) -> None:
@@ -51,11 +50,11 @@ def doctor(
         package: the model lies inside the installed package of that name.
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: auto class of transformers that loads a Hugging Face model; auto takes the class that its config names.
-        weights: dtype of loading; auto is the model's own.
+        dtype: in which the model is loaded, and its layers run; auto is the model's own, bfloat16 for a model in
+            another dtype than these.
         revision: branch, tag or commit of a model of the hub; null is the main branch.
         download: fetch a model of the hub that is not in its cache; false opens no connection.
         run_config: config of the run that wrote a checkpoint, to make its module; null reads the weights alone.
-        dtype: of the layers.
         token_counts: rows of a layer's input at which gains are given; null: 1, 16, 64, 1024, 4096.
         json: file for the diagnosis as JSON; - prints it, and the table to stderr.
     """
@@ -70,19 +69,19 @@ def doctor(
             package=package,
             file=file,
             head=head,
-            dtype=weights,
+            dtype=dtype,
             revision=revision,
             download=download,
             config=run_config,
         )
-        target = find_target()
+        target, kind = find_target(), layer_dtype(source.model, dtype)
         found = diagnose(
             source.model,
-            dtype=getattr(torch, dtype),
+            dtype=kind,
             target=target,
             token_counts=counts,
-            gain=_known_gain(target, getattr(torch, dtype)),
-            form_gains=_known_form_gains(target, getattr(torch, dtype)),
+            gain=_known_gain(target, kind),
+            form_gains=_known_form_gains(target, kind),
             machine={"model": source.description, **describe_environment()},
         )
         console = Console(stderr=json == "-")

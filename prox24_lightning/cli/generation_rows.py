@@ -39,7 +39,7 @@ class GenerateCalls:
 
 
 def with_generation(
-    report: Report, source: Source, names: tuple[str, ...], settings: Settings, calls: GenerateCalls, out: Path
+    report: Report, source: Source, names: tuple[str, ...], settings: Settings, calls: GenerateCalls
 ) -> Report:
     """Return the report with the rows of ``generate``.
 
@@ -48,15 +48,14 @@ def with_generation(
         source: the model, on the CPU.
         names: the layers that are converted.
         settings: dtype, and whether dense weights are kept.
-        calls: what is generated.
-        out: folder in which the model lies for vLLM while it is timed.
+        calls: what is generated. vLLM reads the model from a temporary folder (``TMPDIR``).
     """
     if report.language is None:
         return report
     rows = [*_transformers(source, names, report.dense_fp8_names, settings, calls)]
     if is_installed():
         release_memory()
-        rows += _vllm(source, settings, calls, out)
+        rows += _vllm(source, settings, calls)
     else:
         report = report.with_note("vLLM is not installed here, so it was not timed.")
     for note in generation_notes(rows):
@@ -86,12 +85,11 @@ def _transformers(
     return time_generation(models, calls.batches, calls.prompt, calls.new, rounds=calls.rounds)
 
 
-def _vllm(source: Source, settings: Settings, calls: GenerateCalls, out: Path) -> tuple[Generation, ...]:
+def _vllm(source: Source, settings: Settings, calls: GenerateCalls) -> tuple[Generation, ...]:
     vocabulary = source.model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     dtype = str(settings.dtype).removeprefix("torch.")
     serving = Serving(dtype, calls.batches, calls.prompt, calls.new, calls.rounds, vocabulary)
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", suffix=".partial", dir=out) as folder:
+    with TemporaryDirectory(prefix="prox24_bench_") as folder:
         dense, packed = Path(folder, "dense"), Path(folder, "packed")
         write_dense(dense, source)
         save_folder(

@@ -63,7 +63,7 @@ def prune(
     Exit code 0: pruned and saved. 2: an error.
 
     Args:
-        model: which model, and how to load it.
+        model: which model, and how to load it; the word MODEL is its name.
         text: calibration text: a UTF-8 file (documents end at empty lines), a folder of text files, a .jsonl file with
             a field "text", or a data set of the hub (owner/name or owner/name:configuration, with --download).
         eval_text: the same for the perplexity; null holds a fifth of the documents of the calibration text out.

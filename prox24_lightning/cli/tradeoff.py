@@ -58,7 +58,7 @@ def tradeoff(
     Exit code 0: done. 2: an error.
 
     Args:
-        model: which model, and how to load it.
+        model: which model, and how to load it; the word MODEL is its name.
         text: calibration text, see `prox24 prune --help`.
         eval_text: held-out text; null holds a fifth of the documents of the calibration text out.
         data: class of a source of both texts, in place of text and eval_text.

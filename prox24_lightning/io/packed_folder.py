@@ -18,6 +18,7 @@ from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILE, PACKED_FILES, PACKED_INDEX, filling, write_text
 from prox24_lightning.utils.markdown import markdown_table
 from prox24_lightning.utils.module_copy import cast_model
+from prox24_lightning.utils.names import counted
 from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.rounding import LARGEST, RoundedForm
 
@@ -246,8 +247,8 @@ def _rounding(entries: Iterable[PackedEntry]) -> str:
     if not forms:
         return ""
     return (
-        f". {len(forms)} of them are rounded to {forms[0]} (up to {LARGEST[forms[0]]:.0f}) with a float32 scale for "
-        "each row (`NAME.scales`); a weight is value times scale"
+        f". {len(forms)} of them {'is' if len(forms) == 1 else 'are'} rounded to {forms[0]} (up to "
+        f"{LARGEST[forms[0]]:.0f}) with a float32 scale for each row (`NAME.scales`); a weight is value times scale"
     )
 
 
@@ -261,8 +262,8 @@ def _card(file: PackedModel, *, hugging_face: bool) -> str:
         "",
         f"# {info['model']}, 2:4 sparse, packed",
         "",
-        f"From {info['source']}. `{file.path.name}` holds {len(file.packed)} weights as two values and two 2-bit "
-        "positions for every four entries (tensors `NAME.values` and `NAME.indices`), the others as they are"
+        f"From {info['source']}. `{file.path.name}` holds {counted(len(file.packed), 'weight')} as two values and two "
+        "2-bit positions for every four entries (tensors `NAME.values` and `NAME.indices`), the others as they are"
         f"{_rounding(file.packed.values())}: "
         f"{file.stored_bytes:,} bytes instead of {file.dense_bytes:,} ({file.stored_bytes / file.dense_bytes:.4f}).",
         "",

@@ -10,6 +10,7 @@ from prox24_lightning.mask import MASKS_FILE, StoredMask, hash_weight, write_mas
 from prox24_lightning.oneshot.pruning_report import LayerwiseReport
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, filling, write_text
 from prox24_lightning.utils.markdown import markdown_table
+from prox24_lightning.utils.names import counted
 from prox24_lightning.weights.names import clean_name
 
 
@@ -79,8 +80,8 @@ def _card(model: Any, report: LayerwiseReport, protocol: Mapping[str, Any]) -> s
         "",
         f"# {type(model).__name__}, 2:4 sparse",
         "",
-        f"{len(report.masks)} weights ({sparse:,} of {whole:,} parameters) have at most two non-zeros in every four "
-        f"consecutive entries along the {side}.",
+        f"In {counted(len(report.masks), 'weight')} ({sparse:,} of {whole:,} parameters) at most two of every four "
+        f"consecutive entries along the {side} are not zero.",
         "Pruned layer by layer without training (arXiv 2501.18015). Weights are stored dense, with zeros; "
         f"`{MASKS_FILE}` holds the masks at one bit a weight. In this folder:",
         "",

@@ -1,4 +1,4 @@
-"""Short forms of module and parameter names, for tables and messages."""
+"""Short forms of module and parameter names, and counts of them, for tables and messages."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def collapse_names(names: Iterable[str]) -> str:
     shown = [f"{pattern} x {count}" if count > 1 else pattern for pattern, count in list(counts.items())[:MAX_PATTERNS]]
     more = f" and {len(counts) - MAX_PATTERNS} more" if len(counts) > MAX_PATTERNS else ""
     return ", ".join(shown) + more
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number and its noun: ``1 weight``, ``12 weights``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def shorten(name: str, width: int) -> str:

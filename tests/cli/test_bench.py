@@ -12,6 +12,7 @@ import transformers as hf
 
 from prox24_lightning.cli import bench as command
 from prox24_lightning.cli import generation_rows
+from prox24_lightning.cli.layer_dtype import layer_dtype
 from prox24_lightning.convert import Target, check_model
 from prox24_lightning.convert.benchmark import run
 from prox24_lightning.convert.benchmark.chip_limits import Limits
@@ -49,7 +50,7 @@ def test_what_cannot_be_measured_is_refused(
     for module in (command, run):
         monkeypatch.setattr(module, "find_target", lambda device=None: target)
     folder = {"sparse": sparse_folder, "dense": dense_folder}[model]
-    code, _, err = prox24("bench", folder, "--out", tmp_path / "out", *words)
+    code, _, err = prox24("bench", folder, "--output", tmp_path / "out", *words)
     assert code == 2
     assert re.search(message, err), err
     assert not (tmp_path / "out").exists()
@@ -57,7 +58,7 @@ def test_what_cannot_be_measured_is_refused(
 
 def test_an_out_that_cannot_be_written_is_refused_first(prox24, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    code, _, err = prox24("bench", "nowhere", "--out", tmp_path / "file")
+    code, _, err = prox24("bench", "nowhere", "--output", tmp_path / "file")
     assert code == 2
     assert err.startswith(f"prox24 bench: {tmp_path / 'file'} cannot be a folder, because")
 
@@ -116,11 +117,13 @@ def pretended(monkeypatch):
 QUICK = ("--sequences", 2, "--length", 8, "--generate", 0)
 
 
-@pytest.mark.parametrize(("weights", "form"), [("fp8_e4m3", "fp8_e4m3"), ("int8", "int8"), ("bf16", None)])
-def test_a_form_of_8_bits_reaches_every_part(prox24, pretended, sparse_folder, tmp_path, weights, form):
+@pytest.mark.parametrize(("weights", "form"), [("fp8_e4m3", "fp8_e4m3"), ("int8", "int8"), ("null", None)])
+def test_a_form_of_8_bits_reaches_every_part(prox24, pretended, sparse_folder, tmp_path, monkeypatch, weights, form):
+    monkeypatch.chdir(tmp_path)
     words = ("--weights", weights, "--max_error", 0.1, "--sequences", 0, "--generate", 4, "--rounds", 2)
-    code, *_ = prox24("bench", sparse_folder, "--out", tmp_path / "out", *words)
-    assert code == 0
+    for _ in range(2):  # writes no file, so nothing is in the way of the second
+        assert prox24("bench", sparse_folder, *words)[0] == 0
+    assert not list(tmp_path.iterdir())
     assert (pretended["settings"].weights, pretended["settings"].max_error) == (form, 0.1)
     assert pretended["weights"] == form
 
@@ -137,7 +140,7 @@ def test_whole_calls_of_generate(prox24, pretended, sparse_folder, tmp_path, mon
     monkeypatch.setattr(generation_rows, "is_installed", lambda: True)
     monkeypatch.setattr(generation_rows, "time_vllm", time_vllm)
     out = tmp_path / "out"
-    words = ("--out", out, "--batches", "[1, 2]", "--context", 8, "--generate", 4, "--rounds", 2, "--sequences", 0)
+    words = ("--output", out, "--batches", "[1, 2]", "--context", 8, "--generate", 4, "--rounds", 2, "--sequences", 0)
     code, *_ = prox24("bench", sparse_folder, *words)
     assert code == 0
     assert pretended["generated"] == pretended["names"]
@@ -157,7 +160,7 @@ def test_whole_calls_of_generate(prox24, pretended, sparse_folder, tmp_path, mon
 
 def test_generate_without_room_for_both_forms_is_a_note(prox24, pretended, sparse_folder, tmp_path):
     pretended["no room"] = True
-    code, printed, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", "--sequences", 0)
+    code, printed, _ = prox24("bench", sparse_folder, "--output", tmp_path / "out", "--sequences", 0)
     assert code == 0
     flat = " ".join(printed.split())
     assert "batch 8, not timed: both forms do not fit into memory together (OutOfMemoryError: CUDA out" in flat
@@ -166,7 +169,7 @@ def test_generate_without_room_for_both_forms_is_a_note(prox24, pretended, spars
 
 def test_a_language_model_gives_tables_json_and_a_plot(prox24, pretended, sparse_folder, tmp_path):
     out = tmp_path / "out"
-    words = ("--out", out, "--prefill", 16, "--context", 8, "--batches", "[1, 4]", "--token_counts", "[2]")
+    words = ("--output", out, "--prefill", 16, "--context", 8, "--batches", "[1, 4]", "--token_counts", "[2]")
     code, printed, _ = prox24("bench", sparse_folder, *words, *QUICK)
     assert code == 0
     assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.md", "bench.png"]
@@ -190,7 +193,7 @@ def test_a_language_model_gives_tables_json_and_a_plot(prox24, pretended, sparse
 
 def test_perplexity_is_taken_on_a_text_of_the_users(prox24, pretended, sparse_folder, tmp_path):
     (tmp_path / "own.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 w15 w16 w17")
-    code, *_ = prox24("bench", sparse_folder, "--out", tmp_path / "out", "--text", tmp_path / "own.txt", *QUICK)
+    code, *_ = prox24("bench", sparse_folder, "--output", tmp_path / "out", "--text", tmp_path / "own.txt", *QUICK)
     assert code == 0
     assert pretended["text"] == "own.txt, 2 x 8 tokens"
 
@@ -204,7 +207,7 @@ def test_perplexity_is_taken_on_a_text_of_the_users(prox24, pretended, sparse_fo
 )
 def test_a_language_model_that_fails_keeps_the_layers_table(prox24, pretended, sparse_folder, tmp_path, error, words):
     pretended["fails"] = error
-    code, printed, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", "--sequences", 0)
+    code, printed, _ = prox24("bench", sparse_folder, "--output", tmp_path / "out", "--sequences", 0)
     assert code == 0
     assert f"Language model not timed: {words}" in " ".join(printed.split())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md"]
@@ -213,7 +216,7 @@ def test_a_language_model_that_fails_keeps_the_layers_table(prox24, pretended, s
 
 def test_where_nothing_wins_it_says_so(prox24, pretended, sparse_folder, tmp_path):
     pretended["wins"] = False
-    code, printed, _ = prox24("bench", sparse_folder, "--out", tmp_path / "out", *QUICK)
+    code, printed, _ = prox24("bench", sparse_folder, "--output", tmp_path / "out", *QUICK)
     assert code == 0
     assert "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is" in " ".join(
         printed.split()
@@ -237,7 +240,7 @@ def test_where_nothing_wins_it_says_so(prox24, pretended, sparse_folder, tmp_pat
 def test_other_models_are_timed_as_a_whole_on_inputs_of_their_sizes(prox24, pretended, tmp_path, make, inputs):
     model = make()
     model.save_pretrained(tmp_path / "model")
-    code, _, err = prox24("bench", tmp_path / "model", "--out", tmp_path / "out")
+    code, _, err = prox24("bench", tmp_path / "model", "--output", tmp_path / "out")
     assert code == 0, err
     assert "names" not in pretended
     if inputs is None:
@@ -248,8 +251,19 @@ def test_other_models_are_timed_as_a_whole_on_inputs_of_their_sizes(prox24, pret
         model.eval()(**pretended["inputs"].kwargs)
 
 
+@pytest.mark.parametrize(
+    ("own", "word", "expected"),
+    [("float16", "auto", "float16"), ("float32", "auto", "bfloat16"), ("float32", "float16", "float16")],
+)
+def test_layers_run_in_the_dtype_of_the_model_or_the_one_that_is_named(own, word, expected):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, dtype=getattr(torch, own)), torch.nn.LayerNorm(8))
+    assert layer_dtype(model, word) == getattr(torch, expected)
+
+
 def test_bare_weights_are_timed_layer_by_layer(prox24, pretended, sparse_folder, tmp_path):
-    code, *_ = prox24("bench", f"{sparse_folder}/model.safetensors", "--out", tmp_path / "out", "--convert_all", "true")
+    code, *_ = prox24(
+        "bench", f"{sparse_folder}/model.safetensors", "--output", tmp_path / "out", "--convert_all", "true"
+    )
     assert code == 0
     assert pretended["inputs"] is None
     assert pretended["settings"].token_counts == command.TOKEN_COUNTS

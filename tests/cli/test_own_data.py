@@ -86,7 +86,7 @@ def test_text_that_cannot_serve_is_refused_before_the_model_is_loaded(
     [
         ["prune", "--model.name", "nowhere", "--text", "x", "--output"],
         ["convert", "nowhere"],
-        ["bench", "nowhere", "--out"],
+        ["bench", "nowhere", "--output"],
         ["study", "--size", "tiny", "--output"],
     ],
     ids=lambda words: words[0],
