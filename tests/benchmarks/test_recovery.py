@@ -16,6 +16,7 @@ from tiny_language import Chains, save_tiny_llama
 
 from benchmarks.recovery import protocol
 from benchmarks.recovery.__main__ import main
+from benchmarks.recovery.early_loss import choices
 from benchmarks.recovery.language_model import LanguageModel
 from benchmarks.recovery.protocol import Job, Results, best_rates, compare, run_all
 from benchmarks.recovery.recipes import main as recipes
@@ -314,3 +315,18 @@ def test_processes_take_the_gpus_in_turn_and_only_those_that_are_visible(monkeyp
     queue.put("GPU-5")
     protocol._begin(queue, 1)
     assert seen == [(1, "GPU-5")]
+
+
+def test_what_the_training_loss_would_choose_is_priced_on_held_out_text():
+    def run(lr, early, late, held_out):
+        return {
+            "row": "a",
+            "lr": lr,
+            "losses": {"x": held_out},
+            "train_losses": [2.0] * 16 + [early] * 34 + [late] * 50,
+        }
+
+    runs = [run(1e-4, 1.9, 1.7, 2.1), run(3e-4, 1.8, 1.6, 2.0), run(1e-3, 1.85, 1.5, 2.3)]
+    (line,) = choices([*runs, {**run(1e-4, 1, 1, 1), "row": "alone"}])
+    assert line["best on held-out text"] == "0.0003"
+    assert list(line.values())[-2:] == ["0.0003 (+0.0000)", "0.001 (+0.3000)"]

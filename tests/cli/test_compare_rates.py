@@ -41,6 +41,26 @@ def test_the_seeds_run_with_the_best_rate_of_each_variant(tmp_path):
     assert "the best rate, 0.02, is the largest that was tried; add larger ones" in page
 
 
+def test_a_search_may_end_early_and_goes_by_the_training_loss_until_then(tmp_path, recwarn):
+    rates = ("--lrs", "[1e-9, 1e-2]", "--search_part", "0.5", "--metric", "val_acc", "--mode", "max")
+    main(words(tmp_path, "--variants", "prox24", *rates))
+    runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
+    assert [(run["lr"], run["steps"], run["search"]) for run in runs] == [
+        (1e-9, 10, True),
+        (1e-2, 10, True),
+        (1e-2, 20, False),
+    ]
+    assert runs[0]["score"] > runs[1]["score"] > 0
+    assert not [warning for warning in recwarn if "before the freeze" in str(warning.message)]
+
+
+@pytest.mark.parametrize("part", ["0", "1"])
+def test_a_part_that_is_none_is_refused(tmp_path, capsys, part):
+    with pytest.raises(SystemExit):
+        main(words(tmp_path, "--lrs", "[0.001]", "--search_part", part))
+    assert "must lie between 0 and 1: a search run ends" in capsys.readouterr().err
+
+
 def test_the_best_rate_follows_the_mode_and_leaves_out_what_diverged():
     runs = [
         Run("prox24", 9, score, lr=lr, search=True) for lr, score in ((1e-4, 2.0), (3e-4, 1.5), (1e-3, float("nan")))

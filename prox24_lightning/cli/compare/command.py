@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -39,6 +40,7 @@ from prox24_lightning.cli.compare.config_edit import (
     without_conversion,
     without_pruning,
 )
+from prox24_lightning.cli.compare.early_search import EarlySearch
 from prox24_lightning.cli.compare.training_record import TrainingRecord
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.cli.trainer import Prox24CLI
@@ -90,6 +92,12 @@ class CompareCLI(Prox24CLI):
             type=list[float] | None,
             default=None,
             help="learning rates to try for every variant alike; the seeds run with each variant's best",
+        )
+        group.add_argument(
+            "--search_part",
+            type=float | None,
+            default=None,
+            help="end search runs after this part of the run, and choose by the mean training loss of its second half",
         )
         group.add_argument("--search_seed", type=int, default=1000, help="seed of the runs that choose the rate")
         group.add_argument(
@@ -148,7 +156,10 @@ def compare(words: list[str]) -> None:
         if options.search_seed in options.seeds:
             raise ValueError(f"search_seed={options.search_seed} is one of the seeds; rates are chosen on another")
         # Whatever the reported split: test data is for settings that were chosen without it.
-        chosen_by = _metric(Namespace(**{**vars(options), "split": "validation", "metric": _searched(options)}))[0]
+        if options.search_part is None:
+            chosen_by = _metric(Namespace(**{**vars(options), "split": "validation", "metric": _searched(options)}))[0]
+        else:
+            EarlySearch(options.search_part)  # refuses a wrong part
     output = Path(options.output) if options.output else _default_output(options)
     check_output(output, overwrite=options.overwrite)
     output.mkdir(parents=True, exist_ok=True)
@@ -157,6 +168,7 @@ def compare(words: list[str]) -> None:
         mode=mode,
         command=shlex.join(["prox24", "compare", *words]),
         config=parsed.parser.dump(options, skip_none=True),
+        search_part=options.search_part,
     )
     _check_metric(words, metric, options.split)
     searches = [(variant, rate) for variant in options.variants for rate in options.lrs or ()]
@@ -164,7 +176,8 @@ def compare(words: list[str]) -> None:
     for number, (variant, rate) in enumerate(searches, start=1):
         console.rule(f"search {number} of {len(searches)}: {variant}, rate {rate:g}")
         place = output / "search" / f"rate_{rate:g}"
-        found = _guarded_run(words, variant, options.search_seed, chosen_by, "validation", place, key, rate)
+        search = None if options.search_part is None else EarlySearch(options.search_part)
+        found = _guarded_run(words, variant, options.search_seed, chosen_by, "validation", place, key, rate, search)
         comparison.runs.append(replace(found, search=True))
         comparison.write(output)
         gc.collect()
@@ -235,10 +248,11 @@ def _guarded_run(
     output: Path,
     key: str | None = None,
     rate: float | None = None,
+    search: EarlySearch | None = None,
 ) -> Run:
     """Return one run; a crash becomes a failed row, so that the finished rows are kept."""
     try:
-        return replace(_run(words, variant, seed, metric, split, output, key, rate), lr=rate)
+        return replace(_run(words, variant, seed, metric, split, output, key, rate, search), lr=rate)
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         return Run(variant, seed, error=f"{type(error).__name__}: {error}", lr=rate)
@@ -253,6 +267,7 @@ def _run(
     output: Path,
     key: str | None,
     rate: float | None,
+    search: EarlySearch | None,
 ) -> Run:
     selections: list[dict[str, Any]] = []
 
@@ -275,12 +290,18 @@ def _run(
     cli = CompareCLI(words, edit)
     record = TrainingRecord()
     trainer = cli.trainer
-    trainer.callbacks.append(record)  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
+    watching = [record] if search is None else [record, search]
+    trainer.callbacks.extend(watching)  # type: ignore[attr-defined]  # set by a connector, unseen by mypy
     fit_options = {key: cli.config_init.get(key) for key in ("ckpt_path", "weights_only") if key in cli.config_init}
     # Constructors may have drawn random numbers; from here on every variant draws the same.
     seed_everything(seed, workers=True, verbose=False)
-    trainer.fit(cli.model, datamodule=cli.datamodule, **fit_options)
+    with warnings.catch_warnings():
+        if search is not None:
+            warnings.filterwarnings("ignore", message=".*before the freeze at step")  # it is to end there
+        trainer.fit(cli.model, datamodule=cli.datamodule, **fit_options)
     steps = trainer.global_step
+    if search is not None:
+        return Run(variant, seed, search.loss, seconds=record.seconds, steps=steps, batches=record.checksum)
     scores = _score(trainer, cli.model, cli.datamodule, split)
     score = _known(metric, scores, split)
     sparse, groups = _groups_24(cli.model, selections)

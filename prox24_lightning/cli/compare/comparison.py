@@ -56,10 +56,20 @@ class Comparison:
     config: str
     facts: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
+    search_part: float | None = None
+    """Part of a run after which search runs end, whose score is then a training loss; None: whole runs."""
 
     @classmethod
-    def begin(cls, *, metric: str, mode: Literal["min", "max"], command: str, config: str) -> Comparison:
-        return cls(metric, mode, command, config, describe_environment())
+    def begin(
+        cls,
+        *,
+        metric: str,
+        mode: Literal["min", "max"],
+        command: str,
+        config: str,
+        search_part: float | None = None,
+    ) -> Comparison:
+        return cls(metric, mode, command, config, describe_environment(), search_part=search_part)
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Return one row a variant: label, metric, 2:4 groups, seconds, seeds. Spread: sample standard deviation."""
@@ -87,7 +97,7 @@ class Comparison:
     def best_rate(self, variant: Variant) -> float | None:
         """Return the learning rate of the best search run of a variant; None if none has a finite score."""
         found = [run for run in self.runs if run.search and run.variant == variant and _finite(run.score) is not None]
-        better = min if self.mode == "min" else max
+        better = min if self.mode == "min" or self.search_part else max
         return better(found, key=lambda run: run.score or 0.0).lr if found else None
 
     @property
