@@ -18,6 +18,7 @@ from typing_extensions import override
 from prox24_lightning.callbacks.prox24 import Prox24
 from prox24_lightning.callbacks.unenforced_zeros import UnenforcedZeros
 from prox24_lightning.convert.benchmark.example_inputs import InputCatcher, own_example
+from prox24_lightning.convert.benchmark.fixed_scales import fixed_input_scales
 from prox24_lightning.convert.benchmark.render import print_report, to_markdown, write_report
 from prox24_lightning.convert.benchmark.report import Report, RunMode
 from prox24_lightning.convert.benchmark.run import empty_report, run_benchmark
@@ -82,6 +83,8 @@ class ConvertAndBenchmark(Callback):
             form. None and the name of ``dtype`` ("bf16", "fp16") keep 16 bits.
         max_error: largest relative error of a layer's output that is acceptable in 8 bits. The report ends with the
             fastest form within it.
+        input_quantile: fix the scale of a rounded layer's inputs at this quantile of the tokens' largest magnitudes in
+            a training batch, 1 for the largest of all; None gives each token its own scale when the layer runs.
 
     Raises:
         ValueError: for arguments that are wrong whatever the model.
@@ -103,6 +106,7 @@ class ConvertAndBenchmark(Callback):
         save_to: str | Path | None = None,
         weights: WeightForm | None = None,
         max_error: float = 0.05,
+        input_quantile: float | None = None,
     ) -> None:
         super().__init__()
         if dtype not in get_args(Dtype):
@@ -118,6 +122,7 @@ class ConvertAndBenchmark(Callback):
             rounds=rounds,
             weights=weights,
             max_error=max_error,
+            input_quantile=input_quantile,
         )
         self.in_place = in_place
         self.dirpath = dirpath
@@ -127,6 +132,7 @@ class ConvertAndBenchmark(Callback):
         self.report: Report | None = None
         self._folder: Path | None = None
         self._catcher: InputCatcher | None = None
+        self._input_scales: dict[str, float] = {}
         self._zeros = UnenforcedZeros()
 
     @override
@@ -208,18 +214,26 @@ class ConvertAndBenchmark(Callback):
         # A LightningModule may hold these, and a copy of it must not copy them.
         shared = [trainer, *trainer.loggers, *trainer.optimizers]
         shared += [*trainer.callbacks, trainer.datamodule]  # type: ignore[attr-defined]
+        objects = [thing for thing in shared if thing is not None]
         report = run_benchmark(
             pl_module,
             replace(self.settings, rounds=2) if _is_rehearsal(trainer) else self.settings,
             device=device,
             inputs=inputs,
             reasons=_reasons(trainer),
-            shared=[thing for thing in shared if thing is not None],
+            shared=objects,
         )
         if inputs is None and report.shapes:
             report = report.with_note(
                 "Whole model not timed: the first batch made no call that Python sees (it is compiled, perhaps), "
                 "and the module has no example_input_array."
+            )
+        self._input_scales = {}
+        try:
+            self._input_scales = fixed_input_scales(pl_module, inputs, self.settings, device, objects)
+        except Exception as error:
+            report = report.with_note(
+                f"Inputs keep a scale for each token: no fixed one was measured: {describe(error)}"
             )
         names = (*report.names("sparse"), *report.dense_fp8_names)
         if self.in_place and names:
@@ -233,6 +247,7 @@ class ConvertAndBenchmark(Callback):
                     empty_dense=True,
                     weights=self.settings.weights,
                     dense_fp8=report.dense_fp8_names,
+                    input_scales={name: scale for name, scale in self._input_scales.items() if name in names},
                 )
             in_fp8 = f", {len(report.dense_fp8_names)} dense in float8" if report.dense_fp8_names else ""
             sparse = len(report.names("sparse"))
@@ -260,6 +275,7 @@ class ConvertAndBenchmark(Callback):
             return
         module = trainer.lightning_module
         model = _hugging_face_model(module) or module
+        prefix = next((f"{name}." for name, child in module.named_children() if child is model), "")
         companions = [part for part in (getattr(module, "tokenizer", None),) if hasattr(part, "save_pretrained")]
         copy = cast_model(frozen_copy(model, shared=[trainer, *trainer.loggers]), self.settings.dtype)
         packable = find_packable(copy)
@@ -272,6 +288,7 @@ class ConvertAndBenchmark(Callback):
             source="a Lightning run",
             companions=companions,
             weights=self.settings.form,
+            input_scales={name.removeprefix(prefix): scale for name, scale in self._input_scales.items()},
         )
         rank_zero_info(f"ConvertAndBenchmark: wrote {counted(len(written.packed), 'packed weight')} to {self.save_to}")
 

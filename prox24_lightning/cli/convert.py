@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.convert.input_scales import measure_input_scales
 from prox24_lightning.convert.packed_model import find_packable
 from prox24_lightning.io.own_text import OwnText
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
@@ -44,6 +46,7 @@ def convert(
     sequences: int = 128,
     length: int = 1024,
     batch_size: int = 8,
+    input_quantile: float | None = None,
     device: str | None = None,
 ) -> None:
     """Check a 2:4 model, pack its weights one by one and write them, with configs, tokenizer and a card.
@@ -76,6 +79,8 @@ def convert(
         sequences: number of calibration sequences.
         length: tokens a sequence.
         batch_size: sequences a batch.
+        input_quantile: fix the scale of a rounded layer's inputs at this quantile of the tokens' largest magnitudes in
+            the calibration text, 1 for the largest of all; null gives each token its own scale when the layer runs.
         device: where layers are rounded; null is cuda if there is one, else cpu.
     """
     with errors_as_exit("convert"):
@@ -87,6 +92,11 @@ def convert(
             raise ValueError(f"--weights {weights} rounds packed weights, and --form dense packs none: leave one out")
         if (text or data) and not weights:
             raise ValueError("--text and --data are for rounded weights: name --weights fp8_e4m3 or int8")
+        if input_quantile is not None and not (weights and (text or data)):
+            raise ValueError(
+                "--input_quantile takes rounded weights and calibration text: name --weights fp8_e4m3 or int8, and "
+                "--text or --data"
+            )
         if text and data:
             raise ValueError("both data and text are given: name one source of text")
         if text:
@@ -114,12 +124,21 @@ def convert(
         packable = find_packable(source.model, targets=targets, skip=skip)
         if not packable.dims:
             raise ValueError(f"no weight of {model} is 2:4, so nothing would be packed: {_reasons(packable.dense)}")
+        fixed: dict[str, float] = {}
         if data is not None and weights:
             ids = _calibration_tokens(source, data, sequences, length)
             names = [name for name in packable.dims if source.model.get_parameter(name).dim() == 2]
             _round(source.model, names, weights, ids.split(batch_size), device)
+            if input_quantile is not None:
+                fixed = _input_scales(source.model, names, weights, ids.split(batch_size), input_quantile, device)
         written = save_folder(
-            out, source.model, packable, source=source.description, companions=source.companions, weights=weights
+            out,
+            source.model,
+            packable,
+            source=source.description,
+            companions=source.companions,
+            weights=weights,
+            input_scales=fixed,
         )
         rounded = f"rounded to {weights}, " if weights else ""
         console.print(
@@ -160,6 +179,25 @@ def _round(
         device=place,
         offload="device" if place.type == "cpu" else "cpu",
     )
+
+
+def _input_scales(
+    model: Any,
+    names: list[str],
+    weights: RoundedForm,
+    batches: Sequence[Tensor],
+    quantile: float,
+    device: str | None,
+) -> dict[str, float]:
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    home = next(model.parameters()).device
+    layers = {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    model.to(place)
+    try:
+        runs = (partial(model, input_ids=ids.to(place), use_cache=False) for ids in batches)
+        return measure_input_scales(layers, runs, weights, quantile=quantile)
+    finally:
+        model.to(home)
 
 
 def write_dense(out: Path, source: Source) -> None:

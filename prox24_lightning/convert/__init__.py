@@ -12,6 +12,7 @@ from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24,
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.shards import PackedModel, open_packed
 from prox24_lightning.convert.format.writer import write_packed
+from prox24_lightning.convert.input_scales import measure_input_scales
 from prox24_lightning.convert.kernel_report import print_kernels
 from prox24_lightning.convert.layer_times import layer_times
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
@@ -46,6 +47,7 @@ __all__ = [
     "kernel_tables",
     "layer_times",
     "load_packed",
+    "measure_input_scales",
     "open_packed",
     "pack_24",
     "print_kernels",

@@ -61,6 +61,7 @@ def convert_linear(
     kernels: KernelTable | None = None,
     keep_dense: bool = False,
     weights: WeightForm | None = None,
+    input_scale: float | None = None,
 ) -> SemiStructuredLinear:
     """Return a sparse layer of a linear layer (``nn.Linear``, or Hugging Face's ``Conv1D``) in 16 bits on a GPU.
 
@@ -74,6 +75,7 @@ def convert_linear(
         keep_dense: keep the dense weight too, for the numbers of tokens at which ``kernels`` names cuBLAS.
         weights: "fp8_e4m3" or "int8" round the weight to 8 bits with a scale a row, and the inputs token by token;
             "bf16" and "fp16" are the layer's own dtype; None keeps that.
+        input_scale: what a unit of rounded inputs stands for, for all tokens; None gives each token its own.
 
     Raises:
         ValueError: if the layer cannot run sparse, with its name and every reason; among them a weight that is not
@@ -86,7 +88,7 @@ def convert_linear(
     shape = dense.shape[0], dense.shape[1]
     if kernels is None:
         kernels = stored_table(shape, dense.dtype, keep_dense=keep_dense, device=dense.get_device(), form=form)
-    buffer, kind = pack_buffer(dense, form, name=name), transposed_kind(linear)
+    buffer, kind = pack_buffer(dense, form, input_scale=input_scale, name=name), transposed_kind(linear)
     kept = None
     if keep_dense:
         kept = dense.contiguous() if form is None else round_weight(dense.contiguous(), form, name=name)
@@ -96,7 +98,13 @@ def convert_linear(
 
 
 @torch.no_grad()
-def convert_dense_fp8(linear: nn.Module, *, name: str = "layer", kernels: KernelTable | None = None) -> DenseFp8Linear:
+def convert_dense_fp8(
+    linear: nn.Module,
+    *,
+    name: str = "layer",
+    kernels: KernelTable | None = None,
+    input_scale: float | None = None,
+) -> DenseFp8Linear:
     """Return a layer of a linear layer on a GPU that keeps the rounded weight dense in float8; arguments and errors as
     of :func:`convert_linear`."""
     dense, bias = _convertible(linear, name, "fp8_e4m3")
@@ -104,7 +112,8 @@ def convert_dense_fp8(linear: nn.Module, *, name: str = "layer", kernels: Kernel
     if kernels is None:
         kernels = stored_table(shape, dense.dtype, device=dense.get_device(), form="fp8_e4m3")
     rounded = round_rows(dense, "fp8_e4m3", name=name)
-    layer = DenseFp8Linear(rounded, dense.dtype, bias, kernels.dense_fp8_text, transposed_kind(linear)).eval()
+    kind = transposed_kind(linear)
+    layer = DenseFp8Linear(rounded, dense.dtype, bias, kernels.dense_fp8_text, kind, input_scale).eval()
     _share_hooks(linear, layer)
     return layer
 
@@ -148,6 +157,7 @@ def convert_model(
     empty_dense: bool = False,
     weights: WeightForm | None = None,
     dense_fp8: Collection[str] = (),
+    input_scales: Mapping[str, float] | None = None,
 ) -> Conversion:
     """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed on the way.
 
@@ -165,16 +175,22 @@ def convert_model(
             (:class:`~prox24_lightning.convert.layers.dense_fp8_linear.DenseFp8Linear`). "bf16" and "fp16" must be the
             model's own dtype, which None keeps.
         dense_fp8: layers that become dense in float8, whatever was measured.
+        input_scales: fixed scales of the inputs by layer, from
+            :func:`~prox24_lightning.convert.input_scales.measure_input_scales`; of the other layers each token has the
+            scale that it needs.
 
     Raises:
         ValueError: if a named layer does not exist or cannot run sparse, token_counts are not whole numbers from 1 up,
-            or ``weights`` is not possible here; nothing is converted then. If a row cannot be rounded, by the layer's
-            name; layers before it are converted then.
+            ``weights`` is not possible here, or ``input_scales`` are given without rounded weights; nothing is
+            converted then. If a row cannot be rounded, by the layer's name; layers before it are converted then.
     """
     if weights not in (*VALUE_DTYPES, None):
         raise ValueError(f"weights={weights!r} is unknown; use one of {', '.join(VALUE_DTYPES)}, or None")
     if token_counts is not None and (not token_counts or min(token_counts) < 1):
         raise ValueError(f"token_counts={token_counts!r} must be one or more whole numbers from 1 up, or None")
+    if input_scales and _rounded(weights) is None:
+        raise ValueError(f"input_scales are for rounded weights, and weights={weights!r}: leave them out")
+    fixed = input_scales or {}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     target = target_of(device)
     verdicts = {verdict.name: verdict for verdict in check_model(model, dtype=None, target=target)}
@@ -217,9 +233,17 @@ def convert_model(
             if choice.form == "dense_fp8":
                 in_fp8[name] = choice.why
         if name in in_fp8:
-            exchange(slots[name], convert_dense_fp8(layer, name=name, kernels=table))
+            fp8 = convert_dense_fp8(layer, name=name, kernels=table, input_scale=fixed.get(name))
+            exchange(slots[name], fp8)
         else:
-            found_layer = convert_linear(layer, name=name, kernels=table, keep_dense=keep_dense, weights=weights)
+            found_layer = convert_linear(
+                layer,
+                name=name,
+                kernels=table,
+                keep_dense=keep_dense,
+                weights=weights,
+                input_scale=fixed.get(name),
+            )
             exchange(slots[name], found_layer)
         converted.append(name)
         if empty_dense:

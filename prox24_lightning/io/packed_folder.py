@@ -101,6 +101,7 @@ def save_folder(
     companions: Sequence[Any] = (),
     max_shard_bytes: int | None = None,
     weights: RoundedForm | None = None,
+    input_scales: Mapping[str, float] | None = None,
 ) -> PackedModel:
     """Write a packed model, with a card and, for a Hugging Face model, its configs.
 
@@ -114,6 +115,8 @@ def save_folder(
         max_shard_bytes: dense bytes of one file; None writes one file.
         weights: round the packed weights to 8 bits with a scale a row; None stores them as they are. A weight that has
             8 bits already stays as it is.
+        input_scales: fixed scales of the inputs of rounded layers, by layer
+            (:func:`~prox24_lightning.convert.input_scales.measure_input_scales`); None gives each token its own.
 
     Returns:
         the written files, open.
@@ -127,7 +130,8 @@ def save_folder(
     state = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
     info = {"source": source, "model": _kind(model), "dense": packable.dense}
     forms = {} if weights is None else {name: weights for name in packable.dims if state[name].itemsize > 1}
-    return write_folder(folder, model, state, packable.dims, info, companions, max_shard_bytes, forms)
+    fixed = {f"{name}.weight": scale for name, scale in (input_scales or {}).items() if f"{name}.weight" in forms}
+    return write_folder(folder, model, state, packable.dims, info, companions, max_shard_bytes, forms, fixed)
 
 
 def write_folder(
@@ -139,6 +143,7 @@ def write_folder(
     companions: Sequence[Any] = (),
     max_shard_bytes: int | None = None,
     forms: Mapping[str, RoundedForm] | None = None,
+    input_scales: Mapping[str, float] | None = None,
 ) -> PackedModel:
     """Write the files of a packed folder.
 
@@ -150,6 +155,7 @@ def write_folder(
         info: ``source``, ``model`` (the class) and ``dense`` (name -> reason); the header and the card hold it.
         companions, max_shard_bytes: see :func:`save_folder`.
         forms: the packed weights that are rounded to 8 bits; all to the same form.
+        input_scales: fixed scales of their inputs, by weight.
 
     Raises:
         ValueError, RuntimeError: as :func:`save_folder`.
@@ -159,7 +165,7 @@ def write_folder(
     if len(kinds := sorted(set((forms or {}).values()))) > 1:
         raise ValueError(f"the weights are to be rounded to {' and '.join(kinds)}: a folder holds one rounded form")
     with filling(folder, instead_of=PACKED_FILES) as temporary:
-        written = write_packed_files(temporary, state, dims, info, max_shard_bytes, forms)
+        written = write_packed_files(temporary, state, dims, info, max_shard_bytes, forms, input_scales)
         for name, entry in written.packed.items():
             expected = entry.rounded(state[name], name)
             if not torch.equal(written.read(name, state[name].device), expected):
@@ -194,6 +200,10 @@ def _name_loader(config: Path, written: PackedModel, model: str) -> None:
         content["quantization_config"]["weights"] = next(iter(rounded.values()))
         if others := sorted(name.rpartition(".")[0] for name in set(written.packed) - set(rounded)):
             content["quantization_config"]["modules_not_rounded"] = others
+        fixed = {name: entry.input_scale for name, entry in written.packed.items() if entry.input_scale is not None}
+        if fixed:
+            scales = {name.rpartition(".")[0]: scale for name, scale in sorted(fixed.items())}
+            content["quantization_config"]["input_scales"] = scales
     content["architectures"] = [model]
     content["dtype"] = str(_most_common_dtype(written)).removeprefix("torch.")
     write_text(config, json.dumps(content, indent=2, sort_keys=True) + "\n")

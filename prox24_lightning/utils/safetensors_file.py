@@ -69,7 +69,7 @@ def open_tensors(path: str | Path, *, what: str, format: str, versions: Sequence
     if metadata.get("version") not in [str(version) for version in versions]:
         raise ValueError(
             f"{path} is of version {metadata.get('version')!r:.50}, this release reads "
-            f"{' and '.join(map(str, versions))}; update prox24_lightning"
+            f"{', '.join(map(str, versions))}; update prox24_lightning"
         )
     return handle, metadata
 

@@ -13,6 +13,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from tiny_language import Chains
 
+from prox24_lightning import register_with_transformers
+from prox24_lightning.calibration.rounded_inputs import rounded_inputs
 from prox24_lightning.cli import convert
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.writer import write_packed
@@ -126,24 +128,43 @@ def test_rounded_weights(prox24, sparse_folder, tmp_path, form):
 
 
 def test_calibration_text_lets_entries_make_up_for_each_other(prox24, sparse_folder, tmp_path):
-    calibrate = ("--data", "tiny_language.Chains", "--sequences", 8, "--length", 16, "--device", "cpu")
+    calibrate = ("--data", "tiny_language.Chains", "--sequences", 32, "--length", 16, "--device", "cpu")
     for folder, more in (("plain", ()), ("calibrated", calibrate)):
         assert prox24("convert", sparse_folder, tmp_path / folder, "--weights", "fp8_e4m3", *more)[0] == 0
     model = hf.AutoModelForCausalLM.from_pretrained(sparse_folder)
     found = [packed_folder.load_folder(tmp_path / name, hf.AutoModelForCausalLM) for name in ("plain", "calibrated")]
     ids = token_sequences(hf.AutoTokenizer.from_pretrained(sparse_folder), Chains().texts("evaluation"), 8, 16)
-    with torch.no_grad():
-        errors = [float((one(ids).logits - model(ids).logits).square().sum()) for one in found]
+    expected = model(ids).logits.detach()
+
+    def error(folder):
+        found = packed_folder.load_folder(tmp_path / folder, hf.AutoModelForCausalLM)
+        layers = [layer for layer in found.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+        with torch.no_grad(), rounded_inputs(layers, "fp8_e4m3"):
+            return float((found(ids).logits - expected).square().sum())
+
+    errors = [error("plain"), error("calibrated")]
     assert errors[1] < errors[0]
     assert not same_state(found[0].state_dict(), found[1].state_dict())
     code, _, err = prox24("convert", sparse_folder, tmp_path / "wide", *calibrate)
     assert (code, "--text and --data are for rounded weights" in err) == (2, True)
     (tmp_path / "my.txt").write_text("\n\n".join(Chains().texts("calibration")))
     own = ("--text", tmp_path / "my.txt", *calibrate[2:])
-    assert prox24("convert", sparse_folder, tmp_path / "own", "--weights", "fp8_e4m3", *own)[0] == 0
-    loaded = packed_folder.load_folder(tmp_path / "own", hf.AutoModelForCausalLM)
-    with torch.no_grad():
-        assert float((loaded(ids).logits - model(ids).logits).square().sum()) < errors[0]
+    assert (
+        prox24("convert", sparse_folder, tmp_path / "own", "--weights", "fp8_e4m3", "--input_quantile", 1, *own)[0] == 0
+    )
+    scales = {
+        name: entry.input_scale for name, entry in PackedFile(tmp_path / "own" / "packed.safetensors").packed.items()
+    }
+    config = json.loads((tmp_path / "own" / "config.json").read_text())["quantization_config"]
+    assert config["version"] == 3
+    assert {f"{name}.weight": scale for name, scale in config["input_scales"].items()} == scales
+    register_with_transformers()
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "own" / "config.json").read_text()
+    code, _, err = prox24("convert", sparse_folder, tmp_path / "none", "--weights", "int8", "--input_quantile", 1)
+    assert (code, "--input_quantile takes rounded weights and calibration text" in err) == (2, True)
+    assert error("own") < errors[0]
     code, _, err = prox24("convert", sparse_folder, tmp_path / "both", "--weights", "int8", *own, *calibrate[:2])
     assert (code, "name one source of text" in err) == (2, True)
 

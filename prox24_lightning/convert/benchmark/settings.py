@@ -31,6 +31,8 @@ class Settings:
             ``dtype`` keep 16.
         max_error: largest relative error of a layer's output that is acceptable for a form of 8 bits. Gaussian weights
             and inputs give 0.037 in fp8_e4m3 and 0.010 in int8.
+        input_quantile: of the largest magnitudes of tokens, at which the scale of a rounded layer's inputs is fixed;
+            None gives each token its own.
     """
 
     token_counts: tuple[int, ...] = (1, 64, 1024, 4096)
@@ -41,6 +43,7 @@ class Settings:
     rounds: int = 20
     weights: WeightForm | None = None
     max_error: float = 0.05
+    input_quantile: float | None = None
 
     def __post_init__(self) -> None:
         counts = tuple(self.token_counts)
@@ -58,6 +61,13 @@ class Settings:
             raise ValueError(f"weights={self.weights!r} does not fit dtype={self.dtype}: name one of them")
         if not 0 < self.max_error < 1:
             raise ValueError(f"max_error={self.max_error} must lie in (0, 1)")
+        if self.input_quantile is not None:
+            if not 0 < self.input_quantile <= 1:
+                raise ValueError(f"input_quantile={self.input_quantile} must lie in (0, 1]; None leaves scales free")
+            if self.form is None:
+                raise ValueError(
+                    f"input_quantile={self.input_quantile} is for rounded weights: name weights='fp8_e4m3' or 'int8'"
+                )
         object.__setattr__(self, "token_counts", tuple(dict.fromkeys(counts)))
 
     @property

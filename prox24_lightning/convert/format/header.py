@@ -3,16 +3,17 @@
 It is a safetensors file. A 2:4 weight ``w`` is two plain tensors, ``w.values`` and ``w.indices``
 (:mod:`~prox24_lightning.convert.format.packed_weight`), and ``w.scales`` if it is rounded to 8 bits; every other tensor
 is stored as it is. The metadata of the header, JSON strings, holds the shape of each packed weight and the dimension of
-its groups, of a rounded one also the form and the dtype of the dense weight (``packed``), the names that share one
-tensor (``aliases``), whatever the writer adds (``info``), a SHA-256 of each tensor (``hashes``), and one of the header
-itself. Rounded weights are in files of version 2; those without are of version 1, which older releases read.
+its groups, of a rounded one also the form, the dtype of the dense weight and the scale of its inputs if that is fixed
+(``packed``), the names that share one tensor (``aliases``), whatever the writer adds (``info``), a SHA-256 of each
+tensor (``hashes``), and one of the header itself. Rounded weights are in files of version 2, fixed scales of inputs in
+those of version 3; files without are of version 1, which older releases read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +25,15 @@ from prox24_lightning.utils.safetensors_file import DTYPE_NAMES
 from prox24_lightning.weights.rounding import LARGEST, VALUE_DTYPES, RoundedForm, round_weight
 
 FORMAT = "prox24 packed"
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 """The versions that this release reads."""
 
 HEADER_KEYS = ("version", "packed", "aliases", "hashes", "info")
 """The metadata that the header's own SHA-256 covers, with name, dtype and shape of every tensor."""
 
-_ENTRY_KEYS = ("shape", "dim", "form", "dtype")
+_ENTRY_KEYS = ("shape", "dim", "form", "dtype", "input_scale")
+LARGEST_INPUT_SCALE = 2.0**100
+"""Above it products of inputs would leave float32's range."""
 _DENSE_DTYPES = {text: dtype for dtype, text in DTYPE_NAMES.items() if dtype.is_floating_point and dtype.itemsize > 1}
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -46,12 +49,14 @@ class PackedEntry:
         dim: the dimension along which its groups of four lie.
         form: of a rounded weight, else None.
         dtype: of the dense weight if it is rounded, else None.
+        input_scale: of a rounded weight whose inputs have a fixed scale, else None.
     """
 
     shape: tuple[int, ...]
     dim: int
     form: RoundedForm | None = None
     dtype: torch.dtype | None = None
+    input_scale: float | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -60,7 +65,8 @@ class PackedEntry:
 
     def pack(self, weight: Tensor, name: str) -> PackedWeight:
         """Pack the weight as the matrix of :attr:`matrix`."""
-        return pack_24(weight.movedim(self.dim, -1).reshape(self.matrix), form=self.form, name=name)
+        packed = pack_24(weight.movedim(self.dim, -1).reshape(self.matrix), form=self.form, name=name)
+        return replace(packed, input_scale=self.input_scale)
 
     def rounded(self, weight: Tensor, name: str) -> Tensor:
         """Return the weight that :meth:`unpack` gives back, made without packing."""
@@ -71,7 +77,7 @@ class PackedEntry:
 
     def packed_weight(self, values: Tensor, indices: Tensor, scales: Tensor | None) -> PackedWeight:
         """Return the packed weight of the tensors that store it."""
-        return PackedWeight(values, indices, self.matrix, scales, self.dtype)
+        return PackedWeight(values, indices, self.matrix, scales, self.dtype, self.input_scale)
 
     def unpack(self, packed: PackedWeight, name: str) -> Tensor:
         """Undo :meth:`pack`; the result is contiguous."""
@@ -95,7 +101,9 @@ class PackedEntry:
     def to_json(self) -> dict[str, Any]:
         """Return the entry of the header."""
         entry: dict[str, Any] = {"shape": self.shape, "dim": self.dim}
-        return entry if self.dtype is None else entry | {"form": self.form, "dtype": DTYPE_NAMES[self.dtype]}
+        if self.dtype is not None:
+            entry |= {"form": self.form, "dtype": DTYPE_NAMES[self.dtype]}
+        return entry if self.input_scale is None else entry | {"input_scale": self.input_scale}
 
     @classmethod
     def from_json(cls, name: str, entry: Any) -> PackedEntry:
@@ -104,7 +112,8 @@ class PackedEntry:
         Raises:
             ValueError: if it is none.
         """
-        shape, dim, form, dtype = map(entry.get, _ENTRY_KEYS) if isinstance(entry, dict) else [None] * len(_ENTRY_KEYS)
+        known = isinstance(entry, dict)
+        shape, dim, form, dtype, scale = map(entry.get, _ENTRY_KEYS) if known else [None] * len(_ENTRY_KEYS)
         if not (
             isinstance(shape, list)
             and all(type(size) is int and size >= 0 for size in shape)
@@ -113,16 +122,18 @@ class PackedEntry:
             and len(shape) >= 2
         ):
             raise ValueError(f"{name} has no valid shape or dim: {entry!r:.100}")
-        if form is None and dtype is None:
+        if form is None and dtype is None and scale is None:
             return cls(tuple(shape), dim)
         if form not in tuple(LARGEST) or dtype not in tuple(_DENSE_DTYPES):
             raise ValueError(f"{name} has no valid form or dtype: {entry!r:.100}")
-        return cls(tuple(shape), dim, form, _DENSE_DTYPES[dtype])
+        if scale is not None and not (type(scale) is float and 0 < scale < LARGEST_INPUT_SCALE):
+            raise ValueError(f"{name} has no valid scale of its inputs: {entry!r:.100}")
+        return cls(tuple(shape), dim, form, _DENSE_DTYPES[dtype], scale)
 
 
 def version_of(entries: Iterable[PackedEntry]) -> int:
     """Return the version of the format that a file with these packed weights needs."""
-    return 1 if all(entry.form is None for entry in entries) else 2
+    return max((1 if entry.form is None else 2 if entry.input_scale is None else 3 for entry in entries), default=1)
 
 
 def header_digest(metadata: Mapping[str, str], layout: Layout) -> str:

@@ -64,6 +64,8 @@ class PackedWeight:
         shape: (out_features, in_features) of the weight.
         scales: float32 (out_features,) of a rounded weight, else None.
         dense_dtype: what a rounded weight is expanded to, else None.
+        input_scale: what a unit of a rounded weight's rounded inputs stands for, if that is fixed; None gives each
+            token the scale that it needs.
     """
 
     values: Tensor
@@ -71,6 +73,7 @@ class PackedWeight:
     shape: tuple[int, int]
     scales: Tensor | None = None
     dense_dtype: torch.dtype | None = None
+    input_scale: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:

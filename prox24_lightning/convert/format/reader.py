@@ -52,7 +52,8 @@ class PackedFile:
                 name: PackedEntry.from_json(name, entry) for name, entry in json_object(header["packed"]).items()
             }
             if version_of(self.packed.values()) > int(header["version"]):
-                raise ValueError(f"rounded weights are not in files of version {header['version']}")
+                what = "fixed scales of inputs" if int(header["version"]) > 1 else "rounded weights"
+                raise ValueError(f"{what} are not in files of version {header['version']}")
             self._check_header(stored)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is a forged or broken packed file: {error}") from error

@@ -136,12 +136,13 @@ def write_packed_files(
     info: Mapping[str, Any],
     max_bytes: int | None = None,
     forms: Mapping[str, RoundedForm] | None = None,
+    input_scales: Mapping[str, float] | None = None,
 ) -> PackedModel:
     """Write a state dict packed into ``folder``: one file, or several with an index.
 
     Args:
         folder: that exists.
-        tensors, dims, info, forms: see :func:`~prox24_lightning.convert.format.writer.write_packed`.
+        tensors, dims, info, forms, input_scales: see :func:`~prox24_lightning.convert.format.writer.write_packed`.
         max_bytes: of the dense tensors of one file; None writes one file. A larger tensor has a file of its own.
 
     Raises:
@@ -149,14 +150,16 @@ def write_packed_files(
     """
     groups = [list(tensors)] if max_bytes is None else _split(tensors, max_bytes)
     if len(groups) == 1:
-        return open_packed(write_packed(Path(folder) / PACKED_FILE, tensors, dims, info, forms))
+        return open_packed(write_packed(Path(folder) / PACKED_FILE, tensors, dims, info, forms, input_scales))
     weight_map: dict[str, str] = {}
     files: list[PackedFile] = []
     for number, names in enumerate(groups, start=1):
         path = Path(folder) / f"{Path(PACKED_FILE).stem}-{number:05}-of-{len(groups):05}.safetensors"
         members = {name: dims[name] for name in names if name in dims}
         rounded = {name: form for name, form in (forms or {}).items() if name in members}
-        files.append(PackedFile(write_packed(path, {name: tensors[name] for name in names}, members, info, rounded)))
+        fixed = {name: scale for name, scale in (input_scales or {}).items() if name in members}
+        written = write_packed(path, {name: tensors[name] for name in names}, members, info, rounded, fixed)
+        files.append(PackedFile(written))
         weight_map |= dict.fromkeys(files[-1].stored_names, path.name)
     total = sum(file.stored_bytes for file in files)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -23,6 +23,7 @@ def write_packed(
     dims: Mapping[str, int],
     info: Mapping[str, Any] | None = None,
     forms: Mapping[str, RoundedForm] | None = None,
+    input_scales: Mapping[str, float] | None = None,
 ) -> Path:
     """Write a state dict with some of its weights packed; a kill or a full disk leaves the old file, or none.
 
@@ -32,11 +33,13 @@ def write_packed(
         dims: the weights to pack, and the dimension along which the groups of each lie.
         info: whatever a reader should know; JSON values.
         forms: the packed weights that are rounded to 8 bits, with a scale for each row of the packed matrix.
+        input_scales: fixed scales of the inputs of rounded weights.
 
     Raises:
         ValueError: for a weight that is not 2:4 along its dimension, with its first violations; for a row that cannot
-            be rounded; for a form of a weight that is not packed; for a tensor without values or of a type that
-            safetensors does not know; for an entry that is no tensor (a module's extra state); for names that collide.
+            be rounded; for a form of a weight that is not packed; for a scale of inputs of one that is not rounded; for
+            a tensor without values or of a type that safetensors does not know; for an entry that is no tensor (a
+            module's extra state); for names that collide.
         TypeError: for a weight whose dtype cannot be packed, or ``info`` that is not JSON.
     """
     for name, tensor in tensors.items():
@@ -49,7 +52,10 @@ def write_packed(
     forms = forms or {}
     if unknown := sorted(set(forms) - set(dims)):
         raise ValueError(f"{unknown[0]} is to be rounded and is not packed: only packed weights are rounded")
-    entries = {name: _entry(name, owners, dim, forms.get(name)) for name, dim in dims.items()}
+    fixed = input_scales or {}
+    if unknown := sorted(set(fixed) - set(forms)):
+        raise ValueError(f"{unknown[0]} has a scale for its inputs and is not rounded: leave the scale out")
+    entries = {name: _entry(name, owners, dim, forms.get(name), fixed.get(name)) for name, dim in dims.items()}
     layout: Layout = {}
     for name, tensor in owners.items():
         parts = entries[name].layout(name, tensor.dtype) if name in entries else {}
@@ -99,7 +105,9 @@ def _split_aliases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[
     return aliases, owners
 
 
-def _entry(name: str, owners: Mapping[str, Tensor], dim: int, form: RoundedForm | None) -> PackedEntry:
+def _entry(
+    name: str, owners: Mapping[str, Tensor], dim: int, form: RoundedForm | None, input_scale: float | None
+) -> PackedEntry:
     if name not in owners:
         raise ValueError(f"there is no tensor {name!r} to pack, or it is tied: name the first of its names")
     shape = tuple(owners[name].shape)
@@ -107,7 +115,7 @@ def _entry(name: str, owners: Mapping[str, Tensor], dim: int, form: RoundedForm 
         raise ValueError(f"{name} of shape {shape} has no groups along dimension {dim}")
     if owners[name].dtype not in PACKED_DTYPES:
         raise TypeError(f"{name}: {owners[name].dtype} cannot be packed")
-    return PackedEntry(shape, dim) if form is None else PackedEntry(shape, dim, form, owners[name].dtype)
+    return PackedEntry(shape, dim) if form is None else PackedEntry(shape, dim, form, owners[name].dtype, input_scale)
 
 
 def _parts(name: str, tensor: Tensor, entry: PackedEntry | None) -> Mapping[str, Tensor]:

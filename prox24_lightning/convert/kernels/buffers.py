@@ -22,11 +22,13 @@ def from_buffer(buffer: Tensor, shape: tuple[int, int], dtype: torch.dtype, form
     return rounded_buffer.from_buffer(buffer, shape, form, dtype)
 
 
-def pack_buffer(weight: Tensor, form: RoundedForm | None, *, name: str = "weight") -> Tensor:
+def pack_buffer(
+    weight: Tensor, form: RoundedForm | None, *, input_scale: float | None = None, name: str = "weight"
+) -> Tensor:
     """Return the buffer of a dense 2:4 weight, checked against it; arguments and errors as of both modules."""
     if form is None:
         return packed_buffer.pack_buffer(weight, name=name)
-    return rounded_buffer.pack_buffer(weight, form, name=name)
+    return rounded_buffer.pack_buffer(weight, form, input_scale=input_scale, name=name)
 
 
 def empty_buffer(shape: tuple[int, int], form: RoundedForm | None, device: str | torch.device) -> Tensor:

@@ -57,12 +57,11 @@ def places(shape: tuple[int, int]) -> Places:
     return Places(rows * columns // 2, scales, scales + rows * 4)
 
 
-def to_buffer(packed: PackedWeight, input_scale: float | None = None) -> Tensor:
+def to_buffer(packed: PackedWeight) -> Tensor:
     """Return the packed buffer, int8 (bytes,).
 
     Args:
         packed: a rounded weight.
-        input_scale: what a unit of the rounded inputs stands for; None gives each token the scale that it needs.
 
     Raises:
         TypeError: if the weight is not rounded.
@@ -78,7 +77,7 @@ def to_buffer(packed: PackedWeight, input_scale: float | None = None) -> Tensor:
     indices = F.pad(packed.indices, (0, behind // 8, 0, below), value=_ZERO_GROUPS)
     pairs = indices.view(rows // 64, 4, 2, 8, columns // 64, 2, 4)  # a byte holds a pair of groups
     metadata.copy_(pairs.permute(0, 4, 1, 3, 6, 5, 2))
-    _set_floats(floats, packed.scales, input_scale)
+    _set_floats(floats, packed.scales, packed.input_scale)
     return buffer
 
 
@@ -88,7 +87,7 @@ def pack_buffer(weight: Tensor, form: RoundedForm, *, input_scale: float | None 
     Args:
         weight: (out_features, in_features), float16 or bfloat16, any strides.
         form: of the values.
-        input_scale: see :func:`to_buffer`.
+        input_scale: of the packed weight.
         name: of the layer, for errors.
 
     Raises:
@@ -137,6 +136,7 @@ def from_buffer(buffer: Tensor, shape: tuple[int, int], form: RoundedForm, dtype
         shape,
         floats[: shape[0]].clone(),
         dtype,
+        input_scale(buffer),
     )
 
 

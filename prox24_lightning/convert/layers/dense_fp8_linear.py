@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from prox24_lightning.convert.format.packed_weight import PackedWeight, pack_24
-from prox24_lightning.convert.kernels.rounded_buffer import from_dense_buffer, to_dense_buffer
+from prox24_lightning.convert.kernels.rounded_buffer import from_dense_buffer, input_scale, to_dense_buffer
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.weights.rounding import RoundedForm, RoundedRows, expand_rows
 
@@ -30,6 +31,7 @@ class DenseFp8Linear(SemiStructuredLinear):
         kernels: which of ``torch._scaled_mm``'s ways at which number of tokens
             (:attr:`~prox24_lightning.convert.autotune.kernel_table.KernelTable.dense_fp8_text`).
         transposed: see :class:`SemiStructuredLinear`.
+        input_scale: see :class:`~prox24_lightning.convert.format.packed_weight.PackedWeight`.
     """
 
     def __init__(
@@ -39,15 +41,17 @@ class DenseFp8Linear(SemiStructuredLinear):
         bias: Tensor | None,
         kernels: str,
         transposed: type[Any] | None = None,
+        input_scale: float | None = None,
     ) -> None:
         shape = weight.values.shape[0], weight.values.shape[1]
-        super().__init__(to_dense_buffer(weight), shape, dtype, bias, kernels, transposed=transposed, form=FORM)
+        buffer = to_dense_buffer(weight, input_scale)
+        super().__init__(buffer, shape, dtype, bias, kernels, transposed=transposed, form=FORM)
 
     @property
     @override
     def packed_weight(self) -> PackedWeight:
         """The weight in the portable packed form, in tensors of its own."""
-        return pack_24(self.weight, form=FORM)
+        return replace(pack_24(self.weight, form=FORM), input_scale=input_scale(self.packed))
 
     @override
     def _expanded(self) -> Tensor:

@@ -45,7 +45,7 @@ class Prox24Config(QuantizationConfigMixin):
         version: of the packed format.
         weights_file: ``packed.safetensors``, or ``packed.safetensors.index.json`` of a folder in several files.
         entries: for other hosts (``modules_to_not_convert``, ``packed_along_outputs``, ``weights``,
-            ``modules_not_rounded``); kept as they are.
+            ``modules_not_rounded``, ``input_scales``); kept as they are.
 
     Raises:
         ValueError: for a version that this release does not read, or a file name with a path.
@@ -56,7 +56,7 @@ class Prox24Config(QuantizationConfigMixin):
         if version not in VERSIONS:
             raise ValueError(
                 f"this folder is packed in version {version!r} of the format, and this release of prox24_lightning "
-                f"reads versions {' and '.join(map(str, VERSIONS))}: update prox24_lightning, or have the folder "
+                f"reads versions {', '.join(map(str, VERSIONS))}: update prox24_lightning, or have the folder "
                 "written again"
             )
         if not isinstance(weights_file, str) or not weights_file.startswith(PACKED_FILE):

@@ -45,9 +45,10 @@ def save_pretrained(
     entries = {name: quantizer.entries[packed] for name, packed in stored.items() if packed is not None}
     dims = {name: entry.dim for name, entry in entries.items()}
     forms = {name: entry.form for name, entry in entries.items() if entry.form is not None}
+    fixed = {name: entry.input_scale for name, entry in entries.items() if entry.input_scale is not None}
     info = {**quantizer.info, "model": type(model).__name__}
     limit = None if max_shard_size is None else convert_file_size_to_int(max_shard_size)
-    write_folder(save_directory, model, state, dims, info, max_shard_bytes=limit, forms=forms)
+    write_folder(save_directory, model, state, dims, info, max_shard_bytes=limit, forms=forms, input_scales=fixed)
     if push_to_hub:
         _upload(save_directory, kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 

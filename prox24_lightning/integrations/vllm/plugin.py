@@ -6,7 +6,7 @@ whole or dense as a whole (:func:`~prox24_lightning.convert.packed_model.find_pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,13 +42,21 @@ class Prox24Config(QuantizationConfig):
         dense: names of the linear layers that are stored dense, as Hugging Face has them.
         form: that packed layers are rounded to; None for layers of 16 bits.
         not_rounded: names of the packed layers that are not rounded all the same.
+        input_scales: fixed scales of inputs, by layer.
     """
 
-    def __init__(self, dense: list[str], form: RoundedForm | None = None, not_rounded: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        dense: list[str],
+        form: RoundedForm | None = None,
+        not_rounded: Sequence[str] = (),
+        input_scales: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__()
         self.dense = dense
         self.form = form
         self.not_rounded = list(not_rounded)
+        self.input_scales = dict(input_scales or {})
 
     @classmethod
     def get_name(cls) -> str:
@@ -76,7 +84,7 @@ class Prox24Config(QuantizationConfig):
         if config.get("version") not in VERSIONS or "modules_to_not_convert" not in config:
             raise ValueError(
                 f"this folder is packed in version {config.get('version')!r} of the format, and this release of "
-                f"prox24_lightning serves versions {' and '.join(map(str, VERSIONS))}: write the folder again with "
+                f"prox24_lightning serves versions {', '.join(map(str, VERSIONS))}: write the folder again with "
                 "`prox24 convert`"
             )
         if columns := config.get("packed_along_outputs"):
@@ -87,11 +95,13 @@ class Prox24Config(QuantizationConfig):
         form = config.get("weights")
         if form not in (*LARGEST, None):
             raise ValueError(f"weights={form!r} of the quantization_config is none of {', '.join(LARGEST)}")
-        return cls(list(config["modules_to_not_convert"]), form, config.get("modules_not_rounded", ()))
+        fixed = config.get("input_scales")
+        return cls(list(config["modules_to_not_convert"]), form, config.get("modules_not_rounded", ()), fixed)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.dense = hf_to_vllm_mapper.apply_list(self.dense)
         self.not_rounded = hf_to_vllm_mapper.apply_list(self.not_rounded)
+        self.input_scales = hf_to_vllm_mapper.apply_dict(self.input_scales)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         """Return how ``layer`` runs; None leaves embeddings and heads to vLLM.
@@ -112,7 +122,10 @@ class Prox24Config(QuantizationConfig):
                 )
         if members[0] in self.dense:
             return UnquantizedLinearMethod()
-        return Prox24LinearMethod(prefix, None if members[0] in self.not_rounded else self.form)
+        form = None if members[0] in self.not_rounded else self.form
+        scales = [self.input_scales[name] for name in members if name in self.input_scales]
+        # Layers that run as one share their input, so that they were measured on the same.
+        return Prox24LinearMethod(prefix, form, max(scales) if len(scales) == len(members) else None)
 
 
 @register_weight_loader_v2_supported_method
@@ -122,11 +135,13 @@ class Prox24LinearMethod(LinearMethodBase):
     Args:
         name: of the layer, for errors.
         form: of its weight if that is rounded to 8 bits, else None.
+        input_scale: of its inputs, if that is fixed.
     """
 
-    def __init__(self, name: str, form: RoundedForm | None = None) -> None:
+    def __init__(self, name: str, form: RoundedForm | None = None, input_scale: float | None = None) -> None:
         self.name = name
         self.form = form
+        self.input_scale = input_scale
         self.dtype: torch.dtype | None = None
         self.kernels: str | None = None
         self._dense = UnquantizedLinearMethod()
@@ -173,7 +188,8 @@ class Prox24LinearMethod(LinearMethodBase):
         scales = None if self.form is None else layer.get_parameter("weight.scales").data
         del layer.weight
         shape = values.shape[0], 2 * values.shape[1]
-        packed = PackedWeight(values, indices, shape, scales, None if self.form is None else self.dtype)
+        dtype, fixed = (None, None) if self.form is None else (self.dtype, self.input_scale)
+        packed = PackedWeight(values, indices, shape, scales, dtype, fixed)
         check_packed(packed, name=self.name)
         self.kernels = self._chosen_kernels(packed)
         if self.kernels is None:
@@ -183,7 +199,7 @@ class Prox24LinearMethod(LinearMethodBase):
             layer.register_parameter("packed", nn.Parameter(to_buffer(packed), requires_grad=False))
 
     def _chosen_kernels(self, packed: PackedWeight) -> str | None:
-        """The kernels of this shape; None where the layer cannot run sparse or would be slower."""
+        """The kernels of this shape, packed also where dense float8 is faster; None where it cannot run sparse."""
         target = target_of(packed.device)
         with torch.device("meta"):
             linear = nn.Linear(packed.shape[1], packed.shape[0], bias=False, dtype=packed.dtype)

@@ -35,7 +35,8 @@ class LanguageModule(LightningModule):
 @pytest.mark.parametrize("weights", [None, "fp8_e4m3", "int8"])
 def test_save_to_leaves_a_folder_for_from_pretrained(tmp_path, weights):
     module, folder = LanguageModule(), tmp_path / "packed"
-    callbacks = [Prox24(0, 2, verbose=False), ConvertAndBenchmark(verbose=False, save_to=folder, weights=weights)]
+    options = {"weights": weights, "input_quantile": 1.0 if weights == "int8" else None}
+    callbacks = [Prox24(0, 2, verbose=False), ConvertAndBenchmark(verbose=False, save_to=folder, **options)]
     quiet_trainer(default_root_dir=tmp_path, max_steps=4, callbacks=callbacks).fit(
         module, torch.randint(0, 64, (8, 2, 9))
     )
@@ -44,6 +45,8 @@ def test_save_to_leaves_a_folder_for_from_pretrained(tmp_path, weights):
     trained = {name: value.bfloat16() for name, value in module.model.state_dict().items()}
     packed = open_packed(folder).packed
     assert {entry.form for entry in packed.values()} == {weights}
+    fixed = {name for name, entry in packed.items() if entry.input_scale is not None}
+    assert fixed == (set(packed) if weights == "int8" else set())
     if weights is not None:
         trained |= {name: round_weight(trained[name], weights) for name in packed}
     assert all(torch.equal(value, trained[name]) for name, value in loaded.state_dict().items())

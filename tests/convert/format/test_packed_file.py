@@ -125,6 +125,23 @@ def test_only_files_with_rounded_weights_are_of_the_second_version(tmp_path):
         open_tensors(rounded, what="packed file", format="prox24 packed", versions=(1,))
 
 
+def test_a_fixed_scale_of_inputs_is_in_files_of_the_third_version(tmp_path):
+    tensors, dims = some_tensors()
+    forms = {"up.weight": "int8"}
+    path = write_packed(tmp_path / "fixed", tensors, dims, forms=forms, input_scales={"up.weight": 0.125})
+    assert content(path)[0]["version"] == "3"
+    assert PackedFile(path).read_packed("up.weight").input_scale == 0.125
+    with pytest.raises(ValueError, match="fixed scales of inputs are not in files of version 2"):
+        PackedFile(forge(path, version="2"))
+    with pytest.raises(ValueError, match="turned.weight has a scale for its inputs and is not rounded"):
+        write_packed(tmp_path / "wrong", tensors, dims, forms=forms, input_scales={"turned.weight": 0.125})
+    packed = json.loads(content(path)[0]["packed"])
+    for scale in (0.0, -1.0, 1e40, "1", True):
+        packed["up.weight"]["input_scale"] = scale
+        with pytest.raises(ValueError, match="up.weight has no valid scale of its inputs"):
+            PackedFile(forge(path, packed=json.dumps(packed)))
+
+
 def test_forms_of_weights_that_are_not_packed_or_cannot_be_rounded_are_refused(tmp_path):
     tensors, dims = some_tensors()
     with pytest.raises(ValueError, match="embed.weight is to be rounded and is not packed"):
@@ -257,7 +274,7 @@ def content(path):
     "change, words",
     [
         ({"format": "pt"}, r"is no packed file of prox24_lightning \(its format is 'pt'\)"),
-        ({"version": "3"}, "is of version '3', this release reads 1 and 2; update"),
+        ({"version": "4"}, "is of version '4', this release reads 1, 2, 3; update"),
         ({"info": '{"model": "b"}'}, "is damaged: its checksum does not fit its header"),
         ({"sha256": "0"}, "is damaged: its checksum does not fit its header"),
     ],
