@@ -99,7 +99,9 @@ def test_the_buffer_is_cusparselts_own(form, shape):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "columns"), [(1, 4096), (5, 1000), (3, 1001), (70, 14336), (2, 33000)])
+@pytest.mark.parametrize(
+    ("tokens", "columns"), [(1, 4096), (5, 1000), (3, 1001), (70, 14336), (2, 33000), (1025, 4096), (1030, 1001)]
+)
 def test_tokens_are_rounded_bit_for_bit(form, dtype, tokens, columns):
     skip_without(form)
     inputs = torch.randn(tokens, columns, device="cuda", dtype=dtype) * 3

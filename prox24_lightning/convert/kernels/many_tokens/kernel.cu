@@ -2,7 +2,7 @@
 //
 // Compiled at run time with these macros: FORM (of weight and inputs: 1 for float8_e4m3, 2 for int8), BF16 (0: float16, 1:
 // bfloat16, of the result), TOKENS (of a tile), GROUPS (warpgroups that multiply, 64 rows of the weight each), CR (blocks
-// of a cluster, along the rows), STAGES (pieces of 128 inputs in shared memory), PANEL (tiles of a cluster along the rows
+// of a cluster, along the rows), STAGES (pieces of 128 inputs in shared memory), PANEL (tiles along the tokens
 // that are taken side by side). After the constants stands `multiply`, the instruction wgmma.mma_async.sp.m64nTOKENSk64
 // with all its registers by name, which kernel.py generates.
 //
@@ -18,10 +18,11 @@ constexpr int THREADS = GROUPS * 128 + 32;
 constexpr int VALUES = ROWS * 64, INPUTS = TOKENS * 128, METADATA = GROUPS * 1024;  // bytes of a stage
 constexpr int STAGE = VALUES + INPUTS + METADATA;
 constexpr int SHARE = TOKENS / CR;
-constexpr int CHUNK = 32;                     // tokens that a warpgroup stores at a time
+constexpr int CHUNK = 64;                     // tokens that a warpgroup stores at a time
 constexpr int STORED = CHUNK * 128;           // bytes of these
-constexpr int STORES = STAGES * STAGE;        // two buffers a warpgroup
-constexpr int SCALES = STORES + GROUPS * 2 * STORED;
+constexpr int BUFFERS = 3;                    // of these that a warpgroup has
+constexpr int STORES = STAGES * STAGE;
+constexpr int SCALES = STORES + GROUPS * BUFFERS * STORED;
 constexpr int BARRIERS = SCALES + GROUPS * TOKENS * 4;
 
 // MULTIPLY
@@ -48,9 +49,9 @@ struct Tile {
 };
 
 __device__ __forceinline__ Tile tile_at(int at, int row_tiles, int token_tiles) {
-  const int panel = at / (PANEL * token_tiles), within = at - panel * PANEL * token_tiles;
-  const int width = min(PANEL, row_tiles - panel * PANEL);
-  return {((panel * PANEL + within % width) * CR + (int)blockIdx.x % CR) * ROWS, within / width * TOKENS};
+  const int panel = at / (PANEL * row_tiles), within = at - panel * PANEL * row_tiles;
+  const int width = min(PANEL, token_tiles - panel * PANEL);
+  return {(within / width * CR + (int)blockIdx.x % CR) * ROWS, (panel * PANEL + within % width) * TOKENS};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, 1, 1)
@@ -116,7 +117,7 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
   } else {
     const char* mine = memory + VALUES + INPUTS + group * 1024 + warp % 4 * 128;
     float* scales = (float*)(memory + SCALES) + group * TOKENS;
-    const u32 stores = stages + STORES + group * (2 * STORED);
+    const u32 stores = stages + STORES + group * (BUFFERS * STORED);
     // Of the tokens and rows of a chunk, this lane addresses one token and half of its warp's 16 rows: 16 bytes.
     const int token_in_chunk = lane / 16 * 8 + lane % 8;
     const u32 place = token_in_chunk * 128 + ((warp % 4 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
@@ -125,16 +126,17 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
     for (int at = first; at < tiles; at += step) {
       const Tile tile = tile_at(at, row_tiles, token_tiles);
       const bool inside = tile.row + group * 64 < rows;
-      for (int t = threadIdx.x % 128; t < TOKENS; t += 128) {
-        const float* scale = token_scales + min(tile.token + t, tokens - 1);
-        asm volatile("ld.global.f32 %0, [%1];" : "=f"(scales[t]) : "l"(scale));
-      }
-      float of_row[2] = {}, added[2] = {};
+      // The scales are on their way while the tile is multiplied.
+      for (int t = threadIdx.x % 128; t < TOKENS; t += 128)
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                     :: "r"(shared_address(scales + t)), "l"(token_scales + min(tile.token + t, tokens - 1)) : "memory");
+      float of_row[2] = {};
+      u16 added[2] = {};
 #pragma unroll
       for (int k = 0; k < 2; k++) {
         const int row = tile.row + warp * 16 + lane / 4 + k * 8;
         if (inside) of_row[k] = row_scales[row];
-        if (bias && row < outputs) added[k] = to_float(bias[row]);
+        if (bias && row < outputs) added[k] = bias[row];
       }
       Sum acc[TOKENS / 2];
 #pragma unroll
@@ -174,21 +176,26 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
 #pragma unroll
       for (int k = 0; k < TOKENS / 2; k++) asm volatile("" : ACCUMULATOR(acc[k]));
       release(n - 1);
+      asm volatile("cp.async.wait_all;" ::: "memory");
 #pragma unroll
       for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
-        const u32 buffer = stores + chunk % 2 * STORED;
-        if (warp % 4 == 0 && elected()) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-        group_barrier(group);
+        const u32 buffer = stores + chunk % BUFFERS * STORED;
+        // The buffers of the tile before were read long ago; within a tile the first one is needed again.
+        if (warp % 4 == 0 && elected()) {
+          if (chunk == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+          if (chunk >= BUFFERS) asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(BUFFERS - 1) : "memory");
+        }
+        if (chunk == 0 || chunk >= BUFFERS) group_barrier(group);
 #pragma unroll
         for (int half = 0; half < CHUNK / 16; half++) {
           u32 pairs[4];
 #pragma unroll
           for (int k = 0; k < 4; k++) {  // of eight tokens (k / 2) and eight rows (k % 2)
-            const int eight = chunk * 4 + half * 2 + k / 2;
+            const int eight = chunk * (CHUNK / 8) + half * 2 + k / 2;
             const float2 of_token = *(const float2*)(scales + eight * 8 + lane % 4 * 2);
             const Sum* sum = acc + eight * 4 + k % 2 * 2;
-            const float scale = of_row[k % 2];
-            pairs[k] = to_halves((float)sum[0] * (of_token.x * scale) + added[k % 2], (float)sum[1] * (of_token.y * scale) + added[k % 2]);
+            const float scale = of_row[k % 2], more = to_float(added[k % 2]);
+            pairs[k] = to_halves((float)sum[0] * (of_token.x * scale) + more, (float)sum[1] * (of_token.y * scale) + more);
           }
           store_transposed(buffer + half * (16 * 128) + place, pairs[0], pairs[1], pairs[2], pairs[3]);
         }

@@ -30,7 +30,7 @@ from prox24_lightning.weights.rounding import RoundedForm
 SOURCE = Path(__file__).with_name("kernel.cu")
 
 _MAPS = 4096  # kept at most
-_CHUNK = 32  # tokens that are stored at a time
+_CHUNK = 64  # tokens that are stored at a time
 _VALUE_WORDS = 32  # words of 16 bits that a row of a piece has of values; of inputs and results it has 64
 _METADATA_ENTRIES = 128  # of eight bytes that a piece has for 64 rows
 _ALIGNED_OUTPUTS = 8  # the copy engine stores rows of 16 bytes
