@@ -95,7 +95,7 @@ def row_scales(weight: Tensor, form: RoundedForm, *, name: str = "weight", first
 
 def scales_of(magnitudes: Tensor, form: RoundedForm) -> Tensor:
     """Return the scales of rows with these float32 (rows,) largest magnitudes; nothing is checked, no GPU waits."""
-    # By a tensor: by a number CUDA multiplies with the rounded reciprocal, and 448 / 448 would not be 1.
+    # By a tensor: by a number CUDA multiplies with the rounded reciprocal, and a rounded row would find another scale.
     bits = (magnitudes / torch.full_like(magnitudes, LARGEST[form])).view(torch.int32)
     lowest = (1 << _DROPPED_BITS) - 1
     return (bits + lowest & ~lowest).view(torch.float32).clamp_min(SMALLEST_SCALE)
