@@ -1,6 +1,7 @@
 """What 8 bits cost: perplexity of a language model dense, 2:4, and both rounded to fp8_e4m3 and int8, in one table.
 
     python -m benchmarks.rounding
+    python -m benchmarks.recovery --rows '[prox24]' --seeds '[0]' --keep runs/recovered
     python -m benchmarks.rounding --checkpoint runs/recovered --name rounding/recovered
 
 Weights have one scale a row. Inputs of every rounded layer are rounded token by token as the GPU's kernels do, in plain

@@ -52,6 +52,7 @@ def main(
     training: TextSource = PythonSources(),  # noqa: B008
     evaluation: dict[str, TextSource] | None = None,
     cache: Path = Path("runs/tokens"),
+    keep: Path | None = None,
 ) -> None:
     """Run what is missing, then write the table and the plot.
 
@@ -84,6 +85,8 @@ def main(
         training: text to train on.
         evaluation: held-out texts by name; null is docs (docstrings and reference) and libraries (source files).
         cache: folder where tokens are kept.
+        keep: folder for the model of the last run that ends, say of one row and one seed, for ``benchmarks.rounding
+            --checkpoint``; null keeps none.
     """
     table = {**FINETUNING, **further_rows(variants)}
     chosen = chosen_rows(rows, table)
@@ -101,6 +104,7 @@ def main(
         compile=compile,
         precision=precision or default_precision(),
         cache=cache,
+        keep=keep,
     )
     until = None if minutes is None else time.time() + 60 * minutes
     if long:

@@ -66,6 +66,8 @@ class LanguageModel(Task):
     cache: Path
     plain: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt+mg", "prox+mg")
     split: Literal["val", "test"] = "val"
+    keep: Path | None = None
+    """Folder for the model of the last run that ends; it changes no result."""
 
     @override
     def identity(self) -> dict[str, Any]:
@@ -122,6 +124,13 @@ class LanguageModel(Task):
     @override
     def search_loss(self, scores: dict[str, float]) -> float:
         return scores["val_loss_search"]
+
+    @override
+    def finished(self, module: LightningModule) -> None:
+        if self.keep is not None:
+            assert isinstance(module, CausalLM)
+            module.model.save_pretrained(self.keep)
+            self.model.tokenizer().save_pretrained(self.keep)
 
     @override
     def calibration(self, data: LightningDataModule) -> list[dict[str, Tensor]]:

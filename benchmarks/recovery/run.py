@@ -89,6 +89,7 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
     score = trainer.test if task.split == "test" else trainer.validate
     for logged in score(module, datamodule=data, verbose=False):
         scores.update({name: float(value) for name, value in logged.items()})
+    task.finished(module)
     return {
         "losses": task.losses(scores),
         "scores": scores,

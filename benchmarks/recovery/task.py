@@ -56,6 +56,10 @@ class Task(ABC):
         """Batches for pruning before the first step."""
         raise ValueError(f"{type(self).__name__} has no calibration batches; leave out the rows that prune at once")
 
+    def finished(self, module: LightningModule) -> None:
+        """Do what is to be done with a trained and scored module; nothing here."""
+        return
+
     def adapted(self, row: Row) -> Row:
         """The row with what the task itself sets."""
         return row

@@ -13,6 +13,7 @@ from queue import SimpleQueue
 import pytest
 import torch
 from tiny_language import Chains, save_tiny_llama
+from torch import nn
 
 from benchmarks.recovery import protocol
 from benchmarks.recovery.__main__ import main
@@ -25,6 +26,7 @@ from benchmarks.recovery.scratch import Recipe
 from benchmarks.recovery.summary import excesses, table, warnings
 from benchmarks.recovery.table import main as again
 from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.mask import is_24
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -131,7 +133,9 @@ def test_the_command_writes_table_plot_and_runs_and_does_nothing_twice(settings,
     monkeypatch.setattr(protocol, "execute", counted)
     main(output=tmp_path, **given(settings))
     assert ran == []
-    main(output=tmp_path, **given(settings, rows=["dense", "magnitude", "wanda"]))
+    main(output=tmp_path, keep=tmp_path / "kept", **given(settings, rows=["dense", "magnitude", "wanda"]))
+    kept = Pretrained(str(tmp_path / "kept")).load()[0]
+    assert all(is_24(layer.weight) for layer in kept.model.layers.modules() if isinstance(layer, nn.Linear))
     assert ran == [FINETUNING["wanda"]]
     assert "| wanda |" in page.read_text()
     main(output=tmp_path, **given(settings, weight_decay=0.0))
