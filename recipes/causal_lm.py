@@ -35,6 +35,8 @@ class CausalLM(LightningModule):
         weight_decay: decay of weight matrices.
         warmup_steps: optimizer steps of linear warm-up.
         compile: compile the model's blocks and the loss, which takes a minute at the start and pays on a GPU.
+        final: rate at the last step, relative to the peak.
+        restart: fraction of the run after which the schedule begins anew, as at the freeze of Prox24; None: never.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class CausalLM(LightningModule):
         weight_decay: float = 0.01,
         warmup_steps: int = 20,
         compile: bool = False,
+        final: float = 0.1,
+        restart: float | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["model"])  # an object would make the checkpoint unreadable for weights_only
@@ -92,6 +96,8 @@ class CausalLM(LightningModule):
             lr=self.hparams["lr"],
             weight_decay=self.hparams["weight_decay"],
             warmup_steps=self.hparams["warmup_steps"],
+            final=self.hparams["final"],
+            restart=self.hparams["restart"],
             fused=fused,
         )
 

@@ -61,8 +61,8 @@ def main(
         name: of these files: "recovery" or "recovery/VARIANT".
         runs: file of finished runs, one JSON line each; null is ``output/recovery/VARIANT.runs.jsonl``.
         rows: names of rows; null for all.
-        variants: further rows of Prox24: name -> its arguments, ``distillation``, the share of it, and ``teacher``,
-            further arguments of it.
+        variants: further rows of Prox24: name -> its arguments, ``distillation``, the share of it, ``teacher``, its
+            other arguments, and ``module``, arguments of the module (``restart: 0.3``).
         seeds: of the order of the training text, one run of every row each.
         steps: optimizer steps of a run.
         long: four times the steps, into files of their own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -81,9 +82,9 @@ class LanguageModel(Task):
         }
 
     @override
-    def module(self, lr: float | None) -> LightningModule:
+    def module(self, lr: float | None, more: Mapping[str, Any] | None = None) -> LightningModule:
         kept = Kept(self.model.name, self.model.package, self.model.file, self.model.head, self.model.dtype)
-        given = {} if lr is None else {"lr": lr}
+        given = {**({} if lr is None else {"lr": lr}), **(more or {})}
         return CausalLM(
             kept, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, compile=self.compile, **given
         )

@@ -24,6 +24,7 @@ class Row:
         prox24: whether Prox24 runs, and ``arguments`` its arguments.
         distillation: share of the distillation from the dense model in the loss; 0 is none.
         teacher: further arguments of ``Distillation``.
+        module: further arguments of the module, its schedule among them.
     """
 
     prune: dict[str, Any] | None = None
@@ -32,10 +33,11 @@ class Row:
     arguments: dict[str, Any] = field(default_factory=dict)
     distillation: float = 0.0
     teacher: dict[str, Any] = field(default_factory=dict)
+    module: dict[str, Any] = field(default_factory=dict)
 
     def definition(self) -> dict[str, Any]:
-        """What tells this row from another of the same name; an empty ``teacher`` is left out, as in older records."""
-        return {key: value for key, value in asdict(self).items() if key != "teacher" or value}
+        """What tells this row from another of the same name; what older records do not hold is left out if empty."""
+        return {key: value for key, value in asdict(self).items() if key not in ("teacher", "module") or value}
 
     def callbacks(self, calibration: Sequence[Any]) -> list[Callback]:
         """The callbacks in the order in which they have to act.
@@ -112,12 +114,13 @@ SCRATCH: dict[str, Row] = {
 
 def further_rows(variants: dict[str, dict[str, Any]] | None) -> dict[str, Row]:
     """Rows of Prox24 with other arguments; ``distillation`` among them is the row's share of it, ``teacher`` further
-    arguments of ``Distillation``."""
+    arguments of ``Distillation``, and ``module`` of the module."""
     rows = {}
     for name, given in (variants or {}).items():
         arguments = dict(given)
         share, teacher = arguments.pop("distillation", 0.0), arguments.pop("teacher", {})
-        rows[name] = Row(prox24=True, distillation=share, teacher=teacher, arguments=arguments)
+        module = arguments.pop("module", {})
+        rows[name] = Row(prox24=True, distillation=share, teacher=teacher, module=module, arguments=arguments)
     return rows
 
 

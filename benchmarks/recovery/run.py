@@ -58,7 +58,7 @@ class LossCurve(Callback):
 def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]:
     """Train and score; what the run found, as plain types."""
     seed_everything(seed, workers=True, verbose=False)
-    module = task.module(lr)
+    module = task.module(lr, row.module)
     data = task.data(seed)
     record, times, curve = TrainingRecord(), StepTimes(), LossCurve()
     row = task.adapted(row)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +40,8 @@ class Recipe(Task):
         return {"config": self.config.stem, "steps": self.steps, **parts, "prox24": self._prox24(), **split}
 
     @override
-    def module(self, lr: float | None) -> LightningModule:
-        return _made(self._read()["model"], {} if lr is None else {"lr": lr})
+    def module(self, lr: float | None, more: Mapping[str, Any] | None = None) -> LightningModule:
+        return _made(self._read()["model"], {**({} if lr is None else {"lr": lr}), **(more or {})})
 
     @override
     def data(self, seed: int) -> LightningDataModule:
@@ -64,7 +65,7 @@ class Recipe(Task):
     def adapted(self, row: Row) -> Row:
         if not row.prox24 or "start" in row.arguments:
             return row
-        return Row(prox24=True, arguments={**self._prox24(), **row.arguments}, distillation=row.distillation)
+        return replace(row, arguments={**self._prox24(), **row.arguments})
 
     def _prox24(self) -> dict[str, Any]:
         callbacks = self._read()["trainer"]["callbacks"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -25,8 +26,8 @@ class Task(ABC):
         """All settings that change a result, as plain types."""
 
     @abstractmethod
-    def module(self, lr: float | None) -> LightningModule:
-        """A fresh module; ``lr`` None is the task's own."""
+    def module(self, lr: float | None, more: Mapping[str, Any] | None = None) -> LightningModule:
+        """A fresh module; ``lr`` None is the task's own, and ``more`` are further arguments of it."""
 
     @abstractmethod
     def data(self, seed: int) -> LightningDataModule:

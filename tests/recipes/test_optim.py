@@ -42,6 +42,14 @@ def test_no_warm_up_starts_at_the_peak():
     assert rates(5, warmup_steps=0)[0] == 1.0
 
 
+def test_a_restart_begins_a_whole_schedule():
+    found = rates(50, final=0.1, restart=0.4)
+    assert found[:20] == rates(20, final=0.1)[:20]
+    assert found[20:] == rates(30, final=0.1)
+    with pytest.raises(ValueError, match="restart=1 must lie between 0 and 1"):
+        rates(50, restart=1)
+
+
 def test_only_matrices_decay_and_frozen_weights_are_left_out():
     net = Net(10)
     decayed, plain = adamw_with_cosine(net, lr=1.0, weight_decay=0.1, warmup_steps=0)["optimizer"].param_groups
