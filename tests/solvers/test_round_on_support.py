@@ -108,3 +108,18 @@ def test_what_cannot_be_rounded_is_refused():
         PruneConfig(SolverConfig("keep"), reorder_inputs=True)
     with pytest.raises(ValueError, match=r"method='keep' leaves no layer dense: leave budget=0\.1 out"):
         PruneConfig(SolverConfig("keep"), budget=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_captured_steps_lower_the_loss_as_the_cpu_does(form):
+    dense, hessian, weight, mask = pruned(inputs=152)  # two blocks of 64 columns and a narrower one
+    losses = []
+    for device in ("cpu", "cuda"):
+        given = [tensor.to(device) for tensor in (weight, dense, hessian, mask)]
+        found = round_on_support(*given, form).cpu()
+        assert not found[~mask].any()
+        losses.append(float(local_loss(found, dense, hessian)))
+    plain = float(local_loss(round_on_support(weight, dense, hessian, mask, form, sweeps=0), dense, hessian))
+    assert losses[1] < plain
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
