@@ -9,6 +9,7 @@ Surgeon, Hassibi and Stork 1993): ``w_ij^2 / [H^-1]_jj``.
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
 from prox24_lightning.solvers.loss import regularized
 
-ROUNDS = (192, 1024)
+ROUNDS = (192, 512)
 """At most, on a CPU and on a GPU; in each round every group of four trades with one other."""
 _ELEMENTS = (1 << 20, 1 << 25)
 """Entries that are compared at a time, on a CPU and on a GPU."""
@@ -114,10 +115,15 @@ def _best_splits(by_input: Tensor, eights: Tensor) -> Tensor:
     return torch.cat([_best_split(by_input[part]) for part in eights.split(at_a_time)])
 
 
+@lru_cache
+def _indices(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the entries of each pair, (2, 28), and two of the pairs of each half, (2, 70)."""
+    return torch.tensor(_PAIRS, device=device).T, torch.tensor(_HALF_PAIRS, device=device).T
+
+
 def _best_split(values: Tensor) -> Tensor:
     """``values``: (pairs, 8, rows)."""
-    first, second = torch.tensor(_PAIRS, device=values.device).unbind(1)
-    front, back = torch.tensor(_HALF_PAIRS, device=values.device).unbind(1)
+    (first, second), (front, back) = _indices(values.device)
     left, right = values[:, first], values[:, second]
     # The two smallest of four add up to the least sum of two of them: of a pair, or of the lesser ones of two pairs.
     sums, lesser = left + right, torch.minimum(left, right)
