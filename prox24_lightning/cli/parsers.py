@@ -38,7 +38,7 @@ class CommandParser(ArgumentParser):
     @override
     def format_help(self, *args: Any, **options: Any) -> str:
         own_first(self)
-        return super().format_help(*args, **options)
+        return _without_markup(super().format_help(*args, **options))
 
 
 class TrainerParser(LightningArgumentParser):
@@ -68,10 +68,17 @@ class TrainerParser(LightningArgumentParser):
     def format_help(self, *args: Any, **options: Any) -> str:
         own_first(self, self.own_group)
         self.usage = f"{_program(self.prog)} [options]"
-        parts = super().format_help(*args, **options).split("\n\n")  # usage, description, groups
+        parts = _without_markup(super().format_help(*args, **options)).split("\n\n")  # usage, description, groups
         if self.own_help is not None:
             parts.insert(3 if self.own_group else 2, self.own_help())
         return "\n\n".join(parts)
+
+
+def _without_markup(text: str) -> str:
+    """Return a help text without the markup of docstrings, and types by their bare names."""
+    text = re.sub(r":(?:class|func|meth|attr|mod|data):`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
+    text = re.sub(r"<class\s+'(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    return text.replace("``", "").replace("[ITEM,...]", "ITEM ...")
 
 
 def refuse(program: str, message: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,6 +23,16 @@ def parser():
     found.add_argument("--overwrite", type=bool, default=False)
     found.add_argument("--rate", type=float, default=0.0)
     return found
+
+
+def test_help_is_free_of_markup():
+    shown = parser()
+    shown.add_argument(
+        "--folder", type=Path, help="as in :class:`~prox24_lightning.schedules.Schedule`, ``null`` for none"
+    )
+    text = " ".join(shown.format_help().split())
+    assert "--folder FOLDER as in Schedule, null for none (type: Path" in text
+    assert "--seeds ITEM ..." in text
 
 
 @pytest.mark.parametrize(
