@@ -69,6 +69,7 @@ def main(
         device: where the block runs; on a CPU nothing is converted, which tries the script out.
     """
     if form is not None:
+        faulthandler.enable()
         faulthandler.dump_traceback_later(limit, exit=True)
         compile_block(model, tokens, form, torch.device(device))
         return
@@ -135,9 +136,10 @@ def _row(form: Form, child: subprocess.Popen[str], limit: int) -> dict[str, Any]
         print(out, errors[-8000:], sep="\n", flush=True)
         lines = [line.strip() for line in errors.splitlines() if line.strip()]
         frames = [line for line in lines if line.startswith("File ")]
-        late = f"not done within {limit} s, in {frames[0] if frames else 'native code'}"
-        why = late if any(line.startswith("Timeout") for line in lines) else (lines or ["no message"])[-1]
-        problem = f"exit code {child.returncode}: {why}"
+        stage = next((stage for stage in _STAGES if stage not in stages), "")
+        late = f"not done within {limit} s: {stage}, in {frames[0] if frames else 'native code'}"
+        how = f"ended by signal {-child.returncode}" if child.returncode < 0 else (lines or ["no message"])[-1]
+        problem = late if any(line.startswith("Timeout") for line in lines) else f"{stage}: {how}"
     return {"block": form, **{stage: stages.get(stage, "") for stage in _STAGES}, "problem": problem}
 
 

@@ -58,9 +58,12 @@ def save_pruned(
 
 def forget_quantization(model: Any) -> None:
     """Make a model whose weights are plain tensors by now say so, also where they came from a GGUF file: one that still
-    says "quantized" would refuse to be saved, and its config would send from_pretrained to the wrong loader."""
+    says "quantized" would refuse to be saved, and its config would send from_pretrained to the wrong loader. One that
+    came from a packed folder has a ``save_pretrained`` of its own, and transformers would undo how it was loaded."""
     if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer = None
+        model.hf_quantizer, model.is_quantized = None, False
+        for name in ("save_pretrained", "push_to_hub", "_weight_conversions"):
+            vars(model).pop(name, None)
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

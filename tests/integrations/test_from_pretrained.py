@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from prox24_lightning.convert.kernels.packed_buffer import pack_buffer
 from prox24_lightning.integrations.transformers.quantizer import Prox24Config
 from prox24_lightning.io.packed_folder import load_folder, save_folder, write_folder
 from prox24_lightning.mask import mask_24
+from prox24_lightning.oneshot import prune_layerwise
+from prox24_lightning.oneshot.save import save_pruned
 from prox24_lightning.weights.layer_matrix import transposed_kind
 from prox24_lightning.weights.rounding import round_weight
 from prox24_lightning.weights.selection import select_weights
@@ -346,6 +349,37 @@ def test_compile_and_export(llama):
     torch.testing.assert_close(compiled(x), block(x))
     exported = torch.export.export(block, (x,)).module()
     torch.testing.assert_close(exported(x), block(x))
+
+
+def test_copies_and_pickles_are_saved_as_packed_folders(llama, tmp_path):
+    loaded = hf.AutoModelForCausalLM.from_pretrained(llama[1])
+    torch.save(loaded, tmp_path / "model.pt")
+    copied = copy.deepcopy(loaded)
+    with torch.no_grad():
+        loaded.lm_head.weight.zero_()
+    for name, one in {"copy": copied, "pickle": torch.load(tmp_path / "model.pt", weights_only=False)}.items():
+        one.save_pretrained(tmp_path / name)
+        assert same_files(llama[1], tmp_path / name) == []
+
+
+def test_dequantize_leaves_an_ordinary_model(llama, tmp_path):
+    model, folder = llama
+    loaded = hf.AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    loaded.save_pretrained(tmp_path / "dense")
+    assert loaded.half().dtype == torch.float16
+    assert not list((tmp_path / "dense").glob("packed*"))
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+def test_a_loaded_folder_that_is_pruned_again_is_saved_dense(llama, tmp_path):
+    loaded = hf.AutoModelForCausalLM.from_pretrained(llama[1])
+    report = prune_layerwise(loaded, [{"input_ids": IDS}], method="keep", refine=None, progress=False)
+    save_pruned(tmp_path / "pruned", loaded, report)
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("pruned", "again"):
+        again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(logits(again, IDS), logits(llama[0], IDS))
 
 
 def test_push_to_hub_uploads_the_card(llama, monkeypatch):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from types import MethodType
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import override
 
 from prox24_lightning.convert.autotune.tune import stored_table
-from prox24_lightning.convert.convert import insert_layers, target_of
+from prox24_lightning.convert.convert import expand_model, insert_layers, target_of
 from prox24_lightning.convert.eligibility import DTYPES, check_model
 from prox24_lightning.convert.form_choice import form_problem
 from prox24_lightning.convert.format.header import VERSIONS, PackedEntry
@@ -32,6 +33,7 @@ from prox24_lightning.convert.kernels.buffers import empty_buffer, from_buffer, 
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.integrations.transformers.saving import push_to_hub, save_pretrained
 from prox24_lightning.io.packed_folder import QUANT_METHOD
+from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import PACKED_FILE
 from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
 
@@ -66,6 +68,21 @@ class Prox24Config(QuantizationConfigMixin):
         vars(self).update({key: value for key, value in entries.items() if key != "quant_method"})
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """What the packed files say; the files themselves are closed, so that the model can be copied and pickled.
+
+    Attributes:
+        info: what the writer added: source, class of the model, and why weights are stored dense.
+        entries: packed weights of all files by name.
+        dtypes: of the dense form of each.
+    """
+
+    info: dict[str, Any]
+    entries: dict[str, PackedEntry]
+    dtypes: dict[str, torch.dtype]
+
+
 class Prox24Quantizer(HfQuantizer):
     """transformers' view of packed 2:4 weights.
 
@@ -80,7 +97,7 @@ class Prox24Quantizer(HfQuantizer):
     def __init__(self, quantization_config: Prox24Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.pre_quantized = True  # also when the user names the config for a folder that has none in config.json
-        self._stored = PackedModel([], "")
+        self._stored = _Stored({}, {}, {})
         self._sparse: dict[str, tuple[str, tuple[int, int], torch.dtype]] = {}
         self._device_map: Any = None
 
@@ -92,7 +109,7 @@ class Prox24Quantizer(HfQuantizer):
     @property
     def entries(self) -> dict[str, PackedEntry]:
         """Packed weights of all files by name."""
-        return self._stored.packed
+        return self._stored.entries
 
     @override
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -119,7 +136,9 @@ class Prox24Quantizer(HfQuantizer):
         self, model: PreTrainedModel, device_map: Any = None, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         paths = list(checkpoint_files or ())
-        self._stored = PackedModel([PackedFile(path) for path in paths], self.quantization_config.weights_file)
+        files = PackedModel([PackedFile(path) for path in paths], self.quantization_config.weights_file)
+        dtypes = {name: files.dtype(name) for name in files.packed}
+        self._stored = _Stored(files.info if paths else {}, files.packed, dtypes)
         if not self.entries:
             raise ValueError(f"{', '.join(map(str, paths))} holds no packed weight")
         self._sparse = {}
@@ -137,7 +156,7 @@ class Prox24Quantizer(HfQuantizer):
             layer = model.get_submodule(verdict.name)
             weight = layer.get_parameter("weight")
             along_inputs = self.entries[name].dim == (0 if is_transposed_linear(layer) else 1)
-            dtype = self._stored.dtype(name)
+            dtype = self._stored.dtypes[name]
             runs = form_problem(self.entries[name].form, target) is None
             if along_inputs and runs and dtype in DTYPES and weight.dtype == dtype:
                 shape = (verdict.shape[0], verdict.shape[1])
@@ -171,9 +190,9 @@ class Prox24Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, shape, dtype in self._sparse.values():
             self._place(model, name, shape, dtype)
-        # transformers lets no quantizer name its files, headers and card.
-        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
-        model.push_to_hub = MethodType(push_to_hub, model)  # type: ignore[assignment]
+        # transformers lets no quantizer name its files, headers and card. Bound methods would not survive a pickle.
+        model.save_pretrained = partial(save_pretrained, model)  # type: ignore[method-assign]
+        model.push_to_hub = partial(push_to_hub, model)  # type: ignore[assignment]
         return model
 
     def _place(self, model: PreTrainedModel, name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -198,6 +217,13 @@ class Prox24Quantizer(HfQuantizer):
         entries = self.entries
         found = (one for one in (name, prefix + name, name.removeprefix(prefix)) if one in entries)
         return next(found, None)
+
+    @override
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Make every layer dense again, with the same values; ``save_pretrained`` then writes an ordinary folder."""
+        expand_model(model)
+        forget_quantization(model)
+        return model
 
     @override
     def is_serializable(self) -> bool:

@@ -16,13 +16,9 @@ def register_with_transformers() -> None:
         from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     except ImportError as error:
-        raise ImportError(
-            f"loading packed folders by from_pretrained needs transformers 5.15 or newer: {error}"
-        ) from error
+        raise ImportError(f"{_NEEDED}: {error}") from error
     if not any(hasattr(HfQuantizer, hook) for hook in ("update_attn_implementation", "update_tp_plan")):
-        raise ImportError(
-            "loading packed folders by from_pretrained needs transformers 5.15 or newer: update transformers"
-        )
+        raise ImportError(f"{_NEEDED}: update transformers")
 
     from prox24_lightning.integrations.transformers.quantizer import Prox24Config, Prox24Quantizer
     from prox24_lightning.io.packed_folder import QUANT_METHOD
