@@ -255,8 +255,8 @@ class Progressive(Strategy):
         if rank() == 0:
             log.warning(
                 "blocks are not run again, because %s: each layer is solved on a Hessian that forward hooks sum up in "
-                "the training batches before its pruning step; dense_target, reconstruction_steps, reorder_inputs "
-                "and budget have no effect (calibration='stream' if this is meant)",
+                "the training batches before its pruning step; dense_target, reconstruction_steps, reorder_inputs, "
+                "budget and passes have no effect (calibration='stream' if this is meant)",
                 problem,
             )
 
