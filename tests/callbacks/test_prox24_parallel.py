@@ -131,9 +131,8 @@ def with_cut_batches(device):
 
 
 def distilled(parallel, device):
-    """With twins: the loss of the features is relative to the teacher's in the batch of a rank."""
     distillation = Distillation(0.5, features=0.5, verbose=False)
-    return fit(parallel, device, also=(distillation,), twins=True, **MOVED)
+    return fit(parallel, device, also=(distillation,), **MOVED)
 
 
 def monitored(parallel, device, folder):

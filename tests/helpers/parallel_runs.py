@@ -121,12 +121,10 @@ class MaskRecord(Callback):
             self.found.append((self.prox.step, len(masks), checksum(every)))
 
 
-def loader(split: bool, *, dtype: torch.dtype = torch.float32, twins: bool = False) -> StatefulLoader:
-    """Eight sequences a step: all of them, or this rank's four; ``twins``: which are the other rank's four as well."""
+def loader(split: bool, *, dtype: torch.dtype = torch.float32) -> StatefulLoader:
+    """Eight sequences a step: all of them, or this rank's four."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(STEPS, 8, 8, FEATURES, generator=generator, dtype=dtype)
-    if twins:
-        x = x[:, :4].repeat_interleave(2, dim=1)
     y = torch.tanh(x.cumsum(2) @ torch.randn(FEATURES, 4, generator=generator, dtype=dtype))
     share = slice(int(os.environ["RANK"]), None, 2) if split else slice(None)
     return StatefulLoader([[x[step][share], y[step][share]] for step in range(STEPS)])
@@ -143,7 +141,6 @@ def fit(
     compiled: bool = False,
     policy: bool = False,
     double: bool = False,
-    twins: bool = False,
     model: Callable[[], nn.Module] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -177,7 +174,7 @@ def fit(
     module = ParallelModule(parallel, compiled=compiled, policy=policy, model=None if model is None else model())
     if double:
         module.double()
-    batches = loader(parallel in ("ddp", "fsdp2"), dtype=torch.float64 if double else torch.float32, twins=twins)
+    batches = loader(parallel in ("ddp", "fsdp2"), dtype=torch.float64 if double else torch.float32)
     log = _Warnings()
     with log.kept(), patch.dict(DEFAULT_STEPS, {"prox": 40}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each device, strategy and precision has advice of its own
