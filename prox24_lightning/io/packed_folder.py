@@ -245,9 +245,11 @@ def _how_to_load(model: str, *, hugging_face: bool) -> str:
             "ordinary model, which needs nothing of this package."
         )
     return (
-        "`prox24_lightning.convert.load_packed` fills a model of the same structure from it, exactly "
-        f"dense or, on a GPU, with sparse layers (`sparse=True`). `prox24 convert THIS_FOLDER/{PACKED_FILE} OUT "
-        "--form dense` writes an ordinary `model.safetensors`."
+        "In this folder, with a model of the same structure:\n\n```python\n"
+        "from prox24_lightning.convert import load_packed, open_packed\n\n"
+        'load_packed(model, open_packed("."))\n```\n\n'
+        "It is dense then, exactly, in the dtype of the file; on a GPU `sparse=True` makes sparse layers. "
+        f"`prox24 convert THIS_FOLDER/{PACKED_FILE} OUT --form dense` writes an ordinary `model.safetensors`."
     )
 
 
@@ -279,7 +281,6 @@ def _card(file: PackedModel, *, hugging_face: bool) -> str:
         "",
         _how_to_load(info["model"], hugging_face=hugging_face),
         "",
-        markdown_table(("stored dense", "why"), info["dense"].items()),
-        "",
+        *([markdown_table(("stored dense", "why"), info["dense"].items()), ""] if info["dense"] else []),
     ]
     return "\n".join(lines)

@@ -249,12 +249,17 @@ def test_bare_weights_there_and_back(prox24, tmp_path):
     assert same_state(load_file(tmp_path / "dense" / "model.safetensors"), state)
 
 
-def test_the_card_of_bare_weights_names_a_command_that_works(prox24, tmp_path):
+def test_the_card_of_bare_weights_names_calls_that_work(prox24, tmp_path, monkeypatch):
     weight = torch.ones(8, 16)
     weight.view(8, 4, 4)[..., 1:3] = 0
     save_file({"up.weight": weight}, tmp_path / "bare.safetensors")
     assert prox24("convert", tmp_path / "bare.safetensors", tmp_path / "packed")[0] == 0
     card = (tmp_path / "packed" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "packed")
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(16, 8, bias=False)})
+    exec(card.split("```python\n")[1].split("```")[0], {"model": model})
+    assert torch.equal(model["up"].weight, weight)
+    assert "stored dense" not in card
     (words,) = re.findall(r"`prox24 (convert [^`]*)`", card)
     words = words.replace("THIS_FOLDER", str(tmp_path / "packed")).replace("OUT", str(tmp_path / "dense"))
     assert prox24(*words.split())[0] == 0
