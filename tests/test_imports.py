@@ -148,45 +148,57 @@ def test_no_imports_form_a_cycle():
 
 
 LOADED = """
-import json, sys
-import {module}
-rooms = sorted({{name.split(".")[1] for name in sys.modules if name.startswith("prox24_lightning.")}})
-heavy = sorted(name for name in {heavy} if name in sys.modules)
-cuda = "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
-print(json.dumps([rooms, heavy, cuda]))
+import importlib, json, os, sys
+package, *others = sys.argv[1:]
+def report(module):
+    importlib.import_module(module)
+    rooms = {name.split(".")[1] for name in sys.modules if name.startswith("prox24_lightning.")}
+    cuda = "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
+    print(json.dumps([module, sorted(rooms), sorted(sys.modules), cuda]), flush=True)
+report(package)
+import torch
+for module in others:
+    if not os.fork():
+        report(module)
+        os._exit(0)
+    assert os.wait()[1] == 0, module
 """
-HEAVY = ("lightning", "pytorch_lightning", "transformers", "triton", "matplotlib", "datasets")
+"""The package comes first, in a process that has loaded nothing; the others have loaded torch alone."""
+HEAVY = {"lightning", "pytorch_lightning", "transformers", "triton", "matplotlib", "datasets"}
 LIGHT = [room for room in ROOMS if room not in ("callbacks", "integrations", "cli", "monitoring", "commands")]
 
 
-def loaded(module: str, heavy: tuple[str, ...] = HEAVY) -> tuple[set[str], set[str], bool]:
-    """What importing ``module`` in a new process loads: rooms, heavy libraries, and whether CUDA was initialised."""
-    code = LOADED.format(module=module, heavy=heavy)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    rooms, libraries, cuda = json.loads(done.stdout)
-    return set(rooms), set(libraries), cuda
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, tuple[set[str], set[str], bool]]:
+    """What the import of a module loads: rooms, all modules, and whether CUDA was initialised."""
+    package = PACKAGE.name
+    modules = [package, *(f"{package}.{room}" for room in LIGHT), f"{package}.callbacks.prox24"]
+    done = subprocess.run([sys.executable, "-c", LOADED, *modules], stdout=subprocess.PIPE, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {module: (set(rooms), set(names), cuda) for module, rooms, names, cuda in lines}
 
 
 @pytest.mark.parametrize("room", LIGHT)
-def test_a_room_loads_only_what_lies_below(room):
-    rooms, libraries, cuda = loaded(f"prox24_lightning.{room}")
+def test_a_room_loads_only_what_lies_below(loaded, room):
+    rooms, names, cuda = loaded[f"prox24_lightning.{room}"]
     assert rooms - ROOMS[room] - {room} == set()
-    assert not libraries
+    assert names & HEAVY == set()
     assert not cuda
 
 
-def test_the_prox_needs_torch_alone():
-    assert loaded("prox24_lightning.prox", (*HEAVY, "safetensors", "numpy.testing"))[1] == set()
+def test_the_prox_needs_torch_alone(loaded):
+    assert loaded["prox24_lightning.prox"][1] & {*HEAVY, "safetensors", "numpy.testing"} == set()
 
 
-def test_heavy_libraries_would_be_seen():
-    rooms, libraries, _ = loaded("prox24_lightning.callbacks.prox24")
+def test_heavy_libraries_would_be_seen(loaded):
+    rooms, names, _ = loaded["prox24_lightning.callbacks.prox24"]
     assert "sparsify" in rooms
-    assert "lightning" in libraries
+    assert "lightning" in names
 
 
-def test_the_package_itself_loads_nothing():
-    assert loaded("prox24_lightning") == (set(), set(), False)
+def test_the_package_itself_loads_nothing(loaded):
+    rooms, names, cuda = loaded["prox24_lightning"]
+    assert (rooms, names & {*HEAVY, "torch", "numpy"}, cuda) == (set(), set(), False)
 
 
 def test_every_public_name_is_there():

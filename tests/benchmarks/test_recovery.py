@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
 import torch
+from new_processes import START
 from tiny_language import Chains, save_tiny_llama
 from torch import nn
 
@@ -98,7 +100,9 @@ def test_the_same_row_twice_gives_the_same_loss(task, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_processes_share_the_runs_and_give_the_results_of_one(task, tmp_path):
+def test_processes_share_the_runs_and_give_the_results_of_one(task, tmp_path, monkeypatch):
+    prepared = multiprocessing.get_context(START)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: prepared)
     jobs = [Job(task, name, FINETUNING[name], 0, 1e-2) for name in ("dense", "magnitude")]
     losses = []
     for processes in (1, 2):
@@ -294,15 +298,12 @@ def test_prox24_of_a_recipe_takes_the_arguments_of_its_config():
     assert task.adapted(SCRATCH["sr-ste"]) == SCRATCH["sr-ste"]
 
 
-def test_the_command_line_of_the_recipes_takes_its_own_argument(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.recovery.recipes"]
-    done = subprocess.run(
-        [*command, "--recipe", "configs/digits.yaml", "--rows", '["none such"]'],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "rows ['none such'] are unknown" in done.stderr
+def test_the_command_line_of_the_recipes_takes_its_own_argument(monkeypatch):
+    command = "benchmarks.recovery.recipes"
+    monkeypatch.setattr(sys, "argv", [command, "--recipe", "configs/digits.yaml", "--rows", '["none such"]'])
+    monkeypatch.delitem(sys.modules, command)
+    with pytest.raises(ValueError, match=r"rows \['none such'\] are unknown"):
+        runpy.run_module(command, run_name="__main__")
 
 
 def test_processes_take_the_gpus_in_turn_and_only_those_that_are_visible(monkeypatch):

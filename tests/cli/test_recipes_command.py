@@ -91,5 +91,6 @@ def test_who_installed_the_wheel_runs_a_recipe(wheel, tmp_path):
     assert Path(where.strip()).is_relative_to(site)
     run(*prox24, "recipes", work, env=environment, cwd=tmp_path)
     options = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
-    run(*prox24, "fit", "--config", "configs/digits.yaml", *options, env=environment, cwd=work)
+    small = ["--model.channels=4", "--model.hidden=8"]
+    run(*prox24, "fit", "--config", "configs/digits.yaml", *options, *small, env=environment, cwd=work)
     assert list(work.rglob("*.ckpt")), "the recipe has run and saved its end"

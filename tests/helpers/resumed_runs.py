@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from few_steps import few_solver_steps
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
@@ -37,7 +38,8 @@ def run(setting, folder, steps=STEPS, resume=None, more=()):
         max_steps=steps, max_epochs=-1, callbacks=[*callbacks(setting, folder), *more], enable_checkpointing=True
     )
     module = TinyModule()
-    trainer.fit(module, StatefulLoader(tiny_loader(STEPS)), ckpt_path=resume)
+    with few_solver_steps():  # in a new process as well
+        trainer.fit(module, StatefulLoader(tiny_loader(STEPS)), ckpt_path=resume)
     return trainer, module
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from few_steps import few_solver_steps
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -70,7 +71,8 @@ def fit(
         **more,
     )
     module = ShardedModule(sharding)
-    trainer.fit(module, loader(sharding == "fsdp2"), ckpt_path=resume)
+    with few_solver_steps():
+        trainer.fit(module, loader(sharding == "fsdp2"), ckpt_path=resume)
     state = {name: gathered(value).clone() for name, value in module.state_dict().items()}
     masks = prox.state_dict()["masks"]
     state |= {f"mask of {name}": mask["bits"] for name, mask in masks.items()}

@@ -94,16 +94,19 @@ def test_a_second_run_in_one_work_dir_is_refused_while_the_first_is_at_work(tmp_
 def test_of_runs_that_start_at_once_one_owns_the_work_dir(tmp_path):
     found, barrier = [], threading.Barrier(4)
 
+    def note(what):
+        found.append(what)
+        if len(found) == 4:
+            done.set()
+
     def start(number):
         barrier.wait()
         try:
             with FinishedBlocks.open(tmp_path, {"number": number}):
-                found.append(number)
+                note(number)
                 done.wait(10)
         except ValueError as error:
-            found.append(str(error))
-            if len(found) == 4:
-                done.set()
+            note(str(error))
 
     done = threading.Event()
     threads = [threading.Thread(target=start, args=(number,)) for number in range(4)]

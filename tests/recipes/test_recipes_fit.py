@@ -68,9 +68,16 @@ def test_recipe_ends_2_4_and_logs_its_way(recipe, tmp_path, encoder_folder, llam
     assert ((weight.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
 
 
-@pytest.mark.parametrize("recipe", list(TINY))
-@pytest.mark.parametrize("geometry, dims", [("column", (0,)), ("block", (0, 1))])
-def test_recipe_ends_2_4_in_every_geometry(recipe, geometry, dims, tmp_path, encoder_folder, llama_folder):
+@pytest.mark.parametrize(
+    "recipe, geometry, dims",
+    [
+        ("digits", "block", (0, 1)),
+        ("bytelm", "column", (0,)),
+        ("text_classifier", "block", (0, 1)),
+        ("causal_lm", "column", (0,)),
+    ],
+)
+def test_recipe_ends_2_4_in_another_geometry(recipe, geometry, dims, tmp_path, encoder_folder, llama_folder):
     config = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
     callbacks = config["trainer"]["callbacks"]
     (prox,) = (entry for entry in callbacks if entry["class_path"] == "prox24_lightning.Prox24")

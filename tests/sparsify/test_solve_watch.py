@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prox24_lightning.solvers.config import DEFAULT_STEPS
 from prox24_lightning.solvers.layer import solve_layer
 from prox24_lightning.sparsify import solve_watch
 from prox24_lightning.sparsify.solve_watch import LogLines, SolveState, SolveWatch
@@ -122,7 +123,7 @@ def test_every_solver_says_when_a_piece_is_done(method):
     x, pieces = torch.randn(64, 16), []
     with watched(pieces.append):
         solve_layer(torch.randn(8, 16), x.T @ x / 64, method=method, refine=None)
-    assert len(pieces) >= {"prox": 200, "prox_gradient": 400, "sparsegpt": 1}[method]
+    assert len(pieces) >= DEFAULT_STEPS.get(method, 1)
     pieces.clear()
     with watched(pieces.append):
         solve_layer(torch.randn(8, 16), x.T @ x / 64, method="magnitude")
