@@ -46,6 +46,7 @@ def prune(
     budget: float = 0.0,
     dense_target: float = 0.5,
     reorder_inputs: bool = False,
+    reconstruct_steps: int = 0,
     steps: int | None = None,
     sequences: int = 128,
     length: int = 1024,
@@ -82,6 +83,8 @@ def prune(
         dense_target: 0 keeps each layer's own outputs, 1 aims at the dense model's.
         reorder_inputs: choose which inputs share a group of four, where the layers before can return them in another
             order; the dense model computes the same.
+        reconstruct_steps: gradient steps that refine the weights of each block together towards the dense model's
+            output, at the rounded values with weights.
         steps: steps of the prox methods; null takes each method's default.
         sequences: number of calibration sequences.
         length: tokens a sequence.
@@ -128,6 +131,7 @@ def prune(
             layer_times=_layer_times(network, place) if budget else None,
             dense_target=dense_target,
             reorder_inputs=reorder_inputs,
+            reconstruct_steps=reconstruct_steps,
             device=place,
             offload=offload,
             work_dir=work_dir,
