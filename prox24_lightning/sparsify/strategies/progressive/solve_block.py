@@ -63,7 +63,8 @@ def solve_block(
     if not all(gathered_objects(bool(runs))):
         if solvable:
             log.warning(
-                "%s was not called in the calibration batches; its largest weights are kept instead (or add it to skip)",
+                "%s was not called in the calibration batches; its largest weights are kept instead (or add it to "
+                "skip)",
                 block.name,
             )
         return found
