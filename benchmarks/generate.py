@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.convert_models import build, decoder_layers
 from benchmarks.result_files import RESULTS, write_result
 from prox24_lightning.convert.autotune.kernel_table import KernelTable
-from prox24_lightning.convert.autotune.tune import kernel_tables
+from prox24_lightning.convert.autotune.tune import kernel_tables, stored_table
 from prox24_lightning.convert.convert import convert_linear, insert_layers
 from prox24_lightning.convert.form_choice import choose_form
 from prox24_lightning.convert.layers.dense_fp8_linear import DenseFp8Linear
@@ -52,6 +52,7 @@ def main(
     batches: list[int] = [1, 8],  # noqa: B006
     rounds: int = 5,
     transformers_too: bool = False,
+    search: bool = True,
     output: Path = RESULTS,
     device: str = "cuda",
 ) -> None:
@@ -68,13 +69,16 @@ def main(
         batches: sequences at a time.
         rounds: of calls in turns.
         transformers_too: time transformers' own loop with a static cache as well.
+        search: measure the kernels of each shape first, which takes minutes; false takes those that were measured on
+            this machine before, or goes by rule, so that the run ends within two minutes.
         output: folder for the result.
         device: where the model runs; on a CPU nothing is converted, which tries the script out.
     """
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = _RECOMPILES
     begin = time.perf_counter()
-    models, in_form = _models(model, forms, torch.device(device), (*batches, prompt, long_prompt), layers)
+    counts = (*batches, prompt, long_prompt)
+    models, in_form = _models(model, forms, torch.device(device), counts, layers, search=search)
     made = time.perf_counter() - begin
     shape, name = model, f"generate/{model}"
     if layers is not None:
@@ -97,9 +101,10 @@ def main(
 
 
 def _models(
-    name: str, forms: Sequence[Form], device: torch.device, counts: Sequence[int], layers: int | None
+    name: str, forms: Sequence[Form], device: torch.device, counts: Sequence[int], layers: int | None, *, search: bool
 ) -> tuple[dict[Form, nn.Module], str]:
     """Return a model in each form, which share embedding, norms and head, and how many layers each has in which."""
+    begin = time.perf_counter()
     first = build(name, device, layers)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*first.parameters(), *first.buffers())}
     models = {form: copy.deepcopy(first, dict(shared)) for form in forms if form != "dense bf16"}
@@ -107,7 +112,8 @@ def _models(
     counted = []
     for form in _ROUNDED if device.type == "cuda" else ():
         if form in models:
-            made = dict(_packed(first, _ROUNDED[form], device, counts))
+            print(f"{time.perf_counter() - begin:.0f} s: {form}", flush=True)
+            made = dict(_packed(first, _ROUNDED[form], device, counts, search=search))
             insert_layers(models[form], made.items())
             fp8 = sum(isinstance(layer, DenseFp8Linear) for layer in made.values())
             dense = len(decoder_layers(first)) - len(made)
@@ -115,35 +121,46 @@ def _models(
     for layer in decoder_layers(first).values():
         layer.weight.normal_(0, 0.02)
     if "dense fp8" in models and device.type == "cuda":
-        insert_layers(models["dense fp8"], _in_dense_fp8(first, device, counts))
+        insert_layers(models["dense fp8"], _in_dense_fp8(first, device, counts, search=search))
     release_memory()
     return {form: models[form] for form in forms}, "; ".join(counted) or "not converted"
 
 
 def _packed(
-    model: nn.Module, form: RoundedForm | None, device: torch.device, counts: Sequence[int]
+    model: nn.Module, form: RoundedForm | None, device: torch.device, counts: Sequence[int], *, search: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     layers = decoder_layers(model)
-    shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
-    # Measured at these numbers of tokens alone: convert_model measures all that a server may need.
-    tables = kernel_tables(shapes, torch.bfloat16, token_counts=counts, device=device, form=form)
+    tables = _tables(layers.values(), form, device, counts, search=search)
     for table in tables.values():
         print(table.shape, form, table.text, choose_form(table, counts), flush=True)
     for name, layer in layers.items():
         table = tables[layer.out_features, layer.in_features]
-        choice = choose_form(table, counts).form
+        choice = choose_form(table, counts).form if search else "packed"
         if choice == "packed":
             yield name, convert_linear(layer, name=name, kernels=table, weights=form)
         elif choice == "dense_fp8":
             yield name, _dense_fp8(layer, table)
 
 
-def _in_dense_fp8(model: nn.Module, device: torch.device, counts: Sequence[int]) -> Iterator[tuple[str, nn.Module]]:
+def _in_dense_fp8(
+    model: nn.Module, device: torch.device, counts: Sequence[int], *, search: bool
+) -> Iterator[tuple[str, nn.Module]]:
     layers = decoder_layers(model)
-    shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
-    tables = kernel_tables(shapes, torch.bfloat16, token_counts=counts, device=device, form="fp8_e4m3")
+    tables = _tables(layers.values(), "fp8_e4m3", device, counts, search=search)
     for name, layer in layers.items():
         yield name, _dense_fp8(layer, tables[layer.out_features, layer.in_features])
+
+
+def _tables(
+    layers: Iterable[nn.Linear], form: RoundedForm | None, device: torch.device, counts: Sequence[int], *, search: bool
+) -> dict[tuple[int, int], KernelTable]:
+    shapes = dict.fromkeys((layer.out_features, layer.in_features) for layer in layers)
+    if search:
+        # At these numbers of tokens alone: convert_model measures all that a server may need.
+        return kernel_tables(list(shapes), torch.bfloat16, token_counts=counts, device=device, form=form)
+    return {
+        shape: stored_table(shape, torch.bfloat16, device=torch.cuda.current_device(), form=form) for shape in shapes
+    }
 
 
 def _dense_fp8(layer: nn.Linear, table: KernelTable) -> DenseFp8Linear:
