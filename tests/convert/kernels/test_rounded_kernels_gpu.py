@@ -128,9 +128,8 @@ def test_tokens_with_nan_or_inf_have_products_of_nan(form):
         inputs = torch.randn(tokens, 2176, device="cuda", dtype=torch.bfloat16)
         inputs[1, 7], inputs[5, 0] = torch.nan, torch.inf
         for scale in (None, 0.02):
-            buffer = rounded_buffer.to_buffer(
-                rounded_buffer.from_buffer(case.buffer, case.shape, form, torch.bfloat16), scale
-            )
+            packed = rounded_buffer.from_buffer(case.buffer, case.shape, form, torch.bfloat16)
+            buffer = rounded_buffer.to_buffer(replace(packed, input_scale=scale))
             for kernel in own_kernels(tokens, torch.cuda.get_device_capability(), form)[-1:]:
                 found = prepare(kernel, torch.bfloat16, case.shape, tokens, 0, form)(inputs, buffer, None, None)
                 finite = found.isfinite()

@@ -1,8 +1,7 @@
 // Tokens in 16 bits -> tokens in 8 bits with a scale each: x ~ values * scale.
 //
 // Compiled at run time with these macros: BF16 (0: float16, 1: bfloat16 of the inputs), FORM (1: float8_e4m3, 2: int8),
-// THREADS (of a block), HELD (pieces of eight inputs that a thread keeps in registers; if a token has more, they are read
-// twice).
+// HELD (pieces of eight inputs that a thread keeps in registers; if a token has more, they are read twice).
 //
 // A block takes one token. The scale is its largest magnitude over the form's largest value, or a given one; a token with
 // NaN or inf gets a scale of NaN or inf, so that its products are NaN. Padding up to `columns` becomes zeros.
@@ -13,7 +12,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 
-constexpr int SCALE_THREADS = 256;
+constexpr int THREADS = 256;
 #if FORM == 1
 constexpr float LARGEST = 448.f;
 #else
@@ -129,10 +128,10 @@ round_tokens(const u16* __restrict__ x, const float* __restrict__ given, u8* __r
 
 // y = sums * unit * (scale of the token) * (scale of the row) + bias, from the 16-bit sums of a library's product.
 // A thread takes eight neighbouring outputs of a token; `stride` is the number of sums that a token has in memory.
-extern "C" __global__ void __launch_bounds__(SCALE_THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS)
 scale_tokens(const u16* __restrict__ sums, const float* __restrict__ token_scales, const float* __restrict__ row_scales,
              const u16* __restrict__ bias, u16* __restrict__ y, int outputs, int stride, float unit) {
-  const int first = (blockIdx.y * SCALE_THREADS + threadIdx.x) * 8;
+  const int first = (blockIdx.y * THREADS + threadIdx.x) * 8;
   const float scale = token_scales[blockIdx.x] * unit;
   const u16* from = sums + (size_t)blockIdx.x * stride;
   u16* to = y + (size_t)blockIdx.x * outputs;

@@ -23,12 +23,10 @@ SOURCE = Path(__file__).with_name("kernel.cu")
 OVERLAPPING = (9, 0)
 """From this compute capability a kernel can start while the one before it ends."""
 
-_EIGHT = 8  # inputs of a piece
-_THREADS, _THREADS_MANY = 256, 128  # fewer have more on their way from memory, and less to wait for
-_FEWEST_MANY = 1024  # tokens
-_SCALE_THREADS = 256
+_THREADS = 256
 _FORMS: dict[RoundedForm, int] = {"fp8_e4m3": 1, "int8": 2}
-_HELD = (1, 2, 4, 8, 16)
+_INPUTS_A_BLOCK = 8 * _THREADS
+_HELD = (1, 2, 4, 8)
 
 RoundTokens = Callable[[Tensor, int], Tensor]
 """(inputs, address of the fixed scale or of a 0) -> int8 (bytes,): the values row by row, then the tokens' scales."""
@@ -55,11 +53,9 @@ def form_macro(form: RoundedForm | None) -> int:
 
 
 @cache
-def compile_round_tokens(
-    form: RoundedForm, dtype: torch.dtype, capability: tuple[int, int], threads: int = _THREADS, held: int = 1
-) -> bytes:
-    """Return the machine code for inputs of ``dtype``, kept for the process; the last two are macros of the program."""
-    macros = {"BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form), "THREADS": threads, "HELD": held}
+def compile_round_tokens(form: RoundedForm, dtype: torch.dtype, capability: tuple[int, int], held: int = 1) -> bytes:
+    """Return the machine code for inputs of ``dtype``, kept for the process; ``held`` is the macro HELD."""
+    macros = {"BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form), "HELD": held}
     return compile_program(SOURCE.read_text(), macros, capability)
 
 
@@ -79,9 +75,8 @@ def prepare(
     Raises:
         CudaError: if the kernel cannot be compiled or loaded here.
     """
-    threads = _THREADS if tokens < _FEWEST_MANY else _THREADS_MANY
-    held = next((held for held in _HELD if held * _EIGHT * threads >= columns), _HELD[-1])
-    launch = _round_function(form, dtype, device, threads, held)
+    held = next((held for held in _HELD if held * _INPUTS_A_BLOCK >= columns), _HELD[-1])
+    launch = _round_function(form, dtype, device, held)
     gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
     size = tokens * columns
     grid = tokens, 1, 1
@@ -117,7 +112,7 @@ def prepare_scaling(
     """
     launch = _scale_function(form, dtype, device)
     gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
-    grid = tokens, -(-out_features // (_EIGHT * _SCALE_THREADS)), 1
+    grid = tokens, -(-out_features // _INPUTS_A_BLOCK), 1
 
     def scale_tokens(sums: Tensor, token_scales: int, row_scales: int, bias: Tensor | None) -> Tensor:
         out = torch.empty((tokens, out_features), dtype=dtype, device=gpu)
@@ -135,15 +130,15 @@ def values_view(rounded: Tensor, form: RoundedForm, tokens: int, columns: int) -
 
 
 @cache
-def _round_function(form: RoundedForm, dtype: torch.dtype, device: int, threads: int, held: int) -> CudaFunction:
+def _round_function(form: RoundedForm, dtype: torch.dtype, device: int, held: int) -> CudaFunction:
     capability = torch.cuda.get_device_capability(device)
-    code = compile_round_tokens(form, dtype, capability, threads, held)
+    code = compile_round_tokens(form, dtype, capability, held)
     with torch.cuda.device(device):
-        return CudaFunction(code, "round_tokens", _RoundParameters, threads, early=capability >= OVERLAPPING)
+        return CudaFunction(code, "round_tokens", _RoundParameters, _THREADS, early=capability >= OVERLAPPING)
 
 
 @cache
 def _scale_function(form: RoundedForm, dtype: torch.dtype, device: int) -> CudaFunction:
     code = compile_round_tokens(form, dtype, torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
-        return CudaFunction(code, "scale_tokens", _ScaleParameters, _SCALE_THREADS)
+        return CudaFunction(code, "scale_tokens", _ScaleParameters, _THREADS)
