@@ -54,7 +54,7 @@ class Distillation(Callback):
         teacher: another module, called like ``module``; it is copied and not changed.
         temperature: (``loss="kl"``) above 0; softens both distributions.
         features: weight of the hidden-state loss: the squared error of each block's output relative to the teacher's
-            squared norm, token by token, averaged over tokens and blocks; 0 leaves it out.
+            squared norm, token by token, averaged over tokens and blocks; 0 leaves it out. Its gain is not measured.
         loss: ``"kl"`` for logits with the classes last, averaged over all positions, padding included; ``"mse"`` for
             outputs that are not logits.
         verbose: print the teacher's memory at the start, and its share of the time at the end.

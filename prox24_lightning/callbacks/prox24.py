@@ -38,7 +38,8 @@ class Prox24(Callback):
     zero in weights, gradients and optimizer state, and the rest trains on.
 
     Steps are optimizer steps, counted over all optimizers as ``Trainer(max_steps=...)`` counts them, except that a
-    step skipped by a gradient scaler does not count.
+    step skipped by a gradient scaler does not count. Under manual optimisation, or with an overridden
+    ``optimizer_step``, the length of the run is measured while it goes on, and fractions follow the measurement.
 
     **Going on.** Masks, phase and counters live in the trainer's checkpoints, and a run resumed from one ends like the
     unbroken run, bit for bit, on as many ranks and where training itself repeats (deterministic kernels; in the middle
@@ -61,11 +62,7 @@ class Prox24(Callback):
     **Best scores.** When the last weight is frozen, what ``EarlyStopping``, ``ModelCheckpoint`` and
     ``ReduceLROnPlateau`` remember as the best score begins anew, with one warning: it was the dense model's. Files from
     before the freeze stay on the disk. A ``ModelCheckpoint`` that saves nothing after the freeze saves the final model.
-
-    **Averages** (EMA, SWA) of callbacks, and those that the module keeps itself, get the masks as well.
-
-    **Length of the run.** Under manual optimisation, or with an overridden ``optimizer_step``, it is measured while the
-    run goes on, and fractions follow the measurement.
+    Averages (EMA, SWA) of callbacks, and those that the module keeps itself, get the masks as well.
 
     Args:
         start: last dense step: int, or float fraction of the run. The default suits a trained model that is fine-tuned:
@@ -99,10 +96,9 @@ class Prox24(Callback):
             dense: those whose 2:4 form, one layer at a time, raises the model's loss most for the time that it saves.
             The loss is what the module that training calls returns as ``loss``, or the error of its output; times are
             those of this GPU's kernel table at 4096 tokens, or multiply-adds.
-        calibration_batches: (``progressive``) how many of the last training batches a block is solved on. More take
-            longer to run again, and memory for a block's outputs on each.
+        calibration_batches: (``progressive``) how many of the last training batches a block is solved on.
         token_weighting: (``progressive``) how far tokens count, while a layer is solved, by what an error there does to
-            the output of its block, measured by one backward pass: 0 all alike, 1 by that alone.
+            the output of its block, by one backward pass: 0 all alike, 1 by that alone. Its gain is not measured.
         metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` scales weights by the
             running rms of each input, so that they count by their effect on the layer's output; ``"weight"`` takes
             their magnitude.
@@ -365,9 +361,7 @@ class Prox24(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._controller.check_loaded(pl_module)
 
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._controller.check_loaded(pl_module)
+    on_predict_start = on_test_start
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
