@@ -83,8 +83,6 @@ class Prox24(Callback):
             biases included, once its layers are solved; 0 for none.
         gradient_weighting: (``progressive``) weight the features of a block's output in these steps by their squared
             gradients in the last training batches; False weights all the same.
-        passes: (``progressive``) how often each block is solved; 2 visits all of them again in the second half of the
-            phase, mask and values, where the last batches can be run again.
         calibration: (``progressive``) ``"auto"`` runs the last training batches again through the model if it gives the
             same outputs then, else sums each layer's Hessian up from the training batches as they pass, and says so in
             one warning. ``"stream"`` always does the latter, ``"magnitude"`` keeps the largest weights.
@@ -144,7 +142,6 @@ class Prox24(Callback):
         dense_target: float = 0.5,
         reconstruction_steps: int = RECONSTRUCTION_STEPS,
         gradient_weighting: bool = True,
-        passes: int = 1,
         calibration: CalibrationMode = "auto",
         reorder_inputs: bool = False,
         budget: float = 0.0,
@@ -170,7 +167,6 @@ class Prox24(Callback):
             dense_target=dense_target,
             reconstruction_steps=reconstruction_steps,
             gradient_weighting=gradient_weighting,
-            passes=passes,
             calibration=calibration,
             reorder_inputs=reorder_inputs,
             budget=budget,

@@ -131,12 +131,6 @@ class MaskedParameters:
         for optimizer in optimizers:
             self._state_of(optimizer).mask(self._masks_by_parameter())
 
-    @torch.no_grad()
-    def bring_back(self, optimizers: Iterable[Optimizer], returning: Mapping[Tensor, Tensor]) -> None:
-        """Give entries that a new mask brings back second moments; see :meth:`OptimizerState.bring_back`."""
-        for optimizer in optimizers if returning else ():
-            self._state_of(optimizer).bring_back(returning)
-
     def _state_of(self, optimizer: Optimizer) -> OptimizerState:
         if id(optimizer) not in self._states:
             self._states[id(optimizer)] = OptimizerState(optimizer, self.masters)

@@ -31,11 +31,6 @@ MOMENTS = frozenset({
 })
 """Elementwise statistics of gradients: zero where the weight is pruned."""
 
-SECOND_MOMENTS = frozenset({
-    "exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var", "exp_inf", "square_avg", "sum", "hessian",
-})
-"""Those that steps are divided by."""
-
 COPIES = frozenset({
     "z", "x0", "p0", "x_k", "ax", "ema", "shadow", "param_exp_avg", "param_buffer", "prev_param", "old_p",
     "slow_param", "slow_params", "slow_buffer", "slow_weights", "cached_params", "lookahead_params", "backup_params",
@@ -96,24 +91,6 @@ class OptimizerState:
             part = _plain_part(value, parameter)
             if part is not None and (zero := _zero(key, part, state)) is not None:
                 part.masked_fill_(~mask.to(part.device), zero)
-
-    def bring_back(self, returning: Mapping[Tensor, Tensor]) -> None:
-        """Give entries that were pruned, and are so no more, the mean second moment of their row: with that of zero
-        their first steps would be several times as long as those of the others.
-
-        Args:
-            returning: parameter -> bool, of this rank's part, True where an entry comes back.
-        """
-        for parameter, key, value, _ in self._entries():
-            back = returning.get(parameter)
-            if back is None or key not in SECOND_MOMENTS:
-                continue
-            part = _plain_part(value, parameter)
-            if part is None or not part.is_floating_point():
-                continue
-            rows, there = part.flatten(1), (part != 0).flatten(1)
-            mean = rows.sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
-            part.copy_(torch.where(back.to(part.device), mean.expand_as(rows).view_as(part), part))
 
     @contextmanager
     def carry_writes(self) -> Iterator[None]:

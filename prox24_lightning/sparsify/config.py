@@ -32,7 +32,6 @@ class SparsifyConfig:
     dense_target: float = 0.5
     reconstruction_steps: int = RECONSTRUCTION_STEPS
     gradient_weighting: bool = True
-    passes: int = 1
     calibration: CalibrationMode = "auto"
     reorder_inputs: bool = False
     budget: float = 0.0
@@ -147,16 +146,5 @@ class SparsifyConfig:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(
                 f"reconstruction_steps={steps!r} must be a whole number of gradient steps a block; 0 is none"
-            )
-        if isinstance(self.passes, bool) or not isinstance(self.passes, int) or self.passes < 1:
-            raise ValueError(f"passes={self.passes!r} must be a whole number of visits to each block, at least 1")
-        if self.passes > 1 and (self.strategy != "progressive" or self.sparse_training):
-            raise ValueError(
-                f"passes={self.passes} needs strategy='progressive' and sparse_training=False: masks change once more; "
-                "leave it out"
-            )
-        if self.passes > 1 and not self.dense_target:
-            raise ValueError(
-                f"passes={self.passes} needs dense_target above 0: a sparse layer keeps its own outputs as it is"
             )
         _ = self.strength_schedule, self.fraction_schedule  # unknown names are refused here

@@ -36,7 +36,8 @@ from prox24_lightning.weights.sharded import local_part, reshard
 
 log = logging.getLogger(__name__)
 
-BUDGET_TOKENS = 4096  # rows of a layer's input at which its times count for the budget
+BUDGET_TOKENS = 4096
+"""Rows of a layer's input at which its times count for the budget."""
 
 
 class SparsifyController:
@@ -383,7 +384,6 @@ class SparsifyController:
                 dense_target=config.dense_target,
                 reconstruction_steps=config.reconstruction_steps,
                 gradient_weighting=config.gradient_weighting,
-                passes=config.passes,
                 calibration=config.calibration,
                 reorder_inputs=config.reorder_inputs,
                 budget=config.budget,

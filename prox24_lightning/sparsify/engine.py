@@ -295,14 +295,8 @@ class SparsityEngine:
         if not masks:
             return
         parameters = {weight.name: weight.parameter for weight in self.weights}
-        returning: dict[Tensor, Tensor] = {
-            parameters[name]: mask & ~self.masks[name].to(mask.device)
-            for name, mask in masks.items()
-            if name in self.masks
-        }
         for name, mask in masks.items():
             self.masked.apply(name, parameters[name], mask)
-        self.masked.bring_back(self._optimizers, returning)
         self._check_ranks({name: whole(mask, parameters[name]) for name, mask in masks.items()})
         self.masked.mask_optimizer_state(self._optimizers)
         for callback in self.on_masks:

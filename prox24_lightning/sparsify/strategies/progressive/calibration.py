@@ -31,7 +31,6 @@ class SolveSettings:
     budget: float = 0.0
     layer_times: LayerTimes | None = None
     token_weighting: float = 0.0
-    passes: int = 1
 
     def __post_init__(self) -> None:
         if self.batches < 1:
@@ -42,8 +41,6 @@ class SolveSettings:
             raise ValueError(f"reconstruction_steps={self.reconstruction_steps} must be 0 or more")
         if not 0 <= self.token_weighting <= 1:
             raise ValueError(f"token_weighting={self.token_weighting} must lie in [0, 1]")
-        if self.passes < 1:
-            raise ValueError(f"passes={self.passes} must be at least 1")
         if self.prox_steps is not None and self.prox_steps < 1:
             raise ValueError(f"prox_steps={self.prox_steps} must be at least 1")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -88,8 +87,6 @@ class Progressive(Strategy):
         token_weighting: how far tokens count in a layer's Hessian by what an error there does to the block's output
             (:func:`~prox24_lightning.calibration.output_error.token_importance`): 0 all alike, 1 by that alone. Sharded
             models and experts count all alike.
-        passes: how often every block is solved, where batches are run again: 2 divides the phase into two halves, and
-            in the second one solves the blocks anew, mask and values, from what training has made of them.
         calibration: ``"auto"`` takes the first way that works, ``"stream"`` or ``"magnitude"`` that one.
         watch: shows and stops what is solved.
     """
@@ -109,7 +106,6 @@ class Progressive(Strategy):
         budget: float = 0.0,
         layer_times: LayerTimes | None = None,
         token_weighting: float = 0.0,
-        passes: int = 1,
         watch: SolveWatch | None = None,
     ) -> None:
         super().__init__()
@@ -128,14 +124,13 @@ class Progressive(Strategy):
             budget,
             layer_times,
             token_weighting,
-            passes,
         )
         self._model = model
         self._root_is_called = root_is_called
         self._way: _Way = "undecided" if calibration == "auto" else calibration
         self._calibration: Calibration | None = None
         self._begun = False
-        self._done: dict[str, int] = {}  # how often each weight has been solved
+        self._done: set[str] = set()
         # Set when streaming takes over in the middle of a phase.
         self._since = 0
         self._before: set[str] = set()
@@ -168,8 +163,8 @@ class Progressive(Strategy):
         self._batches_seen += 1
         due = {
             block.name
-            for block, visit, turn in self._pruning_steps()
-            if self._waits(block, visit) and turn - self.settings.batches < step <= turn
+            for block, turn in self._pruning_steps()
+            if self._waits(block) and turn - self.settings.batches < step <= turn
         }
         # The batch after `start` shows in which order the model runs.
         self._calibration.begin_batch(due, everything=step == self.context.plan.start + 1)
@@ -198,7 +193,7 @@ class Progressive(Strategy):
             self._require().after_step()
         except RerunError as error:
             self._stream(str(error))
-        return self._solve([(block, visit) for block, visit, turn in self._pruning_steps() if turn <= step.number])
+        return self._solve([block for block, turn in self._pruning_steps() if turn <= step.number])
 
     def before_finish(self) -> None:
         if self.context.plan.freeze > 0 and not self._begun:
@@ -209,7 +204,7 @@ class Progressive(Strategy):
         self.before_finish()
         masks: Masks = {}
         if self.context.plan.freeze > 0:  # at 0 no batch has been seen: the largest weights are kept
-            masks = self._solve([(block, visit) for block, visit, _ in self._pruning_steps()], last=True)
+            masks = self._solve(self._require().blocks, last=True)
         for weight in weights:
             if weight.name not in masks:
                 masks[weight.name] = self._projected(weight)
@@ -255,8 +250,8 @@ class Progressive(Strategy):
         if rank() == 0:
             log.warning(
                 "blocks are not run again, because %s: each layer is solved on a Hessian that forward hooks sum up in "
-                "the training batches before its pruning step; dense_target, reconstruction_steps, reorder_inputs, "
-                "budget and passes have no effect (calibration='stream' if this is meant)",
+                "the training batches before its pruning step; dense_target, reconstruction_steps, reorder_inputs "
+                "and budget have no effect (calibration='stream' if this is meant)",
                 problem,
             )
 
@@ -268,22 +263,15 @@ class Progressive(Strategy):
                 problem,
             )
 
-    def _solve(self, turns: Sequence[tuple[Block, int]], *, last: bool = False) -> Masks:
-        """Solve blocks that have not had this visit; ``last``: what cannot be solved keeps its largest weights."""
-        masks: Masks = {}
-        for visit in range(1, self._passes + 1):
-            if visit <= self._passes:  # streaming may have taken over
-                blocks = [block for block, its in turns if its == visit and self._waits(block, visit)]
-                masks |= self._solve_visit(blocks, visit, last=last)
-        return masks
-
-    def _solve_visit(self, blocks: Sequence[Block], visit: int, *, last: bool) -> Masks:
+    def _solve(self, blocks: Sequence[Block], *, last: bool = False) -> Masks:
+        """Solve those of ``blocks`` that are not done; ``last``: what cannot be solved keeps its largest weights."""
+        blocks = [block for block in blocks if self._waits(block)]
         if not blocks:
             return {}
         begin = time.perf_counter()
         masks: Masks = {}
         every = self._require().blocks
-        done, watch = sum(not self._waits(block, visit) for block in every), self.watch
+        done, watch = sum(not self._waits(block) for block in every), self.watch
         with watch.pause(len(every), [_cost(block) for block in blocks]), undone_on_error(_parameters(blocks)) as saved:
             try:
                 watch.block(done + 1, blocks[0].name)
@@ -297,11 +285,11 @@ class Progressive(Strategy):
             except RerunError as error:
                 left = [block for block in blocks if block.weights[0].name not in masks]
                 saved.restore(_parameters(left))
-                self._done |= dict.fromkeys(masks, visit)
+                self._done.update(masks)
                 self._stream(str(error))
                 for weight in (weight for block in left if last for weight in block.weights):
                     masks[weight.name] = self._projected(weight)
-        self._done |= dict.fromkeys(masks, visit)
+        self._done.update(masks)
         pause = time.perf_counter() - begin
         self.solve_seconds += pause
         self.longest_pause = max(self.longest_pause, pause)
@@ -310,30 +298,23 @@ class Progressive(Strategy):
     def _projected(self, weight: GroupedWeight) -> Tensor:
         return projected_mask(weight, self.context.scale_of(weight.name))
 
-    @property
-    def _passes(self) -> int:
-        # The Hessian of a layer that is sparse already asks for no other weights than it has: streaming visits it once.
-        return self.settings.passes if self._way in ("undecided", "rerun") else 1
+    def _waits(self, block: Block) -> bool:
+        return any(weight.name not in self._done for weight in block.weights)
 
-    def _waits(self, block: Block, visit: int) -> bool:
-        return any(self._done.get(weight.name, 0) < visit for weight in block.weights)
-
-    def _pruning_steps(self) -> list[tuple[Block, int, int]]:
-        """Every block, its visits, and the steps after which they are made; the last one is made at the freeze."""
-        plan = self.context.plan
-        blocks = [(block, visit) for visit in range(1, self._passes + 1) for block in self._require().blocks]
+    def _pruning_steps(self) -> list[tuple[Block, int]]:
+        """Every block and the step after which it is solved; the last one is solved at the freeze."""
+        plan, blocks = self.context.plan, self._require().blocks
         start = min(max(plan.start, self._since), plan.freeze)
         span, count = plan.freeze - start, len(blocks)
         steps = max(1, min(count, span // min(self.settings.batches, _APART)))
         numbers = [i * steps // count + 1 for i in range(count)]
-        turns = [start - (-span * number // steps) for number in numbers]
-        return [(block, visit, turn) for (block, visit), turn in zip(blocks, turns, strict=True)]
+        return [(block, start - (-span * number // steps)) for block, number in zip(blocks, numbers, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """What the ranks have recorded is kept apart, rank by rank, in the state of the first."""
         return {
             "begun": self._begun,
-            "done": sorted(Counter(self._done).elements()),
+            "done": sorted(self._done),
             "way": self._way,
             "since": self._since,
             "before": sorted(self._before),
@@ -342,7 +323,7 @@ class Progressive(Strategy):
 
     def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, GroupedWeight]) -> None:
         self._begun = state["begun"]
-        self._done, self._before = dict(Counter(state["done"])), set(state["before"])
+        self._done, self._before = set(state["done"]), set(state["before"])
         if self._way == "undecided":
             self._way = state["way"]
         if self._way == state["way"]:
