@@ -206,6 +206,9 @@ def _name_loader(config: Path, written: PackedModel, model: str) -> None:
             content["quantization_config"]["input_scales"] = scales
     content["architectures"] = [model]
     content["dtype"] = str(_most_common_dtype(written)).removeprefix("torch.")
+    for part in content.values():  # of a model of several: transformers names it there as well, once it has loaded it
+        if isinstance(part, dict) and "model_type" in part and part.get("dtype") is None:
+            part["dtype"] = content["dtype"]
     write_text(config, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

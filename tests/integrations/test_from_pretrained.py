@@ -70,6 +70,7 @@ FAMILIES = {
         lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT)),
         IMAGES[..., :8, :8],
     ),
+    "clip": (hf.AutoModel, lambda: hf.CLIPModel(hf.CLIPConfig(text_config=BERT, vision_config=VIT)), None),
     "resnet": (
         hf.AutoModelForImageClassification,
         lambda: hf.ResNetForImageClassification(hf.ResNetConfig(**RESNET)),
@@ -107,6 +108,8 @@ def llama(tmp_path):
 
 def logits(model, inputs):
     with torch.no_grad():
+        if inputs is None:
+            return model(IDS, IMAGES[..., :8, :8]).logits_per_image
         return model(inputs).logits
 
 
