@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn
 
-from prox24_lightning.convert.autotune.kernel_table import SAME
+from prox24_lightning.convert.autotune.kernel_table import SAME, TINY
 from prox24_lightning.convert.eligibility import LayerVerdict, State, Target, check_model, named_layers
 from prox24_lightning.convert.format.packed_weight import packed_bytes
 from prox24_lightning.weights.experts import expert_parameters
@@ -25,10 +25,6 @@ from prox24_lightning.weights.selection import select_weights
 FEW_TOKENS = 64
 """Up to here reading a weight takes longer than multiplying by it. A token costs one operation a byte in 16 bits; by
 their data sheets, GPUs with sparse tensor cores do 76 (RTX 3090) to 400 (L4) in the time of reading one."""
-
-TINY = 2**18
-"""Weights of a layer below which a gain cannot be seen: any of these GPUs reads so few in the microsecond or two that
-starting a kernel takes."""
 
 Gain = Callable[[LayerVerdict, int], float | None]
 """(layer, tokens) -> dense time over sparse time, as measured on this machine; None where it was not measured."""

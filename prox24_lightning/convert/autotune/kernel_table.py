@@ -20,6 +20,10 @@ DENSE = Kernel("dense")
 SAME = 0.98
 """A speed-up above this counts as no slower: two measurements of one kernel differ by as much."""
 
+TINY = 2**18
+"""Weights of a layer below which a gain cannot be seen: any of these GPUs reads so few in the microsecond or two that
+starting a kernel takes."""
+
 _FEW_DENSE_FP8_TOKENS = 256  # without measurements, a dense float8 weight takes its scales afterwards up to here
 _FEW_TOKENS = 64  # without measurements, few_tokens runs up to here
 _FEW_ROUNDED_TOKENS = 256  # and on Hopper the kernel for a warpgroup up to here, if the weight has 8 bits

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob, FastestAlgorithms, fastest_algorithms
-from prox24_lightning.convert.autotune.kernel_table import KernelTimes
+from prox24_lightning.convert.autotune.kernel_table import TINY, KernelTimes
 from prox24_lightning.convert.autotune.progress import TuningProgress
 from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.cuda_driver import CudaError
@@ -136,30 +136,37 @@ def _other_kernels(
     own: Mapping[Point, tuple[Kernel, ...]],
     progress: TuningProgress,
 ) -> dict[Point, tuple[list[Kernel], list[str]]]:
-    """Return the kernels of libraries that are worth measuring at each point, and why others are missing."""
+    """Return the kernels of libraries that are worth measuring at each point, and why others are missing.
+
+    For layers too small to gain no algorithm is searched: that takes a process, and another for each that hangs.
+    """
     found: dict[Point, tuple[list[Kernel], list[str]]] = {point: ([], []) for point in points}
     fewest = _FEWEST_FOR_CUSPARSELT if form is None else _FEWEST_FOR_CUSPARSELT_ROUNDED
     wanted = [point for point in points if point[1] >= fewest or not own[point]]
     supported = support(device, form)
     answers: list[FastestAlgorithms] = []
+    searched = [point for point in wanted if point[0][0] * point[0][1] >= TINY]
     if supported.kernel == "cusparselt":
         name = str(dtype).removeprefix("torch.")
         padded_shape = packed_buffer.padded_shape if form is None else rounded_buffer.padded_shape
         answers = fastest_algorithms(
             [
                 AlgorithmJob(name, padded_shape(shape), tokens, _copies(shape, device, form, tokens), device, form=form)
-                for shape, tokens in wanted
+                for shape, tokens in searched
             ],
-            on_done=progress.begin("cuSPARSELt's algorithms", len(wanted)),
+            on_done=progress.begin("cuSPARSELt's algorithms", len(searched)),
         )
-    for index, point in enumerate(wanted):
+    answered = dict(zip(searched, answers, strict=False))
+    for point in wanted:
         kernels, notes = found[point]
         if supported.kernel != "cusparselt":
             notes.append(f"no plans of cuSPARSELt: {supported.problem}")
             kernels += [Kernel("torch")] if supported.kernel == "torch" else []
+        elif point not in answered:
+            kernels.append(Kernel("cusparselt"))
         else:
-            notes += [answers[index].problem] if answers[index].problem else []
-            kernels += [Kernel("cusparselt", (algorithm,)) for algorithm in answers[index].algorithms]
+            notes += [answered[point].problem] if answered[point].problem else []
+            kernels += [Kernel("cusparselt", (algorithm,)) for algorithm in answered[point].algorithms]
         if not own[point]:
             kernels.append(Kernel("expand"))
     return found

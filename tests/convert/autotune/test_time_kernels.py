@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prox24_lightning.convert.autotune import time_kernels
+from prox24_lightning.convert.autotune.cusparselt_algorithms import FastestAlgorithms
 from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS
 from prox24_lightning.convert.kernels.registry import Kernel
 from prox24_lightning.convert.measurement import Timing
@@ -32,3 +33,22 @@ def test_a_kernel_whose_products_are_wrong_is_not_timed(monkeypatch, offset):
     assert list(found.kernels) == [str(few)]
     assert found.notes[0] == "a note"
     assert f"{wrong}: wrong products on this machine" in found.notes[1]
+
+
+def test_no_algorithm_is_searched_for_layers_too_small_to_gain(monkeypatch):
+    searched = []
+
+    def fastest_algorithms(jobs, on_done):
+        searched.extend(job.shape for job in jobs)
+        return [FastestAlgorithms((7,)) for _ in jobs]
+
+    monkeypatch.setattr(time_kernels, "support", lambda *_: SimpleNamespace(kernel="cusparselt"))
+    monkeypatch.setattr(time_kernels, "fastest_algorithms", fastest_algorithms)
+    monkeypatch.setattr(time_kernels, "_copies", lambda *_: 1)
+    points = [((64, 32), 256), ((1024, 1024), 256)]
+    progress = SimpleNamespace(begin=lambda *_: lambda: None)
+    found = time_kernels._other_kernels(
+        points, torch.bfloat16, 0, None, dict.fromkeys(points, (Kernel("few"),)), progress
+    )
+    assert searched == [(1024, 1024)]
+    assert [found[point][0] for point in points] == [[Kernel("cusparselt")], [Kernel("cusparselt", (7,))]]
