@@ -362,7 +362,7 @@ def test_the_table_of_a_large_model_fits_80_columns_and_keeps_names_and_reasons(
     for start, end in [("0.self_attn.q_proj",) * 2, ("11.mlp.down_proj",) * 2, ("11.", "experts.3.w1")]:
         assert any(line.strip().startswith(start) and end in line.split()[0] for line in text.splitlines())
     assert text.count("0.01235") == 12
-    assert text.count("14336 x 16384") == text.count("98.8%") == text.count("1234.5") == 6
+    assert text.count("14336 x 16384") == text.count("1234.5") == 6
     assert "model.layers.*.mlp.down_proj x 2: fewer tokens (256) than inputs (512)" in text
 
 
