@@ -1,12 +1,14 @@
 """How long training pauses while the convolutions of a ResNet-18 are solved on a CPU, and what the short path costs.
 
     python -m benchmarks.convolutions --output benchmarks/results
+    python -m benchmarks.convolutions --output benchmarks/results --spread true
 
 A ResNet-18 of the given width learns the handwritten digits of scikit-learn, 24 x 24. Then all of its convolutions are
 solved in one pruning step, once by ADMM's full path (200 steps a layer), once by the short one that training takes for
 convolutions (150 steps), from the same weights and batches, and the network is fine-tuned under its masks. Times are
 CPU seconds of the process, which other processes on the machine do not count into. The local losses are those of single
-layers on the dense network's inputs.
+layers on the dense network's inputs. With ``spread`` the sparsify phase has room for every pruning step of its own, as
+training has, and the longest one is what counts.
 """
 
 from __future__ import annotations
@@ -71,6 +73,24 @@ class ResNet18(nn.Module):
         return self.fc(self.layers(self.stem(x)).mean((2, 3)))
 
 
+class Attributes(nn.Module):
+    """The same network with its stages as attributes, as torchvision has them: no list of like blocks."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        whole = ResNet18(width)
+        self.stem = whole.stem
+        self.layer1, self.layer2, self.layer3, self.layer4 = whole.layers
+        self.fc = whole.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+LAYOUTS = {"a list of four stages": ResNet18, "stages as attributes (torchvision)": Attributes}
+
+
 def main(
     output: Path = Path("benchmarks/results"),
     width: int = 16,
@@ -79,6 +99,7 @@ def main(
     batch_size: int = 32,
     threads: int = 1,
     seed: int = 0,
+    spread: bool = False,
 ) -> None:
     """Measure and write the table.
 
@@ -90,14 +111,21 @@ def main(
         batch_size: images a step.
         threads: CPU threads.
         seed: of weights and batches.
+        spread: measure the pauses of a sparsify phase with room for all, instead of one pruning step.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     images, labels = digits()
+    if spread:
+        rows = [pauses(name, width, images, labels, dense_steps, batch_size, seed) for name in LAYOUTS]
+        note = f"Width {width}, batches of {batch_size} images of 24 x 24, {threads} threads; the short path."
+        title = "Pauses while the convolutions of a ResNet-18 go 2:4 over a sparsify phase (CPU)"
+        write_result(output, "convolutions", title, rows, part="spread", note=note)
+        return
     dense = ResNet18(width)
     train(dense, images, labels, dense_steps, batch_size, seed)
     before = evaluated(dense, images, labels)
-    rows: list[dict[str, object]] = []
+    rows = []
     losses = {path: local_losses(dense, images[:128], path) for path in ("full", "short")}
     for path, prox_steps in (("full", 200), ("short", None)):
         model = copy.deepcopy(dense)
@@ -125,6 +153,40 @@ def main(
     )
 
 
+def pauses(
+    layout: str, width: int, images: Tensor, labels: Tensor, dense_steps: int, batch_size: int, seed: int
+) -> dict[str, object]:
+    """Return how long the optimizer steps that prune take, where each block or layer has one of its own."""
+    torch.manual_seed(seed)
+    model = LAYOUTS[layout](width)
+    train(model, images, labels, dense_steps, batch_size, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    weights = select_weights(model).chosen
+    freeze = BATCHES * (1 + len(weights))
+    engine = SparsityEngine(weights, PhasePlan(BATCHES, freeze), Progressive(model), metric="activation")
+    engine.bind([optimizer])
+    seconds = []
+    for batch in batches(len(images) - HELD_OUT, freeze, batch_size, seed + 1):
+        sparse = len(engine.masks)
+        engine.before_batch()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
+        begin = time.process_time()
+        optimizer.step()
+        spent = time.process_time() - begin
+        optimizer.zero_grad()
+        engine.after_batch()
+        if len(engine.masks) > sparse:
+            seconds.append(spent)
+    engine.unbind()
+    return {
+        "layout": layout,
+        "convolutions": len(weights),
+        "pruning steps": len(seconds),
+        "CPU s in all": sum(seconds),
+        "CPU s of the longest": max(seconds),
+    }
+
+
 def digits() -> tuple[Tensor, Tensor]:
     """Return scikit-learn's digits as images (n, 1, 24, 24) in [-1, 1], and their labels."""
     from sklearn.datasets import load_digits
@@ -134,7 +196,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return F.interpolate(images, scale_factor=3, mode="bilinear"), torch.tensor(labels)
 
 
-def train(model: ResNet18, images: Tensor, labels: Tensor, steps: int, batch_size: int, seed: int) -> None:
+def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, batch_size: int, seed: int) -> None:
     """Train the dense network."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for batch in batches(len(images) - HELD_OUT, steps, batch_size, seed):
