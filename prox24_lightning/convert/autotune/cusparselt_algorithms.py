@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -24,6 +25,9 @@ WORKER = "prox24_lightning.convert.autotune.cusparselt_worker"
 START_SECONDS, ALGORITHM_SECONDS = 90.0, 15.0
 """A child that writes nothing for the first at its start, when it loads torch, or for the second from then on counts
 as dead: an algorithm may hang."""
+
+SEARCH_SECONDS = 120.0
+"""The whole search ends after so many; what has been timed by then counts."""
 
 _FINALISTS = 2  # so many of the fastest are returned: the caller measures them again beside the other kernels
 _CHILDREN = 16  # one more for each algorithm that crashes
@@ -79,6 +83,7 @@ def fastest_algorithms(
     *,
     command: Sequence[str] | None = None,
     seconds: float | None = None,
+    search_seconds: float = SEARCH_SECONDS,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[FastestAlgorithms]:
     """Answer every job.
@@ -92,16 +97,18 @@ def fastest_algorithms(
         command: starts the child; for tests.
         seconds: of silence after which a child counts as dead; None is :data:`START_SECONDS` at its start and
             :data:`ALGORITHM_SECONDS` from then on.
+        search_seconds: after which the search ends; jobs that are not finished keep what has been timed.
         on_done: called after each job.
     """
     command = command or (sys.executable, "-m", WORKER)
     states = [_Progress(job, {}, []) for job in jobs]
+    until = time.monotonic() + search_seconds
     for _ in range(_CHILDREN):
         left = [state for state in states if not state.done]
         if not left:
             break
         remaining = [replace(state.job, skip=(*state.job.skip, *state.times)) for state in left]
-        lines, end = _run_child(remaining, command, seconds, on_done)
+        lines, end = _run_child(remaining, command, seconds, until, on_done)
         running = None
         for line in lines:
             event = json.loads(line)
@@ -114,7 +121,9 @@ def fastest_algorithms(
                 running = None
             else:
                 running = state, event["algorithm"]
-        if running is None:
+        late = time.monotonic() >= until
+        if running is None or late:
+            end = f"was given up after {search_seconds:.0f} seconds" if late else end
             for state in (state for state in left if not state.done):
                 state.done = True
                 state.problems.append(f"the search for cuSPARSELt's algorithms {end}")
@@ -133,9 +142,13 @@ def fastest_algorithms(
 
 
 def _run_child(
-    jobs: Sequence[AlgorithmJob], command: Sequence[str], seconds: float | None, on_done: Callable[[], None]
+    jobs: Sequence[AlgorithmJob],
+    command: Sequence[str],
+    seconds: float | None,
+    until: float,
+    on_done: Callable[[], None],
 ) -> tuple[list[str], str]:
-    """Return the lines that the child has written, and how it ended, in words."""
+    """Return the lines that the child has written by ``until`` (of the monotonic clock), and its end in words."""
     written: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     with tempfile.TemporaryFile("w+") as errors:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
@@ -145,7 +158,7 @@ def _run_child(
         lines: list[str] = []
         limit = START_SECONDS if seconds is None else seconds
         try:
-            while (line := written.get(timeout=limit)) is not None:
+            while (line := written.get(timeout=max(0.0, min(limit, until - time.monotonic())))) is not None:
                 if line.startswith("{") and line.endswith("}"):
                     lines.append(line)
                     if "done" in json.loads(line):

@@ -144,8 +144,9 @@ def _other_kernels(
     fewest = _FEWEST_FOR_CUSPARSELT if form is None else _FEWEST_FOR_CUSPARSELT_ROUNDED
     wanted = [point for point in points if point[1] >= fewest or not own[point]]
     supported = support(device, form)
+    # With 8 bits the package's own kernels are ahead of every algorithm (H200): no search where it has some.
+    searched = [point for point in wanted if point[0][0] * point[0][1] >= TINY and (form is None or not own[point])]
     answers: list[FastestAlgorithms] = []
-    searched = [point for point in wanted if point[0][0] * point[0][1] >= TINY]
     if supported.kernel == "cusparselt":
         name = str(dtype).removeprefix("torch.")
         padded_shape = packed_buffer.padded_shape if form is None else rounded_buffer.padded_shape
@@ -154,7 +155,7 @@ def _other_kernels(
                 AlgorithmJob(name, padded_shape(shape), tokens, _copies(shape, device, form, tokens), device, form=form)
                 for shape, tokens in searched
             ],
-            on_done=progress.begin("cuSPARSELt's algorithms", len(searched)),
+            on_done=progress.begin("cuSPARSELt's algorithms", len(searched)) if searched else lambda: None,
         )
     answered = dict(zip(searched, answers, strict=False))
     for point in wanted:

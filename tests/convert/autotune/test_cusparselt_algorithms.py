@@ -89,6 +89,17 @@ def test_a_child_that_works_may_take_long():
     assert [answer.algorithms for answer in answers] == [(3, 2)] * 3
 
 
+def test_a_search_that_takes_too_long_keeps_what_was_timed():
+    told = []
+    answers = fastest_algorithms(
+        JOBS, command=child("time.sleep(60)"), search_seconds=3, on_done=lambda: told.append(1)
+    )
+    assert [answer.algorithms for answer in answers] == [(3, 2), (1, 0), ()]
+    late = "the search for cuSPARSELt's algorithms was given up after 3 seconds"
+    assert [answer.problem for answer in answers] == ["", late, late]
+    assert len(told) == 1
+
+
 def test_a_child_that_never_starts_is_a_problem():
     answers = fastest_algorithms(JOBS, command=[sys.executable, "-c", "raise SystemExit('no module')"])
     assert [answer.algorithms for answer in answers] == [(), (), ()]
