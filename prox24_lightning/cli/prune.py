@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from prox24_lightning.calibration.blocks import find_blocks
 from prox24_lightning.cli.exit_codes import errors_as_exit
 from prox24_lightning.convert.layer_times import layer_times
 from prox24_lightning.io.documents import Split
@@ -17,8 +18,10 @@ from prox24_lightning.io.own_text import OwnText
 from prox24_lightning.io.pretrained import Pretrained, is_causal_lm
 from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.oneshot import prune_layerwise
+from prox24_lightning.oneshot.config import PruneConfig
 from prox24_lightning.oneshot.save import save_pruned
 from prox24_lightning.solvers import Method, Refine
+from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.utils.files import check_output
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.names import clean_name
@@ -104,13 +107,30 @@ def prune(
         console = Console()
         torch.set_float32_matmul_precision(matmul_precision)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        options: dict[str, Any] = {
+            "targets": targets,
+            "skip": skip,
+            "geometry": geometry,
+            "blocks": blocks,
+            "budget": budget,
+            "dense_target": dense_target,
+            "reorder_inputs": reorder_inputs,
+            "reconstruct_steps": reconstruct_steps,
+            "offload": offload,
+            "work_dir": work_dir,
+        }
+        PruneConfig(SolverConfig(method, refine, steps, weights=weights), **options)
         # Texts first: a missing or short one costs no loading of weights.
         source = text_source(text, eval_text, data, download=download)
+        model.check_length(length)
         tokenizer = model.tokenizer()
         ids, held_out = calibration_and_evaluation(tokenizer, source, sequences, eval_sequences, length, seed)
         network = model.model()
         if held_out is not None and not is_causal_lm(network):
             raise ValueError(f"a {type(network).__name__} has no next-token perplexity: add --eval_sequences 0")
+        # Names too, before anything is computed.
+        find_blocks(network, blocks)
+        select_weights(network, targets=targets, skip=skip, geometry=geometry)
         # One block at a time goes to the device; a whole model there is faster, if it fits.
         if place.type != "cpu" and offload == "device":
             network.to(place)
@@ -123,20 +143,11 @@ def prune(
             [{"input_ids": part} for part in ids.split(batch_size)],
             method=method,
             refine=refine,
-            geometry=geometry,
-            targets=targets,
-            skip=skip,
-            blocks=blocks,
-            budget=budget,
-            layer_times=_layer_times(network, place) if budget else None,
-            dense_target=dense_target,
-            reorder_inputs=reorder_inputs,
-            reconstruct_steps=reconstruct_steps,
-            device=place,
-            offload=offload,
-            work_dir=work_dir,
             steps=steps,
             weights=weights,
+            layer_times=_layer_times(network, place) if budget else None,
+            device=place,
+            **options,
         )
         console.print(report.table())
         if held_out is not None:

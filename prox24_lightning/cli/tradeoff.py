@@ -92,6 +92,7 @@ def tradeoff(
         console = Console()
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         source = text_source(text, eval_text, data, download=download)
+        model.check_length(length)
         tokenizer = model.tokenizer()
         ids, held_out = calibration_and_evaluation(tokenizer, source, sequences, eval_sequences, length, seed)
         if held_out is None:

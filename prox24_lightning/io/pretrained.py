@@ -104,6 +104,27 @@ class Pretrained:
             raise ValueError(f"{source} holds no file of a tokenizer ({', '.join(_TOKENIZER_FILES)}): copy it there")
         return transformers.AutoTokenizer.from_pretrained(source, **extra)
 
+    def check_length(self, length: int) -> None:
+        """Refuse sequences that are longer than the positions that the config names; no weight is loaded.
+
+        Raises:
+            ValueError: if ``length`` is above that number, or below 1.
+            OSError: as :meth:`model`.
+        """
+        import transformers
+
+        if length < 1:
+            raise ValueError(f"length={length} must be 1 or more tokens a sequence")
+        source, extra = self._source()
+        config = transformers.AutoConfig.from_pretrained(source, **extra).get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
+        if isinstance(longest, int) and 0 < longest < length:  # some families write -1 or 0 for "no limit"
+            name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+            raise ValueError(
+                f"length={length} is more than the {longest} positions of the model ({name} in its config): give "
+                f"--length {longest} or less"
+            )
+
     def folder(self) -> Path:
         """Return the folder that holds the model's files.
 

@@ -6,6 +6,9 @@ import json
 
 import pytest
 from tiny_language import Chains, save_tiny_llama
+from transformers import BloomConfig, GPT2Config
+
+from prox24_lightning.io.pretrained import Pretrained
 
 QUICK = ("--sequences", 4, "--length", 16, "--eval_sequences", 2, "--batch_size", 2, "--steps", 3)
 
@@ -65,6 +68,12 @@ def test_text_of_the_users_own(prox24, home, tmp_path, monkeypatch, words, card)
         (["--text", "own.txt", "--eval_text", "short.txt"], "the evaluation text .* make 0 sequences of 16, but 2 are"),
         (["--text", "own.txt", "--data", "prox24_lightning.io.texts.PythonTopics"], "both data and text are given"),
         (["--eval_text", "own.txt"], "text is missing"),
+        (
+            ["--text", "own.txt", "--length", 65],
+            r"the 64 positions .*\(max_position_embeddings in .*--length 64 or less",
+        ),
+        (["--text", "own.txt", "--length", 0], "length=0 must be 1 or more"),
+        (["--text", "own.txt", "--budget", 1.5], r"budget=1.5 must lie in \[0, 1\)"),
     ],
 )
 def test_text_that_cannot_serve_is_refused_before_the_model_is_loaded(
@@ -106,3 +115,28 @@ def test_an_output_is_replaced_when_asked_for(prox24, home, tmp_path):
     for words in ([], ["--overwrite", "true"]):
         code, _, err = prune(prox24, home, tmp_path / "out", "--text", home / "own.txt", *words)
         assert code == 0, err
+
+
+def test_the_length_is_held_against_the_name_that_the_config_has(tmp_path):
+    GPT2Config(n_positions=64).save_pretrained(tmp_path)
+    Pretrained(str(tmp_path)).check_length(64)
+    with pytest.raises(ValueError, match=r"length=100 is more than the 64 positions .*\(n_positions in its config\)"):
+        Pretrained(str(tmp_path)).check_length(100)
+    BloomConfig().save_pretrained(tmp_path)  # no number of positions
+    Pretrained(str(tmp_path)).check_length(10**6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--skip", "nomatch*"], "skip pattern 'nomatch*' matches no weight"),
+        (["--blocks", "layers"], "blocks='layers'"),
+    ],
+)
+def test_names_are_checked_before_the_perplexity_of_the_dense_model(
+    prox24, home, tmp_path, monkeypatch, words, message
+):
+    monkeypatch.setattr("prox24_lightning.cli.prune.perplexity", lambda *_: pytest.fail("computed"))
+    code, _, err = prune(prox24, home, tmp_path / "out", "--text", home / "own.txt", *words)
+    assert code == 2
+    assert message in err
