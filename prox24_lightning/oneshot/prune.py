@@ -109,10 +109,13 @@ def prune_layerwise(
         a report with one record a layer, and the masks.
 
     Raises:
+        TypeError: if ``batches`` is a tensor, whose rows would be taken for batches.
         ValueError: for arguments that do not fit the model, and for a layer that cannot be solved (its inputs are not
             finite, say), by name; for a ``work_dir`` that another run uses. Blocks that are finished stay pruned, and
             stay in ``work_dir``. After any error the model is on its device, in its mode, with its own forwards.
     """
+    if isinstance(batches, Tensor):
+        raise TypeError("batches must be an iterable of batches; for one batch give [batch]")
     config = PruneConfig(
         solver=SolverConfig(method, refine, steps, momentum, damping, refine_steps, tolerance, weights),
         targets=targets,

@@ -70,7 +70,7 @@ class LayerwiseReport:
     settings: dict[str, Any]
     layers: list[LayerRecord] = field(default_factory=list)
     skipped: list[SkippedWeight] = field(default_factory=list)
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
     dims: dict[str, Dim] = field(default_factory=dict)
     seconds: float = 0.0
 

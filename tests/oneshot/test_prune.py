@@ -20,6 +20,7 @@ def test_every_layer_of_the_blocks_is_24_and_nothing_else_moved():
     report = prune(model)
     names = {f"layers.{i}.{layer}.weight" for i in range(3) for layer in ("left", "right", "out")}
     assert set(report.masks) == names == {layer.name for layer in report.layers}
+    assert "tensor(" not in repr(report)
     for name, parameter in model.named_parameters():
         if name in names:
             assert is_24(parameter)
@@ -166,6 +167,11 @@ def test_blocks_of_another_run_are_not_taken_over(tmp_path, changes, message):
     prune(seeded(), work_dir=tmp_path)
     with pytest.raises(ValueError, match=message):
         prune(seeded(), work_dir=tmp_path, **changes)
+
+
+def test_a_single_tensor_is_no_list_of_batches():
+    with pytest.raises(TypeError, match=r"batches must be an iterable of batches; for one batch give \[batch\]"):
+        prune(seeded(), batches()[0])
 
 
 @pytest.mark.parametrize("offload", ["cpu", "files"])
