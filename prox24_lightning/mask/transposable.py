@@ -83,7 +83,7 @@ def transposable_mask(weight: Tensor, *, dims: tuple[int, int] = BLOCK_DIMS, sca
     Raises:
         ValueError: if a size does not divide by 4 or ``weight`` holds NaN.
     """
-    check_weight(weight, "transposable_mask")
+    check_weight(weight, "transposable_mask", dims=True)
     values = weight.detach() if scale is None else weight.detach() * scale
     blocks = to_blocks(values, dims).abs()
     refuse_nan(blocks, weight.shape, "transposable")

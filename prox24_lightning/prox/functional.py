@@ -198,7 +198,7 @@ def prox_block(
     Raises:
         ValueError: as :func:`prox_24`, and for an unknown method.
     """
-    check_weight(weight, "prox_block")
+    check_weight(weight, "prox_block", dims=True)
     check_method(method, steps, sweeps)
     check_dtype(weight)
     if torch.compiler.is_compiling():

@@ -25,8 +25,12 @@ MATRIX_DIMS: dict[Geometry, Dim] = {"row": -1, "column": 0, "block": (0, 1)}
 """Geometry -> where the groups lie once the weight is laid out as (out_features, in_features)."""
 
 
-def check_weight(weight: object, function: str, *, vmap: bool = False) -> None:
-    """Refuse what the tensor functions cannot work on; ``vmap``: whether ``function`` runs under ``torch.vmap``.
+def check_weight(weight: object, function: str, *, vmap: bool = False, dims: bool = False) -> None:
+    """Refuse what the tensor functions cannot work on.
+
+    Args:
+        vmap: whether ``function`` runs under ``torch.vmap``.
+        dims: whether it cuts two dimensions, its argument ``dims``, rather than one.
 
     Raises:
         TypeError: for anything but a tensor (a numpy array, say), and for a tensor of ``torch.vmap``.
@@ -37,10 +41,11 @@ def check_weight(weight: object, function: str, *, vmap: bool = False) -> None:
             "torch.as_tensor"
         )
     if not (vmap or torch.compiler.is_compiling()) and torch._C._functorch.is_batchedtensor(weight):
-        raise TypeError(
-            f"{function} does not run under torch.vmap; call it on the stacked weights, whose groups lie along the "
-            "same dimension"
-        )
+        if dims:
+            remedy = "with the dimensions of the matrices (dims=(1, 2) for a stack of shape (count, out, in))"
+        else:
+            remedy = "whose groups lie along the same dimension (dim=-1 stays, dim=0 becomes dim=1)"
+        raise TypeError(f"{function} does not run under torch.vmap; call it on the stacked weights, {remedy}")
 
 
 def resolve_group_dim(shape: Sequence[int], dim: int) -> int:
@@ -55,7 +60,7 @@ def resolve_group_dim(shape: Sequence[int], dim: int) -> int:
     if shape[dim] % 4:
         raise ValueError(
             f"2:4 sparsity needs groups of four, but dimension {dim} of a weight of shape {tuple(shape)} has size "
-            f"{shape[dim]}, which does not divide by 4; choose another dim, or leave this weight dense"
+            f"{shape[dim]}, which does not divide by 4; choose another dim or dims, or leave it dense"
         )
     return dim
 

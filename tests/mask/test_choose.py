@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prox24_lightning.mask import is_24, mask_24, transposable_mask, violations_24
+from prox24_lightning.prox import prox_block
 
 
 def test_the_two_largest_of_four_stay():
@@ -67,3 +68,15 @@ def test_numpy_arrays_and_vmap_are_refused_with_the_remedy(function):
         function(np.zeros((8, 8), np.float32))
     with pytest.raises(TypeError, match="does not run under torch.vmap; call it on the stacked weights"):
         torch.vmap(function)(torch.randn(2, 8, 8))
+
+
+@pytest.mark.parametrize("function", [transposable_mask, lambda weight, **dims: prox_block(weight, 100.0, **dims)])
+def test_the_remedy_for_a_stack_of_matrices_is_each_matrix_alone(function):
+    stack = torch.randn(8, 8, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match=r"with the dimensions of the matrices \(dims=\(1, 2\) for a stack"):
+        torch.vmap(function)(stack)
+    alone = torch.stack([function(matrix) for matrix in stack])
+    assert torch.equal(function(stack, dims=(1, 2)), alone)
+    assert not torch.equal(function(stack), alone)
+    with pytest.raises(ValueError, match=r"dimension 0 .* has size 5, .* choose another dim or dims"):
+        function(stack[:5])
