@@ -43,6 +43,6 @@ def rounded_inputs(layers: Iterable[nn.Module], form: RoundedForm | None) -> Ite
 
 def rounded_like_tokens(inputs: Tensor, form: RoundedForm) -> Tensor:
     """Return (..., in_features) inputs with every token rounded to ``form``, in their dtype."""
-    found = round_tokens(inputs.detach().flatten(0, -2), form)
+    found = round_tokens(inputs.detach().reshape(-1, inputs.shape[-1]), form)
     values = expand_rows(found.values, found.scales, inputs.dtype).view(inputs.shape)
     return inputs + (values - inputs).detach() if inputs.requires_grad and torch.is_grad_enabled() else values

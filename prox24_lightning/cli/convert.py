@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
-from prox24_lightning.convert.input_scales import measure_input_scales
+from prox24_lightning.convert.input_scales import check_input_quantile, measure_input_scales
 from prox24_lightning.convert.packed_model import find_packable
 from prox24_lightning.io.own_text import OwnText
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
@@ -97,6 +97,8 @@ def convert(
                 "--input_quantile takes rounded weights and calibration text: name --weights fp8_e4m3 or int8, and "
                 "--text or --data"
             )
+        if input_quantile is not None:
+            check_input_quantile(input_quantile)
         if text and data:
             raise ValueError("both data and text are given: name one source of text")
         if text:

@@ -164,6 +164,9 @@ def test_calibration_text_lets_entries_make_up_for_each_other(prox24, sparse_fol
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "own" / "config.json").read_text()
     code, _, err = prox24("convert", sparse_folder, tmp_path / "none", "--weights", "int8", "--input_quantile", 1)
     assert (code, "--input_quantile takes rounded weights and calibration text" in err) == (2, True)
+    late = ("--weights", "int8", "--input_quantile", 1.5, *own)
+    code, _, err = prox24("convert", tmp_path / "not_read", tmp_path / "none", *late)
+    assert (code, "input_quantile=1.5 must lie in (0, 1]" in err) == (2, True)
     assert error("own") < errors[0]
     code, _, err = prox24("convert", sparse_folder, tmp_path / "both", "--weights", "int8", *own, *calibrate[:2])
     assert (code, "name one source of text" in err) == (2, True)

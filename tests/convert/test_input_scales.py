@@ -29,13 +29,22 @@ def test_the_scale_is_the_largest_input_or_a_quantile_of_the_tokens_largest():
     found = called(layers, batches)
     assert found["0"] == 1.0
     assert set(found) == {"0", "1"}
-    assert called(layers, batches, quantile=0.5)["0"] == pytest.approx(3 / 127)  # of 127, 2, 4 and 1
+    assert called(layers, batches, quantile=0.5)["0"] == pytest.approx(2 / 127)  # of 127, 2, 4 and 1
     assert not layers[0]._forward_pre_hooks
+
+
+def test_one_token_without_a_batch_and_more_tokens_than_a_quantile_of_torch_takes():
+    assert called([nn.Linear(2, 4)], [torch.tensor([127.0, -254.0])])["0"] == 2.0
+    many = torch.ones(1, 1).expand(2**24 + 1, 1)
+    runs = [lambda: layer(many)]
+    layer = nn.Identity()
+    assert measure_input_scales({"0": layer}, runs, "int8", quantile=0.9)["0"] == pytest.approx(1 / 127)
 
 
 def test_what_gives_no_scale():
     layer = nn.Linear(2, 2)
-    assert called([layer], [torch.zeros(1, 2)]) == {}
+    for empty in (torch.zeros(1, 2), torch.zeros(0, 2), torch.full((1, 2), 1e-44)):
+        assert called([layer], [empty]) == {}
     assert measure_input_scales({"unused": nn.Linear(2, 2)}, [lambda: layer(torch.ones(1, 2))], "int8") == {}
     with pytest.raises(ValueError, match="take calibration data, and there is none"):
         called([layer], [])
@@ -43,6 +52,8 @@ def test_what_gives_no_scale():
         called([layer], [torch.full((1, 2), float("inf"))])
     with pytest.raises(ValueError, match=r"input_quantile=1.5 must lie in \(0, 1\]"):
         called([layer], [], quantile=1.5)
+    with pytest.raises(ValueError, match="input_quantile='1' must lie in"):
+        called([layer], [], quantile="1")
     with pytest.raises(ValueError, match="input_scales are for rounded weights"):
         convert_model(layer, input_scales={"": 1.0})
 

@@ -85,6 +85,7 @@ def test_the_solver_sees_the_inputs_rounded_as_the_kernels_round_them(monkeypatc
     for rows, dense_rows, _ in seen:
         torch.testing.assert_close(rounded_like_tokens(rows, "int8"), rows)
         assert not torch.allclose(rounded_like_tokens(dense_rows, "int8"), dense_rows)
+    assert torch.equal(rounded_like_tokens(rows[0], "int8"), rows[0])  # a token without a batch
 
 
 @pytest.mark.parametrize("weights", [None, "fp8_e4m3"])
