@@ -314,7 +314,8 @@ class Prox24(Callback):
         # With several Prox24 the model is 2:4 when the last of them is frozen.
         engine.on_frozen.append(lambda: self._restart_records(others))
         if self.config.verbose:
-            print_selection(self.selection, self.config.headline(self.start_step, self.freeze_step))
+            resumed = bool(self._loaded.state)
+            print_selection(self.selection, self.config.headline(self.start_step, self.freeze_step, resumed=resumed))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -398,7 +399,7 @@ class Prox24(Callback):
     def _announce(self) -> None:
         """Log the phase, if it is a new one."""
         if self.phase != self._shown_phase and self.config.verbose:
-            rank_zero_info(f"{self.name}: phase {self.phase} after step {self.step}")
+            rank_zero_info(f"{self.name}: phase {self.phase} {'after' if self._shown_phase else 'at'} step {self.step}")
         self._shown_phase = self.phase
 
     def _restart_records(self, others: Sequence[Prox24]) -> None:

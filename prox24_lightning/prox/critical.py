@@ -21,6 +21,9 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
     unless a 3-sparse one does. It is ``y3 / (y1 y2)`` where the third entry reaches zero continuously, and a root of
     one scalar equation where it jumps (DERIVATION.md). No device synchronisation.
 
+    At this strength two and three entries are as good, so that rounding decides what ``prox_24`` returns there. A
+    strength larger by a factor of 1.0001 makes every group 2:4.
+
     Args:
         weight: float16, bfloat16, float32 or float64, any strides.
         dim: the dimension along which the groups lie; its size divides by 4.

@@ -49,8 +49,10 @@ class SparsifyConfig:
     name: str = "prox24"
     verbose: bool = True
 
-    def headline(self, start: int, freeze: int) -> str:
-        """Return in words what a run does between these two steps."""
+    def headline(self, start: int, freeze: int, *, resumed: bool = False) -> str:
+        """Return in words what a run does between these two steps; ``resumed``: what a checkpoint says counts."""
+        if resumed:
+            return f"{self.name}: goes on from a checkpoint"
         if self.strategy == "keep":
             return f"{self.name}: the zeros of weights that are 2:4 are kept from the first step on"
         return f"{self.name}: 2:4 from step {start} to step {freeze}"

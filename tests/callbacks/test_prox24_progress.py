@@ -22,10 +22,10 @@ def _every_pause_is_shown(monkeypatch):
     monkeypatch.setattr(solve_watch, "_SHOWN_EVERY", 0.0)
 
 
-def fit(*callbacks, **arguments):
+def fit(*callbacks, ckpt_path=None, **arguments):
     prox = Prox24(2, 10)
     trainer = quiet_trainer(callbacks=[prox, *callbacks], **{"max_steps": 12, **arguments})
-    trainer.fit(module := TinyModule(), StatefulLoader(tiny_loader(12)))
+    trainer.fit(module := TinyModule(), StatefulLoader(tiny_loader(12)), ckpt_path=ckpt_path)
     return trainer, prox, module
 
 
@@ -56,7 +56,21 @@ def test_lines_where_there_is_no_terminal(caplog, monkeypatch, arguments):
     assert "prox24: solving block 1 of 3 (model.0)" in caplog.text
     assert "prox24: solved up to block 3 of 3 in" in caplog.text
     phases = [message for message in caplog.messages if "phase" in message]
-    assert phases == [f"prox24: phase {x} after step {n}" for x, n in (("dense", 0), ("sparsify", 3), ("frozen", 10))]
+    steps = ("dense at step 0", "sparsify after step 3", "frozen after step 10")
+    assert phases == [f"prox24: phase {step}" for step in steps]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_says_where_it_goes_on(caplog, capsys, tmp_path):
+    fit(ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True)
+    caplog.clear()
+    capsys.readouterr()
+    with caplog.at_level("INFO"):
+        fit(max_steps=24, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert [message for message in caplog.messages if "phase" in message] == ["prox24: phase frozen at step 12"]
+    shown = capsys.readouterr().out
+    assert "prox24: goes on from a checkpoint" in shown
+    assert "2:4 from step" not in shown
 
 
 def test_the_share_in_the_bar_is_fresh_after_each_pruning_step():

@@ -158,7 +158,8 @@ class Prox24TrainerCallback(TrainerCallback):
         engine = controller.prepare(kwargs["model"], optimizers, state.max_steps, {})
         engine.on_frozen.append(lambda: _forget_best(state))
         if self.config.verbose and state.is_world_process_zero:
-            print_selection(controller.selection, self.config.headline(controller.start_step, controller.freeze_step))
+            steps = controller.start_step, controller.freeze_step
+            print_selection(controller.selection, self.config.headline(*steps, resumed=state.global_step > 0))
         self._shown_phase = None
         self._files = CheckpointState(args.output_dir or ".", self.config.name, controller.weights)
         loaded = self._files.read(state.global_step, self.resume_from) if state.global_step else {}
@@ -229,7 +230,8 @@ class Prox24TrainerCallback(TrainerCallback):
     def _announce(self, state: TrainerState) -> None:
         """Print the phase, if it is a new one."""
         if self.phase != self._shown_phase and self.config.verbose and state.is_world_process_zero:
-            print(f"{self.config.name}: phase {self.phase} after step {self.step}")
+            when = "after" if self._shown_phase else "at"
+            print(f"{self.config.name}: phase {self.phase} {when} step {self.step}")
         self._shown_phase = self.phase
 
     def _prepare_checkpoint(self, state: TrainerState) -> None:
