@@ -42,7 +42,9 @@ class HessianAccumulator:
             weights: (tokens,), what each token counts; None is 1 for all.
         """
         if weights is not None:
-            roots = weights.to(rows.device).sqrt().unsqueeze(1).to(rows.dtype)
+            # A product of float16 would overflow.
+            dtype = torch.float32 if rows.dtype is torch.float16 else rows.dtype
+            roots = weights.to(rows.device).sqrt().unsqueeze(1).to(dtype)
             rows = rows * roots
             dense_rows = None if dense_rows is None else dense_rows * roots
         if self._sum is None:

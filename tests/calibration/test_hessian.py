@@ -30,6 +30,15 @@ def test_bfloat16_inputs_are_summed_in_float32():
     assert torch.equal(found.hessian, torch.ones(4, 4))
 
 
+def test_weights_of_float16_inputs_do_not_overflow():
+    x = torch.full((4, 4), 2000.0, dtype=torch.float16)
+    found = HessianAccumulator()
+    found.add(x, x, torch.full((4,), 4096.0))
+    expected = torch.full((4, 4), 4096 * 2000.0**2)
+    torch.testing.assert_close(found.hessian, expected)
+    torch.testing.assert_close(found.cross, expected)
+
+
 def test_a_hessian_without_inputs_is_refused():
     with pytest.raises(RuntimeError, match="no input has been counted"):
         _ = HessianAccumulator().hessian
