@@ -75,8 +75,8 @@ def reconstruct_block(
     """
     if feature_weights is not None:
         roots = feature_weights.sqrt()
-        unweighted, forward = forward, lambda batch: unweighted(batch).float() * roots
-        targets = [target.float() * roots for target in targets]
+        unweighted, forward = forward, lambda batch: unweighted(batch) * roots
+        targets = [target * roots for target in targets]
     parts = [(batch, target, token_weights(target)) for batch, target in zip(batches, targets, strict=True)]
 
     def error_of(batch: Any, target: Tensor, weights: Tensor) -> Tensor:
@@ -136,12 +136,13 @@ def _descend(
 ) -> None:
     values = list(parameters.values())
     # Of 16-bit parameters the steps would be lost in rounding.
-    masters = [value.detach().to(torch.float32, copy=True) for value in values]
-    rates = [value.square().mean().sqrt().clamp_min(_SMALLEST_RMS) * learning_rate for value in masters]
+    masters = [value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True) for value in values]
+    # Adam's fused kernel takes a step size in float32 only.
+    rates = [value.square().mean().sqrt().float().clamp_min(_SMALLEST_RMS) * learning_rate for value in masters]
     groups = [{"params": [master], "lr": rate.clone()} for master, rate in zip(masters, rates, strict=True)]
     cuda = masters[0].is_cuda
     optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=cuda, capturable=cuda)
-    size = masters[0].new_ones(())
+    size = rates[0].new_ones(())
     together = _joined_gradients(masters)
     dropped = {name: ~mask for name, mask in masks.items()}
 
@@ -162,7 +163,7 @@ def _descend(
         optimizer.step()
         with torch.no_grad():
             stored = [
-                roundings[name](master) if name in roundings else master
+                roundings[name](master.float()) if name in roundings else master
                 for name, master in zip(parameters, masters, strict=True)
             ]
         _write(parameters, stored)
@@ -182,13 +183,13 @@ def _descend(
 
 
 def _joined_gradients(masters: Sequence[Tensor]) -> list[Tensor]:
-    """Give every tensor a gradient that is a part of one tensor for each device, and return these."""
-    by_device: dict[torch.device, list[Tensor]] = {}
+    """Give every tensor a gradient that is a part of one tensor for each device and dtype, and return these."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for master in masters:
-        by_device.setdefault(master.device, []).append(master)
+        alike.setdefault((master.device, master.dtype), []).append(master)
     found = []
-    for device, members in by_device.items():
-        found.append(torch.zeros(sum(master.numel() for master in members), device=device))
+    for members in alike.values():
+        found.append(members[0].new_zeros(sum(master.numel() for master in members)))
         parts = found[-1].split([master.numel() for master in members])
         for master, part in zip(members, parts, strict=True):
             master.grad = part.view(master.shape)

@@ -147,3 +147,21 @@ def test_it_is_recorded_while_the_graph_of_a_training_step_is_alive(caplog):
     assert "cannot be captured" not in caplog.text
     assert loss.grad_fn is not None
     assert set(parameters) == set(dict(block.named_parameters()))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_float64_keeps_its_precision(weighted):
+    parameters, masks, block, inputs, targets = pruned_block(torch.float64)
+    block.norm.float()
+    inputs = [x.float() for x in inputs]
+
+    def forward(x):
+        return x + block.down(torch.tanh(block.up(block.norm(x).double())))
+
+    before, after = reconstruct_block(
+        block, masks, forward, inputs, targets, steps=20, feature_weights=torch.ones(16) if weighted else None
+    )
+    assert after < before
+    for name in masks:
+        value = parameters[name].detach()[masks[name]]
+        assert (value != value.float()).float().mean() > 0.9, name
