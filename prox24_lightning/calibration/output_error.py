@@ -15,7 +15,6 @@ from prox24_lightning.calibration.hooks import after_call, remove_all
 from prox24_lightning.utils.distributed import mean_over_ranks
 
 _SMALLEST = 1e-30
-_EPSILON = 1e-12
 
 
 def relative_error(output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -33,10 +32,16 @@ def relative_error(output: Tensor, target: Tensor, weights: Tensor | None = None
 
 
 def token_weights(target: Tensor) -> Tensor:
-    """Return the weight of each token in the error, (...), one over its squared norm; ``target`` is (..., features)."""
+    """Return the weight of each token in the error, (...), one over its squared norm; ``target`` is (..., features).
+
+    Norms have a floor, by the median of the tokens that are not zero. A token of zeros (padding, a dead ReLU) has no
+    norm to be relative to and counts as that median does; where all are zero, none counts.
+    """
     squared_norm = _wide(target).square().sum(-1)
-    floor = 1e-3 * squared_norm.median()
-    return 1 / (squared_norm.clamp_min(floor + _EPSILON) * squared_norm.numel())
+    median = squared_norm.masked_fill(squared_norm == 0, torch.nan).nanmedian().nan_to_num()
+    floor = (1e-3 * median).clamp_min(torch.finfo(squared_norm.dtype).tiny)
+    weights = 1 / (torch.where(squared_norm == 0, median, squared_norm).clamp_min(floor) * squared_norm.numel())
+    return torch.where(median > 0, weights, 0.0)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -125,11 +130,16 @@ def token_importance(
         for each layer one tensor a call, (tokens,) in the order of
         :func:`~prox24_lightning.weights.layer_matrix.input_rows`, with mean 1 over all calls; ones where no gradient
         reaches the layer, or one that is not finite.
+
+    Raises:
+        ValueError: if the block's output has no gradient at all.
     """
     found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
 
-    def note(layer: nn.Module, args: tuple, output: Tensor) -> None:
-        found[layer].append(output)
+    def note(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        # A leaf where nothing before it asks for gradients; a copy goes on, which an activation may overwrite.
+        found[layer].append(output if output.requires_grad else output.detach().requires_grad_())
+        return found[layer][-1].clone()
 
     handles = [layer.register_forward_hook(note) for layer in found]
     try:
@@ -137,6 +147,11 @@ def token_importance(
             target = output_of()
     finally:
         remove_all(handles)
+    if not target.requires_grad:
+        raise ValueError(
+            "its output has no gradient, as under torch.no_grad or in a reentrant checkpoint (checkpoint with "
+            "use_reentrant=False)"
+        )
     generator = torch.Generator(target.device).manual_seed(0)
     signs = torch.randint(2, target.shape, generator=generator, device=target.device) * 2.0 - 1.0
     weights = token_weights(target.detach()).unsqueeze(-1) * target.shape[:-1].numel()

@@ -97,3 +97,36 @@ def test_positions_of_a_convolution_count_in_the_order_of_its_patches():
 def test_where_no_gradient_tells_them_apart_tokens_count_alike(layer, factor):
     found = token_importance([layer], lambda: (layer(torch.ones(2, 4)) * factor).nan_to_num() + 1)
     assert torch.equal(found[layer][0], torch.ones(2))
+
+
+def test_tokens_of_zeros_count_like_the_median_token():
+    target = torch.randn(1, 100, 4, generator=torch.Generator().manual_seed(0))
+    target[:, :61] = 0
+    weights = token_weights(target)[0]
+    torch.testing.assert_close(weights[:61], weights[61:].median().expand(61))
+    torch.testing.assert_close(weights[61:], 1 / (100 * target[0, 61:].square().sum(-1)))
+    assert not token_weights(torch.zeros(2, 4)).any(), "nothing to be relative to"
+
+
+@pytest.mark.parametrize("kind", ["in place", "frozen"])
+def test_token_importance_is_that_of_the_plain_block(layer, kind):
+    x = torch.randn(8, 4)
+    expected = token_importance([layer], lambda: torch.relu(layer(x)) + 1)
+    layer.requires_grad_(kind != "frozen")
+    activation = nn.ReLU(inplace=kind == "in place")
+    assert torch.equal(token_importance([layer], lambda: activation(layer(x)) + 1)[layer][0], expected[layer][0])
+
+
+def test_a_layer_without_gradient_leaves_the_others_theirs(layer):
+    x, places, unreached = torch.randn(8, 4), torch.arange(8.0).unsqueeze(1), nn.Linear(4, 4)
+
+    def output_of():
+        with torch.no_grad():
+            hidden = unreached(x)
+        return layer(hidden) * places + 1000
+
+    found = token_importance([unreached, layer], output_of)
+    assert torch.equal(found[unreached][0], torch.ones(8))
+    torch.testing.assert_close(found[layer][0], (places.square() / places.square().mean()).flatten(), rtol=0.05, atol=0)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        token_importance([layer], lambda: layer(x).detach())

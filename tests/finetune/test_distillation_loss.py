@@ -133,7 +133,19 @@ def test_feature_loss_is_relative():
     torch.testing.assert_close(feature_loss(torch.zeros_like(teacher), teacher), torch.tensor(1.0))
     torch.testing.assert_close(feature_loss(3 * teacher * 1e3, teacher * 1e3), torch.tensor(4.0))
     assert feature_loss(teacher.bfloat16(), teacher.bfloat16()).dtype == torch.float32
-    assert torch.isfinite(feature_loss(torch.zeros(3), torch.zeros(3)))
+    torch.testing.assert_close(feature_loss(torch.zeros_like(teacher), teacher * 1e-7), torch.tensor(1.0))
+
+
+def test_feature_loss_is_not_ruled_by_tokens_of_zeros():
+    x = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.5, 1.0, 2.0]])
+    student = torch.relu(x - 0.29).requires_grad_()
+    teacher = torch.relu(x - 0.3)
+    assert (teacher == 0).all(-1).float().mean() > 0.5
+    loss = feature_loss(student, teacher)
+    loss.backward()
+    assert float(loss.detach()) < 0.01
+    assert student.grad.abs().max() < 1.0
+    assert float(feature_loss(torch.ones(3, 4), torch.zeros(3, 4))) == 0
 
 
 def test_feature_loss_counts_every_token_alike():
@@ -145,6 +157,10 @@ def test_feature_loss_counts_every_token_alike():
     image = logits(2, 8, 4, 4)
     image[0] *= 1000
     torch.testing.assert_close(feature_loss(image * torch.tensor([1.0, 0]).view(2, 1, 1, 1), image), torch.tensor(0.5))
+    image[0, 0] *= 1000
+    student = image.clone()
+    student[0, 0] = 0  # nearly all there is of its sample, a quarter of the lines along its width
+    torch.testing.assert_close(feature_loss(student, image), torch.tensor(0.5))
 
 
 def test_wrong_arguments_are_refused():
