@@ -30,6 +30,7 @@ def traps(
             f"from step {plan.start} to step {plan.freeze}; strategy='keep' keeps the zeros that are there, and "
             "fine-tunes the rest"
         )
+    yield from _without_effect(config)
     few = config.calibration_batches
     solves = config.strategy == "progressive" and config.calibration != "magnitude"
     if solves and plan.freeze == 0 and len(sparse) < len(weights):
@@ -48,3 +49,21 @@ def traps(
             f"freeze=1.0 is the end of the run, step {plan.freeze}: nothing trains under the masks, and the loss does "
             f"not recover; take a smaller fraction, as 0.3 (freeze={plan.freeze} if this is meant)"
         )
+
+
+def _without_effect(config: SparsifyConfig) -> Iterator[str]:
+    if config.strategy != "progressive":
+        unused = [name for name in ("token_weighting", "calibration_batches") if _is_set(config, name)]
+        why = f"strategy={config.strategy!r}: they belong to strategy='progressive'"
+    elif config.calibration != "auto":
+        unused = [name for name in ("token_weighting",) if _is_set(config, name)]
+        why = f"calibration={config.calibration!r}: it belongs to calibration='auto'"
+    else:
+        return
+    if unused:
+        given = ", ".join(f"{name}={getattr(config, name)}" for name in unused)
+        yield f"the setting has no effect: {given} with {why}; leave it out"
+
+
+def _is_set(config: SparsifyConfig, name: str) -> bool:
+    return bool(getattr(config, name) != SparsifyConfig.__dataclass_fields__[name].default)

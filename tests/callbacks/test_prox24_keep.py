@@ -145,6 +145,21 @@ def test_a_freeze_before_the_first_batch_is_named():
         fit(TinyModule(), Prox24(0, 0, verbose=False))
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            {"strategy": "post_step", "token_weighting": 0.5, "calibration_batches": 3},
+            r"token_weighting=0.5, calibration_batches=3 with strategy='post_step'",
+        ),
+        ({"calibration": "stream", "token_weighting": 0.5}, "token_weighting=0.5 with calibration='stream'"),
+    ],
+)
+def test_settings_without_effect_are_named(arguments, words):
+    with pytest.warns(UserWarning, match=f"the setting has no effect: {words}.*leave it out"):
+        fit(TinyModule(), Prox24(2, 4, verbose=False, **arguments))
+
+
 @pytest.mark.parametrize("arguments", [{"calibration": "magnitude"}, {"strategy": "post_step"}])
 def test_a_freeze_before_the_first_batch_that_is_meant(arguments):
     with no_warning_of_ours():

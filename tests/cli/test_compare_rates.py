@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from jsonargparse import Namespace
+from lightning.pytorch import LightningModule
+from tiny_runs import quiet_trainer
 
 from prox24_lightning.cli.compare.comparison import Comparison, Run
 from prox24_lightning.cli.compare.config_edit import rate_key
+from prox24_lightning.cli.compare.early_search import EarlySearch
 from prox24_lightning.cli.main import main
 
 CONFIG = Path(__file__).parent.parent.parent / "configs" / "digits.yaml"
@@ -52,6 +56,36 @@ def test_a_search_may_end_early_and_goes_by_the_training_loss_until_then(tmp_pat
     ]
     assert runs[0]["score"] > runs[1]["score"] > 0
     assert not [warning for warning in recwarn if "before the freeze" in str(warning.message)]
+
+
+class CountedLosses(LightningModule):
+    """Has a loss of 1, 2, 3 and so on in its batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.batches = 0
+
+    def training_step(self, batch):
+        self.batches += 1
+        return self.batches + 0 * self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("least", [{}, {"min_steps": 16}, {"min_epochs": 2}])
+def test_the_loss_of_a_search_is_that_of_the_second_half_of_its_part(least):
+    search, module = EarlySearch(0.4), CountedLosses()
+    data = torch.utils.data.DataLoader(torch.zeros(10, 1))
+    quiet_trainer(max_steps=20, callbacks=[search], **least).fit(module, data)
+    assert (module.batches, search.loss) == (8, 6.5)  # the mean of 5, 6, 7 and 8
+
+
+def test_a_part_without_rates_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(words(tmp_path, "--search_part", "0.5"))
+    assert "search_part=0.5 ends the runs that try rates: name the rates by --lrs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["0", "1"])

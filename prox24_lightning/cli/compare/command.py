@@ -152,6 +152,8 @@ def compare(words: list[str]) -> None:
         raise ValueError(f"asp_at={options.asp_at} must lie between 0 (before the first step) and 1 (after the last)")
     key = rate_key(options, options.lr_key) if options.lrs else None
     chosen_by = metric
+    if options.search_part is not None and not options.lrs:
+        raise ValueError(f"search_part={options.search_part} ends the runs that try rates: name the rates by --lrs")
     if options.lrs:
         if options.search_seed in options.seeds:
             raise ValueError(f"search_seed={options.search_seed} is one of the seeds; rates are chosen on another")

@@ -41,6 +41,9 @@ class EarlySearch(Callback):
         if not math.isfinite(steps):
             raise ValueError("search_part is a part of a run whose length is not known; set trainer.max_steps")
         self._last = max(1, round(self.part * steps))
+        # Lightning does not stop before them.
+        trainer.fit_loop.min_epochs = None
+        trainer.fit_loop.epoch_loop.min_steps = None
 
     @override
     def on_train_batch_end(
