@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from prox24_lightning.calibration.input_groups import InputGroup
 from prox24_lightning.calibration.output_error import relative_error
 from prox24_lightning.oneshot import prune_layerwise
+from prox24_lightning.solvers.input_group import input_group_hessian
 from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
+from prox24_lightning.sparsify.strategies.progressive import solve_block
 from prox24_lightning.weights.selection import select_weights
 
 STEPS = 5
@@ -125,6 +128,32 @@ def test_layers_solved_for_what_tokens_count_leave_a_smaller_error_of_the_block(
             outputs = [each.blocks[0].eval()(x, shift=0.0) for each in (model, dense)]
         errors[share] = float(relative_error(*outputs))
     assert errors[1.0] < 0.9 * errors[0.0], errors
+
+
+def test_a_share_of_token_weighting_lies_between_none_and_all(monkeypatch):
+    found = []
+
+    def note(group, runs, *args, token_weights, **options):
+        found[-1] += [counts for by_layer in token_weights for layer in group.layers for counts in by_layer[layer]]
+        return input_group_hessian(group, runs, *args, token_weights=token_weights, **options)
+
+    monkeypatch.setattr(solve_block, "input_group_hessian", note)
+    for share in (0.25, 1.0):
+        found.append([])
+        model = Blocks()
+        train(model, engine_for(model, PhasePlan(1, 1), reconstruction_steps=0, token_weighting=share), batches(1))
+    first, whole = (calls[:2] for calls in found)  # of layers that no pruned layer comes before
+    for some, every in zip(first, whole, strict=True):
+        assert every.std() > 0.1
+        torch.testing.assert_close(some, 0.75 + 0.25 * every)
+
+
+def test_a_group_counts_tokens_by_the_mean_over_its_layers():
+    layers, x = (nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    counts = {layers[0]: [torch.tensor([1.0, 2.0, 0.0])], layers[1]: [torch.tensor([3.0, 0.0, 0.0])]}
+    group = InputGroup(layers, once=True)
+    hessian = input_group_hessian(group, [lambda: layers[0](x)], token_weights=[counts]).hessian
+    torch.testing.assert_close(hessian, (2 * x[:1].T @ x[:1] + x[1:2].T @ x[1:2]) / 3)
 
 
 @pytest.mark.parametrize("dense_target", [0.0, 0.5])
