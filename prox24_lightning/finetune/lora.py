@@ -49,6 +49,11 @@ class MaskedLora:
         self._handles: list[RemovableHandle] = [
             layer.register_forward_hook(_MaskedProduct(mask)) for layer, mask in adapted
         ]
+        if not self._handles and not self.masks:
+            raise ValueError(
+                "no weight under an adapter is 2:4 along its inputs, so there are no zeros to keep: prune the model "
+                "before get_peft_model (prox24 prune), or train the adapter without MaskedLora"
+            )
         if not self._handles:
             raise ValueError(
                 f"none of the adapted layers has a mask; the masks are of {sorted(self.masks)[:3]}: adapt those layers "

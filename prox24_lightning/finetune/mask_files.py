@@ -74,7 +74,8 @@ def load_masks(
     """Apply the masks of a file to ``model`` and enforce them while it trains on.
 
     Gradients are masked from now on, in any training loop. Give ``optimizers`` that exist already: their state is
-    masked now, and the weights after each of their steps. An optimizer made later needs no masking if it is
+    masked now, and the weights after each of their steps; **one that has momentum and is not given makes the model
+    dense again**, and a warning after its first step says so. An optimizer made later needs no masking if it is
     elementwise and starts without state, as SGD and Adam do.
 
     Args:
@@ -107,6 +108,7 @@ def load_masks(
         device = local_part(parameter).device
         masked.apply(name.removeprefix(prefix), parameter, part_of(file.masks[name].mask.to(device), parameter))
     masked.enforce(optimizers)
+    masked.watch()
     return masked
 
 
@@ -122,7 +124,10 @@ def _match(
             remedy = f"prefix={name.removesuffix(ending)!r} would fit"
         elif inner:
             remedy = f"its submodule {inner!r} does: load them onto model.get_submodule({inner!r})"
-        raise ValueError(f"{path} has a mask for {name!r}, which the model does not have; {remedy}")
+        elif prefix and name in parameters:
+            remedy = f"leave prefix={prefix!r} out"
+        given = f" after prefix={prefix!r}" if prefix else ""
+        raise ValueError(f"{path} has a mask for {name!r}, which the model does not have{given}; {remedy}")
     if parameter.shape != stored.mask.shape:
         raise ValueError(
             f"{path}: the mask of {name!r} has shape {tuple(stored.mask.shape)}, the model's weight "

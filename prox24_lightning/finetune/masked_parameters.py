@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -45,6 +46,7 @@ class MaskedParameters:
         self._handles: dict[str, RemovableHandle] = {}
         self._step_handles: list[RemovableHandle] = []
         self._states: dict[int, OptimizerState] = {}
+        self._versions: dict[str, int | None] = {}
 
     def apply(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
         """Zero the pruned entries of ``parameter`` and its gradient, and mask every gradient from now on.
@@ -74,9 +76,13 @@ class MaskedParameters:
         requires_grad = parameter.requires_grad
         parameter.requires_grad_(True)
         self._handles[name] = parameter.register_post_accumulate_grad_hook(
-            lambda parameter, name=name: self._zero_pruned(parameter.grad, name)
+            lambda parameter, name=name: self._after_backward(parameter, name)
         )
         parameter.requires_grad_(requires_grad)
+
+    def watch(self) -> None:
+        """Warn, once, if the first step on a weight brings pruned entries back: by an optimizer that is not masked."""
+        self._versions = dict.fromkeys(self._parameters)
 
     def enforce(self, optimizers: Iterable[Optimizer]) -> None:
         """Mask the state of ``optimizers`` now, and the weights after each of their steps."""
@@ -94,6 +100,7 @@ class MaskedParameters:
         if handle is not None:
             handle.remove()
         self._parameters.pop(name, None)
+        self._versions.pop(name, None)
 
     def release_all(self) -> None:
         """Stop masking every parameter and optimizer; the masks are kept."""
@@ -130,6 +137,23 @@ class MaskedParameters:
         """Zero the pruned entries of moments and of copies of the weights."""
         for optimizer in optimizers:
             self._state_of(optimizer).mask(self._masks_by_parameter())
+
+    def _after_backward(self, parameter: nn.Parameter, name: str) -> None:
+        self._zero_pruned(parameter.grad, name)
+        if name not in self._versions:
+            return
+        values, before = local_part(parameter.detach()), self._versions[name]
+        if before is None:
+            self._versions[name] = values._version
+        elif values._version != before:  # written to since the first backward pass: look once
+            del self._versions[name]
+            if values[~self.masks[name]].any():
+                self._versions.clear()
+                warnings.warn(
+                    f"{name} has non-zero weights again where its mask prunes: only gradients are masked, and an "
+                    "optimizer with state of its own moves the pruned entries; give it to load_masks as optimizers=",
+                    stacklevel=2,
+                )
 
     def _state_of(self, optimizer: Optimizer) -> OptimizerState:
         if id(optimizer) not in self._states:

@@ -68,6 +68,21 @@ def test_an_optimizer_with_a_past_is_cleaned_and_followed(saved, alone):
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_an_optimizer_that_was_not_given_and_has_momentum_is_named_once(saved, recwarn, momentum):
+    model, path = saved
+    dense = small_model()
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.01, momentum=momentum)
+    train(dense, optimizer)
+    dense.load_state_dict(model.state_dict())
+    load_masks(dense, path)
+    train(dense, optimizer)
+    assert is_24(dense[0].weight) == (not momentum)
+    found = [str(warning.message) for warning in recwarn]
+    assert len(found) == bool(momentum)
+    assert all("non-zero weights again" in text and "optimizers=" in text for text in found)
+
+
 def test_weights_without_values_are_refused(saved):
     _, path = saved
     with torch.device("meta"):
@@ -95,6 +110,14 @@ def test_a_prefix_of_the_files_names(saved, tmp_path):
     assert set(load_masks(model, path, prefix="model.").masks) == {"0.weight", "2.weight"}
     with pytest.raises(ValueError, match=r"mask for 'model.0.weight'.*prefix='model.' would fit"):
         load_masks(model, path)
+    with pytest.raises(ValueError, match=r"not have after prefix='net.'; prefix='model.' would fit"):
+        load_masks(model, path, prefix="net.")
+
+
+def test_a_prefix_that_the_file_does_not_have(saved):
+    model, path = saved
+    with pytest.raises(ValueError, match=r"'0.weight', .* after prefix='model.'; leave prefix='model.' out"):
+        load_masks(model, path, prefix="model.")
 
 
 @pytest.mark.parametrize(
