@@ -107,6 +107,8 @@ def test(words: list[str]) -> None:
 
 
 def _run(command: str, words: list[str]) -> None:
+    if not words:
+        refuse(f"prox24 {command}", "model is missing: name a config (--config X.yaml) or a class (--model my.Class)")
     try:
         Prox24CLI([command, *words], name="prox24", trains=command == "fit")
     except MisconfigurationException as error:  # settings that cannot work together

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,12 @@ def load_packed(
 def _check_fit(model: nn.Module, file: PackedFile | PackedModel) -> None:
     slots = {name: (owner, attribute) for name, owner, attribute in _state_slots(model)}
     missing, unknown = sorted(set(slots) - set(file.names)), sorted(set(file.names) - set(slots))
+    if missing and (start := _start_of_names(slots, file.names)):
+        inner = start.rstrip(".")
+        raise ValueError(
+            f"{file.path} is of a module, a LightningModule perhaps, that holds this model as {inner!r}: every name in "
+            f"it begins with {start!r}; load it into that module, or into torch.nn.ModuleDict({{{inner!r}: model}})"
+        )
     if missing or unknown:
         raise ValueError(f"{file.path} is of another model: it lacks {missing[:3]}, and the model lacks {unknown[:3]}")
     for name, (owner, attribute) in slots.items():
@@ -178,6 +184,13 @@ def _check_fit(model: nn.Module, file: PackedFile | PackedModel) -> None:
                 f"{name} is trainable in the model and stored as {file.dtype(name)} in {file.path}, which has no "
                 "gradient: call requires_grad_(False) on it first"
             )
+
+
+def _start_of_names(known: Iterable[str], stored: Iterable[str]) -> str:
+    """Return what every stored name has before a known one, where that is the name of one submodule; else ""."""
+    known, stored = set(known), set(stored)
+    start = next(iter(stored), "").partition(".")[0] + "."
+    return start if stored == {start + name for name in known} else ""
 
 
 def _load_dense(

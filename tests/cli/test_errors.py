@@ -46,6 +46,8 @@ def test_a_config_that_cannot_work_ends_in_one_sentence(prox24, tmp_path, monkey
         (["doctor"], "prox24 doctor: the following arguments are required: model"),
         (["doctor", "x", "--token_counts", "a"], "prox24 doctor: token_counts: expected int, got a"),
         (["prune", "--model.nam", "x"], "prox24 prune: unrecognized arguments: --model.nam"),
+        (["fit"], "prox24 fit: model is missing: name a config (--config X.yaml) or a class (--model my.Class)"),
+        (["validate"], "(options: prox24 validate --help)"),
         (["fit", "--config", "gone.yaml"], "prox24 fit: config: File does not exist"),
     ],
 )

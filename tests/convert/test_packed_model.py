@@ -187,6 +187,15 @@ def test_another_model_is_refused_and_not_touched(tmp_path):
     assert torch.equal(twin.head.weight, before)
 
 
+def test_the_prefix_of_a_lightning_module_is_named_and_the_remedy_works(tmp_path):
+    module = nn.ModuleDict({"model": net()})
+    file, twin = packed(tmp_path, module), Net()
+    with pytest.raises(ValueError, match=r"every name in it begins with 'model\.'.*ModuleDict\(\{'model': model\}\)"):
+        load_packed(twin, file)
+    load_packed(nn.ModuleDict({"model": twin}), file)
+    assert equal(twin, module["model"])
+
+
 def test_integers_for_a_trainable_parameter_are_refused_before_anything_is_changed(tmp_path):
     file = PackedFile(
         write_packed(
