@@ -36,8 +36,9 @@ class PruneConfig:
             raise ValueError(f"budget={self.budget} must lie in [0, 1)")
         if not 0 <= self.dense_target <= 1:
             raise ValueError(f"dense_target={self.dense_target} must lie in [0, 1]")
-        if self.reconstruct_steps < 0:
-            raise ValueError(f"reconstruct_steps={self.reconstruct_steps} must not be negative; 0 leaves them out")
+        steps = self.reconstruct_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"reconstruct_steps={steps!r} must be a whole number, not negative; 0 leaves them out")
         if self.solver.method == "keep" and self.reorder_inputs:
             raise ValueError("method='keep' keeps the groups as they are: leave reorder_inputs=True out")
         if self.solver.method == "keep" and self.budget:

@@ -136,9 +136,10 @@ class SparsifyConfig:
             raise ValueError(
                 f"dense_target={self.dense_target} must lie in [0, 1]: 0 is a layer's own output, 1 the dense model's"
             )
-        if not 0 <= self.token_weighting <= 1:
+        share = self.token_weighting
+        if not (isinstance(share, (int, float)) and 0 <= share <= 1):
             raise ValueError(
-                f"token_weighting={self.token_weighting} must lie in [0, 1]: 0 counts all tokens alike, 1 by the error "
+                f"token_weighting={share!r} must lie in [0, 1]: 0 counts all tokens alike, 1 by the error "
                 "of the block's output alone"
             )
         batches = self.calibration_batches

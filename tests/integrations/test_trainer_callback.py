@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from prox24_lightning import Prox24, Prox24TrainerCallback, load_masks
 from prox24_lightning.mask import is_24, mask_24
+from prox24_lightning.sparsify.controller import SparsifyController
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -77,6 +78,19 @@ def callback(strategy="progressive", **arguments):
     return Prox24TrainerCallback(
         START, FREEZE, strategy=strategy, targets=["model.0", "model.2"], verbose=False, **arguments
     )
+
+
+def test_settings_of_calibration_reach_the_solver():
+    given = {"token_weighting": 0.25, "calibration_batches": 3, "reconstruction_steps": 7, "dense_target": 0.75}
+    for config in (callback(**given).config, Prox24(START, FREEZE, **given).config):
+        assert {name: getattr(config, name) for name in given} == given
+        model = Model()
+        engine = SparsifyController(config).prepare(model, [torch.optim.SGD(model.parameters())], STEPS, {})
+        settings = engine.strategy.settings
+        assert (settings.token_weighting, settings.batches) == (0.25, 3)
+        assert (settings.reconstruction_steps, settings.dense_target) == (7, 0.75)
+    with pytest.raises(ValueError, match="token_weighting='1' must lie in"):
+        callback(token_weighting="1")
 
 
 @pytest.mark.parametrize("strategy", ["progressive", "post_step"])

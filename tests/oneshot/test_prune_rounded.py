@@ -64,6 +64,11 @@ def test_keep_refuses_a_dense_model_by_the_layers_name():
         prune(seeded(), method="keep", weights="int8")
 
 
+def test_a_part_of_a_reconstruction_step_is_refused():
+    with pytest.raises(ValueError, match=r"reconstruct_steps=1.5 must be a whole number"):
+        prune(seeded(), reconstruct_steps=1.5)
+
+
 def test_a_finished_block_keeps_its_rounded_loss(tmp_path):
     models = seeded(), seeded()
     reports = [prune(model, weights="int8", work_dir=tmp_path / "work") for model in models]

@@ -126,9 +126,14 @@ class PackedEntry:
             return cls(tuple(shape), dim)
         if form not in tuple(LARGEST) or dtype not in tuple(_DENSE_DTYPES):
             raise ValueError(f"{name} has no valid form or dtype: {entry!r:.100}")
-        if scale is not None and not (type(scale) is float and 0 < scale < LARGEST_INPUT_SCALE):
+        if scale is not None and not is_input_scale(scale):
             raise ValueError(f"{name} has no valid scale of its inputs: {entry!r:.100}")
         return cls(tuple(shape), dim, form, _DENSE_DTYPES[dtype], scale)
+
+
+def is_input_scale(scale: Any) -> bool:
+    """Return whether an entry may hold this scale of its weight's inputs."""
+    return type(scale) is float and 0 < scale < LARGEST_INPUT_SCALE
 
 
 def version_of(entries: Iterable[PackedEntry]) -> int:

@@ -9,12 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from prox24_lightning.convert.format.header import FORMAT, Layout, PackedEntry, header_digest, version_of
+from prox24_lightning.convert.format.header import (
+    FORMAT,
+    LARGEST_INPUT_SCALE,
+    Layout,
+    PackedEntry,
+    header_digest,
+    is_input_scale,
+    version_of,
+)
 from prox24_lightning.convert.format.packed_weight import PACKED_DTYPES
 from prox24_lightning.utils.checksum import checksum, tensor_bytes
 from prox24_lightning.utils.files import replacing
 from prox24_lightning.utils.safetensors_file import DTYPE_NAMES, TensorWriter
-from prox24_lightning.weights.rounding import RoundedForm
+from prox24_lightning.weights.rounding import LARGEST, RoundedForm
 
 
 def write_packed(
@@ -37,9 +45,9 @@ def write_packed(
 
     Raises:
         ValueError: for a weight that is not 2:4 along its dimension, with its first violations; for a row that cannot
-            be rounded; for a form of a weight that is not packed; for a scale of inputs of one that is not rounded; for
-            a tensor without values or of a type that safetensors does not know; for an entry that is no tensor (a
-            module's extra state); for names that collide.
+            be rounded; for an unknown form, or that of a weight that is not packed; for a scale of inputs out of range,
+            or that of a weight that is not rounded; for a tensor without values or of a type that safetensors does not
+            know; for an entry that is no tensor (a module's extra state); for names that collide.
         TypeError: for a weight whose dtype cannot be packed, or ``info`` that is not JSON.
     """
     for name, tensor in tensors.items():
@@ -55,6 +63,15 @@ def write_packed(
     fixed = input_scales or {}
     if unknown := sorted(set(fixed) - set(forms)):
         raise ValueError(f"{unknown[0]} has a scale for its inputs and is not rounded: leave the scale out")
+    if unknown := sorted(name for name, form in forms.items() if form not in LARGEST):
+        raise ValueError(f"{unknown[0]} cannot be rounded to {forms[unknown[0]]!r}, only to {', '.join(LARGEST)}")
+    fixed = {name: float(scale) for name, scale in fixed.items()}
+    for name, scale in fixed.items():
+        if not is_input_scale(scale):
+            raise ValueError(
+                f"{name}: the scale {scale} of its inputs must lie above 0 and below {LARGEST_INPUT_SCALE:g}: leave it "
+                "out, and each token has its own"
+            )
     entries = {name: _entry(name, owners, dim, forms.get(name), fixed.get(name)) for name, dim in dims.items()}
     layout: Layout = {}
     for name, tensor in owners.items():

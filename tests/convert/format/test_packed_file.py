@@ -133,6 +133,13 @@ def test_a_fixed_scale_of_inputs_is_in_files_of_the_third_version(tmp_path):
     assert PackedFile(path).read_packed("up.weight").input_scale == 0.125
     with pytest.raises(ValueError, match="fixed scales of inputs are not in files of version 2"):
         PackedFile(forge(path, version="2"))
+    for wrong in (0, 2.0**100, float("nan")):
+        with pytest.raises(ValueError, match="up.weight: the scale .* of its inputs must lie above 0 and below"):
+            write_packed(tmp_path / "wrong", tensors, dims, forms=forms, input_scales={"up.weight": wrong})
+    whole = write_packed(tmp_path / "whole", tensors, dims, forms=forms, input_scales={"up.weight": 1})
+    assert PackedFile(whole).packed["up.weight"].input_scale == 1.0
+    with pytest.raises(ValueError, match="up.weight cannot be rounded to 'bf16', only to"):
+        write_packed(tmp_path / "wrong", tensors, dims, forms={"up.weight": "bf16"})
     with pytest.raises(ValueError, match="turned.weight has a scale for its inputs and is not rounded"):
         write_packed(tmp_path / "wrong", tensors, dims, forms=forms, input_scales={"turned.weight": 0.125})
     packed = json.loads(content(path)[0]["packed"])

@@ -33,6 +33,16 @@ def test_several_files_are_read_as_one_state_dict(model, tmp_path):
         assert found.info == {"source": "test"}
 
 
+def test_every_file_holds_the_fixed_scales_of_its_weights(model, tmp_path):
+    state, _ = model
+    scales = {f"{name}.weight": 0.25 * number for number, name in enumerate("abc", start=1)}
+    folder = tmp_path / "rounded"
+    folder.mkdir()
+    found = write_packed_files(folder, state, dict.fromkeys(scales, 1), {}, 600, dict.fromkeys(scales, "int8"), scales)
+    assert len(found.files) > 1
+    assert {name: entry.input_scale for name, entry in found.packed.items()} == scales
+
+
 @pytest.mark.parametrize(
     "text",
     [
