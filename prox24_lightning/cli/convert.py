@@ -65,7 +65,8 @@ def convert(
         file: a GGUF file in the folder, or a sub-folder that holds the model.
         head: auto class of transformers that loads a Hugging Face model; auto takes the class that its config names.
         weights: how the packed weights are stored: fp8_e4m3 or int8 round them to 8 bits with a scale a row; null keeps
-            them in the model's dtype.
+            them in the model's dtype. A packed folder of 8 bits that is converted again keeps neither its form nor its
+            input scales: convert the 16-bit model instead, or its values are rounded twice.
         dtype: in which the model is loaded, and to which rounded weights expand; auto is the model's own.
         revision: branch, tag or commit of a model of the hub; null is the main branch.
         download: fetch a model of the hub that is not in its cache; false opens no connection.
