@@ -17,7 +17,7 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.result_files import write_result
-from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.solvers import Method, solve_layer
 
 BLOCKS = 80

@@ -24,8 +24,8 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 from benchmarks.result_files import write_result
-from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.calibration.input_groups import layer_input
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.layer import solve
 from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
@@ -168,13 +168,7 @@ def pauses(
     seconds = []
     for batch in batches(len(images) - HELD_OUT, freeze, batch_size, seed + 1):
         sparse = len(engine.masks)
-        engine.before_batch()
-        F.cross_entropy(model(images[batch]), labels[batch]).backward()
-        begin = time.process_time()
-        optimizer.step()
-        spent = time.process_time() - begin
-        optimizer.zero_grad()
-        engine.after_batch()
+        spent = timed_step(engine, model, optimizer, images[batch], labels[batch])
         if len(engine.masks) > sparse:
             seconds.append(spent)
     engine.unbind()
@@ -219,17 +213,25 @@ def prune_and_tune(
     engine.bind([optimizer])
     seconds = loss = 0.0
     for step, batch in enumerate(batches(len(images) - HELD_OUT, steps, batch_size, seed), start=1):
-        engine.before_batch()
-        F.cross_entropy(model(images[batch]), labels[batch]).backward()
-        begin = time.process_time()
-        optimizer.step()
-        spent = time.process_time() - begin
-        optimizer.zero_grad()
-        engine.after_batch()
+        spent = timed_step(engine, model, optimizer, images[batch], labels[batch])
         if step == BATCHES:
             seconds, loss = spent, evaluated(model, images, labels)["held-out loss"]
     engine.unbind()
     return seconds, loss
+
+
+def timed_step(
+    engine: SparsityEngine, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> float:
+    """Train on one batch, and return the CPU seconds of the optimizer step, in which layers are solved."""
+    engine.before_batch()
+    F.cross_entropy(model(images), labels).backward()
+    begin = time.process_time()
+    optimizer.step()
+    spent = time.process_time() - begin
+    optimizer.zero_grad()
+    engine.after_batch()
+    return spent
 
 
 def batches(images: int, steps: int, batch_size: int, seed: int) -> list[Tensor]:

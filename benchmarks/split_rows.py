@@ -17,8 +17,8 @@ import torch
 from jsonargparse import auto_cli
 
 from benchmarks.result_files import RESULTS, write_result
-from prox24_lightning.calibration.hessian import HessianAccumulator
-from prox24_lightning.calibration.hooks import before_call, remove_all
+from prox24_lightning.calibration.calls.hooks import before_call, remove_all
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import PythonTopics, TextSource, token_sequences
 from prox24_lightning.solvers.budget.price import SENSITIVITY

@@ -38,6 +38,7 @@ ROOMS["layerwise"] = {*ROOMS["oneshot"], "oneshot"}
 """Room -> the rooms that it may load."""
 
 LAYERS = {
+    "calibration": [["calls"], [""], ["statistics"]],
     "prox": [
         ["checks", "penalty", "roots", "statistics"],
         ["reference", "batched", "block", "triton"],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import Blocks, call_model, hidden_state
-from prox24_lightning.calibration.module_call import ModuleCall
+from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.utils.tensors import tensors_in
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from prox24_lightning.calibration.calls.hooks import after_call, before_call, in_backward, remove_all
+from prox24_lightning.calibration.calls.module_call import ModuleCall, device_of
 from prox24_lightning.calibration.dense_reference import DenseWeights
-from prox24_lightning.calibration.hooks import after_call, before_call, in_backward, remove_all
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.calibration.isolation.module_state import ModuleState
 from prox24_lightning.calibration.isolation.reproduction import (
@@ -25,7 +26,6 @@ from prox24_lightning.calibration.isolation.reproduction import (
     check_same,
     rounding_tolerance,
 )
-from prox24_lightning.calibration.module_call import ModuleCall, device_of
 from prox24_lightning.utils.distributed import gathered_objects, rank, world_size
 from prox24_lightning.utils.module_copy import frozen_copy
 from prox24_lightning.utils.tensors import tensors_in

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.hooks import remove_all
+from prox24_lightning.calibration.calls.hooks import remove_all
 from prox24_lightning.weights.sharded import local_part
 
 

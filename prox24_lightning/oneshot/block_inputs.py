@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.block_inputs import NotAChainError, record_block_inputs
 from prox24_lightning.calibration.blocks import Blocks, call_model, hidden_state
-from prox24_lightning.calibration.module_call import ModuleCall
+from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.oneshot.offload import HiddenStates
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.distributed import gathered_objects, rank, world_size

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.rounded_inputs import rounded_inputs
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.oneshot.block_inputs import BlockInputs
 from prox24_lightning.oneshot.config import PruneConfig
 from prox24_lightning.oneshot.parallel import check_same_input_groups

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.output_error import relative_error, token_weights
+from prox24_lightning.calibration.statistics.output_error import relative_error, token_weights
 from prox24_lightning.utils.cuda_graphs import GraphedFunction, GraphedStep
 from prox24_lightning.utils.distributed import mean_over_ranks
 from prox24_lightning.utils.long_work import between_pieces

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.experts.hessians import ExpertHessians
-from prox24_lightning.calibration.experts.inputs import expert_inputs_of
-from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.expert_inputs import expert_inputs_of
+from prox24_lightning.calibration.statistics.expert_hessians import ExpertHessians
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.layer import Solution, solve
 from prox24_lightning.solvers.parallel import exchanged, row_bounds

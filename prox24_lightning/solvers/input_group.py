@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.calibration.input_groups import InputGroup, record_inputs
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.layer import Solution
 from prox24_lightning.solvers.loss import check_layer

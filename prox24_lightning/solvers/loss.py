@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.calibration.input_second_moment import SCALE_FLOOR
+from prox24_lightning.calibration.statistics.input_second_moment import SCALE_FLOOR
 
 
 def row_losses(weight: Tensor, dense: Tensor, hessian: Tensor) -> Tensor:

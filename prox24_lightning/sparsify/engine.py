@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prox24_lightning.calibration.input_second_moment import InputSecondMoments
+from prox24_lightning.calibration.statistics.input_second_moment import InputSecondMoments
 from prox24_lightning.finetune import MaskedParameters
 from prox24_lightning.finetune.optimizers import masters_of
 from prox24_lightning.mask import pack_mask, unpack_mask

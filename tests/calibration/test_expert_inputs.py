@@ -9,9 +9,9 @@ import transformers as tf
 from experts import EXPERTS, INNER, WIDTH, Experts, Mixture
 from torch import nn
 
-from prox24_lightning.calibration.experts.hessians import ExpertHessians
-from prox24_lightning.calibration.experts.inputs import expert_inputs, expert_inputs_of
-from prox24_lightning.calibration.input_second_moment import InputSecondMoments
+from prox24_lightning.calibration.expert_inputs import expert_inputs, expert_inputs_of
+from prox24_lightning.calibration.statistics.expert_hessians import ExpertHessians
+from prox24_lightning.calibration.statistics.input_second_moment import InputSecondMoments
 from prox24_lightning.weights.selection import select_weights
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 
 
 def test_the_hessian_of_two_batches_is_that_of_both():

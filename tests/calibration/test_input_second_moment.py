@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from prox24_lightning.calibration.input_second_moment import SCALE_FLOOR, InputSecondMoments
+from prox24_lightning.calibration.statistics.input_second_moment import SCALE_FLOOR, InputSecondMoments
 from prox24_lightning.weights.selection import select_weights
 
 

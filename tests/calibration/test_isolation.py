@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from prox24_lightning.calibration.calls.random_state import RandomState
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.calibration.isolation.module_state import ModuleState
-from prox24_lightning.calibration.isolation.random_state import RandomState
 
 
 class Busy(nn.Module):

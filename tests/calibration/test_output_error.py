@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.output_error import OutputGradients, token_importance, token_weights
+from prox24_lightning.calibration.statistics.output_error import OutputGradients, token_importance, token_weights
 from prox24_lightning.weights.layer_matrix import input_rows
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.calibration.isolation.reproduction import NotReproducedError, check_same, rounding_tolerance
-from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
 from prox24_lightning.weights.selection import select_weights
 

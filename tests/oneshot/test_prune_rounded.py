@@ -10,8 +10,8 @@ import torch
 from tiny_blocks import batches, prune, seeded
 from torch import nn
 
-from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.calibration.rounded_inputs import rounded_inputs, rounded_like_tokens
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.convert.format.packed_weight import pack_24, unpack_24
 from prox24_lightning.mask import is_24
 from prox24_lightning.weights.rounding import round_weight

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.output_error import relative_error
+from prox24_lightning.calibration.statistics.output_error import relative_error
 from prox24_lightning.mask import mask_24
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
 from prox24_lightning.utils.cuda_graphs import _log_once

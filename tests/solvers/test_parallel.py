@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from new_processes import spawn
 
-from prox24_lightning.calibration.experts.hessians import ExpertHessians
+from prox24_lightning.calibration.statistics.expert_hessians import ExpertHessians
 from prox24_lightning.mask import is_24
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import _solve_shared_out

@@ -6,7 +6,7 @@ import pytest
 import torch
 from experts import EXPERTS, WIDTH, Mixture, MixtureModel, expert_weights
 
-from prox24_lightning.calibration.experts.inputs import expert_inputs
+from prox24_lightning.calibration.expert_inputs import expert_inputs
 from prox24_lightning.layerwise import prune_layerwise
 from prox24_lightning.mask import is_24, mask_24
 from prox24_lightning.solvers import experts as solve_module

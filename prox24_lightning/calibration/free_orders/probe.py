@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.calibration.calls.hooks import remove_all
 from prox24_lightning.calibration.free_orders.channels import channel_dim, takes_any_order
-from prox24_lightning.calibration.hooks import remove_all
 from prox24_lightning.calibration.input_groups import layer_input
 
 _DISTURBANCE = 4.0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.hooks import remove_all
+from prox24_lightning.calibration.calls.hooks import remove_all
 from prox24_lightning.utils.tensors import tensors_in
 from prox24_lightning.weights.free_order import FreeOrder, inverse_order
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.hooks import silent_hooks
+from prox24_lightning.calibration.calls.hooks import silent_hooks
+from prox24_lightning.calibration.calls.module_call import device_of
+from prox24_lightning.calibration.calls.random_state import RandomState
 from prox24_lightning.calibration.isolation.module_state import kept
-from prox24_lightning.calibration.isolation.random_state import RandomState
-from prox24_lightning.calibration.module_call import device_of
 
 _RANDOM = ("drop", "jitter", "noise", "stochastic")
 _HOOKS = (

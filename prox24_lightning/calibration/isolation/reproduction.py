@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.hooks import inside_compiled
+from prox24_lightning.calibration.calls.hooks import inside_compiled
+from prox24_lightning.calibration.calls.module_call import ModuleCall, device_of, no_cache
+from prox24_lightning.calibration.calls.random_state import RandomState
 from prox24_lightning.calibration.isolation.isolated import has_hooks, isolated, set_modes, trains_otherwise
 from prox24_lightning.calibration.isolation.module_state import ModuleState
-from prox24_lightning.calibration.isolation.random_state import RandomState
-from prox24_lightning.calibration.module_call import ModuleCall, device_of, no_cache
 from prox24_lightning.utils.tensors import tensors_in
 
 _TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 0.02}

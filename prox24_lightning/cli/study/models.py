@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.weights.layer_matrix import as_matrix, input_rows
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prox24_lightning.calibration.output_error import relative_error
+from prox24_lightning.calibration.statistics.output_error import relative_error
 
 _CHUNK = 1 << 24
 """Logits per chunk: float32 copies stay at 64 MiB each, whatever batch and vocabulary."""

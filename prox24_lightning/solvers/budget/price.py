@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.calibration.input_groups import InputGroup
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.solvers.budget.choose import LayerPrice
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.input_group import Run, input_group_hessian

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.free_orders.find import find_free_orders
 from prox24_lightning.calibration.free_orders.prove import proved
-from prox24_lightning.calibration.hessian import HessianAccumulator
 from prox24_lightning.calibration.input_groups import InputGroup
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.solvers.input_group import Run, input_group_hessian
 from prox24_lightning.solvers.input_order.search import best_order, pruned_saliency, saliency
 from prox24_lightning.solvers.loss import check_layer

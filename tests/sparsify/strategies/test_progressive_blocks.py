@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prox24_lightning.calibration.input_groups import InputGroup
-from prox24_lightning.calibration.output_error import relative_error
+from prox24_lightning.calibration.statistics.output_error import relative_error
 from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.solvers.input_group import input_group_hessian
 from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import find_blocks
+from prox24_lightning.calibration.calls.inner_calls import order_of_first_calls
 from prox24_lightning.calibration.hooked_module import HookedModule
-from prox24_lightning.calibration.inner_calls import order_of_first_calls
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.weights.layer_matrix import matrix_rows
 from prox24_lightning.weights.selection import GroupedWeight

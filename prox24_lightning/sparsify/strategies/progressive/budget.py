@@ -8,10 +8,10 @@ from functools import partial
 
 from torch import nn
 
+from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.calibration.hooked_module import HookedModule
 from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.model_loss import ModelLoss
-from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.solvers.budget.choose import LayerPrice
 from prox24_lightning.solvers.budget.price import LayerTimes, prices_of_groups
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block

@@ -8,8 +8,8 @@ from functools import partial
 
 from torch import nn
 
+from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.calibration.hooked_module import HookedModule
-from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.solvers.input_group import Run
 from prox24_lightning.solvers.input_order.choose import ChosenOrder, choose_order, holders, proved_orders
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.isolation.gathered_module import gathered_module, gathering_dtype
 from prox24_lightning.calibration.isolation.reproduction import check_same, rounding_tolerance
-from prox24_lightning.calibration.output_error import OutputGradients
+from prox24_lightning.calibration.statistics.output_error import OutputGradients
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.errors import on_all_ranks

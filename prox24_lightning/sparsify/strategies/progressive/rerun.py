@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import hidden_state
+from prox24_lightning.calibration.calls.inner_calls import inner_calls
+from prox24_lightning.calibration.calls.module_call import ModuleCall, device_of
+from prox24_lightning.calibration.calls.random_state import RandomState
 from prox24_lightning.calibration.dense_reference import DenseWeights
 from prox24_lightning.calibration.hooked_module import HookedModule
-from prox24_lightning.calibration.inner_calls import inner_calls
-from prox24_lightning.calibration.isolation.random_state import RandomState
-from prox24_lightning.calibration.module_call import ModuleCall, device_of
 from prox24_lightning.solvers.input_group import Run
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.utils.long_work import between_pieces

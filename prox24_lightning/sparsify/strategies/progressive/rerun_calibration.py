@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from prox24_lightning.calibration.calls.hooks import inside_compiled
+from prox24_lightning.calibration.calls.module_call import ModuleCall
+from prox24_lightning.calibration.calls.outermost import outermost_modules, parts_with
 from prox24_lightning.calibration.hooked_module import HookedModule, share_of
-from prox24_lightning.calibration.hooks import inside_compiled
 from prox24_lightning.calibration.isolation.reproduction import RerunSettings
-from prox24_lightning.calibration.module_call import ModuleCall
-from prox24_lightning.calibration.outermost import outermost_modules, parts_with
-from prox24_lightning.calibration.output_error import OutputGradients
+from prox24_lightning.calibration.statistics.output_error import OutputGradients
 from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense
 from prox24_lightning.solvers.budget.price import mean_prices, reason, times_or_products
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext

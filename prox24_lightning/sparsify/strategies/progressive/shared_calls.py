@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import hidden_state
+from prox24_lightning.calibration.calls.inner_calls import inner_calls
+from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.calibration.hooked_module import HookedModule
-from prox24_lightning.calibration.inner_calls import inner_calls
 from prox24_lightning.calibration.isolation.reproduction import check_same, rounding_tolerance
-from prox24_lightning.calibration.module_call import ModuleCall
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.utils.tensors import map_tensors, tensors_in

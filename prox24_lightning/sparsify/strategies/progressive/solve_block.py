@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import hidden_state
 from prox24_lightning.calibration.input_groups import find_input_groups
-from prox24_lightning.calibration.output_error import OutputGradients, token_importance
+from prox24_lightning.calibration.statistics.output_error import OutputGradients, token_importance
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.experts import solve_experts
 from prox24_lightning.solvers.input_group import Run, input_group_hessian, solve_input_group

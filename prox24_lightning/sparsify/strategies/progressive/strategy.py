@@ -77,7 +77,7 @@ class Progressive(Strategy):
             layers outside of blocks and for sharded models.
         gradient_weighting: in reconstruction, features of the block's output count by the squared gradients that the
             last training batches sent through them
-            (:class:`~prox24_lightning.calibration.output_error.OutputGradients`).
+            (:class:`~prox24_lightning.calibration.statistics.output_error.OutputGradients`).
         prox_steps: proximal steps a layer; None is the solver's own default, for convolutions on its short path.
         reorder_inputs: choose which inputs share a group of four, as the phase begins, where batches are run again
             (:mod:`~prox24_lightning.solvers.input_order.choose`).
@@ -85,8 +85,8 @@ class Progressive(Strategy):
             (:mod:`~prox24_lightning.solvers.budget.price`).
         layer_times: name of a weight -> time of its product, dense and 2:4; None goes by multiply-adds.
         token_weighting: how far tokens count in a layer's Hessian by what an error there does to the block's output
-            (:func:`~prox24_lightning.calibration.output_error.token_importance`): 0 all alike, 1 by that alone. Sharded
-            models and experts count all alike.
+            (:func:`~prox24_lightning.calibration.statistics.output_error.token_importance`): 0 all alike, 1 by that
+            alone. Sharded models and experts count all alike.
         calibration: ``"auto"`` takes the first way that works, ``"stream"`` or ``"magnitude"`` that one.
         watch: shows and stops what is solved.
     """

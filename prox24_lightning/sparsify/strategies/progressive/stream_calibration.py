@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.calibration.experts.hessians import ExpertHessians
-from prox24_lightning.calibration.hooks import before_call, in_backward, inside_compiled, remove_all
+from prox24_lightning.calibration.calls.hooks import before_call, in_backward, inside_compiled, remove_all
 from prox24_lightning.calibration.input_groups import InputGroupFinder
-from prox24_lightning.calibration.streamed_hessian import StreamedHessian
+from prox24_lightning.calibration.statistics.expert_hessians import ExpertHessians
+from prox24_lightning.calibration.statistics.streamed_hessian import StreamedHessian
 from prox24_lightning.solvers.experts import solve_expert_weight
 from prox24_lightning.solvers.input_group import solve_input_group
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prox24_lightning.calibration.hessian import HessianAccumulator
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 
 
 class ExpertHessians:
-    """A :class:`~prox24_lightning.calibration.hessian.HessianAccumulator` for each of some experts.
+    """A :class:`~prox24_lightning.calibration.statistics.hessian.HessianAccumulator` for each of some experts.
 
     Args:
         experts: their numbers; the inputs of others are left out.

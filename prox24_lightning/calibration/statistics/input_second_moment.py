@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.calibration.experts.inputs import expert_inputs
-from prox24_lightning.calibration.hooks import before_call, inside_compiled
+from prox24_lightning.calibration.calls.hooks import before_call, inside_compiled
+from prox24_lightning.calibration.expert_inputs import expert_inputs
 from prox24_lightning.utils.distributed import world_size
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.selection import GroupedWeight

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.calibration.experts.hessians import ExpertHessians
-from prox24_lightning.calibration.experts.inputs import expert_inputs
-from prox24_lightning.calibration.hessian import HessianAccumulator
-from prox24_lightning.calibration.hooks import before_call, in_backward
+from prox24_lightning.calibration.calls.hooks import before_call, in_backward
+from prox24_lightning.calibration.expert_inputs import expert_inputs
 from prox24_lightning.calibration.input_groups import layer_input
+from prox24_lightning.calibration.statistics.expert_hessians import ExpertHessians
+from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.weights.layer_matrix import input_rows
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import gathered
@@ -26,7 +26,7 @@ class StreamedHessian:
     the step of such a batch. Memory: float32 ``(in_features, in_features)``.
 
     Experts are called once more by themselves, to see what each multiplies
-    (:func:`~prox24_lightning.calibration.experts.inputs.expert_inputs`).
+    (:func:`~prox24_lightning.calibration.expert_inputs.expert_inputs`).
 
     Args:
         weight: of a linear layer or convolution, or of experts.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.module_call import ModuleCall
+from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.utils.tensors import first_tensor, tensors_in
 

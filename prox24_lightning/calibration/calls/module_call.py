@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.arguments import copied_arguments, form_of, is_plain, leaves_of, with_leaves
-from prox24_lightning.calibration.isolation.random_state import RandomState
+from prox24_lightning.calibration.calls.arguments import copied_arguments, form_of, is_plain, leaves_of, with_leaves
+from prox24_lightning.calibration.calls.random_state import RandomState
 from prox24_lightning.utils.tensors import to_device
 
 
@@ -122,7 +122,7 @@ class ModuleCall:
 
     @property
     def form(self) -> str:
-        """How the arguments are built: :func:`~prox24_lightning.calibration.arguments.form_of`."""
+        """How the arguments are built: :func:`~prox24_lightning.calibration.calls.arguments.form_of`."""
         return form_of((self.args, self.kwargs))
 
     def state_dict(self) -> dict[str, Any]:

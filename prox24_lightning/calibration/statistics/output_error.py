@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.calibration.blocks import hidden_state
-from prox24_lightning.calibration.hooks import after_call, remove_all
+from prox24_lightning.calibration.calls.hooks import after_call, remove_all
 from prox24_lightning.utils.distributed import mean_over_ranks
 
 _SMALLEST = 1e-30

@@ -1,0 +1,1 @@
+"""What is summed up over calibration inputs and outputs: Hessians, second moments, errors that count by token."""
