@@ -92,6 +92,14 @@ def test_the_solver_sees_the_inputs_rounded_as_the_kernels_round_them(monkeypatc
         assert not torch.allclose(rounded_like_tokens(dense_rows, "int8"), dense_rows)
     assert torch.equal(rounded_like_tokens(rows[0], "int8"), rows[0])  # a token without a batch
 
+    # What reaches a later block has passed the earlier one with its inputs rounded.
+    reached = []
+    model.layers[2].left.register_forward_pre_hook(lambda _, args: reached.append(args[0].flatten(0, 1)))
+    with torch.no_grad(), rounded_inputs(linear_layers(model), "int8"):
+        model(batches()[0])
+    wanted = rounded_like_tokens(reached[0], "int8")
+    assert any(rows.shape == wanted.shape and torch.equal(rows, wanted) for rows, _, _ in seen)
+
 
 @pytest.mark.parametrize("weights", [None, "fp8_e4m3"])
 def test_reconstruction_brings_the_whole_model_nearer_to_the_dense_one(weights):
@@ -105,6 +113,19 @@ def test_reconstruction_brings_the_whole_model_nearer_to_the_dense_one(weights):
             assert weights is None or torch.equal(round_weight(weight, weights), weight)
     with rounded_inputs(linear_layers(models[0]), weights), rounded_inputs(linear_layers(models[60]), weights):
         assert error(models[60], dense) < 0.8 * error(models[0], dense)
+
+
+def test_reconstruction_rounds_a_transposed_weight_by_its_outputs():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32)).eval()
+    tokens = [torch.randint(64, (2, 16)) for _ in range(2)]
+    report = prune(model, tokens, method="wanda", weights="int8", dense_target=0.5, reconstruct_steps=4)
+    assert len(report.layers) == 4
+    for layer in report.layers:
+        weight = model.get_parameter(layer.name).T
+        assert torch.equal(round_weight(weight, "int8"), weight), layer.name
 
 
 def linear_layers(model):
