@@ -39,18 +39,8 @@ from recipes.token_corpus import cut
 READ = (
     *("torch", "transformers", "jax", "jaxlib", "flax", "optax", "orbax", "numpyro", "equinox", "diffrax"),
     *("numba", "cupy", "statsmodels", "botorch", "gpytorch", "timm", "torchvision", "torchaudio", "torch_geometric"),
-    *(
-        "peft",
-        "accelerate",
-        "sentence_transformers",
-        "tensorboard",
-        "onnx",
-        "onnxscript",
-        "skimage",
-        "seaborn",
-        "patsy",
-    ),
-    *("setuptools", "fontTools", "aiohttp", "huggingface_hub", "Cython", "mpmath", "llvmlite", "plotly"),
+    *("peft", "accelerate", "sentence_transformers", "tensorboard", "onnx", "onnxscript", "skimage", "seaborn"),
+    *("patsy", "setuptools", "fontTools", "aiohttp", "huggingface_hub", "Cython", "mpmath", "llvmlite", "plotly"),
 )
 """Libraries to train on, as far as they are installed."""
 
