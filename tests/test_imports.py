@@ -51,7 +51,7 @@ LAYERS = {
         ["strategies.keep_zeros", "strategies.post_step", "strategies.progressive"],
         ["reordering"],
         ["config", "engine", "sparse_training"],
-        ["traps"],
+        ["traps", "make_strategy"],
         ["controller"],
     ],
     "finetune": [["optimizers"], ["optimizer_state"], ["masked_parameters"], ["mask_files", "lora", "distillation"]],

@@ -12,14 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prox24_lightning.convert.layer_times import layer_times
 from prox24_lightning.finetune import save_masks
 from prox24_lightning.mask import violations_24
-from prox24_lightning.solvers.budget.price import LayerTimes
-from prox24_lightning.sparsify.checks import check_followed, check_optimizers, check_place, check_weights, optimized
+from prox24_lightning.sparsify.checks import check_optimizers, check_place, check_weights, optimized
 from prox24_lightning.sparsify.config import SparsifyConfig
 from prox24_lightning.sparsify.engine import SparsityEngine
-from prox24_lightning.sparsify.model_watch import ModelWatch
+from prox24_lightning.sparsify.make_strategy import make_strategy
+from prox24_lightning.sparsify.model_watch import ModelChange, ModelWatch
 from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase, PhasePlan, resolve_plan
 from prox24_lightning.sparsify.solve_watch import SolveWatch
@@ -27,7 +26,6 @@ from prox24_lightning.sparsify.sparse_training import SparseTraining
 from prox24_lightning.sparsify.strategies.base import Strategy
 from prox24_lightning.sparsify.strategies.keep_zeros import KeepZeros
 from prox24_lightning.sparsify.strategies.post_step.strategy import PostStepProx
-from prox24_lightning.sparsify.strategies.progressive.strategy import Progressive
 from prox24_lightning.sparsify.traps import traps
 from prox24_lightning.sparsify.zeros import only_24
 from prox24_lightning.utils.distributed import rank
@@ -35,9 +33,6 @@ from prox24_lightning.weights.selection import GroupedWeight, Selection, Skipped
 from prox24_lightning.weights.sharded import local_part, reshard
 
 log = logging.getLogger(__name__)
-
-BUDGET_TOKENS = 4096
-"""Rows of a layer's input at which its times count for the budget."""
 
 
 class SparsifyController:
@@ -266,26 +261,11 @@ class SparsifyController:
         except ValueError as error:
             _warn(f"the model has changed at step {self.step}, and {self.config.name} cannot follow: {error}")
             return
-        taken = {*self._claimed, *engine.left_dense}
-        now = {weight.name: weight for weight in selection.chosen if weight.name not in taken}
-        before = {weight.name: weight for weight in self.weights}
-        held = set(model.modules())
-        gone = [w for w in self.weights if w.name not in now and w.module not in held]
-        check_followed(gone, selection)
-        changed = [name for name, weight in now.items() if weight.module is not before.get(name, weight).module]
-        new = [name for name in now if name not in before]
-        # A weight that does not train just now is kept: another optimizer may be toggled on.
-        followed = {w.name: now.get(w.name, w) for w in self.weights if w not in gone} | {
-            name: now[name] for name in new
-        }
-        if gone:
-            reasons = {weight.name: weight.reason for weight in selection.skipped}
-            lost = ", ".join(f"{w.name} ({reasons.get(w.name, 'no longer in the model')})" for w in gone)
-            _warn(f"layers were exchanged at step {self.step} for some that stay dense: {lost}")
-        if (gone or changed or new) and followed:
-            if changed or new:
-                _warn(f"from step {self.step} on also these weights become 2:4: {', '.join([*changed, *new])}")
-            self.selection = Selection(tuple(followed.values()), selection.skipped)
+        change = ModelChange.between(self.weights, model, selection, {*self._claimed, *engine.left_dense})
+        for text in change.warnings(self.step):
+            _warn(text)
+        if change and change.weights:
+            self.selection = Selection(change.weights, selection.skipped)
             self._sparse.remove()
             engine.follow(self.weights, self._strategy_to_go_on(model), self._plan_to_go_on())
             self.bind(optimizers)
@@ -374,29 +354,7 @@ class SparsifyController:
         return selection
 
     def _make_strategy(self, model: nn.Module) -> Strategy:
-        config = self.config
-        if config.strategy == "keep":
-            return KeepZeros()
-        if config.strategy == "progressive":
-            return Progressive(
-                model,
-                root_is_called=self.root_is_called,
-                dense_target=config.dense_target,
-                reconstruction_steps=config.reconstruction_steps,
-                gradient_weighting=config.gradient_weighting,
-                calibration=config.calibration,
-                reorder_inputs=config.reorder_inputs,
-                budget=config.budget,
-                batches=config.calibration_batches,
-                token_weighting=config.token_weighting,
-                layer_times=self._layer_times() if config.budget else None,
-                watch=self.watch,
-            )
-        return PostStepProx(config.strength_schedule, config.fraction_schedule, refit=config.refit)
-
-    def _layer_times(self) -> LayerTimes | None:
-        shapes = {w.name: (w.parameter.shape[0], w.parameter.shape[1]) for w in self.weights if w.parameter.dim() == 2}
-        return layer_times(shapes, BUDGET_TOKENS) or None
+        return make_strategy(self.config, model, self.weights, self.watch, root_is_called=self.root_is_called)
 
     def _leave_dense(self, reasons: Mapping[str, str]) -> None:
         left = [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import Optimizer
 
-from prox24_lightning.weights.selection import GroupedWeight
+from prox24_lightning.sparsify.checks import check_followed
+from prox24_lightning.weights.selection import GroupedWeight, Selection
 
 
 class ModelWatch:
@@ -45,3 +47,60 @@ class ModelWatch:
     def _count(self, optimizers: Sequence[Optimizer]) -> tuple[int, int]:
         training = sum(parameter.requires_grad for parameter in self._parameters)
         return training, sum(len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups)
+
+
+@dataclass(frozen=True)
+class ModelChange:
+    """What has become of the weights of a run in a model that has changed.
+
+    Attributes:
+        weights: all that become or stay 2:4 from now on.
+        joined: names of those in layers that are new, or that have begun to train.
+        lost: name and reason of those in whose place a layer stands that stays dense.
+    """
+
+    weights: tuple[GroupedWeight, ...]
+    joined: tuple[str, ...]
+    lost: dict[str, str]
+
+    @classmethod
+    def between(
+        cls, before: Sequence[GroupedWeight], model: nn.Module, selection: Selection, taken: Collection[str]
+    ) -> ModelChange:
+        """Compare the weights of a run with the model as it is now.
+
+        Args:
+            before: weights of the run.
+            model: as it is now.
+            selection: of the model as it is now.
+            taken: names of weights that belong to others, or were left dense.
+
+        Raises:
+            RuntimeError: if a layer was exchanged and no optimizer trains the new one.
+        """
+        now = {weight.name: weight for weight in selection.chosen if weight.name not in taken}
+        known = {weight.name: weight for weight in before}
+        held = set(model.modules())
+        gone = [weight for weight in before if weight.name not in now and weight.module not in held]
+        check_followed(gone, selection)
+        exchanged = [name for name, weight in now.items() if name in known and weight.module is not known[name].module]
+        new = [name for name in now if name not in known]
+        # A weight that does not train just now is kept: another optimizer may be toggled on.
+        followed = [now.get(weight.name, weight) for weight in before if weight not in gone]
+        reasons = {weight.name: weight.reason for weight in selection.skipped}
+        return cls(
+            (*followed, *(now[name] for name in new)),
+            (*exchanged, *new),
+            {weight.name: reasons.get(weight.name, "no longer in the model") for weight in gone},
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.joined or self.lost)
+
+    def warnings(self, step: int) -> Iterator[str]:
+        """Yield what a user is told of the change, which was noticed at this step."""
+        if self.lost:
+            lost = ", ".join(f"{name} ({reason})" for name, reason in self.lost.items())
+            yield f"layers were exchanged at step {step} for some that stay dense: {lost}"
+        if self.joined:
+            yield f"from step {step} on also these weights become 2:4: {', '.join(self.joined)}"
