@@ -23,7 +23,6 @@ from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, SparsifyConfig, StrategyName
 from prox24_lightning.sparsify.controller import SparsifyController
-from prox24_lightning.sparsify.pass_statistics import PassStatistics
 from prox24_lightning.sparsify.phases import Phase
 from prox24_lightning.sparsify.strategies.progressive.strategy import CALIBRATION_BATCHES, RECONSTRUCTION_STEPS
 from prox24_lightning.weights.groups import Geometry
@@ -41,19 +40,9 @@ class Prox24(Callback):
     step skipped by a gradient scaler does not count. Under manual optimisation, or with an overridden
     ``optimizer_step``, the length of the run is measured while it goes on, and fractions follow the measurement.
 
-    **Going on.** Masks, phase and counters live in the trainer's checkpoints, and a run resumed from one ends like the
-    unbroken run, bit for bit, on as many ranks and where training itself repeats (deterministic kernels; in the middle
-    of an epoch, a data loader with a ``state_dict``). What may change in between:
-
-    - *max_steps*, ``start``, ``freeze``: the phases are laid out anew over the new run. What is frozen stays frozen; a
-      freeze that now lies in the past happens before the first batch.
-    - *another fit* of the same model goes on where the last one stopped, with whatever optimizer it makes; a fit of
-      another model begins anew. (The state of an optimizer loads only into one of the same kind: to change the
-      optimizer across a checkpoint, load the weights alone and apply the masks with ``load_masks``.)
-    - *the number of ranks*, and how weights are sharded: masks and statistics are stored whole.
-    - *no callback at the time of the checkpoint*: the trainer's step decides the phase, with a warning.
-    - *no callback any more*: Lightning warns, and nothing keeps the model 2:4; ``load_masks`` would.
-    - ``targets``, ``skip``, ``geometry``, ``strategy``: before ``start``; ``strategy`` after the freeze as well.
+    Masks, phase and counters live in the trainer's checkpoints, and a run resumed from one ends like the unbroken run,
+    bit for bit, on as many ranks and where training itself repeats (deterministic kernels; in the middle of an epoch, a
+    data loader with a ``state_dict``). The guide's page on Lightning lists what may change at a resume.
 
     A checkpoint in which a weight chosen here is NaN or infinite is not written: the run stops with the reason, and the
     last good one stays. Optimizers, weights and layers that are exchanged during the run are followed, and layers that
@@ -128,6 +117,9 @@ class Prox24(Callback):
         name: distinguishes several instances of one trainer in checkpoints and logs.
         verbose: print the table of chosen and skipped weights at the start, and a line for each phase.
 
+    Attributes:
+        controller: decides along the run; monitors read it.
+
     Raises:
         ValueError, TypeError: for arguments that are wrong whatever the model.
         MisconfigurationException: before the first batch, when model, trainer and arguments do not fit together.
@@ -185,23 +177,22 @@ class Prox24(Callback):
             verbose=verbose,
         )
         # Lightning calls training_step, and under DDP calls it through the module: the module itself is never called.
-        self._controller = SparsifyController(config, root_is_called=False)
+        self.controller = SparsifyController(config, root_is_called=False)
         self._loaded = LoadedState()
         self._records: BestRecords | None = None
         self._length: RunLength | None = None
         self._copies: AveragedCopies | None = None
-        self._shown_phase: Phase | None = None
 
     # What users, monitors and final hooks read.
 
     @property
     def config(self) -> SparsifyConfig:
         """The arguments; a new ``config`` takes effect at the next fit."""
-        return self._controller.config
+        return self.controller.config
 
     @config.setter
     def config(self, config: SparsifyConfig) -> None:
-        self._controller.config = config
+        self.controller.config = config
 
     @property
     def name(self) -> str:
@@ -211,32 +202,32 @@ class Prox24(Callback):
     @property
     def selection(self) -> Selection:
         """The weights that become 2:4, and those that stay dense with the reason; empty before the fit starts."""
-        return self._controller.selection
+        return self.controller.selection
 
     @property
     def weights(self) -> tuple[GroupedWeight, ...]:
         """The weights that become 2:4; empty before the fit starts."""
-        return self._controller.weights
+        return self.controller.weights
 
     @property
     def step(self) -> int:
         """Finished real optimizer steps."""
-        return self._controller.step
+        return self.controller.step
 
     @property
     def phase(self) -> Phase:
         """``"dense"``, ``"sparsify"`` or ``"frozen"``."""
-        return self._controller.phase
+        return self.controller.phase
 
     @property
     def start_step(self) -> int:
         """``start`` as a step of the present run."""
-        return self._controller.start_step
+        return self.controller.start_step
 
     @property
     def freeze_step(self) -> int:
         """``freeze`` as a step of the present run."""
-        return self._controller.freeze_step
+        return self.controller.freeze_step
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -244,25 +235,12 @@ class Prox24(Callback):
 
         Of a weight that is sharded (FSDP2, tensor parallelism) this rank's part.
         """
-        return self._controller.masks
+        return self.controller.masks
 
     @property
     def strengths(self) -> dict[str, Tensor]:
         """The strength last used for each weight: 0-dim tensors; empty before sparsification."""
-        return self._controller.strengths
-
-    @property
-    def pass_statistics(self) -> PassStatistics | None:
-        """Statistics from the passes that change the weights; None before a fit."""
-        return self._controller.pass_statistics
-
-    def measure_next_step(self, wanted: bool) -> None:
-        """Collect statistics of the weights, or none, in the pass that changes them after the next optimizer step."""
-        self._controller.measure_next_step(wanted)
-
-    def metric_scale(self, name: str) -> Tensor | None:
-        """Return the scale of a weight's metric now in use, which broadcasts to it; None for its own coordinates."""
-        return self._controller.metric_scale(name)
+        return self.controller.strengths
 
     def save_masks(self, path: str | Path) -> Path:
         """Write the frozen masks to a file that :func:`~prox24_lightning.load_masks` reads; all ranks call it.
@@ -270,7 +248,7 @@ class Prox24(Callback):
         Raises:
             ValueError: before the freeze.
         """
-        return self._controller.save_masks(path)
+        return self.controller.save_masks(path)
 
     # Lightning's hooks.
 
@@ -281,7 +259,7 @@ class Prox24(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._loaded.state or not (state := self._controller.state_dict()):
+        if self._loaded.state or not (state := self.controller.state_dict()):
             return self._loaded.state
         return state if self._length is None else {**state, "run_length": self._length.state_dict()}
 
@@ -302,12 +280,12 @@ class Prox24(Callback):
         claimed = {other.name: other.selection for other in others}
         try:
             length = self._length = RunLength(trainer, pl_module)
-            engine = self._controller.prepare(
+            engine = self.controller.prepare(
                 pl_module, trainer.optimizers, length.total, claimed, exact=length.is_exact
             )
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
-        self._controller.watch.attach(TrainerDisplay(trainer, self.name), partial(stop_on_sigterm, trainer))
+        self.controller.watch.attach(TrainerDisplay(trainer, self.name), partial(stop_on_sigterm, trainer))
         self._records = BestRecords(trainer, pl_module)
         engine.on_masks.append(self._mask_averages)
         engine.companions.append(lambda order: {} if self._copies is None else self._copies.companions(order))
@@ -322,10 +300,9 @@ class Prox24(Callback):
         # Only here is everything restored from a checkpoint, whatever the strategy.
         self._restore(trainer)
         if self._length is not None:
-            self._controller.change_length(self._length.total)
+            self.controller.change_length(self._length.total)
         self._copies = AveragedCopies(trainer, pl_module)
-        self._controller.bind(trainer.optimizers)
-        self._shown_phase = None
+        self.controller.bind(trainer.optimizers)
         self._announce()
 
     @override
@@ -334,15 +311,15 @@ class Prox24(Callback):
         if self._copies is not None and not self._copies.has_looked:
             self._copies.find(self.weights)  # the module may have made its average in on_train_start
         self._length.update(self.step)
-        self._controller.before_batch(trainer.optimizers, self._length.total)
+        self.controller.before_batch(trainer.optimizers, self._length.total)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._controller.after_batch(trainer.optimizers)
+        self.controller.after_batch(trainer.optimizers)
         if self._length is not None and not self._length.is_exact and self._length.is_last_batch():
-            self._controller.freeze_now()  # the length was an estimate
+            self.controller.freeze_now()  # the length was an estimate
         self._announce()
 
     @override
@@ -352,30 +329,30 @@ class Prox24(Callback):
             if self._records is not None and not trainer.sanity_checking:
                 self._records.forget_stale()
         else:
-            self._controller.check_loaded(pl_module)
+            self.controller.check_loaded(pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._controller.check_loaded(pl_module)
+        self.controller.check_loaded(pl_module)
 
     on_predict_start = on_test_start
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._controller.end_sparse_training()  # what other callbacks convert or export in on_fit_end are plain layers
+        self.controller.end_sparse_training()  # what other callbacks convert or export in on_fit_end are plain layers
         self._mask_averages()
-        self._controller.check_end()
+        self.controller.check_end()
         if self.phase == "frozen" and self._records is not None:
             self._records.save_missing()
-        if self.config.verbose and (pauses := self._controller.pauses()):
+        if self.config.verbose and (pauses := self.controller.pauses()):
             rank_zero_info(pauses)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._controller.is_restored:  # a checkpoint of the last step: there was nothing to train
+        if not self.controller.is_restored:  # a checkpoint of the last step: there was nothing to train
             self._restore(trainer)
         # Averaging callbacks put their weights into the model in on_train_end; the file holds hashes of the last ones.
-        self._controller.write_masks()
+        self.controller.write_masks()
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -384,23 +361,21 @@ class Prox24(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (KeyboardInterrupt, SystemExit)) and self._length is not None:
-            rank_zero_info(f"{self.name}: stopped {self._controller.where()}; {how_to_go_on(trainer)}")
-        self._controller.unbind()
-        self._controller.watch.detach()
+            rank_zero_info(f"{self.name}: stopped {self.controller.where()}; {how_to_go_on(trainer)}")
+        self.controller.unbind()
+        self.controller.watch.detach()
         self._loaded.end_run()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._controller.unbind()
-        self._controller.watch.detach()
+        self.controller.unbind()
+        self.controller.watch.detach()
         self._loaded.end_run()
         self._records = self._copies = self._length = None  # they hold trainer and module
 
     def _announce(self) -> None:
-        """Log the phase, if it is a new one."""
-        if self.phase != self._shown_phase and self.config.verbose:
-            rank_zero_info(f"{self.name}: phase {self.phase} {'after' if self._shown_phase else 'at'} step {self.step}")
-        self._shown_phase = self.phase
+        if (line := self.controller.new_phase()) is not None:
+            rank_zero_info(line)
 
     def _restart_records(self, others: Sequence[Prox24]) -> None:
         if self._records is not None and all(other.phase == "frozen" for other in others):
@@ -411,7 +386,7 @@ class Prox24(Callback):
         if self._length is not None and "run_length" in state:
             self._length.load_state_dict(state["run_length"])
         try:
-            self._controller.restore(state, trainer.global_step)
+            self.controller.restore(state, trainer.global_step)
         except ValueError as error:
             raise MisconfigurationException(f"Prox24: {error}") from error
 

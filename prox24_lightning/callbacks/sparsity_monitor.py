@@ -18,6 +18,7 @@ from prox24_lightning.monitoring.monitored_weights import MonitoredWeights
 from prox24_lightning.monitoring.output import MonitorOutput, tensorboard_loggers
 from prox24_lightning.monitoring.summary import print_summary
 from prox24_lightning.monitoring.training_loss import TrainingLoss
+from prox24_lightning.sparsify.controller import SparsifyController
 from prox24_lightning.weights.selection import GroupedWeight, select_weights
 from prox24_lightning.weights.sharded import is_sharded
 
@@ -141,13 +142,13 @@ class SparsityMonitor(Callback):
         sharded = any(is_sharded(weight.parameter) for _, _, weights in found for weight in weights)
         if not trainer.is_global_zero and not sharded:
             return
-        for label, prox, weights in found:
+        for label, controller, weights in found:
             history = SparsityHistory([weight.name for weight in weights])
             with self._output.guarded("reading the history in the checkpoint"):
                 if label in records and tuple(records[label]["layers"]) == history.layers:
                     history = SparsityHistory.from_state_dict(records[label])
             history.rewind(self._finished_steps(trainer))
-            self._monitored.append(MonitoredWeights(label, prox, weights, history))
+            self._monitored.append(MonitoredWeights(label, controller, weights, history))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -243,15 +244,15 @@ class SparsityMonitor(Callback):
 
     def _find_weights(
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> list[tuple[str, Prox24 | None, tuple[GroupedWeight, ...]]]:
-        """Return label, Prox24 and weights of everything that is monitored."""
+    ) -> list[tuple[str, SparsifyController | None, tuple[GroupedWeight, ...]]]:
+        """Return label, controller and weights of everything that is monitored."""
         callbacks = [
             callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(callback, Prox24) and callback.weights
         ]
         if callbacks:
-            return [(callback.name, callback, callback.weights) for callback in callbacks]
+            return [(callback.name, callback.controller, callback.weights) for callback in callbacks]
         try:
             weights = select_weights(pl_module, targets=self.targets, skip=self.skip).chosen
         except ValueError as error:

@@ -24,7 +24,7 @@ METRICS = ("groups_24", "retained_squared_norm", "penalty", "rms", "mask_flips",
 
 
 class PruningState(Protocol):
-    """What a monitor reads of a :class:`~prox24_lightning.Prox24`."""
+    """What a monitor reads of the controller of a run."""
 
     @property
     def phase(self) -> Phase: ...
@@ -46,7 +46,7 @@ class MonitoredWeights:
 
     Attributes:
         label: name of the Prox24, or ``"model"``.
-        pruning: the Prox24, or None.
+        pruning: the controller of the Prox24, or None.
         weights: what is measured.
         history: the statistics of the run so far.
         whole: the newest statistics of all weights together; None before the first.

@@ -63,6 +63,7 @@ class SparsifyController:
         self._watch: ModelWatch | None = None
         self._claimed: frozenset[str] = frozenset()
         self._total_steps: int | float = 0
+        self._shown_phase: Phase | None = None
         self.is_restored = True
         self.watch = SolveWatch()
 
@@ -162,7 +163,7 @@ class SparsifyController:
         self._engine = SparsityEngine(self.weights, plan, self._make_strategy(model), metric=config.metric, model=model)
         self._engine.on_dense.append(self._leave_dense)
         self._model = weakref.ref(model)
-        self.is_restored = False
+        self.is_restored, self._shown_phase = False, None
         if config.sparse_training:
             engine = self._engine
             engine.on_masks.append(lambda: self._sparse.attach(engine.weights, engine.masks))
@@ -262,8 +263,11 @@ class SparsifyController:
             _warn(f"the model has changed at step {self.step}, and {self.config.name} cannot follow: {error}")
             return
         change = ModelChange.between(self.weights, model, selection, {*self._claimed, *engine.left_dense})
-        for text in change.warnings(self.step):
-            _warn(text)
+        if change.lost:
+            lost = ", ".join(f"{name} ({reason})" for name, reason in change.lost.items())
+            _warn(f"layers were exchanged at step {self.step} for some that stay dense: {lost}")
+        if change.joined:
+            _warn(f"from step {self.step} on also these weights become 2:4: {', '.join(change.joined)}")
         if change and change.weights:
             self.selection = Selection(change.weights, selection.skipped)
             self._sparse.remove()
@@ -317,6 +321,13 @@ class SparsifyController:
                 f"the model is not 2:4 now ({dense[0]} and {len(dense) - 1} more): a checkpoint from before the freeze "
                 f"at step {self.freeze_step} has been loaded; load one that was written after it"
             )
+
+    def new_phase(self) -> str | None:
+        """Return a line that names the phase, if it is another one than at the last call in this run; else None."""
+        shown, self._shown_phase = self._shown_phase, self.phase
+        if self.phase == shown or not self.config.verbose:
+            return None
+        return f"{self.config.name}: phase {self.phase} {'after' if shown else 'at'} step {self.step}"
 
     def pauses(self) -> str | None:
         """Return in words how long training has paused to solve layers; None if it has not."""

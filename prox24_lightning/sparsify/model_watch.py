@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -96,11 +96,3 @@ class ModelChange:
 
     def __bool__(self) -> bool:
         return bool(self.joined or self.lost)
-
-    def warnings(self, step: int) -> Iterator[str]:
-        """Yield what a user is told of the change, which was noticed at this step."""
-        if self.lost:
-            lost = ", ".join(f"{name} ({reason})" for name, reason in self.lost.items())
-            yield f"layers were exchanged at step {step} for some that stay dense: {lost}"
-        if self.joined:
-            yield f"from step {step} on also these weights become 2:4: {', '.join(self.joined)}"

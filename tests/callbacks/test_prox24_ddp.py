@@ -28,7 +28,7 @@ def work(rank, strategy, folder):
     )
     state = {
         "masks": prox.masks,
-        "scales": {weight.name: prox.metric_scale(weight.name) for weight in prox.weights},
+        "scales": {weight.name: prox.controller.metric_scale(weight.name) for weight in prox.weights},
         "weights": {weight.name: weight.parameter.detach().clone() for weight in prox.weights},
         "inputs": note.inputs,
     }

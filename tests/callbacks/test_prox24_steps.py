@@ -150,7 +150,7 @@ def test_a_compiled_model(applied):
     callback = prox(targets=["model.2"])
     fit(module, callback, steps=14)
     assert applied == {TARGET: 13}
-    assert callback.metric_scale(TARGET) is not None, "layer inputs are seen inside a compiled module too"
+    assert callback.controller.metric_scale(TARGET) is not None, "layer inputs are seen inside a compiled module too"
 
 
 def test_the_progressive_strategy_solves_layers_inside_a_compiled_model(monkeypatch):

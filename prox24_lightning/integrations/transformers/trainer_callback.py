@@ -107,7 +107,6 @@ class Prox24TrainerCallback(TrainerCallback):
         self.resume_from = resume_from
         self._files: CheckpointState | None = None
         self._prepared: int | None = None
-        self._shown_phase: Phase | None = None
         self.controller = SparsifyController(self.config)
 
     @property
@@ -160,7 +159,6 @@ class Prox24TrainerCallback(TrainerCallback):
         if self.config.verbose and state.is_world_process_zero:
             steps = controller.start_step, controller.freeze_step
             print_selection(controller.selection, self.config.headline(*steps, resumed=state.global_step > 0))
-        self._shown_phase = None
         self._files = CheckpointState(args.output_dir or ".", self.config.name, controller.weights)
         loaded = self._files.read(state.global_step, self.resume_from) if state.global_step else {}
         if state.global_step and not loaded:
@@ -228,11 +226,9 @@ class Prox24TrainerCallback(TrainerCallback):
         self._files = self._prepared = None
 
     def _announce(self, state: TrainerState) -> None:
-        """Print the phase, if it is a new one."""
-        if self.phase != self._shown_phase and self.config.verbose and state.is_world_process_zero:
-            when = "after" if self._shown_phase else "at"
-            print(f"{self.config.name}: phase {self.phase} {when} step {self.step}")
-        self._shown_phase = self.phase
+        line = self.controller.new_phase()
+        if line is not None and state.is_world_process_zero:
+            print(line)
 
     def _prepare_checkpoint(self, state: TrainerState) -> None:
         """Write the state for a checkpoint that transformers writes next; stop before it if weights are not finite."""

@@ -76,13 +76,13 @@ def test_it_measures_in_the_metric_of_prox24(tmp_path):
     class Spy(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 9:
-                weight = pl_module.model[2].weight.detach() * callback.metric_scale("model.2.weight")
+                weight = pl_module.model[2].weight.detach() * callback.controller.metric_scale("model.2.weight")
                 kept = weight * mask_24(weight)
                 self.expected = (kept.square().sum() / weight.square().sum()).item()
 
     spy = Spy()
     fit([monitor(), callback, spy], logger=logger)
-    assert callback.metric_scale("model.2.weight") is not None
+    assert callback.controller.metric_scale("model.2.weight") is not None
     assert rows_of(logger)[9]["sparsity_layers/model.2/retained_squared_norm"] == pytest.approx(spy.expected)
 
 
