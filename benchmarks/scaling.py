@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from jsonargparse import auto_cli
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.pause_parts import PARTS, PauseParts
@@ -50,7 +51,7 @@ MIB = 2**20
 class ParallelBench(Bench):
     """One model on each rank, kept equal by DDP, with what is measured beside the steps' time."""
 
-    def __init__(self, size: Size, device: torch.device, rank: int, count: int) -> None:
+    def __init__(self, size: Size, device: torch.device, rank: int, count: int, compress: bool) -> None:
         super().__init__(size, device)
         generator = torch.Generator(device).manual_seed(rank)
         self.tokens = torch.randint(size.vocabulary, self.tokens.shape, generator=generator, device=device)
@@ -63,6 +64,8 @@ class ParallelBench(Bench):
         if count > 1:
             ids = [device.index] if device.type == "cuda" else None
             self.forward = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+            if compress:
+                self.forward.register_comm_hook(None, bf16_compress_hook)
 
     def step(self, sparsifier: SparsifyController | None) -> None:
         """One step; a pause in it is noted with what was sent meanwhile, which does not count as the step's."""
@@ -109,7 +112,7 @@ def phases(bench: Bench, depth: int, rounds: int) -> list[Phase]:
     ]
 
 
-def measure(rank: int, count: int, port: int, model: str, rounds: int, device: str, path: Path) -> None:
+def measure(rank: int, count: int, port: int, model: str, rounds: int, device: str, compress: bool, path: Path) -> None:
     """Measure on ``count`` ranks; the first one writes what it found to ``path``."""
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
@@ -119,7 +122,7 @@ def measure(rank: int, count: int, port: int, model: str, rounds: int, device: s
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=count, timeout=TIMEOUT)
     size = SIZES[model]
-    bench = ParallelBench(size, place, rank, count)
+    bench = ParallelBench(size, place, rank, count, compress)
     turns = phases(bench, size.depth, rounds)
     bench.strategies = {phase.sparsifier: phase.engine.strategy for phase in turns if phase.engine is not None}
     for number in range(rounds):
@@ -263,6 +266,8 @@ def main(
     rounds: int = 6,
     device: str = "cuda",
     seconds: float = 130,
+    compress: bool = False,
+    name: str = "scaling",
 ) -> None:
     """Measure every number of GPUs, and write the table and the projection.
 
@@ -273,6 +278,8 @@ def main(
         rounds: how often a few steps of every phase are timed; two more than the blocks that are solved, at least.
         device: "cuda", or "cpu" over gloo.
         seconds: limit for each number of GPUs; its processes are ended then.
+        compress: DDP sums gradients in bfloat16 (``bf16_compress_hook``), not in float32.
+        name: of the result files, "scaling" or "scaling/VARIANT".
     """
     if rounds < PRUNED + 2:
         raise ValueError(f"rounds is {rounds}: each of {PRUNED} blocks is solved in one of its own; give {PRUNED + 2}")
@@ -283,7 +290,7 @@ def main(
             port = probe.getsockname()[1]
             probe.close()
             path = Path(folder) / "found.json"
-            context = mp.spawn(measure, (count, port, model, rounds, device, path), count, join=False)
+            context = mp.spawn(measure, (count, port, model, rounds, device, compress, path), count, join=False)
             end = time.monotonic() + seconds
             try:
                 while not context.join(timeout=1.0):
@@ -293,15 +300,16 @@ def main(
                 for process in context.processes:
                     process.kill()
             found.append(json.loads(path.read_text()))
-        _write(output, found, model, rounds)
+        _write(output, found, model, rounds, compress, name)
 
 
-def _write(output: Path, found: Sequence[dict[str, Any]], model: str, rounds: int) -> None:
+def _write(output: Path, found: Sequence[dict[str, Any]], model: str, rounds: int, compress: bool, name: str) -> None:
     size, last = SIZES[model], found[-1]
     speed = last["gigabytes a second"]
     note = (
         f"{model}: {last['parameters']} parameters, {size.batch} x {size.context} tokens a GPU and step. Weak scaling, "
-        f"DDP, bf16 autocast, fused AdamW, float32 weights, random tokens; metric activation. Rounds of {ROUND} steps "
+        f"DDP, gradients summed in {'bfloat16' if compress else 'float32'}; bf16 autocast, fused AdamW, float32 "
+        f"weights, random tokens; metric activation. Rounds of {ROUND} steps "
         f"in turns, {rounds} of them; times are those of the slowest rank; 'more than without' is the median over the "
         f"rounds of what is added to the step without Prox24 in the same round. The progressive phase solves {PRUNED} "
         f"blocks from the first to the last; its pauses, and {SETTLE} steps after each, are not part of its step; the "
@@ -313,9 +321,9 @@ def _write(output: Path, found: Sequence[dict[str, Any]], model: str, rounds: in
     )
     if len(found) > 1:
         note += f" Pause against {found[0]['gpus']} GPU: {pause(last) / pause(found[0]):.2f}."
-    write_result(output, "scaling", "Several GPUs: step, pauses and traffic", rows_of(found), note=note)
+    write_result(output, name, "Several GPUs: step, pauses and traffic", rows_of(found), note=note)
     parts = "Seconds on the first rank, the mean of all pauses but the first; 'of it' belongs to the solution."
-    write_result(output, "scaling", "Several GPUs: parts of a pause", parts_of(found), part="pause", note=parts)
+    write_result(output, name, "Several GPUs: parts of a pause", parts_of(found), part="pause", note=parts)
     if speed:
         note = (
             "On paper, from the measured rows: what grows with the ranks is the share 2 (n - 1) / n of a ring "
@@ -324,7 +332,7 @@ def _write(output: Path, found: Sequence[dict[str, Any]], model: str, rounds: in
             "The statistics of a step and the prox do not depend on the ranks."
         )
         title = "Several GPUs: projection"
-        write_result(output, "scaling", title, projection(found, size.batch), part="projection", note=note)
+        write_result(output, name, title, projection(found, size.batch), part="projection", note=note)
 
 
 if __name__ == "__main__":

@@ -94,10 +94,11 @@ def sharded_places(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]
 def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
     """Let ``part`` of a ``model`` be called by itself although FSDP2 modules around it shard its parameters.
 
-    Afterwards every FSDP2 module of the model holds only its shards, so that the next call sees what is written into
-    them. A model without FSDP2 modules is left as it is.
+    The calls see what was written into the shards before. Afterwards every FSDP2 module of the model holds only its
+    shards, so that the next call sees what is written into them. A model without FSDP2 modules is left as it is.
     """
     managed = [module for module in model.modules() if is_fsdp(module)]
+    _wait_for_writes(managed)
     inside = set(part.modules())
     around = [module for module in managed if module not in inside and part in set(module.modules())]
     # The nearest FSDP2 module around a parameter manages it; those inside the part gather theirs when called.
@@ -108,6 +109,26 @@ def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
     finally:
         for module in managed:
             module.reshard()  # type: ignore[operator]
+            _end_forward(module)
+
+
+def _wait_for_writes(managed: Iterable[nn.Module]) -> None:
+    """Wait until what was written into shards is there: FSDP2 gathers them on streams of its own."""
+    shards = (local_part(parameter) for module in managed for parameter in module.parameters(recurse=False))
+    for device in {shard.device for shard in shards if shard.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _end_forward(module: nn.Module) -> None:
+    """Let the next call begin a forward pass, also where an error has ended the last one.
+
+    FSDP2's streams wait for the optimizer's writes where a forward pass begins, and no pass begins in one that has not
+    ended: the next training step would gather shards that are still being written.
+    """
+    state: Any = getattr(module, "_get_fsdp_state", lambda: None)()  # no public way
+    context: Any = getattr(state, "_state_ctx", None)
+    if hasattr(context, "iter_forward_root"):
+        context.iter_forward_root = None
 
 
 def reshard(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ One pair of processes does all the work; the tests look at what it left.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from prox24_lightning.sparsify import PhasePlan, PostStepProx, Progressive, Spar
 from prox24_lightning.sparsify.checks import check_weights
 from prox24_lightning.utils.distributed import check_same
 from prox24_lightning.weights.selection import select_weights
+from prox24_lightning.weights.sharded import runnable
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")]
 
@@ -61,6 +63,7 @@ def work(rank, folder):
         _, _, state = fit("fsdp2", strategy, resume=folder / f"one_{strategy}" / f"step={step}.ckpt")
         torch.save(state, folder / f"fsdp2_{strategy}_from_one_{step}.{rank}.pt")
     words = {"cut": words_of_a_cut(), "drift": words_of_drift(rank), "run": words_of_a_run_that_drifts(rank)}
+    words["begun by"] = module_that_begins_a_pass_after_an_error()
     (folder / f"words.{rank}.json").write_text(json.dumps(words))
     torch.save(uneven(rank), folder / f"uneven.{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -80,6 +83,25 @@ def words_of_drift(rank):
         check_same({"a": torch.ones(3), "b": torch.full((3,), float(rank))}, "the masks", "cpu")
     except RuntimeError as error:
         return str(error)
+
+
+def module_that_begins_a_pass_after_an_error():
+    """FSDP2 waits for what was written into the shards where a forward pass begins."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for part in (*model, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+
+    def end(module, args):
+        raise ArithmeticError
+
+    handle = model[1].register_forward_pre_hook(end)
+    with runnable(model, model), suppress(ArithmeticError):
+        model(torch.ones(2, 8))
+    handle.remove()
+    begun = []
+    model[0].register_forward_pre_hook(lambda *_: begun.append(model._get_fsdp_state()._state_ctx.iter_forward_root))
+    model[0](torch.ones(2, 8))
+    return next(name for name, module in model.named_modules() if module._get_fsdp_state() is begun[0])
 
 
 def words_of_a_run_that_drifts(rank):
@@ -212,6 +234,10 @@ def test_groups_cut_apart_and_masks_that_drifted_are_named(folder, rank):
     assert "1.weight cannot be 2:4: its 12 entries along dimension 1 are sharded into parts of 6" in words["cut"]
     assert "the masks of 'b' differ: ranks [1] do not have what rank 0 has" in words["drift"]
     assert "the masks of '0.weight' differ: ranks [1] do not have what rank 0 has" in words["run"]
+
+
+def test_a_call_that_an_error_ended_does_not_hold_up_the_next_pass(folder):
+    assert json.loads((folder / "words.0.json").read_text())["begun by"] == "0"
 
 
 def test_the_steps_of_this_file_hit_each_phase():
