@@ -6,28 +6,49 @@ import json
 import re
 import sys
 from argparse import Action
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
+import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from prox24_lightning.cli.exit_codes import ERROR
-from prox24_lightning.utils.errors import first_reason
+from prox24_lightning.utils.errors import first_reason, meant
 
 _OF_EVERY_COMMAND = ("help", "config", "print_config")
+_NO_OPTION = re.compile(
+    r"(?:Subcommand '\w+' does not accept option|Group '(?P<group>[\w.]+)' does not accept option|Option) "
+    r"'(?P<key>[^']+)'(?: is not accepted)?"
+)
+_NO_WORD = re.compile(r"unrecognized arguments: (?P<option>--[^\s=]+)")
 
 
 class CommandParser(ArgumentParser):
-    """Parser of the commands whose options come from a function's signature."""
+    """Parser of the commands whose options come from a function's signature.
+
+    Attributes:
+        files: configs that were read, for errors; the last of them is being read while ``reading``.
+        reading: whether a config is being read.
+    """
+
+    files: tuple[str, ...] = ()
+    reading = False
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        refuse(self.prog, message)
+        _refuse_config(getattr(ex, "subcommand_parser", self), message)
+
+    @override
+    def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
+        with _reading(self, path):
+            return super().parse_path(path, *args, **options)
 
     @override
     def parse_args(  # type: ignore[override]  # argparse has overloads
@@ -47,8 +68,11 @@ class TrainerParser(LightningArgumentParser):
     Attributes:
         own_group: title of the group of options that ``--help`` shows first; "" for none.
         own_help: what ``--help`` shows next, before LightningCLI's options; None for nothing.
+        files, reading: as of :class:`CommandParser`.
     """
 
+    files: tuple[str, ...] = ()
+    reading = False
     own_group = ""
     own_help: Callable[[], str] | None = None
 
@@ -56,7 +80,12 @@ class TrainerParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        refuse(self.prog, message)
+        _refuse_config(getattr(ex, "subcommand_parser", self), message)
+
+    @override
+    def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
+        with _reading(self, path):
+            return super().parse_path(path, *args, **options)
 
     @override
     def parse_args(  # type: ignore[override]  # argparse has overloads
@@ -81,11 +110,58 @@ def _without_markup(text: str) -> str:
     return text.replace("``", "").replace("[ITEM,...]", "ITEM ...")
 
 
-def refuse(program: str, message: str) -> NoReturn:
-    """Print why the words or the config cannot be used, and exit."""
+def refuse(program: str, message: str, file: str = "") -> NoReturn:
+    """Print why the words or the config cannot be used, and exit.
+
+    Args:
+        program: as the user calls it, "prox24 fit".
+        message: of a parser, or a sentence.
+        file: the config that it is about, if it is about one.
+    """
     program = _program(program)
-    print(f"{program}: {first_reason(message)} (options: {program} --help)", file=sys.stderr)
+    parts = [program, *([file] if file else []), first_reason(message)]
+    print(f"{': '.join(parts)} (options: {program} --help)", file=sys.stderr)
     raise SystemExit(ERROR)
+
+
+@contextmanager
+def _reading(parser: CommandParser | TrainerParser, path: Any) -> Iterator[None]:
+    parser.files, before = (*parser.files, str(path)), parser.reading
+    parser.reading = True
+    try:
+        yield
+    finally:
+        parser.reading = before
+
+
+def _refuse_config(parser: CommandParser | TrainerParser, message: str) -> NoReturn:
+    """Refuse with the file that a parser's error is about, and the option that was probably meant."""
+    file = parser.files[-1] if parser.reading else ""
+    if found := _NO_OPTION.fullmatch(message):
+        keys = [action.dest for action in parser._actions]
+        name = key = ".".join(filter(None, [found["group"], found["key"]]))
+        # The shortest beginning of the key that no option has: of `modle.init_args.lr`, `modle`.
+        for size in range(1, key.count(".") + 2):
+            name = ".".join(key.split(".")[:size])
+            known = sorted({".".join(one.split(".")[:size]) for one in keys})
+            if name not in known:
+                break
+        message = f"no option {name!r}{meant(name, known, listed=True)}"
+        file = file or _file_with(key, parser.files)
+    elif found := _NO_WORD.match(message):
+        message += meant(found["option"], parser._option_string_actions)
+    refuse(parser.prog, message, file)
+
+
+def _file_with(key: str, files: Sequence[str]) -> str:
+    """Return the last of the configs that has a key; empty if none has."""
+    for file in reversed(files):
+        value = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return file
+    return ""
 
 
 def readable(parser: ArgumentParser, words: Sequence[str] | None) -> list[str] | None:

@@ -26,7 +26,12 @@ def config(tmp_path, **changes):
             {"prox24": {"strategy": "progresive"}},
             "strategy: expected one of 'post_step', 'progressive', 'keep', got progresive",
         ),
-        ({"prox24": {"strat": "post_step"}}, "Option 'strat' is not accepted"),
+        (
+            {"prox24": {"start": "banana"}},
+            "run.yaml: trainer.callbacks: prox24_lightning.Prox24: start: expected int or float, got banana (",
+        ),
+        ({"prox24": {"strateg": "keep"}}, "Prox24: no option 'strateg'; did you mean 'strategy'?"),
+        ({"max_step": 3}, "run.yaml: no option 'trainer.max_step'; did you mean 'trainer.max_steps'?"),
         ({"prox24": {"start": 0.9, "freeze": 0.5}}, "start=0.9 comes after freeze=0.5; sparsification begins before"),
         ({"prox24": {"targets": ["modle.*"]}}, "targets pattern 'modle.*' matches no weight"),
     ],
@@ -45,7 +50,9 @@ def test_a_config_that_cannot_work_ends_in_one_sentence(prox24, tmp_path, monkey
     [
         (["doctor"], "prox24 doctor: the following arguments are required: model"),
         (["doctor", "x", "--token_counts", "a"], "prox24 doctor: token_counts: expected int, got a"),
-        (["prune", "--model.nam", "x"], "prox24 prune: unrecognized arguments: --model.nam"),
+        (["prune", "--model.nam", "x"], "prune: unrecognized arguments: --model.nam x; did you mean '--model.name'?"),
+        (["fit", "--prox24.start", "banana"], "prox24 fit: prox24.start: expected int or float, got banana ("),
+        (["fit", "--model", "no_such.Net"], "model: no_such.Net: No module named 'no_such', neither installed nor in"),
         (["fit"], "prox24 fit: model is missing: name a config (--config X.yaml) or a class (--model my.Class)"),
         (["validate"], "(options: prox24 validate --help)"),
         (["fit", "--config", "gone.yaml"], "prox24 fit: config: File does not exist"),
@@ -56,6 +63,32 @@ def test_words_that_cannot_work_end_in_one_sentence(prox24, words, sentence):
     assert code == 2
     assert sentence in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["fit"], ["prune"]])
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model:\n  name\n  other: 1\n", "not YAML: mapping values are not allowed"),
+        ("- a\n", "expected lines 'key: value', got - a"),
+        ("modle:\n  name: x\n", "no option 'modle'; did you mean 'model'?"),
+    ],
+)
+def test_a_config_that_is_none_is_named(prox24, tmp_path, words, text, sentence):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    code, _, err = prox24(*words, "--config", path)
+    assert code == 2
+    assert err.startswith(f"prox24 {words[0]}: {path}: {sentence}")
+    assert len(err.splitlines()) == 1
+
+
+def test_the_file_of_a_wrong_key_is_found_among_several(prox24, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more.yaml").write_text("trainer: {min_step: 1}\n")
+    code, _, err = prox24("fit", "--config", "more.yaml", "--config", config(tmp_path))
+    assert code == 2
+    assert err.startswith("prox24 fit: more.yaml: no option 'trainer.min_step'; did you mean 'trainer.min_steps'?")
 
 
 def test_an_error_of_the_users_class_keeps_its_traceback(tmp_path, monkeypatch):
