@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prox24_lightning.weights.groups import Dim, check_weight, chunks, group_dims, group_shape, quarters, to_groups
+from prox24_lightning.weights.groups import (
+    Dim,
+    check_weight,
+    chunks,
+    group_dims,
+    group_shape,
+    leave_graph,
+    quarters,
+    to_groups,
+)
 
 ENTRIES_AT_A_TIME = 2**21
 """Bounds the scratch memory to some 4 MB, whatever the shape."""
@@ -46,6 +55,7 @@ class Violations:
 
 def zeros_per_group(weight: Tensor, *, dim: int = -1) -> Tensor:
     """Count the exact zeros of every group: int64 of :func:`~prox24_lightning.weights.groups.group_shape`."""
+    check_weight(weight, "zeros_per_group", vmap="runs")
     counts = (to_groups(weight.detach(), dim) == 0).sum(-1)
     return counts.movedim(-1, dim)
 
@@ -53,10 +63,15 @@ def zeros_per_group(weight: Tensor, *, dim: int = -1) -> Tensor:
 def is_24(weight: Tensor, *, dim: Dim = -1) -> bool:
     """Return whether every group of four along ``dim`` (a pair: along both) has at most two non-zeros. NaN is non-zero.
 
+    In a compiled function the answer can be returned; an ``if`` on it needs a graph break, as on any value of a tensor.
+
     Raises:
         ValueError: for a size along ``dim`` that does not divide by 4.
     """
     check_weight(weight, "is_24")
+    if torch.compiler.is_compiling():  # no branch before the answer
+        dims = group_dims(weight.shape, dim)
+        return bool(torch.stack([(zeros_per_group(weight, dim=one) >= 2).all() for one in dims]).all())
     return all(
         bool((_zeros(part) >= 2).all())
         for one in group_dims(weight.shape, dim)
@@ -73,6 +88,7 @@ def violations_24(weight: Tensor, *, dim: Dim = -1, limit: int = 5) -> Violation
         ValueError: for a size along ``dim`` that does not divide by 4.
     """
     check_weight(weight, "violations_24")
+    leave_graph("violations_24", "count there with zeros_per_group(weight) < 2")
     parts = [_violations(weight, one, limit) for one in group_dims(weight.shape, dim)]
     return Violations(
         count=sum(part.count for part in parts),

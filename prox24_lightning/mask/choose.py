@@ -31,10 +31,10 @@ def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Te
         TypeError: for what is not a tensor, and under ``torch.vmap``.
     """
     check_weight(weight, "mask_24")
-    if torch.compiler.is_compiling():
-        return _compiled_mask_24(weight.detach(), [dim] if isinstance(dim, int) else list(dim), scale)
     if not isinstance(dim, int):
         return transposable_mask(weight, dims=dim, scale=scale)
+    if torch.compiler.is_compiling():
+        return _compiled_mask_24(weight.detach(), dim, scale)
     score = weight.detach() if scale is None else weight.detach() * scale
     score = to_groups(score, dim).abs()
     refuse_nan(score, weight.shape, "2:4")
@@ -52,14 +52,13 @@ def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Te
 
 
 @library.custom_op(
-    "prox24_lightning::mask_24", mutates_args=(), schema="(Tensor weight, int[] dims, Tensor? scale) -> Tensor"
+    "prox24_lightning::mask_24", mutates_args=(), schema="(Tensor weight, int dim, Tensor? scale) -> Tensor"
 )
-def _compiled_mask_24(weight: Tensor, dims: list[int], scale: Tensor | None) -> Tensor:
+def _compiled_mask_24(weight: Tensor, dim: int, scale: Tensor | None) -> Tensor:
     """``mask_24`` as torch.compile sees it: one operation, whose check for NaN happens when it runs."""
-    dim = dims[0] if len(dims) == 1 else (dims[0], dims[1])
     return mask_24(weight, dim=dim, scale=scale).contiguous()
 
 
 @_compiled_mask_24.register_fake
-def _(weight: Tensor, dims: list[int], scale: Tensor | None) -> Tensor:
+def _(weight: Tensor, dim: int, scale: Tensor | None) -> Tensor:
     return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)

@@ -23,7 +23,7 @@ from prox24_lightning.mask.check import violations_24
 from prox24_lightning.mask.packing import pack_mask, unpack_mask
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.safetensors_file import json_object, open_tensors, save_tensors
-from prox24_lightning.weights.groups import Dim
+from prox24_lightning.weights.groups import Dim, check_weight, leave_graph
 
 FORMAT = "prox24 masks"
 VERSION = 1
@@ -54,6 +54,8 @@ class MaskFile:
 
 def hash_weight(weight: Tensor) -> str:
     """Return the SHA-256 of dtype, shape and values, whatever the device and the memory layout."""
+    check_weight(weight, "hash_weight", vmap="one by one")
+    leave_graph("hash_weight", "call it outside of the compiled function")
     return checksum([weight])
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prox24_lightning.weights.groups import check_weight
+
 _BITS = tuple(1 << i for i in range(8))
 
 BYTES_AT_A_TIME = 2**18
@@ -23,6 +25,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     Raises:
         TypeError: if ``mask`` is not bool.
     """
+    check_weight(mask, "pack_mask", vmap="one by one")
     if mask.dtype != torch.bool:
         raise TypeError(f"pack_mask takes a bool mask, got {mask.dtype}")
     flat = mask.reshape(-1)
@@ -40,8 +43,10 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
     Raises:
         TypeError: if ``packed`` is not uint8.
-        ValueError: if the number of bytes does not belong to ``shape``, or unused bits are set.
+        ValueError: if the number of bytes does not belong to ``shape``, or unused bits are set (not looked for in a
+            compiled function, as that would break its graph).
     """
+    check_weight(packed, "unpack_mask", vmap="one by one")
     if packed.dtype != torch.uint8:
         raise TypeError(f"unpack_mask takes packed uint8 bits, got {packed.dtype}")
     size = math.prod(shape)
@@ -50,7 +55,7 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"{tuple(packed.shape)} packed bytes do not belong to a mask of shape {tuple(shape)}, "
             f"which takes {-(-size // 8)}"
         )
-    if size % 8 and bool(packed[-1] >> (size % 8)):
+    if size % 8 and not torch.compiler.is_compiling() and bool(packed[-1] >> (size % 8)):
         raise ValueError(f"packed mask of shape {tuple(shape)} has bits set past its end: it is damaged")
     bits = torch.tensor(_BITS, dtype=torch.uint8, device=packed.device)
     mask = torch.empty(size, dtype=torch.bool, device=packed.device)

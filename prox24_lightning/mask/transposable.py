@@ -6,7 +6,7 @@ from functools import cache
 from itertools import combinations, product
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from prox24_lightning.weights.blocks_4x4 import BLOCK_DIMS, from_blocks, to_blocks
 from prox24_lightning.weights.groups import check_weight
@@ -83,11 +83,28 @@ def transposable_mask(weight: Tensor, *, dims: tuple[int, int] = BLOCK_DIMS, sca
     Raises:
         ValueError: if a size does not divide by 4 or ``weight`` holds NaN.
     """
-    check_weight(weight, "transposable_mask", dims=True)
+    check_weight(weight, "transposable_mask", vmap="matrices")
+    if torch.compiler.is_compiling():
+        return _compiled_transposable_mask(weight.detach(), list(dims), scale)
     values = weight.detach() if scale is None else weight.detach() * scale
     blocks = to_blocks(values, dims).abs()
     refuse_nan(blocks, weight.shape, "transposable")
     return from_blocks(best_patterns(relative_squares(blocks)), weight.shape, dims)
+
+
+@library.custom_op(
+    "prox24_lightning::transposable_mask",
+    mutates_args=(),
+    schema="(Tensor weight, int[] dims, Tensor? scale) -> Tensor",
+)
+def _compiled_transposable_mask(weight: Tensor, dims: list[int], scale: Tensor | None) -> Tensor:
+    """``transposable_mask`` as torch.compile sees it: one operation, whose check for NaN happens when it runs."""
+    return transposable_mask(weight, dims=(dims[0], dims[1]), scale=scale)
+
+
+@_compiled_transposable_mask.register_fake
+def _(weight: Tensor, dims: list[int], scale: Tensor | None) -> Tensor:
+    return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
 
 
 def refuse_nan(scores: Tensor, shape: torch.Size, kind: str) -> None:

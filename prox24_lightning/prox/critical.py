@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from prox24_lightning.prox.batched import chunk_size, keep_freed_memory, sort_four
 from prox24_lightning.prox.dispatch import prox_path
@@ -41,6 +41,8 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
     check_weight(weight, "critical_strength_24")
     if not weight.is_floating_point():
         raise ValueError(f"critical_strength_24 needs a real floating-point weight, got {weight.dtype}")
+    if torch.compiler.is_compiling():
+        return _compiled_critical_24(weight.detach(), dim, scale)
     if prox_path(weight) == "triton":
         from prox24_lightning.prox.triton.launch import critical_24_triton
 
@@ -62,6 +64,22 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
             y.mul_(scales[where])
         result[part] = _critical(*sort_four(y)[:3])
     return result
+
+
+@library.custom_op(
+    "prox24_lightning::critical_strength_24",
+    mutates_args=(),
+    schema="(Tensor weight, int dim, Tensor? scale) -> Tensor",
+)
+def _compiled_critical_24(weight: Tensor, dim: int, scale: Tensor | None) -> Tensor:
+    """``critical_strength_24`` as torch.compile sees it: one operation."""
+    return critical_strength_24(weight, dim=dim, scale=scale)
+
+
+@_compiled_critical_24.register_fake
+def _(weight: Tensor, dim: int, scale: Tensor | None) -> Tensor:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return torch.empty(group_shape(weight.shape, dim), dtype=dtype, device=weight.device)
 
 
 def _critical(y1: Tensor, y2: Tensor, y3: Tensor) -> Tensor:

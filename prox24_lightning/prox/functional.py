@@ -19,7 +19,7 @@ from prox24_lightning.prox.checks import as_tensor, check_arguments, check_dtype
 from prox24_lightning.prox.critical import critical_strength_24
 from prox24_lightning.prox.dispatch import prox_path
 from prox24_lightning.weights.blocks_4x4 import BLOCK_DIMS, block_shape
-from prox24_lightning.weights.groups import Dim, check_weight, group_shape, resolve_group_dim
+from prox24_lightning.weights.groups import Dim, check_weight, group_shape, leave_graph, resolve_group_dim
 
 
 def prox_24(
@@ -198,7 +198,7 @@ def prox_block(
     Raises:
         ValueError: as :func:`prox_24`, and for an unknown method.
     """
-    check_weight(weight, "prox_block", dims=True)
+    check_weight(weight, "prox_block", vmap="matrices")
     check_method(method, steps, sweeps)
     check_dtype(weight)
     if torch.compiler.is_compiling():
@@ -229,6 +229,8 @@ def block_convergence(
     Raises:
         ValueError: for the method ``"descent"``, which has no splitting, and for bad arguments.
     """
+    check_weight(blocks, "block_convergence", vmap="one by one")
+    leave_graph("block_convergence", "call it outside of the compiled function")
     check_method(method, steps, 0)
     if method == "descent":
         raise ValueError("method='descent' has no splitting to trace; use 'dykstra' or 'averaged'")

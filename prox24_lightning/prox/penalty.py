@@ -34,7 +34,7 @@ def penalty_24(
     """
     if reduce not in ("sum", "none"):
         raise ValueError(f"reduce={reduce!r} is unknown; use 'sum' or 'none'")
-    check_weight(weight, "penalty_24", vmap=True)
+    check_weight(weight, "penalty_24", vmap="runs")
     if not weight.is_floating_point():
         raise ValueError(f"penalty_24 needs a real floating-point weight, got {weight.dtype}")
     if not isinstance(dim, int):

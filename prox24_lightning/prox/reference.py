@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.weights.groups import from_groups, group_shape, to_groups
+from prox24_lightning.weights.groups import check_weight, from_groups, group_shape, leave_graph, to_groups
 
 ITERATIONS = 100
 """Newton steps. The sequences are monotone and quadratic except at double roots, where each step halves the error:
@@ -35,6 +35,8 @@ def prox_24_reference(
     Returns:
         float64 tensor of the shape of ``weight``. A group that holds NaN comes back as NaN.
     """
+    check_weight(weight, "prox_24_reference")
+    leave_graph("prox_24_reference", "use prox_24 there")
     original = weight.detach().to(torch.float64)
     scaled = original if scale is None else original * scale.to(torch.float64)
     groups = to_groups(scaled, dim)

@@ -25,12 +25,23 @@ MATRIX_DIMS: dict[Geometry, Dim] = {"row": -1, "column": 0, "block": (0, 1)}
 """Geometry -> where the groups lie once the weight is laid out as (out_features, in_features)."""
 
 
-def check_weight(weight: object, function: str, *, vmap: bool = False, dims: bool = False) -> None:
+_INSTEAD_OF_VMAP = {
+    "stack": "call it on the stacked weights, whose groups lie along the same dimension (dim=-1 stays, dim=0 becomes "
+    "dim=1)",
+    "matrices": "call it on the stacked weights, with the dimensions of the matrices (dims=(1, 2) for a stack of shape "
+    "(count, out, in))",
+    "one by one": "call it on one tensor at a time",
+}
+
+
+def check_weight(
+    weight: object, function: str, *, vmap: Literal["runs", "stack", "matrices", "one by one"] = "stack"
+) -> None:
     """Refuse what the tensor functions cannot work on.
 
     Args:
-        vmap: whether ``function`` runs under ``torch.vmap``.
-        dims: whether it cuts two dimensions, its argument ``dims``, rather than one.
+        vmap: ``"runs"`` if ``function`` runs under ``torch.vmap``, else what to do instead: call it on the stack, with
+            ``dim``; on the stack, with ``dims``; on one tensor at a time.
 
     Raises:
         TypeError: for anything but a tensor (a numpy array, say), and for a tensor of ``torch.vmap``.
@@ -40,12 +51,27 @@ def check_weight(weight: object, function: str, *, vmap: bool = False, dims: boo
             f"{function} takes a torch.Tensor, got {type(weight).__module__}.{type(weight).__qualname__}; use "
             "torch.as_tensor"
         )
-    if not (vmap or torch.compiler.is_compiling()) and torch._C._functorch.is_batchedtensor(weight):
-        if dims:
-            remedy = "with the dimensions of the matrices (dims=(1, 2) for a stack of shape (count, out, in))"
-        else:
-            remedy = "whose groups lie along the same dimension (dim=-1 stays, dim=0 becomes dim=1)"
-        raise TypeError(f"{function} does not run under torch.vmap; call it on the stacked weights, {remedy}")
+    if vmap != "runs" and not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(weight):
+        raise TypeError(f"{function} does not run under torch.vmap; {_INSTEAD_OF_VMAP[vmap]}")
+
+
+def leave_graph(function: str, remedy: str) -> None:
+    """Break a graph that torch.compile traces before a function whose results are Python values.
+
+    Without ``fullgraph=True`` the function then runs between two graphs; with it, torch's error has this sentence.
+
+    Args:
+        function: its name.
+        remedy: what to do in a whole graph.
+
+    Raises:
+        TypeError: under ``torch.export``, which has no way around.
+    """
+    sentence = f"{function} gives Python values, which no graph holds; {remedy}"
+    if torch.compiler.is_exporting():
+        raise TypeError(sentence)
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=sentence)
 
 
 def resolve_group_dim(shape: Sequence[int], dim: int) -> int:
