@@ -65,7 +65,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         image, text, target, fragment = match[1], match[2], match[3], match[4] or ""
         if not target:
             return match[0]
-        found = site_target((source.parent / target).as_posix(), fragment)
+        path = (source.parent / target).as_posix()
+        found = site_target(path, fragment)
+        if found is None and here.startswith("api/"):
+            return f"[{text}](#{member_anchor(path, text)})"
         if found is None:
             return text
         uri, _, fragment = found.partition("#")
@@ -85,6 +88,12 @@ def on_page_content(html_text: str, page: Any, config: Any, files: Files) -> str
         return convert(html.unescape(match[3]), display=display)
 
     return FORMULA.sub(formula, html_text)
+
+
+def member_anchor(path: str, name: str) -> str:
+    """Return the anchor of a member of the package, from the path of its source and its name as code."""
+    module = os.path.normpath(path).removesuffix(".py").replace(os.sep, ".")
+    return f"{module}.{name.strip('`')}"
 
 
 def site_target(path: str, fragment: str = "") -> str | None:

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.result_pages import result_pages, table_of
+from docs.tools.api_tables import PAGES, with_table
+from docs.tools.docstrings import first_sentence, without_roles
 from docs.tools.messages import messages
 
 # The extra `docs` is not everywhere where other tests run.
 hooks = pytest.importorskip("docs.tools.hooks")
-sphinx_roles = pytest.importorskip("docs.tools.sphinx_roles")
 
 
 @pytest.fixture
@@ -80,7 +81,48 @@ def test_formulas_become_mathml():
 
 
 def test_roles_become_code():
-    assert sphinx_roles.without_roles("see :class:`~a.b.Name` and :func:`a.f`") == "see `Name` and `a.f`"
+    assert without_roles("see :class:`~a.b.Name` and :func:`a.f`") == "see `Name` and `a.f`"
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
+def test_the_tables_of_the_reference_are_of_today(page):
+    text = page.read_text()
+    assert with_table(text) == text, "run `python -m docs.tools.api_tables`"
+    assert "| name | import from | what it does |" in text
+
+
+def test_a_page_gets_a_row_for_each_member_and_for_each_name_of_a_module():
+    page = "# Title\n\nWords.\n\n::: prox24_lightning.mask.check.is_24\n\n::: prox24_lightning.schedules\n"
+    made = with_table(page)
+    assert with_table(made) == made
+    head, members = made.split("\n\n:::", 1)
+    assert page == f"{head.partition(chr(10) + chr(10) + '|')[0]}\n\n:::{members}"
+    assert "| [`is_24`](../../prox24_lightning/mask/check.py) | `prox24_lightning` | Return whether every group" in head
+    assert "| [`Cubic`](../../prox24_lightning/schedules.py) | `prox24_lightning.schedules` |" in head
+    assert "dataclass" not in head
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Do it.\n\nMore.", "Do it"),
+        ("Count what\nis there, by :class:`~a.B`. And more.", "Count what is there, by `B`"),
+        ("Along ``dim`` (a pair: along both), no more: never", "Along `dim` (a pair: along both), no more"),
+        (None, ""),
+    ],
+)
+def test_the_first_sentence_of_a_docstring(docstring, expected):
+    def function():
+        """Replaced."""
+
+    function.__doc__ = docstring
+    assert first_sentence(function) == expected
+
+
+def test_a_name_of_the_reference_leads_to_its_entry():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="api/masks.md"))
+    text = hooks.on_page_markdown("[`is_24`](../../prox24_lightning/mask/check.py)", page, None, None)
+    assert text == "[`is_24`](#prox24_lightning.mask.check.is_24)"
 
 
 def test_messages_are_read_with_their_values_left_open(tmp_path):
