@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         ConvertAndBenchmark,
         Distillation,
         Prox24,
+        RoundWeights,
         SparsityMonitor,
     )
     from prox24_lightning.finetune import load_masks, save_masks
@@ -33,6 +34,7 @@ __all__ = [
     "DistillationTrainerCallback",
     "Prox24",
     "Prox24TrainerCallback",
+    "RoundWeights",
     "SparsityMonitor",
     "SparsityMonitorTrainerCallback",
     "accelerate_generation",
@@ -55,6 +57,7 @@ _HOMES = {
     "DistillationTrainerCallback": "integrations.transformers",
     "Prox24": "callbacks",
     "Prox24TrainerCallback": "integrations.transformers",
+    "RoundWeights": "callbacks",
     "SparsityMonitor": "callbacks",
     "SparsityMonitorTrainerCallback": "integrations.transformers",
     "accelerate_generation": "integrations.transformers.generation",

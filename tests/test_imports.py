@@ -50,7 +50,7 @@ LAYERS = {
         ["strategies.base"],
         ["strategies.keep_zeros", "strategies.post_step", "strategies.progressive"],
         ["reordering"],
-        ["config", "engine", "sparse_training"],
+        ["config", "engine", "sparse_training", "rounded_training"],
         ["traps", "make_strategy"],
         ["controller"],
     ],

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.calls.hooks import remove_all
-from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_tokens
+from prox24_lightning.weights.rounding import RoundedForm
+from prox24_lightning.weights.straight_through import round_inputs
 
 
 @contextmanager
@@ -43,6 +43,4 @@ def rounded_inputs(layers: Iterable[nn.Module], form: RoundedForm | None) -> Ite
 
 def rounded_like_tokens(inputs: Tensor, form: RoundedForm) -> Tensor:
     """Return (..., in_features) inputs with every token rounded to ``form``, in their dtype."""
-    found = round_tokens(inputs.detach().reshape(-1, inputs.shape[-1]), form)
-    values = expand_rows(found.values, found.scales, inputs.dtype).view(inputs.shape)
-    return inputs + (values - inputs).detach() if inputs.requires_grad and torch.is_grad_enabled() else values
+    return round_inputs(inputs, form, inputs.dtype)

@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from prox24_lightning.callbacks.convert_and_benchmark import ConvertAndBenchmark
     from prox24_lightning.callbacks.distillation import Distillation
     from prox24_lightning.callbacks.prox24 import Prox24
+    from prox24_lightning.callbacks.round_weights import RoundWeights
     from prox24_lightning.callbacks.sparsity_monitor import SparsityMonitor
 
-__all__ = ["ConvertAndBenchmark", "Distillation", "Prox24", "SparsityMonitor"]
+__all__ = ["ConvertAndBenchmark", "Distillation", "Prox24", "RoundWeights", "SparsityMonitor"]
 
 _HOMES = {
     "ConvertAndBenchmark": "convert_and_benchmark",
     "Distillation": "distillation",
     "Prox24": "prox24",
+    "RoundWeights": "round_weights",
     "SparsityMonitor": "sparsity_monitor",
 }
 

@@ -44,8 +44,19 @@ class BestRecords:
         self._stale: dict[str, Tensor] = {}
         self._saved: dict[int, tuple[str, int]] = {}
 
-    def restart(self) -> None:
-        """Forget every best score: the model is 2:4 from now on."""
+    def restart(
+        self,
+        now: str = "the model is 2:4",
+        before: str = "the dense model's",
+        files: str = "; checkpoints from before the freeze stay on the disk and are not 2:4",
+    ) -> None:
+        """Forget every best score.
+
+        Args:
+            now: for the warning: what the scores from now on are of.
+            before: whose score the best one was.
+            files: what is to be known of the checkpoints so far.
+        """
         self._stale = {name: value.detach().clone() for name, value in self._trainer.callback_metrics.items()}
         self._saved = {id(callback): _newest(callback) for callback in self._checkpoints()}
         records = [record for record in self._records() if record.exists]
@@ -53,8 +64,8 @@ class BestRecords:
             record.forget()
         if records:
             rank_zero_warn(
-                f"the model is 2:4 from this step on: the best score of {', '.join(r.owner for r in records)} was the "
-                "dense model's and begins anew; checkpoints from before the freeze stay on the disk and are not 2:4"
+                f"{now} from this step on: the best score of {', '.join(r.owner for r in records)} was {before} and "
+                f"begins anew{files}"
             )
 
     def forget_stale(self) -> None:

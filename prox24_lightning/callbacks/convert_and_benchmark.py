@@ -16,6 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.prox24 import Prox24
+from prox24_lightning.callbacks.round_weights import RoundWeights
 from prox24_lightning.callbacks.unenforced_zeros import UnenforcedZeros
 from prox24_lightning.convert.benchmark.example_inputs import InputCatcher, own_example
 from prox24_lightning.convert.benchmark.fixed_scales import fixed_input_scales
@@ -80,7 +81,8 @@ class ConvertAndBenchmark(Callback):
             writes none.
         weights: "fp8_e4m3" or "int8" round the weights of converted layers, and of the folder, to 8 bits with a scale a
             row, and the layers' inputs token by token. With fp8_e4m3 a layer that is faster dense in float8 takes that
-            form. None and the name of ``dtype`` ("bf16", "fp16") keep 16 bits.
+            form. The name of ``dtype`` ("bf16", "fp16") keeps 16 bits; None too, or takes the form of a
+            :class:`~prox24_lightning.RoundWeights` in the trainer.
         max_error: largest relative error of a layer's output that is acceptable in 8 bits. The report ends with the
             fastest form within it.
         input_quantile: fix the scale of a rounded layer's inputs at this quantile of the tokens' largest magnitudes in
@@ -124,6 +126,7 @@ class ConvertAndBenchmark(Callback):
             max_error=max_error,
             input_quantile=input_quantile,
         )
+        self.weights = weights
         self.in_place = in_place
         self.dirpath = dirpath
         self.filename = filename
@@ -146,6 +149,7 @@ class ConvertAndBenchmark(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = None
+        self._take_form(trainer)
         if self.save_to is not None:
             check_folder(self.save_to)
             refuse_dense(self.save_to)
@@ -253,6 +257,17 @@ class ConvertAndBenchmark(Callback):
             sparse = len(report.names("sparse"))
             report = report.with_note(f"in_place: {sparse} layers of the user's model are now sparse{in_fp8}.")
         return report
+
+    def _take_form(self, trainer: Trainer) -> None:
+        """Convert into the form that the model trains for, unless the user has named one."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        trained = next((callback.weights for callback in callbacks if isinstance(callback, RoundWeights)), None)
+        self.settings = replace(self.settings, weights=self.weights or trained)
+        if trained is not None and self.settings.weights != trained:
+            rank_zero_warn(
+                f"RoundWeights trains the model for {trained}, and ConvertAndBenchmark converts it with "
+                f"weights={self.weights!r}: leave weights out there, or name the same form"
+            )
 
     def _drop_catcher(self) -> None:
         if self._catcher is not None:

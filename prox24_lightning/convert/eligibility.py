@@ -162,7 +162,7 @@ def check_layer(
     """Check one layer; ``dtype`` None takes the weight's own. See :func:`check_model`."""
     reasons: list[str] = []
     weight = getattr(module, "weight", None)
-    structure = _structure(module, parent)
+    structure = why_not_linear(module, parent)
     if structure is not None:
         reasons.append(structure)
     elif tied:
@@ -210,8 +210,13 @@ def _machine(target: Target | None) -> str | None:
     return "no CUDA GPU in use" if target is None else target.problem
 
 
-def _structure(module: nn.Module, parent: nn.Module | None) -> str | None:
-    """Return why the module is not a linear layer that can be replaced; None if it is."""
+def why_not_linear(module: nn.Module, parent: nn.Module | None) -> str | None:
+    """Return why the module is not a linear layer that can be converted, whatever its weight; None if it is.
+
+    Args:
+        module: the layer.
+        parent: the module that holds it, which may read its weight without calling it.
+    """
     if isinstance(module, _CONVOLUTIONS):
         return "no sparse convolution kernel in torch: stays dense with zeros"
     if isinstance(module, _EMBEDDINGS):

@@ -47,6 +47,26 @@ def check_step(value: int | float, argument: str) -> None:
         )
 
 
+def resolve_step(value: int | float, argument: str, total: int | float) -> int:
+    """Turn a step (int) or a fraction of ``total`` optimizer steps (float) into a step.
+
+    Args:
+        value: of the argument.
+        argument: its name, for errors.
+        total: length of the run; ``inf`` or a negative number when it is not known.
+
+    Raises:
+        ValueError, TypeError: as :func:`check_step`, and for a fraction of a run of unknown length.
+    """
+    check_step(value, argument)
+    if isinstance(value, float) and not (math.isfinite(total) and total >= 0):
+        raise ValueError(
+            f"{argument}={value} is a fraction of a run whose length is not known; "
+            f"set Trainer(max_steps=...), or give {argument} as an int number of optimizer steps"
+        )
+    return round(value * total) if isinstance(value, float) else value
+
+
 def resolve_plan(start: int | float, freeze: int | float, total: int | float, *, exact: bool = True) -> PhasePlan:
     """Turn ``start`` and ``freeze`` into steps of a run of ``total`` optimizer steps.
 
@@ -60,16 +80,8 @@ def resolve_plan(start: int | float, freeze: int | float, total: int | float, *,
         ValueError: if a fraction is asked of a run of unknown length, ``freeze`` lies beyond the run, or ``start``
             after ``freeze``.
     """
-    check_step(start, "start")
-    check_step(freeze, "freeze")
+    first, last = (resolve_step(value, name, total) for name, value in (("start", start), ("freeze", freeze)))
     known = math.isfinite(total) and total >= 0
-    for argument, value in (("start", start), ("freeze", freeze)):
-        if isinstance(value, float) and not known:
-            raise ValueError(
-                f"{argument}={value} is a fraction of a run whose length is not known; "
-                f"set Trainer(max_steps=...), or give {argument} as an int number of optimizer steps"
-            )
-    first, last = (round(value * total) if isinstance(value, float) else value for value in (start, freeze))
     if known and not exact:
         first, last = (min(step, math.floor(total)) for step in (first, last))
     if known and last > total:

@@ -6,9 +6,9 @@ CHUNK_ENTRIES = 2**21
 """Entries of a weight that are rounded, packed or unpacked at a time."""
 
 
-def row_chunks(rows: int, width: int) -> list[slice]:
-    """Return slices of rows with so few entries that scratch tensors of their size are small."""
+def row_chunks(rows: int, width: int, entries: int = CHUNK_ENTRIES) -> list[slice]:
+    """Return slices of rows with at most ``entries`` each (or one row), so that scratch tensors are small."""
     if not width:
         return []
-    step = max(1, CHUNK_ENTRIES // width)
+    step = max(1, entries // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

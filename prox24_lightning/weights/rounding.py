@@ -65,13 +65,27 @@ def round_rows(weight: Tensor, form: RoundedForm, *, name: str = "weight", first
     Raises:
         ValueError: for NaN, inf, or a magnitude beyond float32's range, with the layer's name and the row.
     """
-    scales = row_scales(weight, form, name=name, first_row=first_row)
+    return _rounded(weight, row_scales(weight, form, name=name, first_row=first_row), form)
+
+
+def round_rows_unchecked(weight: Tensor, form: RoundedForm) -> RoundedRows:
+    """Round as :func:`round_rows`, but a row that cannot be rounded becomes NaN, and no GPU waits for the answer."""
+    return _rounded(weight, scales_of(_magnitudes(weight), form), form)
+
+
+def _rounded(weight: Tensor, scales: Tensor, form: RoundedForm) -> RoundedRows:
     values = round_values(weight, scales, form)
     if weight.dtype == torch.float16:
         # Small products are coarse or zero in float16: take the values that the expanded row rounds to.
         values = round_values(expand_rows(values, scales, weight.dtype), scales, form)
     empty = ~(values.view(torch.int8) & 127).any(-1) if weight.shape[1] else torch.ones_like(scales, dtype=torch.bool)
-    return RoundedRows(values, scales.masked_fill(empty, 1))
+    return RoundedRows(values, scales.masked_fill(empty & torch.isfinite(scales), 1))
+
+
+def _magnitudes(weight: Tensor) -> Tensor:
+    """Return the float32 (rows,) largest magnitude of each row."""
+    rows, columns = weight.shape
+    return weight.detach().abs().amax(-1).float() if columns else weight.new_zeros(rows, dtype=torch.float32)
 
 
 def row_scales(weight: Tensor, form: RoundedForm, *, name: str = "weight", first_row: int = 0) -> Tensor:
@@ -80,8 +94,7 @@ def row_scales(weight: Tensor, form: RoundedForm, *, name: str = "weight", first
     Raises:
         ValueError: as :func:`round_rows`.
     """
-    rows, columns = weight.shape
-    magnitudes = weight.detach().abs().amax(-1).float() if columns else weight.new_zeros(rows, dtype=torch.float32)
+    magnitudes = _magnitudes(weight)
     scales = scales_of(magnitudes, form)
     wrong = ~(torch.isfinite(magnitudes) & torch.isfinite(scales * LARGEST[form]))
     if wrong.any():
@@ -155,8 +168,7 @@ def round_tokens(inputs: Tensor, form: RoundedForm, scale: float | None = None) 
         Values and float32 (tokens,) scales. A token with NaN or inf has a scale of NaN or inf: its products are NaN.
     """
     largest = LARGEST[form]
-    most = inputs.abs().amax(-1).float() if inputs.shape[1] else inputs.new_zeros(len(inputs), dtype=torch.float32)
-    scales = most * torch.tensor(1 / largest, dtype=torch.float32)
+    scales = _magnitudes(inputs) * torch.tensor(1 / largest, dtype=torch.float32)
     if scale is not None:
         scales = torch.where(torch.isfinite(scales), torch.full_like(scales, scale), scales)
     scales = scales.clamp_min(SMALLEST_SCALE)

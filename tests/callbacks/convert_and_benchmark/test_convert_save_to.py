@@ -9,7 +9,7 @@ from tiny_language import tiny_tokenizer
 from tiny_runs import quiet_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from prox24_lightning import ConvertAndBenchmark, Prox24, register_with_transformers
+from prox24_lightning import ConvertAndBenchmark, Prox24, RoundWeights, register_with_transformers
 from prox24_lightning.convert import open_packed
 from prox24_lightning.weights.rounding import round_weight
 
@@ -51,6 +51,24 @@ def test_save_to_leaves_a_folder_for_from_pretrained(tmp_path, weights):
         trained |= {name: round_weight(trained[name], weights) for name in packed}
     assert all(torch.equal(value, trained[name]) for name, value in loaded.state_dict().items())
     assert AutoTokenizer.from_pretrained(folder).decode([2]) == "w0"
+
+
+def test_the_folder_takes_the_form_that_the_run_trained_for(tmp_path):
+    callbacks = [
+        Prox24(0, 2, strategy="post_step", metric="weight", verbose=False),
+        RoundWeights("int8", verbose=False),
+        ConvertAndBenchmark(verbose=False, save_to=tmp_path / "packed"),
+    ]
+    data = torch.randint(0, 64, (8, 2, 9))
+    quiet_trainer(default_root_dir=tmp_path, max_steps=4, callbacks=callbacks).fit(LanguageModule(), data)
+    assert {entry.form for entry in open_packed(tmp_path / "packed").packed.values()} == {"int8"}
+    callbacks[2] = other = ConvertAndBenchmark(verbose=False, weights="fp8_e4m3")
+    with pytest.warns(UserWarning, match="RoundWeights trains the model for int8, and .* weights='fp8_e4m3': leave"):
+        quiet_trainer(default_root_dir=tmp_path, max_steps=4, callbacks=callbacks).fit(LanguageModule(), data)
+    assert other.settings.weights == "fp8_e4m3"
+    callbacks = [callbacks[0], ConvertAndBenchmark(verbose=False)]
+    quiet_trainer(default_root_dir=tmp_path, max_steps=4, callbacks=callbacks).fit(LanguageModule(), data)
+    assert callbacks[1].settings.weights is None
 
 
 def test_save_to_a_folder_with_dense_weights_is_refused_before_training(tmp_path):
