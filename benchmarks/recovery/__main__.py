@@ -62,7 +62,8 @@ def main(
         runs: file of finished runs, one JSON line each; null is ``output/recovery/VARIANT.runs.jsonl``.
         rows: names of rows; null for all.
         variants: further rows of Prox24: name -> its arguments, ``distillation``, the share of it, ``teacher``, its
-            other arguments, and ``module``, arguments of the module (``restart: 0.3``).
+            other arguments, ``rounding``, arguments of ``RoundWeights``, and ``module``, arguments of the module
+            (``restart: 0.3``).
         seeds: of the order of the training text, one run of every row each.
         steps: optimizer steps of a run.
         long: four times the steps, into files of their own.

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from benchmarks.peers import SRSTE, GradualMagnitude, OneShot, ProxSparse
-from prox24_lightning import Prox24
+from prox24_lightning import Prox24, RoundWeights
 
 PEERS: dict[str, type[Callback]] = {"sr_ste": SRSTE, "gradual_magnitude": GradualMagnitude, "proxsparse": ProxSparse}
 
@@ -25,6 +25,7 @@ class Row:
         distillation: share of the distillation from the dense model in the loss; 0 is none.
         teacher: further arguments of ``Distillation``.
         module: further arguments of the module, its schedule among them.
+        rounding: arguments of ``RoundWeights``; None leaves it out.
     """
 
     prune: dict[str, Any] | None = None
@@ -34,10 +35,12 @@ class Row:
     distillation: float = 0.0
     teacher: dict[str, Any] = field(default_factory=dict)
     module: dict[str, Any] = field(default_factory=dict)
+    rounding: dict[str, Any] | None = None
 
     def definition(self) -> dict[str, Any]:
         """What tells this row from another of the same name; what older records do not hold is left out if empty."""
-        return {key: value for key, value in asdict(self).items() if key not in ("teacher", "module") or value}
+        later = ("teacher", "module", "rounding")
+        return {key: value for key, value in asdict(self).items() if key not in later or value}
 
     def callbacks(self, calibration: Sequence[Any]) -> list[Callback]:
         """The callbacks in the order in which they have to act.
@@ -57,6 +60,8 @@ class Row:
             found.append(PEERS[self.peer](**self.arguments))
         if self.prox24:
             found.append(Prox24(**{"verbose": False, **self.arguments}))
+        if self.rounding is not None:
+            found.append(RoundWeights(**self.rounding))
         return found
 
 
@@ -95,6 +100,7 @@ FINETUNING: dict[str, Row] = {
     "dense distilled": Row(distillation=0.5),
     "sparsegpt+mg distilled": _one_shot("sparsegpt", distillation=0.5),
     "prox24 distilled": Row(prox24=True, distillation=0.5),
+    "prox24 distilled fp8": Row(prox24=True, distillation=0.5, rounding={"weights": "fp8_e4m3"}),
     "prox24 distilled hidden": Row(prox24=True, distillation=0.5, teacher={"features": 1.0}),
 }
 """Rows for a trained model; "+mg" is refined by masked gradient before the first step."""
@@ -114,13 +120,13 @@ SCRATCH: dict[str, Row] = {
 
 def further_rows(variants: dict[str, dict[str, Any]] | None) -> dict[str, Row]:
     """Rows of Prox24 with other arguments; ``distillation`` among them is the row's share of it, ``teacher`` further
-    arguments of ``Distillation``, and ``module`` of the module."""
+    arguments of ``Distillation``, ``rounding`` those of ``RoundWeights``, and ``module`` of the module."""
     rows = {}
     for name, given in (variants or {}).items():
         arguments = dict(given)
         share, teacher = arguments.pop("distillation", 0.0), arguments.pop("teacher", {})
-        module = arguments.pop("module", {})
-        rows[name] = Row(prox24=True, distillation=share, teacher=teacher, module=module, arguments=arguments)
+        more = {"module": arguments.pop("module", {}), "rounding": arguments.pop("rounding", None)}
+        rows[name] = Row(prox24=True, distillation=share, teacher=teacher, arguments=arguments, **more)
     return rows
 
 
