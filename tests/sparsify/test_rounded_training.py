@@ -292,7 +292,7 @@ def test_nothing_begins_before_the_freeze_or_the_start():
     weights = sparse_weights(model)
     assert not training.update(model, weights, 2, frozen=True)
     assert not training.update(model, weights, 3, frozen=False)
-    assert not training.has_begun
+    assert training.layers == 0
     assert isinstance(model[0].forward, MethodType)
     assert "forward" not in vars(model[0])
     assert training.update(model, weights, 3, frozen=True)
