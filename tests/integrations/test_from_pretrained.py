@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers as hf
+from safetensors import safe_open
 from tiny_language import tiny_tokenizer
 
 import prox24_lightning
@@ -21,6 +24,7 @@ from prox24_lightning.io.packed_folder import load_folder, save_folder, write_fo
 from prox24_lightning.mask import mask_24
 from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.oneshot.save import save_pruned
+from prox24_lightning.utils.checksum import tensor_bytes
 from prox24_lightning.weights.layer_matrix import transposed_kind
 from prox24_lightning.weights.rounding import round_weight
 from prox24_lightning.weights.selection import select_weights
@@ -300,6 +304,25 @@ def test_a_damaged_header_is_refused(llama):
         hf.AutoModelForCausalLM.from_pretrained(llama[1])
 
 
+@pytest.mark.parametrize("shards", [None, 4096], ids=["one file", "several files"])
+@pytest.mark.parametrize("part", ["layers.1.mlp.up_proj.weight.values", "embed_tokens.weight"], ids=["packed", "dense"])
+def test_every_tensor_is_checked_as_it_is_loaded(llama, tmp_path, part, shards):
+    folder = packed(tmp_path / "folder", llama[0], max_shard_bytes=shards)
+    for path in sorted(folder.glob("packed*.safetensors")):
+        with safe_open(path, "pt") as file:
+            holds = f"model.{part}" in file.keys()  # noqa: SIM118
+            stored = tensor_bytes(file.get_tensor(f"model.{part}")).tobytes() if holds else b""
+        if holds:
+            content = bytearray(path.read_bytes())
+            content[content.index(stored)] ^= 1
+            path.write_bytes(content)
+            damaged = path.name
+    said = re.escape(damaged) + rf" is damaged: the checksum of model\.{re.escape(part)} does not fit"
+    for load in (hf.AutoModelForCausalLM.from_pretrained, lambda it: load_folder(it, hf.AutoModelForCausalLM)):
+        with pytest.raises(ValueError, match=said):
+            load(folder)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -425,9 +448,25 @@ def test_a_weight_that_is_no_longer_2_4_is_not_saved(llama, tmp_path):
     loaded = hf.AutoModelForCausalLM.from_pretrained(llama[1])
     with torch.no_grad():
         loaded.model.layers[0].mlp.up_proj.weight.fill_(1)
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight is not 2:4"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight is not 2:4.*model\.dequantize\(\) first"):
         loaded.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists() or not any((tmp_path / "again").iterdir())
+    loaded.dequantize().save_pretrained(tmp_path / "again")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.model.layers[0].mlp.up_proj.weight, torch.ones(32, 16))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_changed_weights_are_named_where_packing_rounds_them(llama, tmp_path, weights):
+    folder = packed(tmp_path / "folder", llama[0], weights=weights)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        loaded.model.layers[1].mlp.up_proj.weight.mul_(torch.linspace(0.9, 1, 16))
+    changed = loaded.model.layers[1].mlp.up_proj.weight.clone()
+    with nullcontext() if weights is None else pytest.warns(UserWarning, match="up_proj.weight and 0 more .* int8 ag"):
+        loaded.save_pretrained(tmp_path / "again")
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again").model.layers[1].mlp.up_proj.weight
+    assert torch.equal(again, changed if weights is None else round_weight(changed, "int8"))
 
 
 def test_registering_loads_nothing_before_it_is_called():

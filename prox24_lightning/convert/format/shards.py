@@ -89,6 +89,11 @@ class PackedModel:
         """Read everything, dense; tied names hold one tensor."""
         return {name: tensor for file in self.files for name, tensor in file.state_dict(device).items()}
 
+    def check_tensors(self) -> None:
+        """Check the checksum of every tensor; see :meth:`PackedFile.check_tensors`."""
+        for file in self.files:
+            file.check_tensors()
+
     def _of(self, name: str) -> PackedFile:
         if name not in self._file_of:
             raise KeyError(f"{self.path} holds no tensor {name!r}")

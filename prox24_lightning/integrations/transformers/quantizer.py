@@ -141,6 +141,7 @@ class Prox24Quantizer(HfQuantizer):
         self._stored = _Stored(files.info if paths else {}, files.packed, dtypes)
         if not self.entries:
             raise ValueError(f"{', '.join(map(str, paths))} holds no packed weight")
+        files.check_tensors()  # transformers reads them itself
         self._sparse = {}
         device = _first_gpu(device_map)
         target = None if device is None else target_of(device)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils.hub import convert_file_size_to_int
 
+from prox24_lightning.convert.format.header import PackedEntry
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.io.packed_folder import write_folder
+from prox24_lightning.mask import violations_24
 
 
 def save_pretrained(
@@ -25,6 +29,9 @@ def save_pretrained(
 ) -> None:
     """Write ``model`` packed; a folder that was loaded and not changed is written byte for byte as it was.
 
+    Weights of 8 bits that have changed since are rounded again, with one warning. ``model.dequantize()`` first makes
+    this write an ordinary dense folder, with every value as it is.
+
     Args:
         model: loaded by the quantizer of this package.
         save_directory: folder, made if it does not exist.
@@ -35,7 +42,7 @@ def save_pretrained(
         kwargs: of :func:`push_to_hub`; transformers' others have no meaning here.
 
     Raises:
-        ValueError: for a weight that is no longer 2:4, by name; for a folder with dense weights.
+        ValueError: for a weight that is no longer 2:4, by name with the remedy; for a folder with dense weights.
     """
     if not is_main_process:
         return
@@ -44,6 +51,7 @@ def save_pretrained(
     stored = {name: quantizer.stored_name(name, model) for name in state}
     entries = {name: quantizer.entries[packed] for name, packed in stored.items() if packed is not None}
     dims = {name: entry.dim for name, entry in entries.items()}
+    _check_values(state, entries)
     forms = {name: entry.form for name, entry in entries.items() if entry.form is not None}
     fixed = {name: entry.input_scale for name, entry in entries.items() if entry.input_scale is not None}
     info = {**quantizer.info, "model": type(model).__name__}
@@ -82,6 +90,31 @@ def dense_state_dict(model: Any) -> dict[str, Tensor]:
         if entry != "packed":
             state[key] = tensor
     return state
+
+
+def _check_values(state: Mapping[str, Tensor], entries: Mapping[str, PackedEntry]) -> None:
+    """Refuse weights that packing would cut; warn of those that it rounds."""
+    for name, entry in entries.items():
+        if broken := violations_24(state[name], dim=entry.dim):
+            raise ValueError(
+                f"{name} is not 2:4: {broken}; it has changed since the packed folder was loaded, and cannot be packed "
+                "again: call model.dequantize() first, and save_pretrained writes dense weights (to keep the zeros "
+                "while the model trains, use Prox24 or Prox24TrainerCallback with strategy='keep', or load_masks)"
+            )
+    changed = [
+        name
+        for name, entry in entries.items()
+        if entry.form is not None and not torch.equal(entry.rounded(state[name], name), state[name])
+    ]
+    if changed:
+        warnings.warn(
+            f"{changed[0]} and {len(changed) - 1} more of the {len(entries)} packed weights are not as they were "
+            f"stored (trained, edited, or loaded in another dtype), and are rounded to {entries[changed[0]].form} "
+            "again: changes below a rounding step are lost, and fixed scales of inputs stay those of the old model; "
+            "call model.dequantize() before save_pretrained to write dense weights as they are, and prox24 convert "
+            "for a packed folder of them",
+            stacklevel=3,
+        )
 
 
 def _upload(
