@@ -132,6 +132,7 @@ class EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@torch.inference_mode(False)  # the model gets ordinary parameters, which can be trained
 @torch.no_grad()
 def load_packed(
     model: nn.Module, file: PackedFile | PackedModel, *, device: torch.device | str | None = None, sparse: bool = False

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prox24_lightning.mask import is_24, mask_24
+from prox24_lightning.utils.tensors import without_inference
 from prox24_lightning.weights.eligibility import fit_groups
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
@@ -36,9 +37,10 @@ class MaskedLora:
             dropout, or a copy of the layer that trains as a whole (``modules_to_save``).
     """
 
+    @torch.inference_mode(False)  # the masks are part of what autograd differentiates
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
-        self.masks = dict(_masks_of_zeros(model) if masks is None else masks)
+        self.masks: dict[str, Tensor] = without_inference(dict(_masks_of_zeros(model) if masks is None else masks))
         adapted: list[tuple[nn.Module, Tensor]] = []
         for name, layer in model.named_modules():
             mask = self.masks.get(_base_name(f"{name}.weight"))

@@ -34,6 +34,7 @@ def is_packed_folder(folder: str | Path) -> bool:
     return weights and (Path(folder) / "config.json").is_file()
 
 
+@torch.inference_mode(False)
 def load_folder(
     folder: str | Path,
     auto: Any,

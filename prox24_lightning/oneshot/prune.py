@@ -26,6 +26,7 @@ from prox24_lightning.solvers.config import Method, Refine, SolverConfig
 from prox24_lightning.solvers.input_order.choose import holders
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.cuda_graphs import GraphMemory
+from prox24_lightning.utils.tensors import without_inference
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.layer_matrix import why_not_solvable
 from prox24_lightning.weights.names import clean_name
@@ -33,6 +34,7 @@ from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight, select_weights
 
 
+@torch.inference_mode(False)
 def prune_layerwise(
     model: nn.Module,
     batches: Iterable[Any],
@@ -111,8 +113,10 @@ def prune_layerwise(
     Raises:
         TypeError: if ``batches`` is a tensor, whose rows would be taken for batches.
         ValueError: for arguments that do not fit the model, and for a layer that cannot be solved (its inputs are not
-            finite, say), by name; for a ``work_dir`` that another run uses. Blocks that are finished stay pruned, and
-            stay in ``work_dir``. After any error the model is on its device, in its mode, with its own forwards.
+            finite, say), by name; for a ``work_dir`` that another run uses; for ``budget``, ``reorder_inputs`` and
+            ``reconstruct_steps`` on a model that was made within ``torch.inference_mode()``. Blocks that are finished
+            stay pruned, and stay in ``work_dir``. After any error the model is on its device, in its mode, with its
+            own forwards.
     """
     if isinstance(batches, Tensor):
         raise TypeError("batches must be an iterable of batches; for one batch give [batch]")
@@ -130,13 +134,17 @@ def prune_layerwise(
         work_dir=work_dir,
     )
     begin = time.perf_counter()
+    batches = map(without_inference, batches)
     found = find_blocks(model, config.blocks)
     selection = select_weights(model, targets=config.targets, skip=config.skip, geometry=config.geometry)
     report = LayerwiseReport(config.settings(), skipped=list(selection.skipped))
     chosen = inside_blocks(selection.chosen, found, report.skipped)
     if not chosen:
         reasons = "; ".join(sorted({weight.reason for weight in report.skipped})) or "it has no weights"
-        raise ValueError(f"no weight of {type(model).__name__} can be pruned layer-wise: {reasons}")
+        remedy = "; call requires_grad_(True) on what is to be pruned" if "frozen (requires_grad" in reasons else ""
+        raise ValueError(f"no weight of {type(model).__name__} can be pruned layer-wise: {reasons}{remedy}")
+    if config.budget or config.reorder_inputs or config.reconstruct_steps:
+        check_ordinary(model)
     if (dense := selection.warning()) is not None:
         warnings.warn(dense, stacklevel=2)
     moved: dict[str, Tensor] = {}
@@ -154,6 +162,17 @@ def prune_layerwise(
         )
     report.seconds += time.perf_counter() - begin
     return report
+
+
+def check_ordinary(model: nn.Module) -> None:
+    """Refuse parameters that were made within ``torch.inference_mode()``, where they must take gradients or change."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"{name} was made within torch.inference_mode() and takes no gradients, which budget, reorder_inputs "
+                "and reconstruct_steps need: load the model outside of that mode, or give copy.deepcopy(model), made "
+                "outside of it"
+            )
 
 
 def _prune_blocks(

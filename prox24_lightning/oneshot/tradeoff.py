@@ -19,12 +19,12 @@ from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
 from prox24_lightning.oneshot.budget import layer_prices
 from prox24_lightning.oneshot.progress import LayerProgress
-from prox24_lightning.oneshot.prune import inside_blocks, prune_layerwise
+from prox24_lightning.oneshot.prune import check_ordinary, inside_blocks, prune_layerwise
 from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, predicted_speedup
 from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.files import replacing, write_text
-from prox24_lightning.utils.tensors import tensors_in
+from prox24_lightning.utils.tensors import tensors_in, without_inference
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.selection import select_weights
 
@@ -111,6 +111,7 @@ class Tradeoff:
             figure.savefig(temporary)
 
 
+@torch.inference_mode(False)
 def measure_prices(
     model: nn.Module,
     batches: Sequence[Any],
@@ -127,6 +128,8 @@ def measure_prices(
 
     The arguments are those of that function; the model is as before afterwards.
     """
+    check_ordinary(model)
+    batches = [without_inference(batch) for batch in batches]
     found = find_blocks(model, blocks)
     selection = select_weights(model, targets=targets, skip=skip, geometry=geometry)
     chosen = inside_blocks(selection.chosen, found, [])

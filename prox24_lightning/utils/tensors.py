@@ -56,6 +56,12 @@ def to_device(value: Any, device: torch.device | str, *, copy: bool = False) -> 
     return map_tensors(lambda tensor: tensor.to(device, copy=copy), value)
 
 
+def without_inference(value: Any) -> Any:
+    """Return ``value`` with copies in place of tensors that were made within ``torch.inference_mode()``: autograd takes
+    none of those. Call it outside of that mode."""
+    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
+
+
 def first_tensor(output: Any) -> Tensor | None:
     """Return a module's output, or the first entry of a tuple or list, if that is a tensor; else None."""
     first = output[0] if isinstance(output, (tuple, list)) and output else output

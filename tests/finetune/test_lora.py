@@ -51,6 +51,16 @@ def train(model, batch, steps=5):
         optimizer.step()
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["masks given", "masks of the zeros"])
+def test_adapters_masked_in_inference_mode_can_be_trained(given):
+    model, masks = adapted()
+    with torch.inference_mode():
+        masks = {name: mask.clone() for name, mask in masks.items()}
+        lora = MaskedLora(model, masks if given else None)
+    train(model, torch.randn(32, 8), steps=1)
+    assert is_24(lora.merge()[0].weight)
+
+
 def test_the_merged_model_is_the_trained_one_and_24():
     model, masks = adapted()
     lora = MaskedLora(model, masks)

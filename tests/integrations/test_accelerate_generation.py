@@ -46,6 +46,16 @@ def generated(model, given, **options):
     return model.generate(**given, **options)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_calls_in_and_out_of_inference_mode_take_turns(first):
+    model, given = tiny(), prompts()
+    expected = generated(model, given, **GREEDY)
+    accelerate_generation(model)
+    for inference in (first, not first, first):
+        with torch.inference_mode(inference):
+            assert torch.equal(generated(model, given, **GREEDY), expected)
+
+
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
 
 

@@ -102,7 +102,8 @@ class AcceleratedGeneration:
         if (reason := _why_ordinary(model, args, kwargs)) is not None:
             log.info("generate() runs as transformers has it: %s", reason)
             return ordinary(model, *args, **kwargs)
-        return ordinary(model, *args, custom_generate=self._decode, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():  # caches outlive the call, and the mode it is made in
+            return ordinary(model, *args, custom_generate=self._decode, **kwargs)
 
     def _decode(
         self,
