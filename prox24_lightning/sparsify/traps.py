@@ -21,6 +21,7 @@ def traps(
         total_steps: its length; ``inf`` or negative if it is not known.
         weights: that become 2:4.
     """
+    yield from _unused_settings(config)
     if config.strategy == "keep":
         return
     sparse = weights_24(weights)
@@ -30,7 +31,6 @@ def traps(
             f"from step {plan.start} to step {plan.freeze}; strategy='keep' keeps the zeros that are there, and "
             "fine-tunes the rest"
         )
-    yield from _without_effect(config)
     few = config.calibration_batches
     solves = config.strategy == "progressive" and config.calibration != "magnitude"
     if solves and plan.freeze == 0 and len(sparse) < len(weights):
@@ -51,19 +51,35 @@ def traps(
         )
 
 
-def _without_effect(config: SparsifyConfig) -> Iterator[str]:
-    if config.strategy != "progressive":
-        unused = [name for name in ("token_weighting", "calibration_batches") if _is_set(config, name)]
-        why = f"strategy={config.strategy!r}: they belong to strategy='progressive'"
-    elif config.calibration != "auto":
-        unused = [name for name in ("token_weighting",) if _is_set(config, name)]
-        why = f"calibration={config.calibration!r}: it belongs to calibration='auto'"
-    else:
-        return
-    if unused:
-        given = ", ".join(f"{name}={getattr(config, name)}" for name in unused)
-        yield f"the setting has no effect: {given} with {why}; leave it out"
+def without_effect(config: SparsifyConfig) -> list[str]:
+    """Return the names of settings that are not at their defaults and that nothing reads, whatever the strategy."""
+    solves = config.strategy == "progressive" and config.calibration != "magnitude"
+    reruns = solves and config.calibration == "auto"
+    read = {
+        "dense_target": reruns,
+        "reconstruction_steps": reruns,
+        "gradient_weighting": reruns and config.reconstruction_steps > 0,
+        "reorder_inputs": reruns,
+        "budget": reruns,
+        "token_weighting": reruns,
+        "calibration_batches": solves,
+        "calibration": config.strategy == "progressive",
+        "metric": config.strategy != "keep",
+        "fraction": config.strategy == "post_step" and config.schedule == "auto",
+    }
+    return [name for name, is_read in read.items() if not is_read and _is_set(config, name)]
+
+
+def _unused_settings(config: SparsifyConfig) -> Iterator[str]:
+    if unused := without_effect(config):
+        deciding = [name for name in ("calibration", "reconstruction_steps", "schedule") if _is_set(config, name)]
+        where = [name for name in ("strategy", *deciding) if name not in unused]
+        yield f"what is set has no effect with {_given(config, where)}: {_given(config, unused)}; leave it out"
 
 
 def _is_set(config: SparsifyConfig, name: str) -> bool:
     return bool(getattr(config, name) != SparsifyConfig.__dataclass_fields__[name].default)
+
+
+def _given(config: SparsifyConfig, names: Sequence[str]) -> str:
+    return ", ".join(f"{name}={getattr(config, name)!r}" for name in names)

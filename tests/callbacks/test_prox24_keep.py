@@ -13,6 +13,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny_runs import StatefulLoader, TinyModule, quiet_trainer, tiny_loader
 
 from prox24_lightning import Distillation, Prox24, SparsityMonitor, is_24, load_masks, mask_24
+from prox24_lightning.sparsify.config import SparsifyConfig
+from prox24_lightning.sparsify.phases import PhasePlan
+from prox24_lightning.sparsify.traps import traps
 
 LAYERS = ("model.0.weight", "model.2.weight")
 
@@ -145,19 +148,56 @@ def test_a_freeze_before_the_first_batch_is_named():
         fit(TinyModule(), Prox24(0, 0, verbose=False))
 
 
+OTHER = {
+    "dense_target": 0.2,
+    "reconstruction_steps": 3,
+    "gradient_weighting": False,
+    "calibration": "stream",
+    "reorder_inputs": True,
+    "budget": 0.1,
+    "calibration_batches": 3,
+    "token_weighting": 0.5,
+    "metric": "weight",
+    "schedule": "linear",
+    "fraction": "linear",
+    "refit": "restore",
+}
+"""A value of each setting that is not the default, in the order of the settings."""
+POST_STEP = {"schedule", "fraction", "refit"}
+PROGRESSIVE = {*OTHER} - POST_STEP - {"metric"}
+IGNORED = [
+    ({"strategy": "keep"}, {*OTHER}),
+    ({"strategy": "post_step"}, PROGRESSIVE),
+    ({"strategy": "post_step", "schedule": "linear"}, {*PROGRESSIVE, "fraction"}),
+    ({"strategy": "progressive"}, POST_STEP),
+    ({"strategy": "progressive", "reconstruction_steps": 0}, {*POST_STEP, "gradient_weighting"}),
+    ({"strategy": "progressive", "calibration": "stream"}, {*POST_STEP, *PROGRESSIVE} - {"calibration_batches"}),
+    ({"strategy": "progressive", "calibration": "magnitude"}, {*POST_STEP, *PROGRESSIVE}),
+]
+"""What decides, and the settings that nothing reads there."""
+
+
 @pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (
-            {"strategy": "post_step", "token_weighting": 0.5, "calibration_batches": 3},
-            r"token_weighting=0.5, calibration_batches=3 with strategy='post_step'",
-        ),
-        ({"calibration": "stream", "token_weighting": 0.5}, "token_weighting=0.5 with calibration='stream'"),
-    ],
+    "given, name, ignored",
+    [(given, name, name in ignored) for given, ignored in IGNORED for name in OTHER if name not in given],
 )
-def test_settings_without_effect_are_named(arguments, words):
-    with pytest.warns(UserWarning, match=f"the setting has no effect: {words}.*leave it out"):
+def test_every_setting_without_effect_is_named_or_refused(given, name, ignored):
+    try:
+        found = " ".join(traps(SparsifyConfig(**given, **{name: OTHER[name]}), PhasePlan(2, 4), 8, []))
+        found = found.partition(": ")[2]  # behind what decides
+    except ValueError as error:
+        found = str(error)
+    assert (f"{name}={OTHER[name]!r}" in found) == ignored, found
+
+
+def test_settings_without_effect_are_named_once():
+    arguments = {"dense_target": 0.2, "token_weighting": 0.5, "calibration": "stream"}
+    words = "dense_target=0.2, token_weighting=0.5; leave it out"
+    with pytest.warns(UserWarning, match=f"no effect with strategy='progressive', calibration='stream': {words}"):
         fit(TinyModule(), Prox24(2, 4, verbose=False, **arguments))
+    words = "dense_target=0.2, token_weighting=0.5, calibration='stream'; leave it out"
+    with pytest.warns(UserWarning, match=f"no effect with strategy='keep': {words}"):
+        fit(pruned(), Prox24(strategy="keep", verbose=False, **arguments))
 
 
 @pytest.mark.parametrize("arguments", [{"calibration": "magnitude"}, {"strategy": "post_step"}])
