@@ -158,15 +158,21 @@ def capture(step: Callable[[], object], *, warm_ups: int = 3) -> torch.cuda.CUDA
             step()
     current.wait_stream(side)
     torch.cuda.synchronize()
-    gc.collect()  # a tensor that is freed during the capture could end it
-    torch.cuda.empty_cache()
-    return _record(step, device, torch.cuda.graph_pool_handle())
+    try:
+        return _record(step, device, torch.cuda.graph_pool_handle())
+    except torch.OutOfMemoryError:  # what torch has cached elsewhere cannot serve a capture
+        torch.cuda.empty_cache()
+        return _record(step, device, torch.cuda.graph_pool_handle())
 
 
 def _record(step: Callable[[], object], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph:
-    """Return ``step`` as a graph; ``torch.cuda.graph`` would also wait for the device and empty torch's cache."""
+    """Return ``step`` as a graph.
+
+    ``torch.cuda.graph`` would also wait for the device, empty torch's cache and collect garbage, which takes up to a
+    second in a process that has imported much.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(_side_stream(device)):
+    with torch.cuda.stream(_side_stream(device)), _no_garbage_collection():
         try:
             # "thread_local": a data loader's pinning thread that touches CUDA does not spoil the capture.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -178,6 +184,18 @@ def _record(step: Callable[[], object], device: torch.device, pool: Any) -> torc
             _end_capture(device, pool)
             raise
     return graph
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A tensor that garbage collection frees during a capture could end it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,8 +1,10 @@
+import gc
+
 import pytest
 import torch
 
 from prox24_lightning.solvers import solve_layer
-from prox24_lightning.utils.cuda_graphs import GraphedFunction, GraphedStep, GraphMemory, _log_once
+from prox24_lightning.utils.cuda_graphs import GraphedFunction, GraphedStep, GraphMemory, _log_once, capture
 
 
 def test_off_cuda_every_call_runs_the_step():
@@ -100,3 +102,21 @@ def test_the_gpu_ends_at_the_loss_of_the_cpu(method):
     here = solve_layer(weight, hessian, method=method)
     there = solve_layer(weight.cuda(), hessian.cuda(), method=method)
     assert there.refined_loss == pytest.approx(here.refined_loss, rel=2e-3)
+
+
+@pytest.mark.gpu
+def test_garbage_is_not_collected_during_a_capture():
+    value = torch.zeros((), device="cuda")
+    seen = []
+
+    def step():
+        ring = [torch.ones(8)]
+        ring.append(ring)  # garbage that holds a tensor
+        seen.append(gc.isenabled())
+        value.add_(1)
+
+    graph = capture(step, warm_ups=1)
+    assert seen == [True, False]
+    assert gc.isenabled()
+    graph.replay()
+    assert value.item() == 2
