@@ -8,10 +8,6 @@ nearly as good, the row then becomes another one, and all that is pruned later w
 last block's mask differ, and no tolerance tells that from a fault. In float64 masks are the same, and weights equal to
 1e-4 (inputs hardly vary in some directions, in which the refit is free). AdamW would divide gradients that are zero but
 for rounding by themselves.
-
-On two H200s, when the solver still worked in float32 on models in float64, 37 tests passed and 2 failed: 8 % of the
-masks of "fsdp2 solved" differed from those of one process in the first block, and 5 % after a resume at step 12. It has
-not run on two GPUs since.
 """
 
 from __future__ import annotations
