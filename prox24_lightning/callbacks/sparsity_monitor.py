@@ -16,7 +16,7 @@ from prox24_lightning.monitoring.figures import mask_figure, overview_figure, re
 from prox24_lightning.monitoring.history import SparsityHistory
 from prox24_lightning.monitoring.monitored_weights import MonitoredWeights
 from prox24_lightning.monitoring.output import MonitorOutput, tensorboard_loggers
-from prox24_lightning.monitoring.summary import print_summary
+from prox24_lightning.monitoring.summary import print_next, print_summary
 from prox24_lightning.monitoring.training_loss import TrainingLoss
 from prox24_lightning.sparsify.controller import SparsifyController
 from prox24_lightning.weights.selection import GroupedWeight, select_weights
@@ -111,6 +111,7 @@ class SparsityMonitor(Callback):
         self._monitored: list[MonitoredWeights] = []
         self._loaded: dict[str, Any] = {}
         self._begun = False
+        self._ended = False
         self._last: dict[str, int] = {}
         self._masks = 0
         self._seen_optimizer_steps: tuple[int, ...] = ()
@@ -218,7 +219,15 @@ class SparsityMonitor(Callback):
             if self.summary and self._begun and entry.layers and trainer.is_global_zero:
                 shapes = {weight.name: tuple(weight.parameter.shape) for weight in entry.weights}
                 with self._output.guarded("printing the summary"):
-                    print_summary(entry.layers, shapes, entry.describe(), _last_checkpoint(trainer))
+                    print_summary(entry.layers, shapes, entry.describe())
+                self._ended = True
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # After the tables that other callbacks print at the end of the fit.
+        if self._ended and (checkpoint := _last_checkpoint(trainer)):
+            print_next(checkpoint)
+        self._ended = False
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

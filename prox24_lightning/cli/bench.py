@@ -24,7 +24,7 @@ from prox24_lightning.convert.benchmark.run import run_benchmark
 from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
 from prox24_lightning.convert.benchmark.time_language_model import time_language_model
 from prox24_lightning.convert.eligibility import find_target
-from prox24_lightning.io.pretrained import Head, is_causal_lm
+from prox24_lightning.io.pretrained import Head, check_positions, has_rotary, is_causal_lm, positions
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.io.texts import PlainText, PythonTopics, TextSource, perplexity, token_sequences
 from prox24_lightning.utils.environment import describe_environment
@@ -140,6 +140,7 @@ def bench(
             download=download,
             config=run_config,
         )
+        beyond = _beyond_positions(source, prefill, context, length if sequences else 1, generate)
         settings = replace(settings, dtype=layer_dtype(source.model, dtype))
         if token_counts is None and _is_language_model(source):
             settings = replace(settings, token_counts=tuple(sorted({workload.tokens for workload in workloads})))
@@ -150,6 +151,7 @@ def bench(
         if not report.shapes:
             raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor gives the reasons")
         report = replace(report, machine={"model": source.description, **facts, **report.machine})
+        report = report.with_note(beyond) if beyond else report
         names = (*report.names("sparse"), *report.dense_fp8_names)
         if _is_language_model(source) and names:
             report = _with_language(report, source.model, names, workloads, settings, score, about)
@@ -177,6 +179,30 @@ def _example(source: Source) -> ExampleInputs | None:
 
 def _is_language_model(source: Source) -> bool:
     return source.pretrained is not None and is_causal_lm(source.model)
+
+
+def _beyond_positions(source: Source, prefill: int, context: int, length: int, generate: int) -> str:
+    """Return a note where sequences are longer than the model has positions; empty where none is.
+
+    Raises:
+        ValueError: where positions are a table, which longer sequences would read past its end.
+    """
+    if not _is_language_model(source):
+        return ""
+    config = source.model.config
+    name, longest = positions(config)
+    largest = max(prefill, context + generate, length)
+    if longest is None or largest <= longest:
+        return ""
+    if not has_rotary(config):
+        check_positions(config, {"prefill": prefill, "length": length})
+        raise ValueError(
+            f"context={context} and generate={generate} together are more than the {longest} positions of the model "
+            f"({name} in its config): give less"
+        )
+    return (
+        f"{largest} tokens are more than the {longest} positions of the model ({name}): times hold, perplexity may not."
+    )
 
 
 def _with_language(

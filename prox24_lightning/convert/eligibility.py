@@ -265,7 +265,6 @@ def _values(weight: Tensor, dim: int) -> Iterator[str]:
     elif weight.shape[dim] % 4 == 0 and not is_24(weight, dim=dim):
         broken = violations_24(weight, dim=dim, limit=3)
         mostly = broken.count > broken.groups // 2  # a dense weight: its values say nothing
-        shown = f"{broken.count} of {broken.groups} groups, first at {broken.first[0]}" if mostly else str(broken)
-        yield f"not 2:4: {shown}"
+        yield f"not 2:4: {broken.in_short() if mostly else broken}"
         if weight.shape[1 - dim] % 4 == 0 and is_24(weight, dim=1 - dim):
             yield "2:4 along the output dimension (column geometry): the kernels take groups along the input dimension"

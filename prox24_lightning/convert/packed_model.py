@@ -78,7 +78,7 @@ def find_packable(
                         f"{name} is not 2:4, though most of it is: {found}; prune it again, or store it dense: "
                         f"skip={name!r}"
                     )
-                reason = f"not 2:4: {found.count} of {found.groups} groups, first at {found.first[0]}"
+                reason = f"not 2:4: {found.in_short()}"
             if wanted:
                 raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be packed: {reason}")
             dense[name] = reason

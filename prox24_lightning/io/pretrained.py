@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,14 +117,7 @@ class Pretrained:
         if length < 1:
             raise ValueError(f"length={length} must be 1 or more tokens a sequence")
         source, extra = self._source()
-        config = transformers.AutoConfig.from_pretrained(source, **extra).get_text_config()
-        longest = getattr(config, "max_position_embeddings", None)
-        if isinstance(longest, int) and 0 < longest < length:  # some families write -1 or 0 for "no limit"
-            name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-            raise ValueError(
-                f"length={length} is more than the {longest} positions of the model ({name} in its config): give "
-                f"--length {longest} or less"
-            )
+        check_positions(transformers.AutoConfig.from_pretrained(source, **extra), {"length": length})
 
     def folder(self) -> Path:
         """Return the folder that holds the model's files.
@@ -152,6 +146,56 @@ class Pretrained:
         if self.file.endswith(".gguf"):
             return source, {"gguf_file": self.file}
         return str(Path(source) / self.file), {}
+
+
+def check_positions(config: Any, lengths: Mapping[str, int]) -> None:
+    """Refuse sequences that are longer than a model of transformers has positions.
+
+    Args:
+        config: of the model.
+        lengths: option of the command -> tokens.
+
+    Raises:
+        ValueError: for the first that is too long, with the largest that is not.
+    """
+    name, longest = positions(config)
+    for option, length in lengths.items():
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"{option}={length} is more than the {longest} positions of the model ({name} in its config): give "
+                f"--{option} {longest} or less"
+            )
+
+
+def positions(config: Any) -> tuple[str, int | None]:
+    """Return the name of the setting that says how many positions a model has, and that number; None for no limit.
+
+    Where rotary embeddings are scaled, it is the scaled number, which some configs give and some leave to the factor.
+    """
+    text = config.get_text_config()
+    name = text.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    longest = getattr(text, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest <= 0:  # some families write -1 or 0 for "no limit"
+        return name, None
+    scaled = [
+        int(rope["factor"] * (rope.get("original_max_position_embeddings") or longest))
+        for rope in _rotary(text)
+        if isinstance(rope.get("factor"), int | float)
+    ]
+    return name, max(longest, *scaled) if scaled else longest
+
+
+def has_rotary(config: Any) -> bool:
+    """Return whether positions are rotations, computed for any number, rather than a table that ends."""
+    text = config.get_text_config()
+    return bool(_rotary(text)) or hasattr(text, "rope_theta")
+
+
+def _rotary(config: Any) -> list[Mapping[str, Any]]:
+    """Return the settings of rotary embeddings; several where they differ by the kind of layer."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in found.values() if isinstance(value, Mapping)]
+    return nested or ([found] if found else [])
 
 
 def is_causal_lm(model: Any) -> bool:

@@ -43,6 +43,12 @@ class Violations:
     def __bool__(self) -> bool:
         return self.count > 0
 
+    def in_short(self) -> str:
+        """Return how many groups break the pattern, and where the first is; of all of them, no number."""
+        if self.count == self.groups:
+            return "no group is"
+        return f"{self.count} of {self.groups} groups" + (f", first at {self.first[0]}" if self.first else "")
+
     def __str__(self) -> str:
         if not self.count:
             return f"all {self.groups} groups are 2:4"

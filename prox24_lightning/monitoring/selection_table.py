@@ -21,18 +21,21 @@ def selection_table(selection: Selection, title: str, width: int = 80) -> Table:
 
     The table is ``width`` characters wide at most: names are cut in the middle.
     """
-    table = Table(title=title, title_justify="left")
-    for column, justify in (("weight", "left"), ("", "right"), ("shape", "left")):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("decision", overflow="fold")
     chosen = ((weight.name, tuple(weight.parameter.shape), "2:4") for weight in selection.chosen)
     skipped = ((weight.name, weight.shape, f"dense: {weight.reason}") for weight in selection.skipped)
     kinds = (("green", _collapsed(chosen)), ("dim", _collapsed(skipped)))
     short = shorten_all((name for _, rows in kinds for name, _, _ in rows), max(20, width - _OTHERS))
+    repeated = any(count > 1 for _, rows in kinds for count in rows.values())
+    table = Table(title=title, title_justify="left")
+    table.add_column("weight", no_wrap=True)
+    if repeated:
+        table.add_column("", justify="right", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("decision", overflow="fold")
     for style, rows in kinds:
         for (name, shape, decision), count in rows.items():
-            times = f"x {count}" if count > 1 else ""
-            table.add_row(short[name], times, " x ".join(map(str, shape)), decision, style=style)
+            times = [f"x {count}" if count > 1 else ""] if repeated else []
+            table.add_row(short[name], *times, " x ".join(map(str, shape)), decision, style=style)
     return table
 
 

@@ -68,20 +68,17 @@ def print_summary(
     layers: Mapping[str, SparsityStats],
     shapes: Mapping[str, tuple[int, ...]],
     title: str,
-    checkpoint: str | Path | None = None,
 ) -> None:
-    """Print :func:`summary_table`, where it applies :func:`dense_warning`, and the command that goes on.
-
-    Args:
-        layers, shapes, title: see :func:`summary_table`.
-        checkpoint: file or folder of the run's last checkpoint; None where there is none.
-    """
+    """Print :func:`summary_table` and, where it applies, :func:`dense_warning`; arguments as there."""
     console = Console()
     console.print(summary_table(layers, shapes, title, console.width))
     if (warning := dense_warning(layers)) is not None:
         console.print(warning, style="bold yellow", highlight=False, markup=False)
-    if checkpoint:
-        console.print(f"next: prox24 doctor {checkpoint}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_next(checkpoint: str | Path) -> None:
+    """Print the command that goes on from a run's last checkpoint, a file or a folder."""
+    Console().print(f"next: prox24 doctor {checkpoint}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _rows(

@@ -260,6 +260,38 @@ def test_layers_run_in_the_dtype_of_the_model_or_the_one_that_is_named(own, word
     assert layer_dtype(model, word) == getattr(torch, expected)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            [],
+            "prefill=1024 is more than the 64 positions of the model (n_positions in its config): give --prefill 64 or",
+        ),
+        (
+            ["--prefill", 64, "--context", 60, "--length", 8],
+            "context=60 and generate=128 together are more than the 64",
+        ),
+    ],
+)
+def test_a_table_of_positions_is_not_read_past_its_end(prox24, pretended, tmp_path, words, message):
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=64))
+    model.save_pretrained(tmp_path / "model")
+    code, _, err = prox24("bench", tmp_path / "model", *words)
+    assert code == 2
+    assert message in err
+    assert "settings" not in pretended
+
+
+def test_rotary_embeddings_beyond_the_positions_are_a_note(prox24, pretended, sparse_folder):
+    words = ("--prefill", 100, "--context", 8, *QUICK)
+    code, printed, _ = prox24("bench", sparse_folder, *words)
+    assert code == 0
+    flat = " ".join(printed.split())
+    assert "100 tokens are more than the 64 positions of the model (max_position_embeddings): times hold" in flat
+    code, printed, _ = prox24("bench", sparse_folder, "--prefill", 64, "--context", 8, *QUICK)
+    assert "positions of the model" not in " ".join(printed.split())
+
+
 def test_bare_weights_are_timed_layer_by_layer(prox24, pretended, sparse_folder, tmp_path):
     code, *_ = prox24(
         "bench", f"{sparse_folder}/model.safetensors", "--output", tmp_path / "out", "--convert_all", "true"

@@ -251,7 +251,7 @@ def test_no_class_is_made_that_only_lies_beside_a_checkpoint(prox24, run_folder)
 def test_a_config_alone_is_the_untrained_model(prox24, run_folder):
     code, about, layers = shown(prox24, "run/config.yaml")
     assert (code, about) == (1, "run/config.yaml, untrained")
-    assert layers["body"].startswith("not 2:4: 2048 of 2048")
+    assert layers["body"].startswith("not 2:4: no group is")
 
 
 @pytest.mark.parametrize("name", ["bare.pt", "bare.safetensors"])

@@ -6,9 +6,9 @@ import json
 
 import pytest
 from tiny_language import Chains, save_tiny_llama
-from transformers import BloomConfig, GPT2Config
+from transformers import BloomConfig, GPT2Config, LlamaConfig
 
-from prox24_lightning.io.pretrained import Pretrained
+from prox24_lightning.io.pretrained import Pretrained, check_positions, positions
 
 QUICK = ("--sequences", 4, "--length", 16, "--eval_sequences", 2, "--batch_size", 2, "--steps", 3)
 
@@ -124,6 +124,26 @@ def test_the_length_is_held_against_the_name_that_the_config_has(tmp_path):
         Pretrained(str(tmp_path)).check_length(100)
     BloomConfig().save_pretrained(tmp_path)  # no number of positions
     Pretrained(str(tmp_path)).check_length(10**6)
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 128),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 4}, 64),
+        ({"rope_type": "default"}, 64),
+    ],
+)
+def test_scaled_rotary_embeddings_have_the_scaled_number_of_positions(rope, longest):
+    config = LlamaConfig(max_position_embeddings=64)
+    config.rope_parameters = rope
+    assert positions(config) == ("max_position_embeddings", longest)
+    check_positions(config, {"length": longest})
+    with pytest.raises(ValueError, match=f"prefill={longest + 1} is more than the {longest} positions .*--prefill"):
+        check_positions(config, {"length": longest, "prefill": longest + 1})
+    config.rope_parameters = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
+    assert positions(config)[1] == longest
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_one_violation_is_enough():
 
 
 def test_a_dense_layer_is_counted_in_short():
-    assert verdict(nn.Linear(64, 32)).why == "not 2:4: 512 of 512 groups, first at (0, 0)"
+    assert verdict(nn.Linear(64, 32)).why == "not 2:4: no group is"
 
 
 def test_the_first_violations_only():

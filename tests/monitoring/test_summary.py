@@ -9,7 +9,7 @@ from torch import nn
 
 from prox24_lightning.monitoring.selection_table import selection_table
 from prox24_lightning.monitoring.statistics import SparsityStats
-from prox24_lightning.monitoring.summary import dense_warning, percent, print_summary, summary_table
+from prox24_lightning.monitoring.summary import dense_warning, percent, print_next, summary_table
 from prox24_lightning.weights.selection import GroupedWeight, Selection, SkippedWeight
 
 
@@ -65,7 +65,5 @@ def test_the_tables_fit_80_columns_and_keep_names_apart():
 
 
 def test_the_next_command_names_the_checkpoint(capsys):
-    print_summary({"a": stats(1.0)}, {"a": (4, 10)}, "title", "runs/last.ckpt")
-    assert capsys.readouterr().out.splitlines()[-1] == "next: prox24 doctor runs/last.ckpt"
-    print_summary({"a": stats(1.0)}, {"a": (4, 10)}, "title")
-    assert "next:" not in capsys.readouterr().out
+    print_next("runs/last.ckpt")
+    assert capsys.readouterr().out == "next: prox24 doctor runs/last.ckpt\n"

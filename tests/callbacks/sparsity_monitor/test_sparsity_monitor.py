@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -374,6 +374,21 @@ def test_the_closing_table_is_printed(capsys):
     assert "prox24: 100 % of the groups, 1 of 1 weights are 2:4 after 20 steps" in printed
     assert "16 x 16" in printed
     assert "not 2:4" not in printed
+
+
+def test_the_next_command_comes_after_the_tables_of_other_callbacks(capsys, tmp_path):
+    class Table(Callback):
+        def on_fit_end(self, trainer, pl_module):
+            print("another table")
+
+    def saved(name):
+        return ModelCheckpoint(tmp_path / name, save_last=True)
+
+    fit([monitor(summary=True), prox(targets=["model.2"]), Table(), saved("a")], enable_checkpointing=True)
+    printed = capsys.readouterr().out
+    assert printed.index("another table") < printed.index("next: prox24 doctor ")
+    fit([monitor(summary=False), prox(targets=["model.2"]), saved("b")], enable_checkpointing=True)
+    assert "next:" not in capsys.readouterr().out
 
 
 def test_dense_layers_are_named(capsys):
