@@ -113,6 +113,8 @@ class ConvertAndBenchmark(Callback):
         super().__init__()
         if dtype not in get_args(Dtype):
             raise ValueError(f"dtype={dtype!r} has no sparse kernel; use one of {', '.join(get_args(Dtype))}")
+        if not isinstance(token_counts, Sequence):
+            raise ValueError(f"token_counts={token_counts!r} must be a list of whole numbers, such as [1, 64, 1024]")
         if not filename or Path(filename).name != filename:
             raise ValueError(f"filename={filename!r} is a name without folders; give the folder as dirpath")
         self.settings = Settings(

@@ -80,17 +80,17 @@ class SparsityMonitor(Callback):
         name: str = "sparsity",
     ) -> None:
         super().__init__()
-        if every_n_steps < 1:
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(
-                f"every_n_steps={every_n_steps} must be at least 1; to log nothing, remove SparsityMonitor"
+                f"every_n_steps={every_n_steps!r} must be a whole number from 1 up; to log nothing, remove the callback"
             )
         for argument, value in (
             ("histograms_every_n_steps", histograms_every_n_steps),
             ("figures_every_n_steps", figures_every_n_steps),
             ("picture_layers", picture_layers),
         ):
-            if value < 0:
-                raise ValueError(f"{argument}={value} must not be negative; 0 switches it off")
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{argument}={value!r} must be a whole number from 0 up; 0 switches it off")
         if not name or "/" in name:
             raise ValueError(f"name={name!r} is a prefix of tags and a file name; use letters, digits, '_' and '-'")
         self.every_n_steps = every_n_steps

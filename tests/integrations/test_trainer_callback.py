@@ -74,6 +74,24 @@ def train(callback, folder, resume=None, model=None, accumulate=1, kind=InOrder,
     return trainer
 
 
+def test_two_callbacks_need_two_names(tmp_path):
+    def run(folder, *names):
+        each = [
+            Prox24TrainerCallback(START, FREEZE, strategy="post_step", targets=[target], verbose=False, name=name)
+            for name, target in zip(names, ("model.0", "model.2"), strict=True)
+        ]
+        settings = TrainingArguments(
+            str(folder), max_steps=STEPS, per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        InOrder(Model(), settings, train_dataset=Samples(), callbacks=each).train()
+        return [one.phase for one in each]
+
+    with pytest.raises(ValueError, match="two Prox24TrainerCallback have the name 'prox24', and would write the same"):
+        run(tmp_path / "one", "prox24", "prox24")
+    assert run(tmp_path / "two", "first", "second") == ["frozen", "frozen"]
+    assert {"first.pt", "second.pt"} <= {path.name for path in (tmp_path / "two" / f"checkpoint-{STEPS}").iterdir()}
+
+
 def callback(strategy="progressive", **arguments):
     return Prox24TrainerCallback(
         START, FREEZE, strategy=strategy, targets=["model.0", "model.2"], verbose=False, **arguments

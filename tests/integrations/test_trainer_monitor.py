@@ -80,6 +80,16 @@ def test_scalars_figure_table_and_phases(tmp_path, capsys):
     assert "sparsity/" not in shown  # loggers have the scalars
 
 
+def test_a_monitor_that_is_added_first_sees_the_same(tmp_path, recwarn):
+    trainer = make(tmp_path)
+    trainer.add_callback(monitor := SparsityMonitorTrainerCallback(trainer, 2, summary=False, overview=False))
+    trainer.add_callback(callback("post_step"))
+    trainer.train()
+    assert [phase for _, phase in monitor.histories["prox24"].phases] == ["dense", "sparsify", "frozen"]
+    assert monitor.histories["prox24"].steps[-1] == STEPS
+    assert not [warning for warning in recwarn if "SparsityMonitor" in str(warning.message)]
+
+
 def test_the_history_goes_on_after_a_resume(tmp_path):
     def run(resume=None):
         trainer = make(tmp_path, callback("post_step"))

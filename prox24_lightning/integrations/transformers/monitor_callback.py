@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
@@ -59,9 +60,9 @@ class SparsityMonitorTrainerCallback(TrainerCallback):
         name: str = "sparsity",
     ) -> None:
         super().__init__()
-        if every_n_steps < 1:
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(
-                f"every_n_steps={every_n_steps} must be at least 1; to log nothing, leave the callback out"
+                f"every_n_steps={every_n_steps!r} must be a whole number from 1 up; to log nothing, remove the callback"
             )
         if not name or "/" in name:
             raise ValueError(f"name={name!r} is a prefix of tags and a file name; use letters, digits, '_' and '-'")
@@ -74,7 +75,7 @@ class SparsityMonitorTrainerCallback(TrainerCallback):
         self._output = MonitorOutput()
         self._monitored: list[MonitoredWeights] = []
         self._zeros: ZerosWatch | None = None
-        self._begun = False
+        self._begun = self._sought = False
         self._last = self._masks = 0
         self._loss = math.nan
 
@@ -88,20 +89,24 @@ class SparsityMonitorTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._output, self._begun, self._loss = MonitorOutput(), False, math.nan
+        self._zeros = None if self._pruning() else ZerosWatch(kwargs["model"])
+        self._monitored, self._sought = [], False
+
+    def _pruning(self) -> list[Prox24TrainerCallback]:
         callbacks = self._trainer.callback_handler.callbacks
-        pruning = [callback for callback in callbacks if isinstance(callback, Prox24TrainerCallback)]
-        self._zeros = None if pruning else ZerosWatch(kwargs["model"])
-        self._monitored = []
-        if not state.is_world_process_zero:
-            return
+        return [callback for callback in callbacks if isinstance(callback, Prox24TrainerCallback)]
+
+    def _find_weights(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Find what to measure once every callback has begun, whichever was added first."""
+        self._sought = True
         saved: dict[str, Any] = {}
         with self._output.guarded("reading the history in the checkpoint"):
             if state.global_step and (file := self._file(args, state)).exists():
                 saved = torch.load(file, weights_only=True)
         with self._output.guarded("finding the weights"):
             found: list[tuple[str, PruningState | None, tuple[GroupedWeight, ...]]]
-            found = [(callback.config.name, callback.controller, callback.weights) for callback in pruning]
-            found = found or [("model", None, select_weights(kwargs["model"]).chosen)]
+            found = [(callback.config.name, callback.controller, callback.weights) for callback in self._pruning()]
+            found = found or [("model", None, select_weights(model).chosen)]
             for label, controller, weights in found:
                 history = SparsityHistory([weight.name for weight in weights])
                 if label in saved and tuple(saved[label]["layers"]) == history.layers:
@@ -113,6 +118,8 @@ class SparsityMonitorTrainerCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if not self._sought and state.is_world_process_zero:
+            self._find_weights(args, state, kwargs["model"])
         for entry in self._monitored:
             if entry.pruning is not None:
                 entry.pruning.measure_next_step(self._begun and self._is_due(state.global_step + 1))

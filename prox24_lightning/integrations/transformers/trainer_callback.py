@@ -154,7 +154,8 @@ class Prox24TrainerCallback(TrainerCallback):
             )
         controller = self.controller
         controller.watch.attach(SolveProgress(args, state, self.config))
-        engine = controller.prepare(kwargs["model"], optimizers, state.max_steps, {})
+        engine = controller.prepare(kwargs["model"], optimizers, state.max_steps, _claimed(state, self.config.name))
+        _claimed(state)[self.config.name] = controller.selection
         engine.on_frozen.append(lambda: _forget_best(state))
         if self.config.verbose and state.is_world_process_zero:
             steps = controller.start_step, controller.freeze_step
@@ -238,6 +239,21 @@ class Prox24TrainerCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._files.prepare(state.global_step, content)
         self._prepared = state.global_step
+
+
+def _claimed(state: TrainerState, name: str = "") -> dict[str, Selection]:
+    """Return what the callbacks of this run that began earlier have chosen, by name; the state is theirs in common.
+
+    Raises:
+        ValueError: if one of them has this ``name``.
+    """
+    found: dict[str, Selection] = state.__dict__.setdefault("_prox24", {})
+    if name in found:
+        raise ValueError(
+            f"two Prox24TrainerCallback have the name {name!r}, and would write the same files: give each its name and "
+            "its targets"
+        )
+    return found
 
 
 def _forget_best(state: TrainerState) -> None:

@@ -308,6 +308,7 @@ def test_a_run_that_breaks_leaves_no_hooks(tmp_path):
     [
         ({"dtype": "float32"}, "dtype='float32' has no sparse kernel"),
         ({"filename": "a/b"}, "filename='a/b' is a name without folders"),
+        ({"token_counts": 8}, r"token_counts=8 must be a list of whole numbers, such as \[1, 64, 1024\]"),
         ({"token_counts": [0]}, "token_counts=.* whole numbers from 1 up"),
         ({"run_mode": "fast"}, "run_mode='fast' is unknown"),
     ],

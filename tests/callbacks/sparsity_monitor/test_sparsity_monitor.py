@@ -356,10 +356,11 @@ def test_the_bar_can_be_left_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"every_n_steps": 0}, "every_n_steps=0 must be at least 1"),
-        ({"histograms_every_n_steps": -1}, "histograms_every_n_steps=-1 must not be negative"),
-        ({"figures_every_n_steps": -1}, "figures_every_n_steps=-1 must not be negative"),
-        ({"picture_layers": -1}, "picture_layers=-1 must not be negative"),
+        ({"every_n_steps": 0}, "every_n_steps=0 must be a whole number from 1 up"),
+        ({"every_n_steps": "often"}, "every_n_steps='often' must be a whole number from 1 up"),
+        ({"histograms_every_n_steps": -1}, "histograms_every_n_steps=-1 must be a whole number from 0 up"),
+        ({"figures_every_n_steps": -1}, "figures_every_n_steps=-1 must be a whole number from 0 up"),
+        ({"picture_layers": -1}, "picture_layers=-1 must be a whole number from 0 up"),
         ({"name": "a/b"}, "name='a/b' is a prefix"),
     ],
 )
