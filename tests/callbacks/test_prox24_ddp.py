@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from new_processes import spawn
 from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 
-from prox24_lightning import Prox24
+from prox24_lightning import Prox24, RoundWeights
 from prox24_lightning.mask import is_24
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,8 @@ class NoteInputs(Callback):
 
 def work(rank, strategy, folder):
     prox, note = Prox24(1, 5, strategy=strategy, targets=["model.0", "model.2"], verbose=False), NoteInputs()
-    quiet_trainer(max_steps=8, devices=2, strategy="ddp", callbacks=[prox, note]).fit(
+    callbacks = [prox, note, *([RoundWeights(verbose=False)] if strategy == "post_step" else [])]
+    quiet_trainer(max_steps=8, devices=2, strategy="ddp", callbacks=callbacks).fit(
         TinyModule(), tiny_loader(batches=16)
     )
     state = {

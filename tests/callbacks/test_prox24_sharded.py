@@ -6,6 +6,7 @@ One pair of processes does all the work; the tests look at what it left.
 from __future__ import annotations
 
 import json
+import warnings
 from contextlib import suppress
 
 import pytest
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from prox24_lightning import ConvertAndBenchmark, SparsityMonitor, load_masks, save_masks
+from prox24_lightning import ConvertAndBenchmark, RoundWeights, SparsityMonitor, load_masks, save_masks
 from prox24_lightning.mask import is_24
 from prox24_lightning.schedules import FRACTION_CURVES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx, Progressive, SparsityEngine
@@ -54,6 +55,13 @@ def work(rank, folder):
             load_masks(trainer.lightning_module, folder / f"{strategy}.safetensors", expect="any")
             again = {f"{weight.name}": gathered(weight.parameter) for weight in prox.weights}
             torch.save(again, folder / f"again_{strategy}.{rank}.pt")
+    for sharding in ("fsdp2", "tensor"):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            _, _, state = fit(sharding, "post_step", also=[RoundWeights("int8", verbose=False)])
+        torch.save(state, folder / f"{sharding}_rounded.{rank}.pt")
+        said = [text for warning in said if "rounding" in (text := str(warning.message))]
+        (folder / f"{sharding}_rounded.{rank}.json").write_text(json.dumps(said))
     for sharding, strategy in SAVED:
         for step in (MIDDLE, FROZEN):
             saved = folder / f"{sharding}_{strategy}" / f"step={step}.ckpt"
@@ -156,6 +164,8 @@ def folder(tmp_path_factory):
     for strategy in ("progressive", "post_step"):
         _, _, state = fit("", strategy, folder / f"one_{strategy}")
         torch.save(state, folder / f"one_{strategy}.pt")
+    _, _, state = fit("", "post_step", also=[RoundWeights("int8", verbose=False)])
+    torch.save(state, folder / "one_rounded.pt")
     spawn(work, folder)
     return folder
 
@@ -184,6 +194,20 @@ def test_a_sharded_run_gives_what_one_process_gives(folder, sharding, strategy):
     report = json.loads((folder / f"{sharding}_{strategy}.json").read_text())
     assert report["error"] is None
     assert {layer["name"] for layer in report["layers"]} >= {"model.0", "model.2"}
+
+
+def test_fsdp2_rounds_gathered_weights_and_tensor_parallelism_trains_unrounded_by_name(folder):
+    rounded, plain = read(folder / "one_rounded.pt"), read(folder / "one_post_step.pt")
+    for sharding, expected, other in (("fsdp2", rounded, plain), ("tensor", plain, rounded)):
+        first, second = (read(folder / f"{sharding}_rounded.{rank}.pt") for rank in (0, 1))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        for name in ("model.0.weight", "model.2.weight"):
+            far = (other[name] - expected[name]).abs().max()
+            assert (first[name] - expected[name]).abs().max() < 0.1 * far, (sharding, name)
+    said = [json.loads((folder / f"{sharding}_rounded.0.json").read_text()) for sharding in ("fsdp2", "tensor")]
+    assert said[0] == []
+    assert len(said[1]) == 1
+    assert "tensor parallelism cuts the weight" in said[1][0]
 
 
 @pytest.mark.parametrize("step", [MIDDLE, FROZEN])

@@ -91,3 +91,20 @@ def test_compiled_code_rounds_to_the_same_bits_in_one_graph(form):
         out.float().square().sum().backward()
         results.append((out.detach(), leaf.grad))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gpu_rounds_to_the_bits_of_the_cpu_compiled_or_not(form):
+    weight, inputs = odd_rows(torch.float32, 64, 96), odd_rows(torch.bfloat16, 200, 96)
+    wanted = (
+        round_matrix(weight, form, torch.bfloat16, torch.bfloat16),
+        round_inputs(inputs, form, torch.bfloat16),
+    )
+
+    def both(weight, inputs):
+        return round_matrix(weight, form, torch.bfloat16, torch.bfloat16), round_inputs(inputs, form, torch.bfloat16)
+
+    for function in (both, torch.compile(both, fullgraph=True)):
+        found = function(weight.cuda(), inputs.cuda())
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, wanted, strict=True))
