@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prox24_lightning.integrations.transformers import (
         DistillationTrainerCallback,
         Prox24TrainerCallback,
+        RoundWeightsTrainerCallback,
         SparsityMonitorTrainerCallback,
     )
     from prox24_lightning.integrations.transformers.generation import accelerate_generation
@@ -35,6 +36,7 @@ __all__ = [
     "Prox24",
     "Prox24TrainerCallback",
     "RoundWeights",
+    "RoundWeightsTrainerCallback",
     "SparsityMonitor",
     "SparsityMonitorTrainerCallback",
     "accelerate_generation",
@@ -58,6 +60,7 @@ _HOMES = {
     "Prox24": "callbacks",
     "Prox24TrainerCallback": "integrations.transformers",
     "RoundWeights": "callbacks",
+    "RoundWeightsTrainerCallback": "integrations.transformers",
     "SparsityMonitor": "callbacks",
     "SparsityMonitorTrainerCallback": "integrations.transformers",
     "accelerate_generation": "integrations.transformers.generation",

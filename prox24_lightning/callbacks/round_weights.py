@@ -121,13 +121,9 @@ class RoundWeights(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rounding = self._rounding
-        if not rounding.batches:
-            rank_zero_warn(
-                f"the run ended at step {self._step(trainer)} before the rounding to {self.weights} began (start="
-                f"{rounding.start!r}, and all masks frozen): no step has seen it; start and freeze earlier"
-            )
-        if (problem := rounding.uncalled(last=True)) is not None:
-            rank_zero_warn(problem)
+        for problem in (rounding.unused(self._step(trainer)), rounding.uncalled(last=True)):
+            if problem is not None:
+                rank_zero_warn(problem)
         if self.verbose and (summary := rounding.summary()) is not None:
             rank_zero_info(f"RoundWeights: {summary}")
         rounding.remove()  # what other callbacks convert or export in on_fit_end are plain layers

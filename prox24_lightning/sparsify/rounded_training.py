@@ -138,6 +138,15 @@ class RoundedTraining:
             "(the weight is used in another way), or tensor parallelism cuts the weight"
         )
 
+    def unused(self, step: int) -> str | None:
+        """Return at the end of a run, after ``step`` steps, that no batch was rounded; None if one was."""
+        if self.batches:
+            return None
+        return (
+            f"the run ended at step {step} before the rounding to {self.form} began (start={self.start!r}, and all "
+            "masks frozen): no step has seen it; start and freeze earlier"
+        )
+
     @torch.no_grad()
     def errors(self) -> dict[str, float]:
         """Return the relative change of each weight by rounding, and of all together as "".

@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from prox24_lightning.integrations.transformers.generation import accelerate_generation
     from prox24_lightning.integrations.transformers.monitor_callback import SparsityMonitorTrainerCallback
     from prox24_lightning.integrations.transformers.registration import register_with_transformers
+    from prox24_lightning.integrations.transformers.round_weights_callback import RoundWeightsTrainerCallback
     from prox24_lightning.integrations.transformers.trainer_callback import Prox24TrainerCallback
 
 __all__ = [
     "DistillationTrainerCallback",
     "Prox24TrainerCallback",
+    "RoundWeightsTrainerCallback",
     "SparsityMonitorTrainerCallback",
     "accelerate_generation",
     "register_with_transformers",
@@ -23,6 +25,7 @@ __all__ = [
 _HOMES = {
     "DistillationTrainerCallback": "distillation_callback",
     "Prox24TrainerCallback": "trainer_callback",
+    "RoundWeightsTrainerCallback": "round_weights_callback",
     "SparsityMonitorTrainerCallback": "monitor_callback",
     "accelerate_generation": "generation",
     "register_with_transformers": "registration",
