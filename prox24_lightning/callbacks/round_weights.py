@@ -155,6 +155,8 @@ class RoundWeights(Callback):
             return
         if (problem := rounding.exceptions()) is not None:
             rank_zero_warn(problem)
+        if not rounding.layers:
+            return
         if self.verbose:
             rank_zero_info(f"RoundWeights: {rounding.headline()}")
         if self._begun_at is None and self._records is not None:

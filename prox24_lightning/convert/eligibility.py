@@ -241,7 +241,7 @@ def why_not_linear(module: nn.Module, parent: nn.Module | None) -> str | None:
         return "nn.MultiheadAttention reads this weight itself instead of calling the layer"
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "the inference path of nn.TransformerEncoderLayer reads this weight itself instead of calling the layer"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    if getattr(module.forward, "__func__", None) is not nn.Linear.forward:
         return f"{type(module).__name__} has a forward of its own"
     return None
 

@@ -40,7 +40,8 @@ def test_callbacks_are_always_read_as_a_list(callbacks):
 
 def test_dense_drops_every_prox24_and_keeps_the_rest():
     monitor = "prox24_lightning.SparsityMonitor"
-    edited = config([entry(CHECKPOINT), entry(PROX24), entry("prox24_lightning.Prox24"), entry(monitor)])
+    rounding = entry("prox24_lightning.RoundWeights")
+    edited = config([entry(CHECKPOINT), entry(PROX24), entry("prox24_lightning.Prox24"), rounding, entry(monitor)])
     without_pruning(edited)
     assert paths(edited) == [CHECKPOINT, monitor]
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prox24_lightning.convert.eligibility import why_not_linear
 from prox24_lightning.convert.kernels import reference
 from prox24_lightning.convert.kernels.buffers import pack_buffer
 from prox24_lightning.mask import mask_24
@@ -139,7 +140,9 @@ def test_copies_compute_with_their_own_weight_and_pickles_with_the_forward_of_th
         twin[0].weight.zero_()
         twin[0].bias.zero_()
     assert not twin(inputs).any()
-    assert torch.equal(pickle.loads(pickle.dumps(model))(inputs), unrounded)
+    stored = pickle.loads(pickle.dumps(model))
+    assert torch.equal(stored(inputs), unrounded)
+    assert why_not_linear(stored[0], None) is None  # it can be converted
 
 
 class OwnForward(nn.Linear):

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from prox24_lightning.callbacks.prox24 import Prox24
+from prox24_lightning.callbacks.round_weights import RoundWeights
 from prox24_lightning.cli.callback_entries import callback_entries, entries, loaded_class
 
 _RATE_PARTS = ("optimizer.init_args.", "model.init_args.", "model.")
@@ -16,9 +17,12 @@ _KEPT_BY_ASP = ("targets", "skip", "geometry", "name", "verbose")
 
 
 def without_pruning(config: Namespace) -> None:
-    """Drop every Prox24. A SparsityMonitor stays: it costs every variant the same, and its curves compare."""
+    """Drop every Prox24, and RoundWeights, which trains what Prox24 has pruned.
+
+    A SparsityMonitor stays: it costs every variant the same, and its curves compare.
+    """
     config.trainer.callbacks = [
-        entry for entry in callback_entries(config) if not issubclass(loaded_class(entry), Prox24)
+        entry for entry in callback_entries(config) if not issubclass(loaded_class(entry), (Prox24, RoundWeights))
     ]
 
 

@@ -97,6 +97,8 @@ class RoundWeightsTrainerCallback(TrainerCallback):
             return
         if (problem := rounding.exceptions()) is not None:
             _warn(problem, state)
+        if not rounding.layers:
+            return
         if self.verbose and state.is_world_process_zero:
             print(f"RoundWeights: {rounding.headline()}")
         if step <= max(rounding.start_step, *(callback.controller.freeze_step for callback in sparsifiers), 0):
