@@ -14,6 +14,7 @@ from prox24_lightning.callbacks.best_records import BestRecords
 from prox24_lightning.callbacks.loaded_state import LoadedState
 from prox24_lightning.callbacks.prox24 import Prox24
 from prox24_lightning.callbacks.run_length import RunLength
+from prox24_lightning.callbacks.unenforced_zeros import UnenforcedZeros
 from prox24_lightning.sparsify.rounded_training import RoundedTraining, sparse_weights
 from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import GroupedWeight
@@ -28,9 +29,9 @@ class RoundWeights(Callback):
     their dtype, the ``state_dict`` and checkpoints stay as they are, and conversion rounds them. Rounding starts from
     the 16-bit dtype that the run computes in, bfloat16 where it computes in float32.
 
-    Works beside :class:`~prox24_lightning.Prox24`, or alone on a model that is 2:4 already. Validation within the fit
-    is rounded too, and best scores (``ModelCheckpoint``, ``EarlyStopping``, ``ReduceLROnPlateau``) begin anew when the
-    rounding begins; after the fit the layers have their own forward back. A
+    Works beside :class:`~prox24_lightning.Prox24`, or on a model whose zeros ``load_masks`` keeps. Validation within
+    the fit is rounded too, and best scores (``ModelCheckpoint``, ``EarlyStopping``, ``ReduceLROnPlateau``) begin anew
+    when the rounding begins; after the fit the layers have their own forward back. A
     :class:`~prox24_lightning.ConvertAndBenchmark` without ``weights`` takes this form. What cannot train so
     (convolutions, experts, layers whose weight is used without calling them, tensor parallelism) is named in a warning
     and trains as before.
@@ -66,6 +67,7 @@ class RoundWeights(Callback):
         self._length: RunLength | None = None
         self._records: BestRecords | None = None
         self._sparse: Sequence[GroupedWeight] | None = None
+        self._zeros = UnenforcedZeros()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -84,6 +86,7 @@ class RoundWeights(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only here is everything restored from a checkpoint, whatever the strategy.
+        self._zeros.on_train_start(trainer, pl_module)
         state = self._loaded.take()
         self._begun_at = state.get("begun_at")
         if self._length is not None and "run_length" in state:
@@ -106,6 +109,7 @@ class RoundWeights(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._zeros.on_train_batch_end(trainer)
         if (problem := self._rounding.uncalled()) is not None:
             rank_zero_warn(problem)
         self._update(trainer, pl_module)  # a validation after this batch is rounded too

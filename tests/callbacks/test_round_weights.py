@@ -112,9 +112,10 @@ def test_rounding_begins_with_the_freeze_or_later(start, first, before):
     assert probe.found == [False] * first + [True] * (8 - first)
 
 
-def test_without_prox24_a_model_that_is_24_is_taken_as_it_is():
+def test_without_prox24_a_model_that_is_24_is_taken_as_it_is_and_its_zeros_are_watched():
     probe = Probe()
-    fit(pruned(), rounding(start=1), probe)
+    with pytest.warns(UserWarning, match="nothing enforces the masks"):
+        fit(pruned(), rounding(start=1), probe)
     assert probe.found == [False, True, True]
 
 

@@ -70,6 +70,12 @@ def test_a_resumed_run_equals_the_unbroken_one(tmp_path):
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
+def test_zeros_that_nothing_keeps_are_watched(tmp_path):
+    with pytest.warns(UserWarning, match="nothing enforces the masks"):
+        _, probe = run(tmp_path, max_steps=2)
+    assert probe.steps == [True, True]
+
+
 def test_a_model_without_zeros_is_refused_and_a_late_start_is_named(tmp_path):
     with pytest.raises(ValueError, match="no weight of the model is 2:4, and no Prox24"):
         run(tmp_path, model=Classifier())

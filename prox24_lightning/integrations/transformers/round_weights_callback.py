@@ -13,6 +13,7 @@ from typing_extensions import override
 from prox24_lightning.integrations.transformers.scalars import log_scalars
 from prox24_lightning.integrations.transformers.trainer_callback import Prox24TrainerCallback
 from prox24_lightning.sparsify.rounded_training import RoundedTraining, sparse_weights
+from prox24_lightning.sparsify.zeros import ZerosWatch
 from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import GroupedWeight
 
@@ -52,6 +53,7 @@ class RoundWeightsTrainerCallback(TrainerCallback):
         self.verbose = verbose
         self._trainer = trainer
         self._sparse: Sequence[GroupedWeight] = ()
+        self._zeros: ZerosWatch | None = None
 
     @override
     def on_train_begin(
@@ -59,7 +61,9 @@ class RoundWeightsTrainerCallback(TrainerCallback):
     ) -> None:
         self._rounding.remove()  # a run that was interrupted has no end
         self._rounding.prepare(state.max_steps)
-        self._sparse = () if self._sparsifiers() else sparse_weights(kwargs["model"])
+        alone = not self._sparsifiers()
+        self._sparse = sparse_weights(kwargs["model"]) if alone else ()
+        self._zeros = ZerosWatch(kwargs["model"]) if alone else None
 
     @override
     def on_step_begin(
@@ -69,8 +73,10 @@ class RoundWeightsTrainerCallback(TrainerCallback):
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if (problem := self._rounding.uncalled()) is not None:
-            _warn(problem, state)
+        zeros, self._zeros = self._zeros, None
+        for problem in (None if zeros is None else zeros.problem(), self._rounding.uncalled()):
+            if problem is not None:
+                _warn(problem, state)
         self._update(kwargs["model"], state)  # an evaluation after this step is rounded too
         if control.should_log and self._rounding.layers:
             log_scalars(self._trainer, {"rounding/weights": self._rounding.errors()[""]})
@@ -86,7 +92,7 @@ class RoundWeightsTrainerCallback(TrainerCallback):
         if self.verbose and state.is_world_process_zero and (summary := rounding.summary()) is not None:
             print(f"RoundWeights: {summary}")
         rounding.remove()
-        self._sparse = ()
+        self._sparse, self._zeros = (), None
 
     def _update(self, model: nn.Module, state: TrainerState) -> None:
         """Begin if it is time, and follow layers that were exchanged."""
