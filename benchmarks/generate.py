@@ -10,6 +10,7 @@ Dense weights are dense, without zeros, which would cost less power. Embedding a
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch import nn, profiler
+from torch.profiler import ProfilerActivity
 
 from benchmarks.convert_models import build, decoder_layers
 from benchmarks.result_files import RESULTS, write_result
@@ -39,7 +40,11 @@ _ROUNDED: dict[Form, RoundedForm | None] = {"2:4 bf16": None, "2:4 fp8": "fp8_e4
 _RECOMPILES = 64
 """Of a small operation: the forms are layers of several classes, and dynamo gives up after eight."""
 
+_NAME_LENGTH = 70
+
 Call = Callable[[], Any]
+Kernels = dict[str, tuple[float, float]]
+"""Name of a kernel -> its launches and microseconds."""
 
 
 def main(
@@ -53,6 +58,7 @@ def main(
     rounds: int = 5,
     transformers_too: bool = False,
     search: bool = True,
+    profile: bool = False,
     output: Path = RESULTS,
     device: str = "cuda",
 ) -> None:
@@ -71,6 +77,7 @@ def main(
         transformers_too: time transformers' own loop with a static cache as well.
         search: measure the kernels of each shape first, which takes minutes; false takes those that were measured on
             this machine before, or goes by rule, so that the run ends within two minutes.
+        profile: write the kernels of a decoded token as well, by torch's profiler.
         output: folder for the result.
         device: where the model runs; on a CPU nothing is converted, which tries the script out.
     """
@@ -89,10 +96,16 @@ def main(
         f"profiler. Layers: {in_form}."
     )
     rows: list[dict[str, Any]] = []
+    kernels: list[dict[str, Any]] = []
     for batch in batches:
         for way in ("transformers", "accelerated")[0 if transformers_too else 1 :]:
-            rows += _decoding(models, way, batch, prompt, new, rounds)
+            timed, spent = _decoding(models, way, batch, prompt, new, rounds)
+            rows += timed
             write_result(output, name, "generate() of transformers by form", rows, note=note, quiet=True)
+            if profile:
+                for form, counted in spent.items():
+                    kernels += _profile_rows(way, batch, form, counted)
+                write_result(output, name, "The kernels of a decoded token", kernels, part="profile", note=note)
     rows += _first_token(models, long_prompt, rounds)
     write_result(output, name, "generate() of transformers by form", rows, note=note)
     found = bars(rows)
@@ -170,21 +183,22 @@ def _dense_fp8(layer: nn.Linear, table: KernelTable) -> DenseFp8Linear:
 
 def _decoding(
     models: dict[Form, nn.Module], way: str, batch: int, prompt: int, new: int, rounds: int
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[Form, Kernels]]:
+    """Return the rows of the table, and the kernels of a decoded token in each form."""
     handles = [accelerate_generation(one) for one in models.values()] if way == "accelerated" else []
     calls = {
         (form, count): generation_call(one, batch, prompt, count) for form, one in models.items() for count in (1, new)
     }
     seconds = host_seconds(calls, rounds)
-    rows = []
+    rows, kernels = [], {}
     for form in models:
-        whole, first = calls[form, new], calls[form, 1]
         token = (seconds[form, new] - seconds[form, 1]) / (new - 1)
-        spent = (_device_seconds(whole) - _device_seconds(first)) / (new - 1)
+        kernels[form] = per_token(_kernels(calls[form, new]), _kernels(calls[form, 1]), new - 1)
+        spent = sum(microseconds for _, microseconds in kernels[form].values())
         rate = batch * new / seconds[form, new]
-        rows.append(_row(way, f"decode, batch {batch}", form, 1000 * token, 1000 * spent, rate))
+        rows.append(_row(way, f"decode, batch {batch}", form, 1000 * token, spent / 1000, rate))
     _finish(handles)
-    return _with_ratios(rows)
+    return _with_ratios(rows), kernels
 
 
 def _first_token(models: dict[Form, nn.Module], prompt: int, rounds: int) -> list[dict[str, Any]]:
@@ -197,7 +211,7 @@ def _first_token(models: dict[Form, nn.Module], prompt: int, rounds: int) -> lis
             f"first token of {prompt}",
             form,
             1000 * seconds[form],
-            1000 * _device_seconds(calls[form]),
+            sum(microseconds for _, microseconds in _kernels(calls[form]).values()) / 1000,
             prompt / seconds[form],
         )
         for form in models
@@ -237,14 +251,48 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _device_seconds(call: Call) -> float:
-    """Return the GPU seconds of a call, by the profiler."""
-    if not torch.cuda.is_available():
-        return 0.0
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+def _kernels(call: Call) -> Kernels:
+    """Return the kernels of a call, by the profiler; on a CPU torch's operations."""
+    gpu = torch.cuda.is_available()
+    with profiler.profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as found:
         call()
-        torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in found.key_averages()) / 1e6
+        if gpu:
+            torch.cuda.synchronize()
+    return {
+        event.key: (event.count, event.self_device_time_total if gpu else event.self_cpu_time_total)
+        for event in found.key_averages()
+    }
+
+
+def per_token(whole: Kernels, first: Kernels, tokens: int) -> Kernels:
+    """Return what each of ``tokens`` tokens takes of a call beyond what the call for the first token takes."""
+    rest = {}
+    for name, (launches, microseconds) in whole.items():
+        before = first.get(name, (0.0, 0.0))
+        rest[name] = (launches - before[0]) / tokens, (microseconds - before[1]) / tokens
+    return rest
+
+
+def _profile_rows(way: str, batch: int, form: Form, kernels: Kernels) -> list[dict[str, Any]]:
+    return [
+        {"loop": way, "batch": batch, "form": form, "kernel": name, "launches a token": launches, "us a token": spent}
+        for name, (launches, spent) in shortened(kernels).items()
+    ]
+
+
+def shortened(kernels: Kernels, most: int = 20) -> Kernels:
+    """Return the kernels that take longest, by short names, then the rest and all of them."""
+    summed: Kernels = {}
+    for name, spent in kernels.items():
+        short = re.sub(r"\w+::|\(anonymous namespace\)::|^void ", "", name)[:_NAME_LENGTH].replace("|", "/")
+        before = summed.get(short, (0.0, 0.0))
+        summed[short] = before[0] + spent[0], before[1] + spent[1]
+    ranked = sorted(summed.items(), key=lambda item: -item[1][1])
+    found = dict(ranked[:most])
+    if others := [spent for _, spent in ranked[most:]]:
+        found[f"{len(others)} others"] = sum(a for a, _ in others), sum(b for _, b in others)
+    found["all"] = sum(a for a, _ in summed.values()), sum(b for _, b in summed.values())
+    return found
 
 
 if __name__ == "__main__":

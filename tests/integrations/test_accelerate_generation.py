@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers as hf
 
-from prox24_lightning.integrations.transformers.decode_attention import decode_attention, reference
+from prox24_lightning.integrations.transformers.decoding import cache
+from prox24_lightning.integrations.transformers.decoding import decode_attention as decode_attention_module
+from prox24_lightning.integrations.transformers.decoding.decode_attention import decode_attention, reference
 from prox24_lightning.integrations.transformers.generation import accelerate_generation
 
 SIZES = {
@@ -212,6 +214,48 @@ def test_attention_over_the_filled_positions():
             enable_gqa=True,
         )
         torch.testing.assert_close(found[row : row + 1], expected.transpose(1, 2))
+
+
+def test_where_the_sequences_begin_is_made_once(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(decode_attention_module, "_KEPT_STARTS", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = decode_attention_module._starts(3, 1, 10, device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept = decode_attention_module._starts(3, 1, 10, device)
+    assert kept is not captured, "a graph's tensors hold nothing before its replay"
+    assert decode_attention_module._starts(3, 1, 10, device) is kept
+    assert [starts.tolist() for starts in kept] == [[0, 1, 2, 3], [0, 10, 20, 30]]
+
+
+def new_entries(batch, dtype, device):
+    """Position, a cache and what is written into it, keys and values as views of one product."""
+    position = torch.arange(batch, device=device) * 7 % 16
+    product = torch.randn(batch, 1, 2 * 4 * 32, device=device, dtype=dtype)
+    keys, values = (part.view(batch, 1, 4, 32).transpose(1, 2) for part in product.chunk(2, -1))
+    kept = [torch.zeros(batch, 16, 4, 32, device=device, dtype=dtype) for _ in range(2)]
+    return kept, (keys, values, position)
+
+
+def test_keys_and_values_are_written_at_each_sequences_position():
+    kept, given = new_entries(3, torch.float32, "cpu")
+    cache.write(*kept, *given)
+    for stored, new in zip(kept, given, strict=False):
+        for row, place in enumerate((0, 7, 14)):
+            assert torch.equal(stored[row, place], new[row, :, 0])
+        assert stored.count_nonzero() == new.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_keys_and_values_are_written_by_one_kernel_on_a_gpu(batch, dtype):
+    kept, given = new_entries(batch, dtype, "cuda")
+    expected = [torch.zeros_like(one) for one in kept]
+    assert cache._kernel_works(torch.cuda.current_device(), dtype)
+    cache.write(*kept, *given)
+    cache.write_reference(*expected, *given)
+    assert all(torch.equal(one, other) for one, other in zip(kept, expected, strict=True))
 
 
 @pytest.mark.gpu

@@ -20,8 +20,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from prox24_lightning.integrations.transformers.captured_decoder import Decoder, SmallOperations
-from prox24_lightning.integrations.transformers.decode_attention import NAME, attention_forward
+from prox24_lightning.integrations.transformers.decoding.captured_decoder import Decoder, SmallOperations
+from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME, attention_forward
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""One token for each sequence, again and again: a cache of fixed size and the CUDA graph that fills it."""
+"""One token for each sequence, again and again: the CUDA graph that fills a cache of fixed size."""
 
 from __future__ import annotations
 
@@ -11,49 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.integrations.transformers.decode_attention import NAME
+from prox24_lightning.integrations.transformers.decoding.cache import FixedCache
+from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME
 
 log = logging.getLogger(__name__)
-
-
-class FixedCache:
-    """Keys and values of every layer in tensors of fixed size, written at each sequence's own position."""
-
-    def __init__(self, batch: int, capacity: int, device: torch.device) -> None:
-        self.capacity = capacity
-        self.position = torch.zeros(batch, dtype=torch.long, device=device)
-        self._rows = torch.arange(batch, device=device)
-        self._layers: list[tuple[Tensor, Tensor]] = []
-
-    def fill(self, cache: Any, lengths: Sequence[int]) -> None:
-        """Take the tokens of a prompt, without the padding on their left; waits for no device."""
-        if not self._layers:
-            for layer in cache.layers:
-                self._layers.append(tuple(self._empty(part) for part in (layer.keys, layer.values)))  # type: ignore[arg-type]
-        for mine, layer in zip(self._layers, cache.layers, strict=True):
-            for kept, part in zip(mine, (layer.keys, layer.values), strict=True):
-                if len(set(lengths)) == 1:
-                    kept[:, : lengths[0]] = part[:, :, part.shape[2] - lengths[0] :].transpose(1, 2)
-                    continue
-                for row, length in enumerate(lengths):
-                    kept[row, :length] = part[row, :, part.shape[2] - length :].transpose(0, 1)
-        for row, length in enumerate(lengths):
-            self.position[row] = length
-
-    def _empty(self, part: Tensor) -> Tensor:
-        batch, heads, _, features = part.shape
-        return part.new_zeros(batch, self.capacity, heads, features)
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As transformers' caches: (batch, heads, 1, features) in, all positions out."""
-        for kept, new in zip(self._layers[layer_idx], (keys, values), strict=True):
-            kept[self._rows, self.position] = new[:, :, 0]
-        kept_keys, kept_values = self._layers[layer_idx]
-        return kept_keys.transpose(1, 2), kept_values.transpose(1, 2)
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Positions are handed to the model, so that none has to be counted here."""
-        return 0
 
 
 class Decoder:

@@ -18,6 +18,7 @@ NAME = "prox24_decode"
 """Under which transformers knows this attention. A name with "flash" in it would send transformers to the hub."""
 
 _TOLERANCE = 0.02  # of bfloat16 outputs of size 1 or so
+_KEPT_STARTS: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: float) -> Tensor:
@@ -60,13 +61,13 @@ def _shape_only(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale
 def _flash(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: float) -> Tensor:
     batch, heads, tokens, features = query.shape
     capacity, groups = key.shape[2], key.shape[1]
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
+    query_starts, key_starts = _starts(batch, tokens, capacity, query.device)
     found = torch.ops.aten._flash_attention_forward(
         query.transpose(1, 2).reshape(batch * tokens, heads, features),
         key.transpose(1, 2).reshape(batch * capacity, groups, features),
         value.transpose(1, 2).reshape(batch * capacity, groups, features),
-        starts,
-        starts * capacity,
+        query_starts,
+        key_starts,
         tokens,
         capacity,
         0.0,
@@ -76,6 +77,18 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: flo
         seqused_k=filled.reshape(-1),
     )
     return found[0].view(batch, tokens, heads, features)
+
+
+def _starts(batch: int, tokens: int, capacity: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the sequences begin among the queries and among the keys: int32 (batch + 1,), made once and kept."""
+    key = batch, tokens, capacity, device
+    if (kept := _KEPT_STARTS.get(key)) is not None:
+        return kept
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    made = starts * tokens, starts * capacity
+    if not torch.cuda.is_current_stream_capturing():  # a graph has to fill what it allocates
+        _KEPT_STARTS[key] = made
+    return made
 
 
 @lru_cache

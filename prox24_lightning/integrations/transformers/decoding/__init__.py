@@ -1,0 +1,1 @@
+"""What :func:`~prox24_lightning.integrations.transformers.generation.accelerate_generation` replays for a token."""
