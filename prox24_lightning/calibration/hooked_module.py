@@ -79,6 +79,11 @@ class HookedModule:
             calls = [replace(call, random=None) for call in calls]
         return calls
 
+    @property
+    def listens(self) -> bool:
+        """Whether the module's calls are heard at present."""
+        return bool(self._handles)
+
     def attach(self) -> None:
         """Register the hooks that compiled code has to find when it is compiled."""
         if self._compiled:

@@ -8,7 +8,8 @@ import io
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.calls.hooks import after_call, before_call, inside_compiled, silent_hooks
+from prox24_lightning.calibration.calls.eager_code import inside_compiled
+from prox24_lightning.calibration.calls.hooks import after_call, before_call, silent_hooks
 
 
 def hooked():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -268,9 +269,25 @@ class Shifts(nn.Linear):
         return super().forward(x.sub_(1.0))
 
 
-def test_a_model_that_changes_its_inputs_in_place():
-    module, seen = TinyClassifier(), []
-    module.model = nn.Sequential(Shifts(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+class TakesADataclass(nn.Sequential):
+    def forward(self, batch):
+        return super().forward(batch.x if isinstance(batch, Batch) else batch)
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["tensor", "dataclass"])
+def test_a_model_that_changes_its_inputs_in_place(wrapped):
+    class Wraps(TinyClassifier):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return nn.functional.cross_entropy(self.model(Batch(x) if wrapped else x), y.argmax(-1))
+
+    module, seen = Wraps(), []
+    module.model = TakesADataclass(Shifts(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
 
     class Losses(Callback):
         def on_train_batch_end(self, trainer, *args):

@@ -361,12 +361,13 @@ def test_a_run_whose_model_is_called_with_odd_things_resumes(argument, tmp_path)
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
-    "arguments", [{"calibration": "auto"}, {"calibration": "stream"}, {"strategy": "post_step", "geometry": "block"}]
+    "arguments",
+    [{"reconstruction_steps": 4}, {"calibration": "stream"}, {"strategy": "post_step", "geometry": "block"}],
 )
 def test_experts_in_one_parameter_go_24(transposed, arguments, caplog):
     model = MixtureModel(1, transposed)
     with caplog.at_level(logging.WARNING):
-        prox = fit(model, loader(6, 8, batches=12), steps=12, reconstruction_steps=4, **arguments)
+        prox = fit(model, loader(6, 8, batches=12), steps=12, **arguments)
     assert {f"model.{name}" for name in expert_weights(model)} <= set(prox.masks)
     for weight in prox.weights:
         dims = (weight.dim,) if isinstance(weight.dim, int) else weight.dim

@@ -22,13 +22,17 @@ class Hook:
     Args:
         module: whose calls count; None: none.
         listener: called with the module, its arguments and, after the call, its output.
+        traced: compiled code that contains the module traces the listener, too; else it ends there, and goes on behind.
     """
 
-    def __init__(self, module: nn.Module | None = None, listener: Listener | None = None) -> None:
+    def __init__(
+        self, module: nn.Module | None = None, listener: Listener | None = None, *, traced: bool = False
+    ) -> None:
         self._module = module
         self._listener = listener
-        # A compiled model that contains the module must not try to trace what listens.
-        self._notify = None if listener is None else torch.compiler.disable(self._tell_listener)
+        self._notify: Listener | None = listener
+        if listener is not None and not traced:
+            self._notify = torch.compiler.disable(self._tell_listener)
 
     def __call__(self, module: nn.Module, *call: Any) -> None:
         if self._notify is not None and module is self._module:
@@ -48,7 +52,7 @@ class Hook:
         return Hook, ()
 
 
-def before_call(module: nn.Module, listener: Listener, *, first: bool = False) -> RemovableHandle:
+def before_call(module: nn.Module, listener: Listener, *, first: bool = False, traced: bool = False) -> RemovableHandle:
     """Have ``listener(module, args, kwargs)`` called before each call of ``module``.
 
     Args:
@@ -58,9 +62,9 @@ def before_call(module: nn.Module, listener: Listener, *, first: bool = False) -
     return module.register_forward_pre_hook(Hook(module, listener), prepend=first, with_kwargs=True)
 
 
-def after_call(module: nn.Module, listener: Listener) -> RemovableHandle:
+def after_call(module: nn.Module, listener: Listener, *, traced: bool = False) -> RemovableHandle:
     """Have ``listener(module, args, kwargs, output)`` called after each call of ``module``, behind other hooks."""
-    return module.register_forward_hook(Hook(module, listener), with_kwargs=True)
+    return module.register_forward_hook(Hook(module, listener, traced=traced), with_kwargs=True)
 
 
 @contextmanager
@@ -76,22 +80,6 @@ def silent_hooks() -> Iterator[None]:
 def in_backward() -> bool:
     """Whether the call is made in a backward pass: by activation checkpointing."""
     return torch._C._current_graph_task_id() >= 0
-
-
-def inside_compiled(model: nn.Module) -> set[nn.Module]:
-    """Return the modules whose calls are part of compiled code: hooks must be there before that is compiled."""
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        wrapped = getattr(module, "_orig_mod", None)
-        if wrapped is not None:
-            inside.update(wrapped.modules())
-        elif (
-            getattr(module, "_compiled_call_impl", None) is not None
-            or getattr(module, "_compiler_ctx", None)
-            or "forward" in vars(module)
-        ):
-            inside.update(module.modules())
-    return inside
 
 
 def remove_all(handles: Iterable[RemovableHandle]) -> None:

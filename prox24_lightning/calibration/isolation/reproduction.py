@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.calibration.calls.hooks import inside_compiled
+from prox24_lightning.calibration.calls.eager_code import inside_compiled
 from prox24_lightning.calibration.calls.module_call import ModuleCall, device_of, no_cache
 from prox24_lightning.calibration.calls.random_state import RandomState
 from prox24_lightning.calibration.isolation.isolated import has_hooks, isolated, set_modes, trains_otherwise

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.calibration.calls.hooks import before_call, inside_compiled
+from prox24_lightning.calibration.calls.eager_code import EagerCode, inside_compiled, inside_whole_graphs
+from prox24_lightning.calibration.calls.hooks import before_call
 from prox24_lightning.calibration.expert_inputs import expert_inputs
 from prox24_lightning.utils.distributed import world_size
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
@@ -48,6 +49,8 @@ class InputSecondMoments:
         self.decay = decay
         self._model = model
         self._compiled: set[nn.Module] = set()
+        self._in_whole_graphs = False
+        self._eager = EagerCode()
         self._attached = self._collecting = False
         self._mean: dict[str, Tensor] = {}
         self._scale: dict[str, Tensor] = {}
@@ -68,7 +71,10 @@ class InputSecondMoments:
             return
         if collecting:
             self._hook(weight.module for weight in self.weights.values())
+            if self._in_whole_graphs:
+                self._eager.begin()
         else:
+            self._eager.end()
             self._unhook(module for module in self._handles if module not in self._compiled)
 
     def attach(self) -> None:
@@ -76,7 +82,10 @@ class InputSecondMoments:
         if not self._attached:
             self._scale.clear()
         self._attached = True
-        self._compiled = inside_compiled(self._model) if self._model is not None else set()
+        if self._model is not None:
+            whole = inside_whole_graphs(self._model)
+            self._in_whole_graphs = any(weight.module in whole for weight in self.weights.values())
+            self._compiled = inside_compiled(self._model) - whole
         self._hook(weight.module for weight in self.weights.values() if weight.module in self._compiled)
 
     def _hook(self, modules: Iterable[nn.Module]) -> None:
@@ -123,6 +132,7 @@ class InputSecondMoments:
     def detach(self) -> None:
         """Remove the hooks and drop the sums that were not folded in."""
         self._collecting = self._attached = False
+        self._eager.end()
         self._unhook(self._handles)
         self._sum.clear()
         self._count.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from prox24_lightning.calibration.calls.hooks import Hook, after_call, remove_all
+from prox24_lightning.utils.tensors import map_tensors
 
 
 @dataclass(frozen=True)
@@ -21,23 +24,6 @@ class RecordedCall:
     kwargs: dict[str, Any]
     output: Any
     blocks: dict[str, Any]
-
-
-class _Hook:
-    """Calls ``listener``; does nothing once it is copied or pickled with its module."""
-
-    def __init__(self, listener: Callable[..., None] | None = None) -> None:
-        self._listener = listener
-
-    def __call__(self, *call: Any) -> None:
-        if self._listener is not None:
-            self._listener(*call)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
 
 
 class CallRecorder:
@@ -60,19 +46,18 @@ class CallRecorder:
         self._calls: list[RecordedCall] | None = None
         self._outputs: dict[str, Any] = {}
         self._inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._handles = [module.register_forward_hook(_Hook(self._after_call), with_kwargs=True)]
+        self._handles = [after_call(module, self._after_call, traced=True)]
         if copy_inputs:
-            before: Callable[..., None] = _Hook(self._before_call)
+            before: Any = Hook(module, self._before_call, traced=True)
             if getattr(module, "_compiled_call_impl", None) is not None:
                 before = torch.compiler.disable(before)  # module.compile() would make a graph of the copies
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         for name, block in (blocks or {}).items():
-            self._handles.append(block.register_forward_hook(_Hook(partial(self._after_block, name))))
+            self._handles.append(after_call(block, partial(self._after_block, name), traced=True))
 
     def close(self) -> None:
         """Remove every hook."""
-        while self._handles:
-            self._handles.pop().remove()
+        remove_all(self._handles)
 
     @contextmanager
     def recording(self) -> Iterator[list[RecordedCall]]:
@@ -89,7 +74,7 @@ class CallRecorder:
 
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._calls is not None:
-            self._inputs.append(tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs)))
+            self._inputs.append(_copied((args, kwargs)))
 
     def _after_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._calls is not None:
@@ -98,6 +83,20 @@ class CallRecorder:
             self._calls.append(RecordedCall(args, kwargs, output, self._outputs))
             self._outputs = {}
 
-    def _after_block(self, name: str, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_block(
+        self, name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         if self._calls is not None:
             self._outputs[name] = output
+
+
+def _copied(arguments: Any) -> Any:
+    """Return the arguments with copies of their tensors, in simple steps: compiled code traces them."""
+    try:
+        return map_tensors(_copy, arguments)
+    except ValueError:  # an object that is no batch, but a part of the program
+        return tree_map_only(Tensor, _copy, arguments)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.calls.hooks import inside_compiled
+from prox24_lightning.calibration.calls.eager_code import EagerCode, inside_compiled, inside_whole_graphs
 from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.calibration.calls.outermost import outermost_modules, parts_with
 from prox24_lightning.calibration.hooked_module import HookedModule, share_of
@@ -69,6 +69,8 @@ class RerunCalibration(Calibration):
         self._gradients: dict[str, OutputGradients] = {}
         self._cutters: dict[HookedModule, CallCutter | None] = {}
         self._batches = 0
+        self._whole_graphs: set[nn.Module] = set()
+        self._eager = EagerCode()
 
     def attach(self, context: RunContext, state: dict[str, Any]) -> None:
         self.context = context
@@ -103,6 +105,7 @@ class RerunCalibration(Calibration):
             hooked.attach()
 
     def detach(self) -> None:
+        self._eager.end()
         for hooked in self._all_hooked():
             hooked.detach()
         for gradients in self._gradients.values():
@@ -123,8 +126,13 @@ class RerunCalibration(Calibration):
             hooked.begin_batch(record=hooked in wanted, trial=not tried)
         for gradients in self._gradients.values():
             gradients.begin_batch()
+        listening = [hooked.module for hooked in self._all_hooked() if hooked.listens]
+        listening += [block.module for block in self.blocks if block.name in self._gradients]
+        if not self._whole_graphs.isdisjoint(listening):
+            self._eager.begin()
 
     def end_batch(self) -> None:
+        self._eager.end()
         for hooked in self._all_hooked():
             hooked.end_batch()
         for gradients in self._gradients.values():
@@ -291,7 +299,8 @@ class RerunCalibration(Calibration):
         return any(is_sharded(weight.parameter) for weight in self.context.weights)
 
     def _hook(self, modules: Sequence[nn.Module]) -> list[HookedModule]:
-        compiled = inside_compiled(self.model)
+        self._whole_graphs = inside_whole_graphs(self.model)
+        compiled = inside_compiled(self.model) - self._whole_graphs
         kept = {hooked.module: hooked for hooked in self._all_hooked()}
         made = []
         for module in modules:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from prox24_lightning.calibration.calls.hooks import before_call, in_backward, inside_compiled, remove_all
+from prox24_lightning.calibration.calls.eager_code import EagerCode, inside_compiled
+from prox24_lightning.calibration.calls.hooks import before_call, in_backward, remove_all
 from prox24_lightning.calibration.input_groups import InputGroupFinder
 from prox24_lightning.calibration.statistics.expert_hessians import ExpertHessians
 from prox24_lightning.calibration.statistics.streamed_hessian import StreamedHessian
@@ -51,7 +51,7 @@ class StreamCalibration(Calibration):
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._hessians: dict[str, StreamedHessian] = {}
         self._groups: list[list[str]] = []
-        self._eager = ExitStack()
+        self._eager = EagerCode()
 
     def attach(self, context: RunContext, state: dict[str, Any]) -> None:
         self.context = context
@@ -82,11 +82,10 @@ class StreamCalibration(Calibration):
                 streamed = self._hessians.setdefault(block.name, StreamedHessian(block.weights[0]))
                 streamed.begin_batch()
         if (self._listening or due) and inside_compiled(self.model):
-            # Hooks that were not there when code was compiled are not run by it.
-            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+            self._eager.begin()
 
     def end_batch(self) -> None:
-        self._eager.close()
+        self._eager.end()
         remove_all(self._handles.values())
         self._handles.clear()
         for streamed in self._hessians.values():
