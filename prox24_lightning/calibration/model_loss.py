@@ -33,7 +33,7 @@ class ModelLoss:
             self._terms = self._next_token
             if not all(isinstance(one, Tensor) for one in self._ids) or not _predicts(output, self._ids[0]):
                 self._terms = self._difference
-                self._references = [_output(run()).detach().clone() for run in self._runs]
+                self._references = [model_output(run()).detach().clone() for run in self._runs]
 
     @torch.no_grad()
     def __call__(self) -> float:
@@ -55,7 +55,8 @@ class ModelLoss:
 
     def _difference(self, number: int, output: Any) -> Tensor:
         reference = self._references[number].float()
-        return (_output(output).detach().float() - reference).square().sum() / reference.square().sum().clamp_min(1e-30)
+        error = (model_output(output).detach().float() - reference).square().sum()
+        return error / reference.square().sum().clamp_min(1e-30)
 
 
 def _predicts(output: Any, ids: Tensor) -> bool:
@@ -69,7 +70,12 @@ def _loss_of(output: Any) -> Tensor | None:
     return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-def _output(output: Any) -> Tensor:
+def model_output(output: Any) -> Tensor:
+    """Return the first tensor of what a model returns.
+
+    Raises:
+        ValueError: if there is none.
+    """
     found = first_tensor(tuple(output.values()) if isinstance(output, Mapping) else output)
     if found is None:
         raise ValueError(f"the model returns {type(output).__name__}, in which no output can be compared")

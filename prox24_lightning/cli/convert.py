@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.convert.form_choice import layers_of_16_bits
 from prox24_lightning.convert.input_scales import check_input_quantile, measure_input_scales
 from prox24_lightning.convert.packed_model import find_packable
 from prox24_lightning.io.own_text import OwnText
@@ -19,7 +20,8 @@ from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.io.texts import TextSource, token_sequences
-from prox24_lightning.oneshot import prune_layerwise
+from prox24_lightning.oneshot import RoundingReport, round_model
+from prox24_lightning.oneshot.round_model import check_loss_rise
 from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, check_output, filling
 from prox24_lightning.utils.names import collapse_names, counted
@@ -47,6 +49,9 @@ def convert(
     length: int = 1024,
     batch_size: int = 8,
     input_quantile: float | None = None,
+    smooth: bool = True,
+    max_loss_rise: float | None = None,
+    keep_16bit: list[str] | None = None,
     device: str | None = None,
 ) -> None:
     """Check a 2:4 model, pack its weights one by one and write them, with configs, tokenizer and a card.
@@ -82,6 +87,11 @@ def convert(
         batch_size: sequences a batch.
         input_quantile: fix the scale of a rounded layer's inputs at this quantile of the tokens' largest magnitudes in
             the calibration text, 1 for the largest of all; null gives each token its own scale when the layer runs.
+        smooth: with calibration text, scale inputs before they and the weights are rounded, where factors move into
+            norms and the layers before at no cost: outliers of int8 become harmless.
+        max_loss_rise: with calibration text, leave the layers in 16 bits that cost most for what 8 bits save, until the
+            loss rises by no more, in nats (0.007 is 0.7 % of perplexity); null rounds every layer.
+        keep_16bit: patterns of layers that are packed in 16 bits; layers that servers run as one have one form.
         device: where layers are rounded; null is cuda if there is one, else cpu.
     """
     with errors_as_exit("convert"):
@@ -100,6 +110,15 @@ def convert(
             )
         if input_quantile is not None:
             check_input_quantile(input_quantile)
+        if max_loss_rise is not None and not (weights and (text or data)):
+            raise ValueError(
+                "--max_loss_rise takes rounded weights and calibration text: name --weights fp8_e4m3 or int8, and "
+                "--text or --data"
+            )
+        if max_loss_rise is not None:
+            check_loss_rise(max_loss_rise)
+        if keep_16bit and not weights:
+            raise ValueError("--keep_16bit is for rounded weights: name --weights fp8_e4m3 or int8")
         if text and data:
             raise ValueError("both data and text are given: name one source of text")
         if text:
@@ -130,10 +149,17 @@ def convert(
         fixed: dict[str, float] = {}
         if data is not None and weights:
             ids = _calibration_tokens(source, data, sequences, length)
-            names = [name for name in packable.dims if source.model.get_parameter(name).dim() == 2]
-            _round(source.model, names, weights, ids.split(batch_size), device)
+            matrices = [name for name in packable.dims if source.model.get_parameter(name).dim() == 2]
+            kept = layers_of_16_bits([name.removesuffix(".weight") for name in packable.dims], keep_16bit or ())
+            names = [name for name in matrices if name.removesuffix(".weight") not in kept]
+            if not names:
+                raise ValueError("keep_16bit names every layer, so nothing is rounded: leave --weights out")
+            batches = ids.split(batch_size)
+            report = _round(source.model, names, weights, batches, device, smooth=smooth, max_loss_rise=max_loss_rise)
+            keep_16bit = sorted({*kept, *report.kept})
+            console.print(str(report), markup=False, highlight=False)
             if input_quantile is not None:
-                fixed = _input_scales(source.model, names, weights, ids.split(batch_size), input_quantile, device)
+                fixed = _input_scales(source.model, names, weights, batches, input_quantile, device)
         written = save_folder(
             out,
             source.model,
@@ -142,8 +168,11 @@ def convert(
             companions=source.companions,
             weights=weights,
             input_scales=fixed,
+            keep_16bit=keep_16bit or (),
         )
-        rounded = f"rounded to {weights}, " if weights else ""
+        exact = len(written.packed) - sum(entry.form is not None for entry in written.packed.values())
+        but = f" but {exact}" if exact else ""
+        rounded = f"rounded to {weights}{but}, " if weights else ""
         console.print(
             f"{counted(len(written.packed), 'weight')} {rounded}packed and read back equal; "
             f"{counted(len(packable.dense), 'weight')} stored dense. {_reasons(packable.dense)}",
@@ -167,18 +196,24 @@ def _calibration_tokens(source: Source, data: TextSource, sequences: int, length
 
 
 def _round(
-    model: nn.Module, names: list[str], weights: RoundedForm, batches: Sequence[Tensor], device: str | None
-) -> None:
+    model: nn.Module,
+    names: list[str],
+    weights: RoundedForm,
+    batches: Sequence[Tensor],
+    device: str | None,
+    *,
+    smooth: bool,
+    max_loss_rise: float | None,
+) -> RoundingReport:
     """Round the 2:4 weights of the model's blocks in place, as the packed file will hold them."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    prune_layerwise(
+    return round_model(
         model,
         [{"input_ids": ids} for ids in batches],
-        method="keep",
-        refine=None,
-        weights=weights,
+        weights,
         targets=names,
-        dense_target=1.0,
+        smooth=smooth,
+        max_loss_rise=max_loss_rise,
         device=place,
         offload="device" if place.type == "cpu" else "cpu",
     )

@@ -21,13 +21,16 @@ from prox24_lightning.convert.eligibility import (
     check_model,
     find_target,
 )
-from prox24_lightning.convert.form_choice import choose_form, form_problem
+from prox24_lightning.convert.form_choice import choose_form, form_problem, layers_of_16_bits
 from prox24_lightning.convert.kernels.buffers import pack_buffer
 from prox24_lightning.convert.layers.dense_fp8_linear import DenseFp8Linear
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.convert.module_slots import exchange, module_in, slots_by_name
 from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
 from prox24_lightning.weights.rounding import VALUE_DTYPES, RoundedForm, WeightForm, round_rows, round_weight
+
+_Kind = tuple[torch.dtype, RoundedForm | None, tuple[int, int]]
+"""What a kernel table is of: dtype, form and shape."""
 
 _HOOKS = (
     "_forward_hooks",
@@ -158,6 +161,7 @@ def convert_model(
     weights: WeightForm | None = None,
     dense_fp8: Collection[str] = (),
     input_scales: Mapping[str, float] | None = None,
+    keep_16bit: Sequence[str] = (),
 ) -> Conversion:
     """Convert the linear layers of ``model`` in place, one after the other; each dense weight is freed on the way.
 
@@ -178,11 +182,15 @@ def convert_model(
         input_scales: fixed scales of the inputs by layer, from
             :func:`~prox24_lightning.convert.input_scales.measure_input_scales`; of the other layers each token has the
             scale that it needs.
+        keep_16bit: names of layers, or patterns, that stay packed in 16 bits where ``weights`` rounds the others, from
+            :func:`~prox24_lightning.oneshot.round_model.round_model` for instance; layers that servers run as one have
+            one form.
 
     Raises:
         ValueError: if a named layer does not exist or cannot run sparse, token_counts are not whole numbers from 1 up,
-            ``weights`` is not possible here, or ``input_scales`` are given without rounded weights; nothing is
-            converted then. If a row cannot be rounded, by the layer's name; layers before it are converted then.
+            ``weights`` is not possible here, or ``input_scales`` or ``keep_16bit`` are given without rounded weights;
+            nothing is converted then. If a row cannot be rounded, by the layer's name; layers before it are converted
+            then.
     """
     if weights not in (*VALUE_DTYPES, None):
         raise ValueError(f"weights={weights!r} is unknown; use one of {', '.join(VALUE_DTYPES)}, or None")
@@ -190,6 +198,8 @@ def convert_model(
         raise ValueError(f"token_counts={token_counts!r} must be one or more whole numbers from 1 up, or None")
     if input_scales and _rounded(weights) is None:
         raise ValueError(f"input_scales are for rounded weights, and weights={weights!r}: leave them out")
+    if keep_16bit and _rounded(weights) is None:
+        raise ValueError(f"keep_16bit is for rounded weights, and weights={weights!r}: leave it out")
     fixed = input_scales or {}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     target = target_of(device)
@@ -203,28 +213,31 @@ def convert_model(
                 f"{name} of shape {verdicts[name].shape} cannot become a sparse layer: {verdicts[name].why}"
             )
     slots = slots_by_name(model)
-    form = _rounded(weights)
+    exact = layers_of_16_bits(wanted, keep_16bit)
+    if both := sorted(exact.intersection(dense_fp8)):
+        raise ValueError(f"{both[0]} is to be dense in float8 and to keep 16 bits: name it in one of the two")
     for name in wanted:
         dtype = module_in(slots[name]).get_parameter("weight").dtype if slots[name] else None
         if target is not None and dtype is not None and (problem := _form_problem(dtype, weights, target)) is not None:
             raise ValueError(f"{name}: {problem}")
         if not slots[name]:
             raise ValueError(f"the model is a bare {verdicts[name].kind}: pass it to convert_linear instead")
-    tables: dict[tuple[torch.dtype, tuple[int, int]], KernelTable] = {}
+    forms = {name: None if name in exact else _rounded(weights) for name in wanted}
+    tables: dict[_Kind, KernelTable] = {}
+    kinds: dict[str, _Kind] = {}
     if token_counts is not None:
-        for dtype in {module_in(slots[name]).get_parameter("weight").dtype for name in wanted}:
-            of_dtype = (name for name in wanted if module_in(slots[name]).get_parameter("weight").dtype == dtype)
-            shapes = [_pair(verdicts[name].shape) for name in of_dtype]
-            counts = sorted({*token_counts, *BUCKETS})
+        counts = sorted({*token_counts, *BUCKETS})
+        dtypes = {name: module_in(slots[name]).get_parameter("weight").dtype for name in wanted}
+        kinds = {name: (dtypes[name], forms[name], _pair(verdicts[name].shape)) for name in wanted}
+        for dtype, form in dict.fromkeys((dtype, form) for dtype, form, _ in kinds.values()):
+            shapes = [shape for *kind, shape in kinds.values() if kind == [dtype, form]]
             found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device, form=form)
-            tables |= {(dtype, shape): table for shape, table in found.items()}
+            tables |= {(dtype, form, shape): table for shape, table in found.items()}
     converted = []
     in_fp8 = dict.fromkeys(dense_fp8, "asked for by name")
     for name in wanted:
         layer = module_in(slots[name])
-        table = None
-        if token_counts is not None:
-            table = tables[layer.get_parameter("weight").dtype, _pair(verdicts[name].shape)]
+        table = None if token_counts is None else tables[kinds[name]]
         if table is not None and name not in in_fp8:
             choice = choose_form(table, token_counts or ())
             if choice.form == "dense":
@@ -241,8 +254,8 @@ def convert_model(
                 name=name,
                 kernels=table,
                 keep_dense=keep_dense,
-                weights=weights,
-                input_scale=fixed.get(name),
+                weights=None if name in exact else weights,
+                input_scale=None if name in exact else fixed.get(name),
             )
             exchange(slots[name], found_layer)
         converted.append(name)

@@ -1,19 +1,23 @@
-"""Choose the form of a layer's weight by the times of all forms: packed, dense in float8, or dense as it is."""
+"""Choose the form of a layer's weight: by the times of all forms, and among 8 and 16 bits by what the user names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from prox24_lightning.convert.autotune.kernel_table import DENSE, SAME, KernelTable, TableRow
 from prox24_lightning.convert.eligibility import Target
+from prox24_lightning.weights.names import matching
 from prox24_lightning.weights.rounding import RoundedForm
 
 LayerForm = Literal["packed", "dense_fp8", "dense"]
 
 OLDEST_CAPABILITY: dict[RoundedForm, tuple[int, int]] = {"fp8_e4m3": (8, 9), "int8": (8, 0)}
 """The compute capability from which tensor cores multiply a form."""
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of linear layers that servers such as vLLM run as one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,30 @@ def choose_form(table: KernelTable, token_counts: Sequence[int]) -> FormChoice:
     if fp8 and rows and len(ratios) == len(rows) and min(ratios) >= SAME:
         return FormChoice("dense_fp8", f"{why}: dense in float8")
     return FormChoice("dense", f"{why}: stays dense")
+
+
+def layers_of_16_bits(names: Iterable[str], keep_16bit: Sequence[str]) -> frozenset[str]:
+    """Return the layers that are not rounded: those that a pattern matches, and what servers run as one with them.
+
+    Args:
+        names: of all layers that could be rounded.
+        keep_16bit: their names, or shell patterns of them.
+
+    Raises:
+        ValueError: for a pattern that matches none.
+    """
+    names = list(names)
+    found: set[str] = set()
+    for pattern in keep_16bit:
+        matched = [name for name in names if matching({name}, [pattern])]
+        if not matched:
+            raise ValueError(f"keep_16bit={pattern!r} matches no layer that is rounded; check it for typing errors")
+        found.update(matched)
+    for name in list(found):
+        parent, _, last = name.rpartition(".")
+        group = next((group for group in FUSED if last in group), ())
+        found.update(other for part in group if (other := f"{parent}.{part}") in names)
+    return frozenset(found)
 
 
 def _least(values: Sequence[float | None]) -> float | None:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from prox24_lightning.convert.autotune.tune import stored_table
 from prox24_lightning.convert.convert import insert_layers, target_of
 from prox24_lightning.convert.eligibility import DTYPES, check_model, named_layers
-from prox24_lightning.convert.form_choice import form_problem
+from prox24_lightning.convert.form_choice import FUSED, form_problem
 from prox24_lightning.convert.format.packed_weight import PACKED_DTYPES
 from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.format.shards import PackedModel
@@ -23,9 +23,6 @@ from prox24_lightning.mask import Violations, violations_24
 from prox24_lightning.weights.eligibility import fit_groups
 from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
 from prox24_lightning.weights.names import clean_name, matching
-
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of linear layers that servers such as vLLM run as one."""
 
 
 @dataclass(frozen=True)

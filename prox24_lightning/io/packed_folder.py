@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.convert.form_choice import layers_of_16_bits
 from prox24_lightning.convert.format.header import PackedEntry, version_of
 from prox24_lightning.convert.format.shards import PackedModel, open_packed, write_packed_files
 from prox24_lightning.convert.packed_model import EmptyOnMeta, Packable, load_packed
@@ -103,6 +104,7 @@ def save_folder(
     max_shard_bytes: int | None = None,
     weights: RoundedForm | None = None,
     input_scales: Mapping[str, float] | None = None,
+    keep_16bit: Sequence[str] = (),
 ) -> PackedModel:
     """Write a packed model, with a card and, for a Hugging Face model, its configs.
 
@@ -118,19 +120,27 @@ def save_folder(
             8 bits already stays as it is.
         input_scales: fixed scales of the inputs of rounded layers, by layer
             (:func:`~prox24_lightning.convert.input_scales.measure_input_scales`); None gives each token its own.
+        keep_16bit: names of layers, or patterns, that are not rounded; layers that servers run as one have one form.
 
     Returns:
         the written files, open.
 
     Raises:
         ValueError: for a weight that is not 2:4, holds NaN or cannot be rounded, by name; for a folder with dense
-            weights.
+            weights; for a pattern that matches no layer.
         RuntimeError: if the file, read back, differs from the model.
     """
     forget_quantization(model)
     state = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
     info = {"source": source, "model": _kind(model), "dense": packable.dense}
-    forms = {} if weights is None else {name: weights for name in packable.dims if state[name].itemsize > 1}
+    forms: dict[str, RoundedForm] = {}
+    if weights is not None:
+        kept = layers_of_16_bits([name.removesuffix(".weight") for name in packable.dims], keep_16bit)
+        forms = {
+            name: weights
+            for name in packable.dims
+            if state[name].itemsize > 1 and name.removesuffix(".weight") not in kept
+        }
     fixed = {f"{name}.weight": scale for name, scale in (input_scales or {}).items() if f"{name}.weight" in forms}
     return write_folder(folder, model, state, packable.dims, info, companions, max_shard_bytes, forms, fixed)
 

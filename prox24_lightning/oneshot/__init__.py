@@ -2,5 +2,15 @@
 
 from prox24_lightning.oneshot.prune import prune_layerwise
 from prox24_lightning.oneshot.pruning_report import LayerRecord, LayerwiseReport
+from prox24_lightning.oneshot.round_model import RoundingReport, round_model
+from prox24_lightning.oneshot.smooth_inputs import SmoothedInputs, smooth_inputs
 
-__all__ = ["LayerRecord", "LayerwiseReport", "prune_layerwise"]
+__all__ = [
+    "LayerRecord",
+    "LayerwiseReport",
+    "RoundingReport",
+    "SmoothedInputs",
+    "prune_layerwise",
+    "round_model",
+    "smooth_inputs",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +80,16 @@ class FreeOrder:
         generator = torch.Generator().manual_seed(seed)
         size = self.units // self.runs
         return torch.cat([torch.randperm(size, generator=generator) + run * size for run in range(self.runs)])
+
+    @contextmanager
+    def tried(self, seed: int = 0) -> Iterator[None]:
+        """Move into a random order for as long as the context lasts."""
+        order = self.random_order(seed)
+        try:
+            self.move(order)
+            yield
+        finally:
+            self.move(inverse_order(order))
 
 
 @torch.no_grad()

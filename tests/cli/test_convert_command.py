@@ -361,3 +361,43 @@ def test_what_does_not_read_back_is_not_kept(prox24, sparse_folder, tmp_path, mo
     assert code == 2
     assert "differs from the model's" in err
     assert list((tmp_path / "packed").iterdir()) == []
+
+
+def test_layers_that_keep_16_bits(prox24, sparse_folder, tmp_path):
+    calibrate = ("--data", "tiny_language.Chains", "--sequences", 16, "--length", 16, "--device", "cpu")
+    named = ("--weights", "int8", "--keep_16bit", '["*.q_proj"]')
+    code, out, _ = prox24("convert", sparse_folder, tmp_path / "named", *named)
+    assert code == 0
+    assert "14 weights rounded to int8 but 6, packed" in " ".join(out.split())
+    config = json.loads((tmp_path / "named" / "config.json").read_text())["quantization_config"]
+    # Servers run queries, keys and values as one layer.
+    assert config["modules_not_rounded"] == sorted(
+        f"model.layers.{layer}.self_attn.{key}_proj" for layer in range(2) for key in "qkv"
+    )
+    bound = ("--weights", "int8", *calibrate, "--max_loss_rise", "1e-12", "--smooth", "false")
+    code, out, _ = prox24("convert", sparse_folder, tmp_path / "bound", *bound)
+    assert code == 0
+    config = json.loads((tmp_path / "bound" / "config.json").read_text())["quantization_config"]
+    kept = config["modules_not_rounded"]
+    assert f"with {len(kept)} of 14 in 16 bits" in " ".join(out.split())
+    model = hf.AutoModelForCausalLM.from_pretrained(sparse_folder)
+    again = packed_folder.load_folder(tmp_path / "bound", hf.AutoModelForCausalLM)
+    assert len(kept) > 7
+    for name in kept:
+        assert torch.equal(model.get_submodule(name).weight, again.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            ("--weights", "int8", "--max_loss_rise", "0.01"),
+            "--max_loss_rise takes rounded weights and calibration text",
+        ),
+        (("--keep_16bit", '["*.q_proj"]'), "--keep_16bit is for rounded weights"),
+        (("--weights", "int8", "--keep_16bit", '["*.k_porj"]'), "keep_16bit='*.k_porj' matches no layer"),
+    ],
+)
+def test_bounds_and_patterns_that_cannot_be_used(prox24, sparse_folder, tmp_path, options, words):
+    code, _, err = prox24("convert", sparse_folder, tmp_path / "out", *options)
+    assert (code, words in err) == (2, True)

@@ -1,1 +1,1 @@
-"""Which orders of inputs are free, found from the way in which a model computes and proved by equal outputs."""
+"""Which orders and scales of inputs are free, found from the way a model computes and proved by equal outputs."""

@@ -26,7 +26,7 @@ from prox24_lightning.weights.free_order import FreeOrder
 
 
 @dataclass(frozen=True)
-class _Outputs:
+class Outputs:
     """A range of the outputs of a module: a fused projection has several."""
 
     module: nn.Module
@@ -66,7 +66,7 @@ def find_free_orders(
     return found, reasons
 
 
-_Relations = dict[nn.Module, dict[_Outputs, Tensor]]
+_Relations = dict[nn.Module, dict[Outputs, Tensor]]
 """Consumer -> outputs that reach it elementwise -> (size, copies), the inputs that each output reaches."""
 
 
@@ -80,25 +80,43 @@ def _relations(probe: Probe) -> tuple[_Relations, dict[nn.Module, int]]:
         later = [reader for reader in probe.readers if place[reader] > place[module]]
         if not mixes_channels(module):
             later = [reader for reader in later if _lies_between(module, relations[reader], probe, place)]
-        for outputs, readers in _ranges(module, probe.channels[module], later):
-            reached = probe.reached_by(module, [outputs.start])
-            maps = {}
-            for reader in readers:
-                inputs, hits = input_channels(reader), reached.get(reader, [])
-                if (found := _elementwise(hits, outputs.size, inputs)) is not None:
-                    maps[reader] = found
-                elif hits == list(range(len(hits))) and 0 < len(hits) < inputs and inputs % len(hits) == 0:
-                    widths[reader] = min(len(hits), widths.get(reader, inputs))
-            if maps:
-                some = torch.randperm(outputs.size, generator=torch.Generator().manual_seed(0))[: outputs.size // 2 + 1]
-                reached = probe.reached_by(module, (outputs.start + some).tolist())
-                for reader, columns in maps.items():
-                    if reached.get(reader) == sorted(columns[some].flatten().tolist()):
-                        relations[reader][outputs] = columns
+        for outputs, maps in elementwise_readers(probe, module, later, widths):
+            for reader, columns in maps.items():
+                relations[reader][outputs] = columns
     return relations, widths
 
 
-def _lies_between(module: nn.Module, outputs: Iterable[_Outputs], probe: Probe, place: dict[nn.Module, int]) -> bool:
+def elementwise_readers(
+    probe: Probe, module: nn.Module, later: Sequence[nn.Module], widths: dict[nn.Module, int]
+) -> Iterator[tuple[Outputs, dict[nn.Module, Tensor]]]:
+    """Yield ranges of a module's outputs, and for the layers that each of these outputs reaches in inputs of its own
+    the (size, copies) inputs.
+
+    Args:
+        probe: of the region.
+        module: whose outputs are disturbed.
+        later: the layers that may read them.
+        widths: receives the width of the heads that a layer's inputs consist of, where it shows.
+    """
+    for outputs, readers in _ranges(module, probe.channels[module], later):
+        reached = probe.reached_by(module, [outputs.start])
+        maps = {}
+        for reader in readers:
+            inputs, hits = input_channels(reader), reached.get(reader, [])
+            if (found := _pattern(hits, outputs.size, inputs)) is not None:
+                maps[reader] = found
+            elif hits == list(range(len(hits))) and 0 < len(hits) < inputs and inputs % len(hits) == 0:
+                widths[reader] = min(len(hits), widths.get(reader, inputs))
+        if not maps:
+            continue
+        some = torch.randperm(outputs.size, generator=torch.Generator().manual_seed(0))[: outputs.size // 2 + 1]
+        reached = probe.reached_by(module, (outputs.start + some).tolist())
+        sure = {reader: c for reader, c in maps.items() if reached.get(reader) == sorted(c[some].flatten().tolist())}
+        if sure:
+            yield outputs, sure
+
+
+def _lies_between(module: nn.Module, outputs: Iterable[Outputs], probe: Probe, place: dict[nn.Module, int]) -> bool:
     return any(
         place[one.module] < place[module] and one.size == probe.channels[module]
         for one in outputs
@@ -108,9 +126,9 @@ def _lies_between(module: nn.Module, outputs: Iterable[_Outputs], probe: Probe, 
 
 def _ranges(
     module: nn.Module, channels: int, readers: Sequence[nn.Module]
-) -> Iterator[tuple[_Outputs, list[nn.Module]]]:
+) -> Iterator[tuple[Outputs, list[nn.Module]]]:
     """Yield ranges of a module's outputs that may be all inputs of a layer, or a share of them, and those layers."""
-    found: dict[_Outputs, list[nn.Module]] = {}
+    found: dict[Outputs, list[nn.Module]] = {}
     for reader in readers:
         inputs = input_channels(reader)
         parts = []
@@ -122,11 +140,11 @@ def _ranges(
             shared = (channels - inputs) // 2  # queries, then keys and values that several of them share
             parts = [(0, inputs), (inputs, shared), (inputs + shared, shared)]
         for start, size in parts:
-            found.setdefault(_Outputs(module, start, size), []).append(reader)
+            found.setdefault(Outputs(module, start, size), []).append(reader)
     yield from found.items()
 
 
-def _elementwise(hits: Sequence[int], size: int, inputs: int) -> Tensor | None:
+def _pattern(hits: Sequence[int], size: int, inputs: int) -> Tensor | None:
     """Return (size, copies): the inputs that each output reaches, where the first one reaches ``hits``; None if those
     are no pattern of single inputs at equal distances."""
     copies = inputs // size
@@ -140,7 +158,7 @@ def _elementwise(hits: Sequence[int], size: int, inputs: int) -> Tensor | None:
     return torch.arange(inputs).view(-1, copies, width).movedim(1, 2).flatten(0, 1)
 
 
-def _components(relations: _Relations) -> Iterator[tuple[list[nn.Module], list[_Outputs]]]:
+def _components(relations: _Relations) -> Iterator[tuple[list[nn.Module], list[Outputs]]]:
     """Yield layers that are connected by outputs which reach several of them, and all those outputs."""
     left = {reader: dict.fromkeys(found) for reader, found in relations.items() if found}
     while left:
@@ -155,7 +173,7 @@ def _components(relations: _Relations) -> Iterator[tuple[list[nn.Module], list[_
 
 def _free_order(
     consumers: Sequence[nn.Module],
-    outputs: Sequence[_Outputs],
+    outputs: Sequence[Outputs],
     relations: _Relations,
     widths: dict[nn.Module, int],
 ) -> FreeOrder:

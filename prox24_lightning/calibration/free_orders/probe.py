@@ -26,6 +26,7 @@ class Probe:
     Attributes:
         order: those of ``modules`` that are called exactly once and return one tensor, in the order of their calls.
         channels: number of outputs of each of them.
+        uncalled: those of ``modules`` that the run does not call.
         is_deterministic: whether a second run gives the very same inputs.
     """
 
@@ -42,6 +43,7 @@ class Probe:
         finally:
             remove_all(handles)
         self.order = [module for module, calls in self._calls.items() if calls == 1 and module in self._single]
+        self.uncalled = [module for module in modules if module not in self._calls]
         self.channels = {module: self._single[module] for module in self.order}
         self._readers = [module for module in self.order if takes_any_order(module) and module in self._inputs]
         self.is_deterministic = not any(len(reached) for reached in self._changes(lambda: None).values())

@@ -1,48 +1,48 @@
-"""Prove that an order of inputs is free: outputs are equal, up to rounding, in a random order."""
+"""Prove that an order or scale of inputs is free: outputs are equal, up to rounding, after a random change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.calls.hooks import remove_all
 from prox24_lightning.utils.tensors import tensors_in
-from prox24_lightning.weights.free_order import FreeOrder, inverse_order
+from prox24_lightning.weights.free_order import FreeOrder
+from prox24_lightning.weights.free_scale import FreeScale
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest relative difference of a feature's outputs, averaged over features, that rounding may make."""
 
 
-def proved(orders: Sequence[FreeOrder], run: Callable[[], Any]) -> tuple[list[FreeOrder], dict[nn.Module, str]]:
-    """Return those of ``orders`` in which random orders leave the outputs as they are, and why the others are fixed.
+Change = TypeVar("Change", FreeOrder, FreeScale)
+
+
+def proved(changes: Sequence[Change], run: Callable[[], Any]) -> tuple[list[Change], dict[nn.Module, str]]:
+    """Return those of ``changes`` that leave the outputs as they are when drawn at random, and why the others do not.
 
     The outputs of the consumers and what ``run`` returns are compared. Weights are as before afterwards.
     """
-    before = _outputs(orders, run)
-    difference = _difference(orders, run, before)
+    before = _outputs(changes, run)
+    difference = _difference(changes, run, before)
     if difference is None:
-        return list(orders), {}
-    if len(orders) == 1:
-        return [], dict.fromkeys(orders[0].consumers, f"another order of these inputs changes {difference}")
-    parts = [proved([order], run) for order in orders]
-    return [order for found, _ in parts for order in found], {k: v for _, reasons in parts for k, v in reasons.items()}
+        return list(changes), {}
+    if len(changes) == 1:
+        what = "order" if isinstance(changes[0], FreeOrder) else "scale"
+        return [], dict.fromkeys(changes[0].consumers, f"another {what} of these inputs changes {difference}")
+    parts = [proved([change], run) for change in changes]
+    return [one for found, _ in parts for one in found], {k: v for _, reasons in parts for k, v in reasons.items()}
 
 
-def _difference(orders: Sequence[FreeOrder], run: Callable[[], Any], before: Mapping[str, Tensor]) -> str | None:
-    """Return what random orders change beyond rounding; None if nothing."""
-    drawn = [order.random_order(seed) for seed, order in enumerate(orders)]
-    moved = 0
-    try:
-        for order, places in zip(orders, drawn, strict=True):
-            moved += 1
-            order.move(places)
-        after = _outputs(orders, run)
-    finally:
-        for order, places in zip(orders[:moved], drawn[:moved], strict=True):
-            order.move(inverse_order(places))
+def _difference(changes: Sequence[Change], run: Callable[[], Any], before: Mapping[str, Tensor]) -> str | None:
+    """Return what random changes change beyond rounding; None if nothing."""
+    with ExitStack() as stack:
+        for seed, change in enumerate(changes):
+            stack.enter_context(change.tried(seed))
+        after = _outputs(changes, run)
     for what, output in before.items():
         error = relative_difference(after[what], output)
         if not error <= TOLERANCES.get(output.dtype, 3e-2):
@@ -63,7 +63,7 @@ def relative_difference(output: Tensor, reference: Tensor) -> float:
     return float(torch.where(difference > 0, difference / size, 0.0).mean())
 
 
-def _outputs(orders: Sequence[FreeOrder], run: Callable[[], Any]) -> dict[str, Tensor]:
+def _outputs(changes: Sequence[Change], run: Callable[[], Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def note(key: str) -> Callable[..., None]:
@@ -73,7 +73,7 @@ def _outputs(orders: Sequence[FreeOrder], run: Callable[[], Any]) -> dict[str, T
 
         return hook
 
-    consumers = [consumer for order in orders for consumer in order.consumers]
+    consumers = [consumer for change in changes for consumer in change.consumers]
     handles = [
         consumer.register_forward_hook(note(f"the output of layer {number} behind them"))
         for number, consumer in enumerate(consumers)

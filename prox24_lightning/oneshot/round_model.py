@@ -1,0 +1,180 @@
+"""Round a 2:4 model to 8 bits so that it loses least: smooth inputs, round on the mask, keep some layers in 16 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.calibration.blocks import call_model
+from prox24_lightning.calibration.isolation.isolated import isolated
+from prox24_lightning.oneshot.progress import LayerProgress
+from prox24_lightning.oneshot.prune import prune_layerwise
+from prox24_lightning.oneshot.pruning_report import LayerwiseReport
+from prox24_lightning.oneshot.rounding_budget import RoundedLayers, RoundingBudget, rounding_prices, within_rise
+from prox24_lightning.oneshot.smooth_inputs import SmoothedInputs, smooth_inputs
+from prox24_lightning.solvers.budget.price import LayerTimes
+from prox24_lightning.utils.tensors import to_device
+from prox24_lightning.weights.rounding import RoundedForm
+from prox24_lightning.weights.selection import select_weights
+
+PROBE_BATCHES = 2
+"""Calibration batches on which the rise of the loss is measured."""
+
+
+@dataclass(frozen=True)
+class RoundingReport:
+    """Result of :func:`round_model`.
+
+    Attributes:
+        form: of the rounded layers.
+        smoothed: one entry an input; empty without ``smooth``.
+        layers: the rounding of each layer.
+        budget: which layers keep 16 bits and what that gives; None without ``max_loss_rise``.
+    """
+
+    form: RoundedForm
+    smoothed: tuple[SmoothedInputs, ...]
+    layers: LayerwiseReport
+    budget: RoundingBudget | None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the layers that keep 16 bits, for ``keep_16bit`` where the model is packed or converted."""
+        return () if self.budget is None else self.budget.kept
+
+    def __str__(self) -> str:
+        """Say in a few lines what was done."""
+        lines = []
+        if self.smoothed:
+            gains = [one for one in self.smoothed if one.before]
+            ratios = [math.log(max(one.after or 0.0, 1e-30) / one.before) for one in gains if one.before]
+            lost = f"{100 * (math.exp(sum(ratios) / len(ratios)) - 1):+.0f} %" if ratios else "nothing"
+            lines.append(
+                f"{len(gains)} of {len(self.smoothed)} inputs can be scaled freely; the loss of rounding a layer "
+                f"changes by {lost} (geometric mean)"
+            )
+        if self.budget is not None:
+            found, whole = self.budget, sum(len(price.names) for price in self.budget.prices)
+            lines.append(
+                f"loss {100 * found.rise_without:+.2f} % of a nat with all layers in {self.form}, "
+                f"{100 * found.rise:+.2f} % with {len(found.kept)} of {whole} in 16 bits, which leaves "
+                f"{100 * found.gain_left:.0f} % of the gain"
+            )
+            lines.append(found.table())
+        return "\n".join(lines)
+
+
+def round_model(
+    model: nn.Module,
+    batches: Iterable[Any],
+    form: RoundedForm,
+    *,
+    targets: Sequence[str] | None = None,
+    skip: Sequence[str] | None = None,
+    smooth: bool = True,
+    max_loss_rise: float | None = None,
+    layer_times: LayerTimes | None = None,
+    device: str | torch.device | None = None,
+    offload: str = "device",
+    progress: bool = True,
+) -> RoundingReport:
+    """Round the 2:4 weights of a model's blocks in place, as a packed file in ``form`` holds them.
+
+    First factors move outliers of the inputs into the weights, where that changes no output
+    (:func:`~prox24_lightning.oneshot.smooth_inputs.smooth_inputs`). Then kept entries of a row make up for each other's
+    errors (:func:`~prox24_lightning.oneshot.prune.prune_layerwise` with ``method="keep"``). With ``max_loss_rise``
+    layers get their 16 bits back, the most expensive ones first, until the loss rises by no more.
+
+    Args:
+        model: 2:4 in what is to be rounded.
+        batches: calibration batches: mappings (keyword arguments of the model), tuples or tensors.
+        form: "fp8_e4m3" or "int8".
+        targets, skip: patterns of names, see :func:`~prox24_lightning.weights.selection.select_weights`.
+        smooth: scale inputs first.
+        max_loss_rise: largest rise of the loss, in nats (0.007 is 0.7 % of perplexity), measured on the first
+            batches against the model in 16 bits: the divergence of its outputs
+            (:class:`~prox24_lightning.calibration.output_divergence.OutputDivergence`). None rounds every layer.
+        layer_times: of each layer in 16 and in 8 bits, by name; None goes by multiply-adds.
+        device: where blocks are rounded, and the whole model is with ``max_loss_rise``; None is where the model is.
+        offload: see :func:`~prox24_lightning.oneshot.prune.prune_layerwise`.
+        progress: show bars.
+
+    Returns:
+        what was done; ``kept`` names the layers that are not rounded.
+
+    Raises:
+        ValueError: for a bound that is not positive, and as ``prune_layerwise``: a weight that is not 2:4, say.
+    """
+    if max_loss_rise is not None:
+        check_loss_rise(max_loss_rise)
+    batches = list(batches)
+    chosen = select_weights(model, targets=targets, skip=skip).chosen
+    layers = {weight.module_name: weight.module for weight in chosen if weight.parameter.dim() == 2}
+    place = {"device": device, "offload": offload, "progress": progress}
+    smoothed = smooth_inputs(model, batches, form, layers, **place) if smooth else []
+    exact = {name: layer.get_parameter("weight").detach().cpu().clone() for name, layer in layers.items()}
+    report = prune_layerwise(
+        model,
+        batches,
+        method="keep",
+        refine=None,
+        weights=form,
+        dense_target=1.0,
+        targets=targets,
+        skip=skip,
+        **place,
+    )
+    budget = None
+    if max_loss_rise is not None:
+        done = {record.name.removesuffix(".weight") for record in report.layers}
+        rounded = {name: layer for name, layer in layers.items() if name in done}
+        home = next(model.parameters()).device
+        model.to(home if device is None else device)
+        try:
+            budget = _budget(model, batches[:PROBE_BATCHES], rounded, exact, form, max_loss_rise, layer_times, progress)
+        finally:
+            model.to(home)
+    return RoundingReport(form, tuple(smoothed), report, budget)
+
+
+def _budget(
+    model: nn.Module,
+    batches: Sequence[Any],
+    layers: Mapping[str, nn.Module],
+    exact: Mapping[str, Tensor],
+    form: RoundedForm,
+    max_rise: float,
+    times: LayerTimes | None,
+    progress: bool,
+) -> RoundingBudget:
+    """Measure where the model lies, and give the layers that are kept their weights back."""
+    place = next(model.parameters()).device
+    moved = [to_device(dict(one) if isinstance(one, Mapping) else one, place) for one in batches]
+    runs = [partial(call_model, model, one) for one in moved]
+    switch = RoundedLayers(layers, exact, form)
+    with isolated(model), LayerProgress(len(layers), enabled=progress) as bar:
+        prices, divergence = rounding_prices(layers, switch, runs, times, step=bar.step)
+
+        def measured(names: Sequence[str]) -> float:
+            with switch.inputs_too(names):
+                return divergence()
+
+        found = within_rise(prices, measured, max_rise)
+        switch.round(set(layers) - set(found.kept))
+    return found
+
+
+def check_loss_rise(max_loss_rise: float) -> None:
+    """Raise for a bound that means nothing.
+
+    Raises:
+        ValueError: if it is not a positive number.
+    """
+    if not (isinstance(max_loss_rise, (int, float)) and 0 < max_loss_rise < math.inf):
+        raise ValueError(f"max_loss_rise={max_loss_rise!r} must be positive: 0.007 for 0.7 % of perplexity; or None")

@@ -1,0 +1,171 @@
+"""Rounding a 2:4 model to 8 bits: smoothed inputs, prices of layers, and the choice of those that keep 16 bits."""
+
+import copy
+
+import pytest
+import torch
+from tiny_reordered import IDS, llama
+
+from prox24_lightning.calibration.output_divergence import OutputDivergence
+from prox24_lightning.calibration.rounded_inputs import rounded_inputs
+from prox24_lightning.calibration.smoothing import smoothing_factors
+from prox24_lightning.oneshot import prune_layerwise, round_model
+from prox24_lightning.oneshot.rounding_budget import RoundingPrice, within_rise
+from prox24_lightning.oneshot.smooth_inputs import smooth_inputs
+from prox24_lightning.weights.rounding import round_weight
+
+BATCHES = [{"input_ids": IDS}, {"input_ids": IDS.flip(0)}]
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    """A 2:4 LLaMA in bfloat16 whose norms make outliers of some channels."""
+    model, _ = llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[3] = 40.0
+            layer.post_attention_layernorm.weight[7] = 40.0
+    model.to(torch.bfloat16)
+    prune_layerwise(model, BATCHES, method="magnitude", refine=None, progress=False)
+    return model
+
+
+@pytest.fixture
+def model(pruned):
+    return copy.deepcopy(pruned)
+
+
+def layers_of(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+
+
+def zeros_of(model):
+    return {name: layer.weight == 0 for name, layer in layers_of(model).items()}
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS, use_cache=False).logits
+
+
+@torch.no_grad()
+def rise(model, exact, rounded):
+    """The divergence from ``exact`` with the inputs of the layers ``rounded`` in int8."""
+    measure = OutputDivergence([lambda: exact(IDS, use_cache=False)])
+    found = layers_of(model)
+    with rounded_inputs([found[name] for name in rounded], "int8"):
+        measure._runs = [lambda: model(IDS, use_cache=False)]
+        return measure()
+
+
+def test_smoothing_changes_no_output_and_no_zero(model):
+    before, zeros = logits(model), zeros_of(model)
+    done = smooth_inputs(model, BATCHES, "int8", layers_of(model), progress=False)
+    assert torch.equal(logits(model), before)
+    assert all(torch.equal(zeros[name], now) for name, now in zeros_of(model).items())
+    found = {name: one for one in done for name in one.names}
+    assert set(found) == set(layers_of(model))
+    attention = found["model.layers.0.self_attn.q_proj"]
+    assert attention.names == tuple(f"model.layers.0.self_attn.{key}_proj" for key in "qkv")
+    assert attention.exponent is not None
+    assert attention.after < 0.5 * attention.before
+    assert not any(one.reason for one in done)
+    # Two such scales are never one: what was smoothed already gains little.
+    again = smooth_inputs(model, BATCHES, "int8", layers_of(model), progress=False)
+    assert next(one for one in again if one.names == attention.names).before == pytest.approx(attention.after, rel=0.05)
+
+
+def test_factors_are_powers_of_two_and_none_where_nothing_is_gained():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 16, generator=generator) for n in (64, 8))
+    x[:, 5] *= 64
+    columns = torch.arange(16).view(8, 2)
+    found = smoothing_factors(x, x.abs().amax(0), [weight], columns, "int8")
+    assert torch.equal(found.factors.log2(), found.factors.log2().round())
+    assert found.factors.shape == (8,)
+    assert found.factors.argmax() == 2  # the pair of inputs with the outlier
+    assert found.after < 0.5 * found.before
+    plain = smoothing_factors(x.sign(), torch.ones(16), [weight], columns, "int8")  # ones are exact already
+    if plain.exponent is None:
+        assert torch.equal(plain.factors, torch.ones(8))
+    assert plain.after <= plain.before
+
+
+def test_smoothing_lowers_the_rise_of_the_loss(model):
+    exact, names = copy.deepcopy(model), list(layers_of(model))
+    plain = rise(model, exact, names)
+    round_model(model, BATCHES, "int8", progress=False)
+    assert rise(model, exact, names) < 0.5 * plain
+
+
+def test_layers_keep_16_bits_until_the_rise_is_within_the_bound(model):
+    exact = copy.deepcopy(model)
+    every = round_model(copy.deepcopy(model), BATCHES, "int8", smooth=False, max_loss_rise=10, progress=False)
+    assert every.kept == ()
+    bound = every.budget.rise_without / 3
+    report = round_model(model, BATCHES, "int8", smooth=False, max_loss_rise=bound, progress=False)
+    assert 0 < len(report.kept) < len(layers_of(model))
+    rounded = [name for name in layers_of(model) if name not in report.kept]
+    assert report.budget.rise <= bound
+    measured = OutputDivergence([lambda one=one: exact(**one, use_cache=False) for one in BATCHES])
+    measured._runs = [lambda one=one: model(**one, use_cache=False) for one in BATCHES]
+    with rounded_inputs([layers_of(model)[name] for name in rounded], "int8"):
+        assert measured() == pytest.approx(report.budget.rise, rel=1e-3)
+    # Weights are what their form says.
+    for name, layer in layers_of(model).items():
+        if name in report.kept:
+            assert torch.equal(layer.weight, layers_of(exact)[name].weight)
+        else:
+            assert torch.equal(layer.weight, round_weight(layer.weight, "int8"))
+    # Layers that servers run as one have one form.
+    for layer in range(2):
+        parts = [f"model.layers.{layer}.self_attn.{key}_proj" in report.kept for key in "qkv"]
+        assert len(set(parts)) == 1
+    assert f"{len(report.kept)} of {len(layers_of(model))} in 16 bits" in str(report)
+
+
+def test_a_bound_of_nothing_keeps_every_layer(model):
+    exact = copy.deepcopy(model.state_dict())
+    report = round_model(model, BATCHES, "fp8_e4m3", smooth=False, max_loss_rise=1e-12, progress=False)
+    assert set(report.kept) == set(layers_of(model))
+    assert report.budget.rise == 0
+    assert all(torch.equal(value, exact[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bound", [0, -1.0, float("nan"), float("inf"), "0.7"])
+def test_bounds_that_mean_nothing(model, bound):
+    with pytest.raises(ValueError, match="max_loss_rise=.* must be positive"):
+        round_model(model, BATCHES, "int8", max_loss_rise=bound, progress=False)
+
+
+def test_the_layers_that_cost_most_for_what_they_save_keep_16_bits():
+    each = (("a", 3, 1), ("b", 4, 4), ("c", 2, 1), ("d", 1, 0))
+    prices = [RoundingPrice((name,), rise, gain) for name, rise, gain in each]
+    rises = {price.names[0]: price.rise for price in prices}
+    asked = []
+
+    def measured(names):
+        asked.append(list(names))
+        return sum(rises[name] for name in names)
+
+    found = within_rise(prices, measured, 4)
+    assert found.kept == ("d", "a", "c")  # d saves nothing at all
+    assert (found.rise, found.rise_without, found.gain_left) == (4, 10, 4 / 6)
+    assert within_rise(prices, measured, 10).kept == ()
+    assert len(asked) <= 5
+
+
+def test_divergence_of_equal_and_of_other_outputs():
+    logits = torch.randn(2, 5, 7)
+    output = type("Output", (), {"logits": logits})()
+    measure = OutputDivergence([lambda: output])
+    assert measure() == pytest.approx(0, abs=1e-7)
+    output.logits = logits + 3  # the same probabilities
+    assert measure() == pytest.approx(0, abs=1e-6)
+    output.logits = logits.roll(1, -1)
+    expected = (logits.softmax(-1) * (logits.log_softmax(-1) - output.logits.log_softmax(-1))).sum(-1).mean()
+    assert measure() == pytest.approx(float(expected), rel=1e-5)
+    hidden = [torch.ones(3)]
+    error = OutputDivergence([lambda: hidden[0]])
+    hidden[0] = torch.full((3,), 1.1)
+    assert error() == pytest.approx(0.01, rel=1e-4)
