@@ -116,8 +116,9 @@ def round_model(
     batches = list(batches)
     chosen = select_weights(model, targets=targets, skip=skip).chosen
     layers = {weight.module_name: weight.module for weight in chosen if weight.parameter.dim() == 2}
-    place = {"device": device, "offload": offload, "progress": progress}
-    smoothed = smooth_inputs(model, batches, form, layers, **place) if smooth else []
+    smoothed: list[SmoothedInputs] = []
+    if smooth:
+        smoothed = smooth_inputs(model, batches, form, layers, device=device, offload=offload, progress=progress)
     exact = {name: layer.get_parameter("weight").detach().cpu().clone() for name, layer in layers.items()}
     report = prune_layerwise(
         model,
@@ -128,7 +129,9 @@ def round_model(
         dense_target=1.0,
         targets=targets,
         skip=skip,
-        **place,
+        device=device,
+        offload=offload,
+        progress=progress,
     )
     budget = None
     if max_loss_rise is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ def smooth_inputs(
     home = next(model.parameters()).device
     names = {module: name for name, module in layers.items()}
     blocks = find_blocks(model, holding=names)
-    shared = holders(model)
+    smoother = _Smoother(names, form, holders(model))
     done: list[SmoothedInputs] = []
     with isolated(model), LayerProgress(len(blocks), enabled=progress) as bar:
         blocks, batches = chain_of_blocks(model, blocks, batches, home, None)
@@ -93,53 +93,70 @@ def smooth_inputs(
             for index in range(len(blocks)):
                 bar.describe(f"scales of inputs in {blocks.names[index] or type(model).__name__}")
                 with inputs.on_device(index) as block:
-                    inside = [module for module in block.modules() if module in names]
-                    done += _smooth_block(block, inputs.runs(index, block), inside, names, form, shared)
+                    done += smoother.smooth(block, inputs.runs(index, block))
                     inputs.advance(index, block)
                 bar.step(1, blocks.names[index])
     return done
 
 
-def _smooth_block(
-    block: nn.Module,
-    runs: Sequence[Callable[[], Any]],
-    inside: Collection[nn.Module],
-    names: Mapping[nn.Module, str],
-    form: RoundedForm,
-    shared: Mapping[Tensor, int],
-) -> list[SmoothedInputs]:
-    if not inside:
-        return []
-    try:
-        scales, reasons = proved_scales(block, runs[0], inside, fixed=lambda tensor: _why_fixed(tensor, shared))
-    except Exception as error:  # of the user's forward
-        scales, reasons = [], dict.fromkeys(inside, f"{type(error).__name__}: {error}")
-    for layer, reason in reasons.items():
-        logger.info("the inputs of %s are not smoothed: %s", names[layer], reason)
-    samples = {scale: InputSample(scale.consumers[0], max(1, SAMPLE_TOKENS // len(runs))) for scale in scales}
-    try:
-        for run in runs if scales else ():
-            run()
-    finally:
-        for sample in samples.values():
-            sample.remove()
-    done = [_smooth(scale, samples[scale], names, form) for scale in scales]
-    return done + [SmoothedInputs((names[layer],), reason=reason) for layer, reason in reasons.items()]
+class _Smoother:
+    """Smooths one block after the other.
 
+    Args:
+        names: layer -> its name, of those that will be rounded.
+        form: of these.
+        shared: parameter -> in how many places of the model it is.
+    """
 
-def _smooth(scale: FreeScale, sample: InputSample, names: Mapping[nn.Module, str], form: RoundedForm) -> SmoothedInputs:
-    rounded = [layer for layer in scale.consumers if layer in names]
-    labels = tuple(names[layer] for layer in rounded)
-    if sample.largest is None or not sample.largest.isfinite().all():
-        return SmoothedInputs(labels, reason="it is called with nothing, or with inputs that are not finite")
-    weights = [as_matrix(layer).float() for layer in rounded]
-    found = from_first(smoothing_factors(sample.tokens, sample.largest, weights, scale.columns, form))
-    if found.exponent is not None:
-        scale.scale(found.factors)
-    return SmoothedInputs(labels, found.exponent, found.before, found.after)
+    def __init__(self, names: Mapping[nn.Module, str], form: RoundedForm, shared: Mapping[Tensor, int]) -> None:
+        self._names = names
+        self._form: RoundedForm = form
+        self._shared = shared
+        self._known: tuple[nn.Module, list[FreeScale]] | None = None
 
+    def smooth(self, block: nn.Module, runs: Sequence[Callable[[], Any]]) -> list[SmoothedInputs]:
+        """Scale the inputs of a block's layers, on its calibration batches."""
+        inside = [module for module in block.modules() if module in self._names]
+        if not inside:
+            return []
+        try:
+            scales, reasons = proved_scales(block, runs[0], inside, fixed=self._fixed, guesses=self._guesses(block))
+        except Exception as error:  # of the user's forward
+            scales, reasons = [], dict.fromkeys(inside, f"{type(error).__name__}: {error}")
+        self._known = block, scales
+        for layer, reason in reasons.items():
+            logger.info("the inputs of %s are not smoothed: %s", self._names[layer], reason)
+        samples = {scale: InputSample(scale.consumers[0], max(1, SAMPLE_TOKENS // len(runs))) for scale in scales}
+        try:
+            for run in runs if scales else ():
+                run()
+        finally:
+            for sample in samples.values():
+                sample.remove()
+        done = [self._scale(scale, samples[scale]) for scale in scales]
+        return done + [SmoothedInputs((self._names[layer],), reason=reason) for layer, reason in reasons.items()]
 
-def _why_fixed(tensor: Tensor, shared: Mapping[Tensor, int]) -> str | None:
-    if is_sharded(tensor):
-        return "the weights are sharded"
-    return "a weight is shared" if shared.get(tensor, 1) > 1 else None
+    def _guesses(self, block: nn.Module) -> list[FreeScale]:
+        """Return the scales of the block before, in this one."""
+        if self._known is None:
+            return []
+        try:
+            return [scale.in_region(self._known[0], block) for scale in self._known[1]]
+        except LookupError:
+            return []
+
+    def _fixed(self, tensor: Tensor) -> str | None:
+        if is_sharded(tensor):
+            return "the weights are sharded"
+        return "a weight is shared" if self._shared.get(tensor, 1) > 1 else None
+
+    def _scale(self, scale: FreeScale, sample: InputSample) -> SmoothedInputs:
+        rounded = [layer for layer in scale.consumers if layer in self._names]
+        labels = tuple(self._names[layer] for layer in rounded)
+        if sample.largest is None or not sample.largest.isfinite().all():
+            return SmoothedInputs(labels, reason="it is called with nothing, or with inputs that are not finite")
+        weights = [as_matrix(layer).float() for layer in rounded]
+        found = from_first(smoothing_factors(sample.tokens, sample.largest, weights, scale.columns, self._form))
+        if found.exponent is not None:
+            scale.scale(found.factors)
+        return SmoothedInputs(labels, found.exponent, found.before, found.after)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,29 @@ class FreeScale:
     def tensors(self) -> tuple[MovedTensor, ...]:
         """Everything that changes."""
         return self.multiplied + self.divided
+
+    def in_region(self, source: nn.Module, target: nn.Module) -> FreeScale:
+        """Return the same scale in another module of the same structure.
+
+        Args:
+            source: holds what this scale changes.
+            target: has modules of the same names, types and sizes.
+
+        Raises:
+            LookupError: if it has not.
+        """
+        names = {module: name for name, module in source.named_modules()}
+        others = dict(target.named_modules())
+
+        def moved(part: MovedTensor) -> MovedTensor:
+            other = others[names[part.module]]
+            if type(other) is not type(part.module) or getattr(other, part.name).shape != part.tensor.shape:
+                raise LookupError(f"{names[part.module]} is another module there")
+            return replace(part, module=other)
+
+        consumers = tuple(others[names[consumer]] for consumer in self.consumers)
+        multiplied, divided = (tuple(map(moved, parts)) for parts in (self.multiplied, self.divided))
+        return FreeScale(consumers, self.columns, multiplied, divided)
 
     @torch.no_grad()
     def scale(self, factors: Tensor) -> None:

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,26 @@ def test_what_is_not_free_stays(kind, words):
     assert not scales
     assert all(words in reason for reason in reasons.values())
     assert reasons
+
+
+@torch.no_grad()
+def test_scales_of_a_block_are_guessed_in_the_next_and_proved_there():
+    model, run = llama()
+    first, second = model.model.layers
+    scales, divided, _ = found_in(first, block_of(run, first))
+    guesses = [scale.in_region(first, second) for scale in scales.values()]
+    calls = []
+    run_second = block_of(run, second)
+    _, again, _ = found_in(second, lambda: calls.append(1) or run_second(), guesses=guesses)
+    assert again == divided
+    assert len(calls) == 4  # two for whether runs are equal, two for the proof
+    at = [set(scale.consumers) == {second.mlp.down_proj} for scale in guesses].index(True)
+    gate = replace(guesses[at].divided[0], module=second.mlp.gate_proj)
+    guesses[at] = replace(guesses[at], divided=(gate,))
+    _, again, _ = found_in(second, run_second, guesses=guesses)
+    assert again == divided
+    with pytest.raises(LookupError):
+        guesses[0].in_region(second, nn.Sequential(nn.Linear(4, 4)))
 
 
 def test_a_tensor_that_may_not_change():

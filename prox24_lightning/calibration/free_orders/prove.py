@@ -73,7 +73,9 @@ def _outputs(changes: Sequence[Change], run: Callable[[], Any]) -> dict[str, Ten
 
         return hook
 
-    consumers = [consumer for change in changes for consumer in change.consumers]
+    # What one scale divides another may read: its own outputs change, and those of the layers behind it do not.
+    divided = {part.module for change in changes if isinstance(change, FreeScale) for part in change.divided}
+    consumers = [consumer for change in changes for consumer in change.consumers if consumer not in divided]
     handles = [
         consumer.register_forward_hook(note(f"the output of layer {number} behind them"))
         for number, consumer in enumerate(consumers)

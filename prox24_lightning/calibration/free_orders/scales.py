@@ -8,7 +8,7 @@ Disturbing outputs shows which they may be, as for orders
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def proved_scales(
     wanted: Iterable[nn.Module],
     *,
     fixed: Callable[[Tensor], str | None] = lambda tensor: None,
+    guesses: Sequence[FreeScale] = (),
 ) -> tuple[list[FreeScale], dict[nn.Module, str]]:
     """Return free scales of the inputs of ``wanted``, proved by equal outputs, and why the inputs of others are fixed.
 
@@ -36,6 +37,7 @@ def proved_scales(
         run: calls it on one batch.
         wanted: layers whose inputs are to be scaled; each is in at most one scale.
         fixed: says why a tensor may not change (shared with another module, say); None if it may.
+        guesses: scales of this region that hold in one like it: proved first, which spares most of the search.
     """
     wanted = list(dict.fromkeys(wanted))
     holders = [module for module in region.modules() if module._parameters or module._buffers]
@@ -45,9 +47,13 @@ def proved_scales(
     if any(mixes_channels(module) for module in probe.uncalled):
         # It may read what is scaled on another batch, as experts do that no token of this one goes to.
         return [], dict.fromkeys(wanted, "layers beside it are not called on every batch")
-    found: list[FreeScale] = []
+    allowed = [scale for scale in guesses if all(fixed(part.tensor) is None for part in scale.tensors)]
+    found = proved(allowed, run)[0] if allowed else []
     reasons: dict[nn.Module, str] = {}
-    left, taken = set(wanted), set[nn.Module]()
+    taken = {consumer for scale in found for consumer in scale.consumers}
+    left = set(wanted) - taken
+    if not left:
+        return found, {}
     # The nearest producer first: between it and the layer lies least.
     for candidate in _candidates(probe):
         consumers = set(candidate.consumers)
