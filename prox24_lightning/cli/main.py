@@ -68,12 +68,12 @@ COMMANDS = {
         "prox24_lightning.cli.compare.command:compare",
     ),
     "study": Command(
-        "figures: the prox, local against global, geometries, failures, ablations",
+        "figures of the prox: local against global, geometries, failures",
         "prox24_lightning.cli.study.command:study",
         typed=True,
     ),
     "recipes": Command(
-        "copy the example modules and their YAML into a folder, ready to run",
+        "copy example modules and their YAML into a folder, ready to run",
         "prox24_lightning.cli.recipes:recipes",
         typed=True,
         positional=True,
@@ -94,14 +94,14 @@ COMMANDS = {
         first="--model.name",
     ),
     "doctor": Command(
-        "which layers of MODEL can run sparse, why the others cannot, what it would gain",
+        "which layers of MODEL can run sparse, why others cannot, the gain",
         "prox24_lightning.cli.doctor:doctor",
         typed=True,
         positional=True,
         words="MODEL",
     ),
     "convert": Command(
-        "check MODEL and write it packed, at about half the size, into a folder",
+        "check MODEL and write it packed, about half the size, into a folder",
         "prox24_lightning.cli.convert:convert",
         typed=True,
         positional=True,
@@ -129,7 +129,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "prox24 COMMAND --help lists the options of a command; prox24 --version prints the version.",
+            "prox24 COMMAND --help lists the options of a command; --version the version.",
         ]
     )
 

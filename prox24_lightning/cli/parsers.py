@@ -96,7 +96,7 @@ class TrainerParser(LightningArgumentParser):
     @override
     def format_help(self, *args: Any, **options: Any) -> str:
         own_first(self, self.own_group)
-        self.usage = f"{_program(self.prog)} [options]"
+        self.usage = f"{_program(self.prog)} --config X.yaml [options]"
         parts = _without_markup(super().format_help(*args, **options)).split("\n\n")  # usage, description, groups
         if self.own_help is not None:
             parts.insert(3 if self.own_group else 2, self.own_help())

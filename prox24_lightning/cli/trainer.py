@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from prox24_lightning.cli.exit_codes import ERROR
 from prox24_lightning.cli.parsers import TrainerParser, refuse
 from prox24_lightning.cli.prox24_settings import apply_settings, settings_help, take_settings
 
+_OF_LIGHTNING = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+"""A warning of Lightning 2.6 about torch 2.13, which no user can act on."""
 _NAMED_CHECKPOINTS = ("best", "last", "hpc", "registry")
 
 
@@ -29,6 +32,7 @@ class Prox24CLI(LightningCLI):
     own_group = ""
 
     def __init__(self, words: list[str], *, name: str, trains: bool = False, run: bool = True, **options: Any) -> None:
+        warnings.filterwarnings("ignore", message=_OF_LIGHTNING)
         self._trains = trains
         self._program = f"{name} {words[0]}" if run else name
         words, self._settings = take_settings(words, self._program) if trains else (words, {})

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prox24_lightning.utils.files import replacing, write_text
-from prox24_lightning.utils.names import collapse_names, common_start, shorten_all
+from prox24_lightning.utils.names import collapse_names, common_start, counted, shorten_all
 from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.selection import SkippedWeight
 
@@ -84,7 +84,7 @@ class LayerwiseReport:
         names = [layer.name.removesuffix(".weight") for layer in self.layers]
         start = common_start(names)
         short = shorten_all((name.removeprefix(start) for name in names), NAME_WIDTH)
-        title = f"{len(self.layers)} layers are 2:4, {len(self.skipped)} weights stay dense"
+        title = f"2:4: {counted(len(self.layers), 'layer')}, dense: {counted(len(self.skipped), 'weight')}"
         tokens = sorted({layer.tokens for layer in self.layers})
         title += f"; {tokens[0]:,} tokens each" if len(tokens) == 1 else ""
         title += f"\nnames begin with {start}" if start else ""

@@ -26,6 +26,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 def test_help_lists_every_command(words, capsys):
     main.main(words)
     lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
     for name, command in main.COMMANDS.items():
         assert [line.split() for line in lines if line.startswith(f"  {name} ")] == [[name, *command.summary.split()]]
 
