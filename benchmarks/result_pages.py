@@ -44,7 +44,8 @@ def table_of(path: Path, columns: str | None = None) -> str:
         raise ValueError(f"{path} has no table")
     if columns is None:
         return found[0].strip()
-    head, _, *rows = ([cell.strip() for cell in row.strip("| ").split(" | ")] for row in found[0].strip().splitlines())
+    lines = (row.strip().removeprefix("|").removesuffix("|") for row in found[0].strip().splitlines())
+    head, _, *rows = ([cell.strip() for cell in line.split(" | ")] for line in lines)  # a last cell may be empty
     chosen = []
     for name in (name.strip() for name in columns.split(",")):
         places = [place for place, title in enumerate(head) if title.startswith(name)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -111,14 +111,14 @@ def prune_layerwise(
         a report with one record a layer, and the masks.
 
     Raises:
-        TypeError: if ``batches`` is a tensor, whose rows would be taken for batches.
+        TypeError: if ``batches`` is a tensor or a mapping, whose rows or keys would be taken for batches.
         ValueError: for arguments that do not fit the model, and for a layer that cannot be solved (its inputs are not
             finite, say), by name; for a ``work_dir`` that another run uses; for ``budget``, ``reorder_inputs`` and
             ``reconstruct_steps`` on a model that was made within ``torch.inference_mode()``. Blocks that are finished
             stay pruned, and stay in ``work_dir``. After any error the model is on its device, in its mode, with its
             own forwards.
     """
-    if isinstance(batches, Tensor):
+    if isinstance(batches, Tensor | Mapping):
         raise TypeError("batches must be an iterable of batches; for one batch give [batch]")
     config = PruneConfig(
         solver=SolverConfig(method, refine, steps, momentum, damping, refine_steps, tolerance, weights),

@@ -38,6 +38,11 @@ def test_a_page_a_benchmark_with_its_tables_and_files(results):
     assert "\n# a comment\n" in page, "code is left as it is"
 
 
+def test_a_last_cell_may_be_empty(tmp_path):
+    (tmp_path / "a.md").write_text("| size | ms | share |\n| --- | --- | --- |\n| 1 | 2 |  |\n")
+    assert table_of(tmp_path / "a.md", "share, size") == "| share | size |\n| --- | --- |\n|  | 1 |"
+
+
 def test_a_benchmark_without_words_of_its_own_has_a_page_too(results):
     (results / "speed" / "about.md").unlink()
     (results / "empty").mkdir()

@@ -169,9 +169,10 @@ def test_blocks_of_another_run_are_not_taken_over(tmp_path, changes, message):
         prune(seeded(), work_dir=tmp_path, **changes)
 
 
-def test_a_single_tensor_is_no_list_of_batches():
+@pytest.mark.parametrize("wrap", [lambda batch: batch, lambda batch: {"x": batch}])
+def test_a_single_batch_is_no_list_of_batches(wrap):
     with pytest.raises(TypeError, match=r"batches must be an iterable of batches; for one batch give \[batch\]"):
-        prune(seeded(), batches()[0])
+        prune(seeded(), wrap(batches()[0]))
 
 
 @pytest.mark.parametrize("offload", ["cpu", "files"])
