@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.calls.hooks import remove_all
+from prox24_lightning.calibration.straight_through import round_inputs
 from prox24_lightning.weights.rounding import RoundedForm
-from prox24_lightning.weights.straight_through import round_inputs
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prox24_lightning.calibration.straight_through import round_inputs, round_matrix
 from prox24_lightning.convert.eligibility import named_layers, why_not_linear
 from prox24_lightning.sparsify.phases import check_step, resolve_step
 from prox24_lightning.sparsify.zeros import weights_24
@@ -20,7 +21,6 @@ from prox24_lightning.weights.layer_matrix import is_transposed_linear
 from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import GroupedWeight, select_weights
 from prox24_lightning.weights.sharded import is_sharded, local_part
-from prox24_lightning.weights.straight_through import round_inputs, round_matrix
 
 _PATIENCE = 8  # batches after which a layer that was not called is named
 _CALLED = "_rounded_call"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prox24_lightning.weights import straight_through
+from prox24_lightning.calibration import straight_through
+from prox24_lightning.calibration.straight_through import round_inputs, round_matrix
 from prox24_lightning.weights.chunks import CHUNK_ENTRIES
 from prox24_lightning.weights.rounding import expand_rows, round_rows, round_tokens, round_weight
-from prox24_lightning.weights.straight_through import round_inputs, round_matrix
 
 FORMS = ["fp8_e4m3", "int8"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
