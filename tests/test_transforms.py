@@ -132,6 +132,44 @@ def test_numpy_arrays_are_refused_with_the_remedy(function):
         function(np.zeros((4, 4)), 0.5)
 
 
+WRONG = [
+    (lambda w: prox.prox_24(w, None), TypeError, "strength takes a number or a torch.Tensor, got builtins.NoneType"),
+    (lambda w: prox.critical_strength_24(w, dim=(0, 1)), ValueError, "takes one dimension, got dim=(0, 1): 4 x 4"),
+    (
+        lambda w: prox.MultiTensorProx()([w], torch.ones(1), [1], [None]),
+        ValueError,
+        "weight 0 cannot go with the others on cpu; use prox_24 for it",
+    ),
+]
+SCALED = [mask.mask_24, mask.transposable_mask, prox.critical_strength_24, prox.penalty_24]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), WRONG)
+def test_wrong_arguments(call, kind, message):
+    with pytest.raises(kind, match=re.escape(message)):
+        call(sparse_weight())
+
+
+@pytest.mark.parametrize("function", SCALED)
+def test_a_scale_broadcasts_to_the_weight(function):
+    with pytest.raises(ValueError, match=r"scale of shape \(3,\) does not broadcast to the weight's shape \(8, 8\)"):
+        function(sparse_weight(), scale=torch.ones(3))
+    with pytest.raises(TypeError, match="scale takes a torch.Tensor, got numpy.ndarray; use torch.as_tensor"):
+        function(sparse_weight(), scale=np.ones(8))
+
+
+@pytest.mark.parametrize("function", [*SCALED, mask.is_24, mask.zeros_per_group, lambda w: prox.prox_24(w, 0.5)])
+def test_sparse_layouts_are_refused(function):
+    with pytest.raises(ValueError, match=r"takes a tensor that holds its zeros, got torch.sparse_coo; use weight.to_d"):
+        function(sparse_weight().to_sparse())
+
+
+@pytest.mark.parametrize("function", [mask.mask_24, mask.transposable_mask])
+def test_masks_of_weights_of_8_bits(function):
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    assert torch.equal(function(weight), function(weight.float()))
+
+
 def test_an_export_names_what_it_cannot_hold():
     class Counted(torch.nn.Module):
         def forward(self, x):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from prox24_lightning.mask.transposable import refuse_nan, transposable_mask
+from prox24_lightning.mask.transposable import refuse_nan, scaled, transposable_mask
 from prox24_lightning.weights.groups import Dim, check_weight, from_groups, to_groups
 
 
@@ -35,8 +35,7 @@ def mask_24(weight: Tensor, *, dim: Dim = -1, scale: Tensor | None = None) -> Te
         return transposable_mask(weight, dims=dim, scale=scale)
     if torch.compiler.is_compiling():
         return _compiled_mask_24(weight.detach(), dim, scale)
-    score = weight.detach() if scale is None else weight.detach() * scale
-    score = to_groups(score, dim).abs()
+    score = to_groups(scaled(weight, scale), dim).abs()
     refuse_nan(score, weight.shape, "2:4")
     # Entry i stays if fewer than two entries beat it: j beats i when it is larger, or equal and earlier.
     # Six comparisons a group, no sort, and the tie rule is in the formula instead of in a sort's stability.

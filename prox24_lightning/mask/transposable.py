@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, library
 
 from prox24_lightning.weights.blocks_4x4 import BLOCK_DIMS, from_blocks, to_blocks
-from prox24_lightning.weights.groups import check_weight
+from prox24_lightning.weights.groups import check_scale, check_weight
 
 CHUNK = 1 << 16
 """Blocks a matrix product: 90 float64 sums each, 47 MB."""
@@ -86,8 +86,7 @@ def transposable_mask(weight: Tensor, *, dims: tuple[int, int] = BLOCK_DIMS, sca
     check_weight(weight, "transposable_mask", vmap="matrices")
     if torch.compiler.is_compiling():
         return _compiled_transposable_mask(weight.detach(), list(dims), scale)
-    values = weight.detach() if scale is None else weight.detach() * scale
-    blocks = to_blocks(values, dims).abs()
+    blocks = to_blocks(scaled(weight, scale), dims).abs()
     refuse_nan(blocks, weight.shape, "transposable")
     return from_blocks(best_patterns(relative_squares(blocks)), weight.shape, dims)
 
@@ -105,6 +104,18 @@ def _compiled_transposable_mask(weight: Tensor, dims: list[int], scale: Tensor |
 @_compiled_transposable_mask.register_fake
 def _(weight: Tensor, dims: list[int], scale: Tensor | None) -> Tensor:
     return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+
+
+def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Return ``weight * scale`` for scores, apart from autograd; 8 bits as float32, as torch compares none of these.
+
+    Raises:
+        TypeError, ValueError: for a scale that does not broadcast to the weight.
+    """
+    check_scale(scale, weight)
+    values = weight.detach()
+    values = values.float() if values.is_floating_point() and values.itemsize == 1 else values
+    return values if scale is None else values * scale
 
 
 def refuse_nan(scores: Tensor, shape: torch.Size, kind: str) -> None:

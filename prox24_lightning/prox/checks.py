@@ -7,6 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from prox24_lightning.weights.groups import broadcasts, check_scale
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,10 +30,9 @@ def check_arguments(
     weight: Tensor, shape: tuple[int, ...], strength: float | Tensor, scale: Tensor | None, out: Tensor | None
 ) -> None:
     """Refuse a strength that does not broadcast against ``shape``, and a bad scale or ``out``."""
-    for name, value in (("strength", strength), ("scale", scale)):
-        if not isinstance(value, (Real, Tensor, type(None))):
-            kind = f"{type(value).__module__}.{type(value).__qualname__}"
-            raise TypeError(f"{name} takes a number or a torch.Tensor, got {kind}; use torch.as_tensor")
+    if not isinstance(strength, (Real, Tensor)):
+        kind = f"{type(strength).__module__}.{type(strength).__qualname__}"
+        raise TypeError(f"strength takes a number or a torch.Tensor, got {kind}; use torch.as_tensor")
     _check_strength(strength, shape, weight)
     if scale is not None:
         _check_scale(scale, weight)
@@ -44,7 +45,7 @@ def check_arguments(
 
 def _check_strength(strength: float | Tensor, shape: tuple[int, ...], weight: Tensor) -> None:
     if isinstance(strength, Tensor):
-        if not _broadcasts(strength, shape):
+        if not broadcasts(strength, shape):
             raise ValueError(
                 f"strength of shape {tuple(strength.shape)} does not broadcast against the groups' shape {shape} of a "
                 f"weight of shape {tuple(weight.shape)}; use (rows, 1) for one strength a row"
@@ -56,19 +57,9 @@ def _check_strength(strength: float | Tensor, shape: tuple[int, ...], weight: Te
 
 
 def _check_scale(scale: Tensor, weight: Tensor) -> None:
-    if not _broadcasts(scale, weight.shape):
-        raise ValueError(
-            f"scale of shape {tuple(scale.shape)} does not broadcast to the weight's shape {tuple(weight.shape)}; use "
-            "(in_features,) for one value an input"
-        )
+    check_scale(scale, weight)
     if scale.device.type == "cpu" and not bool(((scale > 0) & (scale < torch.inf)).all()):
         raise ValueError(
             f"scale must be positive and finite, but it ranges from {scale.min().item()} to {scale.max().item()}; "
             "clamp it away from zero (an input that is always zero has no scale)"
         )
-
-
-def _broadcasts(tensor: Tensor, shape: tuple[int, ...] | torch.Size) -> bool:
-    if tensor.dim() > len(shape):
-        return False
-    return all(a in (1, b) for a, b in zip(reversed(tensor.shape), reversed(shape), strict=False))

@@ -8,7 +8,7 @@ from torch import Tensor, library
 from prox24_lightning.prox.batched import chunk_size, keep_freed_memory, sort_four
 from prox24_lightning.prox.dispatch import prox_path
 from prox24_lightning.prox.roots import indicator
-from prox24_lightning.weights.groups import check_weight, chunks, group_shape, quarters, resolve_group_dim
+from prox24_lightning.weights.groups import check_scale, check_weight, chunks, group_shape, quarters, resolve_group_dim
 
 NEWTON = {torch.float32: 3, torch.float64: 5}
 """Newton steps: relative error of the strength 1e-2, 1e-3, 1e-5, 2e-9 after 0, 1, 2, 3."""
@@ -41,6 +41,9 @@ def critical_strength_24(weight: Tensor, *, dim: int = -1, scale: Tensor | None 
     check_weight(weight, "critical_strength_24")
     if not weight.is_floating_point():
         raise ValueError(f"critical_strength_24 needs a real floating-point weight, got {weight.dtype}")
+    if not isinstance(dim, int):
+        raise ValueError(f"critical_strength_24 takes one dimension, got dim={dim}: 4 x 4 blocks have no such formula")
+    check_scale(scale, weight)
     if torch.compiler.is_compiling():
         return _compiled_critical_24(weight.detach(), dim, scale)
     if prox_path(weight) == "triton":

@@ -144,8 +144,6 @@ class MultiTensorProx:
     def _sort(
         self, weights: Sequence[Tensor], dims: Sequence[int], scales: Sequence[Tensor | None], device: torch.device
     ) -> list[tuple[Tensor | None, list[int], WeightTable]]:
-        from prox24_lightning.prox.triton.multi_tensor import WeightTable
-
         kinds: dict[Hashable, list[int]] = {}
         places = [resolve_group_dim(weight.shape, dim) for weight, dim in zip(weights, dims, strict=True)]
         for number, (weight, place, scale) in enumerate(zip(weights, places, scales, strict=True)):
@@ -153,6 +151,8 @@ class MultiTensorProx:
                 raise ValueError(f"weight {number} cannot go with the others on {device}; use prox_24 for it")
             kind = (weight.dtype, weight.shape[place + 1 :].numel() == 1, scale is not None)
             kinds.setdefault(kind, []).append(number)
+        from prox24_lightning.prox.triton.multi_tensor import WeightTable
+
         result = []
         for numbers in kinds.values():
             index = None if len(kinds) == 1 else torch.tensor(numbers).to(device, non_blocking=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prox24_lightning.weights.groups import Dim, check_weight, group_dims, resolve_group_dim
+from prox24_lightning.weights.groups import Dim, check_scale, check_weight, group_dims, resolve_group_dim
 
 
 def penalty_24(
@@ -44,6 +44,7 @@ def penalty_24(
         return (along + across).sum() if reduce == "sum" else along + across
     dim = resolve_group_dim(weight.shape, dim)
     values = weight if weight.dtype == torch.float64 else weight.float()
+    check_scale(scale, weight)
     if scale is not None:
         values = values * scale
     a, b, c, d = values.abs().unflatten(dim, (weight.shape[dim] // 4, 4)).unbind(dim + 1)

@@ -45,14 +45,43 @@ def check_weight(
 
     Raises:
         TypeError: for anything but a tensor (a numpy array, say), and for a tensor of ``torch.vmap``.
+        ValueError: for one in a sparse layout.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(
             f"{function} takes a torch.Tensor, got {type(weight).__module__}.{type(weight).__qualname__}; use "
             "torch.as_tensor"
         )
+    if weight.layout != torch.strided:
+        raise ValueError(f"{function} takes a tensor that holds its zeros, got {weight.layout}; use weight.to_dense()")
     if vmap != "runs" and not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(weight):
         raise TypeError(f"{function} does not run under torch.vmap; {_INSTEAD_OF_VMAP[vmap]}")
+
+
+def check_scale(scale: Tensor | None, weight: Tensor) -> None:
+    """Refuse a scale that does not broadcast to the weight; its values are not looked at.
+
+    Raises:
+        TypeError: for what is not a tensor.
+        ValueError: for a shape that does not broadcast.
+    """
+    if scale is None:
+        return
+    if not isinstance(scale, Tensor):
+        kind = f"{type(scale).__module__}.{type(scale).__qualname__}"
+        raise TypeError(f"scale takes a torch.Tensor, got {kind}; use torch.as_tensor")
+    if not broadcasts(scale, weight.shape):
+        raise ValueError(
+            f"scale of shape {tuple(scale.shape)} does not broadcast to the weight's shape {tuple(weight.shape)}; use "
+            "(in_features,) for one value an input"
+        )
+
+
+def broadcasts(tensor: Tensor, shape: Sequence[int]) -> bool:
+    """Return whether ``tensor`` can be expanded to ``shape``."""
+    if tensor.dim() > len(shape):
+        return False
+    return all(a in (1, b) for a, b in zip(reversed(tensor.shape), reversed(shape), strict=False))
 
 
 def leave_graph(function: str, remedy: str) -> None:
