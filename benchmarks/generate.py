@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,9 @@ _RECOMPILES = 64
 
 _NAME_LENGTH = 70
 
+_TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+_FEW_TOKENS = 64
+
 Call = Callable[[], Any]
 Kernels = dict[str, tuple[float, float]]
 """Name of a kernel -> its launches and microseconds."""
@@ -57,6 +60,7 @@ def main(
     batches: list[int] = [1, 8],  # noqa: B006
     rounds: int = 5,
     transformers_too: bool = False,
+    fuse: bool = True,
     search: bool = True,
     profile: bool = False,
     output: Path = RESULTS,
@@ -75,6 +79,7 @@ def main(
         batches: sequences at a time.
         rounds: of calls in turns.
         transformers_too: time transformers' own loop with a static cache as well.
+        fuse: decode with one product for the projections that read the same input.
         search: measure the kernels of each shape first, which takes minutes; false takes those that were measured on
             this machine before, or goes by rule, so that the run ends within two minutes.
         profile: write the kernels of a decoded token as well, by torch's profiler.
@@ -99,7 +104,7 @@ def main(
     kernels: list[dict[str, Any]] = []
     for batch in batches:
         for way in ("transformers", "accelerated")[0 if transformers_too else 1 :]:
-            timed, spent = _decoding(models, way, batch, prompt, new, rounds)
+            timed, spent = _decoding(models, way, batch, prompt, new, rounds, fuse=fuse)
             rows += timed
             write_result(output, name, "generate() of transformers by form", rows, note=note, quiet=True)
             if profile:
@@ -143,7 +148,7 @@ def _packed(
     model: nn.Module, form: RoundedForm | None, device: torch.device, counts: Sequence[int], *, search: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     layers = decoder_layers(model)
-    tables = _tables(layers.values(), form, device, counts, search=search)
+    tables = _tables(layers, form, device, counts, search=search)
     for table in tables.values():
         print(table.shape, form, table.text, choose_form(table, counts), flush=True)
     for name, layer in layers.items():
@@ -159,21 +164,35 @@ def _in_dense_fp8(
     model: nn.Module, device: torch.device, counts: Sequence[int], *, search: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     layers = decoder_layers(model)
-    tables = _tables(layers.values(), "fp8_e4m3", device, counts, search=search)
+    tables = _tables(layers, "fp8_e4m3", device, counts, search=search)
     for name, layer in layers.items():
         yield name, _dense_fp8(layer, tables[layer.out_features, layer.in_features])
 
 
 def _tables(
-    layers: Iterable[nn.Linear], form: RoundedForm | None, device: torch.device, counts: Sequence[int], *, search: bool
+    layers: Mapping[str, nn.Linear],
+    form: RoundedForm | None,
+    device: torch.device,
+    counts: Sequence[int],
+    *,
+    search: bool,
 ) -> dict[tuple[int, int], KernelTable]:
-    shapes = dict.fromkeys((layer.out_features, layer.in_features) for layer in layers)
+    shapes = dict.fromkeys((layer.out_features, layer.in_features) for layer in layers.values())
     if search:
         # At these numbers of tokens alone: convert_model measures all that a server may need.
+        few = [count for count in counts if count <= _FEW_TOKENS]
+        kernel_tables(_joined_shapes(layers), torch.bfloat16, token_counts=few, device=device, form=form)
         return kernel_tables(list(shapes), torch.bfloat16, token_counts=counts, device=device, form=form)
     return {
         shape: stored_table(shape, torch.bfloat16, device=torch.cuda.current_device(), form=form) for shape in shapes
     }
+
+
+def _joined_shapes(layers: Mapping[str, nn.Linear]) -> list[tuple[int, int]]:
+    """Return the shapes of the projections that are decoded as one."""
+    by_last = {name.rpartition(".")[2]: layer for name, layer in layers.items()}
+    groups = [[by_last[name] for name in names] for names in _TOGETHER]
+    return [(sum(layer.out_features for layer in group), group[0].in_features) for group in groups]
 
 
 def _dense_fp8(layer: nn.Linear, table: KernelTable) -> DenseFp8Linear:
@@ -182,10 +201,10 @@ def _dense_fp8(layer: nn.Linear, table: KernelTable) -> DenseFp8Linear:
 
 
 def _decoding(
-    models: dict[Form, nn.Module], way: str, batch: int, prompt: int, new: int, rounds: int
+    models: dict[Form, nn.Module], way: str, batch: int, prompt: int, new: int, rounds: int, *, fuse: bool
 ) -> tuple[list[dict[str, Any]], dict[Form, Kernels]]:
     """Return the rows of the table, and the kernels of a decoded token in each form."""
-    handles = [accelerate_generation(one) for one in models.values()] if way == "accelerated" else []
+    handles = [accelerate_generation(one, fuse=fuse) for one in models.values()] if way == "accelerated" else []
     calls = {
         (form, count): generation_call(one, batch, prompt, count) for form, one in models.items() for count in (1, new)
     }

@@ -22,6 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from prox24_lightning.integrations.transformers.decoding.captured_decoder import Decoder, SmallOperations
 from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME, attention_forward
+from prox24_lightning.integrations.transformers.decoding.siblings import SiblingProjections
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ STEPS_BETWEEN_CHECKS = 16
 """Tokens that are made before the host looks whether all sequences have ended."""
 
 
-def accelerate_generation(model: Any, *, compile: bool = True, graphs: int = 2) -> AcceleratedGeneration:
+def accelerate_generation(
+    model: Any, *, compile: bool = True, fuse: bool = True, graphs: int = 2
+) -> AcceleratedGeneration:
     """Let ``model.generate(...)`` replay CUDA graphs while it decodes; its arguments and results stay the same.
 
     Greedy search and sampling are accelerated, with any logits processor, left padding and end-of-sequence tokens. Beam
@@ -47,6 +50,9 @@ def accelerate_generation(model: Any, *, compile: bool = True, graphs: int = 2) 
         model: a decoder-only model of transformers whose layers all attend to the whole context, dense or converted. On
             a CPU the loop works without graphs.
         compile: compile the small operations between the projections with ``torch.compile``.
+        fuse: decode with one product for the layers that read the same input (query, key and value; gate and up). Dense
+            weights move into one tensor, which the parameters then view; packed ones are copied, which takes as much
+            memory again. Layers with hooks, adapters or tied weights run one by one.
         graphs: how many batch sizes keep their graph and cache; the least recently used goes first.
 
     Returns:
@@ -57,7 +63,7 @@ def accelerate_generation(model: Any, *, compile: bool = True, graphs: int = 2) 
     """
     if (reason := why_not(model)) is not None:
         raise ValueError(f"generation of {type(model).__name__} cannot be accelerated: {reason}")
-    return AcceleratedGeneration(model, compile=compile, graphs=graphs)
+    return AcceleratedGeneration(model, compile=compile, fuse=fuse, graphs=graphs)
 
 
 def why_not(model: Any) -> str | None:
@@ -82,10 +88,11 @@ def why_not(model: Any) -> str | None:
 class AcceleratedGeneration:
     """The exchange of a model's ``generate``; :meth:`remove` takes it back."""
 
-    def __init__(self, model: Any, *, compile: bool, graphs: int) -> None:
+    def __init__(self, model: Any, *, compile: bool, fuse: bool, graphs: int) -> None:
         self._model = model
         # A CPU has no launches to save.
         self._operations = SmallOperations(model, enabled=compile and model.device.type == "cuda")
+        self._siblings = SiblingProjections(enabled=fuse)
         self._graphs = graphs
         self._decoders: OrderedDict[tuple[Any, ...], Decoder] = OrderedDict()
         AttentionInterface.register(NAME, attention_forward)
@@ -93,8 +100,9 @@ class AcceleratedGeneration:
         model.generate = MethodType(self._generate, model)
 
     def remove(self) -> None:
-        """Give the model its own ``generate`` back, and free caches and graphs."""
+        """Give the model its own ``generate`` back, and free caches, graphs and joined weights."""
         self._decoders.clear()
+        self._siblings.release()
         vars(self._model).pop("generate", None)
 
     def _generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,9 +172,8 @@ class AcceleratedGeneration:
 
     def _decoder(self, model: Any, batch: int, longest: int) -> Decoder:
         capacity = -(-longest // CAPACITY_STEP) * CAPACITY_STEP
-        tensors = [*model.parameters(), *model.buffers()]
         # A graph reads the weights where they lay: converted, moved or cast ones need another.
-        weights = hash(tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors))
+        weights = self._siblings.refresh(model)
         fits = [key for key in self._decoders if key[0] == batch and key[1] >= capacity and key[2] == weights]
         key = min(fits, default=(batch, capacity, weights))
         for stale in [other for other in self._decoders if other[2] != weights or (other[0] == batch and other != key)]:
@@ -174,7 +181,7 @@ class AcceleratedGeneration:
         if key not in self._decoders:
             while len(self._decoders) >= self._graphs:
                 self._decoders.popitem(last=False)
-            self._decoders[key] = Decoder(model, batch, capacity, self._operations)
+            self._decoders[key] = Decoder(model, batch, capacity, self._operations, self._siblings)
         self._decoders.move_to_end(key)
         return self._decoders[key]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.integrations.transformers.decoding.cache import FixedCache
 from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME
+from prox24_lightning.integrations.transformers.decoding.siblings import SiblingProjections
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +26,15 @@ class Decoder:
         batch: sequences.
         capacity: tokens that a sequence may have, prompt included.
         operations: the small operations that run compiled.
+        siblings: the projections that run as one.
     """
 
-    def __init__(self, model: Any, batch: int, capacity: int, operations: SmallOperations) -> None:
+    def __init__(
+        self, model: Any, batch: int, capacity: int, operations: SmallOperations, siblings: SiblingProjections
+    ) -> None:
         self._model = model
         self._operations = operations
+        self._siblings = siblings
         self._cache = FixedCache(batch, capacity, model.device)
         self._token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -49,7 +54,7 @@ class Decoder:
             self._graph.replay()
             return self._logits
         with self._fixed_attention():
-            return self._step()
+            return self._siblings.run(self._step)
 
     def _step(self) -> Tensor:
         filled = (self._cache.position + 1).int().view(-1, 1, 1, 1)
@@ -64,24 +69,29 @@ class Decoder:
         return logits[:, -1]
 
     def _capture(self) -> None:
-        before = self._cache.position.clone()
-        stream = torch.cuda.Stream()
         try:
             with self._fixed_attention(), self._operations.compiled(dynamic=False):
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    for _ in range(2):  # compiles, plans, and what libraries allocate at their first call
-                        self._step()
-                        self._cache.position.copy_(before)
-                torch.cuda.current_stream().wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    self._logits = self._step()
-                self._graph = graph
+                self._graph = self._siblings.run(self._captured_step)
         except Exception as error:  # models may do on the host whatever they like: any of it can end the capture
             self._captures = False
             log.warning("decoding was not captured as a CUDA graph and runs call by call: %s", error)
-        self._cache.position.copy_(before)
+
+    def _captured_step(self) -> torch.cuda.CUDAGraph:
+        before = self._cache.position.clone()
+        stream = torch.cuda.Stream()
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles, plans, and what libraries allocate at their first call
+                    self._step()
+                    self._cache.position.copy_(before)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._logits = self._step()
+            return graph
+        finally:
+            self._cache.position.copy_(before)
 
     @contextmanager
     def _fixed_attention(self) -> Iterator[None]:

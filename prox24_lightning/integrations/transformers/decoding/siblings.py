@@ -1,0 +1,201 @@
+"""Projections that read the same input (query, key and value; gate and up) as one product while tokens are decoded.
+
+For few tokens a small product costs its latency, and in 8 bits each of them rounds the same tokens again. Which layers
+belong together is seen in one call of the model. Dense weights are moved into one tensor that the parameters then view;
+packed ones are joined in a copy. The modules, their names and what is saved stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, groupby
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.integrations.transformers.decoding.join_layers import (
+    KINDS,
+    join,
+    separate,
+    tensors_of,
+    why_not_joined,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class SiblingProjections:
+    """The groups of a model's linear layers that :meth:`run` lets answer from one product each.
+
+    Args:
+        enabled: False joins nothing.
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._groups: list[_Group] = []
+        self._seen: int | None = None
+        self._moved: WeakSet[nn.Module] = WeakSet()  # also of copies that a model's ``generate`` went to
+
+    def refresh(self, model: Any) -> int:
+        """Join what belongs together, again if weights have been exchanged; returns what changes when they are."""
+        if self._seen is None or self._seen != self._state(model):
+            self._groups = []
+            if self._enabled:
+                self._groups = _joined_groups(model)
+                self._moved.update(member for group in self._groups for member in group.members)
+            self._seen = self._state(model)
+        return self._seen
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Return ``call()`` with joined projections; without them, and from then on, if that fails."""
+        try:
+            with self._answering():
+                return call()
+        except Exception as error:  # a model may need its projections' outputs as a layout that parts do not have
+            if not self._groups:
+                raise
+            log.warning("projections that share an input run one by one: %s", error)
+            self._enabled, self._groups = False, []
+        return call()
+
+    def release(self) -> None:
+        """Give every parameter a tensor of its own again, and free what was joined."""
+        separate(self._moved)
+        self._moved.clear()
+        self._groups, self._seen = [], None
+
+    @property
+    def names(self) -> list[tuple[str, ...]]:
+        """The names of the layers that are joined."""
+        return [group.names for group in self._groups]
+
+    def _state(self, model: nn.Module) -> int:
+        tensors = (*model.parameters(), *model.buffers())
+        # Where tensors lie says whether dense weights were exchanged; copies grow old by writing in place as well.
+        copied = [
+            tensor._version
+            for group in self._groups
+            for member in group.members
+            if isinstance(member, SemiStructuredLinear)
+            for tensor in (member.packed, member.bias)
+            if tensor is not None
+        ]
+        return hash((tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors), tuple(copied)))
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            for group in self._groups:
+                group.attach()
+            yield
+        finally:
+            for group in self._groups:
+                group.detach()
+
+
+class _Group:
+    """Layers of one parent that read one input, in the order in which they are called, and their common product."""
+
+    def __init__(self, names: tuple[str, ...], members: Sequence[nn.Module], whole: nn.Module) -> None:
+        self.names = names
+        self.members = tuple(members)
+        self.whole = whole
+        self.input: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def attach(self) -> None:
+        sizes = [int(member.out_features) for member in self.members]  # type: ignore[arg-type]
+        for member, start, size in zip(self.members, accumulate(sizes, initial=0), sizes, strict=False):
+            # A class, not a function on each layer: code that is compiled for one block then fits all.
+            vars(member).update(_siblings=self, _start=start, _size=size, _last=member is self.members[-1])
+            member.__class__ = _CLASSES[type(member)]
+
+    def detach(self) -> None:
+        self.input = self.output = None
+        for member in self.members:
+            member.__class__ = _KINDS.get(type(member), type(member))
+            for name in ("_siblings", "_start", "_size", "_last"):
+                vars(member).pop(name, None)
+
+
+def _answer(self: Any, input: Tensor) -> Tensor:
+    """The forward of a joined layer: its part of the product, which the first one that meets an input makes."""
+    group = self._siblings
+    if group.input is not input:
+        group.input, group.output = input, group.whole(input)
+    part: Tensor = group.output.narrow(-1, self._start, self._size)
+    if self._last:
+        group.input = group.output = None
+    return part
+
+
+_CLASSES: dict[type[nn.Module], Any] = {
+    kind: type(f"Sibling{kind.__name__}", (kind,), {"forward": _answer}) for kind in KINDS
+}
+_KINDS = {sibling: kind for kind, sibling in _CLASSES.items()}
+
+
+def _joined_groups(model: Any) -> list[_Group]:
+    """Record a call of the model, and join the layers that share an input and allow it; the others are logged."""
+    if model.training:
+        log.info("projections are not joined: the model is in training mode")
+        return []
+    calls = _record(model)
+    times = Counter(id(module) for _, module, _, _ in calls)
+    uses = Counter(id(tensor) for module in model.modules() for tensor in tensors_of(module))
+    groups: list[_Group] = []
+    refused: dict[str, list[str]] = {}
+    for _, run in groupby(calls, lambda call: (id(call[2]), call[3], call[0].rpartition(".")[0])):
+        names, members = zip(*((name, module) for name, module, _, _ in run), strict=True)
+        if len(members) < 2:
+            continue
+        reason = "called more than once" if any(times[id(member)] > 1 for member in members) else None
+        reason = reason or why_not_joined(members, uses)
+        if reason is None:
+            try:
+                groups.append(_Group(names, members, join(members)))
+                continue
+            except (RuntimeError, ValueError) as error:
+                reason = str(error)
+        refused.setdefault(reason, []).append(", ".join(names))
+    for reason, found in refused.items():
+        log.info("%s run one by one (and %d groups like them): %s", found[0], len(found) - 1, reason)
+    return groups
+
+
+def _record(model: Any) -> list[tuple[str, nn.Module, Tensor, int]]:
+    """Return name, layer, input and the input's version of every call of a linear layer, for one token."""
+    calls: list[tuple[str, nn.Module, Tensor, int]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # What is called in another way than with a tensor alone shares its input with nothing.
+            alone = len(args) == 1 and not kwargs and type(args[0]) is Tensor
+            given = args[0] if alone else torch.empty(0)
+            calls.append((name, module, given, given._version))
+
+        return note
+
+    hooks = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, SemiStructuredLinear))
+    ]
+    try:
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    except Exception as error:  # of the model: it has been called with a prompt before, not like this
+        log.info("projections are not joined: one token alone cannot be read: %s", error)
+        return []
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return calls
