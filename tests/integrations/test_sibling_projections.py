@@ -280,15 +280,17 @@ def test_fixed_scales_of_inputs_must_agree():
     assert joined(handle) == ALL[:1]
 
 
-def test_a_hook_after_the_first_tokens_acts():
+def test_hooks_that_come_later_act():
     model = tiny()
-    handle = accelerate_generation(model)
-    tokens(model)
-    hooked(model)
-    model.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-    found = tokens(model)
-    handle.remove()
-    assert torch.equal(found, tokens(model))
+    siblings = SiblingProjections(enabled=True)
+    mlp, x = model.model.layers[0].mlp, torch.randn(1, 1, 64)
+    with torch.no_grad():
+        siblings.refresh(model)
+        mlp.up_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        hooked(model)
+        expected = mlp(x)
+        torch.testing.assert_close(siblings.run(lambda: mlp(x)), expected)
+    assert len(siblings.names) == 2 * 2
 
 
 def test_nothing_is_joined_where_it_is_not_wanted_or_fails(monkeypatch, caplog):
@@ -318,16 +320,11 @@ def test_code_compiled_for_one_block_fits_all():
     operations._rotary = []
     with torch.no_grad():
         siblings.refresh(model)
-        for _ in range(2):
-            with operations.compiled(dynamic=False):
-                found = siblings.run(lambda: [layer.mlp(x) for layer in model.model.layers])
-            torch.testing.assert_close(found, expected)
-    assert joined_names(siblings) == 2 * 2
+        with operations.compiled(dynamic=False):  # in two passes, as before a capture
+            found = siblings.run(lambda: [layer.mlp(x) for _ in range(2) for layer in model.model.layers])
+    torch.testing.assert_close(found, expected + expected)
+    assert len(siblings.names) == 2 * 2
     assert counter.frame_count == 1
-
-
-def joined_names(siblings):
-    return len(siblings.names)
 
 
 @pytest.mark.gpu
