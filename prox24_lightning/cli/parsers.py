@@ -25,6 +25,7 @@ _NO_OPTION = re.compile(
     r"(?:Subcommand '\w+' does not accept option|Group '(?P<group>[\w.]+)' does not accept option|Option) "
     r"'(?P<key>[^']+)'(?: is not accepted)?"
 )
+_CONFIG_WORD = re.compile(r"unrecognized arguments: (?P<file>[^\s-]\S*\.ya?ml)")
 _NO_WORD = re.compile(r"unrecognized arguments: (?P<option>--[^\s=]+)")
 
 
@@ -150,6 +151,8 @@ def _refuse_config(parser: CommandParser | TrainerParser, message: str) -> NoRet
         file = file or _file_with(key, parser.files)
     elif found := _NO_WORD.match(message):
         message += meant(found["option"], parser._option_string_actions)
+    elif found := _CONFIG_WORD.fullmatch(message):
+        message += f"; did you mean --config {found['file']}?"
     refuse(parser.prog, message, file)
 
 

@@ -18,7 +18,7 @@ from prox24_lightning.convert.format.reader import PackedFile
 from prox24_lightning.convert.state_dict_model import layers_of
 from prox24_lightning.io.packed_folder import PACKED_ENDING
 from prox24_lightning.io.pretrained import Dtype, Head, Pretrained
-from prox24_lightning.utils.errors import describe, first_reason
+from prox24_lightning.utils.errors import describe, first_reason, yaml_problem
 from prox24_lightning.utils.module_copy import cast_model
 
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -145,10 +145,6 @@ def _state_of(path: Path) -> Mapping[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _from_config(path: Path) -> nn.Module:
     """Return the LightningModule of a config for ``prox24 fit``; trainer and data are not made."""
     import yaml
@@ -158,7 +154,7 @@ def _from_config(path: Path) -> nn.Module:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {_one_line(error)}") from error
+        raise ValueError(f"{path}: {yaml_problem(str(error))}") from error
     if not isinstance(found, Mapping) or "model" not in found:
         raise ValueError(f"{path} has no entry 'model': it is not a config of prox24 fit")
     parser = ArgumentParser(exit_on_error=False)

@@ -125,13 +125,17 @@ def _no_config(message: str) -> str:
     if found := _NO_MAPPING.fullmatch(message):
         text = " ".join(found["text"].split())
         return f"expected lines 'key: value', got {_short(text) if text else 'an empty file'}"
-    if not (found := _NO_YAML.fullmatch(message)):
-        return ""
+    found = _NO_YAML.fullmatch(message)
+    return yaml_problem(found["text"]) if found else ""
+
+
+def yaml_problem(text: str) -> str:
+    """Return why a text is no YAML, in one line, from the message of a loader: what and where, then what was begun."""
     parts: list[str] = []
-    for line in found["text"].splitlines():
+    for line in text.splitlines():
         if place := re.match(r'\s*in ".*", (line \d+, column \d+)', line):
             parts[-1:] = [f"{parts[-1]} in {place[1]}" if parts else place[1]]
-        elif line.strip():
+        elif line.strip() and not line.startswith("    "):  # the line itself, as some loaders quote it
             parts.append(line.strip())
     return f"not YAML: {'; '.join(reversed(parts))}"
 

@@ -292,7 +292,7 @@ def test_files_that_hold_no_weights(prox24, tmp_path, content, message):
     "text, message",
     [
         ("trainer: {max_steps: 3}", "has no entry 'model'"),
-        ("model: [", "is no YAML: while parsing a flow node expected the node content"),
+        ("model: [", ": not YAML: expected the node content"),
         ("model: {class_path: no.such.Class}", "the entry 'model' of .*x.yaml makes no module: .*no.such.Class"),
     ],
 )

@@ -54,6 +54,7 @@ def test_a_config_that_cannot_work_ends_in_one_sentence(prox24, tmp_path, monkey
         (["fit", "--prox24.start", "banana"], "prox24 fit: prox24.start: expected int or float, got banana ("),
         (["fit", "--model", "no_such.Net"], "model: no_such.Net: No module named 'no_such', neither installed nor in"),
         (["fit"], "prox24 fit: model is missing: name a config (--config X.yaml) or a class (--model my.Class)"),
+        (["fit", "my.yaml"], "prox24 fit: unrecognized arguments: my.yaml; did you mean --config my.yaml? ("),
         (["validate"], "(options: prox24 validate --help)"),
         (["fit", "--config", "gone.yaml"], "prox24 fit: config: File does not exist"),
     ],
