@@ -125,7 +125,9 @@ class RoundWeights(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rounding = self._rounding
-        for problem in (rounding.unused(self._step(trainer)), rounding.uncalled(last=True)):
+        # A rehearsal of a batch or two may well end with the freeze.
+        unused = None if trainer.fast_dev_run else rounding.unused(self._step(trainer))  # type: ignore[attr-defined]
+        for problem in (unused, rounding.uncalled(last=True)):
             if problem is not None:
                 rank_zero_warn(problem)
         if self.verbose and (summary := rounding.summary()) is not None:

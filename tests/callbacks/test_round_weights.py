@@ -281,6 +281,10 @@ def test_a_run_that_ends_before_the_rounding_is_named():
         fit(TinyModule(), post_step(2, 4), rounding(start=2), steps=4, limit_train_batches=4, max_epochs=1)
 
 
+def test_a_rehearsal_says_nothing_of_that():
+    fit(TinyModule(), post_step(0.5, 1.0), rounding(), fast_dev_run=True)
+
+
 def test_layers_that_train_unrounded_are_named():
     module = pruned()
     module.training_step = lambda batch, batch_idx: F.mse_loss(
