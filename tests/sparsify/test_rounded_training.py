@@ -194,6 +194,7 @@ def test_exchanged_layers_are_followed():
     assert not training.update(model, sparse_weights(model), 1, frozen=True)
     assert "forward" in vars(model[1])
     assert training.layers == 3  # with the old one, until the end
+    assert training.exceptions() is None
 
 
 class Block(nn.Module):
