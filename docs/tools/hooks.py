@@ -28,6 +28,7 @@ MIRRORED = {
 }
 """Pages that are files of the repository outside of ``docs``."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]*)(#[^)\s]*)?\)")
+CELL = re.compile(r"<td\b.*?</td>", flags=re.DOTALL)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
@@ -81,12 +82,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html_text: str, page: Any, config: Any, files: Files) -> str:
-    """Turn formulas into MathML, which browsers draw without a script."""
+    """Turn formulas into MathML, which browsers draw without a script, and show escaped bars of tables as bars."""
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
         return convert(html.unescape(match[3]), display=display)
 
+    # Python-Markdown keeps the backslash in code, where other renderers of Markdown want it.
+    html_text = CELL.sub(lambda match: match[0].replace("\\|", "|"), html_text)
     return FORMULA.sub(formula, html_text)
 
 

@@ -85,6 +85,11 @@ def test_formulas_become_mathml():
     assert "arithmatex" not in text
 
 
+def test_escaped_bars_of_cells_are_bars():
+    text = hooks.on_page_content("<p>\\|</p><td><code>\\|a\\|</code></td>", None, None, None)
+    assert text == "<p>\\|</p><td><code>|a|</code></td>"
+
+
 def test_roles_become_code():
     assert without_roles("see :class:`~a.b.Name` and :func:`a.f`") == "see `Name` and `a.f`"
 
