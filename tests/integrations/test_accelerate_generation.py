@@ -259,6 +259,20 @@ def test_keys_and_values_are_written_by_one_kernel_on_a_gpu(batch, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("way", ["_flash", "_kernel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_attention_on_a_gpu_both_ways(batch, dtype, way):
+    query = torch.randn(batch, 32, 1, 128, device="cuda", dtype=dtype)
+    key, value = (torch.randn(batch, 640, 8, 128, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(2))
+    filled = torch.randint(1, 641, (batch,), device="cuda", dtype=torch.int32)
+    given = query, key, value, filled, 128**-0.5
+    assert decode_attention_module._works(getattr(decode_attention_module, way), query.device, dtype, 128)
+    found = getattr(decode_attention_module, way)(*given)
+    torch.testing.assert_close(found.float(), reference(*given).float(), atol=5e-3, rtol=0.02)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_attention_on_a_gpu(batch, dtype):

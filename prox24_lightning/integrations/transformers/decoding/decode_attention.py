@@ -1,22 +1,33 @@
 """Attention of one new token a sequence over the filled part of a key-value cache, as one operator.
 
 The number of filled positions lies on the device, so that one CUDA graph serves every length. Grouped keys are read as
-they are (transformers repeats them). On a GPU torch's flash kernel does the work where it takes such lengths; elsewhere
-two matrix products do.
+they are (transformers repeats them). On a GPU torch's flash kernel does the work where it takes such lengths, or our
+kernels in Triton, whichever is faster at a shape; elsewhere two matrix products do.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
+from prox24_lightning.convert.measurement import time_calls
+from prox24_lightning.utils.cuda_graphs import capture
+
 NAME = "prox24_decode"
 """Under which transformers knows this attention. A name with "flash" in it would send transformers to the hub."""
 
+log = logging.getLogger(__name__)
+
+Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+_CALLS, _ROUNDS = 20, 10  # of a measurement
+_WAYS: dict[Any, Way] = {}
 _TOLERANCE = 0.02  # of bfloat16 outputs of size 1 or so
 _KEPT_STARTS: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -47,9 +58,7 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, 
     Returns:
         (batch, 1, heads, features).
     """
-    if query.is_cuda and _flash_works(query.device.index, query.dtype, query.shape[-1]):
-        return _flash(query, key, value, filled, scale)
-    return reference(query, key, value, filled, scale).contiguous()
+    return _way(query, key, value)(query, key, value, filled, scale)
 
 
 @decode_attention.register_fake
@@ -91,24 +100,69 @@ def _starts(batch: int, tokens: int, capacity: int, device: torch.device) -> tup
     return made
 
 
+def _kernel(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: float) -> Tensor:
+    from prox24_lightning.integrations.transformers.decoding import attention_kernel
+
+    return attention_kernel.attention(query, key, value, filled, scale)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: float) -> Tensor:
+    return reference(query, key, value, filled, scale).contiguous()
+
+
+def _way(query: Tensor, key: Tensor, value: Tensor) -> Way:
+    """The fastest implementation that works for tensors like these, chosen once; a capture measures nothing."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return _products
+    alike = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1 and key.shape == value.shape
+    form = query.device, query.dtype, query.shape, key.shape, alike
+    if form in _WAYS:
+        return _WAYS[form]
+    if torch.cuda.is_current_stream_capturing():
+        return _products
+    both: tuple[Way, ...] = _flash, _kernel
+    ways = [way for way in both if alike and _works(way, query.device, query.dtype, query.shape[-1])]
+    _WAYS[form] = _fastest(ways, query, key, value) if ways else _products
+    return _WAYS[form]
+
+
+def _fastest(ways: list[Way], query: Tensor, key: Tensor, value: Tensor) -> Way:
+    """The fastest way from a graph, half of the positions filled; the first if that cannot be measured."""
+    if len(ways) == 1:
+        return ways[0]
+    filled = torch.full((len(query),), key.shape[2] // 2 + 1, dtype=torch.int32, device=query.device)
+
+    def calls(way: Way) -> None:
+        for _ in range(_CALLS):
+            way(query, key, value, filled, 1.0)
+
+    try:
+        with torch.cuda.device(query.device):
+            graphs = {way.__name__: capture(partial(calls, way)) for way in ways}
+            times = time_calls({name: graph.replay for name, graph in graphs.items()}, calls=_CALLS, rounds=_ROUNDS)
+    except RuntimeError as error:
+        log.info("attention while decoding is not measured: %s", error)
+        return ways[0]
+    found = min(ways, key=lambda way: times[way.__name__].median_us)
+    log.info("attention while decoding: %s", {name: f"{time.median_us:.1f} us" for name, time in times.items()})
+    return found
+
+
 @lru_cache
-def _flash_works(device: int, dtype: torch.dtype, features: int) -> bool:
-    """Whether this torch's flash kernel heeds the filled lengths: tried once on small tensors."""
-    if dtype not in (torch.bfloat16, torch.float16) or torch.cuda.is_current_stream_capturing():
-        return False
-    generator = torch.Generator(device=f"cuda:{device}").manual_seed(0)
+def _works(way: Way, device: torch.device, dtype: torch.dtype, features: int) -> bool:
+    """Whether an implementation runs here and heeds the filled lengths: tried once on small tensors."""
+    generator = torch.Generator(device=device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=f"cuda:{device}").to(dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     query = draw(2, 8, 1, features)
     key, value = (draw(2, 96, 2, features).transpose(1, 2) for _ in range(2))
-    filled = torch.tensor([5, 77], dtype=torch.int32, device=f"cuda:{device}")
+    given = query, key, value, torch.tensor([5, 77], dtype=torch.int32, device=device), features**-0.5
     try:
-        difference = _flash(query, key, value, filled, features**-0.5) - reference(
-            query, key, value, filled, features**-0.5
-        )
-    except (RuntimeError, TypeError):
+        difference = way(*given) - reference(*given)
+    except Exception as error:  # torch's kernel is not the same in every version, and Triton may not compile
+        log.info("attention while decoding does not run as %s: %s", way.__name__, error)
         return False
     return bool(difference.abs().max() < _TOLERANCE)
 
