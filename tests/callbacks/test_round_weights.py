@@ -55,13 +55,16 @@ def is_rounded(module):
 
 
 class Probe(Callback):
-    """Notes before each training batch whether the first layer is rounded."""
+    """Notes before each training batch, and when others convert, whether the first layer is rounded."""
 
     def __init__(self):
-        self.found = []
+        self.found, self.at_end = [], None
 
     def on_train_batch_start(self, trainer, pl_module, *_):
         self.found.append(is_rounded(pl_module))
+
+    def on_fit_end(self, trainer, pl_module):
+        self.at_end = is_rounded(pl_module)
 
 
 def expanded(rows):
@@ -110,6 +113,7 @@ def test_rounding_begins_with_the_freeze_or_later(start, first, before):
     pair = [rounding(start=start), post_step()]
     fit(TinyModule(), *(pair if before else pair[::-1]), probe, steps=8)
     assert probe.found == [False] * first + [True] * (8 - first)
+    assert probe.at_end is False
 
 
 def test_without_prox24_a_model_that_is_24_is_taken_as_it_is_and_its_zeros_are_watched():
