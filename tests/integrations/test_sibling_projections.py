@@ -18,6 +18,7 @@ from prox24_lightning.convert.convert import convert_linear
 from prox24_lightning.convert.kernels.buffers import pack_buffer
 from prox24_lightning.convert.layers.dense_fp8_linear import DenseFp8Linear
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.integrations.transformers.decoding import join_layers
 from prox24_lightning.integrations.transformers.decoding.captured_decoder import SmallOperations
 from prox24_lightning.integrations.transformers.decoding.siblings import SiblingProjections
 from prox24_lightning.integrations.transformers.generation import accelerate_generation
@@ -278,6 +279,27 @@ def test_fixed_scales_of_inputs_must_agree():
     handle = accelerate_generation(model)
     tokens(model)
     assert joined(handle) == ALL[:1]
+
+
+def test_a_model_in_training_mode_is_joined_when_it_is_not():
+    model = tiny().train()
+    handle = accelerate_generation(model)
+    tokens(model)
+    assert joined(handle) == []
+    model.eval()
+    tokens(model)
+    assert joined(handle) == ALL
+
+
+def test_what_cannot_be_joined_runs_one_by_one(monkeypatch, caplog):
+    model = tiny("packed")
+    expected = one_by_one(model)
+    monkeypatch.setattr(join_layers, "to_buffer", lambda packed: {}["no kernel"])
+    handle = accelerate_generation(model)
+    with caplog.at_level(logging.INFO, logger="prox24_lightning"):
+        assert torch.equal(tokens(model), expected)
+    assert joined(handle) == []
+    assert "could not be joined: 'no kernel'" in caplog.text
 
 
 def test_hooks_that_come_later_act():

@@ -73,7 +73,8 @@ def join(layers: Sequence[Any]) -> nn.Module:
     Parameters of dense layers become views of its parameters; packed weights are copied.
 
     Raises:
-        ValueError, RuntimeError: if no kernel runs for the joined shape.
+        RuntimeError: if a GPU has no memory left for a copy.
+        ValueError: if no kernel runs for the joined shape.
     """
     shape = sum(layer.out_features for layer in layers), layers[0].in_features
     with_bias = layers[0].bias is not None

@@ -89,7 +89,8 @@ class SiblingProjections:
             for tensor in (member.packed, member.bias)
             if tensor is not None
         ]
-        return hash((tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors), tuple(copied)))
+        places = tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
+        return hash((model.training, places, tuple(copied)))
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -164,8 +165,8 @@ def _joined_groups(model: Any) -> list[_Group]:
             try:
                 groups.append(_Group(names, members, join(members)))
                 continue
-            except (RuntimeError, ValueError) as error:
-                reason = str(error)
+            except Exception as error:  # no memory, no kernel, or no cache of measured times: generation goes on
+                reason = f"they could not be joined: {error}"
         refused.setdefault(reason, []).append(", ".join(names))
     for reason, found in refused.items():
         log.info("%s run one by one (and %d groups like them): %s", found[0], len(found) - 1, reason)
