@@ -136,8 +136,8 @@ def solve_layer(
         name: the layer's name, for messages.
 
     Raises:
-        ValueError: for an unknown method or refinement, sizes that do not fit, values that are not finite, rounding
-            of groups along the outputs, and with ``"keep"`` a weight that is not 2:4.
+        ValueError: for an unknown method or refinement, complex weights, sizes that do not fit, values that are not
+            finite, rounding of groups along the outputs, and with ``"keep"`` a weight that is not 2:4.
     """
     config = SolverConfig(method, refine, steps, momentum, damping, refine_steps, tolerance, weights)
     return solve(weight, hessian, config, dim=dim, name=name)
@@ -159,6 +159,8 @@ def solve(
         shared: all ranks are here with rows of the same layer, and work together on what the rows have in common.
     """
     begin = time.perf_counter()
+    if weight.is_complex():
+        raise ValueError(f"{name}: the solvers work on real numbers, got a weight of {weight.dtype}; leave it dense")
     dense = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32).contiguous()
     hessian = hessian.detach().to(dense)
     check_layer(dense, hessian, name)

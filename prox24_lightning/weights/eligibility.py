@@ -18,6 +18,8 @@ def fit_groups(module: nn.Module, parameter_name: str, parameter: Tensor, geomet
     """Return why ``parameter`` cannot be made 2:4 (None if it can), and the dimension along which its groups lie."""
     if (reason := why_recomputed(module, parameter_name)) is not None:
         return reason, 0
+    if parameter.is_complex():
+        return "complex numbers: masks and kernels are for real weights", 0
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding: looked up, not multiplied", 0
     if isinstance(module, nn.RNNBase):

@@ -161,6 +161,10 @@ BAD = [
     ({"method": "best"}, "method='best' is unknown; use one of magnitude, wanda"),
     ({"refine": "adam"}, "refine='adam' is unknown; use one of masked_gradient, None"),
     ({"steps": 0}, "steps=0 must be at least 1"),
+    (
+        {"weight": torch.ones(4, 8, dtype=torch.complex64)},
+        r"model.fc: the solvers work on real numbers, got a weight of",
+    ),
     ({"weight": torch.full((4, 8), torch.nan)}, r"model.fc: the weight holds values that are not finite"),
     ({"hessian": torch.full((8, 8), torch.inf)}, r"model.fc: the layer's inputs hold values that are not finite"),
     (

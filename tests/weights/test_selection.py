@@ -20,6 +20,7 @@ class Zoo(nn.Module):
         self.conv3 = nn.Conv3d(4, 4, 3)
         self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
         self.transposed = nn.ConvTranspose2d(8, 8, 2)
+        self.complex = nn.Linear(8, 8, dtype=torch.complex64)
         self.norm = nn.LayerNorm(8)
         self.rnn = nn.LSTM(8, 8)
         self.attention = nn.MultiheadAttention(8, 2)
@@ -47,6 +48,7 @@ def test_what_fits_is_chosen_with_its_dimension_and_the_rest_has_a_reason():
     assert "input size 6 does not divide by 4" in skipped["odd.weight"]
     assert "depthwise" in skipped["depthwise.weight"]
     assert "transposed" in skipped["transposed.weight"]
+    assert "complex numbers" in skipped["complex.weight"]
     assert "recurrent" in skipped["rnn.weight_ih_l0"]
     assert "requires_grad" in skipped["frozen.weight"]
     assert skipped["classifier.weight"] == "output head"
