@@ -187,12 +187,12 @@ def convert(
 
 
 def _calibration_tokens(source: Source, data: TextSource, sequences: int, length: int) -> Tensor:
-    if source.pretrained is None or not source.companions:
+    if source.pretrained is None or source.tokenizer is None:
         raise ValueError(
             f"calibration text needs a Hugging Face model with its tokenizer, and {source.description} is none: leave "
             "--text and --data out"
         )
-    return token_sequences(source.companions[0], data.texts("calibration"), sequences, length)
+    return token_sequences(source.tokenizer, data.texts("calibration"), sequences, length)
 
 
 def _round(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.blocks import call_model
 from prox24_lightning.calibration.isolation.isolated import isolated
+from prox24_lightning.calibration.output_divergence import OutputDivergence
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune import prune_layerwise
 from prox24_lightning.oneshot.pruning_report import LayerwiseReport
@@ -62,9 +63,8 @@ class RoundingReport:
         if self.budget is not None:
             found, whole = self.budget, sum(len(price.names) for price in self.budget.prices)
             lines.append(
-                f"loss {100 * found.rise_without:+.2f} % of a nat with all layers in {self.form}, "
-                f"{100 * found.rise:+.2f} % with {len(found.kept)} of {whole} in 16 bits, which leaves "
-                f"{100 * found.gain_left:.0f} % of the gain"
+                f"the loss rises by {found.rise_without:.5f} nats with all layers in {self.form}, by {found.rise:.5f} "
+                f"with {len(found.kept)} of {whole} in 16 bits, which leaves {100 * found.gain_left:.0f} % of the gain"
             )
             lines.append(found.table())
         return "\n".join(lines)
@@ -162,7 +162,9 @@ def _budget(
     runs = [partial(call_model, model, one) for one in moved]
     switch = RoundedLayers(layers, exact, form)
     with isolated(model), LayerProgress(len(layers), enabled=progress) as bar:
-        prices, divergence = rounding_prices(layers, switch, runs, times, step=bar.step)
+        with switch.inputs_too(()):
+            divergence = OutputDivergence(runs)
+        prices = rounding_prices(layers, switch, divergence, runs[0], times, step=bar.step)
 
         def measured(names: Sequence[str]) -> float:
             with switch.inputs_too(names):

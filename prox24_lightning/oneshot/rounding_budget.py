@@ -64,13 +64,13 @@ class RoundingBudget:
         lines = [
             (
                 ", ".join(price.names),
-                f"{100 * price.rise:.3f} %",
+                f"{price.rise:.6f}",
                 f"{100 * price.gain / whole:.2f} %" if whole else "",
                 "16 bits" if kept.issuperset(price.names) else "8 bits",
             )
             for price in self.prices[:rows]
         ]
-        return markdown_table(("layers", "rise of the loss", "share of the gain", "form"), lines)
+        return markdown_table(("layers", "rise of the loss (nats)", "share of the gain", "form"), lines)
 
 
 class RoundedLayers:
@@ -110,32 +110,31 @@ class RoundedLayers:
 def rounding_prices(
     layers: Mapping[str, nn.Module],
     switch: RoundedLayers,
-    runs: Sequence[Callable[[], Any]],
+    divergence: OutputDivergence,
+    run: Callable[[], Any],
     times: LayerTimes | None = None,
     *,
     step: Callable[[int, str], None] = lambda layers, name: None,
-) -> tuple[list[RoundingPrice], OutputDivergence]:
-    """Return the price of each input group, measured with that group alone in 8 bits, and the measure itself.
+) -> list[RoundingPrice]:
+    """Return the price of the layers of each input, measured with these alone in 8 bits.
 
     Args:
         layers: by name.
         switch: between their forms.
-        runs: each calls the whole model on one batch. Few tokens will do: some thousand.
+        divergence: of the model's outputs from those with all layers in 16 bits.
+        run: calls the whole model on one batch.
         times: by layer: in 16 and in 8 bits; None goes by multiply-adds.
         step: told how many layers have been measured more, and the name of one.
     """
     names = {layer: name for name, layer in layers.items()}
-    groups = find_input_groups(list(layers.values()), runs[0])
-    with switch.inputs_too(()):
-        divergence = OutputDivergence(runs)
     prices = []
-    for group in groups:
+    for group in find_input_groups(list(layers.values()), run):
         members = tuple(names[layer] for layer in group.layers)
         with switch.inputs_too(members):
             rise = divergence()
         prices.append(RoundingPrice(members, rise, sum(_gain(name, layers[name], times) for name in members)))
         step(len(members), members[0])
-    return prices, divergence
+    return prices
 
 
 def _gain(name: str, layer: nn.Module, times: LayerTimes | None) -> float:
