@@ -5,7 +5,7 @@
 
 Three tables of a one-shot 2:4 language model. ``budget``: perplexity with every layer in 8 bits, then with the layers
 that cost most for what they save in 16 bits, chosen on calibration text for a bound and for shares of the gain
-(``prox24_lightning.oneshot.rounding_budget``; the gain goes by multiply-adds). ``budget_kinds``: the rise of the loss
+(``prox24_lightning.oneshot.rounding.budget``; the gain goes by multiply-adds). ``budget_kinds``: the rise of the loss
 with one kind of layer alone in 8 bits, its weights, its inputs or both. ``budget_layers``: the same for each input,
 both, with the exponent of its factors. The rise is the divergence of the outputs, in nats.
 """
@@ -30,7 +30,7 @@ from prox24_lightning.io.near_duplicates import check_apart
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.oneshot import prune_layerwise, smooth_inputs
-from prox24_lightning.oneshot.rounding_budget import (
+from prox24_lightning.oneshot.rounding.budget import (
     RoundedLayers,
     RoundingBudget,
     RoundingPrice,

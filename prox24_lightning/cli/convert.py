@@ -21,7 +21,7 @@ from prox24_lightning.io.pretrained import Dtype, Head
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.io.texts import TextSource, token_sequences
 from prox24_lightning.oneshot import RoundingReport, round_model
-from prox24_lightning.oneshot.round_model import check_loss_rise
+from prox24_lightning.oneshot.rounding.round_model import check_loss_rise
 from prox24_lightning.oneshot.save import forget_quantization
 from prox24_lightning.utils.files import DENSE_FILES, PACKED_FILES, check_output, filling
 from prox24_lightning.utils.names import collapse_names, counted

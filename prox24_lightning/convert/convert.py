@@ -183,8 +183,8 @@ def convert_model(
             :func:`~prox24_lightning.convert.input_scales.measure_input_scales`; of the other layers each token has the
             scale that it needs.
         keep_16bit: names of layers, or patterns, that stay packed in 16 bits where ``weights`` rounds the others, from
-            :func:`~prox24_lightning.oneshot.round_model.round_model` for instance; layers that servers run as one have
-            one form.
+            :func:`~prox24_lightning.oneshot.rounding.round_model.round_model` for instance; layers that servers run as
+            one have one form.
 
     Raises:
         ValueError: if a named layer does not exist or cannot run sparse, token_counts are not whole numbers from 1 up,

@@ -2,8 +2,8 @@
 
 from prox24_lightning.oneshot.prune import prune_layerwise
 from prox24_lightning.oneshot.pruning_report import LayerRecord, LayerwiseReport
-from prox24_lightning.oneshot.round_model import RoundingReport, round_model
-from prox24_lightning.oneshot.smooth_inputs import SmoothedInputs, smooth_inputs
+from prox24_lightning.oneshot.rounding.round_model import RoundingReport, round_model
+from prox24_lightning.oneshot.rounding.smooth_inputs import SmoothedInputs, smooth_inputs
 
 __all__ = [
     "LayerRecord",

@@ -10,8 +10,8 @@ from prox24_lightning.calibration.output_divergence import OutputDivergence
 from prox24_lightning.calibration.rounded_inputs import rounded_inputs
 from prox24_lightning.calibration.smoothing import smoothing_factors
 from prox24_lightning.oneshot import prune_layerwise, round_model
-from prox24_lightning.oneshot.rounding_budget import RoundingPrice, within_rise
-from prox24_lightning.oneshot.smooth_inputs import smooth_inputs
+from prox24_lightning.oneshot.rounding.budget import RoundingPrice, within_rise
+from prox24_lightning.oneshot.rounding.smooth_inputs import smooth_inputs
 from prox24_lightning.weights.rounding import round_weight
 
 BATCHES = [{"input_ids": IDS}, {"input_ids": IDS.flip(0)}]

@@ -17,8 +17,8 @@ from prox24_lightning.calibration.output_divergence import OutputDivergence
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune import prune_layerwise
 from prox24_lightning.oneshot.pruning_report import LayerwiseReport
-from prox24_lightning.oneshot.rounding_budget import RoundedLayers, RoundingBudget, rounding_prices, within_rise
-from prox24_lightning.oneshot.smooth_inputs import SmoothedInputs, smooth_inputs
+from prox24_lightning.oneshot.rounding.budget import RoundedLayers, RoundingBudget, rounding_prices, within_rise
+from prox24_lightning.oneshot.rounding.smooth_inputs import SmoothedInputs, smooth_inputs
 from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.utils.tensors import to_device
 from prox24_lightning.weights.rounding import RoundedForm
@@ -87,9 +87,9 @@ def round_model(
     """Round the 2:4 weights of a model's blocks in place, as a packed file in ``form`` holds them.
 
     First factors move outliers of the inputs into the weights, where that changes no output
-    (:func:`~prox24_lightning.oneshot.smooth_inputs.smooth_inputs`). Then kept entries of a row make up for each other's
-    errors (:func:`~prox24_lightning.oneshot.prune.prune_layerwise` with ``method="keep"``). With ``max_loss_rise``
-    layers get their 16 bits back, the most expensive ones first, until the loss rises by no more.
+    (:func:`~prox24_lightning.oneshot.rounding.smooth_inputs.smooth_inputs`). Then kept entries of a row make up for
+    each other's errors (:func:`~prox24_lightning.oneshot.prune.prune_layerwise` with ``method="keep"``). With
+    ``max_loss_rise`` layers get their 16 bits back, the most expensive ones first, until the loss rises by no more.
 
     Args:
         model: 2:4 in what is to be rounded.
