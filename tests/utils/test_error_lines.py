@@ -25,6 +25,7 @@ class Plain:
 def of(
     part: list[Part] | Part | None = None,
     plain: list[Plain] | None = None,
+    either: bool | Part | None = None,
     steps: int = 1,
     counts: list[int] | None = None,
 ) -> None:
@@ -58,6 +59,10 @@ HERE = f"{__name__}.Part"
         (
             {"part": {"class_path": HERE, "init_args": {"table": {"a": "x"}}}},
             f"part: {HERE}: table: expected int, got x",
+        ),
+        (
+            {"either": {"class_path": HERE, "init_args": {"share": "x"}}},
+            f"either: {HERE}: share: expected int or float, got x",
         ),
         (
             {"part": {"class_path": HERE, "init_args": {"sise": 2}}},
