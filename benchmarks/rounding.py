@@ -146,7 +146,7 @@ def main(
     pruned = _state(network)
     add("2:4", seconds=seconds)
     unrounded = dict(reference)
-    on_the_mask = {"method": "keep", "refine": None, "dense_target": 1.0}
+    on_the_mask = {"method": "keep", "refine": None}
     for form in forms:
         _round(layers, form)
         add(f"2:4, {form} plain", form)

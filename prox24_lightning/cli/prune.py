@@ -47,7 +47,7 @@ def prune(
     skip: list[str] | None = None,
     blocks: str | None = None,
     budget: float = 0.0,
-    dense_target: float = 0.5,
+    dense_target: float | None = None,
     reorder_inputs: bool = False,
     reconstruct_steps: int = 0,
     steps: int | None = None,
@@ -83,7 +83,7 @@ def prune(
         blocks: name of the list of blocks; null finds it.
         budget: share of the speed-up that is given back for the layers whose 2:4 form raises the model's loss most for
             the time that it saves. Times are those of this GPU's kernel table at 4096 tokens, else multiply-adds.
-        dense_target: 0 keeps each layer's own outputs, 1 aims at the dense model's.
+        dense_target: 0 keeps each layer's own outputs, 1 aims at the dense model's; null is 0.5, and 0 with keep.
         reorder_inputs: choose which inputs share a group of four, where the layers before can return them in another
             order; the dense model computes the same.
         reconstruct_steps: gradient steps that refine the weights of each block together towards the dense model's

@@ -178,7 +178,9 @@ class BlockPruner:
                 self._solve_experts(index, experts[group.layers[0]], runs, done)
                 continue
             with self._rounded_inputs(weights):
-                hessian = input_group_hessian(group, runs, dense_runs, references)
+                hessian = input_group_hessian(
+                    group, runs, dense_runs, references, bounded=self.config.solver.weights is not None
+                )
             members = [layers[layer] for layer in group.layers]
             solved = solve_input_group(
                 members, hessian, config=self.config.solver, dense_target=self.config.dense_target

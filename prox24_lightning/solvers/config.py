@@ -18,6 +18,10 @@ SPARSEGPT_DAMPING = 0.01
 """Relative to the mean diagonal, as published."""
 DAMPING = 1e-3
 """Of all other solvers, relative to each diagonal entry."""
+ROUNDING_DAMPING = 0.5
+"""Of rounding, relative to each diagonal entry. What a rounded entry can make up for is little, so that its values fit
+the calibration tokens alone long before those of a refinement do: on held-out tokens of SmolLM2's layers 0.3 to 1 is
+best, from fewer tokens than inputs to eight times as many, and 0.001 may be worse than plain rounding."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +84,8 @@ class SolverConfig:
     def refine_damping(self) -> float:
         """Damping of the refinement."""
         return DAMPING if self.damping is None else self.damping
+
+    @property
+    def rounding_damping(self) -> float:
+        """Damping of rounding."""
+        return ROUNDING_DAMPING if self.damping is None else self.damping

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.input_groups import InputGroup, record_inputs
 from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
+from prox24_lightning.calibration.statistics.output_error import bounded_token_weights
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.layer import Solution
 from prox24_lightning.solvers.loss import check_layer
@@ -35,6 +36,7 @@ def input_group_hessian(
     *,
     attempt: Callable[[Callable[[], HessianAccumulator]], HessianAccumulator] | None = None,
     token_weights: Sequence[Mapping[nn.Module, Sequence[Tensor]]] | None = None,
+    bounded: bool = False,
 ) -> HessianAccumulator:
     """Return the Hessian of the input that the layers of ``group`` share, over all ``runs`` on all ranks.
 
@@ -45,9 +47,10 @@ def input_group_hessian(
         references: layer of the block -> the same in the dense reference.
         attempt: makes the runs of this rank, before the ranks add up what they have found; None makes them as they are.
         token_weights: for each run what the tokens of each layer count, (tokens,) for each call; None is 1 for all.
+        bounded: without ``token_weights`` tokens count by :func:`bounded_token_weights` of the layers' outputs.
     """
     layer = group.layers[0]
-    made = partial(_local_hessian, group, runs, dense_runs, references, token_weights)
+    made = partial(_local_hessian, group, runs, dense_runs, references, token_weights, bounded)
     accumulator = made() if attempt is None else attempt(made)
     weight = layer.get_parameter("weight")
     accumulator.all_reduce(matrix_columns(layer), local_part(weight).device)
@@ -60,13 +63,17 @@ def _local_hessian(
     dense_runs: Sequence[Run] | None,
     references: Mapping[nn.Module, nn.Module] | None,
     token_weights: Sequence[Mapping[nn.Module, Sequence[Tensor]]] | None,
+    bounded: bool,
 ) -> HessianAccumulator:
     layer = group.layers[0]
     accumulator = HessianAccumulator()
     for number, run in enumerate(runs):
         between_pieces()
         rows = [input_rows(layer, gathered(x)) for x in record_inputs(layer, run, once=group.once)]
-        weights = _mean_weights(group, rows, None if token_weights is None else token_weights[number])
+        if bounded and token_weights is None:
+            weights: list[Tensor | None] = [_bounded_weights(group, part) for part in rows]
+        else:
+            weights = _mean_weights(group, rows, None if token_weights is None else token_weights[number])
         if dense_runs is None or references is None:
             for part, counts in zip(rows, weights, strict=True):
                 accumulator.add(part, weights=counts)
@@ -75,7 +82,7 @@ def _local_hessian(
         dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs]
         if [len(part) for part in rows] != [len(part) for part in dense_rows]:
             # A router sends other tokens here in the dense reference: the layer's outputs there cannot be compared.
-            return _local_hessian(group, runs, None, None, token_weights)
+            return _local_hessian(group, runs, None, None, token_weights, bounded)
         for part, dense_part, counts in zip(rows, dense_rows, weights, strict=True):
             accumulator.add(part, dense_part, counts)
     return accumulator
@@ -91,6 +98,16 @@ def _mean_weights(
     if [len(part) for part in rows] != [len(counts) for counts in by_call]:
         return [None] * len(rows)
     return list(by_call)
+
+
+def _bounded_weights(group: InputGroup, rows: Tensor) -> Tensor:
+    """What the tokens of a group's input count by their outputs: the mean over its layers, (tokens,)."""
+    matrices = [as_matrix(layer, whole(local_part(parameter), parameter)) for layer, parameter in _parameters(group)]
+    return torch.stack([bounded_token_weights(rows @ matrix.to(rows).T) for matrix in matrices]).mean(0)
+
+
+def _parameters(group: InputGroup) -> list[tuple[nn.Module, Tensor]]:
+    return [(layer, layer.get_parameter("weight")) for layer in group.layers]
 
 
 def solve_input_group(

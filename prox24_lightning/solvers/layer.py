@@ -15,7 +15,7 @@ from prox24_lightning.solvers.config import Method, Refine, SolverConfig
 from prox24_lightning.solvers.loss import check_layer, row_losses
 from prox24_lightning.solvers.masked_cg import masked_cg
 from prox24_lightning.solvers.proximal_gradient import proximal_gradient
-from prox24_lightning.solvers.rounding import round_on_support
+from prox24_lightning.solvers.rounding import round_on_support, round_plainly
 from prox24_lightning.solvers.sparsegpt import sparsegpt
 from prox24_lightning.solvers.wanda import wanda
 from prox24_lightning.weights.groups import Dim, group_dims
@@ -129,7 +129,7 @@ def solve_layer(
         steps: of the prox methods; None is 200 for ``prox`` and 400 for ``prox_gradient``.
         momentum: of ``prox_gradient``.
         damping: None is each method's own: 0.01 of the mean diagonal for SparseGPT as published, else 0.001 of each
-            diagonal entry.
+            diagonal entry, and 0.5 for rounding.
         refine_steps, tolerance: limits of the refinement (:func:`~prox24_lightning.solvers.masked_cg.masked_cg`).
         weights: round the result to 8 bits with a scale a row, its kept entries making up for each other's errors
             (:func:`~prox24_lightning.solvers.rounding.round_on_support`); None does not round.
@@ -220,9 +220,10 @@ def solve(
         refined = row_losses(result, dense, hessian)
     rounded = None
     if config.weights is not None:
-        result = round_on_support(
-            result, dense, hessian, mask, config.weights, damping=config.refine_damping, name=name
-        )
+        found = round_on_support(result, hessian, mask, config.weights, damping=config.rounding_damping, name=name)
+        plain = round_plainly(result, config.weights)
+        worse = row_losses(found, result, hessian) >= row_losses(plain, result, hessian)
+        result = torch.where(worse.unsqueeze(1), plain, found)
         rounded = row_losses(result, dense, hessian)
     zero_losses = row_losses(torch.zeros_like(dense), dense, hessian)
     zero_losses.sum().item()  # waits for the device, so that `seconds` covers all kernels

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.solvers.config import DAMPING
+from prox24_lightning.solvers.config import ROUNDING_DAMPING
 from prox24_lightning.solvers.loss import regularized
 from prox24_lightning.utils.cuda_graphs import GraphedFunction
 from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_values, row_scales, scales_of
@@ -20,31 +20,30 @@ from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_va
 
 def round_on_support(
     weight: Tensor,
-    dense: Tensor,
     hessian: Tensor,
     mask: Tensor,
     form: RoundedForm,
     *,
     sweeps: int = 3,
-    damping: float = DAMPING,
+    damping: float = ROUNDING_DAMPING,
     block: int = 64,
     name: str = "layer",
 ) -> Tensor:
-    """Return a rounded weight on ``mask`` with a lower ``1/2 tr((V - dense) H (V - dense)^T)`` than plain rounding has.
+    """Return a rounded ``V`` on ``mask`` with a lower ``1/2 tr((V - weight) H (V - weight)^T)`` than plain rounding.
 
     The largest entry of each row is rounded plainly and stays: it sets the row's scale, so that
     :func:`~prox24_lightning.weights.rounding.round_rows` finds the same scale and values in the result, also after a
     cast to bfloat16.
 
     Args:
-        weight: (out_features, in_features), float32 or float64, the best values without rounding; entries outside
-            ``mask`` are ignored.
-        dense: (out_features, in_features), the weight whose outputs are to be kept.
+        weight: (out_features, in_features), float32 or float64, whose outputs are to be kept: the best values on
+            ``mask``, zero outside of it.
         hessian: (in_features, in_features).
         mask: bool, (out_features, in_features).
         form: of the values; each row has one scale.
         sweeps: over all columns; 0 rounds plainly.
-        damping: added to the diagonal of ``hessian``, relative to each entry.
+        damping: added to the diagonal of ``hessian``, relative to each entry. Without it values fit the calibration
+            tokens alone, and lose more on others than plain rounding does.
         block: columns between two updates of the whole rest; changes the time, not the result beyond rounding.
         name: of the layer, for errors.
 
@@ -64,7 +63,7 @@ def round_on_support(
     descent = _Descent(rounded.new_empty(len(rounded), block), form)
     descend = GraphedFunction(descent, rounded.device)
     for _ in range(sweeps):
-        gradient = (rounded - dense) @ hessian
+        gradient = (rounded - kept) @ hessian
         for start in range(0, columns, block):
             stop = min(start + block, columns)
             part, found = rounded[:, start:stop], descent.moved[:, : stop - start]

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from prox24_lightning.calibration.statistics.output_error import OutputGradients, token_importance, token_weights
+from prox24_lightning.calibration.statistics.output_error import (
+    OutputGradients,
+    bounded_token_weights,
+    token_importance,
+    token_weights,
+)
 from prox24_lightning.weights.layer_matrix import input_rows
 
 
@@ -130,3 +135,11 @@ def test_a_layer_without_gradient_leaves_the_others_theirs(layer):
     torch.testing.assert_close(found[layer][0], (places.square() / places.square().mean()).flatten(), rtol=0.05, atol=0)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         token_importance([layer], lambda: layer(x).detach())
+
+
+def test_no_token_counts_for_more_than_the_median_one():
+    outputs = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [200.0, 0.0], [0.0, 0.0]])
+    # Squared norms 1, 4, 9, 40000; the median (the lower one) of those that are not zero is 4.
+    wanted = torch.tensor([1, 1, 4 / 9, 1e-4, 1])
+    torch.testing.assert_close(bounded_token_weights(outputs), wanted)
+    assert torch.equal(bounded_token_weights(torch.zeros(3, 2)), torch.ones(3))

@@ -59,6 +59,34 @@ def test_keep_rounds_a_sparse_model_better_than_each_weight_by_itself(dense_targ
     assert error(model, sparse) < error(rounded_plainly(sparse, names, "fp8_e4m3"), sparse)
 
 
+@pytest.mark.parametrize("weights", ["fp8_e4m3", "int8"])
+def test_tokens_of_huge_norm_are_not_paid_for_by_the_others(weights):
+    model = seeded()
+    data = batches()
+    for x in data:
+        x[:, 0] = 300 + x[:, 0]
+    prune(model, data, method="wanda")
+    sparse = copy.deepcopy(model)
+    prune(model, data, method="keep", weights=weights)
+    errors, plain = 0.0, 0.0
+    with torch.no_grad():
+        for name in ("left", "right"):
+            before, after = (whole.get_parameter(f"layers.0.{name}.weight") for whole in (sparse, model))
+            for x in data:
+                hidden = model.embed(x[:, 1:])
+                errors += float((hidden @ (after - before).T).square().sum())
+                plain += float((hidden @ (round_weight(before, weights) - before).T).square().sum())
+    assert errors < 0.9 * plain
+
+
+def test_keep_aims_at_the_outputs_of_the_layers_own_weights_unless_told():
+    model = seeded()
+    prune(model, method="wanda", refine=None)
+    options = {"method": "keep", "weights": "int8", "refine": None, "dense_target": None}
+    assert prune(copy.deepcopy(model), **options).settings["dense_target"] == 0
+    assert prune(seeded(), method="wanda", refine=None, dense_target=None).settings["dense_target"] == 0.5
+
+
 def test_keep_refuses_a_dense_model_by_the_layers_name():
     with pytest.raises(ValueError, match=r"layers\.0\.left.*: method='keep' keeps the zeros of a 2:4 weight"):
         prune(seeded(), method="keep", weights="int8")

@@ -44,6 +44,21 @@ def token_weights(target: Tensor) -> Tensor:
     return torch.where(median > 0, weights, 0.0)
 
 
+def bounded_token_weights(outputs: Tensor) -> Tensor:
+    """Return what each token's squared error in a layer's outputs counts, (tokens,), at most 1.
+
+    A token whose squared norm is above the median counts relative to that norm. The few tokens of huge norm that
+    language models have (arXiv 2402.17762) would else be almost the whole loss of single layers: a solver pays for
+    them with the outputs of all others.
+
+    Args:
+        outputs: (tokens, out_features).
+    """
+    squared_norm = _wide(outputs).square().sum(-1)
+    median = squared_norm.masked_fill(squared_norm == 0, torch.nan).nanmedian()
+    return (median / squared_norm).clamp_max(1).nan_to_num(1)
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

@@ -126,7 +126,6 @@ def round_model(
         method="keep",
         refine=None,
         weights=form,
-        dense_target=1.0,
         targets=targets,
         skip=skip,
         device=device,
