@@ -7,12 +7,14 @@ grows. The loss is minimised exactly in every step, through ``(H + rho I)^-1``, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from prox24_lightning.schedules import Exponential, Schedule
+from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
 from prox24_lightning.solvers.linear_algebra.inverses import shifted_inverses
 from prox24_lightning.solvers.prox_step import STRENGTHS, apply_prox, inverse_rms, scale_inputs
 from prox24_lightning.utils.cuda_graphs import GraphedStep
@@ -31,20 +33,57 @@ class Path:
         steps: ADMM steps.
         levels: how many values rho takes.
         strengths: of the prox over the steps, in units of 1 / rms of the scaled rows.
-        rhos: over the levels.
+        rhos: over the levels, relative to the mean squared input.
+        fitted: whether ``steps`` and ``rhos`` are for uncorrelated inputs; :func:`fitted_path` adapts them.
     """
 
     steps: int
     levels: int
     strengths: Schedule
-    rhos: Schedule
+    rhos: Exponential
+    fitted: bool = False
 
 
 PATHS = {
     "full": Path(200, 20, STRENGTHS, RHOS),
-    "short": Path(150, 15, Exponential(0.1, 100.0), Exponential(0.0316, 1.0)),
+    "short": Path(150, 5, Exponential(0.15, 2.0), Exponential(0.3, 3.0), fitted=True),
 }
-"""The short path leaves out the first quarter, in which hardly a group becomes 2:4 and each prox costs the most."""
+"""The short path begins where the first groups become 2:4, and ends where hardly one changes: the refinement then finds
+the values sooner."""
+
+FLAT, LEAST = 0.2, 0.4
+"""The typical curvature from which on a fitted path takes all of its steps, and the share that it always takes."""
+
+
+def fitted_path(path: Path, hessian: Tensor, damping: float, *, name: str = "layer") -> Path:
+    """Return ``path`` in units of the layer's typical curvature: the geometric mean of the eigenvalues of ``H``.
+
+    Where inputs are correlated (neighbouring pixels are), a few eigenvalues hold most of the trace, and the others lie
+    far below their mean. A rho of the size of the mean holds ``V`` to the sparse copy in nearly all directions, however
+    little they matter to the loss. A rho of the size of most eigenvalues balances the two, and comes closer to the
+    optimum in fewer steps: ``steps`` times the 0.4th power of the curvature over :data:`FLAT`.
+
+    Args:
+        path: for uncorrelated inputs, where the typical curvature is 1.
+        hessian: (in_features, in_features), float32 or float64.
+        damping: as in :func:`admm`.
+        name: for error messages.
+    """
+    curvature = typical_curvature(hessian, damping, name=name)
+    share = min(1.0, max(LEAST, (curvature / FLAT) ** 0.4))
+    rhos = Exponential(curvature * path.rhos.start, curvature * path.rhos.end)
+    return replace(path, steps=math.ceil(share * path.steps), rhos=rhos, fitted=False)
+
+
+def typical_curvature(hessian: Tensor, damping: float, *, name: str = "layer") -> float:
+    """Return the geometric mean of the eigenvalues of ``H`` scaled to a unit diagonal, but for inputs that never fire.
+
+    By Cholesky's factor, whose squared diagonal has their product: 1 for uncorrelated inputs, near ``damping`` for
+    inputs that are nearly all the same.
+    """
+    _, scaled, _ = scale_inputs(hessian, hessian, damping)
+    squares = cholesky(scaled, name=name).diagonal().square()
+    return float(torch.exp((squares.log() * scaled.diagonal()).sum() / scaled.diagonal().sum()))
 
 
 def admm(

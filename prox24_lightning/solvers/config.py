@@ -28,8 +28,8 @@ best, from fewer tokens than inputs to eight times as many, and 0.001 may be wor
 class SolverConfig:
     """Settings of :func:`~prox24_lightning.solvers.layer.solve_layer`, which documents them.
 
-    ``path`` is for ``prox`` alone: ``"full"`` lets strength and rho grow from where no group is 2:4; ``"short"`` begins
-    where the first ones are, a quarter of the steps later.
+    ``path`` is for ``prox`` alone: ``"full"`` lets strength and rho grow from where no group is 2:4 to where all are;
+    ``"short"`` leaves out both ends, and fits rho and the number of steps to the layer's inputs.
 
     Raises:
         ValueError: for an unknown method or refinement, and for numbers out of range.
@@ -70,7 +70,7 @@ class SolverConfig:
 
     @property
     def method_steps(self) -> int:
-        """Steps of the prox methods; 0 for the others."""
+        """Steps of the prox methods, on the short path the most of them; 0 for the others."""
         default = PATHS["short"].steps if self.path == "short" else DEFAULT_STEPS.get(self.method, 0)
         return self.steps or default
 

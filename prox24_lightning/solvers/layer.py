@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.mask import mask_24, zeros_per_group
-from prox24_lightning.solvers.admm import PATHS, admm
+from prox24_lightning.solvers.admm import PATHS, admm, fitted_path
 from prox24_lightning.solvers.config import Method, Refine, SolverConfig
 from prox24_lightning.solvers.loss import check_layer, row_losses
 from prox24_lightning.solvers.masked_cg import masked_cg
@@ -185,6 +185,9 @@ def solve(
         steps = config.method_steps
         if config.method == "prox":
             path = PATHS[config.path]
+            if path.fitted:
+                path = fitted_path(path, hessian, damping, name=name)
+                steps = config.steps or path.steps
             found = admm(
                 dense,
                 hessian,
