@@ -229,7 +229,6 @@ def by_shape(model: ResNet18, images: Tensor, batch_size: int, seed: int) -> lis
                 "loss": now / then,
             }
         )
-        print(rows[-1], flush=True)
     whole: dict[str, object] = {"rows x columns": "all", "layers": len(found), "steps": ""}
     times = {"CPU s, earlier": total[0], "CPU s": total[1], "times faster": total[0] / total[1], "loss": ""}
     return [*rows, {**whole, **times}]
