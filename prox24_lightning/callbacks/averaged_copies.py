@@ -95,7 +95,7 @@ class AveragedCopies:
         named: dict[str, Tensor] = dict(tensors)
         for name, parameter in self._pl_module.named_parameters():
             if id(parameter) in self._trained - averages:
-                named.setdefault(name, parameter)
+                named.setdefault(clean_name(name), parameter)  # masks have names without torch.compile's wrappers
         self._weights = {clean_name(name): (name, tensor) for name, tensor in named.items()}
         self._own = {id(tensor) for tensor in named.values()}
         found: dict[int, _Copy] = {}

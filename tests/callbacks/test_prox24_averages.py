@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from tiny_runs import TinyModule, quiet_trainer, tiny_loader
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -155,3 +156,16 @@ def test_two_layers_that_a_copy_may_belong_to_are_not_confused():
     quiet_trainer(max_steps=20, callbacks=[prox]).fit(module, tiny_loader(20))
     for name in ("model", "other"):
         assert torch.equal(module.ema[name][2].weight != 0, prox.masks[f"{name}.2.weight"])
+
+
+@pytest.mark.parametrize("wrapped", ["a layer", "the model"])
+def test_averages_of_compiled_layers_get_their_masks(wrapped):
+    module, prox = TinyModule(), Prox24(4, 8, verbose=False)
+    if wrapped == "a layer":
+        module.model[2] = torch.compile(module.model[2], backend="eager")
+    else:
+        module.model = torch.compile(module.model, backend="eager")
+    callbacks = [prox, EMAWeightAveraging(decay=0.9)]
+    quiet_trainer(max_steps=12, max_epochs=-1, callbacks=callbacks).fit(module, tiny_loader(4))
+    assert len(prox.weights) == 3
+    assert all(is_24(weight.parameter) for weight in prox.weights), "the averages are in the model now"
