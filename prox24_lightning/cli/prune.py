@@ -18,7 +18,7 @@ from prox24_lightning.io.own_text import OwnText
 from prox24_lightning.io.pretrained import Pretrained, is_causal_lm
 from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
 from prox24_lightning.oneshot import prune_layerwise
-from prox24_lightning.oneshot.config import PruneConfig
+from prox24_lightning.oneshot.config import PruneConfig, own_or_dense_target
 from prox24_lightning.oneshot.save import save_pruned
 from prox24_lightning.solvers import Method, Refine
 from prox24_lightning.solvers.config import SolverConfig
@@ -113,7 +113,7 @@ def prune(
             "geometry": geometry,
             "blocks": blocks,
             "budget": budget,
-            "dense_target": dense_target,
+            "dense_target": own_or_dense_target(method, dense_target),
             "reorder_inputs": reorder_inputs,
             "reconstruct_steps": reconstruct_steps,
             "offload": offload,

@@ -7,8 +7,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.solvers.config import Method, SolverConfig
 from prox24_lightning.weights.groups import Geometry
+
+
+def own_or_dense_target(method: Method, dense_target: float | None) -> float:
+    """Return ``dense_target``, or where it is None what is best for the method: 0 for ``"keep"``, else 0.5."""
+    if dense_target is None:
+        return 0.0 if method == "keep" else 0.5
+    return dense_target
 
 
 @dataclass(frozen=True)

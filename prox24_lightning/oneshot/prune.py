@@ -16,7 +16,7 @@ from prox24_lightning.calibration.blocks import Blocks, find_blocks
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
 from prox24_lightning.oneshot.budget import layer_prices, within_budget
-from prox24_lightning.oneshot.config import PruneConfig
+from prox24_lightning.oneshot.config import PruneConfig, own_or_dense_target
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune_block import BlockPruner, skipped_weight
 from prox24_lightning.oneshot.pruning_report import LayerwiseReport
@@ -130,7 +130,7 @@ def prune_layerwise(
         geometry=geometry,
         blocks=blocks,
         budget=budget,
-        dense_target=(0.0 if method == "keep" else 0.5) if dense_target is None else dense_target,
+        dense_target=own_or_dense_target(method, dense_target),
         reorder_inputs=reorder_inputs,
         reconstruct_steps=reconstruct_steps,
         offload=offload,
