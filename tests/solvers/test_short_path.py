@@ -59,7 +59,7 @@ def test_a_path_belongs_to_admm():
 def test_training_takes_it_for_convolutions(module, prox_steps, path):
     config = SolveSettings(8, 0.5, 96, True, prox_steps).solver(module)
     assert (config.path, config.steps) == (path, prox_steps)
-    assert (config.refine_steps, config.tolerance) == ((50, 1e-3) if path == "short" else (300, 1e-4))
+    assert (config.refine_steps, config.tolerance) == (300, 1e-4)
 
 
 def falling(inputs, power):

@@ -48,10 +48,10 @@ class SolveSettings:
         """Return how the layer ``module`` is solved.
 
         The matrix of a convolution has kernel positions times channels as columns, and training waits for it: it goes
-        the short path, if the number of steps is left to the solver, and its values are refined less closely.
+        the short path, if the number of steps is left to the solver.
         """
         if self.prox_steps is None and isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            return SolverConfig(path="short", refine_steps=50, tolerance=1e-3)
+            return SolverConfig(path="short")
         return SolverConfig(steps=self.prox_steps)
 
 
