@@ -14,6 +14,7 @@ import torch
 
 from prox24_lightning.io.hub import hub_folder
 from prox24_lightning.io.packed_folder import is_packed_folder, load_folder, refuse_dense
+from prox24_lightning.oneshot.save import forget_quantization
 
 Head = Literal["auto", "causal_lm", "masked_lm", "base"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -88,6 +89,8 @@ class Pretrained:
                 f"{', ...' if len(missing) > 3 else ''}: its files belong to another model or are incomplete, or it "
                 f"needs another head ({', '.join(get_args(Head))}; now --head {self.head})"
             )
+        if "gguf_file" in extra:  # the weights are plain tensors, which can be saved
+            forget_quantization(model)
         return model.eval()
 
     def tokenizer(self) -> Any:

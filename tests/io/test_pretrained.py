@@ -151,3 +151,26 @@ def test_a_folder_loads(tmp_path):
     model, [tokenizer] = Pretrained(save_tiny_llama(tmp_path)).load()
     assert not model.training
     assert tokenizer.decode([2, 3]) == "w0 w1"
+
+
+class NotSerializable:
+    """What transformers leaves on a model that it has de-quantized from a GGUF file."""
+
+    def is_serializable(self):
+        return False
+
+
+def test_a_model_of_a_gguf_file_can_be_saved(tmp_path, monkeypatch):
+    save_tiny_llama(tmp_path)
+    load = hf.AutoModelForCausalLM.from_pretrained
+
+    def from_gguf(source, *, gguf_file, **options):
+        model, found = load(source, **options)
+        model.hf_quantizer = NotSerializable()
+        model.config.quantization_config = {"quant_method": "gguf"}
+        return model, found
+
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", from_gguf)
+    model = Pretrained(str(tmp_path), file="model.gguf", head="causal_lm").model()
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()

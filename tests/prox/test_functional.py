@@ -116,7 +116,8 @@ def test_a_parameter_in_place():
 def test_extra_memory_is_at_most_four_times_the_weight(dim, dtype, strength):
     w = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)[:, ::2]
     prox_24(w[:64], strength, dim=dim)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         result = prox_24(w, strength, dim=dim)
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     alive = peak = 0
