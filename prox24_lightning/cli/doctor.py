@@ -19,11 +19,11 @@ from prox24_lightning.convert.eligibility import Target, find_target
 from prox24_lightning.convert.form_choice import form_problem
 from prox24_lightning.convert.measured_gain import measured_fp8_gain, measured_gain
 from prox24_lightning.convert.sections import Section, grouped, print_tables
-from prox24_lightning.io.packed_folder import is_packed_folder
+from prox24_lightning.io.packed_folder import is_packed_folder, is_packed_module
 from prox24_lightning.io.pretrained import Head, is_causal_lm
 from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.utils.environment import describe_environment
-from prox24_lightning.utils.files import check_folder, write_text
+from prox24_lightning.utils.files import PACKED_FILE, check_folder, write_text
 from prox24_lightning.weights.rounding import LARGEST
 
 
@@ -156,11 +156,16 @@ def print_diagnosis(found: Diagnosis, console: Console) -> None:
     print_tables(tables, [*notes, *found.notes], console)
 
 
+def _is_packed(model: str) -> bool:
+    path = Path(model)
+    return is_packed_folder(path) or is_packed_module(path) or (path.is_file() and path.name == PACKED_FILE)
+
+
 def _next(found: Diagnosis, model: str, source: Source) -> str:
     """Return what to do now: prune what is dense, time what is 2:4, pack it where nothing can be timed."""
     if found.able and found.on_gpu:
         return f"next: prox24 bench {model}"
-    if found.able and is_packed_folder(model):
+    if found.able and _is_packed(model):
         return f"next: prox24 bench {model} times it on a GPU"
     if found.able:
         return f"next: prox24 convert {model} OUT packs it; prox24 bench OUT times it on a GPU"

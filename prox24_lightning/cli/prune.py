@@ -22,7 +22,9 @@ from prox24_lightning.oneshot.config import PruneConfig, own_or_dense_target
 from prox24_lightning.oneshot.save import save_pruned
 from prox24_lightning.solvers import Method, Refine
 from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.sparsify.zeros import weights_24
 from prox24_lightning.utils.files import check_output
+from prox24_lightning.utils.names import counted
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.rounding import RoundedForm
@@ -130,7 +132,13 @@ def prune(
             raise ValueError(f"a {type(network).__name__} has no next-token perplexity: add --eval_sequences 0")
         # Names too, before anything is computed.
         find_blocks(network, blocks)
-        select_weights(network, targets=targets, skip=skip, geometry=geometry)
+        chosen = select_weights(network, targets=targets, skip=skip, geometry=geometry).chosen
+        if method != "keep" and (sparse := weights_24(chosen)):
+            console.print(
+                f"{len(sparse)} of {counted(len(chosen), 'weight')} are 2:4 already and get new masks; --method keep "
+                "keeps the zeros that are there",
+                style="yellow",
+            )
         # One block at a time goes to the device; a whole model there is faster, if it fits.
         if place.type != "cpu" and offload == "device":
             network.to(place)

@@ -51,6 +51,10 @@ class MaskedLora:
         self._handles: list[RemovableHandle] = [
             layer.register_forward_hook(_MaskedProduct(mask)) for layer, mask in adapted
         ]
+        if not any(hasattr(layer, "get_base_layer") for layer in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__} has no adapter: pass what peft.get_peft_model(model, config) returns"
+            )
         if not self._handles and not self.masks:
             raise ValueError(
                 "no weight under an adapter is 2:4 along its inputs, so there are no zeros to keep: prune the model "

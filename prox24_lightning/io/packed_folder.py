@@ -35,6 +35,12 @@ def is_packed_folder(folder: str | Path) -> bool:
     return weights and (Path(folder) / "config.json").is_file()
 
 
+def is_packed_module(folder: str | Path) -> bool:
+    """Return whether the folder holds a packed model that is none of Hugging Face's: its weights, and no config."""
+    weights = any((Path(folder) / name).is_file() for name in (PACKED_FILE, PACKED_INDEX))
+    return weights and not (Path(folder) / "config.json").is_file()
+
+
 @torch.inference_mode(False)
 def load_folder(
     folder: str | Path,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from prox24_lightning.convert.format.header import FORMAT
 from prox24_lightning.convert.format.reader import PackedFile
+from prox24_lightning.convert.format.shards import open_packed
 from prox24_lightning.convert.state_dict_model import layers_of
-from prox24_lightning.io.packed_folder import PACKED_ENDING
+from prox24_lightning.io.packed_folder import PACKED_ENDING, is_packed_module
 from prox24_lightning.io.pretrained import Dtype, Head, Pretrained
 from prox24_lightning.utils.errors import describe, first_reason, yaml_problem
 from prox24_lightning.utils.module_copy import cast_model
@@ -59,7 +60,8 @@ def load_source(
 ) -> Source:
     """Load the model that ``name`` stands for.
 
-    - ``x.ckpt`` (or .pt, .pth, .bin, .safetensors): a Lightning checkpoint or a state dict. With ``config``, the
+    - ``x.ckpt`` (or .pt, .pth, .bin, .safetensors): a Lightning checkpoint or a state dict; likewise a folder of packed
+      weights without a ``config.json``. With ``config``, the
       config of its run (LightningCLI saves it beside the ``checkpoints`` folder), the module itself; without, its
       weights as a list of layers.
     - ``x.yaml``: the module that a config describes, as it is before training.
@@ -73,7 +75,7 @@ def load_source(
     if path.suffix in _CONFIGS:
         module = _from_config(path)
         return Source(_cast(module, dtype).eval(), (), f"{name}, untrained")
-    if path.suffix in _CHECKPOINTS and not package:
+    if (path.suffix in _CHECKPOINTS or is_packed_module(path)) and not package:
         state = _state_of(path)
         if config is None:
             return Source(_cast(layers_of(state), dtype).eval(), (), f"weights of {name}{_hint(path)}", callable=False)
@@ -118,6 +120,8 @@ def _hint(checkpoint: Path) -> str:
 
 
 def _state_of(path: Path) -> Mapping[str, Tensor]:
+    if path.is_dir():
+        return open_packed(path).state_dict()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.suffix == PACKED_ENDING:

@@ -64,6 +64,22 @@ def test_a_packed_folder_is_a_model_to_every_command(prox24, sparse_folder, tmp_
     assert found[0] == found[1]
 
 
+def test_a_packed_folder_of_an_own_module_is_one_too(prox24, tmp_path):
+    weight = torch.randn(16, 32)
+    torch.save({"layer.weight": weight * mask_24(weight)}, tmp_path / "own.pt")
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    assert prox24("convert", tmp_path / "own.pt", packed)[0] == 0
+    assert not (packed / "config.json").exists()
+    for name in (packed, packed / "packed.safetensors"):
+        code, out, _ = prox24("doctor", name)
+        assert code == 0
+        assert f"next: prox24 bench {name} times it" in " ".join(out.split())
+    assert prox24("convert", packed, back, "--form", "dense")[0] == 0
+    assert torch.equal(
+        load_source(str(back / "model.safetensors")).model.state_dict()["layer.weight"], weight * mask_24(weight)
+    )
+
+
 def test_dense_weights_take_the_place_of_packed_ones_and_never_the_other_way_round(prox24, sparse_folder, tmp_path):
     folder = tmp_path / "model"
     assert prox24("convert", sparse_folder, folder)[0] == 0

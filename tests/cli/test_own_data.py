@@ -52,7 +52,10 @@ def test_text_of_the_users_own(prox24, home, tmp_path, monkeypatch, words, card)
     exec(page.split("```python\n")[1].split("```")[0], found := {})
     assert type(found["model"]).__name__ == "LlamaForCausalLM"
     assert f"| data | {card} |" in page
+    assert "2:4 already" not in out
     if "--eval_text" in words:
+        again = prox24("prune", tmp_path / "out", "--output", tmp_path / "again", *QUICK, *places)[1]
+        assert "14 of 14 weights are 2:4 already and get new masks; --method keep keeps" in " ".join(again.split())
         assert "of its passages of 30 words stand in the calibration text too" in page
 
 

@@ -168,6 +168,12 @@ def test_what_cannot_be_masked_is_refused(arguments, masks, words):
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
+def test_a_model_that_peft_has_not_wrapped_has_no_adapter():
+    model = nn.Sequential(nn.Linear(8, 16))
+    with pytest.raises(ValueError, match=r"Sequential has no adapter: pass what peft\.get_peft_model"):
+        MaskedLora(model, pruned(model))
+
+
 def test_a_dense_base_has_no_zeros_to_keep():
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 16)), peft.LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="no weight under an adapter is 2:4 along its inputs"):
