@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
+from benchmarks.calibration_and_evaluation import draw_sequences
 from benchmarks.result_files import write_result
-from prox24_lightning.io.near_duplicates import check_apart
 from prox24_lightning.io.pretrained import Pretrained
-from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
+from prox24_lightning.io.texts import TextSource, perplexity
 from prox24_lightning.oneshot import prune_layerwise
 from recipes.calibration_text import LibraryDocs, PythonDocs
 
@@ -87,26 +87,27 @@ def main(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, (tokenizer, *_) = model.load()
     network.to(place)
-    calibration = list(data.texts("calibration"))
-    evaluation = {"stdlib": list(data.texts("evaluation")), "libraries": list(other.texts("evaluation"))}
-    apart = check_apart(evaluation, calibration)
-    print(apart)
-    ids = token_sequences(tokenizer, calibration, sequences, length, seed=seed)
-    batches = [{"input_ids": part} for part in ids.split(batch_size)]
-    held_out = {
-        f"ppl {name}": token_sequences(tokenizer, texts, eval_sequences, length, seed=seed)
-        for name, texts in evaluation.items()
-    }
+    texts = draw_sequences(
+        tokenizer,
+        data,
+        other,
+        sequences=sequences,
+        eval_sequences=eval_sequences,
+        length=length,
+        seed=seed,
+        column="ppl {}",
+    )
+    batches = [{"input_ids": part} for part in texts.calibration.split(batch_size)]
     dense = {key: value.clone() for key, value in network.state_dict().items()}
 
     def row(label: str, loss: float | str, seconds: float | str, memory: float | str) -> dict[str, Any]:
-        scores = {column: perplexity(network, texts) for column, texts in held_out.items()}
+        scores = {column: perplexity(network, ids) for column, ids in texts.held_out.items()}
         return {"variant": label, **scores, "mean relative local loss": loss, "seconds": seconds, "peak GiB": memory}
 
     note = (
         f"{model.describe()}; calibration {sequences} x {length} tokens of {data.describe()}, seed {seed}; "
         f"evaluation {eval_sequences} x {length} tokens each, second column {other.describe()}. "
-        f"Options of every row: {options or 'defaults'}. Local loss is on each run's own inputs. {apart}."
+        f"Options of every row: {options or 'defaults'}. Local loss is on each run's own inputs. {texts.apart}."
     )
     rows = [row("dense", 0.0, "", "")]
     # The first call pays for loading libraries and compiling kernels; it is not counted.

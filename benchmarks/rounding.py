@@ -27,11 +27,11 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
 
+from benchmarks.calibration_and_evaluation import draw_sequences
 from benchmarks.result_files import write_result
 from prox24_lightning.calibration.rounded_inputs import rounded_inputs
-from prox24_lightning.io.near_duplicates import check_apart
 from prox24_lightning.io.pretrained import Pretrained
-from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
+from prox24_lightning.io.texts import TextSource, perplexity
 from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.weights.rounding import RoundedForm, round_weight
 from prox24_lightning.weights.selection import select_weights
@@ -84,16 +84,17 @@ def main(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, (tokenizer, *_) = model.load()
     network.to(place, getattr(torch, dtype))
-    calibration = list(data.texts("calibration"))
-    evaluation = {"stdlib": list(data.texts("evaluation")), "libraries": list(other.texts("evaluation"))}
-    apart = check_apart(evaluation, calibration)
-    print(apart)
-    ids = token_sequences(tokenizer, calibration, sequences, length, seed=seed)
-    batches = [{"input_ids": part} for part in ids.split(batch_size)]
-    held_out = {
-        f"ppl {name}": token_sequences(tokenizer, texts, eval_sequences, length, seed=seed)
-        for name, texts in evaluation.items()
-    }
+    texts = draw_sequences(
+        tokenizer,
+        data,
+        other,
+        sequences=sequences,
+        eval_sequences=eval_sequences,
+        length=length,
+        seed=seed,
+        column="ppl {}",
+    )
+    batches = [{"input_ids": part} for part in texts.calibration.split(batch_size)]
     layers = _layers(network)
     rows: list[dict[str, Any]] = []
     reference: dict[str, float] = {}
@@ -101,7 +102,7 @@ def main(
 
     def score(form: RoundedForm | None = None) -> dict[str, float]:
         with rounded_inputs(layers, form):
-            return {column: perplexity(network, texts) for column, texts in held_out.items()}
+            return {column: perplexity(network, ids) for column, ids in texts.held_out.items()}
 
     def add(label: str, form: RoundedForm | None = None, seconds: float = 0.0) -> None:
         """Score the network as it is; with ``form`` also with its inputs rounded."""
@@ -125,7 +126,7 @@ def main(
         f"{model.describe()}, in {dtype}; 2:4 is {sparse}; {reconstruct_steps} steps of reconstruction; "
         f"calibration {sequences} x {length} tokens of "
         f"{data.describe()}, seed {seed}; evaluation {eval_sequences} x {length} tokens each, second column "
-        f"{other.describe()}. +%: above the same model without rounding. {apart}."
+        f"{other.describe()}. +%: above the same model without rounding. {texts.apart}."
     )
     dense = _state(network)
     if baseline:

@@ -23,12 +23,12 @@ import torch
 from jsonargparse import auto_cli
 from torch import nn
 
+from benchmarks.calibration_and_evaluation import draw_sequences
 from benchmarks.result_files import write_result
 from prox24_lightning.calibration.output_divergence import OutputDivergence
 from prox24_lightning.calibration.rounded_inputs import rounded_inputs
-from prox24_lightning.io.near_duplicates import check_apart
 from prox24_lightning.io.pretrained import Pretrained
-from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
+from prox24_lightning.io.texts import TextSource, perplexity
 from prox24_lightning.oneshot import prune_layerwise, smooth_inputs
 from prox24_lightning.oneshot.rounding.budget import (
     RoundedLayers,
@@ -86,29 +86,32 @@ def main(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, (tokenizer, *_) = model.load()
     network.to(place, getattr(torch, dtype)).eval()
-    calibration = list(data.texts("calibration"))
-    evaluation = {"stdlib": list(data.texts("evaluation")), "libraries": list(other.texts("evaluation"))}
-    apart = check_apart(evaluation, calibration)
-    ids = token_sequences(tokenizer, calibration, sequences, length, seed=seed)
-    batches = [{"input_ids": part} for part in ids.split(batch_size)]
-    probes = [part.to(place) for part in ids[:probe_sequences].split(batch_size)]
+    texts = draw_sequences(
+        tokenizer,
+        data,
+        other,
+        sequences=sequences,
+        eval_sequences=eval_sequences,
+        length=length,
+        seed=seed,
+        column="ppl {}",
+    )
+    batches = [{"input_ids": part} for part in texts.calibration.split(batch_size)]
+    probes = [part.to(place) for part in texts.calibration[:probe_sequences].split(batch_size)]
     runs = [partial(network, input_ids=part, use_cache=False) for part in probes]
-    held_out = {
-        f"ppl {key}": token_sequences(tokenizer, texts, eval_sequences, length, seed=seed)
-        for key, texts in evaluation.items()
-    }
     layers = {w.module_name: w.module for w in select_weights(network).chosen if w.parameter.dim() == 2}
     note = (
         f"{model.describe()}, in {dtype}; one-shot {method}; calibration {sequences} x {length} tokens of "
         f"{data.describe()}, seed {seed}, of which {probe_sequences} sequences measure rises; evaluation "
-        f"{eval_sequences} x {length} tokens each, second column {other.describe()}. +%: above 2:4 in {dtype}. {apart}."
+        f"{eval_sequences} x {length} tokens each, second column {other.describe()}. +%: above 2:4 in {dtype}. "
+        f"{texts.apart}."
     )
     rows: list[dict[str, Any]] = []
     kinds: list[dict[str, Any]] = []
     inputs: list[dict[str, Any]] = []
 
     def add(label: str, **about: Any) -> None:
-        scores = {column: perplexity(network, texts) for column, texts in held_out.items()}
+        scores = {column: perplexity(network, ids) for column, ids in texts.held_out.items()}
         above = {f"{c} +%": 100 * (score / rows[0][c] - 1) if rows else 0.0 for c, score in scores.items()}
         blank = dict.fromkeys(("in 16 bits", "gain left %", "rise %", "seconds"), "")
         rows.append({"weights": label, **scores, **above, **blank, **about})
@@ -125,8 +128,8 @@ def main(
             begin = time.perf_counter()
             smoothed = smooth_inputs(network, batches, form, layers, device=place, progress=False) if smooth else []
             exact = {key: layer.get_parameter("weight").detach().cpu().clone() for key, layer in layers.items()}
-            options = {"method": "keep", "refine": None, "dense_target": 1.0, "weights": form}
-            prune_layerwise(network, batches, device=place, progress=False, **options)
+            # As round_model rounds.
+            prune_layerwise(network, batches, method="keep", refine=None, weights=form, device=place, progress=False)
             seconds = time.perf_counter() - begin
             switch = RoundedLayers(layers, exact, form)
             label = f"{form}, smoothed" if smooth else form

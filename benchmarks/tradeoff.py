@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
+from benchmarks.calibration_and_evaluation import draw_sequences
 from benchmarks.result_files import write_result
 from prox24_lightning.convert.layer_times import layer_times
-from prox24_lightning.io.near_duplicates import check_apart
 from prox24_lightning.io.pretrained import Pretrained
-from prox24_lightning.io.texts import TextSource, perplexity, token_sequences
+from prox24_lightning.io.texts import TextSource, perplexity
 from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.oneshot.tradeoff import measure_prices
 from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, fill, predicted_speedup
@@ -98,14 +98,17 @@ def main(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network, (tokenizer, *_) = model.load()
     network.to(place)
-    calibration = list(data.texts("calibration"))
-    evaluation = {"stdlib": list(data.texts("evaluation")), "libraries": list(other.texts("evaluation"))}
-    apart = check_apart(evaluation, calibration)
-    ids = token_sequences(tokenizer, calibration, sequences, length, seed=seed)
-    batches = [{"input_ids": part} for part in ids.split(batch_size)]
-    held_out = {
-        key: token_sequences(tokenizer, texts, eval_sequences, length, seed=seed) for key, texts in evaluation.items()
-    }
+    texts = draw_sequences(
+        tokenizer,
+        data,
+        other,
+        sequences=sequences,
+        eval_sequences=eval_sequences,
+        length=length,
+        seed=seed,
+        column="{}",
+    )
+    batches = [{"input_ids": part} for part in texts.calibration.split(batch_size)]
     dense = {key: value.clone() for key, value in network.state_dict().items()}
     chosen = select_weights(network).chosen
     shapes = {weight.name: (weight.parameter.shape[0], weight.parameter.shape[1]) for weight in chosen}
@@ -116,7 +119,7 @@ def main(
     losses: dict[str, float] = {}
 
     def row(label: str, budget: float, names: frozenset[str]) -> dict[str, Any]:
-        scores = {f"loss {key}": math.log(perplexity(network, texts)) for key, texts in held_out.items()}
+        scores = {f"loss {key}": math.log(perplexity(network, ids)) for key, ids in texts.held_out.items()}
         losses[label] = sum(scores.values()) / len(scores)
         excess = losses[label] - losses["dense"]
         share = excess / (losses["uniform 2:4"] - losses["dense"]) if "uniform 2:4" in losses else ""
@@ -135,7 +138,7 @@ def main(
     note = (
         f"{model.describe()}; calibration {sequences} x {length} tokens of {data.describe()}, seed {seed}; evaluation "
         f"{eval_sequences} x {length} tokens each, second column {other.describe()}. Times by {kind}; prices took "
-        f"{seconds:.0f} s. Options of every row: {options or 'defaults'}. {apart}."
+        f"{seconds:.0f} s. Options of every row: {options or 'defaults'}. {texts.apart}."
     )
     rows = [row("dense", 1.0, frozenset(price.name for price in prices))]
     plan: list[tuple[str, float, frozenset[str]]] = [("uniform 2:4", 0.0, frozenset())]
