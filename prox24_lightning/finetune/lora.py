@@ -44,14 +44,14 @@ class MaskedLora:
         adapted: list[tuple[nn.Module, Tensor]] = []
         for name, layer in model.named_modules():
             mask = self.masks.get(_base_name(f"{name}.weight"))
-            if mask is None or not (hasattr(layer, "get_base_layer") or hasattr(layer, "modules_to_save")):
+            if mask is None or not _is_adapted(layer):
                 continue
             _check(name, layer, mask)
             adapted.append((layer, mask))
         self._handles: list[RemovableHandle] = [
             layer.register_forward_hook(_MaskedProduct(mask)) for layer, mask in adapted
         ]
-        if not any(hasattr(layer, "get_base_layer") for layer in model.modules()):
+        if not any(map(_is_adapted, model.modules())):
             raise ValueError(
                 f"{type(model).__name__} has no adapter: pass what peft.get_peft_model(model, config) returns"
             )
@@ -83,6 +83,11 @@ class MaskedLora:
 
 
 @torch.no_grad()
+def _is_adapted(layer: nn.Module) -> bool:
+    """Whether peft has wrapped the layer, for an adapter or to train a copy of it as a whole."""
+    return hasattr(layer, "get_base_layer") or hasattr(layer, "modules_to_save")
+
+
 def _check(name: str, layer: Any, mask: Tensor) -> None:
     """Refuse a layer whose merged weight would not be the trained one."""
     if not hasattr(layer, "lora_A"):

@@ -31,14 +31,16 @@ QUANT_METHOD = "prox24"
 
 def is_packed_folder(folder: str | Path) -> bool:
     """Return whether the folder holds a packed Hugging Face model."""
-    weights = any((Path(folder) / name).is_file() for name in (PACKED_FILE, PACKED_INDEX))
-    return weights and (Path(folder) / "config.json").is_file()
+    return _holds_packed(folder) and (Path(folder) / "config.json").is_file()
 
 
 def is_packed_module(folder: str | Path) -> bool:
     """Return whether the folder holds a packed model that is none of Hugging Face's: its weights, and no config."""
-    weights = any((Path(folder) / name).is_file() for name in (PACKED_FILE, PACKED_INDEX))
-    return weights and not (Path(folder) / "config.json").is_file()
+    return _holds_packed(folder) and not (Path(folder) / "config.json").is_file()
+
+
+def _holds_packed(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in (PACKED_FILE, PACKED_INDEX))
 
 
 @torch.inference_mode(False)
