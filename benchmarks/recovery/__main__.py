@@ -63,7 +63,7 @@ def main(
         rows: names of rows; null for all.
         variants: further rows of Prox24: name -> its arguments, ``distillation``, the share of it, ``teacher``, its
             other arguments, ``rounding``, arguments of ``RoundWeights``, and ``module``, arguments of the module
-            (``restart: 0.3``).
+            (``restart: 0.3``, ``embedding_lr: 0.1``).
         seeds: of the order of the training text, one run of every row each.
         steps: optimizer steps of a run.
         long: four times the steps, into files of their own.

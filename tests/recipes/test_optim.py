@@ -50,6 +50,29 @@ def test_a_restart_begins_a_whole_schedule():
         rates(50, restart=1)
 
 
+def test_a_dense_phase_holds_its_rate_and_rises_to_the_peak_at_the_restart():
+    found = rates(50, final=0.1, restart=0.4, before_restart=0.2)
+    assert found[:4] == pytest.approx([0.05, 0.1, 0.15, 0.2])
+    assert found[4:20] == pytest.approx([0.2] * 16)
+    assert found[20:24] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    assert found[24:] == rates(30, final=0.1)[4:]
+    with pytest.raises(ValueError, match="needs restart"):
+        rates(50, before_restart=0.2)
+
+
+def test_embeddings_and_tied_heads_have_a_rate_of_their_own():
+    net = Net(10)
+    net.words, net.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    net.head.weight = net.words.weight
+    made = adamw_with_cosine(net, lr=2.0, weight_decay=0.1, warmup_steps=0, embedding_lr=0.1)
+    *_, slow = made["optimizer"].param_groups
+    assert slow["params"] == [net.words.weight]
+    assert slow["lr"] == pytest.approx(0.2)
+    assert made["optimizer"].param_groups[0]["params"] == [net.linear.weight]
+    with pytest.raises(ValueError, match="embedding_lr=-1 must not be negative"):
+        adamw_with_cosine(net, lr=2.0, weight_decay=0.1, warmup_steps=0, embedding_lr=-1)
+
+
 def test_only_matrices_decay_and_frozen_weights_are_left_out():
     net = Net(10)
     decayed, plain = adamw_with_cosine(net, lr=1.0, weight_decay=0.1, warmup_steps=0)["optimizer"].param_groups
