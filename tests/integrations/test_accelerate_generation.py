@@ -311,3 +311,36 @@ def test_tokens_on_a_gpu_are_those_of_one_pass_over_the_whole_sequence(converted
         chosen = logits.gather(-1, found[:, 7:, None]).squeeze(-1)
         # Rounding may exchange two tokens of nearly the same logit; a wrong cache would be off by several deviations.
         assert (logits.amax(-1) - chosen).max() < 0.15 * logits.std()
+
+
+def on_a_gpu(device="cuda"):
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**{**SIZES, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4})
+    given = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in prompts().items()}
+    return hf.LlamaForCausalLM(config).to(device, torch.bfloat16).eval(), given
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_for_the_device_runs_call_by_call_and_leaves_no_memory_behind(caplog):
+    """Torch does not end a capture that fails for its allocator, which then keeps all memory."""
+    model, given = on_a_gpu()
+    model.lm_head.register_forward_hook(lambda module, args, output: output * float(output.isfinite().all()))
+    expected = generated(model, given, **GREEDY)
+    handle = accelerate_generation(model, compile=False)
+    assert torch.equal(generated(model, given, **GREEDY)[:, :9], expected[:, :9])
+    assert "was not captured as a CUDA graph" in caplog.text
+    handle.remove()
+    spent = torch.empty(1 << 26, device="cuda")
+    del spent
+    before = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_gpu_than_the_current():
+    (model, given), (same, there) = on_a_gpu("cuda:0"), on_a_gpu("cuda:1")
+    handles = [accelerate_generation(one) for one in (model, same)]
+    assert torch.equal(generated(model, given, **GREEDY).cpu(), generated(same, there, **GREEDY).cpu())
+    assert all(decoder._graph is not None for handle in handles for decoder in handle._decoders.values())

@@ -349,6 +349,22 @@ def test_code_compiled_for_one_block_fits_all():
     assert counter.frame_count == 1
 
 
+def test_small_operations_of_many_batch_sizes_stay_compiled(caplog):
+    operations = SmallOperations(tiny(), enabled=True)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    norm = operations._parts[0]
+    operations._parts, operations._rotary = [norm], []
+    operations._made[False] = ([torch.compile(norm._call_impl, dynamic=False, backend=counter)], [])
+    with torch._dynamo.config.patch(recompile_limit=1):  # it is eight
+        for batch in (2, 3, 4):
+            with operations.compiled(dynamic=False), torch.no_grad():
+                norm(torch.ones(batch, 1, 64))
+    torch._dynamo.reset()
+    assert counter.frame_count == 3
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
 def test_joined_projections_in_a_graph(form, caplog):

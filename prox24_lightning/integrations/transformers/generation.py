@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import OrderedDict
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -110,7 +111,9 @@ class AcceleratedGeneration:
         if (reason := _why_ordinary(model, args, kwargs)) is not None:
             log.info("generate() runs as transformers has it: %s", reason)
             return ordinary(model, *args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():  # caches outlive the call, and the mode it is made in
+        # Caches outlive the call, and the mode it is made in; kernels and captures go to the current device.
+        device = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), device:
             return ordinary(model, *args, custom_generate=self._decode, **kwargs)
 
     def _decode(

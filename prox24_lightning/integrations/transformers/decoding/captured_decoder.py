@@ -14,8 +14,12 @@ from torch import Tensor, nn
 from prox24_lightning.integrations.transformers.decoding.cache import FixedCache
 from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME
 from prox24_lightning.integrations.transformers.decoding.siblings import SiblingProjections
+from prox24_lightning.utils.cuda_graphs import capture
 
 log = logging.getLogger(__name__)
+
+_WARM_UPS = 2  # compile, plan, and allocate what libraries do at their first call; a cache has room for two tokens
+_RECOMPILES = 64  # of a small operation; dynamo gives up after 8, and each batch size and class of layers takes one
 
 
 class Decoder:
@@ -77,19 +81,12 @@ class Decoder:
             log.warning("decoding was not captured as a CUDA graph and runs call by call: %s", error)
 
     def _captured_step(self) -> torch.cuda.CUDAGraph:
+        def step() -> None:
+            self._logits = self._step()
+
         before = self._cache.position.clone()
-        stream = torch.cuda.Stream()
         try:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # compiles, plans, and what libraries allocate at their first call
-                    self._step()
-                    self._cache.position.copy_(before)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._logits = self._step()
-            return graph
+            return capture(step, warm_ups=_WARM_UPS)
         finally:
             self._cache.position.copy_(before)
 
@@ -136,7 +133,8 @@ class SmallOperations:
                 part._compiled_call_impl = call
             for (home, _), function in zip(self._rotary, rotary, strict=True):
                 home.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
-            yield
+            with torch._dynamo.config.patch(recompile_limit=max(_RECOMPILES, torch._dynamo.config.recompile_limit)):
+                yield
         finally:
             for part in self._parts:
                 part._compiled_call_impl = None

@@ -140,7 +140,7 @@ def _fastest(ways: list[Way], query: Tensor, key: Tensor, value: Tensor) -> Way:
         with torch.cuda.device(query.device):
             graphs = {way.__name__: capture(partial(calls, way)) for way in ways}
             times = time_calls({name: graph.replay for name, graph in graphs.items()}, calls=_CALLS, rounds=_ROUNDS)
-    except RuntimeError as error:
+    except Exception as error:  # of Triton, or no memory: either way works
         log.info("attention while decoding is not measured: %s", error)
         return ways[0]
     found = min(ways, key=lambda way: times[way.__name__].median_us)
