@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import Split, TextSource
 from recipes.token_corpus import cut, source_tokens
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(model: Pretrained) -> Any:
+    """Read once a process for all texts and runs: from a GGUF file that takes ten seconds."""
+    return model.tokenizer()
 
 
 class TextTokens(LightningDataModule):
@@ -71,7 +78,7 @@ class TextTokens(LightningDataModule):
         """Every token of the text ``name`` (``"training"``, or one of the held-out ones), in order."""
         if name not in self._streams:
             split: Split = "calibration" if name == "training" else "evaluation"
-            tokenizer = self.model.tokenizer()
+            tokenizer = _tokenizer(self.model)
             self._streams[name] = source_tokens(
                 tokenizer, self.sources[name], split, cache=self.cache, progress=self.progress
             )
