@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from benchmarks.result_files import RESULTS, write_result
 from prox24_lightning.convert.autotune.kernel_table import KernelTable
 from prox24_lightning.convert.autotune.tune import kernel_tables, stored_table
 from prox24_lightning.convert.convert import convert_linear, insert_layers
-from prox24_lightning.convert.form_choice import choose_form
+from prox24_lightning.convert.form_choice import Joined, choose_forms, joined_layers
 from prox24_lightning.convert.layers.dense_fp8_linear import DenseFp8Linear
 from prox24_lightning.convert.measurement import host_seconds, release_memory
 from prox24_lightning.integrations.transformers.generation import accelerate_generation
@@ -41,9 +42,6 @@ _RECOMPILES = 64
 """Of a small operation: the forms are layers of several classes, and dynamo gives up after eight."""
 
 _NAME_LENGTH = 70
-
-_TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-_FEW_TOKENS = 64
 
 Call = Callable[[], Any]
 Kernels = dict[str, tuple[float, float]]
@@ -148,12 +146,16 @@ def _packed(
     model: nn.Module, form: RoundedForm | None, device: torch.device, counts: Sequence[int], *, search: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     layers = decoder_layers(model)
-    tables = _tables(layers, form, device, counts, search=search)
-    for table in tables.values():
-        print(table.shape, form, table.text, choose_form(table, counts), flush=True)
+    shapes = _shapes(layers)
+    joined = joined_layers(model, shapes, dict.fromkeys(shapes))
+    tables = _tables(shapes, joined, form, device, counts, search=search)
+    choices = choose_forms(shapes, joined, tables, counts)
+    for shape, table in tables.items():
+        print(shape, form, table.text, flush=True)
+    print(Counter((name.rpartition(".")[2], choice) for name, choice in choices.items()), flush=True)
     for name, layer in layers.items():
-        table = tables[layer.out_features, layer.in_features]
-        choice = choose_form(table, counts).form if search else "packed"
+        table = tables[shapes[name]]
+        choice = choices[name].form if search else "packed"
         if choice == "packed":
             yield name, convert_linear(layer, name=name, kernels=table, weights=form)
         elif choice == "dense_fp8":
@@ -164,35 +166,33 @@ def _in_dense_fp8(
     model: nn.Module, device: torch.device, counts: Sequence[int], *, search: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     layers = decoder_layers(model)
-    tables = _tables(layers, "fp8_e4m3", device, counts, search=search)
+    shapes = _shapes(layers)
+    joined = joined_layers(model, shapes, dict.fromkeys(shapes))
+    tables = _tables(shapes, joined, "fp8_e4m3", device, counts, search=search)
     for name, layer in layers.items():
-        yield name, _dense_fp8(layer, tables[layer.out_features, layer.in_features])
+        yield name, _dense_fp8(layer, tables[shapes[name]])
+
+
+def _shapes(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
 
 
 def _tables(
-    layers: Mapping[str, nn.Linear],
+    shapes: Mapping[str, tuple[int, int]],
+    joined: Sequence[Joined],
     form: RoundedForm | None,
     device: torch.device,
     counts: Sequence[int],
     *,
     search: bool,
 ) -> dict[tuple[int, int], KernelTable]:
-    shapes = dict.fromkeys((layer.out_features, layer.in_features) for layer in layers.values())
-    if search:
-        # At these numbers of tokens alone: convert_model measures all that a server may need.
-        few = [count for count in counts if count <= _FEW_TOKENS]
-        kernel_tables(_joined_shapes(layers), torch.bfloat16, token_counts=few, device=device, form=form)
-        return kernel_tables(list(shapes), torch.bfloat16, token_counts=counts, device=device, form=form)
+    """Return the kernels of each shape, and of the projections that read one input as one."""
+    every = list(dict.fromkeys([*shapes.values(), *(one.shape for one in joined)]))
+    if search:  # at these numbers of tokens alone: convert_model measures all that a server may need
+        return kernel_tables(every, torch.bfloat16, token_counts=counts, device=device, form=form)
     return {
-        shape: stored_table(shape, torch.bfloat16, device=torch.cuda.current_device(), form=form) for shape in shapes
+        shape: stored_table(shape, torch.bfloat16, device=torch.cuda.current_device(), form=form) for shape in every
     }
-
-
-def _joined_shapes(layers: Mapping[str, nn.Linear]) -> list[tuple[int, int]]:
-    """Return the shapes of the projections that are decoded as one."""
-    by_last = {name.rpartition(".")[2]: layer for name, layer in layers.items()}
-    groups = [[by_last[name] for name in names] for names in _TOGETHER]
-    return [(sum(layer.out_features for layer in group), group[0].in_features) for group in groups]
 
 
 def _dense_fp8(layer: nn.Linear, table: KernelTable) -> DenseFp8Linear:

@@ -21,16 +21,20 @@ from prox24_lightning.convert.eligibility import (
     check_model,
     find_target,
 )
-from prox24_lightning.convert.form_choice import choose_form, form_problem, layers_of_16_bits
+from prox24_lightning.convert.form_choice import (
+    FormChoice,
+    Joined,
+    choose_forms,
+    form_problem,
+    joined_layers,
+    layers_of_16_bits,
+)
 from prox24_lightning.convert.kernels.buffers import pack_buffer
 from prox24_lightning.convert.layers.dense_fp8_linear import DenseFp8Linear
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.convert.module_slots import exchange, module_in, slots_by_name
 from prox24_lightning.weights.layer_matrix import is_transposed_linear, transposed_kind
 from prox24_lightning.weights.rounding import VALUE_DTYPES, RoundedForm, WeightForm, round_rows, round_weight
-
-_Kind = tuple[torch.dtype, RoundedForm | None, tuple[int, int]]
-"""What a kernel table is of: dtype, form and shape."""
 
 _HOOKS = (
     "_forward_hooks",
@@ -170,7 +174,9 @@ def convert_model(
         names: modules to convert. None takes every layer that can run sparse.
         token_counts: measure every shape at these numbers of tokens first (once a machine: times are kept on disk),
             and leave layers dense that would be slower at any of them. None: nothing is measured, and kernels are
-            chosen from earlier measurements, or by rule.
+            chosen from earlier measurements, or by rule. Layers of a language model of transformers that decoding runs
+            as one (query, key and value; gate and up) are measured as one too, and take one form; for that the model
+            is called with one token.
         keep_dense: keep the dense weights as well, and let cuBLAS take the numbers of tokens at which it is faster.
         empty_dense: free the weights of the layers that were replaced even if an optimizer, or anything else outside
             the model, still refers to them; tied weights are never converted.
@@ -223,23 +229,21 @@ def convert_model(
         if not slots[name]:
             raise ValueError(f"the model is a bare {verdicts[name].kind}: pass it to convert_linear instead")
     forms = {name: None if name in exact else _rounded(weights) for name in wanted}
-    tables: dict[_Kind, KernelTable] = {}
-    kinds: dict[str, _Kind] = {}
+    measured = _Measured()
     if token_counts is not None:
-        counts = sorted({*token_counts, *BUCKETS})
-        dtypes = {name: module_in(slots[name]).get_parameter("weight").dtype for name in wanted}
-        kinds = {name: (dtypes[name], forms[name], _pair(verdicts[name].shape)) for name in wanted}
-        for dtype, form in dict.fromkeys((dtype, form) for dtype, form, _ in kinds.values()):
-            shapes = [shape for *kind, shape in kinds.values() if kind == [dtype, form]]
-            found = kernel_tables(shapes, dtype, token_counts=counts, keep_dense=keep_dense, device=device, form=form)
-            tables |= {(dtype, form, shape): table for shape, table in found.items()}
+        kinds = {name: (module_in(slots[name]).get_parameter("weight").dtype, forms[name]) for name in wanted}
+        shapes = {name: _pair(verdicts[name].shape) for name in wanted}
+        alone = wanted if keep_dense else dense_fp8  # layers with a dense weight beside are not joined
+        alike = {name: (kinds[name], fixed.get(name), verdicts[name].bias) for name in wanted if name not in alone}
+        joined = joined_layers(model, {name: shapes[name] for name in alike}, alike)
+        measured = _measure(kinds, shapes, joined, token_counts, keep_dense=keep_dense, device=device)
     converted = []
     in_fp8 = dict.fromkeys(dense_fp8, "asked for by name")
     for name in wanted:
         layer = module_in(slots[name])
-        table = None if token_counts is None else tables[kinds[name]]
+        table = measured.own.get(name)
         if table is not None and name not in in_fp8:
-            choice = choose_form(table, token_counts or ())
+            choice = measured.choices[name]
             if choice.form == "dense":
                 verdicts[name] = replace(verdicts[name], machine=choice.why)
                 continue
@@ -264,7 +268,42 @@ def convert_model(
             weight.data, weight.grad = weight.new_empty(0), None
         del layer
     dense = tuple(verdict for name, verdict in verdicts.items() if name not in converted)
-    return Conversion(tuple(converted), dense, tuple(tables.values()), in_fp8)
+    return Conversion(tuple(converted), dense, tuple(measured.tables), in_fp8)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The kernels of each layer by itself, its form, and all tables that were measured."""
+
+    own: dict[str, KernelTable] = field(default_factory=dict)
+    choices: dict[str, FormChoice] = field(default_factory=dict)
+    tables: list[KernelTable] = field(default_factory=list)
+
+
+def _measure(
+    kinds: Mapping[str, tuple[torch.dtype, RoundedForm | None]],
+    shapes: Mapping[str, tuple[int, int]],
+    joined: Sequence[Joined],
+    token_counts: Sequence[int],
+    *,
+    keep_dense: bool,
+    device: torch.device,
+) -> _Measured:
+    """Measure layers of each dtype and form, alone and joined, and choose their forms."""
+    done = _Measured()
+    counts = sorted({*token_counts, *BUCKETS})
+    for kind in dict.fromkeys(kinds.values()):
+        dtype, form = kind
+        mine = {name: shape for name, shape in shapes.items() if kinds[name] == kind}
+        together = [one for one in joined if one.names[0] in mine]
+        titles = {one.shape: one.title for one in together}
+        wanted = list(dict.fromkeys([*mine.values(), *titles]))
+        found = kernel_tables(wanted, dtype, token_counts=counts, keep_dense=keep_dense, device=device, form=form)
+        done.own.update({name: found[shape] for name, shape in mine.items()})
+        done.choices.update(choose_forms(mine, together, found, token_counts))
+        done.tables.extend(found[shape] for shape in dict.fromkeys(mine.values()))
+        done.tables.extend(replace(found[shape], joined=title) for shape, title in titles.items())
+    return done
 
 
 @torch.no_grad()

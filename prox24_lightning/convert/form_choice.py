@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import nn
+
 from prox24_lightning.convert.autotune.kernel_table import DENSE, SAME, KernelTable, TableRow
+from prox24_lightning.convert.autotune.time_kernels import Shape
 from prox24_lightning.convert.eligibility import Target
+from prox24_lightning.convert.layers.siblings import siblings_inside
 from prox24_lightning.weights.names import matching
 from prox24_lightning.weights.rounding import RoundedForm
 
@@ -26,6 +30,46 @@ class FormChoice:
 
     form: LayerForm
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Layers that decoding runs as one product, which take one form.
+
+    Attributes:
+        names: of the layers.
+        shape: (out_features, in_features) of the product.
+    """
+
+    names: tuple[str, ...]
+    shape: Shape
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The layers without what their names share: q_proj, k_proj, v_proj."""
+        return tuple(name.rpartition(".")[2] for name in self.names)
+
+    @property
+    def title(self) -> str:
+        return " + ".join(self.parts)
+
+
+def joined_layers(model: nn.Module, shapes: Mapping[str, Shape], alike: Mapping[str, Hashable]) -> tuple[Joined, ...]:
+    """Return which layers of a language model of transformers decoding runs as one.
+
+    Args:
+        model: any model; it is called with one token if it, or a part of it, is such a language model.
+        shapes: (out_features, in_features) of the layers that a form is chosen for, by name.
+        alike: of each of them what must be the same in layers that are joined, such as dtype and form.
+    """
+    found = []
+    for siblings in siblings_inside(model):
+        names = siblings.names
+        if siblings.repeated or any(name not in shapes for name in names):
+            continue
+        if len({(alike[name], shapes[name][1]) for name in names}) == 1:
+            found.append(Joined(names, (sum(shapes[name][0] for name in names), shapes[names[0]][1])))
+    return tuple(found)
 
 
 def form_problem(form: RoundedForm | None, target: Target) -> str | None:
@@ -59,6 +103,28 @@ def choose_form(table: KernelTable, token_counts: Sequence[int]) -> FormChoice:
     if fp8 and rows and len(ratios) == len(rows) and min(ratios) >= SAME:
         return FormChoice("dense_fp8", f"{why}: dense in float8")
     return FormChoice("dense", f"{why}: stays dense")
+
+
+def choose_forms(
+    shapes: Mapping[str, Shape],
+    joined: Iterable[Joined],
+    tables: Mapping[Shape, KernelTable],
+    token_counts: Sequence[int],
+) -> dict[str, FormChoice]:
+    """Return the form of each layer: joined ones take that of their product, the others choose alone.
+
+    Args:
+        shapes: (out_features, in_features) of each layer.
+        joined: from :func:`joined_layers`.
+        tables: of all shapes, joined ones too.
+        token_counts: numbers of tokens that have been measured.
+    """
+    chosen = {name: choose_form(tables[shape], token_counts) for name, shape in shapes.items()}
+    for one in joined:
+        choice = choose_form(tables[one.shape], token_counts)
+        why = f"{choice.why} (measured as one: {one.title})" if choice.why else ""
+        chosen.update(dict.fromkeys(one.names, replace(choice, why=why)))
+    return chosen
 
 
 def layers_of_16_bits(names: Iterable[str], keep_16bit: Sequence[str]) -> frozenset[str]:

@@ -25,9 +25,10 @@ _WORDS = {
 def kernel_section(tables: Sequence[KernelTable]) -> Section:
     """Return a row for each shape and number of tokens: the kernel, its time beside the dense ones, and notes.
 
-    Dense float8 has columns of its own, "not measured" where the GPU has none.
+    Dense float8 has columns of its own, "not measured" where the GPU has none. Layers that decoding runs as one product
+    are named beside its shape.
     """
-    rows = [(str(table.shape), table.form or "16 bits", *_cells(row)) for table in tables for row in table.rows]
+    rows = [(_shape_cell(table), table.form or "16 bits", *_cells(row)) for table in tables for row in table.rows]
     times = ("us", "dense us", "x", "dense fp8 us", "x over fp8")
     return ("Kernels", ("(out, in)", "weights", "up to tokens", "kernel", *times, "note"), rows)
 
@@ -40,6 +41,10 @@ def print_kernels(tables: Iterable[KernelTable], console: Console | None = None)
 def in_words(kernel: Kernel) -> str:
     """Return a kernel in words."""
     return _WORDS[kernel.name].format(",".join(map(str, kernel.config)) or "by default")
+
+
+def _shape_cell(table: KernelTable) -> str:
+    return f"{table.shape} as one: {table.joined}" if table.joined else str(table.shape)
 
 
 def _cells(row: TableRow) -> tuple[str, ...]:

@@ -81,11 +81,13 @@ class KernelTable:
         shape: (out_features, in_features).
         rows: see :class:`TableRow`.
         form: of a weight of 8 bits; None for 16 bits.
+        joined: names of the layers that decoding runs as one product of this shape; "" for a layer of its own.
     """
 
     shape: tuple[int, int]
     rows: tuple[TableRow, ...]
     form: RoundedForm | None = None
+    joined: str = ""
 
     @property
     def text(self) -> str:

@@ -47,7 +47,7 @@ def packed_name(form: RoundedForm) -> str:
 
 def compare_forms(shapes: Sequence[ShapeResult], rounded: RoundedForm | None) -> tuple[FormResult, ...]:
     """Return each form's speed-up and error over all layers, dense first; empty if nothing was timed."""
-    points = [(len(shape.layers), result) for shape in shapes for result in shape.tokens]
+    points = [(shape.products, result) for shape in shapes for result in shape.tokens]
     if not points:
         return ()
     times = [form_us(result, rounded) for _, result in points]

@@ -55,7 +55,7 @@ def _forms_section(report: Report) -> Section:
         for result in shape.tokens:
             us = form_us(result, report.weights)
             cells = (_measured(us[name], "{:.1f}") for name in names)
-            rows.append((str(shape.shape), str(len(shape.layers)), str(result.tokens), *cells))
+            rows.append((shape.title, str(len(shape.layers)), str(result.tokens), *cells))
     rows.append(("all, x dense", "", "", *(_measured(form.speedup, "{:.2f}") for form in forms)))
     rows.append(("largest error", "", "", *(f"{form.error:.1e}" for form in forms)))
     return "Forms of the weights, microseconds a call", ("(out, in)", "layers", "tokens", *names), rows
@@ -77,7 +77,7 @@ def _share_rows(report: Report, limits: Limits) -> list[tuple[str, ...]]:
     for shape in report.shapes:
         for result in shape.tokens:
             shares = shape.limit_shares(result, limits, 2)
-            rows.append((str(shape.shape), str(result.tokens), *(f"{share:.0%}" for share in shares)))
+            rows.append((shape.title, str(result.tokens), *(f"{share:.0%}" for share in shares)))
     return rows
 
 
@@ -89,7 +89,7 @@ def _layer_rows(report: Report) -> list[tuple[str, ...]]:
 def _shape_rows(report: Report) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for shape in report.shapes:
-        about = (str(shape.shape), str(len(shape.layers)))
+        about = (shape.title, str(len(shape.layers)))
         for result in shape.tokens:
             rows.append(
                 (

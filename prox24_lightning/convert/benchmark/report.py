@@ -78,7 +78,8 @@ class TokenResult:
 class ShapeResult:
     """Layers of one shape, timed on the first of them: time depends on the shape, not on the values.
 
-    ``sparse``: they become sparse; ``dense_fp8``: they stay dense, in float8.
+    ``sparse``: they become sparse; ``dense_fp8``: they stay dense, in float8. ``joined`` names the layers that decoding
+    runs as one product of this shape, and which are timed as one; ``layers`` holds them block after block.
     """
 
     shape: tuple[int, ...]
@@ -90,6 +91,17 @@ class ShapeResult:
     sparse: bool
     decision: str
     dense_fp8: bool = False
+    joined: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The shape, and of which layers if they are joined."""
+        return f"{self.shape} as one: {' + '.join(self.joined)}" if self.joined else str(self.shape)
+
+    @property
+    def products(self) -> int:
+        """How many products of this shape the model makes for a call."""
+        return len(self.layers) // (len(self.joined) or 1)
 
     def limit_shares(self, result: TokenResult, limits: Limits, itemsize: int) -> tuple[float, float]:
         """Return the least possible time over the measured time, dense and sparse.
@@ -173,13 +185,13 @@ class Report:
         for mode in ("eager", "graph"):
             for tokens in self.token_counts:
                 found = [
-                    (math.log(speedup), len(shape.layers))
+                    (math.log(speedup), shape.products)
                     for shape in self.shapes
                     for result in shape.tokens
                     if result.tokens == tokens and (speedup := result.speedup(mode)) is not None
                 ]
                 over_fp8 = [
-                    (math.log(speedup), len(shape.layers))
+                    (math.log(speedup), shape.products)
                     for shape in self.shapes
                     for result in shape.tokens
                     if result.tokens == tokens and (speedup := result.speedup_over_fp8(mode)) is not None
@@ -200,7 +212,7 @@ class Report:
             values["convert/limit_operations_per_second"] = self.limits.operations_per_second
             for tokens in self.token_counts:
                 shares = [
-                    (shape.limit_shares(result, self.limits, 2), len(shape.layers))
+                    (shape.limit_shares(result, self.limits, 2), shape.products)
                     for shape in self.shapes
                     for result in shape.tokens
                     if result.tokens == tokens

@@ -85,7 +85,7 @@ def _other_run_mode(report: Report) -> str | None:
         else:
             counts = [r.tokens for r in shape.tokens if not shape.sparse and (r.speedup("graph") or 0) > 1]
         if counts:
-            differing.append(f"{shape.shape} at {', '.join(map(str, counts))} tokens")
+            differing.append(f"{shape.title} at {', '.join(map(str, counts))} tokens")
     if not differing:
         return None
     shapes = "; ".join(differing)

@@ -19,6 +19,7 @@ from prox24_lightning.convert.benchmark.report import Pair, ShapeResult, TokenRe
 from prox24_lightning.convert.benchmark.settings import Settings
 from prox24_lightning.convert.convert import convert_dense_fp8, convert_linear
 from prox24_lightning.convert.eligibility import LayerVerdict, named_layers
+from prox24_lightning.convert.form_choice import Joined, joined_layers
 from prox24_lightning.convert.kernels.registry import kernel_for
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.convert.measurement import relative_error, release_memory, time_calls
@@ -30,23 +31,36 @@ LARGEST_ERROR = 2e-2
 """Relative difference from dense above which a layer of 16 bits stays dense whatever its speed: rounding gives 4e-3.
 In 8 bits the user says (``Settings.max_error``)."""
 
+_Group = tuple[tuple[int, ...], bool, tuple[str, ...]]
+"""Shape, whether there is a bias, and the layers that are joined to this shape."""
+
 _CALLS = 8  # at least so many calls a measurement, so that the launch of a graph does not count
 
 
 def time_shapes(
     model: nn.Module, verdicts: Sequence[LayerVerdict], settings: Settings, device: torch.device, *, fp8: bool = False
 ) -> tuple[ShapeResult, ...]:
-    """Time the layers of ``verdicts``, one a shape; ``fp8``: the GPU multiplies float8, so dense layers in it too."""
+    """Time the layers of ``verdicts``, one a shape; ``fp8``: the GPU multiplies float8, so dense layers in it too.
+
+    Layers that decoding runs as one product are timed as one, unless they are to be called one by one (run_mode
+    "eager") or keep their dense weights.
+    """
     layers = dict(named_layers(model))
-    groups: dict[tuple[tuple[int, ...], bool], list[str]] = {}
+    together = _together(model, verdicts, settings)
+    groups: dict[_Group, list[str]] = {}
     for verdict in verdicts:
-        groups.setdefault((verdict.shape, verdict.bias), []).append(verdict.name)
+        one = together.get(verdict.name)
+        if one is None:
+            groups.setdefault((verdict.shape, verdict.bias, ()), []).append(verdict.name)
+        elif verdict.name == one.names[0]:
+            groups.setdefault((one.shape, verdict.bias, one.parts), []).extend(one.names)
     tables: dict[tuple[int, int], KernelTable] = {}
     wide: dict[tuple[int, int], KernelTable] = {}
     problem = ""
     try:
         counts = sorted({*settings.token_counts, *BUCKETS})
-        shapes = [(shape[0], shape[1]) for shape, _ in groups]
+        every = dict.fromkeys([*(shape for shape, *_ in groups), *(verdict.shape for verdict in verdicts)])
+        shapes = [(shape[0], shape[1]) for shape in every]
         tables = kernel_tables(
             shapes,
             settings.dtype,
@@ -60,13 +74,14 @@ def time_shapes(
     except Exception as error:
         problem = describe(error)
     results = []
-    for (shape, bias), names in groups.items():
-        result = ShapeResult(shape, bias, tuple(names), 0, 0, (), False, "")
+    for (shape, bias, parts), names in groups.items():
+        result = ShapeResult(shape, bias, tuple(names), 0, 0, (), False, "", joined=parts)
         try:
             if problem:
                 raise RuntimeError(problem)
             pair = shape[0], shape[1]
-            timed = _time_shape(result, layers[names[0]], tables[pair], settings, device, fp8)
+            members = [layers[name] for name in names[: len(parts) or 1]]
+            timed = _time_shape(result, members, tables[pair], settings, device, fp8)
             results.append(_with_16_bits(timed, wide[pair]) if wide else timed)
         except Exception as error:
             results.append(replace(result, decision=f"could not be measured: {describe(error)}"))
@@ -75,9 +90,14 @@ def time_shapes(
 
 
 def _time_shape(
-    result: ShapeResult, layer: nn.Module, table: KernelTable, settings: Settings, device: torch.device, fp8: bool
+    result: ShapeResult,
+    members: Sequence[nn.Module],
+    table: KernelTable,
+    settings: Settings,
+    device: torch.device,
+    fp8: bool,
 ) -> ShapeResult:
-    dense, name = _linear(layer, device, settings.dtype), result.layers[0]
+    dense, name = _linear(members, device, settings.dtype), result.layers[0]
     sparse = convert_linear(dense, name=name, kernels=table, keep_dense=settings.keep_dense, weights=settings.weights)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     copies = min(64, 1 + 2 * cache // sparse.stored_bytes)
@@ -92,6 +112,8 @@ def _time_shape(
     in_fp8 = not faster and fastest_in_fp8(tokens, settings)
     if in_fp8:
         decision = f"{decision.removesuffix(': stays dense')}: dense in float8"
+    if result.joined:
+        decision = f"{decision} (measured as one: {' + '.join(result.joined)})"
     return replace(
         result,
         dense_bytes=dense.weight.numel() * dense.weight.element_size(),
@@ -109,14 +131,29 @@ def _with_16_bits(result: ShapeResult, table: KernelTable) -> ShapeResult:
     return replace(result, tokens=tuple(replace(one, packed_16_us=us.get(one.tokens)) for one in result.tokens))
 
 
-def _linear(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Linear:
-    weight = layer.get_parameter("weight").detach()
-    weight = weight.t() if is_transposed_linear(layer) else weight
-    bias = getattr(layer, "bias", None)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.to(device, dtype).contiguous(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().to(device, dtype), requires_grad=False)
+def _together(model: nn.Module, verdicts: Sequence[LayerVerdict], settings: Settings) -> dict[str, Joined]:
+    """Return the layers that are timed as one, by the name of each."""
+    if settings.keep_dense or settings.run_mode == "eager":
+        return {}
+    shapes = {verdict.name: (verdict.shape[0], verdict.shape[1]) for verdict in verdicts}
+    joined = joined_layers(model, shapes, {verdict.name: verdict.bias for verdict in verdicts})
+    return {name: one for one in joined for name in one.names}
+
+
+def _linear(members: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """Return a layer with the rows of all members, one after another."""
+    weights = [layer.get_parameter("weight").detach() for layer in members]
+    rows = [
+        weight.t() if is_transposed_linear(layer) else weight for weight, layer in zip(weights, members, strict=True)
+    ]
+    weight = torch.cat([part.to(device, dtype) for part in rows])
+    biases = [
+        bias.detach().to(device, dtype) for layer in members if (bias := getattr(layer, "bias", None)) is not None
+    ]
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if biases:
+        linear.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     return linear
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from prox24_lightning.convert import (
     ExampleInputs,
@@ -385,6 +385,29 @@ def test_a_hugging_face_model_with_transposed_layers(pretended_gpu):
     assert report.model[1].output_error < 2e-2
     assert "weight.t()" in report.layers[2].why
     assert "tied" in {layer.name: layer.why for layer in report.layers}["lm_head"]
+
+
+@pytest.mark.parametrize("run_mode", ["graph", "eager"])
+def test_layers_that_decoding_joins_are_timed_as_one(pretended_gpu, run_mode):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes))
+    for layer in model.model.layers.modules():
+        if isinstance(layer, nn.Linear):
+            pruned(layer)
+    report = run_benchmark(model, Settings(run_mode=run_mode, **QUICK))
+    assert len(report.names("sparse")) == 14
+    shapes = {shape.shape: shape for shape in report.shapes}
+    if run_mode == "eager":
+        assert all(not shape.joined for shape in report.shapes)
+        return
+    assert list(shapes) == [(64, 32), (32, 32), (128, 32), (32, 64)]
+    whole = shapes[64, 32]
+    assert whole.joined == ("q_proj", "k_proj", "v_proj")
+    assert [name.rpartition(".")[2] for name in whole.layers] == 2 * ["q_proj", "k_proj", "v_proj"]
+    assert (whole.products, shapes[32, 64].products) == (2, 2)
+    assert whole.decision == "sparse (measured as one: q_proj + k_proj + v_proj)"
+    assert whole.tokens[0].output_error < 1e-2
+    assert "(64, 32) as one: q_proj + k_proj + v_proj" in to_markdown(report)
 
 
 def test_a_part_of_the_model_and_a_model_that_fails(pretended_gpu):

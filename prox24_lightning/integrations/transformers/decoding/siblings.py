@@ -11,14 +11,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any, TypeVar
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
+from prox24_lightning.convert.layers.siblings import find_siblings
 from prox24_lightning.integrations.transformers.decoding.join_layers import (
     KINDS,
     join,
@@ -150,16 +150,12 @@ def _joined_groups(model: Any) -> list[_Group]:
     if model.training:
         log.info("projections are not joined: the model is in training mode")
         return []
-    calls = _record(model)
-    times = Counter(id(module) for _, module, _, _ in calls)
     uses = Counter(id(tensor) for module in model.modules() for tensor in tensors_of(module))
     groups: list[_Group] = []
     refused: dict[str, list[str]] = {}
-    for _, run in groupby(calls, lambda call: (id(call[2]), call[3], call[0].rpartition(".")[0])):
-        names, members = zip(*((name, module) for name, module, _, _ in run), strict=True)
-        if len(members) < 2:
-            continue
-        reason = "called more than once" if any(times[id(member)] > 1 for member in members) else None
+    for found in find_siblings(model):
+        names, members = found.names, found.members
+        reason = "called more than once" if found.repeated else None
         reason = reason or why_not_joined(members, uses)
         if reason is None:
             try:
@@ -168,35 +164,6 @@ def _joined_groups(model: Any) -> list[_Group]:
             except Exception as error:  # no memory, no kernel, or no cache of measured times: generation goes on
                 reason = f"they could not be joined: {error}"
         refused.setdefault(reason, []).append(", ".join(names))
-    for reason, found in refused.items():
-        log.info("%s run one by one (and %d groups like them): %s", found[0], len(found) - 1, reason)
+    for reason, alike in refused.items():
+        log.info("%s run one by one (and %d groups like them): %s", alike[0], len(alike) - 1, reason)
     return groups
-
-
-def _record(model: Any) -> list[tuple[str, nn.Module, Tensor, int]]:
-    """Return name, layer, input and the input's version of every call of a linear layer, for one token."""
-    calls: list[tuple[str, nn.Module, Tensor, int]] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # What is called in another way than with a tensor alone shares its input with nothing.
-            alone = len(args) == 1 and not kwargs and type(args[0]) is Tensor
-            given = args[0] if alone else torch.empty(0)
-            calls.append((name, module, given, given._version))
-
-        return note
-
-    hooks = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, SemiStructuredLinear))
-    ]
-    try:
-        model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    except Exception as error:  # of the model: it has been called with a prompt before, not like this
-        log.info("projections are not joined: one token alone cannot be read: %s", error)
-        return []
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return calls
