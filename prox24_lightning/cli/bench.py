@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
-from prox24_lightning.cli.exit_codes import errors_as_exit
+from prox24_lightning.cli.exit_codes import errors_as_exit, sigterm_as_exit
 from prox24_lightning.cli.generation_rows import GenerateCalls, with_generation
 from prox24_lightning.cli.layer_dtype import LayerDtype, layer_dtype
+from prox24_lightning.cli.measured import Measured, say_what_comes
 from prox24_lightning.convert.benchmark.example_inputs import model_inputs, own_example
-from prox24_lightning.convert.benchmark.language_report import Workload
-from prox24_lightning.convert.benchmark.render import print_report, write_report
-from prox24_lightning.convert.benchmark.render_language import language_figure
+from prox24_lightning.convert.benchmark.generation_report import Host
+from prox24_lightning.convert.benchmark.language_report import LanguageReport, Workload
 from prox24_lightning.convert.benchmark.report import Report, RunMode
 from prox24_lightning.convert.benchmark.run import run_benchmark
 from prox24_lightning.convert.benchmark.settings import ExampleInputs, Settings
@@ -29,7 +26,8 @@ from prox24_lightning.io.sources import Source, load_source
 from prox24_lightning.io.texts import PlainText, PythonTopics, TextSource, perplexity, token_sequences
 from prox24_lightning.utils.environment import describe_environment
 from prox24_lightning.utils.errors import describe
-from prox24_lightning.utils.files import check_output, replacing
+from prox24_lightning.utils.files import check_output
+from prox24_lightning.utils.long_work import watched
 from prox24_lightning.weights.rounding import RoundedForm
 
 TOKEN_COUNTS = (1, 16, 64, 1024, 4096)
@@ -58,6 +56,7 @@ def bench(
     convert_all: bool = False,
     keep_dense: bool = False,
     generate: int = 128,
+    hosts: list[Host] | None = None,
     rounds: int = 20,
     max_error: float = 0.05,
 ) -> None:
@@ -68,7 +67,9 @@ def bench(
     peak memory, the share of the chip's measured limits, the error of the logits and the perplexity. With --output it
     writes bench.json, bench.md, and for a language model bench.png.
 
-    Exit code 0: measured. 2: an error; no GPU, and a model with nothing to convert, are errors.
+    On stderr it says what it measures next. Stopped (Ctrl-C, or SIGTERM of a time limit) or failed, it still writes and
+    prints what it has measured. Exit code 0: measured. 2: an error; no GPU, and a model with nothing to convert, are
+    errors. 130 and 143: stopped.
 
     Args:
         model: Hugging Face name or folder, packed folder or file, checkpoint (.ckpt, .pt, .safetensors), or config
@@ -99,6 +100,8 @@ def bench(
         keep_dense: keep the dense weights too, for the numbers of tokens at which cuBLAS is faster.
         generate: tokens that whole calls of generate() make after a prompt of ``context`` tokens, in transformers (with
             a static cache, and with accelerate_generation) and, where it is installed, in vLLM; 0 for no such calls.
+        hosts: which of them: accelerate_generation, transformers (its own loop, which it compiles for minutes), vllm;
+            null takes all that are installed.
         rounds: repetitions of each measurement; of calls of generate() at most 5.
         max_error: largest relative error of a layer's output that is acceptable in 8 bits; the report ends with the
             fastest form within it.
@@ -119,6 +122,7 @@ def bench(
             or min(sequences, generate) < 0
         ):
             raise ValueError("prefill, context, batches and length must be 1 or more, sequences and generate 0 or more")
+        calls = GenerateCalls.of(batches or (1, 8), context, generate, rounds, hosts)
         if output is not None:
             check_output(output, overwrite=overwrite)
         target = find_target()
@@ -144,30 +148,33 @@ def bench(
         settings = replace(settings, dtype=layer_dtype(source.model, dtype))
         if token_counts is None and _is_language_model(source):
             settings = replace(settings, token_counts=tuple(sorted({workload.tokens for workload in workloads})))
-        console = Console()
-        facts = describe_environment()
+        facts = {"model": source.description, **describe_environment()}
         score, about = _score(source, data, sequences, length) if _is_language_model(source) else (None, None)
-        report = run_benchmark(source.model, settings, inputs=_example(source))
-        if not report.shapes:
-            raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor gives the reasons")
-        report = replace(report, machine={"model": source.description, **facts, **report.machine})
-        report = report.with_note(beyond) if beyond else report
-        names = (*report.names("sparse"), *report.dense_fp8_names)
-        if _is_language_model(source) and names:
-            report = _with_language(report, source.model, names, workloads, settings, score, about)
-            if generate:
-                calls = GenerateCalls.of(batches or (1, 8), context, generate, rounds)
-                report = with_generation(report, source, names, settings, calls)
-        elif _is_language_model(source):
-            report = report.with_note(
-                "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is. If it is "
-                "used at some of them only, name those (--token_counts); --keep_dense true lets cuBLAS take the others."
+
+        def described(report: Report) -> Report:
+            report = replace(report, machine={**facts, **report.machine})
+            return report.with_note(beyond) if beyond else report
+
+        with sigterm_as_exit(), watched(say_what_comes()), Measured(output) as measured:
+            report = run_benchmark(
+                source.model, settings, inputs=_example(source), keep=lambda part: measured.keep(described(part))
             )
-        print_report(report, console)
-        for path in _write(report, output) if output is not None else ():
-            console.print(str(path), markup=False, highlight=False)
+            if not report.shapes:
+                raise ValueError(f"no layer of {model} can run sparse here; prox24 doctor gives the reasons")
+            measured.keep(described(report))
+            names = (*report.names("sparse"), *report.dense_fp8_names)
+            if _is_language_model(source) and names:
+                _time_language(measured, source.model, names, workloads, settings, score, about)
+                if generate:
+                    measured.keep(with_generation(measured.report, source, names, settings, calls, measured.keep))
+            elif _is_language_model(source):
+                measured.note(
+                    "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is. If it "
+                    "is used at some of them only, name those (--token_counts); --keep_dense true lets cuBLAS take the "
+                    "others."
+                )
         if names:
-            console.print(f"next: prox24 convert {model} OUT writes it packed", markup=False, highlight=False)
+            print(f"next: prox24 convert {model} OUT writes it packed")
 
 
 def _example(source: Source) -> ExampleInputs | None:
@@ -205,16 +212,21 @@ def _beyond_positions(source: Source, prefill: int, context: int, length: int, g
     )
 
 
-def _with_language(
-    report: Report,
+def _time_language(
+    measured: Measured,
     model: nn.Module,
     names: tuple[str, ...],
     workloads: list[Workload],
     settings: Settings,
     score: Callable[[nn.Module], float] | None,
     about: str | None,
-) -> Report:
+) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
+    report = measured.report
+
+    def keep(language: LanguageReport) -> None:
+        measured.keep(replace(report, language=language))
+
     try:
         found = time_language_model(
             model,
@@ -225,10 +237,13 @@ def _with_language(
             score=score,
             text=about,
             dense_fp8=report.dense_fp8_names,
+            keep=keep,
         )
-    except (RuntimeError, ValueError, IndexError) as error:  # keep the table of layers
-        return report.with_note(f"Language model not timed: {describe(error)}")
-    return replace(report, language=found)
+    except (RuntimeError, ValueError, IndexError) as error:  # what has been measured stays
+        further = "" if measured.report.language is None else " further"
+        measured.note(f"Language model not timed{further}: {describe(error)}")
+    else:
+        keep(found)
 
 
 def _score(
@@ -240,16 +255,3 @@ def _score(
     texts = data.texts("evaluation")
     ids = token_sequences(source.tokenizer, texts, sequences, length, name=f"the text ({data.describe()})")
     return lambda model: perplexity(model, ids), f"{data.describe()}, {sequences} x {length} tokens"
-
-
-def _write(report: Report, out: Path) -> list[Path]:
-    paths: list[Any] = [*write_report(report, out, "bench")]
-    if report.language is not None:
-        machine = report.machine
-        figure = language_figure(
-            report.language, f"{machine['model']}\n{machine['GPU']}, {report.dtype}, {date.today().isoformat()}"
-        )
-        paths.append(out / "bench.png")
-        with replacing(paths[-1]) as temporary:
-            figure.savefig(temporary, dpi=150)
-    return paths

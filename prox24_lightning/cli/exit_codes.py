@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 ERROR = 2
+TERMINATED = 143
+"""Exit code after SIGTERM, as of a shell: 128 and the number of the signal."""
 
 
 @contextmanager
@@ -25,3 +30,20 @@ def errors_as_exit(command: str) -> Iterator[None]:
     except Exception as error:
         traceback.print_exc()
         raise SystemExit(ERROR) from error
+
+
+@contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM (a time limit, a scheduler) end what runs inside as Ctrl-C does, so that results can be kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python sets handlers in the main thread alone
+        return
+
+    def end(*_: Any) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from prox24_lightning.cli.convert import write_dense
-from prox24_lightning.convert.benchmark.generation_report import Generation, generation_notes
+from prox24_lightning.convert.benchmark.generation_report import Generation, Host, generation_notes
 from prox24_lightning.convert.benchmark.report import Report
 from prox24_lightning.convert.benchmark.settings import Settings
 from prox24_lightning.convert.measurement import release_memory
 from prox24_lightning.convert.packed_model import find_packable
-from prox24_lightning.integrations.transformers.time_generation import dense_and_converted, time_generation
+from prox24_lightning.integrations.transformers.time_generation import HOSTS, dense_and_converted, time_generation
 from prox24_lightning.integrations.vllm.served_rates import Serving
 from prox24_lightning.integrations.vllm.time_generation import is_installed, time_vllm
 from prox24_lightning.io.packed_folder import save_folder
@@ -25,21 +25,37 @@ from prox24_lightning.utils.errors import describe
 
 @dataclass(frozen=True)
 class GenerateCalls:
-    """What is generated: ``batches`` of sequences, ``prompt`` + ``new`` tokens each, ``rounds`` times."""
+    """What is generated: ``batches`` of sequences, ``prompt`` + ``new`` tokens each, ``rounds`` times, by ``hosts``."""
 
     batches: tuple[int, ...]
     prompt: int
     new: int
     rounds: int
+    hosts: tuple[Host, ...]
 
     @classmethod
-    def of(cls, batches: Sequence[int], prompt: int, new: int, rounds: int) -> GenerateCalls:
-        """Whole calls take seconds, so that five rounds are enough."""
-        return cls(tuple(batches), prompt, new, min(rounds, 5))
+    def of(
+        cls, batches: Sequence[int], prompt: int, new: int, rounds: int, hosts: Sequence[Host] | None
+    ) -> GenerateCalls:
+        """Whole calls take seconds, so that five rounds are enough; ``hosts`` None: all that are installed.
+
+        Raises:
+            ValueError: if vLLM is named and not installed.
+        """
+        if hosts is None:
+            hosts = (*HOSTS, "vllm") if is_installed() else tuple(HOSTS)
+        elif "vllm" in hosts and not is_installed():
+            raise ValueError(f"--hosts names vllm, which is not installed here: leave it out, or name {list(HOSTS)}")
+        return cls(tuple(batches), prompt, new, min(rounds, 5), tuple(hosts))
 
 
 def with_generation(
-    report: Report, source: Source, names: tuple[str, ...], settings: Settings, calls: GenerateCalls
+    report: Report,
+    source: Source,
+    names: tuple[str, ...],
+    settings: Settings,
+    calls: GenerateCalls,
+    keep: Callable[[Report], None],
 ) -> Report:
     """Return the report with the rows of ``generate``.
 
@@ -49,23 +65,40 @@ def with_generation(
         names: the layers that are converted.
         settings: dtype, and whether dense weights are kept.
         calls: what is generated. vLLM reads the model from a temporary folder (``TMPDIR``).
+        keep: called with the report after every row.
     """
     if report.language is None:
         return report
-    rows = [*_transformers(source, names, report.dense_fp8_names, settings, calls)]
-    if is_installed():
+    language = report.language
+    rows: list[Generation] = []
+
+    def add(row: Generation) -> None:
+        rows.append(row)
+        keep(with_rows())
+
+    def with_rows() -> Report:
+        notes = (*report.notes, *generation_notes(rows))
+        return replace(report, language=replace(language, generation=tuple(rows)), notes=notes)
+
+    if set(HOSTS) & set(calls.hosts):
+        _transformers(source, names, report.dense_fp8_names, settings, calls, add)
+    if "vllm" in calls.hosts:
         release_memory()
-        rows += _vllm(source, settings, calls)
-    else:
+        for row in _vllm(source, settings, calls):
+            add(row)
+    elif not is_installed():
         report = report.with_note("vLLM is not installed here, so it was not timed.")
-    for note in generation_notes(rows):
-        report = report.with_note(note)
-    return replace(report, language=replace(report.language, generation=tuple(rows)))  # type: ignore[type-var]
+    return with_rows()
 
 
 def _transformers(
-    source: Source, names: tuple[str, ...], dense_fp8: tuple[str, ...], settings: Settings, calls: GenerateCalls
-) -> tuple[Generation, ...]:
+    source: Source,
+    names: tuple[str, ...],
+    dense_fp8: tuple[str, ...],
+    settings: Settings,
+    calls: GenerateCalls,
+    add: Callable[[Generation], None],
+) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     try:
         models = dense_and_converted(
@@ -79,10 +112,10 @@ def _transformers(
         )
     except torch.OutOfMemoryError as error:
         problem = f"both forms do not fit into memory together ({describe(error)})"
-        return tuple(
-            Generation("transformers", batch, calls.prompt, calls.new, problem=problem) for batch in calls.batches
-        )
-    return time_generation(models, calls.batches, calls.prompt, calls.new, rounds=calls.rounds)
+        for batch in calls.batches:
+            add(Generation("transformers", batch, calls.prompt, calls.new, problem=problem))
+        return
+    time_generation(models, calls.batches, calls.prompt, calls.new, rounds=calls.rounds, hosts=calls.hosts, keep=add)
 
 
 def _vllm(source: Source, settings: Settings, calls: GenerateCalls) -> tuple[Generation, ...]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -67,13 +70,18 @@ def timing(median):
     return Timing(median, median, median)
 
 
+def one_phase(workload):
+    result = PhaseResult(workload, timing(20.0), timing(5.0), None, 2**20, 500, 4000)
+    return tuple(LanguageVariant(name, 1, 1000, 1000, (result,), 0.0, None) for name in ("dense", "converted"))
+
+
 @pytest.fixture
 def pretended(monkeypatch):
     """A GPU on which everything was measured before; what the command asks for is kept."""
     asked = {}
     limits = Limits(4e12, 8e14)
 
-    def run_benchmark(model, settings, *, inputs):
+    def run_benchmark(model, settings, *, inputs, keep):
         asked["settings"], asked["inputs"] = settings, inputs
         verdicts = check_model(model, target=HOPPER)
         layers = tuple(
@@ -83,10 +91,13 @@ def pretended(monkeypatch):
         shapes = (ShapeResult((16, 16), False, tuple(v.name for v in verdicts if v.runs), 0, 0, (), True, ""),)
         return replace(empty_report(settings, HOPPER), layers=layers, shapes=shapes, limits=limits)
 
-    def time_language_model(model, names, workloads, settings, device, *, score, text, dense_fp8):
+    def time_language_model(model, names, workloads, settings, device, *, score, text, dense_fp8, keep):
         asked["names"], asked["workloads"], asked["text"] = names, workloads, text
         if asked.get("fails"):
             raise asked["fails"]
+        if asked.get("stops"):
+            keep(LanguageReport(1000, 100, 1100, 0.1, text, one_phase(workloads[0])))
+            asked["stops"]()
         value = None if score is None else score(model)
         results = {
             "dense": tuple(PhaseResult(w, timing(20.0), timing(10.0), None, 2**20, 1000, 4000) for w in workloads),
@@ -112,6 +123,73 @@ def pretended(monkeypatch):
 
     monkeypatch.setattr(generation_rows, "dense_and_converted", dense_and_converted)
     return asked
+
+
+def interrupts():
+    raise KeyboardInterrupt
+
+
+def terminates():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+
+def runs_out():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected", "note"),
+    [
+        (interrupts, 130, "Stopped before everything was measured: interrupted"),
+        (terminates, 143, "Stopped before everything was measured: interrupted"),
+        (runs_out, 0, "Language model not timed further: OutOfMemoryError: CUDA out of memory."),
+    ],
+)
+def test_what_has_been_measured_outlives_what_stops_the_rest(
+    prox24, pretended, sparse_folder, tmp_path, stop, expected, note
+):
+    pretended["stops"] = stop
+    words = ("--output", tmp_path / "out", "--sequences", 0, "--batches", "[1]", "--prefill", 16, "--generate", 0)
+    code, printed, _ = prox24("bench", sparse_folder, *words)
+    assert code == expected
+    assert note in " ".join(printed.split())
+    page = (tmp_path / "out" / "bench.md").read_text()
+    assert note in page
+    assert "| prefill | 1 x 16 | graph |" in page
+    assert "decode | 1 x" not in page
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bench.json", "bench.md", "bench.png"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("stop", [None, interrupts, runs_out])
+def test_rows_of_generate_are_written_one_by_one(prox24, pretended, sparse_folder, tmp_path, monkeypatch, stop):
+    out = tmp_path / "out"
+
+    def time_generation(models, batches, prompt, new, *, rounds, hosts, keep):
+        keep(Generation("transformers, accelerate_generation", 1, prompt, new, 100.0, 130.0))
+        assert "| transformers, accelerate_generation | 1 | 8 + 4 | 100 |" in (out / "bench.md").read_text()
+        assert tuple(hosts) == ("accelerate_generation",)
+        if stop:
+            stop()
+
+    monkeypatch.setattr(generation_rows, "time_generation", time_generation)
+    words = ("--output", out, "--context", 8, "--generate", 4, "--sequences", 0, "--hosts", "[accelerate_generation]")
+    code, printed, _ = prox24("bench", sparse_folder, *words)
+    assert code == {None: 0, interrupts: 130, runs_out: 2}[stop]
+    [row] = json.loads((out / "bench.json").read_text())["language"]["generation"]
+    assert row["dense"] == 100
+    assert ("Stopped before everything was measured" in printed) == (stop is not None)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "message"),
+    [("[vllm]", "names vllm, which is not installed here"), ("[tgi]", "accelerate_generation.*transformers.*vllm")],
+)
+def test_programs_that_are_not_there_are_refused_first(prox24, pretended, hosts, message):
+    code, _, err = prox24("bench", "nowhere", "--hosts", hosts)
+    assert code == 2
+    assert re.search(message, err, re.DOTALL), err
 
 
 QUICK = ("--sequences", 2, "--length", 8, "--generate", 0)
@@ -147,7 +225,7 @@ def test_whole_calls_of_generate(prox24, pretended, sparse_folder, tmp_path, mon
     rows = json.loads((out / "bench.json").read_text())["language"]["generation"]
     assert [(row["host"], row["batch"], row["prompt"], row["new"]) for row in rows] == [
         (host, batch, 8, 4)
-        for host in ("transformers, static cache", "transformers, accelerate_generation", "vLLM")
+        for host in ("transformers, accelerate_generation", "transformers, static cache", "vLLM")
         for batch in (1, 2)
     ]
     assert all(row["dense"] > 0 and row["converted"] > 0 and not row["problem"] for row in rows)

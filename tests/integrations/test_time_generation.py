@@ -15,6 +15,7 @@ from prox24_lightning.integrations.transformers import time_generation as timing
 from prox24_lightning.integrations.vllm import time_generation as serving
 from prox24_lightning.integrations.vllm.served_rates import Serving
 from prox24_lightning.mask import mask_24
+from prox24_lightning.utils.long_work import watched
 
 SIZES = {
     "hidden_size": 16,
@@ -45,7 +46,7 @@ def test_both_loops_make_the_tokens_and_are_undone(monkeypatch):
     assert made == [{"dense": (batch, 9), "converted": (batch, 9)} for batch in (1, 3, 1, 3)]
     assert rows == tuple(
         Generation(host, batch, 5, 4, dense=batch * 2.0, converted=batch * 4.0)
-        for host in (timing.ORDINARY, timing.ACCELERATED)
+        for host in timing.HOSTS.values()
         for batch in (1, 3)
     )
     assert all("generate" not in vars(one) for one in models.values())
@@ -63,13 +64,34 @@ def test_the_same_static_cache_and_greedy_tokens_in_both_loops():
 
 def test_a_way_that_fails_is_a_row_with_the_reason():
     model = hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=4)).eval()
-    ordinary, accelerated = timing.time_generation({"dense": model}, [1], prompt=4, new=2, rounds=1)
+    kept = []
+    accelerated, ordinary = timing.time_generation({"dense": model}, [1], prompt=4, new=2, rounds=1, keep=kept.append)
+    assert kept == [accelerated, ordinary]
     assert ordinary.dense
     assert ordinary.dense > 0
     assert accelerated.dense is None
     assert "cannot be accelerated: its layers attend to parts" in accelerated.problem
     model.forward = None
-    assert timing.time_generation({"dense": model}, [1], prompt=4, new=2)[0].problem.startswith("TypeError: ")
+    [failed] = timing.time_generation({"dense": model}, [1], prompt=4, new=2, hosts=["transformers", "vllm"])
+    assert failed.problem.startswith("TypeError: ")
+
+
+def test_it_says_what_comes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing, "host_seconds", lambda calls, rounds: dict.fromkeys(calls, 1.0))
+    monkeypatch.setattr(timing, "release_memory", lambda: None)
+    said = []
+    with watched(said.append):
+        timing.time_generation({"dense": tiny()}, [1, 2], prompt=4, new=2)
+    assert [line.rpartition(", 4 + 2 tokens")[0] for line in said] == [
+        f"generate() of {host}, batch {batch}" for host in timing.HOSTS.values() for batch in (1, 2)
+    ]
+    assert [line.endswith("compiles the whole model for it, which may take minutes") for line in said] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_rows_as_a_table_and_notes():

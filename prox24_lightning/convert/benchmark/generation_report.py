@@ -9,6 +9,8 @@ from typing import Literal
 from prox24_lightning.convert.sections import Section
 
 Form = Literal["dense", "converted"]
+Host = Literal["accelerate_generation", "transformers", "vllm"]
+"""What runs the loop: transformers' ``generate`` with our captured loop inside or with its own, or vLLM."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Generation:
     """One program at one batch size.
 
     Attributes:
-        host: what runs the loop: "transformers, static cache", or "vLLM".
+        host: what runs the loop, in words: "transformers, static cache", or "vLLM".
         batch: sequences at a time.
         prompt: tokens of each prompt.
         new: tokens generated for each.

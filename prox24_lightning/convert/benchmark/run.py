@@ -7,7 +7,7 @@ stays dense.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 
@@ -33,6 +33,7 @@ def run_benchmark(
     inputs: ExampleInputs | None = None,
     reasons: Mapping[str, str] | None = None,
     shared: Sequence[object] = (),
+    keep: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Check every layer, time those that can run sparse, then the whole model; ``model`` itself is not changed.
 
@@ -43,6 +44,7 @@ def run_benchmark(
         inputs: for the whole model; None times layers only.
         reasons: layer name -> what is added to the reasons of a layer that is not 2:4.
         shared: see :func:`~prox24_lightning.utils.module_copy.bare_copy`.
+        keep: called with what has been measured so far, after each shape of layers.
 
     A layer that cannot be measured (out of memory, say) stays dense with the error as its reason; so does the whole
     model's part of the report.
@@ -65,7 +67,12 @@ def run_benchmark(
         except RuntimeError as error:  # out of memory, which says nothing about the layers
             report = report.with_note(f"The chip's limits were not measured: {describe(error)}")
         fp8 = form_problem("fp8_e4m3", target) is None
-        shapes = time_shapes(model, [verdict for verdict in verdicts if verdict.runs], settings, here, fp8=fp8)
+        runs = [verdict for verdict in verdicts if verdict.runs]
+
+        def with_shapes(shapes: tuple[ShapeResult, ...]) -> Report:
+            return replace(report, shapes=shapes, layers=_outcomes(verdicts, shapes, reasons or {}))
+
+        shapes = time_shapes(model, runs, settings, here, fp8=fp8, keep=lambda measured: keep(with_shapes(measured)))
         report = replace(report, shapes=shapes)
         if inputs is not None:
             report = time_model(report, model, inputs, settings, here, shared)

@@ -20,6 +20,7 @@ from prox24_lightning.convert.convert import convert_model, insert_layers
 from prox24_lightning.convert.eligibility import named_layers
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.convert.measurement import relative_error, release_memory
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.utils.module_copy import bare_copy
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
@@ -38,6 +39,7 @@ def time_language_model(
     score: Callable[[nn.Module], float] | None = None,
     text: str | None = None,
     dense_fp8: Collection[str] = (),
+    keep: Callable[[LanguageReport], None] = lambda report: None,
 ) -> LanguageReport:
     """Convert a copy of ``model`` on the GPU, and time it with its dense and its converted layers in turn.
 
@@ -50,10 +52,12 @@ def time_language_model(
         score: function that returns the perplexity of a model; None for none.
         text: name of the text, for the report.
         dense_fp8: those of ``names`` that become dense in float8.
+        keep: called with what has been measured so far, after each workload that both forms are timed at.
 
     Raises:
         ValueError: for a model that keeps no cache of layers.
     """
+    between_pieces("language model: memory, logits and perplexity, dense and converted")
     copied = bare_copy(model, device=device, dtype=settings.dtype)
     chosen = set(names)
     largest = max(layer.get_parameter("weight").nbytes for name, layer in named_layers(copied) if name in chosen)
@@ -89,17 +93,23 @@ def time_language_model(
     peak = torch.cuda.max_memory_allocated() - allocated + dense_bytes
     converted = variant("converted", len(names) - len(dense_fp8))
     source = dict(named_layers(model))
+
+    def report(phases: Mapping[str, tuple[PhaseResult, ...]], in_turn: bool) -> LanguageReport:
+        variants = replace(dense, phases=phases["dense"]), replace(converted, phases=phases["converted"])
+        return LanguageReport(dense_bytes, largest, peak, seconds, text, variants, in_turn)
+
     phases: dict[str, tuple[PhaseResult, ...]] | None = None
     with suppress(torch.OutOfMemoryError):
         dense_layers = {name: bare_copy(source[name], device=device, dtype=settings.dtype) for name in names}
-        phases = _time_in_turn(copied, dense_layers, workloads, ids, settings)
+        phases = _time_in_turn(
+            copied, dense_layers, workloads, ids, settings, lambda measured: keep(report(measured, in_turn=True))
+        )
     dense_layers = {}
     in_turn = phases is not None
     if phases is None:
         release_memory()
         phases = _time_one_by_one(copied, source, names, workloads, ids, settings)
-    variants = replace(dense, phases=phases["dense"]), replace(converted, phases=phases["converted"])
-    return LanguageReport(dense_bytes, largest, peak, seconds, text, variants, in_turn)
+    return report(phases, in_turn)
 
 
 class DecodeStep:
@@ -185,14 +195,19 @@ def _time_in_turn(
     workloads: Sequence[Workload],
     ids: Tensor,
     settings: Settings,
+    keep: Callable[[dict[str, tuple[PhaseResult, ...]]], None],
 ) -> dict[str, tuple[PhaseResult, ...]]:
     sparse_layers = {name: layer for name, layer in named_layers(converted) if name in dense_layers}
     layers = LayerSets(converted, {"dense": dense_layers, "converted": sparse_layers})
+    phases: dict[str, tuple[PhaseResult, ...]] = {"dense": (), "converted": ()}
     try:
-        results = [_time(layers, ("dense", "converted"), ids, workload, settings) for workload in workloads]
+        for workload in workloads:
+            found = _time(layers, ("dense", "converted"), ids, workload, settings)
+            phases = {name: (*measured, found[name]) for name, measured in phases.items()}
+            keep(phases)
     finally:
         layers.use("converted")
-    return {name: tuple(result[name] for result in results) for name in ("dense", "converted")}
+    return phases
 
 
 def _time_one_by_one(
@@ -218,6 +233,7 @@ def _time_one_by_one(
 def _time(
     layers: LayerSets, variants: Sequence[str], ids: Tensor, workload: Workload, settings: Settings
 ) -> dict[str, PhaseResult]:
+    between_pieces(f"{workload.phase}, {workload.batch} x {workload.length} tokens")
     model = layers.model
     prompt = ids[: workload.batch, : workload.length].contiguous()
 

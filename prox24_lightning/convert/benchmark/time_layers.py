@@ -25,6 +25,8 @@ from prox24_lightning.convert.layers.semi_structured_linear import SemiStructure
 from prox24_lightning.convert.measurement import relative_error, release_memory, time_calls
 from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
+from prox24_lightning.utils.long_work import between_pieces
+from prox24_lightning.utils.names import counted
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
 
 LARGEST_ERROR = 2e-2
@@ -38,12 +40,26 @@ _CALLS = 8  # at least so many calls a measurement, so that the launch of a grap
 
 
 def time_shapes(
-    model: nn.Module, verdicts: Sequence[LayerVerdict], settings: Settings, device: torch.device, *, fp8: bool = False
+    model: nn.Module,
+    verdicts: Sequence[LayerVerdict],
+    settings: Settings,
+    device: torch.device,
+    *,
+    fp8: bool = False,
+    keep: Callable[[tuple[ShapeResult, ...]], None] = lambda results: None,
 ) -> tuple[ShapeResult, ...]:
-    """Time the layers of ``verdicts``, one a shape; ``fp8``: the GPU multiplies float8, so dense layers in it too.
+    """Time the layers of ``verdicts``, one a shape.
 
     Layers that decoding runs as one product are timed as one, unless they are to be called one by one (run_mode
     "eager") or keep their dense weights.
+
+    Args:
+        model: holds the layers.
+        verdicts: of layers that can run sparse.
+        settings: token counts, rounds and form.
+        device: a CUDA GPU, the current one.
+        fp8: the GPU multiplies float8, so dense layers are timed in it too.
+        keep: called with the results so far after each shape.
     """
     layers = dict(named_layers(model))
     together = _together(model, verdicts, settings)
@@ -61,6 +77,7 @@ def time_shapes(
         counts = sorted({*settings.token_counts, *BUCKETS})
         every = dict.fromkeys([*(shape for shape, *_ in groups), *(verdict.shape for verdict in verdicts)])
         shapes = [(shape[0], shape[1]) for shape in every]
+        between_pieces(f"search of kernels for {counted(len(shapes), 'shape')}")
         tables = kernel_tables(
             shapes,
             settings.dtype,
@@ -76,6 +93,7 @@ def time_shapes(
     results = []
     for (shape, bias, parts), names in groups.items():
         result = ShapeResult(shape, bias, tuple(names), 0, 0, (), False, "", joined=parts)
+        between_pieces(f"layers of shape {tuple(shape)}")
         try:
             if problem:
                 raise RuntimeError(problem)
@@ -85,6 +103,7 @@ def time_shapes(
             results.append(_with_16_bits(timed, wide[pair]) if wide else timed)
         except Exception as error:
             results.append(replace(result, decision=f"could not be measured: {describe(error)}"))
+        keep(tuple(results))
         release_memory()
     return tuple(results)
 

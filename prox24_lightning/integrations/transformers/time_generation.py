@@ -11,15 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prox24_lightning.convert.benchmark.generation_report import Form, Generation
+from prox24_lightning.convert.benchmark.generation_report import Form, Generation, Host
 from prox24_lightning.convert.convert import convert_model
 from prox24_lightning.convert.measurement import host_seconds, release_memory
 from prox24_lightning.integrations.transformers.generation import accelerate_generation
 from prox24_lightning.utils.errors import describe
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.utils.module_copy import bare_copy
 from prox24_lightning.weights.rounding import WeightForm
 
-ORDINARY, ACCELERATED = "transformers, static cache", "transformers, accelerate_generation"
+HOSTS: dict[Host, str] = {
+    "accelerate_generation": "transformers, accelerate_generation",
+    "transformers": "transformers, static cache",
+}
+"""The loops of transformers, as rows of a table name them."""
 
 
 def dense_and_converted(
@@ -44,11 +49,19 @@ def dense_and_converted(
 
 
 def time_generation(
-    models: Mapping[Form, Any], batches: Sequence[int], prompt: int, new: int, *, rounds: int = 5
+    models: Mapping[Form, Any],
+    batches: Sequence[int],
+    prompt: int,
+    new: int,
+    *,
+    rounds: int = 5,
+    hosts: Sequence[Host] = ("accelerate_generation", "transformers"),
+    keep: Callable[[Generation], None] = lambda row: None,
 ) -> tuple[Generation, ...]:
-    """Time greedy generation with a static cache: transformers' own loop, then that of ``accelerate_generation``.
+    """Time greedy generation with a static cache: the loop of ``accelerate_generation``, then transformers' own.
 
-    A way that fails (out of memory, a model that cannot be captured) becomes a row with the reason.
+    A way that fails (out of memory, a model that cannot be captured) becomes a row with the reason. On a GPU
+    transformers compiles the whole model for its own loop, once for each form and batch size, which can take minutes.
 
     Args:
         models: "dense" and "converted", on one device.
@@ -56,20 +69,26 @@ def time_generation(
         prompt: tokens of the prompts, which are random.
         new: tokens to generate.
         rounds: calls of each model, in turns; the median counts.
+        hosts: which of the two loops.
+        keep: called with every row as soon as it is there.
     """
     rows = []
-    for host in (ORDINARY, ACCELERATED):
+    for host in [host for host in hosts if host in HOSTS]:
         handles: list[Any] = []
         try:
-            if host == ACCELERATED:
-                handles = [accelerate_generation(model) for model in models.values()]
-            rows += [_row(host, models, batch, prompt, new, rounds) for batch in batches]
-        except ValueError as error:
-            rows += [Generation(host, batch, prompt, new, problem=str(error)) for batch in batches]
+            problem = ""
+            if host == "accelerate_generation":
+                try:
+                    handles = [accelerate_generation(model) for model in models.values()]
+                except ValueError as error:
+                    problem = str(error)
+            for batch in batches:
+                row = Generation(HOSTS[host], batch, prompt, new, problem=problem)
+                rows.append(row if problem else _timed(row, models, rounds))
+                keep(rows[-1])
         finally:
             for handle in handles:
                 handle.remove()
-            torch._dynamo.reset()
             release_memory()
     return tuple(rows)
 
@@ -93,15 +112,19 @@ def generation_call(model: Any, batch: int, prompt: int, new: int) -> Callable[[
     return partial(model.generate, ids, attention_mask=torch.ones_like(ids), **generation_options(new))
 
 
-def _row(host: str, models: Mapping[Form, Any], batch: int, prompt: int, new: int, rounds: int) -> Generation:
-    row = Generation(host, batch, prompt, new)
+def _timed(row: Generation, models: Mapping[Form, Any], rounds: int) -> Generation:
+    compiles = "; transformers compiles the whole model for it, which may take minutes"
+    about = compiles if row.host == HOSTS["transformers"] and torch.cuda.is_available() else ""
+    between_pieces(f"generate() of {row.host}, batch {row.batch}, {row.prompt} + {row.new} tokens{about}")
     try:
         calls: dict[str, Callable[[], Tensor]] = {
-            name: generation_call(model, batch, prompt, new) for name, model in models.items()
+            name: generation_call(model, row.batch, row.prompt, row.new) for name, model in models.items()
         }
         seconds = host_seconds(calls, rounds)
     except Exception as error:  # of the compiler, or of what a model does on the host
         return replace(row, problem=describe(error))
+    finally:
+        torch._dynamo.reset()  # or the next batch size runs code that was compiled for any
     for form in models:
-        row = row.timed(form, batch * new / seconds[form])
+        row = row.timed(form, row.batch * row.new / seconds[form])
     return row

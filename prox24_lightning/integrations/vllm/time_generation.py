@@ -19,10 +19,12 @@ import torch
 from prox24_lightning.convert.benchmark.generation_report import Form, Generation
 from prox24_lightning.integrations.vllm import served_rates
 from prox24_lightning.integrations.vllm.served_rates import MARK, Serving
+from prox24_lightning.utils.long_work import between_pieces
 
 HOST = "vLLM"
 _RESERVE = 0.05
 """Share of the GPU's memory that vLLM leaves free beside what is in use when it starts."""
+_LIMIT = 1800  # seconds
 
 
 def is_installed() -> bool:
@@ -42,6 +44,7 @@ def time_vllm(folders: Mapping[Form, str | Path], serving: Serving) -> tuple[Gen
         free, whole = torch.cuda.mem_get_info()
         serving = replace(serving, memory=max(0.1, round(free / whole - _RESERVE, 2)))
     for form, folder in folders.items():
+        between_pieces(f"generate() of {HOST}, {form}: a process of its own compiles the model, which may take minutes")
         try:
             rates = _in_child(str(folder), serving)
         except RuntimeError as error:
@@ -53,7 +56,10 @@ def time_vllm(folders: Mapping[Form, str | Path], serving: Serving) -> tuple[Gen
 
 def _in_child(folder: str, serving: Serving) -> list[float]:
     words = [sys.executable, "-m", served_rates.__name__, folder, json.dumps(asdict(serving))]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_LIMIT)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"its process has not ended within {_LIMIT // 60} minutes") from None
     found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not found:
         # Libraries go on writing after the exception.

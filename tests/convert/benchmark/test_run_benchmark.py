@@ -195,7 +195,12 @@ def whole(net: nn.Module) -> ExampleInputs:
 def test_layers_and_model_are_timed_and_chosen(pretended_gpu):
     net = Net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    report = run_benchmark(net, Settings(**QUICK), inputs=whole(net))
+    kept = []
+    report = run_benchmark(net, Settings(**QUICK), inputs=whole(net), keep=kept.append)
+    assert [(len(part.shapes), part.names("sparse")) for part in kept] == [
+        (1, ("body.0", "last")),
+        (2, ("body.0", "body.2", "last")),
+    ]
     assert report.notes == ()
     assert report.names("sparse") == ("body.0", "body.2", "last")
     assert [(shape.shape, shape.layers) for shape in report.shapes] == [

@@ -27,6 +27,7 @@ from prox24_lightning.convert.benchmark.time_language_model import (
 from prox24_lightning.convert.measurement import Timing
 from prox24_lightning.mask import mask_24
 from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.long_work import watched
 
 SIZES = {
     "hidden_size": 32,
@@ -203,6 +204,15 @@ NAMES = [f"model.layers.{block}.mlp.{part}_proj" for block in (0, 1) for part in
 def measured(model, **options):
     settings = Settings(rounds=2)
     return time_language_model(model, NAMES, [PREFILL, DECODE], settings, torch.device("cpu"), **options)
+
+
+def test_what_has_been_measured_is_kept_after_each_workload(pretended_gpu):
+    kept, said = [], []
+    with watched(said.append):
+        found = measured(MODELS["llama"](), keep=kept.append)
+    assert [[result.workload for result in one.variants[1].phases] for one in kept] == [[PREFILL], [PREFILL, DECODE]]
+    assert kept[-1].variants == found.variants
+    assert [line.partition(",")[0] for line in said][-2:] == ["prefill", "decode"]
 
 
 def test_a_language_model_is_measured_dense_then_converted(pretended_gpu):
