@@ -149,6 +149,11 @@ def missing_inputs(kernel: Kernel, shape: tuple[int, int], form: RoundedForm | N
     return packed_buffer.padded_shape(shape)[1] - shape[1]
 
 
+def takes_rounded(kernel: Kernel) -> bool:
+    """Return whether a kernel for weights of 8 bits takes tokens that are rounded already in place of its inputs."""
+    return kernel.name not in ("dense", "torch", "expand")
+
+
 def prepare(
     kernel: Kernel,
     dtype: torch.dtype,

@@ -142,8 +142,12 @@ def from_buffer(buffer: Tensor, shape: tuple[int, int], form: RoundedForm, dtype
 
 def input_scale(buffer: Tensor) -> float | None:
     """Return the fixed scale of the inputs that a buffer holds, or None."""
-    value = float(buffer.flatten()[-4 * TAIL :].view(torch.float32)[0])
-    return value or None
+    return float(tail(buffer)[0]) or None
+
+
+def tail(buffer: Tensor) -> Tensor:
+    """Return a view of the float32 (4,) behind the scales of the rows; the first is the fixed scale, or 0."""
+    return buffer.flatten()[-4 * TAIL :].view(torch.float32)
 
 
 def dense_buffer_bytes(shape: tuple[int, int]) -> int:

@@ -67,6 +67,30 @@ def multiply(
     return out if len(leading) == 1 else out.view(*leading, out_features)
 
 
+def multiply_rounded(
+    rounded: Tensor,
+    tokens: int,
+    buffer: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    kernels: str,
+    form: RoundedForm,
+) -> Tensor:
+    """Return (tokens, out_features) as :func:`multiply` of tokens that are rounded already.
+
+    Args:
+        rounded: what a :data:`~prox24_lightning.convert.kernels.round_tokens.kernel.RoundTokens` returns.
+        tokens: how many.
+        buffer, bias, dtype, kernels, form: see :func:`multiply`.
+        shape: (out_features, in_features).
+    """
+    device = buffer.device.index
+    product, _ = _prepared(kernels, dtype, *shape, tokens, device, form)
+    with torch.cuda.device(device):
+        return product(rounded, buffer, None, bias)
+
+
 @lru_cache(maxsize=_PREPARED)
 def _prepared(
     kernels: str,

@@ -11,7 +11,10 @@ from typing_extensions import override
 from prox24_lightning.convert.format.packed_weight import PackedWeight, unpack_24
 from prox24_lightning.convert.kernels.buffers import from_buffer
 from prox24_lightning.convert.kernels.expand.kernel import expand
-from prox24_lightning.convert.layers.linear_op import multiply, packed_linear
+from prox24_lightning.convert.kernels.registry import kernel_for, takes_rounded
+from prox24_lightning.convert.kernels.round_tokens.kernel import Rounding
+from prox24_lightning.convert.kernels.rounded_buffer import padded_shape, tail
+from prox24_lightning.convert.layers.linear_op import multiply, multiply_rounded, packed_linear
 from prox24_lightning.weights.rounding import RoundedForm
 
 
@@ -106,6 +109,19 @@ class SemiStructuredLinear(nn.Module):
             raise RuntimeError(f"input of shape {tuple(input.shape)} does not end in in_features={self.in_features}")
         call = multiply if type(input) is Tensor and not torch.compiler.is_compiling() else packed_linear
         return call(input, self.packed, self.dense, self.bias, self.dtype, *self._shape, self.kernels, self.form)
+
+    def rounding(self, tokens: int) -> Rounding | None:
+        """Return how :meth:`multiply_rounded` takes that many tokens; None where the layer has to round them itself."""
+        if self.form is None or not takes_rounded(kernel_for(self.kernels, tokens)):
+            return None
+        return Rounding(self.form, padded_shape(self._shape)[1], tail(self.packed))
+
+    def multiply_rounded(self, rounded: Tensor, tokens: int) -> Tensor:
+        """Return (tokens, out_features) of tokens that are rounded as :meth:`rounding` says, on a GPU."""
+        assert self.form is not None
+        return multiply_rounded(
+            rounded, tokens, self.packed, self.bias, self.dtype, self._shape, self.kernels, self.form
+        )
 
     @property
     def _shape(self) -> tuple[int, int]:

@@ -53,7 +53,10 @@ def accelerate_generation(
         compile: compile the small operations between the projections with ``torch.compile``.
         fuse: decode with one product for the layers that read the same input (query, key and value; gate and up). Dense
             weights move into one tensor, which the parameters then view; packed ones are copied, which takes as much
-            memory again. Layers with hooks, adapters or tied weights run one by one.
+            memory again. Layers with hooks, adapters or tied weights run one by one. On a GPU with Triton, blocks of
+            LLaMA's shape whose layers have 8 bits also add, normalise and round their tokens by one launch; the blocks
+            are compared with what they were first, and tokens are rounded as before, so that those which
+            ``generate`` returns differ only where two have nearly the same logit.
         graphs: how many batch sizes keep their graph and cache; the least recently used goes first.
 
     Returns:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import Structure, c_float, c_int, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +30,31 @@ _INPUTS_A_BLOCK = 8 * _THREADS
 _HELD = (1, 2, 4, 8)
 
 RoundTokens = Callable[[Tensor, int], Tensor]
-"""(inputs, address of the fixed scale or of a 0) -> int8 (bytes,): the values row by row, then the tokens' scales."""
+"""(inputs, address of the fixed scale or of a 0) -> int8 (bytes,): the values row by row, then the tokens' scales.
+
+Such a result in place of the inputs is returned as it is: what made the tokens has rounded them.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """How a layer of 8 bits takes tokens that are rounded already, as a :data:`RoundTokens` returns them.
+
+    Attributes:
+        form: of the values.
+        columns: values of a token; those behind its features are zeros.
+        given: float32, whose first entry is the fixed scale of all tokens; 0 gives each token its own.
+    """
+
+    form: RoundedForm
+    columns: int
+    given: Tensor
+
+    def empty(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return memory for rounded tokens, and views of it: (tokens, columns) values, float32 (tokens,) scales."""
+        size = tokens * self.columns
+        whole = torch.empty(size + 4 * tokens, dtype=torch.int8, device=self.given.device)
+        return whole, values_view(whole, self.form, tokens, self.columns), whole[size:].view(torch.float32)
 
 
 class _RoundParameters(Structure):
@@ -82,6 +107,8 @@ def prepare(
     grid = tokens, 1, 1
 
     def round_tokens(inputs: Tensor, given: int) -> Tensor:
+        if inputs.dtype == torch.int8:
+            return inputs
         rounded = torch.empty(size + 4 * tokens, dtype=torch.int8, device=gpu)
         address = rounded.data_ptr()
         launch(grid, raw_stream(device), inputs.data_ptr(), given, address, address + size, in_features, columns)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.integrations.transformers.decoding.cache import FixedCache
 from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME
+from prox24_lightning.integrations.transformers.decoding.fused_blocks import FusedBlocks, fuse_blocks
 from prox24_lightning.integrations.transformers.decoding.siblings import SiblingProjections
 from prox24_lightning.utils.cuda_graphs import capture
 
@@ -74,11 +75,25 @@ class Decoder:
 
     def _capture(self) -> None:
         try:
-            with self._fixed_attention(), self._operations.compiled(dynamic=False):
-                self._graph = self._siblings.run(self._captured_step)
+            with self._fixed_attention():
+                blocks = self._siblings.run(self._fused_blocks)
+                with self._operations.compiled(dynamic=False):
+                    self._graph = self._siblings.run(lambda: blocks.run(self._captured_step))
         except Exception as error:  # models may do on the host whatever they like: any of it can end the capture
             self._captures = False
             log.warning("decoding was not captured as a CUDA graph and runs call by call: %s", error)
+
+    def _fused_blocks(self) -> FusedBlocks:
+        """Find the blocks that run in fewer launches; the cache stays as it is."""
+        before = self._cache.position.clone()
+
+        def step() -> Tensor:
+            try:
+                return self._step()
+            finally:
+                self._cache.position.copy_(before)
+
+        return fuse_blocks(self._model, self._siblings, step, len(before))
 
     def _captured_step(self) -> torch.cuda.CUDAGraph:
         def step() -> None:

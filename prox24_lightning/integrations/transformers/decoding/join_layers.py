@@ -34,9 +34,8 @@ def why_not_joined(layers: Sequence[nn.Module], uses: Mapping[int, int]) -> str 
     first: Any = layers[0]
     if any(type(layer) is not type(first) for layer in layers) or type(first) not in KINDS:
         return f"they are {', '.join(dict.fromkeys(type(layer).__name__ for layer in layers))}"
-    for layer in layers:
-        if any(getattr(layer, hooks) for hooks in _HOOKS) or "forward" in vars(layer):
-            return "one has a hook or a forward of its own"
+    if any(map(has_hooks, layers)):
+        return "one has a hook or a forward of its own"
     tensors = [tensor for layer in layers for tensor in tensors_of(layer)]
     if any(uses[id(tensor)] > 1 for tensor in tensors):
         return "one shares its weight with another layer"
@@ -50,6 +49,11 @@ def why_not_joined(layers: Sequence[nn.Module], uses: Mapping[int, int]) -> str 
     if any(not (_follow(parts) or all(map(_owns_memory, parts))) for parts in _rows(layers)):
         return "a weight is part of a larger tensor"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks, or a forward of its own instead of its class's."""
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module)
 
 
 def _why_not_packed(layers: Sequence[SemiStructuredLinear]) -> str | None:

@@ -41,7 +41,7 @@ class SiblingProjections:
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
-        self._groups: list[_Group] = []
+        self._groups: list[SiblingGroup] = []
         self._seen: int | None = None
         self._moved: WeakSet[nn.Module] = WeakSet()  # also of copies that a model's ``generate`` went to
 
@@ -73,6 +73,10 @@ class SiblingProjections:
         self._moved.clear()
         self._groups, self._seen = [], None
 
+    def group_of(self, member: nn.Module) -> SiblingGroup | None:
+        """Return the group that a layer belongs to; None if it runs alone."""
+        return next((group for group in self._groups if any(one is member for one in group.members)), None)
+
     @property
     def names(self) -> list[tuple[str, ...]]:
         """The names of the layers that are joined."""
@@ -103,7 +107,7 @@ class SiblingProjections:
                 group.detach()
 
 
-class _Group:
+class SiblingGroup:
     """Layers of one parent that read one input, in the order in which they are called, and their common product."""
 
     def __init__(self, names: tuple[str, ...], members: Sequence[nn.Module], whole: nn.Module) -> None:
@@ -112,6 +116,22 @@ class _Group:
         self.whole = whole
         self.input: Tensor | None = None
         self.output: Tensor | None = None
+        self.rounded: tuple[Tensor, Tensor] | None = None
+
+    def offer(self, input: Tensor, rounded: Tensor) -> None:
+        """Take an input, which the first of the layers will meet, in 8 bits as well."""
+        self.rounded = input, rounded
+
+    def product(self, input: Tensor) -> Tensor:
+        """Return the outputs of all layers, one after another: (..., out_features of all)."""
+        offered, self.rounded = self.rounded, None
+        if offered is None or offered[0] is not input:
+            found: Tensor = self.whole(input)
+            return found
+        tokens = input.numel() // input.shape[-1]
+        whole: Any = self.whole
+        product: Tensor = whole.multiply_rounded(offered[1], tokens)
+        return product.view(*input.shape[:-1], -1)
 
     def attach(self) -> None:
         sizes = [int(member.out_features) for member in self.members]  # type: ignore[arg-type]
@@ -121,7 +141,7 @@ class _Group:
             member.__class__ = _CLASSES[type(member)]
 
     def detach(self) -> None:
-        self.input = self.output = None
+        self.input = self.output = self.rounded = None
         for member in self.members:
             member.__class__ = _KINDS.get(type(member), type(member))
             for name in ("_siblings", "_start", "_size", "_last"):
@@ -132,7 +152,7 @@ def _answer(self: Any, input: Tensor) -> Tensor:
     """The forward of a joined layer: its part of the product, which the first one that meets an input makes."""
     group = self._siblings
     if group.input is not input:
-        group.input, group.output = input, group.whole(input)
+        group.input, group.output = input, group.product(input)
     part: Tensor = group.output.narrow(-1, self._start, self._size)
     if self._last:
         group.input = group.output = None
@@ -145,13 +165,13 @@ _CLASSES: dict[type[nn.Module], Any] = {
 _KINDS = {sibling: kind for kind, sibling in _CLASSES.items()}
 
 
-def _joined_groups(model: Any) -> list[_Group]:
+def _joined_groups(model: Any) -> list[SiblingGroup]:
     """Record a call of the model, and join the layers that share an input and allow it; the others are logged."""
     if model.training:
         log.info("projections are not joined: the model is in training mode")
         return []
     uses = Counter(id(tensor) for module in model.modules() for tensor in tensors_of(module))
-    groups: list[_Group] = []
+    groups: list[SiblingGroup] = []
     refused: dict[str, list[str]] = {}
     for found in find_siblings(model):
         names, members = found.names, found.members
@@ -159,7 +179,7 @@ def _joined_groups(model: Any) -> list[_Group]:
         reason = reason or why_not_joined(members, uses)
         if reason is None:
             try:
-                groups.append(_Group(names, members, join(members)))
+                groups.append(SiblingGroup(names, members, join(members)))
                 continue
             except Exception as error:  # no memory, no kernel, or no cache of measured times: generation goes on
                 reason = f"they could not be joined: {error}"
