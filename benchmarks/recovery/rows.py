@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from benchmarks.peers import SRSTE, GradualMagnitude, OneShot, ProxSparse
+from benchmarks.recovery.averages import Averages
 from prox24_lightning import Prox24, RoundWeights
 
 PEERS: dict[str, type[Callback]] = {"sr_ste": SRSTE, "gradual_magnitude": GradualMagnitude, "proxsparse": ProxSparse}
@@ -26,6 +27,7 @@ class Row:
         teacher: further arguments of ``Distillation``.
         module: further arguments of the module, its schedule among them.
         rounding: arguments of ``RoundWeights``; None leaves it out.
+        averages: whether averages and mixtures of its weights are scored too; the row's own scores do not change.
     """
 
     prune: dict[str, Any] | None = None
@@ -36,10 +38,11 @@ class Row:
     teacher: dict[str, Any] = field(default_factory=dict)
     module: dict[str, Any] = field(default_factory=dict)
     rounding: dict[str, Any] | None = None
+    averages: bool = False
 
     def definition(self) -> dict[str, Any]:
         """What tells this row from another of the same name; what older records do not hold is left out if empty."""
-        later = ("teacher", "module", "rounding")
+        later = ("teacher", "module", "rounding", "averages")
         return {key: value for key, value in asdict(self).items() if key not in later or value}
 
     def callbacks(self, calibration: Sequence[Any]) -> list[Callback]:
@@ -62,6 +65,8 @@ class Row:
             found.append(Prox24(**{"verbose": False, **self.arguments}))
         if self.rounding is not None:
             found.append(RoundWeights(**self.rounding))
+        if self.averages:
+            found.append(Averages())
         return found
 
 
@@ -120,12 +125,14 @@ SCRATCH: dict[str, Row] = {
 
 def further_rows(variants: dict[str, dict[str, Any]] | None) -> dict[str, Row]:
     """Rows of Prox24 with other arguments; ``distillation`` among them is the row's share of it, ``teacher`` further
-    arguments of ``Distillation``, ``rounding`` those of ``RoundWeights``, and ``module`` of the module."""
+    arguments of ``Distillation``, ``rounding`` those of ``RoundWeights``, ``module`` of the module, and ``averages``
+    whether averages of the weights are scored too."""
     rows = {}
     for name, given in (variants or {}).items():
         arguments = dict(given)
         share, teacher = arguments.pop("distillation", 0.0), arguments.pop("teacher", {})
         more = {"module": arguments.pop("module", {}), "rounding": arguments.pop("rounding", None)}
+        more["averages"] = arguments.pop("averages", False)
         rows[name] = Row(prox24=True, distillation=share, teacher=teacher, arguments=arguments, **more)
     return rows
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from typing_extensions import override
 
 from benchmarks.peers import OneShot
+from benchmarks.recovery.averages import Averages
 from benchmarks.recovery.rows import Row
 from benchmarks.recovery.task import Task
 from prox24_lightning import Prox24
@@ -85,10 +86,15 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
     trainer.fit(module, datamodule=data)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     steps = trainer.global_step
-    scores: dict[str, float] = {}
     score = trainer.test if task.split == "test" else trainer.validate
-    for logged in score(module, datamodule=data, verbose=False):
-        scores.update({name: float(value) for name, value in logged.items()})
+
+    def scored() -> dict[str, float]:
+        parts = score(module, datamodule=data, verbose=False)
+        return {name: float(value) for logged in parts for name, value in logged.items()}
+
+    scores = scored()
+    kept = [callback for callback in callbacks if isinstance(callback, Averages)]
+    averages = {name: scored() for averages in kept for name in averages.put_in_turn(module)}
     task.finished(module)
     return {
         "losses": task.losses(scores),
@@ -103,6 +109,7 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
         "calibration": _calibration(callbacks),
         "batches": record.checksum,
         "train_losses": curve.points(),
+        **({"averages": averages} if averages else {}),
     }
 
 

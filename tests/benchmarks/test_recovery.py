@@ -10,6 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 
 from benchmarks.recovery import protocol
 from benchmarks.recovery.__main__ import main
+from benchmarks.recovery.averages import Averages
 from benchmarks.recovery.early_loss import choices
 from benchmarks.recovery.language_model import LanguageModel
 from benchmarks.recovery.protocol import Job, Results, best_rates, compare, run_all
@@ -276,6 +278,27 @@ def test_a_variant_is_prox24_with_other_arguments():
     assert row.prox24
     assert row.arguments == {"start": 0.6}
     assert row.distillation == 0.3
+
+
+def test_averages_of_a_run_are_scored_and_change_none_of_its_own_scores(task):
+    variants = {"plain": {}, "averaged": {"averages": True}}
+    plain, averaged = (protocol.execute(task, row, 0, 1e-2) for row in further_rows(variants).values())
+    assert averaged["scores"] == plain["scores"]
+    assert averaged["share_24"] == 1
+    assert set(averaged["averages"]) == {"average 0.98", "average 0.995", "0.6 of the last", "0.8 of the last"}
+    others = [task.losses(scores) for scores in averaged["averages"].values()]
+    assert len({others[0]["a"], *(other["a"] for other in others), plain["losses"]["a"]}) == 5
+
+
+def test_mixtures_lie_between_the_freeze_and_the_end():
+    module, averages = nn.Linear(1, 1, bias=False), Averages((0.5,))
+    trainer = SimpleNamespace(callbacks=[SimpleNamespace()])
+    for value in (1.0, 3.0):
+        nn.init.constant_(module.weight, value)
+        averages.on_train_batch_end(trainer, module)
+    found = {name: float(module.weight.detach()) for name in averages.put_in_turn(module)}
+    assert found == pytest.approx({"average 0.5": 2.0, "0.6 of the last": 2.2, "0.8 of the last": 2.6})
+    assert float(module.weight.detach()) == 3.0
 
 
 @pytest.mark.parametrize("config", ["digits", "bytelm"])
