@@ -2,6 +2,7 @@
 
     python -m benchmarks.convert_8bit
     python -m benchmarks.convert_8bit --tokens 1 64 4096 --search --seconds 600
+    python -m benchmarks.convert_8bit --tokens 1 4096 --ways
 
 Replayed from CUDA graphs over several weights in turn that no cache holds together. Rounding the tokens is part of
 every time in 8 bits. Each form takes its fastest kernel, chosen beforehand; then all forms are measured in turns.
@@ -10,6 +11,7 @@ fixed before. Dense weights are dense: without zeros, which cost less power.
 
 The tables are written after every number of tokens; one that would not end within ``--seconds`` is left out, and named.
 Packed bfloat16 takes cuSPARSELt's default algorithm for many tokens unless ``--search`` tries them all, for minutes.
+``--ways`` measures the fastest float8 kernel of each way of rounding the tokens in the same turns, for another table.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from benchmarks.result_files import write_result
 from prox24_lightning.convert.autotune.cusparselt_algorithms import AlgorithmJob, fastest_algorithms
 from prox24_lightning.convert.kernels import packed_buffer, rounded_buffer
 from prox24_lightning.convert.kernels.cusparselt.bindings import support
+from prox24_lightning.convert.kernels.many_tokens.tiling import Tiling as ManyTokensTiling
 from prox24_lightning.convert.kernels.product import Product
 from prox24_lightning.convert.kernels.registry import (
     Kernel,
@@ -42,6 +45,7 @@ from prox24_lightning.convert.kernels.registry import (
     prepare,
 )
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
+from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as WarpgroupTiling
 from prox24_lightning.convert.measurement import release_memory, time_calls
 from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.weights.rounding import RoundedForm, round_rows
@@ -66,6 +70,13 @@ _FEWEST_SEARCHED = 256  # tokens from which cuSPARSELt is tried in bfloat16
 _MANY = 1024  # from so many on two weights in turn are enough: the inputs and results push them out of the cache
 _CHOICE_ROUNDS = 3
 _IN_SHORT = "Weights of 8 bits: the figures in short"
+_WAYS = ("before", "ahead", "within", "beside")
+_WAYS_TITLE = "Weights of 8 bits: ways of rounding the tokens"
+_WAYS_NOTE = (
+    "Microseconds a product of packed fp8, rounding included, of the fastest kernel that rounds the tokens before the "
+    "product (before), so too but lets the product load its weight while earlier ones run (ahead), in the product's "
+    "blocks (within), or those of later tiles beside the product (beside)."
+)
 
 Shape = tuple[int, int]
 Call = Callable[[], None]
@@ -76,14 +87,22 @@ class ShapeBenchmark:
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
+        self.ways: list[dict[str, Any]] = []
         cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self._copies = 2 + 2 * cache // rounded_buffer.buffer_bytes(shape)
         self._packed = {name: _packed(shape, form, self._copies) for name, form in _FORMS.items()}
         self._dense = [torch.randn(shape, device="cuda", dtype=_DTYPE) for _ in range(self._copies)]
         self._fp8 = [rounded_buffer.to_dense_buffer(round_rows(weight, "fp8_e4m3")) for weight in self._dense]
 
-    def row(self, tokens: int, algorithms: Sequence[int], rounds: int) -> dict[str, Any]:
-        """Choose the kernel of each form, then measure all forms in turns; ``algorithms`` of cuSPARSELt in bfloat16."""
+    def row(self, tokens: int, algorithms: Sequence[int], rounds: int, *, ways: bool = False) -> dict[str, Any]:
+        """Choose the kernel of each form, then measure all forms in turns.
+
+        Args:
+            tokens: of each product.
+            algorithms: of cuSPARSELt in bfloat16.
+            rounds: of the measurement.
+            ways: whether each way of rounding takes part; the times are added to ``self.ways``.
+        """
         shape = self._shape
         inputs = torch.randn(tokens, shape[1], device="cuda", dtype=_DTYPE)
         used = self._copies if tokens < _MANY else 2
@@ -96,12 +115,19 @@ class ShapeBenchmark:
         for name, form in _FORMS.items():
             kernels = _kernels(tokens, form, algorithms)
             found[name] = _fastest(kernels, shape, inputs, form, self._packed[name][:used])
+            if ways and form == "fp8_e4m3":
+                for way in dict.fromkeys(map(_way, kernels)):
+                    able = [kernel for kernel in kernels if _way(kernel) == way]
+                    found[way] = _fastest(able, shape, inputs, form, self._packed[name][:used])
         graphs = {name: replay for name, (_, replay) in found.items()}
         times = time_calls(graphs, calls=used, rounds=rounds if tokens < 4096 else max(2, rounds // 2))
         us = {name: timing.median_us for name, timing in times.items()}
+        point = {"layer": f"{shape[0]} x {shape[1]}", "tokens": tokens}
+        if ways:
+            numbers = {f"{way} us": us.get(way, "") for way in _WAYS}
+            self.ways.append({**point, **numbers, **{way: str(found[way][0]) if way in found else "" for way in _WAYS}})
         return {
-            "layer": f"{shape[0]} x {shape[1]}",
-            "tokens": tokens,
+            **point,
             **{f"{name} us": us[name] for name in ("dense bf16", "dense fp8", "one scale", *_FORMS)},
             "fp8 x dense fp8": us["dense fp8"] / us["packed fp8"],
             "int8 x dense fp8": us["dense fp8"] / us["packed int8"],
@@ -143,6 +169,13 @@ def _kernels(tokens: int, form: RoundedForm | None, algorithms: Sequence[int]) -
     if not kernels:
         kernels.append(Kernel("cusparselt"))
     return kernels
+
+
+def _way(kernel: Kernel) -> str:
+    """Return which of ``_WAYS`` a float8 kernel rounds its tokens in."""
+    if kernel.name == "many":
+        return "beside" if ManyTokensTiling(*kernel.config).beside else "before"
+    return _WAYS[WarpgroupTiling(*kernel.config).rounding] if kernel.name == "warpgroup" else "before"
 
 
 def _compile(token_counts: Sequence[int]) -> None:
@@ -247,6 +280,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=_shape, nargs="+", default=SHAPES, help="out x in, as 4096x4096")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--search", action="store_true", help="try cuSPARSELt's algorithms in bfloat16, for minutes")
+    parser.add_argument("--ways", action="store_true", help="measure each way of rounding the tokens too")
     parser.add_argument("--seconds", type=float, default=200, help="of all, without the search")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
@@ -267,6 +301,7 @@ def main() -> None:
     _compile(tokens)
     gc.freeze()  # each capture collects garbage, which takes longer than the products with all modules to look through
     rows: list[dict[str, Any]] = []
+    ways: list[dict[str, Any]] = []
     missing: list[str] = []
     for shape in arguments.shapes:
         weights = ShapeBenchmark(shape)
@@ -275,18 +310,24 @@ def main() -> None:
                 missing.append(f"{shape[0]} x {shape[1]} at {count}")
                 continue
             begin = deadline.passed
-            rows.append(weights.row(count, algorithms.get((shape, count), ()), arguments.rounds))
+            found = algorithms.get((shape, count), ())
+            rows.append(weights.row(count, found, arguments.rounds, ways=arguments.ways))
             deadline.took(deadline.passed - begin)
             print(f"{deadline.passed:.0f} s:", *(_short(value) for value in rows[-1].values()), flush=True)
             write_result(arguments.output, "convert_8bit", "Weights of 8 bits", rows, note=note, quiet=True)
             figures = bars(rows)
             write_result(arguments.output, "convert_8bit", _IN_SHORT, figures, part="bars", quiet=True)
+        if weights.ways:
+            ways += weights.ways
+            write_result(arguments.output, "convert_8bit", _WAYS_TITLE, ways, part="ways", note=_WAYS_NOTE, quiet=True)
         del weights
         release_memory()
     if missing:
         print(f"not measured within {arguments.seconds:g} s: {', '.join(missing)}")
     if rows:
         write_result(arguments.output, "convert_8bit", _IN_SHORT, bars(rows), part="bars")
+    if ways:
+        write_result(arguments.output, "convert_8bit", _WAYS_TITLE, ways, part="ways", note=_WAYS_NOTE)
 
 
 def _short(value: Any) -> Any:

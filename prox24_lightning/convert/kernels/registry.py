@@ -82,11 +82,11 @@ class Kernel:
 
     @classmethod
     def warpgroup(cls, tiling: WarpgroupTiling) -> Kernel:
-        return cls("warpgroup", astuple(tiling))
+        return cls("warpgroup", _without_default(astuple(tiling)))
 
     @classmethod
     def many(cls, tiling: ManyTokensTiling) -> Kernel:
-        return cls("many", astuple(tiling))
+        return cls("many", _without_default(astuple(tiling)))
 
     @classmethod
     def parse(cls, text: str) -> Kernel:
@@ -96,6 +96,11 @@ class Kernel:
 
     def __str__(self) -> str:
         return f"{self.name}:{','.join(map(str, self.config))}" if self.config else self.name
+
+
+def _without_default(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a tiling's numbers as texts of earlier versions have them, without a last 0."""
+    return numbers if numbers[-1] else numbers[:-1]
 
 
 _OWN_KERNELS = {

@@ -58,6 +58,8 @@ def test_kernels_of_8_bits_by_gpu():
 
 def test_only_kernels_of_this_release_count_from_a_file():
     assert is_packed_kernel("many:256,2,2,8")
+    assert is_packed_kernel("many:256,2,2,4,1")
+    assert not is_packed_kernel("many:256,2,2,8,0"), "a last 0 is not written, as in earlier versions"
     assert not is_packed_kernel("many:256,2,2,9000")
     assert not is_packed_kernel("dense_fp8:0"), "its weight is not packed"
 

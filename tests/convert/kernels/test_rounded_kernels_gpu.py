@@ -5,6 +5,10 @@ Each is compared with the product, in double precision, of the same rounded toke
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -21,10 +25,16 @@ from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS as FEW_TO
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
 from prox24_lightning.convert.kernels.many_tokens.tiling import CAPABILITY
 from prox24_lightning.convert.kernels.many_tokens.tiling import TILINGS as MANY_TOKENS_TILINGS
-from prox24_lightning.convert.kernels.registry import Kernel, dense_fp8_kernels, own_kernels, prepare
+from prox24_lightning.convert.kernels.registry import (
+    Kernel,
+    compile_kernel,
+    dense_fp8_kernels,
+    own_kernels,
+    prepare,
+)
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.round_tokens import reference as round_tokens_reference
-from prox24_lightning.convert.kernels.warpgroup.tiling import ROUNDED_TILINGS
+from prox24_lightning.convert.kernels.warpgroup.tiling import BEFORE, ROUNDED_TILINGS, WITHIN
 from prox24_lightning.mask import mask_24
 from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.weights.rounding import round_rows
@@ -35,6 +45,7 @@ FORMS = ["fp8_e4m3", "int8"]
 DTYPES = [torch.float16, torch.bfloat16]
 LARGEST = 5e-3  # relative error of a product of rounded operands, in 16 bits: half of it is bfloat16's own
 SHAPES = [(64, 64), (320, 2176), (1000, 4096), (250, 1001)]
+BESIDE = [tiling for tiling in MANY_TOKENS_TILINGS if tiling.beside]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +73,12 @@ def poison() -> None:
 def pruned(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
     weight = torch.randn(shape[0], -(-shape[1] // 4) * 4, device="cuda")
     return (weight * mask_24(weight))[:, : shape[1]].to(dtype)
+
+
+def compile_all(kernels: Sequence[Kernel], form: str, *dtypes: torch.dtype) -> None:
+    """Compile in parallel, since one after the other takes minutes."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda each: compile_kernel(*each, (9, 0), form), itertools.product(kernels, dtypes)))
 
 
 class Case:
@@ -152,9 +169,74 @@ def test_every_warpgroup_tiling_multiplies(form, shape):
     if torch.cuda.get_device_capability() != CAPABILITY:
         pytest.skip("not for this GPU")
     case = Case(shape, form)
+    compile_all([Kernel.warpgroup(tiling) for tiling in ROUNDED_TILINGS], form, torch.bfloat16)
     for tiling in ROUNDED_TILINGS:
         for tokens in {1, tiling.tokens - 1, tiling.tokens + 3}:
             assert case.error(Kernel.warpgroup(tiling), tokens) < LARGEST, (tiling, tokens)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(64, 128), (320, 2176), (1024, 4096), (200, 14336), (128, 16384), (64, 20480)])
+def test_a_token_rounded_by_the_blocks_has_the_same_product(form, shape):
+    if torch.cuda.get_device_capability() != CAPABILITY:
+        pytest.skip("not for this GPU")
+    buffer = rounded_buffer.random_buffer(shape, form, torch.device("cuda"), 1)
+    tilings = [tiling for tiling in ROUNDED_TILINGS if tiling.rounding == WITHIN]
+    compile_all([Kernel.warpgroup(tiling) for tiling in tilings], form, torch.bfloat16)
+    for poisoned in (False, True):
+        inputs = torch.randn(1, shape[1], device="cuda", dtype=torch.bfloat16)
+        if poisoned:
+            inputs[0, -1] = torch.nan
+        for tiling in tilings:
+            before = replace(tiling, rounding=BEFORE, stages=2)
+            expected, found = (
+                prepare(Kernel.warpgroup(each), torch.bfloat16, shape, 1, 0, form)(inputs, buffer, None, None)
+                for each in (before, tiling)
+            )
+            assert torch.equal(found, expected) or poisoned, tiling
+            assert found.isnan().all() == poisoned
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(4096, 512), (3000, 4096), (8192, 14336)])
+def test_tokens_rounded_beside_the_product_have_the_same_products(form, shape):
+    if torch.cuda.get_device_capability() != CAPABILITY:
+        pytest.skip("not for this GPU")
+    buffer = rounded_buffer.random_buffer(shape, form, torch.device("cuda"), 1)
+    compile_all([Kernel.many(tiling) for tiling in BESIDE], form, torch.bfloat16)
+    for tokens in (513, 2000, 6001):
+        inputs = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
+        inputs[-1, 3], inputs[tokens // 2] = torch.nan, 0
+        for tiling in BESIDE:
+            before = Kernel.many(replace(tiling, beside=0))
+            expected = prepare(before, torch.bfloat16, shape, tokens, 0, form)(inputs, buffer, None, None)
+            poison()
+            product = prepare(Kernel.many(tiling), torch.bfloat16, shape, tokens, 0, form)
+            for _ in range(3):
+                found = product(inputs, buffer, None, None)
+                assert torch.equal(found[:-1], expected[:-1]), (tiling, tokens)
+                assert found[-1].isnan().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_products_at_once_round_their_tokens_beside_them(form):
+    """Neither waits for a block of its own that cannot start before the other has ended."""
+    if torch.cuda.get_device_capability() != CAPABILITY:
+        pytest.skip("not for this GPU")
+    shape, tokens = (4096, 1024), 8192
+    buffer = rounded_buffer.random_buffer(shape, form, torch.device("cuda"), 1)
+    inputs = torch.randn(2, tokens, shape[1], device="cuda", dtype=torch.bfloat16)
+    product = prepare(Kernel.many(BESIDE[0]), torch.bfloat16, shape, tokens, 0, form)
+    expected = [product(each, buffer, None, None) for each in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, each in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(product(each, buffer, None, None))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -163,6 +245,7 @@ def test_every_tiling_for_many_tokens_multiplies(form, shape):
     if torch.cuda.get_device_capability() != CAPABILITY:
         pytest.skip("not for this GPU")
     case = Case(shape, form)
+    compile_all([Kernel.many(tiling) for tiling in MANY_TOKENS_TILINGS], form, *DTYPES)
     for tiling in MANY_TOKENS_TILINGS:
         for tokens, dtype in ((1, torch.bfloat16), (256, torch.float16), (777, torch.bfloat16), (4096, torch.float16)):
             assert case.error(Kernel.many(tiling), tokens, dtype) < LARGEST, (tiling, tokens)
@@ -210,13 +293,15 @@ def test_dense_float8_multiplies(shape, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tokens", [16, 300])
+@pytest.mark.parametrize("tokens", [1, 16, 300, 5000])
 def test_kernels_that_start_early_wait_for_their_inputs(form, tokens):
     """A chain: kernels start while the ones before them run, and must not read what is not written yet."""
     shape = (2048, 2048)
     buffers = [rounded_buffer.pack_buffer(pruned(shape) / 32, form) for _ in range(8)]
     inputs = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
-    for kernel in own_kernels(tokens, torch.cuda.get_device_capability(), form)[::3]:
+    kernels = own_kernels(tokens, torch.cuda.get_device_capability(), form)[::2]
+    compile_all(kernels, form, torch.bfloat16)
+    for kernel in kernels:
         run = prepare(kernel, torch.bfloat16, shape, tokens, 0, form)
         expected = inputs
         for buffer in buffers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,10 +13,11 @@ from prox24_lightning.convert.kernels.few_tokens.tiling import TILINGS, Tiling
 from prox24_lightning.convert.kernels.few_tokens.tiling import tilings as few_tokens_tilings
 from prox24_lightning.convert.kernels.many_tokens import kernel as many_tokens
 from prox24_lightning.convert.kernels.many_tokens.tiling import TILINGS as MANY_TOKENS_TILINGS
+from prox24_lightning.convert.kernels.many_tokens.tiling import Tiling as ManyTokensTiling
 from prox24_lightning.convert.kernels.many_tokens.tiling import tilings as many_tokens_tilings
 from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
 from prox24_lightning.convert.kernels.warpgroup.kernel import wgmma_instruction
-from prox24_lightning.convert.kernels.warpgroup.tiling import ROUNDED_TILINGS
+from prox24_lightning.convert.kernels.warpgroup.tiling import AHEAD, ROUNDED_TILINGS, WITHIN
 from prox24_lightning.convert.kernels.warpgroup.tiling import TILINGS as WARPGROUP_TILINGS
 from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as WarpgroupTiling
 from prox24_lightning.convert.kernels.warpgroup.tiling import tilings as warpgroup_tilings
@@ -65,7 +68,7 @@ def test_warpgroup_tilings_fit_the_gpu():
 
 def test_macros_and_instruction_of_a_warpgroup_tiling():
     tiling = WarpgroupTiling(64, 2, 2, 4, 3)
-    assert tiling.macros == {"TOKENS": 64, "GROUPS": 2, "CR": 2, "CS": 4, "STAGES": 3}
+    assert tiling.macros == {"TOKENS": 64, "GROUPS": 2, "CR": 2, "CS": 4, "STAGES": 3, "ONE": 0}
     assert all(name in warpgroup.SOURCE.read_text() for name in tiling.macros)
     assert (tiling.rows, tiling.threads, tiling.stage_bytes()) == (128, 288, 128 * 128 + 64 * 256 + 2048)
     text = wgmma_instruction(64, torch.bfloat16)
@@ -86,6 +89,7 @@ def test_instructions_of_8_bits():
 def test_rounded_tilings_hold_twice_the_metadata():
     for tiling in ROUNDED_TILINGS:
         assert tiling.stage_bytes(rounded=True) == tiling.stage_bytes() + 16 * tiling.rows
+        assert tiling.stage_bytes(rounded=True) % 1024 == 0
         assert tiling.shared_bytes(rounded=True) <= 227 * 1024
         assert tiling.stages >= 2
         assert tiling.across * tiling.cluster <= 8
@@ -96,6 +100,35 @@ def test_rounded_tilings_hold_twice_the_metadata():
     shape = (8192, 8192)
     one = ROUNDED_TILINGS[0]
     assert one.cost(shape, 1, rounded=True) < one.cost(shape, 1)
+
+
+def test_blocks_that_round_a_token_have_room_for_it():
+    within = [tiling for tiling in ROUNDED_TILINGS if tiling.rounding == WITHIN]
+    assert set(within) & set(warpgroup_tilings(1, (9, 0), rounded=True)) == set(within)
+    assert not set(within) & set(warpgroup_tilings(2, (9, 0), rounded=True)), "they round one token"
+    for tiling in within:
+        assert (tiling.tokens, tiling.across) == (8, 1)
+        for columns in (128, 4096, 14336, 16384):
+            if tiling.for_token((64, columns), 1) is tiling:
+                pieces = -(-columns // 256)
+                needed = tiling.stages * 160 * tiling.rows + 1024 + -(-pieces // tiling.cluster) * 2048
+                assert needed == tiling.shared_bytes(rounded=True) + tiling.token_bytes(columns // 2)
+                assert needed <= 227 * 1024
+    tiling = within[0]
+    assert tiling.for_token((64, 4096), 1) is tiling
+    for shape, tokens in (((64, 4096), 2), ((64, 4097), 1), ((64, 16512), 1)):
+        instead = tiling.for_token(shape, tokens)
+        assert instead.rounding == AHEAD
+        assert instead.shared_bytes(rounded=True) <= 227 * 1024
+
+
+def test_tokens_rounded_before_the_product_are_those_of_its_first_tiles():
+    tiling = ManyTokensTiling(256, 2, 2, 4, 1)
+    assert tiling.first_tokens(row_tiles=56, clusters=66) == 1024, "a panel"
+    assert tiling.first_tokens(row_tiles=4, clusters=66) == 16 * 256, "as many as the clusters take at once"
+    assert tiling.threads == replace(tiling, beside=0).threads + 96
+    assert tiling.shared_bytes == replace(tiling, beside=0).shared_bytes
+    assert tiling.threads * 168 <= 65536, "registers of a multiprocessor: the products need as many a thread"
 
 
 def test_many_tokens_tilings_fit_the_gpu():
@@ -109,7 +142,7 @@ def test_many_tokens_tilings_fit_the_gpu():
         assert tiling.tokens // tiling.across % 8 == 0, "the copy engine swizzles eight rows at a time"
         assert tiling.stage_bytes % 1024 == 0
         assert all(name in many_tokens.SOURCE.read_text() for name in tiling.macros)
-    two, _, one, small = MANY_TOKENS_TILINGS
+    two, _, one, small = MANY_TOKENS_TILINGS[:4]
     assert two.cost((8192, 8192), 16384) < one.cost((8192, 8192), 16384), "shared inputs are read once"
     assert small.cost((4096, 4096), 256) < two.cost((4096, 4096), 256), "half of the GPU would have no tile"
 

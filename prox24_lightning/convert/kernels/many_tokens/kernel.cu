@@ -3,8 +3,8 @@
 // Compiled at run time with these macros: FORM (of weight and inputs: 1 for float8_e4m3, 2 for int8), BF16 (0: float16, 1:
 // bfloat16, of the result), TOKENS (of a tile), GROUPS (warpgroups that multiply, 64 rows of the weight each), CR (blocks
 // of a cluster, along the rows), STAGES (pieces of 128 inputs in shared memory), PANEL (tiles along the tokens
-// that are taken side by side). After the constants stands `multiply`, the instruction wgmma.mma_async.sp.m64nTOKENSk64
-// with all its registers by name, which kernel.py generates.
+// that are taken side by side), BESIDE (1: warps of the blocks round the later tokens). After the constants stands `multiply`,
+// the instruction wgmma.mma_async.sp.m64nTOKENSk64 with all its registers by name, which kernel.py generates.
 //
 // Each block stays and takes one tile of 64 GROUPS rows by TOKENS tokens after the other. One warp has the copy engine fill
 // the stages: values, metadata, and the inputs, of which each block of a cluster loads its share and multicasts it. It
@@ -12,9 +12,15 @@
 // stored. The layout of the packed weight is described in rounded_buffer.py, and what a lane needs of the metadata in
 // ../warpgroup/kernel.cu. The inputs come from the kernel before (round_tokens), which waits for all before it: the first
 // pieces of the weight are loaded while it runs.
+//
+// BESIDE: the kernel before rounds the tokens of the first tiles only, `ready` of them. Three warps of each block round the
+// others while the first ones are multiplied: a warp claims the next TOKENS_AT_ONCE by a counter, in order, and counts
+// them as done for their tile; the loading warps wait for that count. No warp that has claimed tokens waits for anything,
+// so that all is done in the end even if some blocks start after others have ended. The kernel before clears the counters.
 
 constexpr int ROWS = GROUPS * 64;
-constexpr int THREADS = GROUPS * 128 + 32;
+constexpr int LOADER = GROUPS * 4;  // the warp that loads; the warps behind it round
+constexpr int THREADS = GROUPS * 128 + 32 + BESIDE * 96;
 constexpr int VALUES = ROWS * 64, INPUTS = TOKENS * 128, METADATA = GROUPS * 1024;  // bytes of a stage
 constexpr int STAGE = VALUES + INPUTS + METADATA;
 constexpr int SHARE = TOKENS / CR;
@@ -24,6 +30,8 @@ constexpr int BUFFERS = 3;                    // of these that a warpgroup has
 constexpr int STORES = STAGES * STAGE;
 constexpr int SCALES = STORES + GROUPS * BUFFERS * STORED;
 constexpr int BARRIERS = SCALES + GROUPS * TOKENS * 4;
+constexpr int TOKENS_AT_ONCE = 2;             // that a warp rounds
+constexpr int HELD = 16;                      // pieces of eight inputs that a lane keeps in registers while it rounds
 
 // MULTIPLY
 
@@ -54,15 +62,57 @@ __device__ __forceinline__ Tile tile_at(int at, int row_tiles, int token_tiles) 
   return {(within / width * CR + (int)blockIdx.x % CR) * ROWS, (panel * PANEL + within % width) * TOKENS};
 }
 
+// Round a token with a warp; its inputs are a multiple of eight.
+__device__ __forceinline__ void round_token(const u16* token, u8* values, float* scale, float given, int inputs, int columns,
+                                            int lane) {
+  constexpr int BATCH = HELD * 32;
+  uint4 held[HELD];
+  auto load = [&](int batch) {
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+      const int piece = batch + k * 32 + lane;
+      held[k] = piece < inputs / 8 ? load_eight(token + piece * 8) : make_uint4(0, 0, 0, 0);
+    }
+  };
+  u32 most = 0;
+  for (int batch = (columns / 8 - 1) / BATCH * BATCH; batch >= 0; batch -= BATCH) {  // the first one stays in registers
+    load(batch);
+#pragma unroll
+    for (int k = 0; k < HELD; k++) most = larger(most, magnitude(held[k]));
+  }
+  const float found = token_scale(largest_in_warp(most), given), inverse = 1 / found;
+  if (lane == 0) *scale = found;
+  for (int batch = 0; batch < columns / 8; batch += BATCH) {
+    if (batch > 0) load(batch);
+#pragma unroll
+    for (int k = 0; k < HELD; k++) {
+      const int piece = batch + k * 32 + lane;
+      if (piece < columns / 8) ((uint2*)values)[piece] = round_eight(held[k], inverse);
+    }
+  }
+}
+
+// Wait until the other blocks have rounded a tile's tokens.
+__device__ __forceinline__ void wait_for_tokens(const u32* done, u32 count) {
+  for (;;) {
+    u32 found;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(done) : "memory");
+    if (found >= count) break;
+    __nanosleep(100);
+  }
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, 1, 1)
 many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap inputs,
             const __grid_constant__ TensorMap metadata, const __grid_constant__ TensorMap results,
-            const float* __restrict__ row_scales, const float* __restrict__ token_scales, const u16* __restrict__ bias,
-            int tokens, int rows, int columns, int outputs) {
+            const float* __restrict__ row_scales, const u16* __restrict__ bias, const u16* x, const float* given, u8* rounded,
+            float* token_scales, u32* counters, int tokens, int rows, int columns, int outputs, int width, int ready) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   const int pieces = columns / 128;
   const int row_tiles = (rows + ROWS * CR - 1) / (ROWS * CR), token_tiles = (tokens + TOKENS - 1) / TOKENS;
   const int tiles = row_tiles * token_tiles, first = blockIdx.x / CR, step = gridDim.x / CR;
+  u32 *claims = counters, *done = counters + 1;  // of all blocks, and tokens of each tile
   const u32 stages = shared_address(memory), full = stages + BARRIERS, empty = full + STAGES * 8;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -77,7 +127,7 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
   __syncthreads();
 #endif
   asm volatile("griddepcontrol.launch_dependents;");
-  if (group == GROUPS) {
+  if (warp == LOADER) {
     const int rank = blockIdx.x % CR;
     auto load_weight = [&](int n, const Tile& tile, int piece) {
       const int s = n % STAGES;
@@ -110,10 +160,30 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
       const Tile tile = tile_at(at, row_tiles, token_tiles);
       for (int i = 0; i < pieces; i++, n++) {
         if (n >= early) load_weight(n, tile, i);
+#if BESIDE
+        if (i == 0 && tile.token >= ready) wait_for_tokens(done + tile.token / TOKENS, min(TOKENS, tokens - tile.token));
+#endif
         load_inputs(n, tile, i);
       }
     }
     __syncwarp();
+  } else if (warp > LOADER) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    while (ready < tokens) {
+      u32 claim;
+      if (lane == 0) claim = atomicAdd(claims, 1);
+      claim = __shfl_sync(~0u, claim, 0);
+      const int begin = ready + claim * TOKENS_AT_ONCE, end = min(begin + TOKENS_AT_ONCE, tokens);
+      if (begin >= tokens) break;
+      for (int t = begin; t < end; t++)
+        round_token(x + (size_t)t * width, rounded + (size_t)t * columns, token_scales + t, *given, width, columns, lane);
+      // The copy engine of any block reads what this lane has written.
+      asm volatile("fence.proxy.async.global;" ::: "memory");
+      asm volatile("fence.acq_rel.gpu;" ::: "memory");
+      __syncwarp();
+      if (lane == 0)
+        asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(done + begin / TOKENS), "r"(end - begin) : "memory");
+    }
   } else {
     const char* mine = memory + VALUES + INPUTS + group * 1024 + warp % 4 * 128;
     float* scales = (float*)(memory + SCALES) + group * TOKENS;
@@ -126,6 +196,9 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
     for (int at = first; at < tiles; at += step) {
       const Tile tile = tile_at(at, row_tiles, token_tiles);
       const bool inside = tile.row + group * 64 < rows;
+#if BESIDE
+      wait(full + n % STAGES * 8, n / STAGES & 1);  // from here on the tile's tokens are rounded
+#endif
       // The scales are on their way while the tile is multiplied.
       for (int t = threadIdx.x % 128; t < TOKENS; t += 128)
         asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"

@@ -34,13 +34,14 @@ _CHUNK = 64  # tokens that are stored at a time
 _VALUE_WORDS = 32  # words of 16 bits that a row of a piece has of values; of inputs and results it has 64
 _METADATA_ENTRIES = 128  # of eight bytes that a piece has for 64 rows
 _ALIGNED_OUTPUTS = 8  # the copy engine stores rows of 16 bytes
+_ALIGNED_INPUTS = 8  # a lane of the product's warps that round loads 16 bytes
 
 
 class _Parameters(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("values", "inputs", "metadata", "results")),
-        *((name, c_void_p) for name in ("row_scales", "token_scales", "bias")),
-        *((name, c_int) for name in ("tokens", "rows", "columns", "outputs")),
+        *((name, c_void_p) for name in ("row_scales", "bias", "x", "given", "rounded", "token_scales", "counters")),
+        *((name, c_int) for name in ("tokens", "rows", "columns", "outputs", "width", "ready")),
     )
 
 
@@ -63,7 +64,8 @@ def prepare(
     """Return the product for one shape and number of tokens.
 
     Args:
-        config: the fields of a :class:`~prox24_lightning.convert.kernels.many_tokens.tiling.Tiling`.
+        config: the fields of a :class:`~prox24_lightning.convert.kernels.many_tokens.tiling.Tiling`; without the last
+            one all tokens are rounded before the product.
         dtype: float16 or bfloat16, of inputs and outputs.
         shape: (out_features, in_features).
         tokens: rows of the inputs.
@@ -83,26 +85,34 @@ def prepare(
     width = out_features if out_features % _ALIGNED_OUTPUTS == 0 else rows
     gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
     launch = _function(tiling, dtype, device, form)
-    round_inputs = round_tokens.prepare(form, dtype, in_features, columns, tokens, device)
     clusters = torch.cuda.get_device_properties(device).multi_processor_count // tiling.across
-    tiles = -(-rows // (tiling.rows * tiling.across)) * -(-tokens // tiling.tokens)
-    grid = min(clusters, tiles) * tiling.across, 1, 1
+    row_tiles, token_tiles = -(-rows // (tiling.rows * tiling.across)), -(-tokens // tiling.tokens)
+    grid = min(clusters, row_tiles * token_tiles) * tiling.across, 1, 1
     share = tiling.tokens // tiling.across
+    ready, counters = tokens, 0
+    if tiling.beside and in_features % _ALIGNED_INPUTS == 0:
+        ready, counters = min(tokens, tiling.first_tokens(row_tiles, clusters)), 1 + token_tiles
+    round_inputs = round_tokens.prepare(
+        form, dtype, in_features, columns, tokens, device, first=ready, counters=counters
+    )
 
     def product(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         out = torch.empty((tokens, width), dtype=dtype, device=gpu)
         bias = cast_bias(bias, dtype)
         address = buffer.data_ptr()
-        rounded = round_inputs(inputs, address + at.input_scale)
+        given = address + at.input_scale
+        rounded = round_inputs(inputs, given)
         x = rounded.data_ptr()
+        token_scales = x + tokens * columns
         launch(
             *(grid, raw_stream(device)),
             _map(address, rows, columns // 4, tiling.rows, _VALUE_WORDS),
             _map(x, tokens, columns // 2, share),
             _map(address + at.metadata, rows // 64, columns, tiling.groups, _METADATA_ENTRIES, 8),
             _map(out.data_ptr(), tokens, width, _CHUNK),
-            *(address + at.row_scales, x + tokens * columns),
-            *(0 if bias is None else bias.data_ptr(), tokens, rows, columns, out_features),
+            *(address + at.row_scales, 0 if bias is None else bias.data_ptr()),
+            *(inputs.data_ptr(), given, x, token_scales, token_scales + 4 * tokens),
+            *(tokens, rows, columns, out_features, in_features, tokens if x == inputs.data_ptr() else ready),
         )
         return out if width == out_features else out[:, :out_features].contiguous()
 

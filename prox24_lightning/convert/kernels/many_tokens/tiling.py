@@ -26,12 +26,15 @@ class Tiling:
         groups: warpgroups of a block, 64 rows of the weight each (GROUPS).
         across: neighbouring blocks along the rows that share their inputs (CR).
         panel: tiles along the tokens that are taken side by side (PANEL).
+        beside: 1 if warps of the blocks round the tokens behind the first tiles while these are multiplied (BESIDE); 0
+            if all tokens are rounded before.
     """
 
     tokens: int
     groups: int
     across: int
     panel: int
+    beside: int = 0
 
     @property
     def rows(self) -> int:
@@ -40,8 +43,8 @@ class Tiling:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: the warpgroups, and one warp that loads."""
-        return 128 * self.groups + 32
+        """Threads of a block: the warpgroups, one warp that loads, three that round."""
+        return 128 * self.groups + 32 + 96 * self.beside
 
     @property
     def stage_bytes(self) -> int:
@@ -65,7 +68,12 @@ class Tiling:
     @property
     def macros(self) -> dict[str, int]:
         """Macro -> value, for the compiler."""
-        return {**dict(zip(("TOKENS", "GROUPS", "CR", "PANEL"), astuple(self), strict=True)), "STAGES": self.stages}
+        names = ("TOKENS", "GROUPS", "CR", "PANEL", "BESIDE")
+        return {**dict(zip(names, astuple(self), strict=True)), "STAGES": self.stages}
+
+    def first_tokens(self, row_tiles: int, clusters: int) -> int:
+        """Return how many tokens the tiles take that so many clusters multiply first, ``row_tiles`` along the rows."""
+        return self.tokens * max(self.panel, clusters // row_tiles)
 
     def cost(self, shape: tuple[int, int], tokens: int) -> float:
         """Return an estimate of the time, in no unit; it ranks tilings where nothing has been measured."""
@@ -75,7 +83,13 @@ class Tiling:
         return rounds * (self.rows * self.tokens + 64 * (self.rows + 2 * self.tokens / self.across))
 
 
-TILINGS = tuple(Tiling(*numbers) for numbers in ((256, 2, 2, 4), (256, 2, 2, 8), (256, 2, 1, 8), (128, 2, 2, 8)))
+TILINGS = tuple(
+    Tiling(*numbers)
+    for numbers in (
+        *((256, 2, 2, 4), (256, 2, 2, 8), (256, 2, 1, 8), (128, 2, 2, 8)),
+        *((256, 2, 2, 2, 1), (256, 2, 2, 4, 1), (256, 2, 2, 8, 1), (256, 2, 1, 4, 1)),
+    )
+)
 """The tilings worth measuring: of some twenty, the fastest on some shape (H200), and a smaller one."""
 
 

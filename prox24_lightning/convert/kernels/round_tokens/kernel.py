@@ -20,6 +20,7 @@ from prox24_lightning.convert.kernels.nvrtc import compile_program
 from prox24_lightning.weights.rounding import VALUE_DTYPES, RoundedForm
 
 SOURCE = Path(__file__).with_name("kernel.cu")
+SHARED_SOURCE = Path(__file__).with_name("rounding.cu")
 
 OVERLAPPING = (9, 0)
 """From this compute capability a kernel can start while the one before it ends."""
@@ -59,8 +60,8 @@ class Rounding:
 
 class _RoundParameters(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "given", "values", "scales")),
-        *((name, c_int) for name in ("inputs", "columns")),
+        *((name, c_void_p) for name in ("x", "given", "values", "scales", "counters")),
+        *((name, c_int) for name in ("inputs", "columns", "cleared")),
     )
 
 
@@ -78,14 +79,25 @@ def form_macro(form: RoundedForm | None) -> int:
 
 
 @cache
-def compile_round_tokens(form: RoundedForm, dtype: torch.dtype, capability: tuple[int, int], held: int = 1) -> bytes:
-    """Return the machine code for inputs of ``dtype``, kept for the process; ``held`` is the macro HELD."""
-    macros = {"BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form), "HELD": held}
-    return compile_program(SOURCE.read_text(), macros, capability)
+def compile_round_tokens(
+    form: RoundedForm, dtype: torch.dtype, capability: tuple[int, int], held: int = 1, *, ahead: bool = False
+) -> bytes:
+    """Return the machine code for inputs of ``dtype``, kept for the process; ``held`` and ``ahead`` are its macros."""
+    macros = {"BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form), "HELD": held, "AHEAD": int(ahead)}
+    return compile_program(f"{SHARED_SOURCE.read_text()}\n{SOURCE.read_text()}", macros, capability)
 
 
 def prepare(
-    form: RoundedForm, dtype: torch.dtype, in_features: int, columns: int, tokens: int, device: int
+    form: RoundedForm,
+    dtype: torch.dtype,
+    in_features: int,
+    columns: int,
+    tokens: int,
+    device: int,
+    *,
+    first: int | None = None,
+    counters: int = 0,
+    ahead: bool = False,
 ) -> RoundTokens:
     """Return the rounding of ``tokens`` tokens; the rows of the result have ``columns`` values, padded with zeros.
 
@@ -96,22 +108,27 @@ def prepare(
         columns: a multiple of 16, at least ``in_features``.
         tokens: rows of the inputs.
         device: index of the GPU.
+        first: how many of them are rounded, with room for all, at least one; None for all.
+        counters: zeros of 32 bits behind the scales, for the product.
+        ahead: let the product start, and load its weight, while kernels before the rounding still run.
 
     Raises:
         CudaError: if the kernel cannot be compiled or loaded here.
     """
     held = next((held for held in _HELD if held * _INPUTS_A_BLOCK >= columns), _HELD[-1])
-    launch = _round_function(form, dtype, device, held)
+    launch = _round_function(form, dtype, device, held, ahead)
     gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
     size = tokens * columns
-    grid = tokens, 1, 1
+    grid = tokens if first is None else first, 1, 1
 
     def round_tokens(inputs: Tensor, given: int) -> Tensor:
         if inputs.dtype == torch.int8:
             return inputs
-        rounded = torch.empty(size + 4 * tokens, dtype=torch.int8, device=gpu)
-        address = rounded.data_ptr()
-        launch(grid, raw_stream(device), inputs.data_ptr(), given, address, address + size, in_features, columns)
+        rounded = torch.empty(size + 4 * (tokens + counters), dtype=torch.int8, device=gpu)
+        values = rounded.data_ptr()
+        scales = values + size
+        addresses = inputs.data_ptr(), given, values, scales, scales + 4 * tokens
+        launch(grid, raw_stream(device), *addresses, in_features, columns, counters)
         return rounded
 
     return round_tokens
@@ -157,9 +174,9 @@ def values_view(rounded: Tensor, form: RoundedForm, tokens: int, columns: int) -
 
 
 @cache
-def _round_function(form: RoundedForm, dtype: torch.dtype, device: int, held: int) -> CudaFunction:
+def _round_function(form: RoundedForm, dtype: torch.dtype, device: int, held: int, ahead: bool) -> CudaFunction:
     capability = torch.cuda.get_device_capability(device)
-    code = compile_round_tokens(form, dtype, capability, held)
+    code = compile_round_tokens(form, dtype, capability, held, ahead=ahead)
     with torch.cuda.device(device):
         return CudaFunction(code, "round_tokens", _RoundParameters, _THREADS, early=capability >= OVERLAPPING)
 

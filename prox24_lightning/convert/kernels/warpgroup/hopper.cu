@@ -1,7 +1,6 @@
-// What the kernels on wgmma.sp share; kernel.py puts it before each of them. Macros: FORM and BF16, see kernel.cu.
+// What the kernels on wgmma.sp share; kernel.py puts it before each of them, behind ../round_tokens/rounding.cu. Macros: FORM
+// and BF16, see kernel.cu.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
 typedef unsigned long long u64;
 
 #if FORM == 2
@@ -82,16 +81,6 @@ __device__ __forceinline__ u32 lane_metadata(const char* tiles, int lane) {
   return w ^ t ^ (t << 8);
 }
 #endif
-
-__device__ __forceinline__ float to_float(u16 v) {
-  float f;
-#if BF16
-  f = __uint_as_float((u32)v << 16);
-#else
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-#endif
-  return f;
-}
 
 __device__ __forceinline__ u32 to_halves(float low, float high) {
   u32 v;

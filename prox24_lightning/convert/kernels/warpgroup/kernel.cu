@@ -3,11 +3,13 @@
 // Compiled at run time with these macros: FORM (of the weight, and of the inputs that are multiplied: 0 for 16 bits, 1 for
 // float8_e4m3, 2 for int8), BF16 (0: float16, 1: bfloat16, of the result and of a weight in 16 bits), TOKENS (of a block),
 // GROUPS (warpgroups of a block that multiply, 64 rows of the weight each), CR and CS (blocks of a cluster along the rows
-// and along the sum), STAGES (pieces of 128 words of inputs in shared memory). After the constants stands `multiply`, the
-// instruction wgmma.mma_async.sp.m64nTOKENSk32 (k64) with all its registers by name, which kernel.py generates.
+// and along the sum), STAGES (pieces of 128 words of inputs in shared memory), ONE (1: there is one token, and each block
+// rounds it). After the constants stands `multiply`, the instruction wgmma.mma_async.sp.m64nTOKENSk32 (k64) with all its
+// registers by name, which kernel.py generates.
 //
 // All sizes along the inputs are in words of 16 bits: one input, or two of 8 bits. Then everything but the metadata has
-// the same size and place in all forms. Inputs of 8 bits come from the kernel before (round_tokens) with a scale a token.
+// the same size and place in all forms. Inputs of 8 bits come from the kernel before (round_tokens) with a scale a token, or
+// with ONE from the block itself: its warpgroups read the whole token and keep what the block multiplies, behind the stages.
 //
 // The packed weight is read in the layout of cuSPARSELt: the values row by row, then the metadata in tiles of 64 rows by
 // 32 words (see packed_buffer.py). One warp has the copy engine fill the stages: the values of 64 GROUPS rows, the inputs
@@ -17,19 +19,22 @@
 // In 8 bits warp w has the 128 bytes from 128 w on, and of these the 16 bytes of row r are four words: word i holds groups
 // 2i and 2i + 1 of row r, of row r + 8, and groups 8 + 2i and 9 + 2i of row r and of row r + 8, a byte each.
 //
-// The kernel may start while the one before it ends, and waits before it reads or writes memory; but in 8 bits the one
-// before it is round_tokens, which waits for all before it, so the weight can be read at once.
+// The kernel may start while the one before it ends, and waits before it reads or writes memory; but in 8 bits it reads the
+// weight at once: see round_tokens/kernel.cu.
 
 constexpr int ROWS = GROUPS * 64;
 constexpr int TILE = FORM ? 512 : 256;  // bytes of metadata of 64 rows and 32 words
 constexpr int WORDS = FORM ? 4 : 2;     // of metadata that a lane supplies to the four products of a stage
 constexpr int THREADS = GROUPS * 128 + 32;
-constexpr int VALUES = ROWS * 128, INPUTS = TOKENS * 256, METADATA = GROUPS * 4 * TILE;  // bytes of a stage
+constexpr int VALUES = ROWS * 128, INPUTS = ONE ? 0 : TOKENS * 256, METADATA = GROUPS * 4 * TILE;  // bytes of a stage
 constexpr int STAGE = VALUES + INPUTS + METADATA;
 constexpr int SHARE = TOKENS / CR;
 constexpr int STRIDE = ROWS + 4;  // of a token of partial sums in shared memory
 constexpr int SUMS = TOKENS * STRIDE * 4;
 constexpr int BARRIERS = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;  // where they lie: other blocks reach them late
+constexpr int LARGEST_OF_WARPS = BARRIERS + STAGES * 16, TOKEN_SCALE = LARGEST_OF_WARPS + GROUPS * 16;  // with ONE
+constexpr int ROUNDED = BARRIERS + 1024;  // likewise, the block's part of the token, in boxes of eight tokens by 128 bytes
+constexpr int HELD = 16 / GROUPS;         // pieces of eight inputs that a thread rounds
 
 // MULTIPLY
 
@@ -72,8 +77,12 @@ __device__ __forceinline__ void finish(const float* row_scales, const float* tok
     }
 #if FORM
     const float4 of_rows = *(const float4*)(row_scales + out);  // as many as padded rows
+#if ONE
+    const float scale = *(const float*)(memory + TOKEN_SCALE);
+#else
     float scale;
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(scale) : "l"(token_scales + token));
+#endif
     sum[0] *= of_rows.x * scale, sum[1] *= of_rows.y * scale, sum[2] *= of_rows.z * scale, sum[3] *= of_rows.w * scale;
 #endif
     if (bias)
@@ -93,10 +102,44 @@ __device__ __forceinline__ void finish(const float* row_scales, const float* tok
   }
 }
 
+#if ONE
+static_assert(TOKENS == 8 && CR == 1 && ROUNDED % 1024 == 0, "one box of tokens, which no block shares");
+
+// Round the token x with all warpgroups, and keep `count` pieces of 256 inputs from `first` on. A token too many is what the
+// memory happens to hold: its products are not stored.
+__device__ __forceinline__ void round_token(const u16* x, float given, int width, int first, int count) {
+  uint4 held[HELD];
+  u32 most = 0;
+#pragma unroll
+  for (int k = 0; k < HELD; k++) {
+    const int eight = threadIdx.x + k * GROUPS * 128;
+    held[k] = eight < width / 8 ? load_eight(x + eight * 8) : make_uint4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int k = 0; k < HELD; k++) most = larger(most, magnitude(held[k]));
+  most = largest_in_warp(most);
+  u32* largest = (u32*)(memory + LARGEST_OF_WARPS);
+  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = most;
+  asm volatile("bar.sync 1, %0;" :: "n"(GROUPS * 128) : "memory");
+#pragma unroll
+  for (int warp = 0; warp < GROUPS * 4; warp++) most = larger(most, largest[warp]);
+  const float scale = token_scale(most, given), inverse = 1 / scale;
+  if (threadIdx.x == 0) *(float*)(memory + TOKEN_SCALE) = scale;
+#pragma unroll
+  for (int k = 0; k < HELD; k++) {
+    const int at = (threadIdx.x + k * GROUPS * 128) * 8 - first * 256;
+    if (at >= 0 && at < count * 256) *(uint2*)(memory + ROUNDED + at / 128 * 1024 + at % 128) = round_eight(held[k], inverse);
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("bar.sync 1, %0;" :: "n"(GROUPS * 128) : "memory");
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CR, CS, 1)
 warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap inputs,
           const __grid_constant__ TensorMap metadata, const float* __restrict__ row_scales, const float* __restrict__ token_scales,
-          const u16* bias, u16* __restrict__ y, int tokens, int rows, int columns, int outputs) {
+          const u16* bias, u16* __restrict__ y, const u16* x, const float* given, int tokens, int rows, int columns, int outputs,
+          int width) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   const int pieces = (columns + 127) / 128;
   const int first = pieces * blockIdx.y / CS, count = pieces * (blockIdx.y + 1) / CS - first;
@@ -116,6 +159,12 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
 #endif
   Sum acc[TOKENS / 2] = {};
   asm volatile("griddepcontrol.launch_dependents;");
+#if ONE
+  if (group < GROUPS) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    round_token(x, *given, width, first, count);
+  }
+#endif
   if (group == GROUPS) {
     const int across = blockIdx.x % CR;
     auto load_weight = [&](int i) {
@@ -143,11 +192,15 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
         }
       }
     };
+#if ONE
+    for (int i = 0; i < count; i++) load_weight(i);
+#else
     const int early = FORM ? min(STAGES, count) : 0;
     for (int i = 0; i < early; i++) load_weight(i);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     for (int i = 0; i < early; i++) load_inputs(i);
     for (int i = early; i < count; i++) load_weight(i), load_inputs(i);
+#endif
     __syncwarp();
   } else if (count > 0) {
     const char* mine = memory + VALUES + INPUTS + group * 4 * TILE + warp % 4 * (TILE / 4);
@@ -164,7 +217,8 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
     read_metadata(0, where);
     for (int i = 0; i < count; i++) {
       const u32 stage = stages + i % STAGES * STAGE;
-      const u64 a = descriptor<128>(stage + group * 8192), b = descriptor<128>(stage + VALUES);
+      const u64 a = descriptor<128>(stage + group * 8192);
+      const u64 b = descriptor<128>(ONE ? stages + ROUNDED + i * (TOKENS * 256) : stage + VALUES);
       constexpr int HALF = TOKENS * 128 / 16;
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
       multiply<0>(acc, a, b, where[0]);

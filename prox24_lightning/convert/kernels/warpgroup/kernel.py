@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import Structure, c_int, c_void_p
+from dataclasses import astuple
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from prox24_lightning.convert.kernels.product import Product, cast_bias
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.round_tokens.kernel import form_macro
 from prox24_lightning.convert.kernels.warpgroup.tensor_map import TensorMap, encode_tensor_map
-from prox24_lightning.convert.kernels.warpgroup.tiling import CAPABILITY, Tiling
+from prox24_lightning.convert.kernels.warpgroup.tiling import AHEAD, CAPABILITY, WITHIN, Tiling
 from prox24_lightning.weights.rounding import RoundedForm
 
 SOURCE = Path(__file__).with_name("kernel.cu")
@@ -41,8 +42,8 @@ _TILE_ENTRIES = 32  # of eight bytes that a tile of metadata has in 16 bits
 class _Parameters(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("values", "inputs", "metadata")),
-        *((name, c_void_p) for name in ("row_scales", "token_scales", "bias", "y")),
-        *((name, c_int) for name in ("tokens", "rows", "columns", "outputs")),
+        *((name, c_void_p) for name in ("row_scales", "token_scales", "bias", "y", "x", "given")),
+        *((name, c_int) for name in ("tokens", "rows", "columns", "outputs", "width")),
     )
 
 
@@ -75,37 +76,46 @@ def prepare(
     Raises:
         CudaError: if the kernel cannot be compiled or loaded here.
     """
-    tiling = Tiling(*config)
-    out_features = shape[0]
+    tiling = Tiling(*config).for_token(shape, tokens)
+    out_features, in_features = shape
     tile = _TILE_ENTRIES if form is None else 2 * _TILE_ENTRIES
+    within = tiling.rounding == WITHIN
+    of_rounded = prepare(astuple(tiling.with_rounding_ahead()), dtype, shape, tokens, device, form) if within else None
     if form is None:
         rows, words = packed_buffer.padded_shape(shape)
     else:
         rows, columns = rounded_buffer.padded_shape(shape)
         words = columns // 2
         places = rounded_buffer.places(shape)
-        round_inputs = round_tokens.prepare(form, dtype, shape[1], columns, tokens, device)
+        ahead = tiling.rounding == AHEAD
+        round_inputs = round_tokens.prepare(form, dtype, in_features, columns, tokens, device, ahead=ahead)
     gpu = torch.device("cuda", device)
     raw_stream = torch._C._cuda_getCurrentRawStream
-    launch = _function(tiling, dtype, device, form)
+    launch = _function(tiling, dtype, device, form, tiling.token_bytes(words) if within else 0)
     blocks = -(-rows // (tiling.rows * tiling.across)) * tiling.across
     grid = blocks, tiling.cluster, -(-tokens // tiling.tokens)
     share = tiling.tokens // tiling.across
 
     def product(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if of_rounded is not None and inputs.dtype == torch.int8:
+            return of_rounded(inputs, buffer, weight, bias)
         out = torch.empty((tokens, out_features), dtype=dtype, device=gpu)
         bias = cast_bias(bias, dtype)
-        address, x, scales = buffer.data_ptr(), inputs.data_ptr(), (0, 0)
+        address = buffer.data_ptr()
+        x = token = inputs.data_ptr()
+        row_scales = scales = given = 0
         if form is not None:
-            rounded = round_inputs(inputs, address + places.input_scale)
-            x = rounded.data_ptr()
-            scales = address + places.row_scales, x + tokens * columns
+            row_scales, given = address + places.row_scales, address + places.input_scale
+            if not within:
+                rounded = round_inputs(inputs, given)
+                x = rounded.data_ptr()
+                scales = x + tokens * columns
         values = _weight_map(address, rows, words // 2, tiling.rows)
         metadata = _metadata_map(address + rows * words, rows // 64, words // 32 * tile, tiling.groups, 4 * tile)
         launch(
-            *(grid, raw_stream(device), values, _input_map(x, tokens, words, share), metadata),
-            *(*scales, 0 if bias is None else bias.data_ptr(), out.data_ptr()),
-            *(tokens, rows, words, out_features),
+            *(grid, raw_stream(device), values, values if within else _input_map(x, tokens, words, share), metadata),
+            *(row_scales, scales, 0 if bias is None else bias.data_ptr(), out.data_ptr(), token, given),
+            *(tokens, rows, words, out_features, in_features),
         )
         return out
 
@@ -115,7 +125,7 @@ def prepare(
 def program_text(source: Path, tokens: int, dtype: torch.dtype, form: RoundedForm | None) -> str:
     """Return a kernel on ``wgmma.sp`` behind what these share, and with its instruction."""
     kernel = source.read_text().replace("// MULTIPLY\n", wgmma_instruction(tokens, dtype, form))
-    return f"{SHARED_SOURCE.read_text()}\n{kernel}"
+    return f"{round_tokens.SHARED_SOURCE.read_text()}\n{SHARED_SOURCE.read_text()}\n{kernel}"
 
 
 def wgmma_instruction(tokens: int, dtype: torch.dtype, form: RoundedForm | None = None) -> str:
@@ -144,9 +154,11 @@ __device__ __forceinline__ void multiply(Sum (&d)[{count}], u64 a, u64 b, u32 me
 
 
 @cache
-def _function(tiling: Tiling, dtype: torch.dtype, device: int, form: RoundedForm | None) -> CudaFunction:
+def _function(
+    tiling: Tiling, dtype: torch.dtype, device: int, form: RoundedForm | None, token_bytes: int
+) -> CudaFunction:
     code = compile_warpgroup(tiling, dtype, form)
-    shared = tiling.shared_bytes(rounded=form is not None)
+    shared = tiling.shared_bytes(rounded=form is not None) + token_bytes
     with torch.cuda.device(device):
         return CudaFunction(code, "warpgroup", _Parameters, tiling.threads, shared, early=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from prox24_lightning.convert.kernels.packed_buffer import padded_shape
 from prox24_lightning.convert.kernels.rounded_buffer import padded_shape as rounded_shape
@@ -13,10 +13,16 @@ CAPABILITY = (9, 0)
 MOST_TOKENS = 512
 """Above this, cuSPARSELt is faster."""
 
+BEFORE, AHEAD, WITHIN = 0, 1, 2
+"""Who rounds the inputs of a weight of 8 bits: a kernel before the product, which starts once earlier work has ended;
+one that lets it start, and load its weight, while earlier products run; the product's blocks, if there is one token."""
+
 _AT_ONCE = 128  # up to so many tokens a block best takes them all
 _SHARED = 227 * 1024  # bytes that a block can have
 _MULTIPROCESSORS = 132
 _MOST_STAGES = 12
+_LONGEST_TOKEN = 16384  # inputs that a block rounds
+_BOX = 8 * 256  # bytes that a piece of a rounded token takes: the products read it as one of eight tokens
 # Bytes that could be loaded while a block starts, and while it adds the partial sums of another block of its cluster.
 _START, _REDUCTION = 2**16, 2**15
 
@@ -31,6 +37,7 @@ class Tiling:
         across: neighbouring blocks along the rows that share their inputs (CR).
         cluster: blocks along the sum (CS).
         stages: pieces of 128 words of inputs in shared memory (STAGES): 128 inputs of 16 bits, or 256 of 8 bits.
+        rounding: of the inputs of a weight of 8 bits: :data:`BEFORE`, :data:`AHEAD` or :data:`WITHIN` (ONE).
     """
 
     tokens: int
@@ -38,6 +45,7 @@ class Tiling:
     across: int
     cluster: int
     stages: int
+    rounding: int = BEFORE
 
     @property
     def rows(self) -> int:
@@ -51,12 +59,31 @@ class Tiling:
 
     def stage_bytes(self, *, rounded: bool = False) -> int:
         """Shared memory of a stage: values, inputs, metadata, of which a weight of 8 bits (``rounded``) has twice."""
-        return 128 * self.rows + 256 * self.tokens + (32 if rounded else 16) * self.rows
+        inputs = 0 if self.rounding == WITHIN else 256 * self.tokens
+        return 128 * self.rows + inputs + (32 if rounded else 16) * self.rows
 
     def shared_bytes(self, *, rounded: bool = False) -> int:
         """Shared memory of a block: the stages, in the end the partial sums; behind them two barriers a stage."""
         stages = self.stages * self.stage_bytes(rounded=rounded)
         return max(stages, self.tokens * (self.rows + 4) * 4) + 16 * self.stages
+
+    def token_bytes(self, words: int) -> int:
+        """Shared memory behind that, of a block that rounds one token of ``words`` words: a KiB of scales, its part."""
+        return 1024 - 16 * self.stages + -(-words // (128 * self.cluster)) * _BOX
+
+    def for_token(self, shape: tuple[int, int], tokens: int) -> Tiling:
+        """Return this tiling, but with the rounding before it if the blocks cannot round these tokens."""
+        columns = rounded_shape(shape)[1]
+        able = tokens == 1 and shape[1] % 8 == 0 and columns <= _LONGEST_TOKEN
+        if self.rounding != WITHIN or (
+            able and self.shared_bytes(rounded=True) + self.token_bytes(columns // 2) <= _SHARED
+        ):
+            return self
+        return self.with_rounding_ahead()
+
+    def with_rounding_ahead(self) -> Tiling:
+        """Return the same cuts, and as many stages as fit, for tokens that are rounded before the product."""
+        return replace(most_stages(*astuple(self)[:4], rounded=True), rounding=AHEAD)
 
     def cost(self, shape: tuple[int, int], tokens: int, *, rounded: bool = False) -> int:
         """Return an estimate in bytes loaded by a multiprocessor; it ranks tilings where nothing has been measured."""
@@ -69,7 +96,8 @@ class Tiling:
     @property
     def macros(self) -> dict[str, int]:
         """Macro -> value, for the compiler."""
-        return dict(zip(("TOKENS", "GROUPS", "CR", "CS", "STAGES"), astuple(self), strict=True))
+        numbers = dict(zip(("TOKENS", "GROUPS", "CR", "CS", "STAGES"), astuple(self), strict=False))
+        return {**numbers, "ONE": int(self.rounding == WITHIN)}
 
 
 def most_stages(
@@ -94,17 +122,31 @@ TILINGS = tuple(
 )
 """The tilings worth measuring: of some fifty, the fastest for each number of tokens on some shape (H200)."""
 
-ROUNDED_TILINGS = tuple(
-    most_stages(tokens, *numbers, rounded=True)
-    for tokens, cuts in (
-        (8, ((2, 1, 1, 2), (2, 1, 1), (1, 1, 1), (1, 1, 2), (2, 1, 2, 2), (2, 1, 4, 2))),
-        (16, ((2, 1, 1, 2), (1, 1, 1), (1, 1, 2), (2, 1, 2), (2, 1, 4, 2), (2, 2, 1, 2))),
-        (32, ((2, 1, 1), (2, 1, 2), (1, 1, 2), (2, 2, 1, 2), (2, 1, 3))),
-        (64, ((2, 1, 1), (2, 1, 2), (2, 4, 1), (1, 1, 2), (2, 2, 3))),
-        (128, ((2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 3))),
-        (256, ((2, 1, 1), (1, 1, 2))),
-    )
-    for numbers in cuts
+ROUNDED_TILINGS = (
+    *(
+        replace(most_stages(tokens, *numbers, rounded=True), rounding=rounding)
+        for tokens, rounding, cuts in (
+            (8, BEFORE, ((2, 1, 1, 2), (2, 1, 1), (1, 1, 1), (1, 1, 2), (2, 1, 2, 2), (2, 1, 4, 2))),
+            (16, BEFORE, ((2, 1, 1, 2), (1, 1, 1), (1, 1, 2), (2, 1, 2), (2, 1, 4, 2), (2, 2, 1, 2))),
+            (32, BEFORE, ((2, 1, 1), (2, 1, 2), (1, 1, 2), (2, 2, 1, 2), (2, 1, 3))),
+            (64, BEFORE, ((2, 1, 1), (2, 1, 2), (2, 4, 1), (1, 1, 2), (2, 2, 3))),
+            (128, BEFORE, ((2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 3))),
+            (256, BEFORE, ((2, 1, 1), (1, 1, 2))),
+            (8, AHEAD, ((2, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2), (1, 1, 2, 2), (1, 1, 2, 3), (2, 1, 2, 2), (1, 1, 4, 4))),
+            (16, AHEAD, ((2, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2), (1, 1, 2, 2), (1, 1, 2, 3), (2, 1, 2, 2), (2, 1, 1))),
+            (32, AHEAD, ((2, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2), (1, 1, 2, 2), (2, 1, 2))),
+            (64, AHEAD, ((2, 1, 1), (2, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2), (1, 1, 2, 2), (2, 1, 2), (2, 1, 2, 2))),
+            (128, AHEAD, ((2, 1, 1), (2, 2, 1), (2, 1, 2))),
+        )
+        for numbers in cuts
+    ),
+    *(
+        Tiling(8, groups, 1, cluster, stages, WITHIN)
+        for groups, cluster, stages in (
+            *((1, 2, 12), (1, 2, 8), (1, 2, 5), (1, 4, 4), (1, 1, 8), (1, 1, 5)),
+            *((2, 1, 6), (2, 1, 3), (2, 2, 4), (2, 2, 7)),
+        )
+    ),
 )
 """Those of a weight of 8 bits: of some seventy, the fastest or nearly so on some shape (H200)."""
 
@@ -117,7 +159,7 @@ def tilings(tokens: int, capability: tuple[int, int], *, rounded: bool = False) 
     """
     if capability != CAPABILITY or tokens > MOST_TOKENS:
         return ()
-    known = ROUNDED_TILINGS if rounded else TILINGS
+    known = tuple(each for each in ROUNDED_TILINGS if each.rounding != WITHIN or tokens == 1) if rounded else TILINGS
     sizes = {tiling.tokens for tiling in known}
     least = min((size for size in sizes if size >= tokens), default=max(sizes))
     shared = 2 * least if least == min(sizes) else 0
