@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import Structure, c_int, c_void_p
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from prox24_lightning.convert.kernels.product import Product, cast_bias
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.round_tokens.kernel import form_macro
 from prox24_lightning.convert.kernels.warpgroup.tensor_map import TensorMap, encode_tensor_map
-from prox24_lightning.convert.kernels.warpgroup.tiling import AHEAD, CAPABILITY, WITHIN, Tiling
+from prox24_lightning.convert.kernels.warpgroup.tiling import AHEAD, BEFORE, CAPABILITY, WITHIN, Tiling
 from prox24_lightning.weights.rounding import RoundedForm
 
 SOURCE = Path(__file__).with_name("kernel.cu")
@@ -47,9 +47,14 @@ class _Parameters(Structure):
     )
 
 
-@cache
 def compile_warpgroup(tiling: Tiling, dtype: torch.dtype, form: RoundedForm | None = None) -> bytes:
     """Return the machine code of a tiling, kept for the process; several threads may compile at once."""
+    same = tiling if tiling.rounding == WITHIN else replace(tiling, rounding=BEFORE)
+    return _compiled(same, dtype, form)
+
+
+@cache
+def _compiled(tiling: Tiling, dtype: torch.dtype, form: RoundedForm | None) -> bytes:
     text = program_text(SOURCE, tiling.tokens, dtype, form)
     macros = {**tiling.macros, "BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form)}
     return compile_program(text, macros, CAPABILITY, all_features=True)
