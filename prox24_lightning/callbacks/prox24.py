@@ -21,6 +21,7 @@ from prox24_lightning.callbacks.run_length import RunLength
 from prox24_lightning.callbacks.solve_display import TrainerDisplay, how_to_go_on, stop_on_sigterm
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
+from prox24_lightning.solvers.config import DAMPING
 from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, SparsifyConfig, StrategyName
 from prox24_lightning.sparsify.controller import SparsifyController
 from prox24_lightning.sparsify.phases import Phase
@@ -86,6 +87,8 @@ class Prox24(Callback):
         calibration_batches: (``progressive``) how many of the last training batches a block is solved on.
         token_weighting: (``progressive``) how far tokens count, while a layer is solved, by what an error there does to
             the output of its block, by one backward pass: 0 all alike, 1 by that alone. Its gain is not measured.
+        damping: (``progressive``) added to the diagonal of a layer's Hessian, relative to each entry: larger values
+            keep weights nearer to the dense ones, and fit the calibration batches less. Its gain is not measured.
         metric: (``post_step``, and for layers that ``progressive`` cannot solve) ``"activation"`` scales weights by the
             running rms of each input, so that they count by their effect on the layer's output; ``"weight"`` takes
             their magnitude.
@@ -139,6 +142,7 @@ class Prox24(Callback):
         budget: float = 0.0,
         calibration_batches: int = CALIBRATION_BATCHES,
         token_weighting: float = 0.0,
+        damping: float = DAMPING,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -164,6 +168,7 @@ class Prox24(Callback):
             budget=budget,
             calibration_batches=calibration_batches,
             token_weighting=token_weighting,
+            damping=damping,
             metric=metric,
             schedule=schedule,
             fraction=fraction,

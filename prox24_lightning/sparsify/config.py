@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
+from prox24_lightning.solvers.config import DAMPING
 from prox24_lightning.sparsify.engine import Metric
 from prox24_lightning.sparsify.phases import check_step
 from prox24_lightning.sparsify.strategies.post_step.strategy import Refit
@@ -37,6 +38,7 @@ class SparsifyConfig:
     budget: float = 0.0
     calibration_batches: int = CALIBRATION_BATCHES
     token_weighting: float = 0.0
+    damping: float = DAMPING
     metric: Metric = "activation"
     schedule: str | Schedule = "auto"
     fraction: str | Schedule = "cubic"
@@ -141,6 +143,10 @@ class SparsifyConfig:
             raise ValueError(
                 f"token_weighting={share!r} must lie in [0, 1]: 0 counts all tokens alike, 1 by the error "
                 "of the block's output alone"
+            )
+        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
+            raise ValueError(
+                f"damping={self.damping!r} must lie in (0, 1]: a share of each diagonal entry of the Hessian"
             )
         batches = self.calibration_batches
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:

@@ -52,6 +52,7 @@ def make_strategy(
         budget=config.budget,
         batches=config.calibration_batches,
         token_weighting=config.token_weighting,
+        damping=config.damping,
         layer_times=_times(weights) if config.budget else None,
         watch=watch,
     )

@@ -62,6 +62,7 @@ def without_effect(config: SparsifyConfig) -> list[str]:
         "reorder_inputs": reruns,
         "budget": reruns,
         "token_weighting": reruns,
+        "damping": solves,
         "calibration_batches": solves,
         "calibration": config.strategy == "progressive",
         "metric": config.strategy != "keep",

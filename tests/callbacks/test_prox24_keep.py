@@ -157,6 +157,7 @@ OTHER = {
     "budget": 0.1,
     "calibration_batches": 3,
     "token_weighting": 0.5,
+    "damping": 0.1,
     "metric": "weight",
     "schedule": "linear",
     "fraction": "linear",
@@ -165,13 +166,14 @@ OTHER = {
 """A value of each setting that is not the default, in the order of the settings."""
 POST_STEP = {"schedule", "fraction", "refit"}
 PROGRESSIVE = {*OTHER} - POST_STEP - {"metric"}
+STREAMED = {"calibration_batches", "damping"}
 IGNORED = [
     ({"strategy": "keep"}, {*OTHER}),
     ({"strategy": "post_step"}, PROGRESSIVE),
     ({"strategy": "post_step", "schedule": "linear"}, {*PROGRESSIVE, "fraction"}),
     ({"strategy": "progressive"}, POST_STEP),
     ({"strategy": "progressive", "reconstruction_steps": 0}, {*POST_STEP, "gradient_weighting"}),
-    ({"strategy": "progressive", "calibration": "stream"}, {*POST_STEP, *PROGRESSIVE} - {"calibration_batches"}),
+    ({"strategy": "progressive", "calibration": "stream"}, {*POST_STEP, *PROGRESSIVE} - STREAMED),
     ({"strategy": "progressive", "calibration": "magnitude"}, {*POST_STEP, *PROGRESSIVE}),
 ]
 """What decides, and the settings that nothing reads there."""

@@ -99,7 +99,13 @@ def callback(strategy="progressive", **arguments):
 
 
 def test_settings_of_calibration_reach_the_solver():
-    given = {"token_weighting": 0.25, "calibration_batches": 3, "reconstruction_steps": 7, "dense_target": 0.75}
+    given = {
+        "token_weighting": 0.25,
+        "calibration_batches": 3,
+        "reconstruction_steps": 7,
+        "dense_target": 0.75,
+        "damping": 0.1,
+    }
     for config in (callback(**given).config, Prox24(START, FREEZE, **given).config):
         assert {name: getattr(config, name) for name in given} == given
         model = Model()
@@ -107,8 +113,11 @@ def test_settings_of_calibration_reach_the_solver():
         settings = engine.strategy.settings
         assert (settings.token_weighting, settings.batches) == (0.25, 3)
         assert (settings.reconstruction_steps, settings.dense_target) == (7, 0.75)
+        assert (settings.solver(model).damping, settings.solver(torch.nn.Conv2d(4, 4, 3)).damping) == (0.1, 0.1)
     with pytest.raises(ValueError, match="token_weighting='1' must lie in"):
         callback(token_weighting="1")
+    with pytest.raises(ValueError, match=r"damping=0 must lie in \(0, 1\]"):
+        callback(damping=0)
 
 
 @pytest.mark.parametrize("strategy", ["progressive", "post_step"])

@@ -18,6 +18,7 @@ from prox24_lightning.integrations.transformers.checkpoint_state import Checkpoi
 from prox24_lightning.integrations.transformers.solve_progress import SolveProgress
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
+from prox24_lightning.solvers.config import DAMPING
 from prox24_lightning.sparsify.config import CalibrationMode, Metric, Refit, SparsifyConfig, StrategyName
 from prox24_lightning.sparsify.controller import SparsifyController
 from prox24_lightning.sparsify.phases import Phase
@@ -66,6 +67,7 @@ class Prox24TrainerCallback(TrainerCallback):
         budget: float = 0.0,
         calibration_batches: int = CALIBRATION_BATCHES,
         token_weighting: float = 0.0,
+        damping: float = DAMPING,
         metric: Metric = "activation",
         schedule: str | Schedule = "auto",
         fraction: str | Schedule = "cubic",
@@ -92,6 +94,7 @@ class Prox24TrainerCallback(TrainerCallback):
             budget=budget,
             calibration_batches=calibration_batches,
             token_weighting=token_weighting,
+            damping=damping,
             metric=metric,
             schedule=schedule,
             fraction=fraction,

@@ -335,6 +335,7 @@ def test_what_training_compiled_serves_reconstruction_where_the_mode_makes_no_di
         ({"batches": 0}, "batches=0 must be at least 1"),
         ({"dense_target": 1.5}, r"dense_target=1.5 must lie in \[0, 1\]"),
         ({"reconstruction_steps": -1}, "reconstruction_steps=-1 must be 0 or more"),
+        ({"damping": 0.0}, "damping=0.0 must be above 0"),
         ({"token_weighting": 1.5}, r"token_weighting=1.5 must lie in \[0, 1\]"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from prox24_lightning.solvers.budget.price import LayerTimes
-from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.solvers.config import DAMPING, SolverConfig
 from prox24_lightning.sparsify.phases import PhasePlan
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -31,6 +31,7 @@ class SolveSettings:
     budget: float = 0.0
     layer_times: LayerTimes | None = None
     token_weighting: float = 0.0
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
         if self.batches < 1:
@@ -41,6 +42,8 @@ class SolveSettings:
             raise ValueError(f"reconstruction_steps={self.reconstruction_steps} must be 0 or more")
         if not 0 <= self.token_weighting <= 1:
             raise ValueError(f"token_weighting={self.token_weighting} must lie in [0, 1]")
+        if not self.damping > 0:
+            raise ValueError(f"damping={self.damping} must be above 0")
         if self.prox_steps is not None and self.prox_steps < 1:
             raise ValueError(f"prox_steps={self.prox_steps} must be at least 1")
 
@@ -51,8 +54,8 @@ class SolveSettings:
         the short path, if the number of steps is left to the solver.
         """
         if self.prox_steps is None and isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            return SolverConfig(path="short")
-        return SolverConfig(steps=self.prox_steps)
+            return SolverConfig(path="short", damping=self.damping)
+        return SolverConfig(steps=self.prox_steps, damping=self.damping)
 
 
 class Calibration(ABC):

@@ -80,7 +80,7 @@ def solve_block(
     for group in groups:
         if group.layers[0] in experts:
             between_pieces(experts[group.layers[0]][0].module_name)
-            found |= _solve_experts(experts[group.layers[0]], runs, settings.prox_steps)
+            found |= _solve_experts(experts[group.layers[0]], runs, settings.solver(group.layers[0]))
             continue
         members = [owners[layer] for layer in group.layers]
         between_pieces(" + ".join(weight.module_name for weight in members))
@@ -151,11 +151,11 @@ def _token_weights(
     return found
 
 
-def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], prox_steps: int | None) -> Masks:
+def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], config: SolverConfig) -> Masks:
     found: Masks = {}
     try:
         with without_tf32():
-            for solved in solve_experts(weights, runs, config=SolverConfig(steps=prox_steps)):
+            for solved in solve_experts(weights, runs, config=config):
                 found[solved.weight.name] = solved.mask
     except Exception as error:  # of the experts' forward, which is the user's
         log.warning("%s: %s", weights[0].module_name, error)

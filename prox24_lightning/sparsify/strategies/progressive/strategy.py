@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.solvers.budget.price import LayerTimes
+from prox24_lightning.solvers.config import DAMPING
 from prox24_lightning.sparsify.solve_watch import SolveWatch
 from prox24_lightning.sparsify.strategies.base import Masks, OptimizerStep, RunContext, Strategy, projected_mask
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
@@ -87,6 +88,7 @@ class Progressive(Strategy):
         token_weighting: how far tokens count in a layer's Hessian by what an error there does to the block's output
             (:func:`~prox24_lightning.calibration.statistics.output_error.token_importance`): 0 all alike, 1 by that
             alone. Sharded models and experts count all alike.
+        damping: of the layers' Hessians, relative to each diagonal entry.
         calibration: ``"auto"`` takes the first way that works, ``"stream"`` or ``"magnitude"`` that one.
         watch: shows and stops what is solved.
     """
@@ -106,6 +108,7 @@ class Progressive(Strategy):
         budget: float = 0.0,
         layer_times: LayerTimes | None = None,
         token_weighting: float = 0.0,
+        damping: float = DAMPING,
         watch: SolveWatch | None = None,
     ) -> None:
         super().__init__()
@@ -124,6 +127,7 @@ class Progressive(Strategy):
             budget,
             layer_times,
             token_weighting,
+            damping,
         )
         self._model = model
         self._root_is_called = root_is_called
