@@ -136,8 +136,7 @@ def test_one_product_answers_for_all(monkeypatch):
         F, "linear", lambda x, weight, bias=None: (widths.append(len(weight)), linear(x, weight, bias))[1]
     )
     tokens(model)
-    prompt = [64, 32, 32, 64, 96, 96, 64] * 2 + [64]
-    assert widths == prompt + ([128, 64, 192, 64] * 2 + [64]) * 4
+    assert widths == ([128, 64, 192, 64] * 2 + [64]) * 5  # the prompt, and four tokens
 
 
 def test_dense_weights_take_no_memory_twice_and_come_back():
@@ -334,21 +333,33 @@ def test_nothing_is_joined_where_it_is_not_wanted_or_fails(monkeypatch, caplog):
     assert "projections that share an input run one by one: division by zero" in caplog.text
 
 
-def test_code_compiled_for_one_block_fits_all():
+def test_what_fails_anyway_takes_nothing_away(caplog):
+    model = tiny()
+    siblings = SiblingProjections(enabled=True)
+    with torch.no_grad():
+        siblings.refresh(model)
+        with pytest.raises(ZeroDivisionError):
+            siblings.run(lambda: 1 / 0)
+    assert len(siblings.names) == 2 * 2
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_code_compiled_for_one_block_fits_all(dynamic):
     model = tiny()
     siblings, operations = SiblingProjections(enabled=True), SmallOperations(model, enabled=True)
     x = torch.randn(1, 1, 64)
     expected = [layer.mlp(x) for layer in model.model.layers]
     torch._dynamo.reset()
     counter = CompileCounter()
-    operations._made[False] = (
-        [torch.compile(part._call_impl, dynamic=False, backend=counter) for part in operations._parts],
+    operations._made[dynamic] = (
+        [torch.compile(part._call_impl, dynamic=dynamic, backend=counter) for part in operations._parts],
         [],
     )
     operations._rotary = []
     with torch.no_grad():
         siblings.refresh(model)
-        with operations.compiled(dynamic=False):  # in two passes, as before a capture
+        with operations.compiled(dynamic=dynamic):  # in two passes, as before a capture
             found = siblings.run(lambda: [layer.mlp(x) for _ in range(2) for layer in model.model.layers])
     torch.testing.assert_close(found, expected + expected)
     assert len(siblings.names) == 2 * 2

@@ -51,7 +51,7 @@ def accelerate_generation(
         model: a decoder-only model of transformers whose layers all attend to the whole context, dense or converted. On
             a CPU the loop works without graphs.
         compile: compile the small operations between the projections with ``torch.compile``.
-        fuse: decode with one product for the layers that read the same input (query, key and value; gate and up). Dense
+        fuse: make one product of the layers that read the same input (query, key and value; gate and up). Dense
             weights move into one tensor, which the parameters then view; packed ones are copied, which takes as much
             memory again. Layers with hooks, adapters or tied weights run one by one. On a GPU with Triton, blocks of
             LLaMA's shape whose layers have 8 bits also add, normalise and round their tokens by one launch; the blocks
@@ -145,9 +145,8 @@ class AcceleratedGeneration:
         batch, tokens = input_ids.shape
         # Asked for now: behind the prompt the host would wait for the device.
         lengths = [tokens] * batch if mask is None else mask.sum(-1).tolist()
-        cache = DynamicCache(config=model.config)
         positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp_min(0)
-        logits = self._prompt_logits(model, input_ids, cache, attention_mask=mask, position_ids=positions)
+        logits, cache = self._prompt(model, input_ids, attention_mask=mask, position_ids=positions)
         longest = stopping_criteria.max_length
         choose = _Choice(generation_config, logits_processor, input_ids, longest)
         chosen = choose(logits[:, -1])
@@ -161,20 +160,28 @@ class AcceleratedGeneration:
                     break
         return choose.sequences()
 
-    def _prompt_logits(self, model: Any, input_ids: Tensor, cache: Any, **given: Any) -> Tensor:
-        given |= {"past_key_values": cache, "use_cache": True, **_last_logits(model)}
-        try:
-            with self._operations.compiled(dynamic=True):
-                logits: Tensor = model(input_ids, **given).logits
-        except Exception as error:  # of the compiler: what it could not do runs as it is
-            if not self._operations.enabled:
+    def _prompt(self, model: Any, input_ids: Tensor, **given: Any) -> tuple[Tensor, Any]:
+        """Return the logits of a prompt and its cache; layers that read one input are one product here too."""
+
+        def call() -> tuple[Tensor, Any]:
+            cache = DynamicCache(config=model.config)  # a new one: what fails half way has filled it
+            return model(input_ids, past_key_values=cache, use_cache=True, **given, **_last_logits(model)).logits, cache
+
+        def compiled() -> tuple[Tensor, Any]:
+            try:
+                with self._operations.compiled(dynamic=True):
+                    return call()
+            except torch.OutOfMemoryError:
                 raise
-            log.warning("the small operations of %s are not compiled: %s", type(model).__name__, error)
-            self._operations.enabled = False
-            given["past_key_values"] = cache.__class__(config=model.config)
-            logits = model(input_ids, **given).logits
-            cache.layers = given["past_key_values"].layers
-        return logits
+            except Exception as error:  # of the compiler: what it could not do runs as it is
+                if not self._operations.enabled:
+                    raise
+                log.warning("the small operations of %s are not compiled: %s", type(model).__name__, error)
+                self._operations.enabled = False
+            return call()
+
+        self._siblings.refresh(model)
+        return self._siblings.run(compiled)
 
     def _decoder(self, model: Any, batch: int, longest: int) -> Decoder:
         capacity = -(-longest // CAPACITY_STEP) * CAPACITY_STEP

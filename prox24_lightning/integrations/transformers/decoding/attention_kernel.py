@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prox24_lightning.integrations.transformers.decoding import early_start
+from prox24_lightning.integrations.transformers.decoding.early_start import start_early
+
 _PROGRAMS = 512
 """Programs at most, as far as parts make them: some for each multiprocessor of the largest GPUs."""
 _MOST_PARTS = 16
@@ -45,7 +48,9 @@ def _attend(
     WIDTH: tl.constexpr,  # noqa: N803
     PARTS: tl.constexpr,  # noqa: N803
     TOKENS: tl.constexpr,  # noqa: N803
+    EARLY: tl.constexpr,  # noqa: N803
 ):
+    start_early(EARLY)
     row, group, part = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups, tl.program_id(1)
     length = tl.load(filled + row)
     size = tl.cdiv(tl.cdiv(length, PARTS), TOKENS) * TOKENS
@@ -88,7 +93,9 @@ def _combine(
     FEATURES: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
     PARTS: tl.constexpr,  # noqa: N803
+    EARLY: tl.constexpr,  # noqa: N803
 ):
+    start_early(EARLY)
     head = tl.program_id(0).to(tl.int64)
     place, feature = head * PARTS + tl.arange(0, PARTS), tl.arange(0, WIDTH)
     wide = feature < FEATURES
@@ -114,6 +121,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: 
     out = torch.empty(batch, 1, heads, features, dtype=query.dtype, device=query.device)
     members, width = heads // groups, triton.next_power_of_2(features)
     rows = max(_LEAST_ROWS, triton.next_power_of_2(members))
+    early = early_start.settings(query.device)
     with torch.cuda.device(query.device):
         _attend[pairs, parts](
             query,
@@ -134,8 +142,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: 
             PARTS=parts,
             TOKENS=64,
             num_warps=4,
+            **early,
         )
         _combine[(batch * heads,)](
-            sums, statistics, out, FEATURES=features, WIDTH=max(_LEAST_ROWS, width), PARTS=parts, num_warps=2
+            sums,
+            statistics,
+            out,
+            FEATURES=features,
+            WIDTH=max(_LEAST_ROWS, width),
+            PARTS=parts,
+            num_warps=2,
+            **early,
         )
     return out

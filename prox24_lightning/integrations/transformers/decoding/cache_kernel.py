@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prox24_lightning.integrations.transformers.decoding import early_start
+from prox24_lightning.integrations.transformers.decoding.early_start import start_early
+
 
 @triton.jit
 def _write(
@@ -27,7 +30,9 @@ def _write(
     value_head,
     value_feature,
     FEATURES: tl.constexpr,  # noqa: N803
+    EARLY: tl.constexpr,  # noqa: N803
 ):
+    start_early(EARLY)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place = (row * capacity + tl.load(position + row)) * tl.num_programs(1) + head
     feature = tl.arange(0, FEATURES)
@@ -57,4 +62,5 @@ def write(kept_keys: Tensor, kept_values: Tensor, keys: Tensor, values: Tensor, 
             *(values.stride(dim) for dim in (0, 1, 3)),
             FEATURES=triton.next_power_of_2(max(key_features, value_features)),
             num_warps=1,
+            **early_start.settings(keys.device),
         )

@@ -46,16 +46,19 @@ class FusedBlocks:
         return len(self._blocks)
 
     def run(self, call: Callable[[], T]) -> T:
-        """Return ``call()`` with fused blocks; without them, and from then on, if that fails."""
+        """Return ``call()`` with fused blocks; without them, and from then on, if only that works."""
+        problem = None
         try:
             with self._attached():
                 return call()
         except Exception as error:
             if not self._blocks:
                 raise
-            _warn(f"decoder blocks run part by part: {error}")
-            self._blocks, self._last = [], None
-        return call()
+            problem = error
+        found = call()
+        _warn(f"decoder blocks run part by part: {problem}")
+        self._blocks, self._last = [], None
+        return found
 
     @contextmanager
     def _attached(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """What stands before a product of 8 bits, each in one launch with Triton: its last step rounds the tokens.
 
-A program takes one token. A kernel starts while the one before it ends, and lets the product behind it start at once,
-which loads its weight meanwhile: all earlier work has ended by then, as with the kernel that rounds alone
-(:mod:`prox24_lightning.convert.kernels.round_tokens`), whose rounding this is to the bit.
+A program takes one token. The rounding is that of the kernel that rounds alone, to the bit
+(:mod:`prox24_lightning.convert.kernels.round_tokens`). As behind that one, the product starts early
+(:mod:`.early_start`) and loads its weight meanwhile.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from prox24_lightning.convert.kernels.round_tokens.kernel import OVERLAPPING, Rounding, form_macro
+from prox24_lightning.convert.kernels.round_tokens.kernel import Rounding, form_macro
+from prox24_lightning.integrations.transformers.decoding import early_start
+from prox24_lightning.integrations.transformers.decoding.early_start import start_early
 from prox24_lightning.weights.rounding import LARGEST, SMALLEST_SCALE
 
 _SMALLEST = tl.constexpr(SMALLEST_SCALE)
@@ -61,11 +62,9 @@ def _add_norm(
     WIDTH: tl.constexpr,  # noqa: N803
     ADD: tl.constexpr,  # noqa: N803
     FORM: tl.constexpr,  # noqa: N803
-    OVERLAP: tl.constexpr,  # noqa: N803
+    EARLY: tl.constexpr,  # noqa: N803
 ):
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
+    start_early(EARLY)
     token, entry = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, place = entry < FEATURES, token * FEATURES + entry
     x = tl.load(residual + place, mask=inside, other=0.0)
@@ -93,11 +92,9 @@ def _silu_multiply(
     COLUMNS: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
     FORM: tl.constexpr,  # noqa: N803
-    OVERLAP: tl.constexpr,  # noqa: N803
+    EARLY: tl.constexpr,  # noqa: N803
 ):
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
+    start_early(EARLY)
     token, entry = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     inside, place = entry < FEATURES, both + token * (2 * FEATURES) + entry
     gate = tl.load(place, mask=inside, other=0.0)
@@ -157,12 +154,10 @@ def _result(
 
 def _settings(inputs: Tensor, columns: int, rounding: Rounding | None) -> dict[str, Any]:
     width = triton.next_power_of_2(columns)
-    overlap = inputs.is_cuda and torch.cuda.get_device_capability(inputs.device) >= OVERLAPPING
     return {
         "COLUMNS": columns,
         "WIDTH": width,
         "FORM": form_macro(None if rounding is None else rounding.form),
-        "OVERLAP": overlap,
         "num_warps": min(32, max(1, width // _ENTRIES_A_WARP)),
-        **({"launch_pdl": True} if overlap else {}),
+        **early_start.settings(inputs.device),
     }

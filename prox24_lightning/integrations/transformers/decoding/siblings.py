@@ -1,4 +1,4 @@
-"""Projections that read the same input (query, key and value; gate and up) as one product while tokens are decoded.
+"""Projections that read the same input (query, key and value; gate and up) as one product, of prompts and of tokens.
 
 For few tokens a small product costs its latency, and in 8 bits each of them rounds the same tokens again. Which layers
 belong together is seen in one call of the model. Dense weights are moved into one tensor that the parameters then view;
@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any, TypeVar
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
@@ -56,16 +57,21 @@ class SiblingProjections:
         return self._seen
 
     def run(self, call: Callable[[], T]) -> T:
-        """Return ``call()`` with joined projections; without them, and from then on, if that fails."""
+        """Return ``call()`` with joined projections; without them, and from then on, if only that works."""
+        problem = None
         try:
             with self._answering():
                 return call()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a model may need its projections' outputs as a layout that parts do not have
             if not self._groups:
                 raise
-            log.warning("projections that share an input run one by one: %s", error)
-            self._enabled, self._groups = False, []
-        return call()
+            problem = error
+        found = call()
+        log.warning("projections that share an input run one by one: %s", problem)
+        self._enabled, self._groups = False, []
+        return found
 
     def release(self) -> None:
         """Give every parameter a tensor of its own again, and free what was joined."""
