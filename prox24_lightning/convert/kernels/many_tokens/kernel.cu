@@ -32,6 +32,7 @@ constexpr int SCALES = STORES + GROUPS * BUFFERS * STORED;
 constexpr int BARRIERS = SCALES + GROUPS * TOKENS * 4;
 constexpr int TOKENS_AT_ONCE = 2;             // that a warp rounds
 constexpr int HELD = 16;                      // pieces of eight inputs that a lane keeps in registers while it rounds
+static_assert(TOKENS % TOKENS_AT_ONCE == 0, "tokens that are claimed belong to one tile");
 
 // MULTIPLY
 
@@ -114,6 +115,7 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
   const int tiles = row_tiles * token_tiles, first = blockIdx.x / CR, step = gridDim.x / CR;
   u32 *claims = counters, *done = counters + 1;  // of all blocks, and tokens of each tile
   const u32 stages = shared_address(memory), full = stages + BARRIERS, empty = full + STAGES * 8;
+  if (threadIdx.x == 32) prefetch_map(&values), prefetch_map(&metadata), prefetch_map(&inputs), prefetch_map(&results);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8) : "memory");

@@ -32,7 +32,8 @@ constexpr int SHARE = TOKENS / CR;
 constexpr int STRIDE = ROWS + 4;  // of a token of partial sums in shared memory
 constexpr int SUMS = TOKENS * STRIDE * 4;
 constexpr int BARRIERS = STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS;  // where they lie: other blocks reach them late
-constexpr int LARGEST_OF_WARPS = BARRIERS + STAGES * 16, TOKEN_SCALE = LARGEST_OF_WARPS + GROUPS * 16;  // with ONE
+constexpr int ROW_SCALES = BARRIERS + STAGES * 16, TOKEN_SCALES = ROW_SCALES + ROWS * 4;  // in 8 bits
+constexpr int LARGEST_OF_WARPS = TOKEN_SCALES + TOKENS * 4;  // with ONE
 constexpr int ROUNDED = BARRIERS + 1024;  // likewise, the block's part of the token, in boxes of eight tokens by 128 bytes
 constexpr int HELD = 16 / GROUPS;         // pieces of eight inputs that a thread rounds
 
@@ -59,8 +60,7 @@ __device__ __forceinline__ float4 read_sums(u32 address) {
 }
 
 // Add the sums of the blocks of a cluster in their order, scale them, and store.
-__device__ __forceinline__ void finish(const float* row_scales, const float* token_scales, const u16* bias, u16* y,
-                                       int tokens, int outputs) {
+__device__ __forceinline__ void finish(const u16* bias, u16* y, int tokens, int outputs) {
   const int across = blockIdx.x % CR;
   const u32 partial = shared_address(memory);
   for (int at = threadIdx.x + blockIdx.y * THREADS; at < ROWS / 4 * tokens; at += CS * THREADS) {
@@ -76,13 +76,8 @@ __device__ __forceinline__ void finish(const float* row_scales, const float* tok
       sum[0] += part[k].x, sum[1] += part[k].y, sum[2] += part[k].z, sum[3] += part[k].w;
     }
 #if FORM
-    const float4 of_rows = *(const float4*)(row_scales + out);  // as many as padded rows
-#if ONE
-    const float scale = *(const float*)(memory + TOKEN_SCALE);
-#else
-    float scale;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(scale) : "l"(token_scales + token));
-#endif
+    const float4 of_rows = *(const float4*)(memory + ROW_SCALES + row * 4);
+    const float scale = *(const float*)(memory + TOKEN_SCALES + token * 4);
     sum[0] *= of_rows.x * scale, sum[1] *= of_rows.y * scale, sum[2] *= of_rows.z * scale, sum[3] *= of_rows.w * scale;
 #endif
     if (bias)
@@ -124,7 +119,7 @@ __device__ __forceinline__ void round_token(const u16* x, float given, int width
 #pragma unroll
   for (int warp = 0; warp < GROUPS * 4; warp++) most = larger(most, largest[warp]);
   const float scale = token_scale(most, given), inverse = 1 / scale;
-  if (threadIdx.x == 0) *(float*)(memory + TOKEN_SCALE) = scale;
+  if (threadIdx.x == 0) *(float*)(memory + TOKEN_SCALES) = scale;
 #pragma unroll
   for (int k = 0; k < HELD; k++) {
     const int at = (threadIdx.x + k * GROUPS * 128) * 8 - first * 256;
@@ -145,6 +140,7 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
   const int first = pieces * blockIdx.y / CS, count = pieces * (blockIdx.y + 1) / CS - first;
   const int groups = min(GROUPS, rows / 64 - (int)blockIdx.x * GROUPS);  // with rows at all
   const u32 stages = shared_address(memory), full = stages + BARRIERS, empty = full + STAGES * 8;
+  if (threadIdx.x == 32) prefetch_map(&values), prefetch_map(&metadata), prefetch_map(&inputs);
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8) : "memory");
@@ -159,6 +155,13 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
 #endif
   Sum acc[TOKENS / 2] = {};
   asm volatile("griddepcontrol.launch_dependents;");
+#if FORM
+  // The scales wait in shared memory: in the end nothing but the sums has to come from elsewhere.
+  const int row = blockIdx.x * ROWS + threadIdx.x;
+  if (threadIdx.x < ROWS && row < rows)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                 :: "r"(shared_address(memory + ROW_SCALES) + threadIdx.x * 4), "l"(row_scales + row) : "memory");
+#endif
 #if ONE
   if (group < GROUPS) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -200,6 +203,13 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
     asm volatile("griddepcontrol.wait;" ::: "memory");
     for (int i = 0; i < early; i++) load_inputs(i);
     for (int i = early; i < count; i++) load_weight(i), load_inputs(i);
+#endif
+#if FORM && !ONE
+    for (int t = lane; t < TOKENS && blockIdx.z * TOKENS + t < tokens; t += 32) {
+      float scale;
+      asm volatile("ld.global.f32 %0, [%1];" : "=f"(scale) : "l"(token_scales + blockIdx.z * TOKENS + t));
+      ((float*)(memory + TOKEN_SCALES))[t] = scale;
+    }
 #endif
     __syncwarp();
   } else if (count > 0) {
@@ -244,6 +254,7 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
       for (int k = 0; k < WORDS; k++) where[k] = where_next[k];
     }
   }
+  asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
   if (group < GROUPS) {
     Sum* partial = (Sum*)memory + warp * 16 + lane / 4;  // [TOKENS][STRIDE]
@@ -258,7 +269,7 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
 #endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
   const int token = blockIdx.z * TOKENS;
-  finish(row_scales, token_scales + token, bias, y + (size_t)token * outputs, min(TOKENS, tokens - token), outputs);
+  finish(bias, y + (size_t)token * outputs, min(TOKENS, tokens - token), outputs);
 #if CR * CS > 1
   cluster_barrier_relaxed();  // a block's memory must live until all others have read it and written to it
 #endif

@@ -63,13 +63,15 @@ class Tiling:
         return 128 * self.rows + inputs + (32 if rounded else 16) * self.rows
 
     def shared_bytes(self, *, rounded: bool = False) -> int:
-        """Shared memory of a block: the stages, in the end the partial sums; behind them two barriers a stage."""
+        """Shared memory of a block: the stages, in the end the partial sums; then two barriers a stage, and scales."""
         stages = self.stages * self.stage_bytes(rounded=rounded)
-        return max(stages, self.tokens * (self.rows + 4) * 4) + 16 * self.stages
+        scales = 4 * (self.rows + self.tokens) if rounded else 0
+        return max(stages, self.tokens * (self.rows + 4) * 4) + 16 * self.stages + scales
 
     def token_bytes(self, words: int) -> int:
-        """Shared memory behind that, of a block that rounds one token of ``words`` words: a KiB of scales, its part."""
-        return 1024 - 16 * self.stages + -(-words // (128 * self.cluster)) * _BOX
+        """Shared memory behind that, of a block that rounds one token of ``words`` words: the rest of a KiB, its part."""
+        used = 16 * self.stages + 4 * (self.rows + self.tokens)
+        return 1024 - used + -(-words // (128 * self.cluster)) * _BOX
 
     def for_token(self, shape: tuple[int, int], tokens: int) -> Tiling:
         """Return this tiling, but with the rounding before it if the blocks cannot round these tokens."""
