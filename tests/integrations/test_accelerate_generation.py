@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -12,6 +13,7 @@ from prox24_lightning.integrations.transformers.decoding import cache
 from prox24_lightning.integrations.transformers.decoding import decode_attention as decode_attention_module
 from prox24_lightning.integrations.transformers.decoding.decode_attention import decode_attention, reference
 from prox24_lightning.integrations.transformers.generation import accelerate_generation
+from tests.helpers.gpu_memory import memory_comes_back
 
 SIZES = {
     "hidden_size": 32,
@@ -163,6 +165,18 @@ def test_the_decoding_loop_is_the_accelerated_one(monkeypatch):
     accelerate_generation(model)
     monkeypatch.setattr(type(model), "_sample", None)  # transformers' own loop would fail
     assert generated(model, prompts(), **GREEDY).shape == (3, 47)
+
+
+def test_parts_with_a_config_of_their_own():
+    model, given = tiny(), prompts()
+    expected = generated(model, given, **GREEDY)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    first.config, second.config = copy.deepcopy(model.config), copy.deepcopy(model.config)
+    second.config._attn_implementation = "eager"
+    accelerate_generation(model)
+    assert torch.equal(generated(model, given, **GREEDY), expected)
+    configs = model.config, first.config, second.config
+    assert [config._attn_implementation for config in configs] == ["sdpa", "sdpa", "eager"]
 
 
 def test_new_weights_are_seen():
@@ -323,6 +337,7 @@ def on_a_gpu(device="cuda"):
 @pytest.mark.gpu
 def test_a_model_that_waits_for_the_device_runs_call_by_call_and_leaves_no_memory_behind(caplog):
     """Torch does not end a capture that fails for its allocator, which then keeps all memory."""
+    assert memory_comes_back(), "a capture of another test has not ended"
     model, given = on_a_gpu()
     model.lm_head.register_forward_hook(lambda module, args, output: output * float(output.isfinite().all()))
     expected = generated(model, given, **GREEDY)
@@ -330,11 +345,7 @@ def test_a_model_that_waits_for_the_device_runs_call_by_call_and_leaves_no_memor
     assert torch.equal(generated(model, given, **GREEDY)[:, :9], expected[:, :9])
     assert "was not captured as a CUDA graph" in caplog.text
     handle.remove()
-    spent = torch.empty(1 << 26, device="cuda")
-    del spent
-    before = torch.cuda.memory_reserved()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() < before
+    assert memory_comes_back()
 
 
 @pytest.mark.gpu

@@ -159,6 +159,14 @@ def takes_rounded(kernel: Kernel) -> bool:
     return kernel.name not in ("dense", "torch", "expand")
 
 
+def takes_any_shape(kernel: Kernel, form: RoundedForm | None = None) -> bool:
+    """Return whether a kernel's product reads tokens in any number of dimensions, and answers in the same.
+
+    Two views less a call: they take the host as long as a launch.
+    """
+    return form is None and kernel.name in ("few", "warpgroup")
+
+
 def prepare(
     kernel: Kernel,
     dtype: torch.dtype,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from prox24_lightning.convert.kernels.product import Product
-from prox24_lightning.convert.kernels.registry import kernel_for, missing_inputs, prepare
+from prox24_lightning.convert.kernels.registry import kernel_for, missing_inputs, prepare, takes_any_shape
 from prox24_lightning.weights.rounding import RoundedForm
 
 _BYTES_16 = 16
@@ -49,12 +49,12 @@ def multiply(
         form: of a weight of 8 bits, whose inputs the kernels round; None for one in ``dtype``.
     """
     tokens = input.numel() // in_features
-    leading = input.shape[:-1]
     if tokens == 0:
-        return input.new_empty(*leading, out_features)
-    rows = input if len(leading) == 1 else input.reshape(tokens, in_features)
-    device = buffer.device.index
-    product, missing = _prepared(kernels, dtype, out_features, in_features, tokens, device, form)
+        return input.new_empty(*input.shape[:-1], out_features)
+    device = buffer.get_device()
+    product, missing, any_shape = _prepared(kernels, dtype, out_features, in_features, tokens, device, form)
+    as_given = any_shape or input.dim() == 2
+    rows = input if as_given else input.reshape(tokens, in_features)
     if missing:
         rows = F.pad(rows, (0, missing))
     elif not rows.is_contiguous() or rows.data_ptr() % _BYTES_16:
@@ -64,7 +64,7 @@ def multiply(
     else:
         with torch.cuda.device(device):
             out = product(rows, buffer, dense, bias)
-    return out if len(leading) == 1 else out.view(*leading, out_features)
+    return out if as_given else out.view(*input.shape[:-1], out_features)
 
 
 def multiply_rounded(
@@ -86,7 +86,7 @@ def multiply_rounded(
         shape: (out_features, in_features).
     """
     device = buffer.device.index
-    product, _ = _prepared(kernels, dtype, *shape, tokens, device, form)
+    product, *_ = _prepared(kernels, dtype, *shape, tokens, device, form)
     with torch.cuda.device(device):
         return product(rounded, buffer, None, bias)
 
@@ -100,10 +100,11 @@ def _prepared(
     tokens: int,
     device: int,
     form: RoundedForm | None = None,
-) -> tuple[Product, int]:
-    """Return the prepared product, and by how many zeros each row of the input must be padded for it."""
+) -> tuple[Product, int, bool]:
+    """Return the prepared product, by how many zeros it wants each row padded, and whether it takes any shape."""
     kernel, shape = kernel_for(kernels, tokens), (out_features, in_features)
-    return prepare(kernel, dtype, shape, tokens, device, form), missing_inputs(kernel, shape, form)
+    product = prepare(kernel, dtype, shape, tokens, device, form)
+    return product, missing_inputs(kernel, shape, form), takes_any_shape(kernel, form)
 
 
 @library.register_fake("prox24::packed_linear", lib=_library)

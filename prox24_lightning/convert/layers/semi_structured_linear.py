@@ -88,6 +88,27 @@ class SemiStructuredLinear(nn.Module):
             RuntimeError: on the CPU or another GPU than the weight's, for a dtype other than the weight's (outside
                 autocast), for another number of features, and when a gradient would be needed.
         """
+        compiling = torch.compiler.is_compiling()
+        packed: Any
+        if compiling:
+            packed, dense, bias = self.packed, self.dense, self.bias
+        else:  # Module.__getattr__ takes the host longer than what is looked up
+            packed, dense, bias = self._buffers["packed"], self._buffers["dense"], self._parameters.get("bias")
+        if (
+            (input.requires_grad and torch.is_grad_enabled())
+            or not input.is_cuda
+            or input.device != packed.device
+            or input.dtype != self.dtype
+            or input.shape[-1] != self.in_features
+        ):
+            input = self._accepted(input)
+        call = multiply if type(input) is Tensor and not compiling else packed_linear
+        return call(
+            input, packed, dense, bias, self.dtype, self.out_features, self.in_features, self.kernels, self.form
+        )
+
+    def _accepted(self, input: Tensor) -> Tensor:
+        """Return an input of the layer's dtype, as autocast casts it; any other that does not fit is refused."""
         if input.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "a converted 2:4 layer has no backward: run it under torch.no_grad() or torch.inference_mode(), or "
@@ -107,8 +128,7 @@ class SemiStructuredLinear(nn.Module):
             input = input.to(self.dtype)
         if input.shape[-1] != self.in_features:
             raise RuntimeError(f"input of shape {tuple(input.shape)} does not end in in_features={self.in_features}")
-        call = multiply if type(input) is Tensor and not torch.compiler.is_compiling() else packed_linear
-        return call(input, self.packed, self.dense, self.bias, self.dtype, *self._shape, self.kernels, self.form)
+        return input
 
     def rounding(self, tokens: int) -> Rounding | None:
         """Return how :meth:`multiply_rounded` takes that many tokens; None where the layer has to round them itself."""

@@ -82,7 +82,9 @@ def prepare(
     grid = -(-rows // tiling.rows), tiling.cluster, -(-tokens // tiling.tokens)
 
     def product(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        out = torch.empty((tokens, out_features), dtype=dtype, device=gpu)
+        out = torch.empty(
+            (*inputs.shape[:-1], out_features) if form is None else (tokens, out_features), dtype=dtype, device=gpu
+        )
         bias_address = 0
         if bias is not None:
             bias = bias if bias.dtype == dtype else bias.to(dtype)

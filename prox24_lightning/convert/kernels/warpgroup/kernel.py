@@ -104,7 +104,9 @@ def prepare(
     def product(inputs: Tensor, buffer: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if of_rounded is not None and inputs.dtype == torch.int8:
             return of_rounded(inputs, buffer, weight, bias)
-        out = torch.empty((tokens, out_features), dtype=dtype, device=gpu)
+        out = torch.empty(
+            (*inputs.shape[:-1], out_features) if form is None else (tokens, out_features), dtype=dtype, device=gpu
+        )
         bias = cast_bias(bias, dtype)
         address = buffer.data_ptr()
         x = token = inputs.data_ptr()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from prox24_lightning.integrations.transformers.decoding.cache import FixedCache
 from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME
@@ -107,12 +108,30 @@ class Decoder:
 
     @contextmanager
     def _fixed_attention(self) -> Iterator[None]:
-        before = self._model.config._attn_implementation
-        self._model.set_attn_implementation(NAME)
+        # Not by set_attn_implementation: parts of a model may have a config of their own, of the same class.
+        before = [(config, config._attn_implementation) for config in _configs(self._model)]
         try:
+            for config, _ in before:
+                config._attn_implementation = NAME
             yield
         finally:
-            self._model.set_attn_implementation(before)
+            for config, implementation in before:
+                config._attn_implementation = implementation
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config that a module of ``model`` holds and its parts, a whole before its parts."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if isinstance(config, PretrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            for name in config.sub_configs:
+                add(getattr(config, name, None))
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
+    return list(found.values())
 
 
 class SmallOperations:
