@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -30,15 +31,25 @@ class Launch:
         self.arguments = dict(zip(names, arguments, strict=True))
 
 
+class Recorder:
+    """Stands for a kernel on a GPU of 132 multiprocessors."""
+
+    def __init__(self, made: list[Launch], parameters: type, options: tuple) -> None:
+        self._made, self._parameters, self._options = made, parameters, options
+
+    def __call__(self, grid: tuple, stream: int, *arguments: object) -> None:
+        self._made.append(Launch(self._parameters, self._options, grid, arguments))
+
+    def clusters_at_once(self, blocks: int) -> int:
+        return 132 // blocks
+
+
 @pytest.fixture
 def launches(monkeypatch) -> list[Launch]:
     made: list[Launch] = []
 
-    def recorder(parameters: type) -> Callable[..., Callable[..., None]]:
-        def function(*options):
-            return lambda grid, stream, *arguments: made.append(Launch(parameters, options, grid, arguments))
-
-        return function
+    def recorder(parameters: type) -> Callable[..., Recorder]:
+        return lambda *options: Recorder(made, parameters, options)
 
     shim = SimpleNamespace(
         device=lambda *_: "cpu",
@@ -46,7 +57,7 @@ def launches(monkeypatch) -> list[Launch]:
         int8=torch.int8,
         Tensor=torch.Tensor,
         _C=SimpleNamespace(_cuda_getCurrentRawStream=lambda _: 0),
-        cuda=SimpleNamespace(get_device_properties=lambda _: SimpleNamespace(multi_processor_count=132)),
+        cuda=SimpleNamespace(device=lambda _: nullcontext()),
     )
     for module in (many_tokens, warpgroup, round_tokens):
         monkeypatch.setattr(module, "torch", shim)
@@ -75,6 +86,7 @@ def test_the_later_tokens_are_left_to_the_product(launches, tokens):
     ready = min(tokens, 256 * BESIDE.panel)
     assert first.grid == (ready, 1, 1)
     assert first.arguments["cleared"] == 1 + -(-tokens // 256)
+    assert product.grid == (min(66, 64 * -(-tokens // 256)) * 2, 1, 1)
     found = product.arguments
     assert (found["ready"], found["tokens"], found["width"], found["columns"]) == (ready, tokens, 128, 128)
     assert found["x"] == first.arguments["x"] == inputs.data_ptr()

@@ -69,7 +69,7 @@ class Tiling:
         return max(stages, self.tokens * (self.rows + 4) * 4) + 16 * self.stages + scales
 
     def token_bytes(self, words: int) -> int:
-        """Shared memory behind that, of a block that rounds one token of ``words`` words: the rest of a KiB, its part."""
+        """Shared memory behind that, of a block that rounds a token of ``words`` words: the rest of a KiB, its part."""
         used = 16 * self.stages + 4 * (self.rows + self.tokens)
         return 1024 - used + -(-words // (128 * self.cluster)) * _BOX
 
