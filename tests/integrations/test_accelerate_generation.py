@@ -12,7 +12,7 @@ import transformers as hf
 from prox24_lightning.integrations.transformers.decoding import cache
 from prox24_lightning.integrations.transformers.decoding import decode_attention as decode_attention_module
 from prox24_lightning.integrations.transformers.decoding.decode_attention import decode_attention, reference
-from prox24_lightning.integrations.transformers.generation import accelerate_generation
+from prox24_lightning.integrations.transformers.generation import _largest, accelerate_generation
 from tests.helpers.gpu_memory import memory_comes_back
 
 SIZES = {
@@ -355,3 +355,12 @@ def test_a_model_on_another_gpu_than_the_current():
     handles = [accelerate_generation(one) for one in (model, same)]
     assert torch.equal(generated(model, given, **GREEDY).cpu(), generated(same, there, **GREEDY).cpu())
     assert all(decoder._graph is not None for handle in handles for decoder in handle._decoders.values())
+
+
+@pytest.mark.parametrize("vocabulary", [64 * 5, 77])
+def test_the_largest_score_is_the_first_of_equal_ones(vocabulary):
+    torch.manual_seed(0)
+    scores = torch.randint(0, 4, (50, vocabulary)).float()
+    scores[0] = -torch.inf
+    scores[1, 70:] = torch.nan
+    assert torch.equal(_largest(scores), scores.argmax(-1))

@@ -35,6 +35,7 @@ _UNDERSTOOD = frozenset(
 """Arguments of the model that this loop makes itself; images, token types and the like are left to transformers."""
 STEPS_BETWEEN_CHECKS = 16
 """Tokens that are made before the host looks whether all sequences have ended."""
+_PARTS = 64  # of the vocabulary, whose largest scores are found side by side
 
 
 def accelerate_generation(
@@ -238,7 +239,7 @@ class _Choice:
         """Choose by ``logits`` (batch, vocabulary); returns (batch,)."""
         scores = self._processor(self._sequences[:, : self._length], logits.float())
         draw = self._config.do_sample
-        tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if draw else scores.argmax(-1)
+        tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if draw else _largest(scores)
         if self._ends is not None:
             tokens = torch.where(self._open, tokens, self._pad) if self._pad is not None else tokens
             self._open = self._open & ~torch.isin(tokens, self._ends)
@@ -258,6 +259,16 @@ class _Choice:
         ended = torch.isin(made, self._ends).long()
         first = torch.where(ended.any(-1), ended.argmax(-1) + 1, made.shape[1])
         return self._sequences[:, : self._start + int(first.max())]
+
+
+def _largest(scores: Tensor) -> Tensor:
+    """Return ``scores.argmax(-1)`` of (batch, vocabulary), for which torch gives a sequence one block of a GPU."""
+    batch, vocabulary = scores.shape
+    if vocabulary % _PARTS:
+        return scores.argmax(-1)
+    most, place = scores.reshape(batch, _PARTS, -1).max(-1)
+    part = most.argmax(-1, keepdim=True)
+    return (part * (vocabulary // _PARTS) + place.gather(1, part)).squeeze(1)
 
 
 def _last_logits(model: Any) -> dict[str, int]:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from prox24_lightning.integrations.transformers.decoding.cache import FixedCache
 from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME
 from prox24_lightning.integrations.transformers.decoding.fused_blocks import FusedBlocks, fuse_blocks
+from prox24_lightning.integrations.transformers.decoding.rotary import in_one_launch
 from prox24_lightning.integrations.transformers.decoding.siblings import SiblingProjections
 from prox24_lightning.utils.cuda_graphs import capture
 
@@ -159,7 +160,7 @@ class SmallOperations:
         if dynamic not in self._made:
             self._made[dynamic] = (
                 [torch.compile(part._call_impl, dynamic=dynamic) for part in self._parts],
-                [torch.compile(function, dynamic=dynamic) for _, function in self._rotary],
+                [self._rotated(function, dynamic) for _, function in self._rotary],
             )
         calls, rotary = self._made[dynamic]
         try:
@@ -174,3 +175,7 @@ class SmallOperations:
                 part._compiled_call_impl = None
             for home, function in self._rotary:
                 home.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
+
+    def _rotated(self, function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
+        compiled = torch.compile(function, dynamic=dynamic)
+        return compiled if dynamic else in_one_launch(function, compiled)
