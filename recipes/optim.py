@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from prox24_lightning.finetune import parameter_groups
 
 
 def adamw_with_cosine(
@@ -25,16 +26,16 @@ def adamw_with_cosine(
 ) -> dict[str, Any]:
     """What ``configure_optimizers`` returns: linear warm-up, then a cosine down to ``final * lr`` at the last step.
 
-    Biases and normalisation weights (fewer than two dimensions) get no weight decay.
-
     Args:
         lr: the peak.
+        weight_decay: of matrices; biases and normalisation weights get none.
+        warmup_steps: optimizer steps of the warm-up.
+        final: rate at the last step, relative to the peak.
         restart: fraction of the run at which a first cosine ends and a second one begins, with a warm-up of its own
             (warm restarts, arXiv 1608.03983): at the freeze of ``Prox24``, so that recovery has a whole schedule.
         before_restart: rate up to ``restart``, relative to the peak, held after the warm-up instead of the first
             cosine: a dense model is harmed by a rate that a sparse one needs to recover.
-        embedding_lr: rate of embeddings, and of heads that share their weight, relative to that of the rest: 2:4 leaves
-            them as they are, so that they have nothing to recover.
+        embedding_lr: rate of embeddings, relative to that of the rest; see ``parameter_groups``.
         fused: take AdamW's fused kernels, which are faster on a GPU.
 
     Raises:
@@ -44,22 +45,13 @@ def adamw_with_cosine(
         raise ValueError(f"restart={restart} must lie between 0 and 1: a fraction of the run")
     if before_restart is not None and restart is None:
         raise ValueError(f"before_restart={before_restart} needs restart, the fraction of the run where it ends")
-    for name, relative in (("before_restart", before_restart or 0.0), ("embedding_lr", embedding_lr)):
-        if not relative >= 0:
-            raise ValueError(f"{name}={relative} must not be negative: it is relative to the peak rate")
+    if before_restart is not None and not before_restart >= 0:
+        raise ValueError(f"before_restart={before_restart} must not be negative: it is relative to the peak rate")
     total = module.trainer.estimated_stepping_batches
     if not 0 < total < float("inf"):
         raise ValueError("the learning rate schedule needs the length of the run: set trainer.max_steps")
-    embeddings = {p for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
-    apart = embeddings if embedding_lr != 1 else set()
-    parameters = [p for p in module.parameters() if p.requires_grad and p not in apart]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    if slow := [p for p in module.parameters() if p.requires_grad and p in apart]:
-        groups.append({"params": slow, "weight_decay": weight_decay, "lr": embedding_lr * lr})
-    optimizer = AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused or None)
+    groups = parameter_groups(module, lr=lr, weight_decay=weight_decay, embedding_lr=embedding_lr)
+    optimizer = AdamW(groups, betas=(0.9, 0.95), fused=fused or None)
 
     middle = 0 if restart is None else round(restart * total)
 

@@ -19,6 +19,7 @@ from prox24_lightning.finetune.distillation.teacher_comparison import OutputLoss
 from prox24_lightning.finetune.lora import MaskedLora
 from prox24_lightning.finetune.mask_files import load_masks, save_masks
 from prox24_lightning.finetune.masked_parameters import MaskedParameters
+from prox24_lightning.finetune.parameter_groups import parameter_groups
 from prox24_lightning.utils.module_copy import frozen_copy
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "logits_of",
     "memory_bytes",
     "pair_blocks",
+    "parameter_groups",
     "same_weights",
     "save_masks",
     "shard_like",
