@@ -170,6 +170,7 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
     }
     __syncwarp();
   } else if (warp > LOADER) {
+    const float fixed = load_given(given);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     while (ready < tokens) {
       u32 claim;
@@ -178,7 +179,7 @@ many_tokens(const __grid_constant__ TensorMap values, const __grid_constant__ Te
       const int begin = ready + claim * TOKENS_AT_ONCE, end = min(begin + TOKENS_AT_ONCE, tokens);
       if (begin >= tokens) break;
       for (int t = begin; t < end; t++)
-        round_token(x + (size_t)t * width, rounded + (size_t)t * columns, token_scales + t, *given, width, columns, lane);
+        round_token(x + (size_t)t * width, rounded + (size_t)t * columns, token_scales + t, fixed, width, columns, lane);
       // The copy engine of any block reads what this lane has written.
       asm volatile("fence.proxy.async.global;" ::: "memory");
       asm volatile("fence.acq_rel.gpu;" ::: "memory");

@@ -15,6 +15,7 @@ constexpr int THREADS = 256;
 extern "C" __global__ void __launch_bounds__(THREADS)
 round_tokens(const u16* __restrict__ x, const float* __restrict__ given, u8* __restrict__ values,
              float* __restrict__ scales, u32* __restrict__ counters, int inputs, int columns, int cleared) {
+  const float fixed = load_given(given);
 #if __CUDA_ARCH__ >= 900
   if (AHEAD) asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -45,7 +46,7 @@ round_tokens(const u16* __restrict__ x, const float* __restrict__ given, u8* __r
   __syncthreads();
 #pragma unroll
   for (int warp = 0; warp < THREADS / 32; warp++) most = larger(most, largest[warp]);
-  const float scale = token_scale(most, *given);
+  const float scale = token_scale(most, fixed);
   const float inverse = 1 / scale;
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
   if (blockIdx.x == 0)

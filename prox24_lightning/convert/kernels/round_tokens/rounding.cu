@@ -46,6 +46,13 @@ __device__ __forceinline__ u16 load_one(const u16* address) {
   return v;
 }
 
+// The fixed scale belongs to the weight, which no kernel just before writes: it is read before the wait for that one.
+__device__ __forceinline__ float load_given(const float* address) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(address));
+  return v;
+}
+
 __device__ __forceinline__ u32 magnitude(const uint4& v) {
   constexpr u32 MASK = 0x7fff7fffu;
   return larger(larger(v.x & MASK, v.y & MASK), larger(v.z & MASK, v.w & MASK));

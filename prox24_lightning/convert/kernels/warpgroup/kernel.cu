@@ -164,8 +164,9 @@ warpgroup(const __grid_constant__ TensorMap values, const __grid_constant__ Tens
 #endif
 #if ONE
   if (group < GROUPS) {
+    const float fixed = load_given(given);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    round_token(x, *given, width, first, count);
+    round_token(x, fixed, width, first, count);
   }
 #endif
   if (group == GROUPS) {
