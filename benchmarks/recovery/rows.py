@@ -124,16 +124,16 @@ SCRATCH: dict[str, Row] = {
 
 
 def further_rows(variants: dict[str, dict[str, Any]] | None) -> dict[str, Row]:
-    """Rows of Prox24 with other arguments; ``distillation`` among them is the row's share of it, ``teacher`` further
+    """Rows of Prox24 with other arguments. Among them ``distillation`` is the row's share of it, ``teacher`` further
     arguments of ``Distillation``, ``rounding`` those of ``RoundWeights``, ``module`` of the module, and ``averages``
-    whether averages of the weights are scored too."""
+    whether averages of the weights are scored too; ``prune``, arguments of ``prune_layerwise``, takes the place of
+    Prox24, and ``prox24: false`` leaves it out."""
     rows = {}
     for name, given in (variants or {}).items():
         arguments = dict(given)
-        share, teacher = arguments.pop("distillation", 0.0), arguments.pop("teacher", {})
-        more = {"module": arguments.pop("module", {}), "rounding": arguments.pop("rounding", None)}
-        more["averages"] = arguments.pop("averages", False)
-        rows[name] = Row(prox24=True, distillation=share, teacher=teacher, arguments=arguments, **more)
+        own = ("teacher", "module", "rounding", "averages", "prune", "distillation", "prox24")
+        of_row = {key: arguments.pop(key) for key in own if key in arguments}
+        rows[name] = Row(**{"prox24": "prune" not in of_row, "arguments": arguments, **of_row})
     return rows
 
 

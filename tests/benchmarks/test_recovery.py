@@ -25,7 +25,7 @@ from benchmarks.recovery.early_loss import choices
 from benchmarks.recovery.language_model import LanguageModel
 from benchmarks.recovery.protocol import Job, Results, best_rates, compare, run_all
 from benchmarks.recovery.recipes import main as recipes
-from benchmarks.recovery.rows import FINETUNING, SCRATCH, chosen_rows, further_rows
+from benchmarks.recovery.rows import FINETUNING, SCRATCH, Row, chosen_rows, further_rows
 from benchmarks.recovery.scratch import Recipe
 from benchmarks.recovery.summary import excesses, table, warnings
 from benchmarks.recovery.table import main as again
@@ -278,6 +278,10 @@ def test_a_variant_is_prox24_with_other_arguments():
     assert row.prox24
     assert row.arguments == {"start": 0.6}
     assert row.distillation == 0.3
+    given = {"dense": {"prox24": False, "module": {"final": 0.0}}, "once": {"prune": {"method": "wanda"}}}
+    dense, once = further_rows(given).values()
+    assert dense == Row(module={"final": 0.0})
+    assert once == Row(prune={"method": "wanda"})
 
 
 def test_averages_of_a_run_are_scored_and_change_none_of_its_own_scores(task):
