@@ -64,7 +64,7 @@ def main(
         variants: further rows of Prox24: name -> its arguments, ``distillation``, the share of it, ``teacher``, its
             other arguments, ``rounding``, arguments of ``RoundWeights``, ``module``, arguments of the module
             (``restart: 0.3``, ``embedding_lr: 0.1``), and ``averages: true``, which scores averages of the weights
-            too. ``prune``, arguments of ``prune_layerwise``, takes the place of Prox24; ``prox24: false`` leaves it out.
+            too. ``prune``, arguments of ``prune_layerwise``, replaces Prox24; ``prox24: false`` leaves it out.
         seeds: of the order of the training text, one run of every row each.
         steps: optimizer steps of a run.
         long: four times the steps, into files of their own.
