@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, library
 
+from prox24_lightning.utils.cuda import why_no_triton
 from prox24_lightning.weights.chunks import CHUNK_ENTRIES, row_chunks
 from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_rows_unchecked, round_tokens
 
@@ -39,6 +40,10 @@ def round_inputs(inputs: Tensor, form: RoundedForm, dtype: torch.dtype, source: 
 
 @library.custom_op("prox24::round_matrix", mutates_args=(), schema=_SCHEMA)
 def _round_matrix(tensor: Tensor, form: str, dtype: torch.dtype, source: torch.dtype) -> Tensor:
+    if _in_one_pass(tensor, dtype, source):
+        from prox24_lightning.calibration.rounding_kernel import round_trip
+
+        return round_trip(tensor, cast(RoundedForm, form), dtype, source, tokens=False)
     expanded = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
     for part in row_chunks(*tensor.shape):
         rows = round_rows_unchecked(tensor[part].to(source), cast(RoundedForm, form))
@@ -48,12 +53,24 @@ def _round_matrix(tensor: Tensor, form: str, dtype: torch.dtype, source: torch.d
 
 @library.custom_op("prox24::round_inputs", mutates_args=(), schema=_SCHEMA)
 def _round_inputs(tensor: Tensor, form: str, dtype: torch.dtype, source: torch.dtype) -> Tensor:
+    if _in_one_pass(tensor, dtype, source):
+        from prox24_lightning.calibration.rounding_kernel import round_trip
+
+        tokens = tensor.reshape(-1, tensor.shape[-1])
+        return round_trip(tokens, cast(RoundedForm, form), dtype, source, tokens=True).view(tensor.shape)
     expanded = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
     tokens, result = (one.reshape(-1, tensor.shape[-1]) for one in (tensor, expanded))
     for part in row_chunks(len(tokens), tensor.shape[-1], _INPUT_CHUNK):
         rows = round_tokens(tokens[part].to(source), cast(RoundedForm, form))
         result[part] = expand_rows(rows.values, rows.scales, dtype)
     return expanded
+
+
+def _in_one_pass(tensor: Tensor, *dtypes: torch.dtype) -> bool:
+    """Return whether a kernel rounds this tensor: a training step calls it for every layer, and launches cost."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    known = all(dtype in floats for dtype in (tensor.dtype, *dtypes))
+    return tensor.is_cuda and known and why_no_triton(tensor.device) is None
 
 
 def _like(tensor: Tensor, form: str, dtype: torch.dtype, source: torch.dtype) -> Tensor:

@@ -108,3 +108,16 @@ def test_the_gpu_rounds_to_the_bits_of_the_cpu_compiled_or_not(form):
     for function in (both, torch.compile(both, fullgraph=True)):
         found = function(weight.cuda(), inputs.cuda())
         assert all(torch.equal(one.cpu(), other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_rounds_in_one_pass_as_a_cpu_does(dtype, form):
+    weight = odd_rows(torch.float32, 64, 5000) * torch.logspace(-6, 2, 64)[:, None]
+    for given in (weight.to(dtype), weight):
+        for function in (round_matrix, round_inputs):
+            right = function(given, form, dtype, dtype)
+            found = function(given.cuda(), form, dtype, dtype).cpu()
+            assert torch.equal(found, right)
+            assert torch.equal(found.signbit(), right.signbit())
