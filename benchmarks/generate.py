@@ -77,7 +77,7 @@ def main(
         batches: sequences at a time.
         rounds: of calls in turns.
         transformers_too: time transformers' own loop with a static cache as well.
-        fuse: decode with one product for the projections that read the same input.
+        fuse: run the projections that read the same input as one product.
         search: measure the kernels of each shape first, which takes minutes; false takes those that were measured on
             this machine before, or goes by rule, so that the run ends within two minutes.
         profile: write the kernels of a decoded token as well, by torch's profiler.
@@ -88,7 +88,7 @@ def main(
     torch._dynamo.config.recompile_limit = _RECOMPILES
     begin = time.perf_counter()
     counts = (*batches, prompt, long_prompt)
-    models, in_form = _models(model, forms, torch.device(device), counts, layers, search=search)
+    models, in_form = _models(model, forms, torch.device(device), counts, layers, search=search, fuse=fuse)
     made = time.perf_counter() - begin
     shape, name = model, f"generate/{model}"
     if layers is not None:
@@ -109,7 +109,7 @@ def main(
                 for form, counted in spent.items():
                     kernels += _profile_rows(way, batch, form, counted)
                 write_result(output, name, "The kernels of a decoded token", kernels, part="profile", note=note)
-    rows += _first_token(models, long_prompt, rounds)
+    rows += _first_token(models, long_prompt, rounds, fuse=fuse)
     write_result(output, name, "generate() of transformers by form", rows, note=note)
     found = bars(rows)
     if found:
@@ -117,7 +117,14 @@ def main(
 
 
 def _models(
-    name: str, forms: Sequence[Form], device: torch.device, counts: Sequence[int], layers: int | None, *, search: bool
+    name: str,
+    forms: Sequence[Form],
+    device: torch.device,
+    counts: Sequence[int],
+    layers: int | None,
+    *,
+    search: bool,
+    fuse: bool,
 ) -> tuple[dict[Form, nn.Module], str]:
     """Return a model in each form, which share embedding, norms and head, and how many layers each has in which."""
     begin = time.perf_counter()
@@ -129,7 +136,7 @@ def _models(
     for form in _ROUNDED if device.type == "cuda" else ():
         if form in models:
             print(f"{time.perf_counter() - begin:.0f} s: {form}", flush=True)
-            made = dict(_packed(first, _ROUNDED[form], device, counts, search=search))
+            made = dict(_packed(first, _ROUNDED[form], device, counts, search=search, fuse=fuse))
             insert_layers(models[form], made.items())
             fp8 = sum(isinstance(layer, DenseFp8Linear) for layer in made.values())
             dense = len(decoder_layers(first)) - len(made)
@@ -137,17 +144,17 @@ def _models(
     for layer in decoder_layers(first).values():
         layer.weight.normal_(0, 0.02)
     if "dense fp8" in models and device.type == "cuda":
-        insert_layers(models["dense fp8"], _in_dense_fp8(first, device, counts, search=search))
+        insert_layers(models["dense fp8"], _in_dense_fp8(first, device, counts, search=search, fuse=fuse))
     release_memory()
     return {form: models[form] for form in forms}, "; ".join(counted) or "not converted"
 
 
 def _packed(
-    model: nn.Module, form: RoundedForm | None, device: torch.device, counts: Sequence[int], *, search: bool
+    model: nn.Module, form: RoundedForm | None, device: torch.device, counts: Sequence[int], *, search: bool, fuse: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     layers = decoder_layers(model)
     shapes = _shapes(layers)
-    joined = joined_layers(model, shapes, dict.fromkeys(shapes))
+    joined = joined_layers(model, shapes, dict.fromkeys(shapes)) if fuse else ()
     tables = _tables(shapes, joined, form, device, counts, search=search)
     choices = choose_forms(shapes, joined, tables, counts)
     for shape, table in tables.items():
@@ -163,11 +170,11 @@ def _packed(
 
 
 def _in_dense_fp8(
-    model: nn.Module, device: torch.device, counts: Sequence[int], *, search: bool
+    model: nn.Module, device: torch.device, counts: Sequence[int], *, search: bool, fuse: bool
 ) -> Iterator[tuple[str, nn.Module]]:
     layers = decoder_layers(model)
     shapes = _shapes(layers)
-    joined = joined_layers(model, shapes, dict.fromkeys(shapes))
+    joined = joined_layers(model, shapes, dict.fromkeys(shapes)) if fuse else ()
     tables = _tables(shapes, joined, "fp8_e4m3", device, counts, search=search)
     for name, layer in layers.items():
         yield name, _dense_fp8(layer, tables[shapes[name]])
@@ -186,13 +193,15 @@ def _tables(
     *,
     search: bool,
 ) -> dict[tuple[int, int], KernelTable]:
-    """Return the kernels of each shape, and of the projections that read one input as one."""
-    every = list(dict.fromkeys([*shapes.values(), *(one.shape for one in joined)]))
-    if search:  # at these numbers of tokens alone: convert_model measures all that a server may need
-        return kernel_tables(every, torch.bfloat16, token_counts=counts, device=device, form=form)
-    return {
-        shape: stored_table(shape, torch.bfloat16, device=torch.cuda.current_device(), form=form) for shape in every
-    }
+    """Return the kernels of each shape, and of the projections that run as one, whose own are not measured."""
+    together = {name for one in joined for name in one.names}
+    alone = (shape for name, shape in shapes.items() if name not in together)
+    wanted = list(dict.fromkeys([*alone, *(one.shape for one in joined)])) if search else []
+    # At these numbers of tokens alone: convert_model measures all that a server may need.
+    found = kernel_tables(wanted, torch.bfloat16, token_counts=counts, device=device, form=form)
+    for shape in {*shapes.values(), *(one.shape for one in joined)} - found.keys():
+        found[shape] = stored_table(shape, torch.bfloat16, device=torch.cuda.current_device(), form=form)
+    return found
 
 
 def _dense_fp8(layer: nn.Linear, table: KernelTable) -> DenseFp8Linear:
@@ -220,8 +229,8 @@ def _decoding(
     return _with_ratios(rows), kernels
 
 
-def _first_token(models: dict[Form, nn.Module], prompt: int, rounds: int) -> list[dict[str, Any]]:
-    handles = [accelerate_generation(one) for one in models.values()]
+def _first_token(models: dict[Form, nn.Module], prompt: int, rounds: int, *, fuse: bool) -> list[dict[str, Any]]:
+    handles = [accelerate_generation(one, fuse=fuse) for one in models.values()]
     calls = {form: generation_call(one, 1, prompt, 1) for form, one in models.items()}
     seconds = host_seconds(calls, rounds)
     rows = [
