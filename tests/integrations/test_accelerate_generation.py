@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -179,6 +180,39 @@ def test_parts_with_a_config_of_their_own():
     assert [config._attn_implementation for config in configs] == ["sdpa", "sdpa", "eager"]
 
 
+@pytest.mark.parametrize("name", ["s_aux", "softcap", "position_bias", "sliding_window"])
+def test_attention_of_another_kind_is_not_answered_wrongly(name):
+    query, keys = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 16, 8)
+    filled = torch.ones(2, 1, 1, 1, dtype=torch.int32)
+    decode_attention_module.attention_forward(None, query, keys, keys, filled, 0.3, dropout=0.0, output_router=False)
+    with pytest.raises(ValueError, match=f"its attention takes {name}"):
+        decode_attention_module.attention_forward(None, query, keys, keys, filled, 0.3, **{name: torch.ones(4)})
+    with pytest.raises(ValueError, match="makes an attention mask of its own"):
+        decode_attention_module.attention_forward(None, query, keys, keys, torch.zeros(2, 1, 1, 16))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5}])
+def test_what_only_transformers_can_decode_is_left_to_it(options, caplog):
+    model, given = tiny(), prompts()
+    model.forward = functools.partial(model.forward, odd_bias=5.0)
+    expected = generated(model, given, **{**GREEDY, **options})
+    accelerate_generation(model)
+    for _ in range(2):
+        assert torch.equal(generated(model, given, **{**GREEDY, **options}), expected)
+    [warning] = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.startswith("generate() of LlamaForCausalLM runs as transformers has it: ")
+    assert "its attention takes odd_bias" in warning
+
+
+def test_what_transformers_cannot_either_is_the_callers_error(caplog):
+    model, given = tiny(), prompts()
+    accelerate_generation(model)
+    model.lm_head.register_forward_hook(lambda module, args, output: {}["mine"])
+    with pytest.raises(KeyError, match="mine"):
+        generated(model, given, **GREEDY)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_new_weights_are_seen():
     model = tiny()
     accelerate_generation(model)
@@ -204,6 +238,24 @@ def test_what_is_left_to_transformers_is_logged(caplog):
     [
         (lambda: torch.nn.Linear(4, 4), "no model of transformers"),
         (lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, sliding_window=8)), "parts of the context"),
+        (lambda: tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
+        (
+            lambda: hf.Phi3ForCausalLM(
+                hf.Phi3Config(
+                    **SIZES,
+                    pad_token_id=0,
+                    max_position_embeddings=64,
+                    original_max_position_embeddings=16,
+                    rope_parameters={
+                        "rope_type": "longrope",
+                        "rope_theta": 1e4,
+                        "short_factor": [1.0] * 4,
+                        "long_factor": [4.0] * 4,
+                    },
+                )
+            ),
+            "rotary embedding changes with the number of tokens .longrope",
+        ),
         (
             lambda: hf.T5ForConditionalGeneration(hf.T5Config(d_model=16, d_ff=16, num_layers=1, vocab_size=8)),
             "encoder",

@@ -21,9 +21,11 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from prox24_lightning.calibration.calls.random_state import RandomState
 from prox24_lightning.integrations.transformers.decoding.captured_decoder import Decoder, SmallOperations
 from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME, attention_forward
 from prox24_lightning.integrations.transformers.decoding.siblings import SiblingProjections
+from prox24_lightning.utils.errors import describe
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ _UNDERSTOOD = frozenset(
     {"attention_mask", "position_ids", "past_key_values", "cache_position", "use_cache", "logits_to_keep"}
 )
 """Arguments of the model that this loop makes itself; images, token types and the like are left to transformers."""
+_CHANGING = frozenset({"dynamic", "longrope"})
 STEPS_BETWEEN_CHECKS = 16
 """Tokens that are made before the host looks whether all sequences have ended."""
 _PARTS = 64  # of the vocabulary, whose largest scores are found side by side
@@ -83,11 +86,20 @@ def why_not(model: Any) -> str | None:
     sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     if kinds != {"full_attention"} or sliding:
         return f"its layers attend to parts of the context ({', '.join(sorted(kinds))})"
+    if changing := _rotary_kinds(text) & _CHANGING:
+        return f"its rotary embedding changes with the number of tokens ({', '.join(sorted(changing))})"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention does not go through transformers' attention interface"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "it lies on several devices"
     return None
+
+
+def _rotary_kinds(config: Any) -> set[str]:
+    """The kinds of rotary embedding in a config, which may have one for each kind of layer."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [given, *(part for part in given.values() if isinstance(part, dict))]
+    return {str(part.get("rope_type", part.get("type"))) for part in each}
 
 
 class AcceleratedGeneration:
@@ -99,6 +111,7 @@ class AcceleratedGeneration:
         self._operations = SmallOperations(model, enabled=compile and model.device.type == "cuda")
         self._siblings = SiblingProjections(enabled=fuse)
         self._graphs = graphs
+        self._given_up: str | None = None
         self._decoders: OrderedDict[tuple[Any, ...], Decoder] = OrderedDict()
         AttentionInterface.register(NAME, attention_forward)
         AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
@@ -112,7 +125,7 @@ class AcceleratedGeneration:
 
     def _generate(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         ordinary = type(model).generate
-        if (reason := _why_ordinary(model, args, kwargs)) is not None:
+        if (reason := self._given_up or _why_ordinary(model, args, kwargs)) is not None:
             log.info("generate() runs as transformers has it: %s", reason)
             return ordinary(model, *args, **kwargs)
         # Caches outlive the call, and the mode it is made in; kernels and captures go to the current device.
@@ -137,10 +150,36 @@ class AcceleratedGeneration:
         )
         # The cache is filled without padding, which has to be on the left.
         if not known or (mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any())):
-            sample: Tensor = model._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-            )
-            return sample
+            return self._sample(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        before = RandomState.now(model.device)
+        try:
+            return self._accelerated(model, input_ids, mask, logits_processor, stopping_criteria, generation_config)
+        except Exception as error:  # what transformers' own loop can do ends no generation
+            self._decoders.clear()
+            problem = describe(error)
+            memory = isinstance(error, torch.OutOfMemoryError)
+        before.restore(model.device)
+        found = self._sample(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        # Now it is known that transformers can.
+        log.warning("generate() of %s runs as transformers has it: %s", type(model).__name__, problem)
+        self._given_up = None if memory else problem
+        return found
+
+    @staticmethod
+    def _sample(model: Any, *arguments: Any) -> Tensor:
+        *given, model_kwargs = arguments
+        found: Tensor = model._sample(*given, **model_kwargs)
+        return found
+
+    def _accelerated(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+    ) -> Tensor:
         if mask is not None and bool(mask.all()):
             mask = None
         batch, tokens = input_ids.shape

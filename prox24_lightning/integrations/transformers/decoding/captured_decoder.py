@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from prox24_lightning.integrations.transformers.decoding.cache import FixedCache
-from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME
+from prox24_lightning.integrations.transformers.decoding.decode_attention import NAME, UnknownAttentionError
 from prox24_lightning.integrations.transformers.decoding.fused_blocks import FusedBlocks, fuse_blocks
 from prox24_lightning.integrations.transformers.decoding.rotary import in_one_launch
 from prox24_lightning.integrations.transformers.decoding.siblings import SiblingProjections
@@ -81,6 +81,8 @@ class Decoder:
                 blocks = self._siblings.run(self._fused_blocks)
                 with self._operations.compiled(dynamic=False):
                     self._graph = self._siblings.run(lambda: blocks.run(self._captured_step))
+        except UnknownAttentionError:
+            raise
         except Exception as error:  # models may do on the host whatever they like: any of it can end the capture
             self._captures = False
             log.warning("decoding was not captured as a CUDA graph and runs call by call: %s", error)

@@ -24,12 +24,19 @@ NAME = "prox24_decode"
 
 log = logging.getLogger(__name__)
 
+_HARMLESS = frozenset({"dropout", "position_ids", "cache_position"})
+"""Arguments of transformers' attention that say nothing to one token that sees all before it."""
+
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 _CALLS, _ROUNDS = 20, 10  # of a measurement
 _WAYS: dict[Any, Way] = {}
 _TOLERANCE = 0.02  # of bfloat16 outputs of size 1 or so
 _KEPT_STARTS: dict[tuple[int, int, int, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+class UnknownAttentionError(ValueError):
+    """The attention of a model is not softmax over all filled positions."""
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scale: float) -> Tensor:
@@ -174,8 +181,18 @@ def attention_forward(
     value: Tensor,
     attention_mask: Tensor,
     scaling: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls; ``attention_mask`` is the (batch, 1, 1, 1) count of filled positions."""
+    """What transformers calls; ``attention_mask`` is the (batch, 1, 1, 1) count of filled positions.
+
+    Raises:
+        UnknownAttentionError: for arguments that may change the scores (sinks, caps, biases, windows), or another mask.
+    """
+    harmless = (name for name, value in others.items() if value is None or isinstance(value, bool))
+    unknown = others.keys() - _HARMLESS - set(harmless)
+    if unknown:
+        raise UnknownAttentionError(f"its attention takes {', '.join(sorted(unknown))}")
+    if attention_mask.shape != (len(query), 1, 1, 1):
+        raise UnknownAttentionError("it makes an attention mask of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return decode_attention(query, key, value, attention_mask, scale), None
