@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,31 +30,50 @@ class OutputDivergence:
     def __init__(self, runs: Sequence[Callable[[], Any]]) -> None:
         self._runs = list(runs)
         with torch.no_grad():
-            self._references = [_outputs(run()) for run in self._runs]
+            self._references = [predictions(run()) for run in self._runs]
 
     @torch.no_grad()
     def __call__(self) -> float:
         """Return the divergence of the model as it is now."""
-        found = 0.0
-        for run, (before, are_logits) in zip(self._runs, self._references, strict=True):
-            now, _ = _outputs(run())
-            found += _divergence(before, now) if are_logits else _error(before, now)
-        return found / len(self._runs)
+        found = [divergence(before, run()) for run, before in zip(self._runs, self._references, strict=True)]
+        return float(torch.stack(found).mean())
 
 
-def _outputs(output: Any) -> tuple[Tensor, bool]:
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What a model predicted on a batch.
+
+    Attributes:
+        values: its logits, or the first output of a model without.
+        are_logits: which of both.
+    """
+
+    values: Tensor
+    are_logits: bool
+
+
+def predictions(output: Any) -> Predictions:
+    """Return what a model's output predicts, without gradients.
+
+    Raises:
+        ValueError: if there is nothing that can be compared.
+    """
     logits = getattr(output, "logits", None)
-    return (logits.detach(), True) if isinstance(logits, Tensor) else (model_output(output).detach().clone(), False)
+    if isinstance(logits, Tensor):
+        return Predictions(logits.detach(), True)
+    return Predictions(model_output(output).detach().clone(), False)
 
 
-def _divergence(before: Tensor, now: Tensor) -> float:
-    rows = [  # one sequence at a time: logits in float32 are large
-        F.kl_div(new.float().log_softmax(-1), old.float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        for old, new in zip(before, now, strict=True)
-    ]
-    return float(torch.stack([row.mean() for row in rows]).mean())
+def divergence(before: Predictions, output: Any) -> Tensor:
+    """Return the divergence of a model's output from earlier predictions on the same batch; it has a gradient."""
+    if before.are_logits:
+        pairs = zip(before.values, output.logits, strict=True)
+        return torch.stack([_divergence_of_sequence(old, new) for old, new in pairs]).mean()
+    old = before.values.float()
+    return (model_output(output).float() - old).square().sum() / old.square().sum().clamp_min(1e-30)
 
 
-def _error(before: Tensor, now: Tensor) -> float:
-    before = before.float()
-    return float((now.float() - before).square().sum() / before.square().sum().clamp_min(1e-30))
+def _divergence_of_sequence(before: Tensor, now: Tensor) -> Tensor:
+    """Of one sequence, since logits in float32 are large."""
+    before, now = before.float().log_softmax(-1), now.float().log_softmax(-1)
+    return F.kl_div(now, before, reduction="none", log_target=True).sum(-1).mean()

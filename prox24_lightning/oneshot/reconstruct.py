@@ -61,7 +61,7 @@ def reconstruct(
         steps=steps,
         trained={weight.parameter for weight in trained.values()},
         roundings={
-            local: _rounding(weight.module, form)
+            local: rounding_of(weight.module, form)
             for local, weight in trained.items()
             if form is not None and weight.parameter.dim() == 2
         },
@@ -70,7 +70,8 @@ def reconstruct(
     logger.info("%s: relative error of the output %.5f, %.5f after reconstruction", name, before, after)
 
 
-def _rounding(layer: nn.Module, form: RoundedForm) -> Rounding:
+def rounding_of(layer: nn.Module, form: RoundedForm) -> Rounding:
+    """Return what rounds the weight of a linear layer, as it is laid out in memory, row by row of its matrix."""
     if is_transposed_linear(layer):
         return lambda values: round_plainly(values.T, form).T
     return partial(round_plainly, form=form)

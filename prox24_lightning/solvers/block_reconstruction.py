@@ -82,14 +82,50 @@ def reconstruct_block(
     def error_of(batch: Any, target: Tensor, weights: Tensor) -> Tensor:
         return relative_error(forward(batch), target, weights)
 
-    with _own_parameters(block, trained) as parameters:
+    return descend_together(
+        block,
+        masks,
+        error_of,
+        parts,
+        steps=steps,
+        trained=trained,
+        roundings=roundings,
+        learning_rate=learning_rate,
+        graphed=graphed,
+    )
+
+
+def descend_together(
+    module: nn.Module,
+    masks: Mapping[str, Tensor],
+    error_of: Callable[..., Tensor],
+    parts: Sequence[tuple[Any, ...]],
+    *,
+    steps: int,
+    judged: Sequence[tuple[Any, ...]] | None = None,
+    trained: Collection[Tensor] | None = None,
+    roundings: Mapping[str, Rounding] | None = None,
+    learning_rate: float = LEARNING_RATE,
+    graphed: bool = True,
+) -> tuple[float, float]:
+    """Lower an error that several weights of a module have in common, as :func:`reconstruct_block` does.
+
+    Args:
+        error_of: called with each of ``parts``; its gradient is taken.
+        parts: one a step.
+        judged: parts whose mean error decides whether the steps helped; None: ``parts``.
+
+    Other arguments and the result are those of :func:`reconstruct_block`.
+    """
+    judged = parts if judged is None else judged
+    with _own_parameters(module, trained) as parameters:
         before = [parameter.detach().clone() for parameter in parameters.values()]
-        first = _mean_error(error_of, parts)
+        first = _mean_error(error_of, judged)
         try:
             for attempt in range(_ATTEMPTS if parameters else 0):
                 rate = learning_rate * _SHRINKAGE**attempt
                 _descend(parameters, masks, error_of, parts, steps, rate, roundings or {}, graphed=graphed)
-                last = _mean_error(error_of, parts)
+                last = _mean_error(error_of, judged)
                 if last < first:
                     return first, last
                 _write(parameters, before)
@@ -127,7 +163,7 @@ def _descend(
     parameters: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
     error_of: Callable[..., Tensor],
-    parts: Sequence[tuple[Any, Tensor, Tensor]],
+    parts: Sequence[tuple[Any, ...]],
     steps: int,
     learning_rate: float,
     roundings: Mapping[str, Rounding],
@@ -202,7 +238,7 @@ def _write(parameters: Mapping[str, nn.Parameter], values: Sequence[Tensor]) -> 
         parameter.copy_(value)
 
 
-def _mean_error(error_of: Callable[..., Tensor], parts: Sequence[tuple[Any, Tensor, Tensor]]) -> float:
+def _mean_error(error_of: Callable[..., Tensor], parts: Sequence[tuple[Any, ...]]) -> float:
     with torch.enable_grad():  # as in the steps: what is compiled for them serves here too
         errors = []
         for part in parts:

@@ -98,6 +98,36 @@ def test_smoothing_lowers_the_rise_of_the_loss(model):
     assert rise(model, exact, names) < 0.5 * plain
 
 
+@pytest.mark.parametrize("form", ["fp8_e4m3", "int8"])
+def test_tuned_models_predict_closer_to_16_bits(model, form):
+    exact, untuned = copy.deepcopy(model), copy.deepcopy(model)
+    round_model(untuned, BATCHES, form, smooth=False, progress=False)
+    report = round_model(model, BATCHES, form, smooth=False, tune_steps=20, progress=False)
+
+    def rise_of(changed):
+        measured = OutputDivergence([lambda: exact(**BATCHES[1], use_cache=False)])
+        measured._runs = [lambda: changed(**BATCHES[1], use_cache=False)]
+        with rounded_inputs(layers_of(changed).values(), form):
+            return measured()
+
+    # Both at weights and inputs of 8 bits, on the batch that is not trained on.
+    assert report.tuned == pytest.approx((rise_of(untuned), rise_of(model)), rel=1e-3)
+    assert report.tuned[1] < report.tuned[0]
+    assert f"by {report.tuned[1]:.5f} tuned" in str(report)
+    layers, before = layers_of(model), dict(exact.named_parameters())
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight, round_weight(layer.weight, form))
+        assert not layer.weight[before[f"{name}.weight"] == 0].any()
+    others = {n: p for n, p in model.named_parameters() if n.removesuffix(".weight") not in layers}
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in others.items())
+
+
+@pytest.mark.parametrize("steps", [-1, 2.0, True])
+def test_steps_that_cannot_be(model, steps):
+    with pytest.raises(ValueError, match="tune_steps=.* must be a whole number"):
+        round_model(model, BATCHES, "int8", tune_steps=steps, progress=False)
+
+
 def test_layers_keep_16_bits_until_the_rise_is_within_the_bound(model):
     exact = copy.deepcopy(model)
     every = round_model(copy.deepcopy(model), BATCHES, "int8", smooth=False, max_loss_rise=10, progress=False)

@@ -15,12 +15,13 @@ from prox24_lightning.calibration.blocks import call_model
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.calibration.output_divergence import OutputDivergence
 from prox24_lightning.oneshot.progress import LayerProgress
-from prox24_lightning.oneshot.prune import prune_layerwise
+from prox24_lightning.oneshot.prune import check_ordinary, prune_layerwise
 from prox24_lightning.oneshot.pruning_report import LayerwiseReport
 from prox24_lightning.oneshot.rounding.budget import RoundedLayers, RoundingBudget, rounding_prices, within_rise
 from prox24_lightning.oneshot.rounding.smooth_inputs import SmoothedInputs, smooth_inputs
+from prox24_lightning.oneshot.rounding.tune import tune_rounded
 from prox24_lightning.solvers.budget.price import LayerTimes
-from prox24_lightning.utils.tensors import to_device
+from prox24_lightning.utils.tensors import to_device, without_inference
 from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import select_weights
 
@@ -37,12 +38,14 @@ class RoundingReport:
         smoothed: one entry an input; empty without ``smooth``.
         layers: the rounding of each layer.
         budget: which layers keep 16 bits and what that gives; None without ``max_loss_rise``.
+        tuned: rise of the loss on the last batch before and after ``tune_steps``; None without.
     """
 
     form: RoundedForm
     smoothed: tuple[SmoothedInputs, ...]
     layers: LayerwiseReport
     budget: RoundingBudget | None
+    tuned: tuple[float, float] | None = None
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -60,6 +63,9 @@ class RoundingReport:
                 f"{len(gains)} of {len(self.smoothed)} inputs can be scaled freely; the loss of rounding a layer "
                 f"changes by {lost} (geometric mean)"
             )
+        if self.tuned is not None:
+            before, after = self.tuned
+            lines.append(f"the loss rises by {before:.5f} nats with all layers in {self.form}, by {after:.5f} tuned")
         if self.budget is not None:
             found, whole = self.budget, sum(len(price.names) for price in self.budget.prices)
             lines.append(
@@ -70,6 +76,7 @@ class RoundingReport:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)
 def round_model(
     model: nn.Module,
     batches: Iterable[Any],
@@ -78,6 +85,7 @@ def round_model(
     targets: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
     smooth: bool = True,
+    tune_steps: int = 0,
     max_loss_rise: float | None = None,
     layer_times: LayerTimes | None = None,
     device: str | torch.device | None = None,
@@ -89,7 +97,9 @@ def round_model(
     First factors move outliers of the inputs into the weights, where that changes no output
     (:func:`~prox24_lightning.oneshot.rounding.smooth_inputs.smooth_inputs`). Then kept entries of a row make up for
     each other's errors (:func:`~prox24_lightning.oneshot.prune.prune_layerwise` with ``method="keep"``). With
-    ``max_loss_rise`` layers get their 16 bits back, the most expensive ones first, until the loss rises by no more.
+    ``tune_steps`` the rounded weights of all layers then change together
+    (:func:`~prox24_lightning.oneshot.rounding.tune.tune_rounded`). With ``max_loss_rise`` layers get their 16 bits
+    back, the most expensive ones first, until the loss rises by no more.
 
     Args:
         model: 2:4 in what is to be rounded.
@@ -97,11 +107,14 @@ def round_model(
         form: "fp8_e4m3" or "int8".
         targets, skip: patterns of names, see :func:`~prox24_lightning.weights.selection.select_weights`.
         smooth: scale inputs first.
+        tune_steps: gradient steps that bring the model's predictions closest to those that it gave in 16 bits, each on
+            one batch. Takes the whole model on ``device``, and 20 bytes for each rounded weight.
         max_loss_rise: largest rise of the loss, in nats (0.007 is 0.7 % of perplexity), measured on the first
             batches against the model in 16 bits: the divergence of its outputs
             (:class:`~prox24_lightning.calibration.output_divergence.OutputDivergence`). None rounds every layer.
         layer_times: of each layer in 16 and in 8 bits, by name; None goes by multiply-adds.
-        device: where blocks are rounded, and the whole model is with ``max_loss_rise``; None is where the model is.
+        device: where blocks are rounded, and the whole model is with ``tune_steps`` and ``max_loss_rise``; None is
+            where the model is.
         offload: see :func:`~prox24_lightning.oneshot.prune.prune_layerwise`.
         progress: show bars.
 
@@ -109,10 +122,14 @@ def round_model(
         what was done; ``kept`` names the layers that are not rounded.
 
     Raises:
-        ValueError: for a bound that is not positive, and as ``prune_layerwise``: a weight that is not 2:4, say.
+        ValueError: for a bound that is not positive, steps that are no whole number, and as ``prune_layerwise``: a
+            weight that is not 2:4, say.
     """
     if max_loss_rise is not None:
         check_loss_rise(max_loss_rise)
+    if tune_steps:
+        check_tune_steps(tune_steps)
+        check_ordinary(model)
     batches = list(batches)
     chosen = select_weights(model, targets=targets, skip=skip).chosen
     layers = {weight.module_name: weight.module for weight in chosen if weight.parameter.dim() == 2}
@@ -132,17 +149,40 @@ def round_model(
         offload=offload,
         progress=progress,
     )
-    budget = None
-    if max_loss_rise is not None:
-        done = {record.name.removesuffix(".weight") for record in report.layers}
-        rounded = {name: layer for name, layer in layers.items() if name in done}
-        home = next(model.parameters()).device
+    done = {record.name.removesuffix(".weight") for record in report.layers}
+    rounded = {name: layer for name, layer in layers.items() if name in done}
+    tuned = budget = None
+    home = next(model.parameters()).device
+    if tune_steps or max_loss_rise is not None:
         model.to(home if device is None else device)
-        try:
+    try:
+        if tune_steps:
+            tuned = _tuned(model, batches, rounded, exact, form, tune_steps, progress)
+        if max_loss_rise is not None:
             budget = _budget(model, batches[:PROBE_BATCHES], rounded, exact, form, max_loss_rise, layer_times, progress)
-        finally:
-            model.to(home)
-    return RoundingReport(form, tuple(smoothed), report, budget)
+    finally:
+        model.to(home)
+    return RoundingReport(form, tuple(smoothed), report, budget, tuned)
+
+
+def _tuned(
+    model: nn.Module,
+    batches: Sequence[Any],
+    layers: Mapping[str, nn.Module],
+    exact: Mapping[str, Tensor],
+    form: RoundedForm,
+    steps: int,
+    progress: bool,
+) -> tuple[float, float]:
+    moved = [without_inference(one) for one in _on_device(batches, model)]
+    with isolated(model), LayerProgress(steps, enabled=progress) as bar:
+        bar.describe(f"steps at weights of {form}")
+        return tune_rounded(model, moved, layers, exact, form, steps, step=partial(bar.step, 1, "tuning"))
+
+
+def _on_device(batches: Sequence[Any], model: nn.Module) -> list[Any]:
+    place = next(model.parameters()).device
+    return [to_device(dict(one) if isinstance(one, Mapping) else one, place) for one in batches]
 
 
 def _budget(
@@ -156,9 +196,7 @@ def _budget(
     progress: bool,
 ) -> RoundingBudget:
     """Measure where the model lies, and give the layers that are kept their weights back."""
-    place = next(model.parameters()).device
-    moved = [to_device(dict(one) if isinstance(one, Mapping) else one, place) for one in batches]
-    runs = [partial(call_model, model, one) for one in moved]
+    runs = [partial(call_model, model, one) for one in _on_device(batches, model)]
     switch = RoundedLayers(layers, exact, form)
     with isolated(model), LayerProgress(len(layers), enabled=progress) as bar:
         with switch.inputs_too(()):
@@ -172,6 +210,16 @@ def _budget(
         found = within_rise(prices, measured, max_rise)
         switch.round(set(layers) - set(found.kept))
     return found
+
+
+def check_tune_steps(tune_steps: int) -> None:
+    """Raise for a number of steps that cannot be.
+
+    Raises:
+        ValueError: if it is no whole number, or negative.
+    """
+    if isinstance(tune_steps, bool) or not isinstance(tune_steps, int) or tune_steps < 0:
+        raise ValueError(f"tune_steps={tune_steps!r} must be a whole number, not negative; 0 leaves them out")
 
 
 def check_loss_rise(max_loss_rise: float) -> None:
