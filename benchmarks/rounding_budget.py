@@ -3,8 +3,9 @@
     python -m benchmarks.rounding_budget
     python -m benchmarks.rounding_budget --forms '["int8"]'
 
-Three tables of a one-shot 2:4 language model. ``budget``: perplexity with every layer in 8 bits, then with the layers
-that cost most for what they save in 16 bits, chosen on calibration text for a bound and for shares of the gain
+Three tables of a one-shot 2:4 language model. ``budget``: perplexity with every layer in 8 bits, before and after
+gradient steps on all layers together (``prox24_lightning.oneshot.rounding.tune``), then with the layers that cost most
+for what they save in 16 bits, chosen on calibration text for a bound and for shares of the gain
 (``prox24_lightning.oneshot.rounding.budget``; the gain goes by multiply-adds). ``budget_kinds``: the rise of the loss
 with one kind of layer alone in 8 bits, its weights, its inputs or both. ``budget_layers``: the same for each input,
 both, with the exponent of its factors. The rise is the divergence of the outputs, in nats.
@@ -25,6 +26,7 @@ from torch import nn
 
 from benchmarks.calibration_and_evaluation import draw_sequences
 from benchmarks.result_files import write_result
+from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.calibration.output_divergence import OutputDivergence
 from prox24_lightning.calibration.rounded_inputs import rounded_inputs
 from prox24_lightning.io.pretrained import Pretrained
@@ -37,6 +39,7 @@ from prox24_lightning.oneshot.rounding.budget import (
     rounding_prices,
     within_rise,
 )
+from prox24_lightning.oneshot.rounding.tune import tune_rounded
 from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import select_weights
 from recipes.calibration_text import LibraryDocs, PythonDocs
@@ -56,6 +59,7 @@ def main(
     eval_sequences: int = 64,
     forms: list[RoundedForm] = ["int8", "fp8_e4m3"],  # noqa: B006
     bound: float = 0.007,
+    tune_steps: int = 100,
     shares: list[float] = [0.1, 0.2, 0.3],  # noqa: B006
     seed: int = 0,
     dtype: str = "bfloat16",
@@ -77,6 +81,8 @@ def main(
         eval_sequences: held-out sequences a column.
         forms: of 8 bits.
         bound: largest rise of the loss, in nats.
+        tune_steps: gradient steps on all layers together at the rounded values, after which layers are chosen; 0 leaves
+            them out.
         shares: of the gain of 8 bits that are given back for layers in 16 bits, one row each.
         seed: which text is drawn.
         dtype: of weights and activations.
@@ -143,6 +149,17 @@ def main(
             write_result(output, name, title, kinds, part="budget_kinds", note=note)
             if not smooth:
                 continue
+            if tune_steps:
+                begin = time.perf_counter()
+                moved = [{"input_ids": part["input_ids"].to(place)} for part in batches]
+                with isolated(network):
+                    switch.round(layers)
+                    tune_rounded(network, moved, layers, exact, form, tune_steps)
+                seconds += time.perf_counter() - begin
+                switch, label = RoundedLayers(layers, exact, form), f"{label}, {tune_steps} steps"
+                with rounded_inputs(layers.values(), form):
+                    rise = {"rise %": 100 * divergence()}
+                    add(label, **{"in 16 bits": 0, "gain left %": 100.0, "seconds": seconds}, **rise)
             prices = rounding_prices(layers, switch, divergence, runs[0])
             measured = partial(_rise, switch, divergence)
             for text, found in _choices(prices, measured, bound, shares):

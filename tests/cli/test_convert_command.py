@@ -390,9 +390,10 @@ def test_layers_that_keep_16_bits(prox24, sparse_folder, tmp_path):
     assert config["modules_not_rounded"] == sorted(
         f"model.layers.{layer}.self_attn.{key}_proj" for layer in range(2) for key in "qkv"
     )
-    bound = ("--weights", "int8", *calibrate, "--max_loss_rise", "1e-12", "--smooth", "false")
+    bound = ("--weights", "int8", *calibrate, "--max_loss_rise", "1e-12", "--smooth", "false", "--tune_steps", 2)
     code, out, _ = prox24("convert", sparse_folder, tmp_path / "bound", *bound)
     assert code == 0
+    assert "tuned" in out
     config = json.loads((tmp_path / "bound" / "config.json").read_text())["quantization_config"]
     kept = config["modules_not_rounded"]
     assert f"with {len(kept)} of 14 in 16 bits" in " ".join(out.split())
@@ -410,6 +411,7 @@ def test_layers_that_keep_16_bits(prox24, sparse_folder, tmp_path):
             ("--weights", "int8", "--max_loss_rise", "0.01"),
             "--max_loss_rise takes rounded weights and calibration text",
         ),
+        (("--weights", "int8", "--tune_steps", "2"), "--tune_steps takes rounded weights and calibration text"),
         (("--keep_16bit", '["*.q_proj"]'), "--keep_16bit is for rounded weights"),
         (("--weights", "int8", "--keep_16bit", '["*.k_porj"]'), "keep_16bit='*.k_porj' matches no layer"),
     ],
