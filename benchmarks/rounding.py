@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def main(
     eval_sequences: int = 64,
     reconstruct_steps: int = 100,
     tune_steps: list[int] = [100],  # noqa: B006
-    tune_rate: float = LEARNING_RATE,
+    tune_rates: list[float] = [LEARNING_RATE],  # noqa: B006
     forms: list[RoundedForm] = ["fp8_e4m3", "int8"],  # noqa: B006
     plain: bool = False,
     seed: int = 0,
@@ -80,7 +81,7 @@ def main(
         eval_sequences: held-out sequences a column.
         reconstruct_steps: of the rows with block reconstruction; 0 leaves them out.
         tune_steps: of the rows whose layers change together at the rounded values; [] leaves them out.
-        tune_rate: largest step of these, relative to the rms of each weight.
+        tune_rates: largest step of these, relative to the rms of each weight; one row each.
         forms: of 8 bits.
         plain: round plainly alone, without the rows that solve layers.
         seed: which text is drawn.
@@ -129,13 +130,13 @@ def main(
         prune_layerwise(network, batches, device=place, progress=False, **options)
         return time.perf_counter() - begin
 
-    def tune(form: RoundedForm, steps: int) -> float:
+    def tune(form: RoundedForm, steps: int, rate: float) -> float:
         begin = time.perf_counter()
         exact = {key: pruned[f"{key}.weight"] for key in named}
         moved = [{"input_ids": part["input_ids"].to(place)} for part in batches]
         with isolated(network):
-            before, after = tune_rounded(network, moved, named, exact, form, steps, learning_rate=tune_rate)
-        print(f"{form}, {steps} steps: divergence {before:.5f}, {after:.5f}", flush=True)
+            before, after = tune_rounded(network, moved, named, exact, form, steps, learning_rate=rate)
+        print(f"{form}, {steps} steps at {rate:g}: divergence {before:.5f}, {after:.5f}", flush=True)
         return time.perf_counter() - begin
 
     sparse = f"the folder {checkpoint}" if checkpoint else f"one-shot {method}"
@@ -172,9 +173,10 @@ def main(
         if not plain:
             add(f"2:4, {form} on the mask", form, prune(**on_the_mask, weights=form))
             solved = _state(network)
-            for steps in tune_steps:
+            for steps, rate in product(tune_steps, tune_rates):
                 network.load_state_dict(solved)
-                add(f"2:4, {form} on the mask, {steps} steps of all layers", form, tune(form, steps))
+                label = f"2:4, {form} on the mask, {steps} steps of all layers at {rate:g}"
+                add(label, form, tune(form, steps, rate))
             network.load_state_dict(pruned)
     if plain or not reconstruct_steps:
         return
