@@ -4,15 +4,14 @@
 
 Every row prunes the same dense weights on the same calibration tokens and leaves other layers dense, as many as give
 back the same share of the speed-up. The simple rules: the first and last blocks dense (from the ends inwards), the
-layers with the worst local loss dense, attention dense (then MLPs), each as far as the budget reaches.
+layers with the worst local loss dense, attention dense (then MLPs), each as far as the budget reaches. "judged" is the
+loss that the choice has measured for these layers, before any row is pruned.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +24,11 @@ from prox24_lightning.convert.layer_times import layer_times
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity
 from prox24_lightning.oneshot import prune_layerwise
-from prox24_lightning.oneshot.tradeoff import measure_prices
-from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, fill, predicted_speedup
+from prox24_lightning.oneshot.tradeoff import measure_choices
+from prox24_lightning.solvers.budget.choose import predicted_speedup
+from prox24_lightning.solvers.budget.rules import RULES
 from prox24_lightning.weights.selection import select_weights
 from recipes.calibration_text import LibraryDocs, PythonDocs
-
-_ATTENTION = re.compile(r"attn|attention|[qkvo]_proj")
-
-Rule = Callable[[Sequence[LayerPrice], float], frozenset[str]]
-
-
-def _from_the_ends(prices: Sequence[LayerPrice], budget: float) -> frozenset[str]:
-    block = {price.name: int(re.findall(r"\.(\d+)\.", price.name)[0]) for price in prices}
-    last = max(block.values())
-    return fill(sorted(prices, key=lambda price: min(block[price.name], last - block[price.name])), prices, budget)
-
-
-def _worst_local(prices: Sequence[LayerPrice], budget: float) -> frozenset[str]:
-    return fill(sorted(prices, key=lambda price: -price.local_loss), prices, budget)
-
-
-def _attention(prices: Sequence[LayerPrice], budget: float) -> frozenset[str]:
-    return fill(sorted(prices, key=lambda price: not _ATTENTION.search(price.name)), prices, budget)
-
-
-RULES: dict[str, Rule] = {
-    "budget": choose_dense,
-    "first and last blocks dense": _from_the_ends,
-    "worst local loss dense": _worst_local,
-    "attention dense": _attention,
-}
 
 
 def main(
@@ -83,7 +57,7 @@ def main(
         data: calibration text, and the evaluation text of the first column.
         other: evaluation text of the second column.
         budgets: shares of the speed-up given back.
-        rules: which of the rules; null for all.
+        rules: which of the simple rules; null for all.
         sequences: calibration sequences.
         length: tokens a sequence.
         batch_size: sequences a batch.
@@ -114,7 +88,8 @@ def main(
     shapes = {weight.name: (weight.parameter.shape[0], weight.parameter.shape[1]) for weight in chosen}
     times = layer_times(shapes, tokens, measure=True) if measure_kernels else {}
     begin = time.perf_counter()
-    prices = measure_prices(network, batches, device=place, layer_times=times or None, progress=False)
+    found = measure_choices(network, batches, budgets, device=place, layer_times=times or None, progress=False)
+    prices = found.prices
     seconds = time.perf_counter() - begin
     losses: dict[str, float] = {}
 
@@ -137,18 +112,22 @@ def main(
     kind = f"kernels at {tokens} tokens" if times else "multiply-adds"
     note = (
         f"{model.describe()}; calibration {sequences} x {length} tokens of {data.describe()}, seed {seed}; evaluation "
-        f"{eval_sequences} x {length} tokens each, second column {other.describe()}. Times by {kind}; prices took "
+        f"{eval_sequences} x {length} tokens each, second column {other.describe()}. Times by {kind}; choosing took "
         f"{seconds:.0f} s. Options of every row: {options or 'defaults'}. {texts.apart}."
     )
     rows = [row("dense", 1.0, frozenset(price.name for price in prices))]
-    plan: list[tuple[str, float, frozenset[str]]] = [("uniform 2:4", 0.0, frozenset())]
-    for budget in budgets:
-        plan += [(f"{rule}, {budget:g}", budget, RULES[rule](prices, budget)) for rule in rules or RULES]
-    for label, budget, names in plan:
+    plan: list[tuple[str, float, frozenset[str], dict[str, Any]]] = [("uniform 2:4", 0.0, frozenset(), {})]
+    for budget, choice in zip(budgets, found.choices, strict=True):
+        tried = dict(choice.tried)
+        print(f"budget {budget:g}: {choice.name}, of {tried}")
+        plan.append((f"budget, {budget:g}", budget, choice.dense, {"judged": choice.loss, "chosen by": choice.name}))
+        for rule in rules or RULES:
+            plan.append((f"{rule}, {budget:g}", budget, RULES[rule](prices, budget), {"judged": tried.get(rule)}))
+    for label, budget, names, more in plan:
         network.load_state_dict(dense)
         skip = sorted(names) or None
         prune_layerwise(network, batches, device=place, progress=False, skip=skip, **(options or {}))
-        rows.append(row(label, budget, names))
+        rows.append({**row(label, budget, names), **more})
         # After every row, so that a run that is cut short leaves what it has.
         write_result(output, name, "The dial between dense and 2:4, no training", rows, note=note)
 

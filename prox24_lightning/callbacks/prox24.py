@@ -81,7 +81,7 @@ class Prox24(Callback):
             channels between convolutions. Layers that compute these inputs, the state of the optimizers and averages
             move along; where one of these cannot, or outputs would change, the order stays.
         budget: (``progressive``) share of the speed-up that is given back as the phase begins, for layers that stay
-            dense: those whose 2:4 form, one layer at a time, raises the model's loss most for the time that it saves.
+            dense, where that lowers the model's loss most, measured one by one and together.
             The loss is what the module that training calls returns as ``loss``, or the error of its output; times are
             those of this GPU's kernel table at 4096 tokens, or multiply-adds.
         calibration_batches: (``progressive``) how many of the last training batches a block is solved on.

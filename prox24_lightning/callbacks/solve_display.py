@@ -25,7 +25,11 @@ class _RichBar:
         if progress is not self._progress:  # the bar makes another one for each stage
             self._progress, self._task = progress, progress.add_task("", total=state.blocks)
         progress.update(
-            self._task, completed=state.block - 1, total=state.blocks, description=f"Solving {state}", visible=True
+            self._task,
+            completed=max(0, state.block - 1),
+            total=state.blocks,
+            description=f"Solving {state}",
+            visible=True,
         )
         progress.refresh()
 
@@ -52,7 +56,7 @@ class _TqdmBar:
                 file=sys.stdout,
                 bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}]",
             )
-        self._line.n = state.block - 1
+        self._line.n = max(0, state.block - 1)
         self._line.set_description_str(f"Solving {state}")
 
     def end(self, state: SolveState, *, stopped: bool) -> None:

@@ -83,8 +83,8 @@ def prune(
         targets: patterns of names; null takes every linear layer of the blocks.
         skip: patterns of names that stay dense.
         blocks: name of the list of blocks; null finds it.
-        budget: share of the speed-up that is given back for the layers whose 2:4 form raises the model's loss most for
-            the time that it saves. Times are those of this GPU's kernel table at 4096 tokens, else multiply-adds.
+        budget: share of the speed-up that is given back for layers that stay dense, where that lowers the model's loss
+            most. Times are those of this GPU's kernel table at 4096 tokens, else multiply-adds.
         dense_target: 0 keeps each layer's own outputs, 1 aims at the dense model's; null is 0.5, and 0 with keep.
         reorder_inputs: choose which inputs share a group of four, where the layers before can return them in another
             order; the dense model computes the same.

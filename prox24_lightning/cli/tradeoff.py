@@ -52,7 +52,7 @@ def tradeoff(
 ) -> None:
     """Draw the loss of a causal language model against its predicted speed, from dense to 2:4.
 
-    Each layer is tried 2:4 alone first; at each budget those that cost most loss for their time stay dense. Writes
+    Layers are tried first, one by one and together; at each budget those stay dense that lower the loss most. Writes
     tradeoff.png, .csv and .json, and with max_loss prune.yaml for `prox24 prune --config` and Prox24.
 
     Exit code 0: done. 2: an error.
@@ -146,8 +146,9 @@ def _table(found: Tradeoff, pick: TradeoffPoint | None) -> Table:
     table = Table(title="loss against predicted speed")
     for column in ("", "budget", "dense layers", "predicted speed-up", "loss", "above dense"):
         table.add_column(column, justify="right")
+    table.add_column("chosen by")
     for point in found.points:
         row = (f"{point.budget:.2f}", str(len(point.dense)), f"{point.speedup:.3f}", f"{point.loss:.4f}")
         mark = "*" if point is pick else ""
-        table.add_row(f"{point.label} {mark}", *row, f"{point.loss - found.dense_loss:+.4f}")
+        table.add_row(f"{point.label} {mark}", *row, f"{point.loss - found.dense_loss:+.4f}", point.choice)
     return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -39,6 +41,15 @@ class LayerProgress:
     def describe(self, text: str) -> None:
         """Show ``text`` beside the bar."""
         self._bar.update(self._task, description=text)
+
+    @contextmanager
+    def measured(self, most: int) -> Iterator[Callable[[str], None]]:
+        """Show a second bar; yield a function that is told what is measured, at most so often."""
+        task = self._bar.add_task("measuring", total=most)
+        try:
+            yield lambda text: self._bar.update(task, advance=1, description=text)
+        finally:
+            self._bar.remove_task(task)
 
     def shrink(self, layers: int) -> None:
         """Take ``layers`` off the total."""

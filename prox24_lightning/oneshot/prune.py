@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prox24_lightning.calibration.blocks import Blocks, find_blocks
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
-from prox24_lightning.oneshot.budget import layer_prices, within_budget
+from prox24_lightning.oneshot.budget import choose_dense_layers, left_dense
 from prox24_lightning.oneshot.config import PruneConfig, own_or_dense_target
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune_block import BlockPruner, skipped_weight
@@ -85,9 +85,10 @@ def prune_layerwise(
         blocks: name of the list of blocks, where the largest list of like modules is not the right one. Each block
             must receive the output of the one before it; where the blocks of a list that was found do not, the same
             layers are pruned with the whole model as one block.
-        budget: share in [0, 1) of the speed-up that is given back for layers that stay dense: those whose 2:4 form,
-            measured one layer at a time, raises the model's loss most for the time that it saves. The loss is what the
-            model returns as ``loss``, that of the next token, or the error of its output.
+        budget: share in [0, 1) of the speed-up that is given back for layers that stay dense: those by which
+            that lowers the model's loss most, measured one by one and together
+            (:mod:`~prox24_lightning.solvers.budget.portfolio`). The loss is what the model returns as ``loss``, that of
+            the next token, or the error of its output.
         layer_times: for the budget, time of each weight's product by its name: (dense, 2:4), from
             :func:`~prox24_lightning.convert.layer_times`; None goes by multiply-adds, so that the budget is a share of
             the weights.
@@ -198,8 +199,8 @@ def _prune_blocks(
         recorded = BlockInputs.recorded(model, blocks, batches, home=home, device=work, offload=config.offload)
         inputs = stack.enter_context(recorded)
         if config.budget:
-            prices = layer_prices(model, inputs, kept, chosen, bar, layer_times)
-            chosen, dense = within_budget(prices, chosen, config.budget)
+            found = choose_dense_layers(model, inputs, kept, chosen, [config.budget], bar, layer_times)
+            chosen, dense = left_dense(found, chosen)
             report.skipped += dense
             bar.shrink(len(dense))
         finished = None

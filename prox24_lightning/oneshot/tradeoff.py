@@ -17,10 +17,12 @@ from torch import nn
 from prox24_lightning.calibration.blocks import find_blocks
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
-from prox24_lightning.oneshot.budget import layer_prices
+from prox24_lightning.oneshot.budget import choose_dense_layers
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune import check_ordinary, inside_blocks, prune_layerwise
-from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, predicted_speedup
+from prox24_lightning.solvers.budget.choose import LayerPrice, predicted_speedup
+from prox24_lightning.solvers.budget.measure import BudgetChoices
+from prox24_lightning.solvers.budget.portfolio import Choice
 from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.files import replacing, write_text
@@ -41,6 +43,7 @@ class TradeoffPoint:
         label: "dense", "2:4", or the budget.
         budget: share of the speed-up that is given back.
         dense: names of the weights that stay dense.
+        choice: what they were chosen by (:mod:`~prox24_lightning.solvers.budget.portfolio`).
         speedup: predicted, of the products of all layers that could be 2:4.
         loss: held-out loss.
     """
@@ -50,6 +53,7 @@ class TradeoffPoint:
     dense: tuple[str, ...]
     speedup: float
     loss: float
+    choice: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,11 @@ class Tradeoff:
         """Return one line a point."""
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(("label", "budget", "speedup", "loss", "excess", "dense layers"))
+        table.writerow(("label", "budget", "speedup", "loss", "excess", "dense layers", "choice"))
         for point in self.points:
             excess = point.loss - self.dense_loss
-            table.writerow((point.label, point.budget, point.speedup, point.loss, excess, len(point.dense)))
+            dense = len(point.dense)
+            table.writerow((point.label, point.budget, point.speedup, point.loss, excess, dense, point.choice))
         return text.getvalue()
 
     def plot(self, path: str | Path, *, chosen: TradeoffPoint | None = None, unit: str = "nats") -> None:
@@ -112,9 +117,10 @@ class Tradeoff:
 
 
 @torch.inference_mode(False)
-def measure_prices(
+def measure_choices(
     model: nn.Module,
     batches: Sequence[Any],
+    budgets: Sequence[float],
     *,
     targets: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
@@ -123,10 +129,11 @@ def measure_prices(
     device: str | torch.device | None = None,
     layer_times: LayerTimes | None = None,
     progress: bool = True,
-) -> list[LayerPrice]:
-    """Return the price of every layer that :func:`~prox24_lightning.oneshot.prune_layerwise` would prune.
+) -> BudgetChoices:
+    """Return the price of every layer that :func:`~prox24_lightning.oneshot.prune_layerwise` would prune, and what it
+    would leave dense at each of ``budgets``.
 
-    The arguments are those of that function; the model is as before afterwards.
+    The other arguments are those of that function; the model is as before afterwards.
     """
     check_ordinary(model)
     batches = [without_inference(batch) for batch in batches]
@@ -138,7 +145,7 @@ def measure_prices(
     with isolated(model), LayerProgress(len(chosen), enabled=progress) as bar:
         found, kept = chain_of_blocks(model, found, batches, home, blocks)
         with BlockInputs.recorded(model, found, kept, home=home, device=work, offload="device") as inputs:
-            return layer_prices(model, inputs, batches, chosen, bar, layer_times)
+            return choose_dense_layers(model, inputs, batches, chosen, budgets, bar, layer_times)
 
 
 def measure_tradeoff(
@@ -162,7 +169,7 @@ def measure_tradeoff(
         budgets: shares of the speed-up given back; 0 is uniform 2:4. Dense is always among the points.
         layer_times: see :func:`~prox24_lightning.oneshot.prune_layerwise`.
         device: where blocks are solved.
-        work_dir: folder for prices and finished points, from which a killed run goes on.
+        work_dir: folder for choices and finished points, from which a killed run goes on.
         progress: show bars.
         prune: further arguments of ``prune_layerwise``.
 
@@ -174,14 +181,18 @@ def measure_tradeoff(
         raise ValueError(f"budgets {wrong} must lie in [0, 1)")
     finished = _Finished(work_dir, model, batches, options, layer_times)
     chosen_by = {key: options[key] for key in ("targets", "skip", "geometry", "blocks") if key in options}
+    budgets = sorted(set(budgets))
+    if missing := [budget for budget in budgets if str(budget) not in finished.choices]:
+        found = measure_choices(
+            model, batches, missing, device=device, layer_times=layer_times, progress=progress, **chosen_by
+        )
+        finished.keep(missing, found)
     prices = finished.prices
-    if prices is None:
-        prices = measure_prices(model, batches, device=device, layer_times=layer_times, progress=progress, **chosen_by)
-        finished.prices = prices
     dense = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     points = []
-    for budget in sorted(set(budgets)):
-        names = sorted(choose_dense(prices, budget))
+    for budget in budgets:
+        choice = finished.choices[str(budget)]
+        names = sorted(choice.dense)
         loss = finished.losses.get(str(budget))
         if loss is None:
             try:
@@ -194,15 +205,15 @@ def measure_tradeoff(
                 model.load_state_dict(dense)
             finished.add(str(budget), loss)
         label = "2:4" if budget == 0 else f"{budget:g}"
-        points.append(TradeoffPoint(label, budget, tuple(names), predicted_speedup(prices, names), loss))
-        log.info("budget %g: %d layers dense, loss %.4f", budget, len(names), loss)
+        points.append(TradeoffPoint(label, budget, tuple(names), predicted_speedup(prices, names), loss, choice.name))
+        log.info("budget %g: %d layers dense by %s, loss %.4f", budget, len(names), choice.name, loss)
     everything = tuple(price.name for price in prices)
     points.append(TradeoffPoint("dense", 1.0, everything, 1.0, evaluate(model)))
-    return Tradeoff(tuple(points), tuple(prices), bool(layer_times))
+    return Tradeoff(tuple(points), prices, bool(layer_times))
 
 
 class _Finished:
-    """Prices and losses of an earlier run with the same model, batches and settings, in one JSON file."""
+    """Choices and losses of an earlier run with the same model, batches and settings, in one JSON file."""
 
     def __init__(
         self,
@@ -217,7 +228,8 @@ class _Finished:
         self._identity = checksum(
             [*model.parameters(), *tensors_in(list(batches)), repr(sorted(options.items())), repr(times)]
         )
-        self._prices: list[LayerPrice] | None = None
+        self.prices: tuple[LayerPrice, ...] = ()
+        self.choices: dict[str, Choice] = {}
         self.losses: dict[str, float] = {}
         if self._path is not None and self._path.exists():
             content = json.loads(self._path.read_text(encoding="utf-8"))
@@ -225,17 +237,14 @@ class _Finished:
                 raise ValueError(
                     f"{self._path} belongs to a run with another model, text or settings: use another folder"
                 )
-            self._prices = [LayerPrice(**price) for price in content["prices"]]
+            self.prices = tuple(LayerPrice(**price) for price in content["prices"])
+            self.choices = {key: Choice.from_dict(one) for key, one in content["choices"].items()}
             self.losses = content["losses"]
 
-    @property
-    def prices(self) -> list[LayerPrice] | None:
-        """What has been measured; None before."""
-        return self._prices
-
-    @prices.setter
-    def prices(self, prices: list[LayerPrice]) -> None:
-        self._prices = prices
+    def keep(self, budgets: Sequence[float], found: BudgetChoices) -> None:
+        """Keep what has been chosen at budgets."""
+        self.prices = found.prices
+        self.choices |= {str(budget): choice for budget, choice in zip(budgets, found.choices, strict=True)}
         self._write()
 
     def add(self, budget: str, loss: float) -> None:
@@ -246,6 +255,10 @@ class _Finished:
     def _write(self) -> None:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            prices = [asdict(price) for price in self._prices or ()]
-            content = {"identity": self._identity, "prices": prices, "losses": self.losses}
+            content = {
+                "identity": self._identity,
+                "prices": [asdict(price) for price in self.prices],
+                "choices": {budget: choice.to_dict() for budget, choice in self.choices.items()},
+                "losses": self.losses,
+            }
             write_text(self._path, json.dumps(content, indent=1))

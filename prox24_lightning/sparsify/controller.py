@@ -344,7 +344,7 @@ class SparsifyController:
         text = f"after step {self.step}, in phase {self.phase!r}"
         if (state := self.watch.interrupted) is None:
             return text
-        return f"{text}, while it solved block {state.block} of {state.blocks} ({state.name}): weights are as before"
+        return f"{text}, while it solved {state.place}: weights are as before"
 
     def write_masks(self) -> None:
         """Write ``masks_file``, if there is one and the masks are frozen; all ranks call it."""

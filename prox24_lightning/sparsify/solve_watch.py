@@ -22,7 +22,7 @@ class SolveState:
     """Where a pause is.
 
     Attributes:
-        block: number of the block that is solved, from 1.
+        block: number of the block that is solved, from 1; 0 before the first one.
         blocks: all blocks of the model.
         name: the layer that is solved.
         seconds: since the pause began.
@@ -35,9 +35,14 @@ class SolveState:
     seconds: float
     seconds_left: float | None = None
 
+    @property
+    def place(self) -> str:
+        """What is being done, in words."""
+        return f"block {self.block} of {self.blocks} ({self.name})" if self.block else self.name
+
     def __str__(self) -> str:
         left = "" if self.seconds_left is None else f", {self.seconds_left:.0f} s left"
-        return f"block {self.block} of {self.blocks} ({self.name}){left}"
+        return f"{self.place}{left}"
 
 
 class SolveDisplay(Protocol):
@@ -123,7 +128,7 @@ class SolveWatch:
         now = time.perf_counter()
         expected = [self._expected(cost) for cost in self._left]
         left = None
-        if None not in expected:
+        if expected and None not in expected:
             left = max(0.0, sum(seconds for seconds in expected if seconds) - (now - self._block_begin))
         return replace(self._state, seconds=now - self._begin, seconds_left=left)
 
@@ -158,5 +163,6 @@ class LogLines:
 
     def end(self, state: SolveState, *, stopped: bool) -> None:
         if state.seconds >= self._first and not stopped:
-            self._say(f"{self._name}: solved up to block {state.block} of {state.blocks} in {state.seconds:.1f} s")
+            done = f"solved up to block {state.block} of {state.blocks}" if state.block else "prepared"
+            self._say(f"{self._name}: {done} in {state.seconds:.1f} s")
         self._next = self._first

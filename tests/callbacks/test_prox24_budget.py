@@ -9,6 +9,8 @@ from tiny_runs import StatefulLoader, quiet_trainer
 from torch import nn
 
 from prox24_lightning import Prox24, is_24
+from prox24_lightning.solvers.budget.portfolio import choose_by_loss
+from prox24_lightning.solvers.budget.rules import RULES
 from prox24_lightning.sparsify.config import SparsifyConfig
 from prox24_lightning.weights.selection import select_weights
 
@@ -125,3 +127,18 @@ def test_a_loss_that_cannot_be_measured_leaves_each_layers_own(monkeypatch, capl
     assert "odd output" in caplog.text
     assert dense_names(prox)
     assert all(is_24(found.get_parameter(name)) for name in prox.masks)
+
+
+def test_the_choice_is_judged_on_whole_models_and_within_the_budget(monkeypatch):
+    made = []
+
+    def spied(*args, **kwargs):
+        made.append(choose_by_loss(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr("prox24_lightning.solvers.budget.measure.choose_by_loss", spied)
+    found, prox = run(budget=0.3)
+    assert dense_names(prox) == made[0].dense
+    assert {*RULES, "mixed prices"} <= dict(made[0].tried).keys()
+    sizes = {weight.name: weight.parameter.numel() for weight in select_weights(found, skip=["model.embed"])}
+    assert sum(sizes[name] for name in made[0].dense) <= 0.3 * sum(sizes.values()) * (1 + 1e-6)

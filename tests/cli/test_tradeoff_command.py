@@ -31,6 +31,7 @@ def test_curve_and_the_config_of_the_picked_point(prox24, home, tmp_path):
     assert len((out / "tradeoff.csv").read_text().splitlines()) == 4
     assert (out / "tradeoff.png").exists()
     assert "picked: 2.000 x" in printed
+    assert "chosen by" in printed
     config = yaml.safe_load((out / "prune.yaml").read_text())
     assert "skip" not in config or config["skip"] is None
     code, _, err = tradeoff(prox24, home, out, "--budgets", "[0.3]", "--max_loss", 100, "--overwrite", "true")

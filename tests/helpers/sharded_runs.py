@@ -51,11 +51,12 @@ def fit(
     full: bool = True,
     resume: Path | None = None,
     also=(),
+    budget: float = 0.0,
     **more,
 ):
     """Train; returns trainer, module and what all ranks have in the end, gathered."""
     seed_everything(0, verbose=False)
-    options = {} if strategy == "progressive" else {"strategy": "post_step", "metric": "activation"}
+    options = {"budget": budget} if strategy == "progressive" else {"strategy": "post_step", "metric": "activation"}
     prox = Prox24(START, FREEZE, targets=["model.0", "model.2"], verbose=False, **options)
     callbacks = [prox, *also]
     if folder is not None:

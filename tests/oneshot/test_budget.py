@@ -8,8 +8,10 @@ from tiny_blocks import batches, prune, seeded
 from tiny_reordered import IDS, llama
 
 from prox24_lightning.calibration.model_loss import ModelLoss
-from prox24_lightning.oneshot.tradeoff import measure_prices
+from prox24_lightning.oneshot.tradeoff import measure_choices
 from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, fill, predicted_speedup
+from prox24_lightning.solvers.budget.measure import mean_on_all_ranks, split_batches
+from prox24_lightning.solvers.budget.rules import RULES
 
 
 def price(name, loss, dense=2.0, sparse=1.0, local=0.0):
@@ -97,7 +99,7 @@ def test_a_price_is_the_rise_of_the_loss_with_one_layer_24():
     model, _ = llama()
     before = copy.deepcopy(model.state_dict())
     data = [{"input_ids": IDS}]
-    prices = measure_prices(model, data, progress=False)
+    prices = measure_choices(model, data, [0.0], progress=False).prices
     assert len(prices) == 14
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {one.gain for one in prices if "down_proj" in one.name} == {32 * 48 / 2}
@@ -126,3 +128,47 @@ def test_a_model_on_another_device_goes_by_local_losses(monkeypatch, caplog):
     report = prune(seeded(), budget=0.2)
     assert "no loss here" in caplog.text
     assert any(weight.reason.startswith("budget") for weight in report.skipped)
+
+
+def test_choices_are_measured_as_whole_models_and_the_model_stays_as_it_is():
+    model, _ = llama()
+    before = copy.deepcopy(model.state_dict())
+    data = [{"input_ids": IDS.roll(number)} for number in range(4)]
+    found = measure_choices(model, data, [0.3, 0.6], progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    gains = {price.name: price.gain for price in found.prices}
+    for budget, choice in zip((0.3, 0.6), found.choices, strict=True):
+        assert sum(gains[name] for name in choice.dense) <= budget * sum(gains.values()) * (1 + 1e-6)
+        assert {*RULES, "prices of the dense model", "prices of the 2:4 model"} <= dict(choice.tried).keys()
+        assert choice.loss == min(loss for _, loss in choice.tried)
+    assert measure_choices(model, data, [0.3, 0.6], progress=False) == found
+    pruned = copy.deepcopy(model)
+    report = prune(pruned, data, method="wanda", budget=0.3)
+    dense = {weight.name for weight in report.skipped if weight.reason.startswith("budget")}
+    assert dense == found.choices[0].dense
+
+
+def test_the_batches_that_decide_gave_no_price_if_there_are_enough():
+    assert split_batches(8) == (slice(0, 2), slice(4, 8))
+    assert split_batches(3) == (slice(0, 2), slice(2, 3))
+    assert split_batches(2) == (slice(0, 2), slice(0, 2))
+
+
+def test_a_model_that_fails_with_all_layers_24_goes_by_prices(monkeypatch, caplog):
+    def failing(*args, **kwargs):
+        raise ArithmeticError("not on such weights")
+
+    model, _ = llama()
+    before = copy.deepcopy(model.state_dict())
+    data = [{"input_ids": IDS}]
+    monkeypatch.setattr("prox24_lightning.solvers.budget.measure.marginal_prices", failing)
+    found = measure_choices(model, data, [0.3], progress=False)
+    assert "not on such weights" in caplog.text
+    assert found.choices[0].dense == choose_dense(found.prices, 0.3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_counts_as_infinity_and_an_error_is_told():
+    assert mean_on_all_ranks(lambda: float("nan")) == float("inf")
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        mean_on_all_ranks(lambda: 1 / 0)

@@ -32,6 +32,8 @@ def test_points_go_from_24_to_dense_and_the_model_stays_dense(tmp_path):
     assert not found.timed
     rows = list(csv.DictReader(io.StringIO(found.to_csv())))
     assert [row["dense layers"] for row in rows][::2] == ["0", "14"]
+    assert rows[0]["choice"] == "2:4"
+    assert rows[1]["choice"] == found.points[1].choice != ""
     assert len(json.loads(found.to_json())["prices"]) == 14
     found.plot(tmp_path / "curve.png", chosen=found.points[1])
     assert (tmp_path / "curve.png").stat().st_size > 5000

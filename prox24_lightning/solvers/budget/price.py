@@ -13,15 +13,19 @@ from prox24_lightning.calibration.statistics.hessian import HessianAccumulator
 from prox24_lightning.solvers.budget.choose import LayerPrice
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.input_group import Run, input_group_hessian
-from prox24_lightning.solvers.layer import solve
+from prox24_lightning.solvers.layer import Solution, solve
 from prox24_lightning.utils.distributed import from_first, gathered_objects
 from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix
 from prox24_lightning.weights.selection import GroupedWeight
+from prox24_lightning.weights.sharded import local_part, part_of, whole
 
 SENSITIVITY = SolverConfig("wanda", refine_steps=50)
 
 LayerTimes = Mapping[str, tuple[float, float]]
 """Name of a weight -> time of its product, dense and 2:4, in one unit."""
+
+Attempt = Callable[[Callable[[], HessianAccumulator]], HessianAccumulator]
+"""Makes the runs of this rank, see :func:`~prox24_lightning.solvers.input_group.input_group_hessian`."""
 
 
 def times_or_products(weights: Sequence[GroupedWeight], times: LayerTimes | None) -> LayerTimes:
@@ -40,7 +44,7 @@ def prices_of_groups(
     loss: Callable[[], float] | None,
     *,
     describe: Callable[[str], None] = lambda text: None,
-    attempt: Callable[[Callable[[], HessianAccumulator]], HessianAccumulator] | None = None,
+    attempt: Attempt | None = None,
 ) -> list[LayerPrice]:
     """Return the prices of the layers of a block, by Wanda's mask with refined values.
 
@@ -60,12 +64,34 @@ def prices_of_groups(
         for layer in group.layers:
             weight = weights[layer]
             describe(f"price of {weight.module_name}")
-            solution = solve(as_matrix(layer), hessian, SENSITIVITY, dim=weight.matrix_dim, name=weight.module_name)
+            solution = _solved(weight, hessian)
             rise = local = solution.refined_loss or 0.0
             if loss is not None and dense_loss is not None:
-                rise = _with(weight.parameter, from_matrix(layer, solution.weight), loss) - dense_loss
+                rise = _with(weight, solution.weight, loss) - dense_loss
             prices.append(LayerPrice(weight.name, rise, local, *times[weight.name]))
     return prices
+
+
+@torch.no_grad()
+def solve_in_turn(
+    groups: Sequence[InputGroup],
+    weights: Mapping[nn.Module, GroupedWeight],
+    runs: Sequence[Run],
+    *,
+    describe: Callable[[str], None] = lambda text: None,
+    attempt: Attempt | None = None,
+) -> None:
+    """Make the layers of a block 2:4 as :func:`prices_of_groups` does, each on the inputs that those before it leave.
+
+    The arguments are those of that function; ``weights`` hold the result afterwards.
+    """
+    for group in groups:
+        hessian = input_group_hessian(group, runs, attempt=attempt).hessian
+        for layer in group.layers:
+            weight = weights[layer]
+            describe(f"2:4 form of {weight.module_name}")
+            solution = _solved(weight, hessian)
+            _write(weight, solution.weight)
 
 
 def mean_prices(prices: Sequence[LayerPrice]) -> list[LayerPrice]:
@@ -80,12 +106,24 @@ def reason(price: LayerPrice) -> str:
     return f"budget: 2:4 of this layer alone would raise the loss by {price.loss:.4f}"
 
 
+def _solved(weight: GroupedWeight, hessian: Tensor) -> Solution:
+    matrix = as_matrix(weight.module, whole(local_part(weight.parameter), weight.parameter))
+    return solve(matrix, hessian, SENSITIVITY, dim=weight.matrix_dim, name=weight.module_name)
+
+
 @torch.no_grad()
-def _with(parameter: Tensor, values: Tensor, loss: Callable[[], float]) -> float:
-    """Return the loss with other values in a parameter."""
-    dense = parameter.detach().clone()
+def _write(weight: GroupedWeight, matrix: Tensor) -> None:
+    values = from_matrix(weight.module, matrix)
+    local_part(weight.parameter).copy_(part_of(values, weight.parameter))
+
+
+@torch.no_grad()
+def _with(weight: GroupedWeight, matrix: Tensor, loss: Callable[[], float]) -> float:
+    """Return the loss with other values in a weight."""
+    part = local_part(weight.parameter)
+    dense = part.detach().clone()
     try:
-        parameter.copy_(values)
+        _write(weight, matrix)
         return loss()
     finally:
-        parameter.copy_(dense)
+        part.copy_(dense)

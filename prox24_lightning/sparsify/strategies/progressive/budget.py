@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -12,64 +13,98 @@ from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.calibration.hooked_module import HookedModule
 from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.model_loss import ModelLoss
-from prox24_lightning.solvers.budget.choose import LayerPrice
-from prox24_lightning.solvers.budget.price import LayerTimes, prices_of_groups
+from prox24_lightning.solvers.budget.measure import BudgetChoices, ModelLosses, Visit, choose_layers, split_batches
+from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
-from prox24_lightning.sparsify.strategies.progressive.errors import described, on_all_ranks
+from prox24_lightning.sparsify.strategies.progressive.errors import described, direct, on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun
 from prox24_lightning.utils.distributed import gathered_objects, rank
+from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.layer_matrix import why_not_solvable
+from prox24_lightning.weights.selection import GroupedWeight
+from prox24_lightning.weights.sharded import is_sharded
 
 log = logging.getLogger(__name__)
 
-_PROBES = 2
-"""Recorded calls on which the loss is measured once a layer."""
 
-
-def layer_prices(
+def choose_dense_layers(
     model: nn.Module,
     hooked: HookedModule,
     neighbours: Sequence[Sequence[Block]],
     calls: Sequence[ModuleCall],
+    budgets: Sequence[float],
     times: LayerTimes,
-) -> list[LayerPrice]:
-    """Return the prices of the layers of blocks, by the loss that the hooked module returns, or its output's error.
+) -> BudgetChoices:
+    """Return the prices of the layers of blocks and what stays dense, by the loss that the hooked module returns.
+
+    Where it returns none, the error of its output counts.
 
     Args:
         model: what holds the hooked module.
         hooked: is rerunning.
         neighbours: its blocks, in the order in which they run; those that share reruns of the recorded batches.
         calls: of the hooked module.
+        budgets: shares of the gain given back.
         times: of all layers.
 
     Raises:
         RerunError: if the model cannot be called again.
     """
-    whole = [BlockRun(model, call, hooked.module) for call in calls[-_PROBES:]]
-    loss: ModelLoss | None = None
+    weights = [weight for together in neighbours for block in together for weight in _priced(block).values()]
+    losses = _losses(model, hooked, calls)
+    each_block = partial(_each_block, model, hooked, neighbours, calls)
+    return choose_layers(weights, each_block, budgets, times, losses, step=between_pieces, attempt=_attempt(weights))
+
+
+def _losses(model: nn.Module, hooked: HookedModule, calls: Sequence[ModuleCall]) -> ModelLosses | None:
+    # The last calls saw the latest weights: they give the prices.
+    runs = [BlockRun(model, call, hooked.module) for call in reversed(calls)]
+    losses: ModelLosses | None = None
     problem = None
     try:
-        loss = ModelLoss(whole, [run.call.kwargs.get("input_ids") for run in whole])
-        loss()
+        losses = ModelLosses(*(_loss(runs[part]) for part in split_batches(len(runs))))
     except Exception as error:  # of the user's forward
         problem = described(error)
     if (problem := next((found for found in gathered_objects(problem) if found), None)) is not None:
-        loss = None
+        losses = None
         if rank() == 0:
             log.warning("the budget goes by each layer's own loss, since the model's cannot be measured: %s", problem)
-    prices: list[LayerPrice] = []
+    return losses
+
+
+def _loss(runs: Sequence[BlockRun]) -> Callable[[], float]:
+    loss = ModelLoss(runs, [run.call.kwargs.get("input_ids") for run in runs])
+    loss()
+    return loss
+
+
+def _each_block(
+    model: nn.Module,
+    hooked: HookedModule,
+    neighbours: Sequence[Sequence[Block]],
+    calls: Sequence[ModuleCall],
+    visit: Visit,
+) -> None:
+    attempt = _attempt([weight for together in neighbours for block in together for weight in block.weights])
     for together in neighbours:
-        reruns = on_all_ranks(partial(BlockReruns, model, hooked, together, calls))
+        reruns = attempt(partial(BlockReruns, model, hooked, together, calls))
         for block in together:
-            runs = on_all_ranks(partial(reruns.runs_of, block))
+            runs = attempt(partial(reruns.runs_of, block))
             if not all(gathered_objects(bool(runs))):
                 continue
-            weights = {
-                weight.module: weight
-                for weight in block.weights
-                if not weight.is_experts and why_not_solvable(weight.module, weight.parameter_name) is None
-            }
-            groups = on_all_ranks(partial(find_input_groups, list(weights), runs[0]))
-            prices += prices_of_groups(groups, weights, runs, times, loss, attempt=on_all_ranks)
-            on_all_ranks(partial(reruns.pass_on, block, runs, None))
-    return prices
+            weights = _priced(block)
+            groups = attempt(partial(find_input_groups, list(weights), runs[0]))
+            visit(groups, weights, runs)
+            attempt(partial(reruns.pass_on, block, runs, None))
+
+
+def _attempt(weights: Sequence[GroupedWeight]) -> Callable[[Callable[[], Any]], Any]:
+    return direct if any(is_sharded(weight.parameter) for weight in weights) else on_all_ranks
+
+
+def _priced(block: Block) -> Mapping[nn.Module, GroupedWeight]:
+    return {
+        weight.module: weight
+        for weight in block.weights
+        if not weight.is_experts and why_not_solvable(weight.module, weight.parameter_name) is None
+    }

@@ -20,7 +20,7 @@ from prox24_lightning.calibration.hooked_module import HookedModule, share_of
 from prox24_lightning.calibration.isolation.reproduction import RerunSettings
 from prox24_lightning.calibration.statistics.output_error import OutputGradients
 from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense
-from prox24_lightning.solvers.budget.price import mean_prices, reason, times_or_products
+from prox24_lightning.solvers.budget.price import reason, times_or_products
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
 from prox24_lightning.sparsify.strategies.progressive.blocks import (
     Block,
@@ -28,7 +28,7 @@ from prox24_lightning.sparsify.strategies.progressive.blocks import (
     cut_into_blocks,
     order_of_blocks,
 )
-from prox24_lightning.sparsify.strategies.progressive.budget import layer_prices
+from prox24_lightning.sparsify.strategies.progressive.budget import choose_dense_layers
 from prox24_lightning.sparsify.strategies.progressive.calibration import Calibration, SolveSettings
 from prox24_lightning.sparsify.strategies.progressive.errors import described, on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.input_orders import choose_orders
@@ -176,7 +176,7 @@ class RerunCalibration(Calibration):
         """
         self._place()
         check_same_order(self.blocks)
-        if self.settings.budget and not self._sharded:
+        if self.settings.budget:
             self._spend_budget()
         if self.settings.reorder_inputs and not self._sharded:
             self._reorder_inputs()
@@ -197,15 +197,20 @@ class RerunCalibration(Calibration):
     def _spend_budget(self) -> None:
         prices: list[LayerPrice] = []
         times = times_or_products(self.context.weights, self.settings.layer_times)
-        for hooked in self._hooked:
-            blocks = [block for block in self.blocks if block.hooked is hooked]
-            if blocks and all(gathered_objects(bool(hooked.calls))):
-                with hooked.rerunning(), self._graph_memory.shared():
-                    prices += layer_prices(
-                        self.model, hooked, self._neighbours(blocks), self._shared_calls(hooked), times
-                    )
-        prices = mean_prices(prices)
-        dense = choose_dense(prices, self.settings.budget)
+        called = [hooked for hooked in self._hooked if all(gathered_objects(bool(hooked.calls)))]
+        parts = {hooked: [block for block in self.blocks if block.hooked is hooked] for hooked in called}
+        parts = {hooked: blocks for hooked, blocks in parts.items() if blocks}
+        # The losses of several modules have no common unit: a price there is all that is known of a layer.
+        budgets = [self.settings.budget] if len(parts) == 1 else []
+        dense: frozenset[str] | None = None
+        for hooked, blocks in parts.items():
+            with hooked.rerunning(), self._graph_memory.shared():
+                found = choose_dense_layers(
+                    self.model, hooked, self._neighbours(blocks), self._shared_calls(hooked), budgets, times
+                )
+            prices += found.prices
+            dense = found.choices[0].dense if budgets else None
+        dense = choose_dense(prices, self.settings.budget) if dense is None else dense
         kept = tuple(weight for weight in self.context.weights if weight.name not in dense)
         if not kept:
             log.warning("2:4 would make no layer faster: budget=%g has no effect", self.settings.budget)

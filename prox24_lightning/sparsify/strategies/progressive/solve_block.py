@@ -6,7 +6,6 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from prox24_lightning.solvers.input_group import Run, input_group_hessian, solve
 from prox24_lightning.sparsify.strategies.base import Masks
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.calibration import SolveSettings
-from prox24_lightning.sparsify.strategies.progressive.errors import on_all_ranks
+from prox24_lightning.sparsify.strategies.progressive.errors import direct, on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.reconstruct import reconstruct
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun, mixed, outputs_of
 from prox24_lightning.utils.cuda import without_tf32
@@ -57,7 +56,7 @@ def solve_block(
     experts = {weight.module: [w for w in solvable if w.module is weight.module] for weight in solvable}
     experts = {module: weights for module, weights in experts.items() if module not in owners}
     # Reruns of a sharded model make collective calls of their own.
-    attempt = _direct if any(is_sharded(weight.parameter) for weight in block.weights) else on_all_ranks
+    attempt = direct if any(is_sharded(weight.parameter) for weight in block.weights) else on_all_ranks
     found: Masks = {}
     runs = attempt(lambda: _calls(block, reruns))
     if not all(gathered_objects(bool(runs))):
@@ -100,10 +99,6 @@ def solve_block(
         reconstruct(block, runs, targets, found, reconstruction_steps, gradients, trained)
     attempt(lambda: reruns.pass_on(block, runs, dense_runs, dense_outputs))
     return found
-
-
-def _direct(action: Any) -> Any:
-    return action()
 
 
 def _calls(block: Block, reruns: BlockReruns) -> list[BlockRun]:

@@ -183,7 +183,9 @@ class Progressive(Strategy):
             self._decide(last=True)
         self._begun = True
         try:
-            problem = self._require().begin()
+            calibration = self._require()
+            with self.watch.pause(len(calibration.blocks), []):
+                problem = calibration.begin()
         except RerunError as error:
             self._stream(str(error))
             return
