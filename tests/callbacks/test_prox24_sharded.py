@@ -34,6 +34,8 @@ RUNS = [(sharding, strategy) for sharding in ("fsdp2", "tensor") for strategy in
 SAVED = {("fsdp2", "progressive"): True, ("fsdp2", "post_step"): False, ("tensor", "post_step"): True}
 """Runs that keep checkpoints -> whether these are whole files, or folders with a part a rank."""
 MIDDLE, FROZEN = 5, 10
+BUDGET = 0.7
+"""Leaves one of the two layers dense."""
 GROWN = [("post_step", MIDDLE), ("progressive", MIDDLE), ("progressive", FROZEN)]
 """From one process to two ranks."""
 
@@ -57,6 +59,8 @@ def work(rank, folder):
             again = {f"{weight.name}": gathered(weight.parameter) for weight in prox.weights}
             torch.save(again, folder / f"again_{strategy}.{rank}.pt")
     for sharding in ("fsdp2", "tensor"):
+        _, _, state = fit(sharding, "progressive", budget=BUDGET)
+        torch.save(state, folder / f"{sharding}_budget.{rank}.pt")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             _, _, state = fit(sharding, "post_step", also=[RoundWeights("int8", verbose=False)])
@@ -183,6 +187,8 @@ def folder(tmp_path_factory):
         torch.save(state, folder / f"one_{strategy}.pt")
     _, _, state = fit("", "post_step", also=[RoundWeights("int8", verbose=False)])
     torch.save(state, folder / "one_rounded.pt")
+    _, _, state = fit("", "progressive", budget=BUDGET)
+    torch.save(state, folder / "one_budget.pt")
     spawn(work, folder)
     return folder
 
@@ -198,6 +204,14 @@ def assert_close(found, expected):
             assert torch.equal(found[name], value), name
         else:
             torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "tensor"])
+def test_sharded_layers_that_stay_dense_are_those_of_one_process(folder, sharding):
+    first, second = (read(folder / f"{sharding}_budget.{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_close(first, read(folder / "one_budget.pt"))
+    assert len([name for name in first if name.startswith("mask")]) == 1
 
 
 @pytest.mark.parametrize("sharding, strategy", RUNS)
