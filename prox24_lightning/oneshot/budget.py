@@ -25,7 +25,7 @@ from prox24_lightning.solvers.budget.measure import (
 )
 from prox24_lightning.solvers.budget.price import LayerTimes, reason, times_or_products
 from prox24_lightning.utils.tensors import to_device
-from prox24_lightning.weights.selection import GroupedWeight, SkippedWeight
+from prox24_lightning.weights.selection import GroupedWeight
 
 log = logging.getLogger(__name__)
 
@@ -65,17 +65,21 @@ def choose_dense_layers(
         )
 
 
-def left_dense(
-    found: BudgetChoices, chosen: Sequence[GroupedWeight]
-) -> tuple[list[GroupedWeight], list[SkippedWeight]]:
-    """Split ``chosen`` into what is pruned and what the first of the choices leaves dense."""
-    dense, prices = found.choices[0].dense, {price.name: price for price in found.prices}
-    skipped = [
-        SkippedWeight(w.name, type(w.module).__name__, tuple(w.parameter.shape), reason(prices[w.name]))
-        for w in chosen
-        if w.name in dense
-    ]
-    return [weight for weight in chosen if weight.name not in dense], skipped
+def reasons_to_stay(
+    model: nn.Module,
+    inputs: BlockInputs,
+    batches: Sequence[Any],
+    chosen: Sequence[GroupedWeight],
+    budget: float,
+    bar: LayerProgress,
+    times: LayerTimes | None = None,
+) -> dict[str, str]:
+    """Return the names of the weights that stay dense within a budget, and why.
+
+    The arguments are those of :func:`choose_dense_layers`.
+    """
+    found = choose_dense_layers(model, inputs, batches, chosen, [budget], bar, times)
+    return {price.name: reason(price) for price in found.prices if price.name in found.choices[0].dense}
 
 
 def _each_block(inputs: BlockInputs, layers: Sequence[GroupedWeight], visit: Visit) -> None:

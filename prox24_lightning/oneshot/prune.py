@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from prox24_lightning.calibration.blocks import Blocks, find_blocks
 from prox24_lightning.calibration.isolation.isolated import isolated
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
-from prox24_lightning.oneshot.budget import choose_dense_layers, left_dense
+from prox24_lightning.oneshot.budget import reasons_to_stay
 from prox24_lightning.oneshot.config import PruneConfig, own_or_dense_target
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune_block import BlockPruner, skipped_weight
@@ -198,11 +199,6 @@ def _prune_blocks(
         work = torch.device(home if device is None else device)
         recorded = BlockInputs.recorded(model, blocks, batches, home=home, device=work, offload=config.offload)
         inputs = stack.enter_context(recorded)
-        if config.budget:
-            found = choose_dense_layers(model, inputs, kept, chosen, [config.budget], bar, layer_times)
-            chosen, dense = left_dense(found, chosen)
-            report.skipped += dense
-            bar.shrink(len(dense))
         finished = None
         if config.work_dir is not None:
             identity = {
@@ -210,8 +206,15 @@ def _prune_blocks(
                 "weights": {weight.name: list(weight.parameter.shape) for weight in chosen},
                 "dense_weights": checksum(model.parameters()),
                 "inputs": inputs.identity(),
+                "layer_times": checksum(repr(sorted((layer_times or {}).items()))) if config.budget else None,
             }
             finished = stack.enter_context(FinishedBlocks.open(config.work_dir, {**config.settings(), **identity}))
+        if config.budget:
+            choose = partial(reasons_to_stay, model, inputs, kept, chosen, config.budget, bar, layer_times)
+            reasons = choose() if finished is None else finished.once("left_dense", choose)
+            report.skipped += [skipped_weight(one, reasons[one.name]) for one in chosen if one.name in reasons]
+            chosen = [weight for weight in chosen if weight.name not in reasons]
+            bar.shrink(len(reasons))
         twice = config.dense_target or config.reconstruct_steps
         dense_inputs = stack.enter_context(inputs.copied()) if twice else None
         pruner = BlockPruner(config, inputs, dense_inputs, finished, report, bar, holders(model), moved)

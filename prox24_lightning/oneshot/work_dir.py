@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -76,14 +76,10 @@ class FinishedBlocks:
         self._check_settings(settings)
 
     def _check_settings(self, wanted: dict[str, Any]) -> None:
-        path = self.folder / "settings.json"
-        if not path.exists():
-            write_text(path, json.dumps(wanted, indent=1))
+        found = self._json("settings.json")
+        if found is None:
+            self._keep_json("settings.json", wanted)
             return
-        try:
-            found = json_object(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); use another work_dir, or remove that folder") from None
         different = sorted(key for key in {*found, *wanted} if found.get(key, "missing") != wanted.get(key, "missing"))
         if different:
             key = different[0]
@@ -92,6 +88,29 @@ class FinishedBlocks:
                 f"{self.folder} holds blocks of another run: {key} was {found.get(key)!r} and is now "
                 f"{wanted.get(key)!r}; {dense}use another work_dir, or remove that folder"
             )
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what ``make`` has returned in the run that first asked for ``name``; all ranks call it.
+
+        Raises:
+            ValueError: if the file that keeps it is damaged.
+        """
+        if (found := on_first(lambda: self._json(f"{name}.json"))) is None:
+            found = make()
+            on_first(lambda: self._keep_json(f"{name}.json", found))
+        return found
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            return json_object(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); use another work_dir, or remove that folder") from None
+
+    def _keep_json(self, name: str, content: dict[str, Any] | None) -> None:
+        write_text(self.folder / name, json.dumps(content, indent=1))
 
     def save(self, index: int, block: FinishedBlock) -> None:
         """Write block ``index`` with a checksum, whole or not at all."""

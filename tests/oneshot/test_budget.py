@@ -172,3 +172,15 @@ def test_a_loss_that_is_not_finite_counts_as_infinity_and_an_error_is_told():
     assert mean_on_all_ranks(lambda: float("nan")) == float("inf")
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         mean_on_all_ranks(lambda: 1 / 0)
+
+
+def test_a_killed_run_keeps_its_choice(tmp_path, monkeypatch):
+    first = prune(seeded(), batches(3), budget=0.3, work_dir=tmp_path)
+    dense = {weight.name for weight in first.skipped if weight.reason.startswith("budget")}
+    # Another measurement, as on a GPU whose sums differ from run to run, would leave other layers dense.
+    monkeypatch.setattr("prox24_lightning.oneshot.budget.choose_layers", None)
+    again = prune(seeded(), batches(3), budget=0.3, work_dir=tmp_path)
+    assert {weight.name for weight in again.skipped if weight.reason.startswith("budget")} == dense
+    assert again.masks.keys() == first.masks.keys()
+    with pytest.raises(ValueError, match="layer_times was"):
+        prune(seeded(), batches(3), budget=0.3, work_dir=tmp_path, layer_times={"a": (1.0, 2.0)})
