@@ -28,7 +28,7 @@ class SendSignal(Callback):
         threading.Thread(target=self.wait, daemon=True).start()
 
     def wait(self):
-        while not self.prox.controller.watch._begin:
+        while not self.prox.controller.watch._state.block:
             time.sleep(0.01)
         time.sleep(0.3)
         self.sent = time.perf_counter()
