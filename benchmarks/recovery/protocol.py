@@ -116,8 +116,8 @@ def run_all(jobs: Sequence[Job], results: Results, processes: int, until: float 
         results.add(job, result, start)
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in result["losses"].items())
         console.print(f"{title}: {losses}; {result['seconds']:.0f} s")
-        for name, scores in result.get("averages", {}).items():
-            losses = ", ".join(f"{text} {loss:.4f}" for text, loss in job.task.losses(scores).items())
+        for name, scored in result.get("averages", {}).items():
+            losses = ", ".join(f"{text} {loss:.4f}" for text, loss in scored["losses"].items())
             console.print(f"  {name}: {losses}", markup=False)
     return failed
 

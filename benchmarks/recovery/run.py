@@ -88,17 +88,17 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
     steps = trainer.global_step
     score = trainer.test if task.split == "test" else trainer.validate
 
-    def scored() -> dict[str, float]:
+    def scored() -> dict[str, Any]:
         parts = score(module, datamodule=data, verbose=False)
-        return {name: float(value) for logged in parts for name, value in logged.items()}
+        scores = {name: float(value) for logged in parts for name, value in logged.items()}
+        return {"losses": task.losses(scores), "scores": scores}
 
-    scores = scored()
+    last = scored()
     kept = [callback for callback in callbacks if isinstance(callback, Averages)]
     averages = {name: scored() for averages in kept for name in averages.put_in_turn(module)}
     task.finished(module)
     return {
-        "losses": task.losses(scores),
-        "scores": scores,
+        **last,
         "steps": steps,
         "seconds": record.seconds,
         "pruning_seconds": sum(callback.seconds for callback in callbacks if isinstance(callback, OneShot)),

@@ -27,6 +27,18 @@ def excesses(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
     return found
 
 
+def with_averages(runs: Sequence[dict[str, Any]], rows: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return runs and rows with the averages of each run as rows of their own, behind the row of its last weights."""
+    more, names = list(runs), []
+    for row in rows:
+        names.append(row)
+        for run in (run for run in runs if run["row"] == row):
+            for average, scored in run.get("averages", {}).items():
+                more.append({**run, **scored, "row": f"{row}: {average}"})
+                names.append(f"{row}: {average}")
+    return more, list(dict.fromkeys(names))
+
+
 def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: Sequence[str]) -> list[dict[str, Any]]:
     """One row a way, mean and spread (sample standard deviation) over its seeds; rows without a run are left out.
 
@@ -126,6 +138,7 @@ def finish(
     """Write the table and the plot of what is there, and say what is unfair about it."""
     if not runs:
         return
+    runs, rows = with_averages(runs, rows)
     note += (
         "Excess: loss above dense training of the same seed, mean over the texts; spread over seeds. Wall time: whole "
         f"run with pruning, in units of plain masked fine-tuning of the same start (the fits of {', '.join(plain)}). "

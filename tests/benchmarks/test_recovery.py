@@ -27,7 +27,7 @@ from benchmarks.recovery.protocol import Job, Results, best_rates, compare, run_
 from benchmarks.recovery.recipes import main as recipes
 from benchmarks.recovery.rows import FINETUNING, SCRATCH, Row, chosen_rows, further_rows
 from benchmarks.recovery.scratch import Recipe
-from benchmarks.recovery.summary import excesses, table, warnings
+from benchmarks.recovery.summary import excesses, table, warnings, with_averages
 from benchmarks.recovery.table import main as again
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.mask import is_24
@@ -290,8 +290,12 @@ def test_averages_of_a_run_are_scored_and_change_none_of_its_own_scores(task):
     assert averaged["scores"] == plain["scores"]
     assert averaged["share_24"] == 1
     assert set(averaged["averages"]) == {"average 0.98", "average 0.995", "0.6 of the last", "0.8 of the last"}
-    others = [task.losses(scores) for scores in averaged["averages"].values()]
-    assert len({others[0]["a"], *(other["a"] for other in others), plain["losses"]["a"]}) == 5
+    losses = [scored["losses"]["a"] for scored in averaged["averages"].values()]
+    assert len({*losses, plain["losses"]["a"]}) == 5
+    run = {**averaged, "row": "averaged", "seed": 0}
+    runs, rows = with_averages([{**plain, "row": "plain", "seed": 0}, run], ["plain", "averaged"])
+    assert rows == ["plain", "averaged", *(f"averaged: {name}" for name in averaged["averages"])]
+    assert [one["losses"]["a"] for one in runs[2:]] == losses
 
 
 def test_mixtures_lie_between_the_freeze_and_the_end():
