@@ -107,6 +107,8 @@ def main(
             **scores,
             "excess": excess,
             "share of uniform 2:4": share,
+            "judged": "",
+            "chosen by": "",
         }
 
     kind = f"kernels at {tokens} tokens" if times else "multiply-adds"
@@ -122,7 +124,7 @@ def main(
         print(f"budget {budget:g}: {choice.name}, of {tried}")
         plan.append((f"budget, {budget:g}", budget, choice.dense, {"judged": choice.loss, "chosen by": choice.name}))
         for rule in rules or RULES:
-            plan.append((f"{rule}, {budget:g}", budget, RULES[rule](prices, budget), {"judged": tried.get(rule)}))
+            plan.append((f"{rule}, {budget:g}", budget, RULES[rule](prices, budget), {"judged": tried.get(rule, "")}))
     for label, budget, names, more in plan:
         network.load_state_dict(dense)
         skip = sorted(names) or None
