@@ -8,7 +8,8 @@ gradient steps on all layers together (``prox24_lightning.oneshot.rounding.tune`
 for what they save in 16 bits, chosen on calibration text for a bound and for shares of the gain
 (``prox24_lightning.oneshot.rounding.budget``; the gain goes by multiply-adds). ``budget_kinds``: the rise of the loss
 with one kind of layer alone in 8 bits, its weights, its inputs or both. ``budget_layers``: the same for each input,
-both, with the exponent of its factors. The rise is the divergence of the outputs, in nats.
+both, with the exponent of its factors. The rise is the divergence of the outputs, in nats; in all but ``budget_kinds``
+without what the arithmetic of 16 bits makes of any change.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity
 from prox24_lightning.oneshot import prune_layerwise, smooth_inputs
 from prox24_lightning.oneshot.rounding.budget import (
+    LossRise,
     RoundedLayers,
     RoundingBudget,
     RoundingPrice,
@@ -158,10 +160,9 @@ def main(
                 seconds += time.perf_counter() - begin
                 switch, label = RoundedLayers(layers, exact, form), f"{label}, {tune_steps} steps"
                 with rounded_inputs(layers.values(), form):
-                    rise = {"rise %": 100 * divergence()}
-                    add(label, **{"in 16 bits": 0, "gain left %": 100.0, "seconds": seconds}, **rise)
-            prices = rounding_prices(layers, switch, divergence, runs[0])
-            measured = partial(_rise, switch, divergence)
+                    add(label, **{"in 16 bits": 0, "gain left %": 100.0, "seconds": seconds})
+            measured = LossRise(switch, divergence)
+            prices = rounding_prices(layers, measured, runs[0])
             for text, found in _choices(prices, measured, bound, shares):
                 with switch.inputs_too(set(layers) - set(found.kept)):
                     left = {"in 16 bits": len(found.kept), "gain left %": 100 * found.gain_left}
@@ -178,11 +179,6 @@ def main(
             ]
             title = "Rise of the loss with the layers of one input in 8 bits"
             write_result(output, name, title, inputs, part="budget_layers", note=note)
-
-
-def _rise(switch: RoundedLayers, divergence: OutputDivergence, names: Sequence[str]) -> float:
-    with switch.inputs_too(names):
-        return divergence()
 
 
 def _choices(

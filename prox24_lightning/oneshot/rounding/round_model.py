@@ -17,7 +17,13 @@ from prox24_lightning.calibration.output_divergence import OutputDivergence
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune import check_ordinary, prune_layerwise
 from prox24_lightning.oneshot.pruning_report import LayerwiseReport
-from prox24_lightning.oneshot.rounding.budget import RoundedLayers, RoundingBudget, rounding_prices, within_rise
+from prox24_lightning.oneshot.rounding.budget import (
+    LossRise,
+    RoundedLayers,
+    RoundingBudget,
+    rounding_prices,
+    within_rise,
+)
 from prox24_lightning.oneshot.rounding.smooth_inputs import SmoothedInputs, smooth_inputs
 from prox24_lightning.oneshot.rounding.tune import tune_rounded
 from prox24_lightning.solvers.budget.price import LayerTimes
@@ -110,8 +116,8 @@ def round_model(
         tune_steps: gradient steps that bring the model's predictions closest to those that it gave in 16 bits, each on
             one batch. Takes the whole model on ``device``, and 20 bytes for each rounded weight.
         max_loss_rise: largest rise of the loss, in nats (0.007 is 0.7 % of perplexity), measured on the first
-            batches against the model in 16 bits: the divergence of its outputs
-            (:class:`~prox24_lightning.calibration.output_divergence.OutputDivergence`). None rounds every layer.
+            batches against the model in 16 bits: the divergence of its outputs beyond what the arithmetic of 16 bits
+            makes (:class:`~prox24_lightning.oneshot.rounding.budget.LossRise`). None rounds every layer.
         layer_times: of each layer in 16 and in 8 bits, by name; None goes by multiply-adds.
         device: where blocks are rounded, and the whole model is with ``tune_steps`` and ``max_loss_rise``; None is
             where the model is.
@@ -201,13 +207,9 @@ def _budget(
     with isolated(model), LayerProgress(len(layers), enabled=progress) as bar:
         with switch.inputs_too(()):
             divergence = OutputDivergence(runs)
-        prices = rounding_prices(layers, switch, divergence, runs[0], times, step=bar.step)
-
-        def measured(names: Sequence[str]) -> float:
-            with switch.inputs_too(names):
-                return divergence()
-
-        found = within_rise(prices, measured, max_rise)
+        rise = LossRise(switch, divergence)
+        prices = rounding_prices(layers, rise, runs[0], times, step=bar.step)
+        found = within_rise(prices, rise, max_rise)
         switch.round(set(layers) - set(found.kept))
     return found
 
