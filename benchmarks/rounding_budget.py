@@ -41,7 +41,7 @@ from prox24_lightning.oneshot.rounding.budget import (
     rounding_prices,
     within_rise,
 )
-from prox24_lightning.oneshot.rounding.tune import tune_rounded
+from prox24_lightning.oneshot.rounding.tune import LEARNING_RATE, tune_rounded
 from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import select_weights
 from recipes.calibration_text import LibraryDocs, PythonDocs
@@ -62,6 +62,7 @@ def main(
     forms: list[RoundedForm] = ["int8", "fp8_e4m3"],  # noqa: B006
     bound: float = 0.007,
     tune_steps: int = 100,
+    tune_rate: float = LEARNING_RATE,
     shares: list[float] = [0.1, 0.2, 0.3],  # noqa: B006
     seed: int = 0,
     dtype: str = "bfloat16",
@@ -85,6 +86,7 @@ def main(
         bound: largest rise of the loss, in nats.
         tune_steps: gradient steps on all layers together at the rounded values, after which layers are chosen; 0 leaves
             them out.
+        tune_rate: largest step of these, relative to the rms of each weight.
         shares: of the gain of 8 bits that are given back for layers in 16 bits, one row each.
         seed: which text is drawn.
         dtype: of weights and activations.
@@ -156,7 +158,7 @@ def main(
                 moved = [{"input_ids": part["input_ids"].to(place)} for part in batches]
                 with isolated(network):
                     switch.round(layers)
-                    tune_rounded(network, moved, layers, exact, form, tune_steps)
+                    tune_rounded(network, moved, layers, exact, form, tune_steps, learning_rate=tune_rate)
                 seconds += time.perf_counter() - begin
                 switch, label = RoundedLayers(layers, exact, form), f"{label}, {tune_steps} steps"
                 with rounded_inputs(layers.values(), form):
