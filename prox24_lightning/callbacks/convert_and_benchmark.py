@@ -30,7 +30,7 @@ from prox24_lightning.convert.packed_model import find_packable
 from prox24_lightning.convert.restore import restored_on_error
 from prox24_lightning.io.packed_folder import refuse_dense, save_folder
 from prox24_lightning.utils.errors import describe
-from prox24_lightning.utils.files import check_folder
+from prox24_lightning.utils.files import PACKED_FILE, check_folder
 from prox24_lightning.utils.module_copy import cast_model, frozen_copy
 from prox24_lightning.utils.names import counted
 from prox24_lightning.weights.layer_matrix import is_transposed_linear
@@ -155,6 +155,10 @@ class ConvertAndBenchmark(Callback):
         if self.save_to is not None:
             check_folder(self.save_to)
             refuse_dense(self.save_to)
+            if any(Path(self.save_to).glob(f"{PACKED_FILE}*")):
+                rank_zero_info(
+                    f"ConvertAndBenchmark: {self.save_to} holds a packed model, which the end of this run replaces"
+                )
         # trainer.log_dir is a collective call; on_fit_end runs on the first rank only.
         self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 

@@ -170,7 +170,7 @@ def bench(
             elif _is_language_model(source):
                 measured.note(
                     "No layer is as fast sparse at all of these numbers of tokens, so the model stays as it is. If it "
-                    "is used at some of them only, name those (--token_counts); --keep_dense true lets cuBLAS take the "
+                    "is used at some of them only, name those (--token_counts); --keep_dense lets cuBLAS take the "
                     "others."
                 )
         if names:

@@ -270,4 +270,7 @@ def _reasons(dense: dict[str, str]) -> str:
     groups: dict[str, list[str]] = {}
     for name, why in dense.items():
         groups.setdefault(why.partition(": ")[0], []).append(name)  # not ":" alone, as in 2:4
-    return "; ".join(f"{collapse_names(names)}: {why}" for why, names in groups.items())
+    return "; ".join(
+        f"{why}: {counted(len(names), 'weight')}" if why.startswith("skip=") else f"{collapse_names(names)}: {why}"
+        for why, names in groups.items()
+    )

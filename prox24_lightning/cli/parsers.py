@@ -120,6 +120,7 @@ def refuse(program: str, message: str, file: str = "") -> NoReturn:
         file: the config that it is about, if it is about one.
     """
     program = _program(program)
+    message = message.replace("required: model.name", "required: MODEL")  # the first word, for the user
     parts = [program, *([file] if file else []), first_reason(message)]
     print(f"{': '.join(parts)} (options: {program} --help)", file=sys.stderr)
     raise SystemExit(ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,9 +138,10 @@ def _state_of(path: Path) -> Mapping[str, Tensor]:
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
+        found_class = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"an object of {found_class[1]}" if found_class else "more than plain data"
         raise ValueError(
-            f"{path} holds more than plain data, and loading that could run code: save its state_dict() alone. "
-            f"torch's error: {str(error).splitlines()[0]}"
+            f"{path} holds {what}, and loading that could run code: save its state_dict() alone, with torch.save"
         ) from error
     except (EOFError, KeyError, RuntimeError) as error:  # files that torch did not write, or that are cut short
         raise ValueError(f"{path} is damaged or no checkpoint: {describe(error)}") from error

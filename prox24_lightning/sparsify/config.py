@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from prox24_lightning.schedules import FRACTION_CURVES, STRENGTH_SCHEDULES, Schedule, named_schedule
 from prox24_lightning.solvers.config import DAMPING
 from prox24_lightning.sparsify.engine import Metric
-from prox24_lightning.sparsify.phases import check_step
+from prox24_lightning.sparsify.phases import PhasePlan, check_step
 from prox24_lightning.sparsify.strategies.post_step.strategy import Refit
 from prox24_lightning.sparsify.strategies.progressive.calibration import CalibrationMode
 from prox24_lightning.sparsify.strategies.progressive.strategy import CALIBRATION_BATCHES, RECONSTRUCTION_STEPS
@@ -57,7 +57,7 @@ class SparsifyConfig:
             return f"{self.name}: goes on from a checkpoint"
         if self.strategy == "keep":
             return f"{self.name}: the zeros of weights that are 2:4 are kept from the first step on"
-        return f"{self.name}: 2:4 from step {start} to step {freeze}"
+        return f"{self.name}: weights become 2:4 {PhasePlan(start, freeze).when()}"
 
     def __post_init__(self) -> None:
         self._check_steps()

@@ -26,6 +26,13 @@ class PhasePlan:
             return "frozen"
         return "sparsify" if step > self.start else "dense"
 
+    def when(self) -> str:
+        """The optimizer steps after which weights change to 2:4, in words."""
+        if self.freeze == 0:
+            return "before the first step"
+        first = self.start + 1
+        return f"after step {self.freeze}" if first >= self.freeze else f"after steps {first} to {self.freeze}"
+
     def progress(self, step: int) -> float:
         """How far the sparsify phase is after ``step`` steps: 0 at ``start``, 1 at ``freeze``."""
         return (step - self.start) / max(self.freeze - self.start, 1)

@@ -28,7 +28,7 @@ def traps(
     if sparse and plan.freeze > 0:
         yield (
             f"{len(sparse)} of the {len(weights)} weights are 2:4 already ({sparse[0].name} is one), and get new masks "
-            f"from step {plan.start} to step {plan.freeze}; strategy='keep' keeps the zeros that are there, and "
+            f"{plan.when()}; strategy='keep' keeps the zeros that are there, and "
             "fine-tunes the rest"
         )
     few = config.calibration_batches

@@ -70,7 +70,7 @@ def test_a_resumed_run_says_where_it_goes_on(caplog, capsys, tmp_path):
     assert [message for message in caplog.messages if "phase" in message] == ["prox24: phase frozen at step 12"]
     shown = capsys.readouterr().out
     assert "prox24: goes on from a checkpoint" in shown
-    assert "2:4 from step" not in shown
+    assert "become 2:4" not in shown
 
 
 def test_the_share_in_the_bar_is_fresh_after_each_pruning_step():

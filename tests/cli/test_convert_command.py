@@ -419,3 +419,21 @@ def test_layers_that_keep_16_bits(prox24, sparse_folder, tmp_path):
 def test_bounds_and_patterns_that_cannot_be_used(prox24, sparse_folder, tmp_path, options, words):
     code, _, err = prox24("convert", sparse_folder, tmp_path / "out", *options)
     assert (code, words in err) == (2, True)
+
+
+def test_weights_left_out_by_a_pattern_are_counted_behind_it(prox24, sparse_folder, tmp_path):
+    code, printed, _ = prox24("convert", sparse_folder, tmp_path / "p", "--skip", "*.mlp.*")
+    assert code == 0
+    flat = " ".join(printed.split())
+    assert "skip='*.mlp.*': 6 weights" in flat
+    assert "mlp.up_proj" not in flat
+
+
+def test_a_pickled_module_is_refused_with_its_class(prox24, tmp_path):
+    torch.save({"state_dict": torch.nn.Bilinear(2, 2, 2)}, tmp_path / "whole.pt")
+    code, _, err = prox24("convert", tmp_path / "whole.pt", tmp_path / "out")
+    assert code == 2
+    assert (
+        "whole.pt holds an object of torch.nn.modules.linear.Bilinear, and loading that could run code: save its" in err
+    )
+    assert "weights_only" not in err

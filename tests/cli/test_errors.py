@@ -49,6 +49,8 @@ def test_a_config_that_cannot_work_ends_in_one_sentence(prox24, tmp_path, monkey
     ("words", "sentence"),
     [
         (["doctor"], "prox24 doctor: the following arguments are required: model"),
+        (["prune"], "prox24 prune: the following arguments are required: MODEL"),
+        (["tradeoff"], "prox24 tradeoff: the following arguments are required: MODEL"),
         (["doctor", "x", "--token_counts", "a"], "prox24 doctor: token_counts: expected int, got a"),
         (["prune", "--model.nam", "x"], "prune: unrecognized arguments: --model.nam x; did you mean '--model.name'?"),
         (["fit", "--prox24.start", "banana"], "prox24 fit: prox24.start: expected int or float, got banana ("),

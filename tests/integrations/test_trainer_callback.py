@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+import prox24_lightning
 from prox24_lightning import Prox24, Prox24TrainerCallback, load_masks
 from prox24_lightning.mask import is_24, mask_24
 from prox24_lightning.sparsify.controller import SparsifyController
@@ -246,3 +247,11 @@ def test_the_zeros_of_a_model_are_kept(tmp_path):
     train(callback, tmp_path, model=model)
     assert list(callback.masks) == ["model.0.weight"]
     assert (model.model[0].weight == 0).equal(before)
+
+
+@pytest.mark.parametrize("name", ["Prox24", "SparsityMonitor", "Distillation", "RoundWeights"])
+def test_in_lightning_the_callback_for_it_is_named(name):
+    kind = getattr(prox24_lightning, f"{name}TrainerCallback")
+    callback = kind.__new__(kind)  # most take the transformers.Trainer
+    with pytest.raises(TypeError, match=f"{name}TrainerCallback is for transformers.Trainer; .* takes {name}$"):
+        quiet_trainer(max_steps=1, callbacks=[callback]).fit(TinyModule(), DataLoader(TensorDataset(torch.ones(2, 8))))

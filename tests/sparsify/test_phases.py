@@ -43,3 +43,15 @@ def test_plans_that_cannot_work_are_refused(start, freeze, total, words):
 def test_values_that_are_no_steps_are_refused(value, error):
     with pytest.raises(error, match="freeze"):
         check_step(value, "freeze")
+
+
+@pytest.mark.parametrize(
+    ("start", "freeze", "words"),
+    [(0, 0, "before the first step"), (4, 4, "after step 4"), (4, 5, "after step 5"), (4, 9, "after steps 5 to 9")],
+)
+def test_when_weights_change_in_words(start, freeze, words):
+    plan = PhasePlan(start, freeze)
+    assert plan.when() == words
+    if freeze - start > 1:
+        assert next(step for step in range(12) if plan.phase(step) == "sparsify") == 5
+    assert plan.phase(freeze) == "frozen"

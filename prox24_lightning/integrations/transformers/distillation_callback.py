@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
 from prox24_lightning.finetune import (
@@ -20,13 +20,14 @@ from prox24_lightning.finetune import (
     pair_blocks,
     weights_checksum,
 )
+from prox24_lightning.integrations.transformers.host import TransformersCallback
 from prox24_lightning.integrations.transformers.scalars import log_scalars
 from prox24_lightning.utils.files import write_text
 
 _FILE = "distillation.json"
 
 
-class DistillationTrainerCallback(TrainerCallback):
+class DistillationTrainerCallback(TransformersCallback):
     """:class:`~prox24_lightning.Distillation` for ``transformers.Trainer``.
 
     The loss becomes ``(1 - share) * loss + share * distillation (+ features * hidden states)``. While training runs,
@@ -52,6 +53,8 @@ class DistillationTrainerCallback(TrainerCallback):
         ValueError: for arguments that are wrong whatever the model; at the start of training, when the teacher is
             another one than in the checkpoint, or has other blocks.
     """
+
+    in_lightning = "Distillation"
 
     def __init__(
         self,

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from prox24_lightning.integrations.transformers.host import TransformersCallback
 from prox24_lightning.integrations.transformers.scalars import log_scalars
 from prox24_lightning.integrations.transformers.trainer_callback import Prox24TrainerCallback
 from prox24_lightning.monitoring.figures import overview_figure, rendered
@@ -24,7 +25,7 @@ from prox24_lightning.utils.files import save_object
 from prox24_lightning.weights.selection import GroupedWeight, select_weights
 
 
-class SparsityMonitorTrainerCallback(TrainerCallback):
+class SparsityMonitorTrainerCallback(TransformersCallback):
     """:class:`~prox24_lightning.SparsityMonitor` for ``transformers.Trainer``: scalars, a figure, a closing table.
 
     It logs through the trainer, so it takes it: ``trainer.add_callback(SparsityMonitorTrainerCallback(trainer))``.
@@ -48,6 +49,8 @@ class SparsityMonitorTrainerCallback(TrainerCallback):
     Raises:
         ValueError: for ``every_n_steps`` below 1, and a name that is empty or holds ``/``.
     """
+
+    in_lightning = "SparsityMonitor"
 
     def __init__(
         self,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from prox24_lightning.integrations.transformers.host import TransformersCallback
 from prox24_lightning.integrations.transformers.scalars import log_scalars
 from prox24_lightning.integrations.transformers.trainer_callback import Prox24TrainerCallback
 from prox24_lightning.sparsify.rounded_training import RoundedTraining, sparse_weights
@@ -18,7 +19,7 @@ from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import GroupedWeight
 
 
-class RoundWeightsTrainerCallback(TrainerCallback):
+class RoundWeightsTrainerCallback(TransformersCallback):
     """:class:`~prox24_lightning.RoundWeights` for ``transformers.Trainer``.
 
     It looks for the ``Prox24TrainerCallback`` of the trainer and logs through it, so it takes the trainer:
@@ -37,6 +38,8 @@ class RoundWeightsTrainerCallback(TrainerCallback):
         ValueError, TypeError: for arguments that are wrong whatever the model; before the first batch, for a ``start``
             beyond the run, and for a model that is not 2:4 and has no ``Prox24TrainerCallback``.
     """
+
+    in_lightning = "RoundWeights"
 
     def __init__(
         self,

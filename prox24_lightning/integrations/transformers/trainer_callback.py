@@ -10,11 +10,12 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from typing_extensions import override
 
 from prox24_lightning.integrations.transformers.checkpoint_state import CheckpointState
+from prox24_lightning.integrations.transformers.host import TransformersCallback
 from prox24_lightning.integrations.transformers.solve_progress import SolveProgress
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
@@ -27,7 +28,7 @@ from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.selection import GroupedWeight, Selection
 
 
-class Prox24TrainerCallback(TrainerCallback):
+class Prox24TrainerCallback(TransformersCallback):
     """:class:`~prox24_lightning.Prox24` for ``transformers.Trainer``: the same arguments, phases and results.
 
     ``Trainer(..., callbacks=[Prox24TrainerCallback(start=0.5, freeze=0.8)])``. The state goes into every checkpoint
@@ -52,6 +53,8 @@ class Prox24TrainerCallback(TrainerCallback):
     Raises:
         ValueError: before the first batch, when model, trainer and arguments do not fit together.
     """
+
+    in_lightning = "Prox24"
 
     def __init__(
         self,

@@ -71,6 +71,14 @@ def test_the_folder_takes_the_form_that_the_run_trained_for(tmp_path):
     assert callbacks[1].settings.weights is None
 
 
+def test_a_folder_that_the_run_will_replace_is_named_first(tmp_path, caplog):
+    callback = ConvertAndBenchmark(verbose=False, save_to=tmp_path)
+    (tmp_path / "packed.safetensors").touch()
+    with caplog.at_level("INFO"):
+        callback.on_fit_start(quiet_trainer(default_root_dir=tmp_path, max_steps=1), LanguageModule())
+    assert f"{tmp_path} holds a packed model, which the end of this run replaces" in caplog.text
+
+
 def test_save_to_a_folder_with_dense_weights_is_refused_before_training(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="holds dense weights"):
