@@ -48,7 +48,7 @@ def prompts():
 
 def generated(model, given, **options):
     torch.manual_seed(2)
-    return model.generate(**given, **options)
+    return model.generate(**{**given, **options})
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -74,6 +74,7 @@ GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
         {**GREEDY, "cache_implementation": "static"},
         {**GREEDY, "do_sample": True, "top_k": 5, "temperature": 0.7},
         {"generation_config": hf.GenerationConfig(max_new_tokens=9, eos_token_id=5, pad_token_id=0)},
+        {**GREEDY, "attention_mask": prompts()["attention_mask"].float()},
         {**GREEDY, "num_beams": 3},
         {**GREEDY, "return_dict_in_generate": True},
         {**GREEDY, "stopping_criteria": hf.StoppingCriteriaList([lambda ids, scores: ids[:, -1] == 7])},
@@ -86,6 +87,7 @@ GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
         "static",
         "sampling",
         "config",
+        "mask of numbers",
         "beams",
         "dictionary",
         "criteria",
@@ -102,6 +104,7 @@ def test_the_same_tokens(options):
         else:
             expected_tokens = expected
         assert torch.equal(found, expected_tokens)
+    assert handle._given_up is None
     handle.remove()
     assert "generate" not in vars(model)
 

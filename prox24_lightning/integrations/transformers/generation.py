@@ -148,12 +148,13 @@ class AcceleratedGeneration:
         known = not others and all(
             type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria
         )
+        padding = None if mask is None else (mask != 0).long()  # masks of numbers too
         # The cache is filled without padding, which has to be on the left.
-        if not known or (mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any())):
+        if not known or (padding is not None and bool((padding[:, 1:] < padding[:, :-1]).any())):
             return self._sample(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         before = RandomState.now(model.device)
         try:
-            return self._accelerated(model, input_ids, mask, logits_processor, stopping_criteria, generation_config)
+            return self._accelerated(model, input_ids, padding, logits_processor, stopping_criteria, generation_config)
         except Exception as error:  # what transformers' own loop can do ends no generation
             self._decoders.clear()
             problem = describe(error)
