@@ -63,7 +63,7 @@ def main(
     bound: float = 0.007,
     tune_steps: int = 100,
     tune_rate: float = LEARNING_RATE,
-    shares: list[float] = [0.1, 0.2, 0.3],  # noqa: B006
+    shares: list[float] = [0.02, 0.05, 0.1, 0.2],  # noqa: B006
     seed: int = 0,
     dtype: str = "bfloat16",
     device: str | None = None,
