@@ -184,3 +184,11 @@ def test_a_killed_run_keeps_its_choice(tmp_path, monkeypatch):
     assert again.masks.keys() == first.masks.keys()
     with pytest.raises(ValueError, match="layer_times was"):
         prune(seeded(), batches(3), budget=0.3, work_dir=tmp_path, layer_times={"a": (1.0, 2.0)})
+
+
+def test_layers_that_cannot_be_solved_have_no_price():
+    data = batches(3)
+    data[0][0] = float("inf")
+    found = measure_choices(seeded(), data, [0.3], progress=False)
+    assert found.prices == ()
+    assert found.choices[0].dense == frozenset()

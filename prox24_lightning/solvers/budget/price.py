@@ -14,6 +14,7 @@ from prox24_lightning.solvers.budget.choose import LayerPrice
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.input_group import Run, input_group_hessian
 from prox24_lightning.solvers.layer import Solution, solve
+from prox24_lightning.utils.cuda import without_tf32
 from prox24_lightning.utils.distributed import from_first, gathered_objects
 from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix
 from prox24_lightning.weights.selection import GroupedWeight
@@ -46,7 +47,7 @@ def prices_of_groups(
     describe: Callable[[str], None] = lambda text: None,
     attempt: Attempt | None = None,
 ) -> list[LayerPrice]:
-    """Return the prices of the layers of a block, by Wanda's mask with refined values.
+    """Return the prices of the layers of a block, by Wanda's mask with refined values; none of what cannot be solved.
 
     Args:
         groups: the layers.
@@ -64,7 +65,10 @@ def prices_of_groups(
         for layer in group.layers:
             weight = weights[layer]
             describe(f"price of {weight.module_name}")
-            solution = _solved(weight, hessian)
+            try:
+                solution = _solved(weight, hessian)
+            except ValueError:  # its inputs are not finite: who prunes it says so
+                continue
             rise = local = solution.refined_loss or 0.0
             if loss is not None and dense_loss is not None:
                 rise = _with(weight, solution.weight, loss) - dense_loss
@@ -108,7 +112,8 @@ def reason(price: LayerPrice) -> str:
 
 def _solved(weight: GroupedWeight, hessian: Tensor) -> Solution:
     matrix = as_matrix(weight.module, whole(local_part(weight.parameter), weight.parameter))
-    return solve(matrix, hessian, SENSITIVITY, dim=weight.matrix_dim, name=weight.module_name)
+    with without_tf32():
+        return solve(matrix, hessian, SENSITIVITY, dim=weight.matrix_dim, name=weight.module_name)
 
 
 @torch.no_grad()
