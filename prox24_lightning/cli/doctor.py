@@ -151,6 +151,11 @@ def print_diagnosis(found: Diagnosis, console: Console) -> None:
             "Dense float8 needs no 2:4: compare before you choose. prox24 bench measures what is missing here, with "
             "--weights fp8_e4m3 or int8 also 2:4 in 8 bits."
         )
+    if able or more:
+        notes.append(
+            "Gains are those of kernels in CUDA graphs, as vLLM and prox24_lightning.accelerate_generation run them; "
+            "in eager calls of few tokens dense and sparse layers wait for the host alike."
+        )
     if any(value is None for layer in (*able, *more) for value in layer.expected.values()):
         notes.append('"<=": not measured here (prox24 bench does, on the GPU): the limit of equally good kernels.')
     print_tables(tables, [*notes, *found.notes], console)

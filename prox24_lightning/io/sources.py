@@ -139,9 +139,9 @@ def _state_of(path: Path) -> Mapping[str, Tensor]:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         found_class = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"an object of {found_class[1]}" if found_class else "more than plain data"
+        what = f" ({found_class[1]})" if found_class else ""
         raise ValueError(
-            f"{path} holds {what}, and loading that could run code: save its state_dict() alone, with torch.save"
+            f"{path} holds more than plain data{what}, and loading that could run code: save its state_dict() alone"
         ) from error
     except (EOFError, KeyError, RuntimeError) as error:  # files that torch did not write, or that are cut short
         raise ValueError(f"{path} is damaged or no checkpoint: {describe(error)}") from error

@@ -27,6 +27,7 @@ def test_a_sparse_model(prox24, sparse_folder, tmp_path):
     assert "<= 2.00" in flat
     assert "not measured here" in flat
     assert "No CUDA GPU here" in flat
+    assert "Gains are those of kernels in CUDA graphs, as vLLM and" in flat
     found = json.loads((tmp_path / "found.json").read_text())
     states = {layer["name"]: layer["state"] for layer in found["layers"]}
     assert states["model.layers.0.self_attn.q_proj"] == "fits"

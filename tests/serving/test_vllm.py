@@ -21,6 +21,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: m
 
 import transformers as hf  # noqa: E402
 from tiny_language import tiny_tokenizer  # noqa: E402
+from vllm.config import ModelConfig, VllmConfig  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
 from prox24_lightning.convert import find_packable  # noqa: E402
@@ -165,6 +166,18 @@ def test_folders_that_cannot_be_served_are_refused(change, message, tmp_path):
     plugin.Prox24Config.from_config(config)
     with pytest.raises(ValueError, match=message):
         plugin.Prox24Config.from_config({**config, **change})
+
+
+def test_a_damaged_tensor_is_refused(tmp_path):
+    folder = pack(tmp_path / "packed", sparse_model("llama"))
+    config = plugin.Prox24Config.from_config(json.loads((folder / "config.json").read_text())["quantization_config"])
+    config.maybe_update_config(str(folder))
+    config.maybe_update_config("owner/name", revision="main")
+    content = bytearray((folder / "packed.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "packed.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="packed.safetensors is damaged: the checksum of "):
+        VllmConfig(model_config=ModelConfig(str(folder), skip_tokenizer_init=True))
 
 
 def test_a_group_that_is_packed_in_part_is_refused():

@@ -7,6 +7,8 @@ whole or dense as a whole (:func:`~prox24_lightning.convert.packed_model.find_pa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from prox24_lightning.convert.eligibility import check_layer
 from prox24_lightning.convert.form_choice import form_problem
 from prox24_lightning.convert.format.header import VERSIONS
 from prox24_lightning.convert.format.packed_weight import PackedWeight, check_packed, unpack_24
+from prox24_lightning.convert.format.shards import open_packed
 from prox24_lightning.convert.kernels.buffers import to_buffer
 from prox24_lightning.convert.layers.linear_op import packed_linear
 from prox24_lightning.io.packed_folder import QUANT_METHOD
@@ -97,6 +100,18 @@ class Prox24Config(QuantizationConfig):
             raise ValueError(f"weights={form!r} of the quantization_config is none of {', '.join(LARGEST)}")
         fixed = config.get("input_scales")
         return cls(list(config["modules_to_not_convert"]), form, config.get("modules_not_rounded", ()), fixed)
+
+    def maybe_update_config(self, model_name: str, *args: Any, **kwargs: Any) -> None:
+        """Check the tensors of a folder, which vLLM calls this with before it loads them.
+
+        Files of the hub are not here yet, and are not checked; a folder without weights is vLLM's matter.
+
+        Raises:
+            ValueError: for a damaged file, or a tensor that does not fit its checksum.
+        """
+        if Path(model_name).is_dir():
+            with suppress(FileNotFoundError):
+                open_packed(model_name).check_tensors()
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.dense = hf_to_vllm_mapper.apply_list(self.dense)
