@@ -70,12 +70,11 @@ _FEWEST_SEARCHED = 256  # tokens from which cuSPARSELt is tried in bfloat16
 _MANY = 1024  # from so many on two weights in turn are enough: the inputs and results push them out of the cache
 _CHOICE_ROUNDS = 3
 _IN_SHORT = "Weights of 8 bits: the figures in short"
-_WAYS = ("before", "ahead", "within", "beside")
+_WAYS = ("before", "within", "beside")
 _WAYS_TITLE = "Weights of 8 bits: ways of rounding the tokens"
 _WAYS_NOTE = (
-    "Microseconds a product of packed fp8, rounding included, of the fastest kernel that rounds the tokens before the "
-    "product (before), so too but lets the product load its weight while earlier ones run (ahead), in the product's "
-    "blocks (within), or those of later tiles beside the product (beside)."
+    "Microseconds a product of packed fp8, rounding included, of the fastest kernel that rounds all tokens before the "
+    "product, one token within the product's blocks, or those of later tiles beside the product."
 )
 
 Shape = tuple[int, int]
@@ -173,9 +172,9 @@ def _kernels(tokens: int, form: RoundedForm | None, algorithms: Sequence[int]) -
 
 def _way(kernel: Kernel) -> str:
     """Return which of ``_WAYS`` a float8 kernel rounds its tokens in."""
-    if kernel.name == "many":
-        return "beside" if ManyTokensTiling(*kernel.config).beside else "before"
-    return _WAYS[WarpgroupTiling(*kernel.config).rounding] if kernel.name == "warpgroup" else "before"
+    if kernel.name == "many" and ManyTokensTiling(*kernel.config).beside:
+        return "beside"
+    return "within" if kernel.name == "warpgroup" and WarpgroupTiling(*kernel.config).within else "before"
 
 
 def _compile(token_counts: Sequence[int]) -> None:

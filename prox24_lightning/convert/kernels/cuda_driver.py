@@ -111,7 +111,6 @@ class CudaFunction:
         module, self._function = c_void_p(), c_void_p()
         check(library.cuModuleLoadData(byref(module), code), "cuModuleLoadData")
         check(library.cuModuleGetFunction(byref(self._function), module, name.encode()), "cuModuleGetFunction")
-        self._block = threads, 1, 1, shared_bytes
         if shared_bytes > _DEFAULT_SHARED:
             check(library.cuFuncSetAttribute(self._function, _MAX_SHARED, shared_bytes), "cuFuncSetAttribute")
         self._early = _Attribute(_PROGRAMMATIC_SERIALIZATION, 1)
@@ -124,19 +123,6 @@ class CudaFunction:
         """Launch ``grid`` blocks on a CUDA stream of the current GPU."""
         if status := self._launch(grid, stream, arguments):
             check(status, "cuLaunchKernelEx")
-
-    def clusters_at_once(self, blocks: int) -> int:
-        """Return how many of the kernel's clusters, of so many blocks, the current GPU holds at once.
-
-        The blocks of a cluster are neighbours on the chip: some multiprocessors may be left over.
-        """
-        found = c_int()
-        config = _LaunchConfig(blocks, 1, 1, *self._block)
-        check(
-            driver().cuOccupancyMaxActiveClusters(byref(found), self._function, byref(config)),
-            "cuOccupancyMaxActiveClusters",
-        )
-        return found.value
 
 
 def driver_version() -> str:

@@ -6,12 +6,10 @@ import ctypes
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import Structure, c_int, c_ubyte, c_void_p
-from types import SimpleNamespace
 
 import pytest
 
-from prox24_lightning.convert.kernels import cuda_driver
-from prox24_lightning.convert.kernels.cuda_driver import CudaError, CudaFunction, PreparedLaunch
+from prox24_lightning.convert.kernels.cuda_driver import PreparedLaunch
 
 
 class Parameters(Structure):
@@ -84,20 +82,3 @@ def test_threads_that_launch_one_kernel_do_not_mix_their_arguments(busy_threads)
     for (x, y, z, *_), stream, _, _, _, values in driver.seen:
         assert {x, y, z, stream, *values[1:]} == {x}
         assert values[0] == bytes([x] * 16)
-
-
-def test_the_driver_says_how_many_clusters_fit(monkeypatch):
-    asked = []
-
-    def occupancy(found, function, config):
-        asked.append((function.value, tuple(Config.from_address(ctypes.addressof(config._obj)).sizes)))
-        found._obj.value = 32
-        return 0 if len(asked) == 1 else 1
-
-    monkeypatch.setattr(cuda_driver, "driver", lambda: SimpleNamespace(cuOccupancyMaxActiveClusters=occupancy))
-    function = object.__new__(CudaFunction)
-    function._function, function._block = c_void_p(7), (288, 1, 1, 1024)
-    assert function.clusters_at_once(4) == 32
-    assert asked == [(7, (4, 1, 1, 288, 1, 1, 1024))]
-    with pytest.raises(CudaError, match="cuOccupancyMaxActiveClusters failed with status 1"):
-        function.clusters_at_once(4)

@@ -34,7 +34,7 @@ from prox24_lightning.convert.kernels.registry import (
 )
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.round_tokens import reference as round_tokens_reference
-from prox24_lightning.convert.kernels.warpgroup.tiling import BEFORE, ROUNDED_TILINGS, WITHIN
+from prox24_lightning.convert.kernels.warpgroup.tiling import ROUNDED_TILINGS
 from prox24_lightning.mask import mask_24
 from prox24_lightning.utils.cuda_graphs import capture
 from prox24_lightning.weights.rounding import round_rows
@@ -181,14 +181,14 @@ def test_a_token_rounded_by_the_blocks_has_the_same_product(form, shape):
     if torch.cuda.get_device_capability() != CAPABILITY:
         pytest.skip("not for this GPU")
     buffer = rounded_buffer.random_buffer(shape, form, torch.device("cuda"), 1)
-    tilings = [tiling for tiling in ROUNDED_TILINGS if tiling.rounding == WITHIN]
+    tilings = [tiling for tiling in ROUNDED_TILINGS if tiling.within]
     compile_all([Kernel.warpgroup(tiling) for tiling in tilings], form, torch.bfloat16)
     for poisoned in (False, True):
         inputs = torch.randn(1, shape[1], device="cuda", dtype=torch.bfloat16)
         if poisoned:
             inputs[0, -1] = torch.nan
         for tiling in tilings:
-            before = replace(tiling, rounding=BEFORE, stages=2)
+            before = replace(tiling, within=0, stages=2)
             expected, found = (
                 prepare(Kernel.warpgroup(each), torch.bfloat16, shape, 1, 0, form)(inputs, buffer, None, None)
                 for each in (before, tiling)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +14,11 @@ from prox24_lightning.convert.kernels.many_tokens.tiling import TILINGS
 from prox24_lightning.convert.kernels.registry import Kernel, prepare
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.warpgroup import kernel as warpgroup
-from prox24_lightning.convert.kernels.warpgroup.tiling import AHEAD, ROUNDED_TILINGS, WITHIN, Tiling
+from prox24_lightning.convert.kernels.warpgroup.tiling import ROUNDED_TILINGS
 
 SHAPE = (192, 384)
 BESIDE = next(tiling for tiling in TILINGS if tiling.beside)
-ONE_TOKEN = next(tiling for tiling in ROUNDED_TILINGS if tiling.rounding == WITHIN)
+ONE_TOKEN = next(tiling for tiling in ROUNDED_TILINGS if tiling.within)
 
 
 class Launch:
@@ -40,9 +39,6 @@ class Recorder:
     def __call__(self, grid: tuple, stream: int, *arguments: object) -> None:
         self._made.append(Launch(self._parameters, self._options, grid, arguments))
 
-    def clusters_at_once(self, blocks: int) -> int:
-        return 132 // blocks
-
 
 @pytest.fixture
 def launches(monkeypatch) -> list[Launch]:
@@ -57,7 +53,7 @@ def launches(monkeypatch) -> list[Launch]:
         int8=torch.int8,
         Tensor=torch.Tensor,
         _C=SimpleNamespace(_cuda_getCurrentRawStream=lambda _: 0),
-        cuda=SimpleNamespace(device=lambda _: nullcontext()),
+        cuda=SimpleNamespace(get_device_properties=lambda _: SimpleNamespace(multi_processor_count=132)),
     )
     for module in (many_tokens, warpgroup, round_tokens):
         monkeypatch.setattr(module, "torch", shim)
@@ -99,21 +95,12 @@ def test_the_later_tokens_are_left_to_the_product(launches, tokens):
 @pytest.mark.parametrize("shape", [(192, 384), (192, 385)])
 def test_all_tokens_are_rounded_before(launches, shape):
     """Without warps that round, and where a token does not begin at 16 bytes."""
-    kernel = Kernel.many(BESIDE if shape[1] % 8 else TILINGS[0])
+    kernel = Kernel.many(BESIDE if shape[1] % 8 else TILINGS[-1])
     run(kernel, 6000, shape)
     first, product = launches
     assert first.grid == (6000, 1, 1)
     assert first.arguments["cleared"] == 0
     assert product.arguments["ready"] == 6000
-
-
-@pytest.mark.parametrize("rounding", [0, AHEAD])
-def test_the_kernel_that_rounds_may_let_the_product_start(launches, rounding):
-    run(Kernel.warpgroup(Tiling(8, 1, 1, 2, 4, rounding)), 3)
-    first, product = launches
-    assert first.options[-1] == bool(rounding)
-    assert first.grid == (3, 1, 1)
-    assert product.arguments["inputs"] == first.arguments["values"]
 
 
 @pytest.mark.parametrize("kernel", [Kernel.many(BESIDE), Kernel.warpgroup(ONE_TOKEN)])

@@ -10,8 +10,8 @@
 // the stages: values, metadata, and the inputs, of which each block of a cluster loads its share and multicasts it. It
 // runs ahead into the next tile while the warpgroups scale their sums, transpose them through shared memory and have them
 // stored. The layout of the packed weight is described in rounded_buffer.py, and what a lane needs of the metadata in
-// ../warpgroup/kernel.cu. The inputs come from the kernel before (round_tokens), which waits for all before it: the first
-// pieces of the weight are loaded while it runs.
+// ../warpgroup/kernel.cu. The inputs come from the kernel before (round_tokens); the first pieces of the weight are loaded
+// while it runs.
 //
 // BESIDE: the kernel before rounds the tokens of the first tiles only, `ready` of them. Three warps of each block round the
 // others while the first ones are multiplied: a warp claims the next TOKENS_AT_ONCE by a counter, in order, and counts

@@ -85,8 +85,7 @@ def prepare(
     width = out_features if out_features % _ALIGNED_OUTPUTS == 0 else rows
     gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
     launch = _function(tiling, dtype, device, form)
-    with torch.cuda.device(device):
-        clusters = launch.clusters_at_once(tiling.across)
+    clusters = torch.cuda.get_device_properties(device).multi_processor_count // tiling.across
     row_tiles, token_tiles = -(-rows // (tiling.rows * tiling.across)), -(-tokens // tiling.tokens)
     grid = min(clusters, row_tiles * token_tiles) * tiling.across, 1, 1
     share = tiling.tokens // tiling.across

@@ -1,13 +1,13 @@
 // Tokens in 16 bits -> tokens in 8 bits with a scale each: x ~ values * scale.
 //
-// Compiled at run time behind rounding.cu, with its macros, HELD (pieces of eight inputs that a thread keeps in registers;
-// if a token has more, they are read twice) and AHEAD (1: the product behind starts at once).
+// Compiled at run time behind rounding.cu, with its macros and HELD (pieces of eight inputs that a thread keeps in registers;
+// if a token has more, they are read twice).
 //
 // A block takes one token. The scale is its largest magnitude over the form's largest value, or a given one; a token with
 // NaN or inf gets a scale of NaN or inf, so that its products are NaN. Padding up to `columns` becomes zeros.
-// Where the GPU can, the kernel starts while the one before it ends, and the product behind it starts while this one
-// runs and may load its weight at once. Without AHEAD it starts after all earlier work has ended. With it, earlier kernels
-// that let others start early may still run, products like that one: none of these writes a weight.
+// Where the GPU can, the kernel starts while the one before it ends, and the product behind it starts at once and loads its
+// weight: before this kernel has ended, and even before earlier ones have that let others start early, such as products.
+// None of these writes a weight. What the product does with inputs and outputs waits for this kernel, and so for all before.
 // Where that one rounds the later tokens itself, it finds its counters cleared here.
 
 constexpr int THREADS = 256;
@@ -17,9 +17,8 @@ round_tokens(const u16* __restrict__ x, const float* __restrict__ given, u8* __r
              float* __restrict__ scales, u32* __restrict__ counters, int inputs, int columns, int cleared) {
   const float fixed = load_given(given);
 #if __CUDA_ARCH__ >= 900
-  if (AHEAD) asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  if (!AHEAD) asm volatile("griddepcontrol.launch_dependents;");
 #endif
   __shared__ u32 largest[THREADS / 32];
   const u16* token = x + (size_t)blockIdx.x * inputs;

@@ -79,11 +79,9 @@ def form_macro(form: RoundedForm | None) -> int:
 
 
 @cache
-def compile_round_tokens(
-    form: RoundedForm, dtype: torch.dtype, capability: tuple[int, int], held: int = 1, *, ahead: bool = False
-) -> bytes:
-    """Return the machine code for inputs of ``dtype``, kept for the process; ``held`` and ``ahead`` are its macros."""
-    macros = {"BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form), "HELD": held, "AHEAD": int(ahead)}
+def compile_round_tokens(form: RoundedForm, dtype: torch.dtype, capability: tuple[int, int], held: int = 1) -> bytes:
+    """Return the machine code for inputs of ``dtype``, kept for the process; ``held`` is the macro HELD."""
+    macros = {"BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form), "HELD": held}
     return compile_program(f"{SHARED_SOURCE.read_text()}\n{SOURCE.read_text()}", macros, capability)
 
 
@@ -97,7 +95,6 @@ def prepare(
     *,
     first: int | None = None,
     counters: int = 0,
-    ahead: bool = False,
 ) -> RoundTokens:
     """Return the rounding of ``tokens`` tokens; the rows of the result have ``columns`` values, padded with zeros.
 
@@ -110,13 +107,12 @@ def prepare(
         device: index of the GPU.
         first: how many of them are rounded, with room for all, at least one; None for all.
         counters: zeros of 32 bits behind the scales, for the product.
-        ahead: let the product start, and load its weight, while kernels before the rounding still run.
 
     Raises:
         CudaError: if the kernel cannot be compiled or loaded here.
     """
     held = next((held for held in _HELD if held * _INPUTS_A_BLOCK >= columns), _HELD[-1])
-    launch = _round_function(form, dtype, device, held, ahead)
+    launch = _round_function(form, dtype, device, held)
     gpu, raw_stream = torch.device("cuda", device), torch._C._cuda_getCurrentRawStream
     size = tokens * columns
     grid = tokens if first is None else first, 1, 1
@@ -174,9 +170,9 @@ def values_view(rounded: Tensor, form: RoundedForm, tokens: int, columns: int) -
 
 
 @cache
-def _round_function(form: RoundedForm, dtype: torch.dtype, device: int, held: int, ahead: bool) -> CudaFunction:
+def _round_function(form: RoundedForm, dtype: torch.dtype, device: int, held: int) -> CudaFunction:
     capability = torch.cuda.get_device_capability(device)
-    code = compile_round_tokens(form, dtype, capability, held, ahead=ahead)
+    code = compile_round_tokens(form, dtype, capability, held)
     with torch.cuda.device(device):
         return CudaFunction(code, "round_tokens", _RoundParameters, _THREADS, early=capability >= OVERLAPPING)
 

@@ -20,7 +20,7 @@
 // 2i and 2i + 1 of row r, of row r + 8, and groups 8 + 2i and 9 + 2i of row r and of row r + 8, a byte each.
 //
 // The kernel may start while the one before it ends, and waits before it reads or writes memory; but in 8 bits it reads the
-// weight at once: see round_tokens/kernel.cu.
+// weight at once, as round_tokens/kernel.cu says.
 
 constexpr int ROWS = GROUPS * 64;
 constexpr int TILE = FORM ? 512 : 256;  // bytes of metadata of 64 rows and 32 words

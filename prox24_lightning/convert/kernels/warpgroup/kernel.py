@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import Structure, c_int, c_void_p
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from prox24_lightning.convert.kernels.product import Product, cast_bias
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.round_tokens.kernel import form_macro
 from prox24_lightning.convert.kernels.warpgroup.tensor_map import TensorMap, encode_tensor_map
-from prox24_lightning.convert.kernels.warpgroup.tiling import AHEAD, BEFORE, CAPABILITY, WITHIN, Tiling
+from prox24_lightning.convert.kernels.warpgroup.tiling import CAPABILITY, Tiling
 from prox24_lightning.weights.rounding import RoundedForm
 
 SOURCE = Path(__file__).with_name("kernel.cu")
@@ -47,14 +47,9 @@ class _Parameters(Structure):
     )
 
 
+@cache
 def compile_warpgroup(tiling: Tiling, dtype: torch.dtype, form: RoundedForm | None = None) -> bytes:
     """Return the machine code of a tiling, kept for the process; several threads may compile at once."""
-    same = tiling if tiling.rounding == WITHIN else replace(tiling, rounding=BEFORE)
-    return _compiled(same, dtype, form)
-
-
-@cache
-def _compiled(tiling: Tiling, dtype: torch.dtype, form: RoundedForm | None) -> bytes:
     text = program_text(SOURCE, tiling.tokens, dtype, form)
     macros = {**tiling.macros, "BF16": int(dtype == torch.bfloat16), "FORM": form_macro(form)}
     return compile_program(text, macros, CAPABILITY, all_features=True)
@@ -84,19 +79,17 @@ def prepare(
     tiling = Tiling(*config).for_token(shape, tokens)
     out_features, in_features = shape
     tile = _TILE_ENTRIES if form is None else 2 * _TILE_ENTRIES
-    within = tiling.rounding == WITHIN
-    of_rounded = prepare(astuple(tiling.with_rounding_ahead()), dtype, shape, tokens, device, form) if within else None
+    of_rounded = prepare(astuple(tiling.without()), dtype, shape, tokens, device, form) if tiling.within else None
     if form is None:
         rows, words = packed_buffer.padded_shape(shape)
     else:
         rows, columns = rounded_buffer.padded_shape(shape)
         words = columns // 2
         places = rounded_buffer.places(shape)
-        ahead = tiling.rounding == AHEAD
-        round_inputs = round_tokens.prepare(form, dtype, in_features, columns, tokens, device, ahead=ahead)
+        round_inputs = round_tokens.prepare(form, dtype, in_features, columns, tokens, device)
     gpu = torch.device("cuda", device)
     raw_stream = torch._C._cuda_getCurrentRawStream
-    launch = _function(tiling, dtype, device, form, tiling.token_bytes(words) if within else 0)
+    launch = _function(tiling, dtype, device, form, tiling.token_bytes(words) if tiling.within else 0)
     blocks = -(-rows // (tiling.rows * tiling.across)) * tiling.across
     grid = blocks, tiling.cluster, -(-tokens // tiling.tokens)
     share = tiling.tokens // tiling.across
@@ -113,14 +106,20 @@ def prepare(
         row_scales = scales = given = 0
         if form is not None:
             row_scales, given = address + places.row_scales, address + places.input_scale
-            if not within:
+            if not tiling.within:
                 rounded = round_inputs(inputs, given)
                 x = rounded.data_ptr()
                 scales = x + tokens * columns
         values = _weight_map(address, rows, words // 2, tiling.rows)
         metadata = _metadata_map(address + rows * words, rows // 64, words // 32 * tile, tiling.groups, 4 * tile)
         launch(
-            *(grid, raw_stream(device), values, values if within else _input_map(x, tokens, words, share), metadata),
+            *(
+                grid,
+                raw_stream(device),
+                values,
+                values if tiling.within else _input_map(x, tokens, words, share),
+                metadata,
+            ),
             *(row_scales, scales, 0 if bias is None else bias.data_ptr(), out.data_ptr(), token, given),
             *(tokens, rows, words, out_features, in_features),
         )

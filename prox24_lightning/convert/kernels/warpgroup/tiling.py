@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 from prox24_lightning.convert.kernels.packed_buffer import padded_shape
 from prox24_lightning.convert.kernels.rounded_buffer import padded_shape as rounded_shape
@@ -12,10 +12,6 @@ CAPABILITY = (9, 0)
 
 MOST_TOKENS = 512
 """Above this, cuSPARSELt is faster."""
-
-BEFORE, AHEAD, WITHIN = 0, 1, 2
-"""Who rounds the inputs of a weight of 8 bits: a kernel before the product, which starts once earlier work has ended;
-one that lets it start, and load its weight, while earlier products run; the product's blocks, if there is one token."""
 
 _AT_ONCE = 128  # up to so many tokens a block best takes them all
 _SHARED = 227 * 1024  # bytes that a block can have
@@ -37,7 +33,7 @@ class Tiling:
         across: neighbouring blocks along the rows that share their inputs (CR).
         cluster: blocks along the sum (CS).
         stages: pieces of 128 words of inputs in shared memory (STAGES): 128 inputs of 16 bits, or 256 of 8 bits.
-        rounding: of the inputs of a weight of 8 bits: :data:`BEFORE`, :data:`AHEAD` or :data:`WITHIN` (ONE).
+        within: 1 if each block rounds the one token of a product in 8 bits (ONE); 0 if a kernel before it does.
     """
 
     tokens: int
@@ -45,7 +41,7 @@ class Tiling:
     across: int
     cluster: int
     stages: int
-    rounding: int = BEFORE
+    within: int = 0
 
     @property
     def rows(self) -> int:
@@ -59,7 +55,7 @@ class Tiling:
 
     def stage_bytes(self, *, rounded: bool = False) -> int:
         """Shared memory of a stage: values, inputs, metadata, of which a weight of 8 bits (``rounded``) has twice."""
-        inputs = 0 if self.rounding == WITHIN else 256 * self.tokens
+        inputs = 0 if self.within else 256 * self.tokens
         return 128 * self.rows + inputs + (32 if rounded else 16) * self.rows
 
     def shared_bytes(self, *, rounded: bool = False) -> int:
@@ -77,15 +73,12 @@ class Tiling:
         """Return this tiling, but with the rounding before it if the blocks cannot round these tokens."""
         columns = rounded_shape(shape)[1]
         able = tokens == 1 and shape[1] % 8 == 0 and columns <= _LONGEST_TOKEN
-        if self.rounding != WITHIN or (
-            able and self.shared_bytes(rounded=True) + self.token_bytes(columns // 2) <= _SHARED
-        ):
-            return self
-        return self.with_rounding_ahead()
+        fits = self.shared_bytes(rounded=True) + self.token_bytes(columns // 2) <= _SHARED
+        return self.without() if self.within and not (able and fits) else self
 
-    def with_rounding_ahead(self) -> Tiling:
+    def without(self) -> Tiling:
         """Return the same cuts, and as many stages as fit, for tokens that are rounded before the product."""
-        return replace(most_stages(*astuple(self)[:4], rounded=True), rounding=AHEAD)
+        return most_stages(*astuple(self)[:4], rounded=True)
 
     def cost(self, shape: tuple[int, int], tokens: int, *, rounded: bool = False) -> int:
         """Return an estimate in bytes loaded by a multiprocessor; it ranks tilings where nothing has been measured."""
@@ -99,7 +92,7 @@ class Tiling:
     def macros(self) -> dict[str, int]:
         """Macro -> value, for the compiler."""
         numbers = dict(zip(("TOKENS", "GROUPS", "CR", "CS", "STAGES"), astuple(self), strict=False))
-        return {**numbers, "ONE": int(self.rounding == WITHIN)}
+        return {**numbers, "ONE": self.within}
 
 
 def most_stages(
@@ -126,30 +119,20 @@ TILINGS = tuple(
 
 ROUNDED_TILINGS = (
     *(
-        replace(most_stages(tokens, *numbers, rounded=True), rounding=rounding)
-        for tokens, rounding, cuts in (
-            (8, BEFORE, ((2, 1, 1, 2), (2, 1, 1), (1, 1, 1), (1, 1, 2), (2, 1, 2, 2), (2, 1, 4, 2))),
-            (16, BEFORE, ((2, 1, 1, 2), (1, 1, 1), (1, 1, 2), (2, 1, 2), (2, 1, 4, 2), (2, 2, 1, 2))),
-            (32, BEFORE, ((2, 1, 1), (2, 1, 2), (1, 1, 2), (2, 2, 1, 2), (2, 1, 3))),
-            (64, BEFORE, ((2, 1, 1), (2, 1, 2), (2, 4, 1), (1, 1, 2), (2, 2, 3))),
-            (128, BEFORE, ((2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 3))),
-            (256, BEFORE, ((2, 1, 1), (1, 1, 2))),
-            (8, AHEAD, ((2, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2), (1, 1, 2, 2), (1, 1, 2, 3), (2, 1, 2, 2), (1, 1, 4, 4))),
-            (16, AHEAD, ((2, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2), (1, 1, 2, 2), (1, 1, 2, 3), (2, 1, 2, 2))),
-            (16, AHEAD, ((2, 1, 1), (1, 2, 2))),
-            (32, AHEAD, ((1, 2, 2), (2, 2, 1), (2, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2), (1, 1, 2, 2), (2, 1, 2))),
-            (64, AHEAD, ((2, 1, 1), (2, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2), (1, 1, 2, 2), (2, 1, 2), (2, 1, 2, 2))),
-            (64, AHEAD, ((1, 2, 2), (1, 4, 2), (2, 2, 1), (2, 2, 2))),
-            (128, AHEAD, ((2, 1, 1), (2, 2, 1), (2, 1, 2))),
-        )
-        for numbers in cuts
+        Tiling(8, groups, 1, cluster, stages, 1)
+        for groups, cluster, stages in ((1, 2, 12), (1, 1, 8), (1, 4, 4), (2, 1, 6), (2, 2, 7))
     ),
     *(
-        Tiling(8, groups, 1, cluster, stages, WITHIN)
-        for groups, cluster, stages in (
-            *((1, 2, 12), (1, 2, 8), (1, 2, 5), (1, 4, 4), (1, 1, 8), (1, 1, 5)),
-            *((2, 1, 6), (2, 1, 3), (2, 2, 4), (2, 2, 7)),
+        most_stages(tokens, *numbers, rounded=True)
+        for tokens, cuts in (
+            (8, ((2, 1, 1, 2), (2, 1, 1), (1, 1, 1, 2), (1, 1, 2), (1, 1, 2, 2), (2, 1, 2, 2))),
+            (16, ((2, 1, 1, 2), (2, 1, 1), (1, 1, 1), (1, 1, 2), (1, 1, 2, 2), (2, 2, 1, 2))),
+            (32, ((2, 1, 1), (2, 1, 2), (1, 1, 2), (1, 1, 2, 2), (2, 2, 1, 2), (2, 1, 3))),
+            (64, ((2, 1, 1), (2, 1, 2), (2, 4, 1), (1, 1, 2), (1, 1, 2, 2), (1, 1, 1, 2))),
+            (128, ((2, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 3))),
+            (256, ((2, 1, 1), (1, 1, 2))),
         )
+        for numbers in cuts
     ),
 )
 """Those of a weight of 8 bits: of some seventy, the fastest or nearly so on some shape (H200)."""
@@ -163,7 +146,7 @@ def tilings(tokens: int, capability: tuple[int, int], *, rounded: bool = False) 
     """
     if capability != CAPABILITY or tokens > MOST_TOKENS:
         return ()
-    known = tuple(each for each in ROUNDED_TILINGS if each.rounding != WITHIN or tokens == 1) if rounded else TILINGS
+    known = tuple(each for each in ROUNDED_TILINGS if not each.within or tokens == 1) if rounded else TILINGS
     sizes = {tiling.tokens for tiling in known}
     least = min((size for size in sizes if size >= tokens), default=max(sizes))
     shared = 2 * least if least == min(sizes) else 0
