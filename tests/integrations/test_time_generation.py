@@ -153,7 +153,8 @@ def test_vllm_is_timed_in_processes_of_its_own(pretended_vllm, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32")  # torch's advice about rotary embeddings
+# What torch says while it compiles transformers' own loop: of rotary embeddings, and of the first graph of its memory.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores for float32", "ignore:The CUDA Graph is empty")
 def test_both_forms_share_what_is_not_converted():
     model = tiny(hidden_size=128, intermediate_size=256, num_attention_heads=4).bfloat16()
     with torch.no_grad():
