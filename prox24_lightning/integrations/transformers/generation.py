@@ -49,8 +49,8 @@ def accelerate_generation(
     Greedy search and sampling are accelerated, with any logits processor, left padding and end-of-sequence tokens. Beam
     search, assisted decoding, streamers, returned dictionaries, caches of the caller's, custom stopping criteria and
     padding that is not on the left run as before, and so does, after one warning, what this loop turns out not to know
-    (attention with sinks, caps or biases, masks and caches of a model's own). The first call for a batch size captures a graph (and compiles norms,
-    rotary embedding and activations).
+    (attention with sinks, caps or biases, masks and caches of a model's own). The first call for a batch size captures
+    a graph (and compiles norms, rotary embedding and activations).
 
     Args:
         model: a decoder-only model of transformers whose layers all attend to the whole context, dense or converted. On
