@@ -58,7 +58,7 @@ def test_without_a_baseline_layers_are_solved_too(folders, tmp_path):
     assert [row for row in rows if "on the mask" in row[0]] == [
         ("2:4, fp8_e4m3 on the mask", "float32"),
         ("2:4, fp8_e4m3 on the mask", "rounded"),
-        ("2:4, fp8_e4m3 on the mask, 2 steps of all layers at 0.0003", "float32"),
-        ("2:4, fp8_e4m3 on the mask, 2 steps of all layers at 0.0003", "rounded"),
+        ("2:4, fp8_e4m3 on the mask, 2 steps of all layers at 0.001", "float32"),
+        ("2:4, fp8_e4m3 on the mask, 2 steps of all layers at 0.001", "rounded"),
     ]
     assert not any("baseline" in column for column in rows["dense", "float32"])

@@ -16,8 +16,9 @@ from prox24_lightning.oneshot.reconstruct import rounding_of
 from prox24_lightning.solvers.block_reconstruction import descend_together
 from prox24_lightning.weights.rounding import RoundedForm
 
-LEARNING_RATE = 3e-4
-"""Largest step, relative to the rms of each weight: values of 8 bits lie about 6 % apart, and few have to move."""
+LEARNING_RATE = 1e-3
+"""Largest step, relative to the rms of each weight: on SmolLM2-135M in float8 better than a third of it and than three
+times as much."""
 
 
 def tune_rounded(
