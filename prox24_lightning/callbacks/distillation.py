@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,28 +16,22 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from prox24_lightning.callbacks.loaded_state import LoadedState
-from prox24_lightning.callbacks.prox24 import Prox24
 from prox24_lightning.callbacks.training_step_wrapper import wrap_training_step
 from prox24_lightning.callbacks.unenforced_zeros import UnenforcedZeros
 from prox24_lightning.finetune import (
     BatchTimer,
     DistillationConfig,
     OutputLoss,
-    Teacher,
     TeacherComparison,
     TimeShare,
-    copy_weights,
     find_student,
     frozen_copy,
-    load_weights,
     memory_bytes,
     pair_blocks,
     same_weights,
     shard_like,
     weights_checksum,
-    whole_weights,
 )
-from prox24_lightning.sparsify.phases import check_step, resolve_step
 
 
 class Distillation(Callback):
@@ -49,10 +42,6 @@ class Distillation(Callback):
     So load pretrained weights in the module's ``__init__``. The teacher is not in the model's parameters, its
     ``state_dict`` or a checkpoint; a resumed run constructs the module from the same weights again, and a checksum in
     the checkpoint confirms it.
-
-    With ``start`` above 0 the run trains without a teacher until then, and the teacher is the model as it has become:
-    beside ``Prox24(start=...)`` with the same value a dense model that has seen the new text already. A checkpoint
-    then holds the teacher's weights.
 
     Works beside :class:`~prox24_lightning.Prox24` or alone, with automatic optimisation. During the fit it wraps
     ``training_step``: it records the calls of the module, runs the teacher on the same inputs (in evaluation mode,
@@ -68,8 +57,6 @@ class Distillation(Callback):
             squared norm, token by token, averaged over tokens and blocks; 0 leaves it out. Its gain is not measured.
         loss: ``"kl"`` for logits with the classes last, averaged over all positions, padding included; ``"mse"`` for
             outputs that are not logits.
-        start: last step without a teacher: int, or float fraction of the run. 0: the teacher is the model as it was
-            constructed. Its gain is not measured.
         verbose: print the teacher's memory at the start, and its share of the time at the end.
 
     Raises:
@@ -87,27 +74,23 @@ class Distillation(Callback):
         temperature: float = 1.0,
         features: float = 0.0,
         loss: OutputLoss = "kl",
-        start: int | float = 0,
         verbose: bool = True,
     ) -> None:
         super().__init__()
         DistillationConfig(share, temperature, features, loss)  # refuses wrong values
-        check_step(start, "start")
         self.share = share
         self.module = module
         self.temperature = temperature
         self.features = features
         self.loss = loss
-        self.start = start
         self.verbose = verbose
         self.time_share: TimeShare | None = None
         self._given = teacher
-        # Within an object of its own: AveragedCopies takes a module of this callback that changes for an average.
-        self._teacher: Teacher | None = None
+        self._teacher: nn.Module | None = None
+        self._checksum = ""
         self._source: weakref.ref[nn.Module] | None = None
         self._loaded = LoadedState()
         self._fresh = True
-        self._start_step = 0
         self._zeros = UnenforcedZeros()
         self._comparison: TeacherComparison | None = None
         self._timer: BatchTimer | None = None
@@ -116,12 +99,12 @@ class Distillation(Callback):
     @property
     def teacher(self) -> nn.Module | None:
         """The frozen teacher; None before the first fit."""
-        return None if self._teacher is None else self._teacher.module
+        return self._teacher
 
     @property
     def teacher_bytes(self) -> int:
         """Memory of the teacher's weights, in bytes; 0 before the first fit."""
-        return 0 if self._teacher is None else memory_bytes(self._teacher.module)
+        return 0 if self._teacher is None else memory_bytes(self._teacher)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -141,8 +124,8 @@ class Distillation(Callback):
             # A second fit of the same model keeps the teacher of the first.
             self._fresh = self._teacher is None or self._source is None or self._source() is not source
             if self._fresh:
-                copy, waits = frozen_copy(source, shared=(trainer, pl_module)), self._given is None and self.start > 0
-                self._teacher = Teacher(copy, "" if waits else weights_checksum(copy), waits)
+                self._teacher = frozen_copy(source, shared=(trainer, pl_module))
+                self._checksum = weights_checksum(self._teacher)
                 self._source = weakref.ref(source)
         except ValueError as error:
             late = is_overridden("configure_model", pl_module)
@@ -152,11 +135,10 @@ class Distillation(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By now the strategy has placed the model and the precision plugin has cast it.
-        held = self._require_teacher()
-        teacher = trainer.precision_plugin.convert_module(held.module)
+        teacher = trainer.precision_plugin.convert_module(self._require_teacher())
         with suppress(ValueError):  # no module to distil from: on_train_start says so
             shard_like(teacher, find_student(pl_module, self.module)[1])
-        held.module = teacher.to(trainer.strategy.root_device)
+        self._teacher = teacher.to(trainer.strategy.root_device)
         if self.verbose:
             rank_zero_info(
                 f"Distillation: teacher {type(teacher).__name__}, {self.teacher_bytes / 2**20:.1f} MiB beside the model"
@@ -166,12 +148,10 @@ class Distillation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The first hook at which every strategy has restored the checkpoint.
         self._zeros.on_train_start(trainer, pl_module)
-        teacher = self._require_teacher().module
+        teacher = self._require_teacher()
         try:
             name, student = find_student(pl_module, self.module)
-            total = trainer.estimated_stepping_batches if isinstance(self.start, float) else math.inf
-            self._start_step = resolve_step(self.start, "start", total)
-            self._restore(trainer, pl_module, name, student)
+            self._check_origin(trainer, pl_module, name, student)
             blocks = pair_blocks(name, student, teacher) if self.features else None
         except ValueError as error:
             raise MisconfigurationException(f"Distillation: {error}") from error
@@ -183,13 +163,7 @@ class Distillation(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        teacher = self._require_teacher()
-        if teacher.waits and trainer.global_step >= self._start_step:
-            copy_weights(find_student(pl_module, self.module)[1], teacher.module)
-            teacher.waits = False
-            if self.verbose:
-                rank_zero_info(f"Distillation: the teacher is the model as it is after step {trainer.global_step}")
-        if self._timer is not None and self._is_on(trainer):
+        if self._timer is not None:
             self._timer.begin()
 
     @override
@@ -221,70 +195,25 @@ class Distillation(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        teacher = self._teacher
-        if teacher is not None and teacher.checksum:
-            return {"teacher_checksum": teacher.checksum}
-        if teacher is None or teacher.waits or self._loaded.state:
-            return self._loaded.state
-        return {"teacher": whole_weights(teacher.module)}
+        return {"teacher_checksum": self._checksum} if self._checksum else self._loaded.state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded.load(state_dict)
 
-    def _require_teacher(self) -> Teacher:
+    def _require_teacher(self) -> nn.Module:
         if self._teacher is None:
             raise RuntimeError("Distillation was asked to act before setup")
         return self._teacher
 
-    def _is_on(self, trainer: Trainer) -> bool:
-        return not self._require_teacher().waits and trainer.global_step >= self._start_step
-
-    def _restore(self, trainer: Trainer, pl_module: LightningModule, name: str, student: nn.Module) -> None:
-        """Take the teacher of the checkpoint, or check where it comes from.
-
-        Raises:
-            ValueError: if checkpoint, start and Prox24 do not fit together.
-        """
-        state, teacher = self._loaded.take(), self._require_teacher()
-        learned = self._given is None and self.start > 0
-        if state and learned != ("teacher" in state):
-            raise ValueError(
-                "the checkpoint was written with another teacher: "
-                f"{'as constructed' if learned else 'as the model was at a later step'}; give start= and teacher= as "
-                "the run began with them"
-            )
-        if learned and state:
-            load_weights(teacher.module, state["teacher"])
-            teacher.waits = False
-        elif teacher.waits:
-            self._check_start(trainer)
-        else:
-            self._check_origin(trainer, pl_module, name, student, state.get("teacher_checksum"))
-
-    def _check_start(self, trainer: Trainer) -> None:
-        if trainer.global_step > self._start_step:
-            raise ValueError(
-                f"the checkpoint of step {trainer.global_step} holds no teacher, which is the model after step "
-                f"{self._start_step} (start={self.start}): it was written without Distillation; pass teacher="
-            )
-        for pruner in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(pruner, Prox24) and pruner.start_step < self._start_step:
-                raise ValueError(
-                    f"the teacher is the model after step {self._start_step} (start={self.start}), but Prox24 begins "
-                    f"to prune it after step {pruner.start_step}; give both the same start"
-                )
-
-    def _check_origin(
-        self, trainer: Trainer, pl_module: LightningModule, name: str, student: nn.Module, expected: str | None
-    ) -> None:
+    def _check_origin(self, trainer: Trainer, pl_module: LightningModule, name: str, student: nn.Module) -> None:
         """Check that the teacher is the one of the checkpoint, and the one that the user means."""
-        teacher = self._require_teacher()
-        if expected is not None and expected != teacher.checksum:
+        expected = self._loaded.take().get("teacher_checksum")
+        if expected is not None and expected != self._checksum:
             raise MisconfigurationException(
                 f"Distillation: the checkpoint was written with another teacher (checksum {expected}, now "
-                f"{teacher.checksum}); construct the module from the pretrained weights that the run began with, or "
-                "pass them as teacher="
+                f"{self._checksum}); construct the module from the pretrained weights that the run began with, or pass "
+                "them as teacher="
             )
         if expected is not None or self._given is not None or not self._fresh:
             return
@@ -293,7 +222,7 @@ class Distillation(Callback):
                 "the checkpoint holds no state of Distillation: it was written without the callback; the teacher is "
                 f"{name!r} as it was constructed, not as it was restored; pass teacher= if you mean the latter"
             )
-        elif is_overridden("setup", pl_module) and not same_weights(student, teacher.module):
+        elif is_overridden("setup", pl_module) and not same_weights(student, self._require_teacher()):
             rank_zero_warn(
                 f"the weights of {name!r} changed after Distillation copied its teacher from them: load pretrained "
                 f"weights in the __init__ of {type(pl_module).__name__} rather than in its setup, or pass teacher="
@@ -301,8 +230,7 @@ class Distillation(Callback):
 
     def _step(self, pl_module: LightningModule, step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the user's training step and add to the loss that it returns."""
-        trainer = pl_module.trainer
-        if self._comparison is None or self._timer is None or not trainer.training or not self._is_on(trainer):
+        if self._comparison is None or self._timer is None or not pl_module.trainer.training:
             return step(*args, **kwargs)  # validation_step may call training_step
         with self._comparison.recording() as calls:
             result = step(*args, **kwargs)
@@ -329,4 +257,4 @@ class Distillation(Callback):
             self._comparison.close()
         self._comparison = self._timer = self._unwrap = None
         if self._teacher is not None:
-            self._teacher.module.cpu()
+            self._teacher.cpu()

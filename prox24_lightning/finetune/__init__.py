@@ -5,16 +5,7 @@ from prox24_lightning.finetune.distillation.config import DistillationConfig
 from prox24_lightning.finetune.distillation.losses import distillation_loss, feature_loss, logits_of, squared_error
 from prox24_lightning.finetune.distillation.paired_blocks import pair_blocks
 from prox24_lightning.finetune.distillation.student import find_student
-from prox24_lightning.finetune.distillation.teacher import (
-    Teacher,
-    copy_weights,
-    load_weights,
-    memory_bytes,
-    same_weights,
-    shard_like,
-    weights_checksum,
-    whole_weights,
-)
+from prox24_lightning.finetune.distillation.teacher import memory_bytes, same_weights, shard_like, weights_checksum
 from prox24_lightning.finetune.distillation.teacher_comparison import OutputLoss, TeacherComparison
 from prox24_lightning.finetune.lora import MaskedLora
 from prox24_lightning.finetune.mask_files import load_masks, save_masks
@@ -28,16 +19,13 @@ __all__ = [
     "MaskedLora",
     "MaskedParameters",
     "OutputLoss",
-    "Teacher",
     "TeacherComparison",
     "TimeShare",
-    "copy_weights",
     "distillation_loss",
     "feature_loss",
     "find_student",
     "frozen_copy",
     "load_masks",
-    "load_weights",
     "logits_of",
     "memory_bytes",
     "pair_blocks",
@@ -47,5 +35,4 @@ __all__ = [
     "shard_like",
     "squared_error",
     "weights_checksum",
-    "whole_weights",
 ]

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from prox24_lightning import ConvertAndBenchmark, RoundWeights, SparsityMonitor, load_masks, save_masks
-from prox24_lightning.finetune import copy_weights, load_weights, shard_like, whole_weights
 from prox24_lightning.mask import is_24
 from prox24_lightning.schedules import FRACTION_CURVES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx, Progressive, SparsityEngine
@@ -79,7 +78,6 @@ def work(rank, folder):
     words["begun by"] = module_that_begins_a_pass_after_an_error()
     (folder / f"words.{rank}.json").write_text(json.dumps(words))
     torch.save(uneven(rank), folder / f"uneven.{rank}.pt")
-    torch.save(teachers(), folder / f"teachers.{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -116,21 +114,6 @@ def module_that_begins_a_pass_after_an_error():
     model[0].register_forward_pre_hook(lambda *_: begun.append(model._get_fsdp_state()._state_ctx.iter_forward_root))
     model[0](torch.ones(2, 8))
     return next(name for name, module in model.named_modules() if module._get_fsdp_state() is begun[0])
-
-
-def teachers():
-    """The whole weights of a sharded teacher: copied from the student, and loaded from such weights plus one."""
-    torch.manual_seed(0)
-    student, teacher = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)) for _ in range(2))
-    for part in (student[0], student):
-        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
-    shard_like(teacher, student)
-    copy_weights(student, teacher)
-    copied = whole_weights(teacher)
-    shared = [copied]
-    torch.distributed.broadcast_object_list(shared)
-    load_weights(teacher, {name: value + 1 for name, value in shared[0].items()})
-    return {"copied": copied, "loaded": whole_weights(teacher)}
 
 
 def words_of_a_run_that_drifts(rank):
@@ -297,13 +280,3 @@ def test_a_call_that_an_error_ended_does_not_hold_up_the_next_pass(folder):
 
 def test_the_steps_of_this_file_hit_each_phase():
     assert MIDDLE < FREEZE < FROZEN < STEPS
-
-
-def test_a_teacher_takes_the_students_shards_and_those_of_a_checkpoint(folder):
-    first, second = (torch.load(folder / f"teachers.{rank}.pt", weights_only=True) for rank in (0, 1))
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    assert second == {"copied": {}, "loaded": {}}
-    for name, value in student.named_parameters():
-        assert torch.equal(first["copied"][name], value)
-        assert torch.equal(first["loaded"][name], value + 1)

@@ -1,34 +1,17 @@
-"""The teacher: its weights, their checksum and memory, and the keyword arguments it is called with."""
+"""The teacher: the checksum of its weights, its memory, and the keyword arguments it is called with."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prox24_lightning.utils.checksum import checksum
-from prox24_lightning.utils.distributed import rank
 from prox24_lightning.weights.names import clean_name
-from prox24_lightning.weights.sharded import gathered, is_fsdp, is_sharded, local_part, part_of, reshard
-
-
-@dataclass
-class Teacher:
-    """A teacher, and where its weights come from.
-
-    Attributes:
-        module: frozen, in evaluation mode.
-        checksum: of its weights; "" where the run itself makes them.
-        waits: whether the run has not come to that step.
-    """
-
-    module: nn.Module
-    checksum: str = ""
-    waits: bool = False
+from prox24_lightning.weights.sharded import gathered, is_fsdp, is_sharded, local_part
 
 
 def weights_checksum(module: nn.Module) -> str:
@@ -63,45 +46,6 @@ def same_weights(module: nn.Module, other: nn.Module) -> bool:
     """Return whether the parameters of both are equal bit for bit, in order; all ranks call it if any is sharded."""
     pairs = [(gathered(one), gathered(two)) for one, two in zip(module.parameters(), other.parameters(), strict=False)]
     return all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in pairs)
-
-
-@torch.no_grad()
-def copy_weights(student: nn.Module, teacher: nn.Module) -> None:
-    """Give ``teacher`` the present values of ``student``, a model of the same form that is sharded alike."""
-    mine = _tensors(student)
-    for name, tensor in _tensors(teacher).items():
-        local_part(tensor).copy_(local_part(mine[name]))
-
-
-def whole_weights(teacher: nn.Module) -> dict[str, Tensor]:
-    """Return the values of ``teacher`` on the first rank's CPU, by name; nothing on the others, who help to gather."""
-    found = {}
-    for name, tensor in _tensors(teacher).items():
-        value = gathered(tensor)
-        if rank() == 0:
-            found[name] = value.cpu()
-    return found
-
-
-@torch.no_grad()
-def load_weights(teacher: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Take the values of :func:`whole_weights`, which every rank has.
-
-    Raises:
-        ValueError: if names or shapes are those of another model.
-    """
-    mine = _tensors(teacher)
-    if {name: tensor.shape for name, tensor in mine.items()} != {name: value.shape for name, value in values.items()}:
-        raise ValueError("the checkpoint holds a teacher of another form; resume with the model that wrote it")
-    for name, tensor in mine.items():
-        part = local_part(tensor)
-        part.copy_(part_of(values[name].to(part), tensor))
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by their names without ``torch.compile``; of FSDP2 modules the shards."""
-    reshard(module)
-    return {clean_name(name): tensor for name, tensor in (*module.named_parameters(), *module.named_buffers())}
 
 
 def shard_like(teacher: nn.Module, student: nn.Module) -> None:
