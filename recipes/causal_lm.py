@@ -36,8 +36,6 @@ class CausalLM(LightningModule):
         warmup_steps: optimizer steps of linear warm-up.
         compile: compile the model's blocks and the loss, which takes a minute at the start and pays on a GPU.
         final: rate at the last step, relative to the peak.
-        restart: fraction of the run after which the schedule begins anew, as at the freeze of Prox24; None: never.
-        before_restart: constant rate up to ``restart``, relative to the peak; None: a cosine of its own.
         embedding_lr: rate of the embeddings, relative to that of the other weights.
     """
 
@@ -49,8 +47,6 @@ class CausalLM(LightningModule):
         warmup_steps: int = 20,
         compile: bool = False,
         final: float = 0.1,
-        restart: float | None = None,
-        before_restart: float | None = None,
         embedding_lr: float = 1.0,
     ) -> None:
         super().__init__()
@@ -101,8 +97,6 @@ class CausalLM(LightningModule):
             weight_decay=self.hparams["weight_decay"],
             warmup_steps=self.hparams["warmup_steps"],
             final=self.hparams["final"],
-            restart=self.hparams["restart"],
-            before_restart=self.hparams["before_restart"],
             embedding_lr=self.hparams["embedding_lr"],
             fused=fused,
         )

@@ -63,9 +63,8 @@ def main(
         rows: names of rows; null for all.
         variants: further rows of Prox24: name -> its arguments, ``distillation``, the share of it, ``teacher``, its
             other arguments, ``rounding``, arguments of ``RoundWeights``, ``module``, arguments of the module
-            (``restart: 0.3``, ``embedding_lr: 0.1``), ``anchor: 5.0``, decay towards the weights at the freeze, and
-            ``averages: true``, which scores averages of the weights too. ``prune``, arguments of ``prune_layerwise``,
-            replaces Prox24; ``prox24: false`` leaves it out.
+            (``embedding_lr: 0.0``), and ``averages: true``, which scores averages of the weights too. ``prune``,
+            arguments of ``prune_layerwise``, replaces Prox24; ``prox24: false`` leaves it out.
         seeds: of the order of the training text, one run of every row each.
         steps: optimizer steps of a run.
         long: four times the steps, into files of their own.

@@ -9,7 +9,6 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from benchmarks.peers import SRSTE, GradualMagnitude, OneShot, ProxSparse
-from benchmarks.recovery.anchor import Anchor
 from benchmarks.recovery.averages import Averages
 from prox24_lightning import Prox24, RoundWeights
 
@@ -28,7 +27,6 @@ class Row:
         teacher: further arguments of ``Distillation``.
         module: further arguments of the module, its schedule among them.
         rounding: arguments of ``RoundWeights``; None leaves it out.
-        anchor: strength of the decay towards the weights at the freeze; 0 is none.
         averages: whether averages and mixtures of its weights are scored too; the row's own scores do not change.
     """
 
@@ -40,12 +38,11 @@ class Row:
     teacher: dict[str, Any] = field(default_factory=dict)
     module: dict[str, Any] = field(default_factory=dict)
     rounding: dict[str, Any] | None = None
-    anchor: float = 0.0
     averages: bool = False
 
     def definition(self) -> dict[str, Any]:
         """What tells this row from another of the same name; what older records do not hold is left out if empty."""
-        later = ("teacher", "module", "rounding", "anchor", "averages")
+        later = ("teacher", "module", "rounding", "averages")
         return {key: value for key, value in asdict(self).items() if key not in later or value}
 
     def callbacks(self, calibration: Sequence[Any]) -> list[Callback]:
@@ -68,8 +65,6 @@ class Row:
             found.append(Prox24(**{"verbose": False, **self.arguments}))
         if self.rounding is not None:
             found.append(RoundWeights(**self.rounding))
-        if self.anchor:
-            found.append(Anchor(self.anchor))
         if self.averages:
             found.append(Averages())
         return found
@@ -101,6 +96,8 @@ FINETUNING: dict[str, Row] = {
     "proxsparse": Row(peer="proxsparse"),
     "prox24 post_step": Row(prox24=True, arguments={"strategy": "post_step"}),
     "prox24": Row(prox24=True),
+    "dense slow embeddings": Row(module={"embedding_lr": 0.1}),
+    "prox24 embeddings kept": Row(prox24=True, arguments={"freeze": 0.1}, module={"embedding_lr": 0.0}),
     "prox24 streamed": Row(prox24=True, arguments={"calibration": "stream"}),
     "prox24 by magnitude": Row(prox24=True, arguments={"calibration": "magnitude"}),
     "prox+mg half dense target reordered": _one_shot("prox", dense_target=0.5, reorder_inputs=True),
@@ -130,13 +127,13 @@ SCRATCH: dict[str, Row] = {
 
 def further_rows(variants: dict[str, dict[str, Any]] | None) -> dict[str, Row]:
     """Rows of Prox24 with other arguments. Among them ``distillation`` is the row's share of it, ``teacher`` further
-    arguments of ``Distillation``, ``rounding`` those of ``RoundWeights``, ``module`` of the module, ``anchor`` and
+    arguments of ``Distillation``, ``rounding`` those of ``RoundWeights``, ``module`` of the module, and
     ``averages`` as in :class:`Row`; ``prune``, arguments of ``prune_layerwise``, takes the place of
     Prox24, and ``prox24: false`` leaves it out."""
     rows = {}
     for name, given in (variants or {}).items():
         arguments = dict(given)
-        own = ("teacher", "module", "rounding", "anchor", "averages", "prune", "distillation", "prox24")
+        own = ("teacher", "module", "rounding", "averages", "prune", "distillation", "prox24")
         of_row = {key: arguments.pop(key) for key in own if key in arguments}
         rows[name] = Row(**{"prox24": "prune" not in of_row, "arguments": arguments, **of_row})
     return rows

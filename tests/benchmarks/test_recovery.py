@@ -20,7 +20,6 @@ from torch import nn
 
 from benchmarks.recovery import protocol
 from benchmarks.recovery.__main__ import main
-from benchmarks.recovery.anchor import Anchor
 from benchmarks.recovery.averages import Averages
 from benchmarks.recovery.early_loss import choices
 from benchmarks.recovery.language_model import LanguageModel
@@ -297,24 +296,6 @@ def test_averages_of_a_run_are_scored_and_change_none_of_its_own_scores(task):
     runs, rows = with_averages([{**plain, "row": "plain", "seed": 0}, run], ["plain", "averaged"])
     assert rows == ["plain", "averaged", *(f"averaged: {name}" for name in averaged["averages"])]
     assert [one["losses"]["a"] for one in runs[2:]] == losses
-
-
-def test_the_anchor_pulls_towards_the_weights_at_the_freeze():
-    weight = torch.tensor([1.0, 0.0])
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    trainer, anchor = SimpleNamespace(callbacks=[], optimizers=[optimizer]), Anchor(2.0)
-    anchor.on_train_batch_end(trainer, None)
-    assert weight.tolist() == [1.0, 0.0]
-    weight[0] = 2.0
-    anchor.on_train_batch_end(trainer, None)
-    assert weight.tolist() == pytest.approx([1.8, 0.0])
-
-
-def test_an_anchored_run_ends_elsewhere_and_2_4(task):
-    rows = further_rows({"free": {"averages": True}, "held": {"anchor": 50.0, "averages": True}})
-    free, held = (protocol.execute(task, row, 0, 1e-2) for row in rows.values())
-    assert held["share_24"] == 1
-    assert held["losses"] != free["losses"]
 
 
 def test_mixtures_lie_between_the_freeze_and_the_end():

@@ -42,24 +42,6 @@ def test_no_warm_up_starts_at_the_peak():
     assert rates(5, warmup_steps=0)[0] == 1.0
 
 
-def test_a_restart_begins_a_whole_schedule():
-    found = rates(50, final=0.1, restart=0.4)
-    assert found[:20] == rates(20, final=0.1)[:20]
-    assert found[20:] == rates(30, final=0.1)
-    with pytest.raises(ValueError, match="restart=1 must lie between 0 and 1"):
-        rates(50, restart=1)
-
-
-def test_a_dense_phase_holds_its_rate_and_rises_to_the_peak_at_the_restart():
-    found = rates(50, final=0.1, restart=0.4, before_restart=0.2)
-    assert found[:4] == pytest.approx([0.05, 0.1, 0.15, 0.2])
-    assert found[4:20] == pytest.approx([0.2] * 16)
-    assert found[20:24] == pytest.approx([0.4, 0.6, 0.8, 1.0])
-    assert found[24:] == rates(30, final=0.1)[4:]
-    with pytest.raises(ValueError, match="needs restart"):
-        rates(50, before_restart=0.2)
-
-
 def test_embeddings_have_a_rate_of_their_own():
     net = Net(10)
     net.words = nn.Embedding(5, 4)
