@@ -122,6 +122,17 @@ def test_tuned_models_predict_closer_to_16_bits(model):
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in others.items())
 
 
+def test_a_model_without_gradients_is_rounded_all_the_same(model, caplog):
+    untuned = copy.deepcopy(model)
+    round_model(untuned, BATCHES, "int8", smooth=False, progress=False)
+    forward = model.forward
+    model.forward = torch.no_grad()(lambda **batch: forward(**batch))
+    report = round_model(model, BATCHES, "int8", smooth=False, tune_steps=2, progress=False)
+    assert report.tuned is None
+    assert "tune_steps=2 is left out: " in caplog.text
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), untuned.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("steps", [-1, 2.0, True])
 def test_steps_that_cannot_be(model, steps):
     with pytest.raises(ValueError, match="tune_steps=.* must be a whole number"):

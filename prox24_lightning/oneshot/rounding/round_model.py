@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from prox24_lightning.utils.tensors import to_device, without_inference
 from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import select_weights
 
+logger = logging.getLogger(__name__)
+
 PROBE_BATCHES = 2
 """Calibration batches on which the rise of the loss is measured."""
 
@@ -44,7 +47,7 @@ class RoundingReport:
         smoothed: one entry an input; empty without ``smooth``.
         layers: the rounding of each layer.
         budget: which layers keep 16 bits and what that gives; None without ``max_loss_rise``.
-        tuned: rise of the loss on the last batch before and after ``tune_steps``; None without.
+        tuned: rise of the loss on the last batch before and after ``tune_steps``; None without them.
     """
 
     form: RoundedForm
@@ -179,11 +182,16 @@ def _tuned(
     form: RoundedForm,
     steps: int,
     progress: bool,
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
+    """Change all rounded weights together; what keeps them from that is named in a warning."""
     moved = [without_inference(one) for one in _on_device(batches, model)]
     with isolated(model), LayerProgress(steps, enabled=progress) as bar:
         bar.describe(f"steps at weights of {form}")
-        return tune_rounded(model, moved, layers, exact, form, steps, step=partial(bar.step, 1, "tuning"))
+        try:
+            return tune_rounded(model, moved, layers, exact, form, steps, step=partial(bar.step, 1, "tuning"))
+        except Exception as error:  # of the user's forward under gradients
+            logger.warning("tune_steps=%d is left out: %s", steps, error)
+            return None
 
 
 def _on_device(batches: Sequence[Any], model: nn.Module) -> list[Any]:
