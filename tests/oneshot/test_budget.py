@@ -12,6 +12,7 @@ from prox24_lightning.oneshot.tradeoff import measure_choices
 from prox24_lightning.solvers.budget.choose import LayerPrice, choose_dense, fill, predicted_speedup
 from prox24_lightning.solvers.budget.measure import mean_on_all_ranks, split_batches
 from prox24_lightning.solvers.budget.rules import RULES
+from prox24_lightning.solvers.budget.switch import SwitchedWeights
 
 
 def price(name, loss, dense=2.0, sparse=1.0, local=0.0):
@@ -192,3 +193,27 @@ def test_layers_that_cannot_be_solved_have_no_price():
     found = measure_choices(seeded(), data, [0.3], progress=False)
     assert found.prices == ()
     assert found.choices[0].dense == frozenset()
+
+
+def test_weights_hold_what_was_asked_for():
+    weights = {name: torch.zeros(2) for name in "abc"}
+    first, second = {name: torch.ones(2) for name in "abc"}, {name: torch.full((2,), 2.0) for name in "abc"}
+    for name, value in weights.items():
+        value.copy_(first[name])
+    switch = SwitchedWeights(weights, first, second)
+    for names in ("ab", "bc", "", "c"):
+        switch.take_second(names)
+        assert {name: value[0].item() for name, value in weights.items()} == {n: 1.0 + (n in names) for n in "abc"}
+
+
+@torch.no_grad()
+def test_the_loss_of_a_choice_is_that_of_the_24_model_with_its_dense_weights_put_back():
+    model, _ = llama()
+    data = [{"input_ids": IDS.roll(number)} for number in range(4)]
+    choice = measure_choices(model, data, [0.5], progress=False).choices[0]
+    mixed = copy.deepcopy(model)
+    prune(mixed, data, method="wanda", refine_steps=50)
+    for name in choice.dense:
+        mixed.get_parameter(name).copy_(model.get_parameter(name))
+    losses = [float(mixed(**one, labels=one["input_ids"]).loss) for one in data[2:]]
+    assert choice.loss == pytest.approx(sum(losses) / 2, rel=1e-6)

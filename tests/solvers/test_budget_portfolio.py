@@ -107,12 +107,13 @@ def test_exchanges_come_close_to_the_best_of_all_subsets(seed):
     assert worst - found.loss >= 0.98 * (worst - best)
 
 
-def test_exchanges_lower_the_loss_where_prices_mislead():
+def test_exchanges_lower_the_loss_where_prices_mislead(monkeypatch):
     """Pairs of equal layers: one of each pair is enough, and single prices would leave both dense, or none."""
     prices = layers(8, same_times=True)
     names = [price.name for price in prices]
     pairs = {(a, b): 1.0 + number / 100 for number, (a, b) in enumerate(zip(names[::2], names[1::2], strict=True))}
     model = Model(prices, dict.fromkeys(names, 0.0), pairs)
+    monkeypatch.setattr("prox24_lightning.solvers.budget.portfolio.ROUNDS", 1)
     found = choose(prices, model, 0.5)
     assert found.loss == pytest.approx(3.0)
     assert found.name.endswith(", then exchanges")
