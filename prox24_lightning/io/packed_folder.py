@@ -193,6 +193,10 @@ def write_folder(
                         f"{name} holds NaN, so the model is damaged: mend it, or store this weight dense: skip={name!r}"
                     )
                 raise RuntimeError(f"{name} read back from {written.path} differs from the model's")
+        if getattr(model, "_auto_class", None) is not None:  # its class lies in files beside the weights
+            from transformers.dynamic_module_utils import custom_object_save
+
+            custom_object_save(model, str(temporary), config=model.config)  # type: ignore[arg-type]
         for part in (getattr(model, "config", None), getattr(model, "generation_config", None), *companions):
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(str(temporary))

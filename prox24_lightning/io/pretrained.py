@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,7 +81,9 @@ class Pretrained:
             refuse_dense(source)
             return load_folder(source, auto, dtype=None if self.dtype == "auto" else getattr(torch, self.dtype))
         try:
-            model, found = auto.from_pretrained(source, dtype=self.dtype, output_loading_info=True, **extra)
+            with _no_code_of_its_own(source):
+                options = {"output_loading_info": True, "trust_remote_code": False}
+                model, found = auto.from_pretrained(source, dtype=self.dtype, **options, **extra)
         except SafetensorError as error:
             raise ValueError(f"a weights file of {source} is damaged or cut short, fetch it again: {error}") from error
         if missing := sorted(found["missing_keys"]):  # transformers fills them with random values
@@ -106,7 +109,8 @@ class Pretrained:
         # For some families transformers makes an empty tokenizer from the config alone.
         if folder.is_dir() and not extra and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
             raise ValueError(f"{source} holds no file of a tokenizer ({', '.join(_TOKENIZER_FILES)}): copy it there")
-        return transformers.AutoTokenizer.from_pretrained(source, **extra)
+        with _no_code_of_its_own(source):
+            return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **extra)
 
     def check_length(self, length: int) -> None:
         """Refuse sequences that are longer than the positions that the config names; no weight is loaded.
@@ -115,12 +119,11 @@ class Pretrained:
             ValueError: if ``length`` is above that number, or below 1.
             OSError: as :meth:`model`.
         """
-        import transformers
 
         if length < 1:
             raise ValueError(f"length={length} must be 1 or more tokens a sequence")
         source, extra = self._source()
-        check_positions(transformers.AutoConfig.from_pretrained(source, **extra), {"length": length})
+        check_positions(_config(source, extra), {"length": length})
 
     def folder(self) -> Path:
         """Return the folder that holds the model's files.
@@ -218,7 +221,7 @@ def _named_class(source: str, extra: dict[str, str]) -> Any:
 
     if "gguf_file" in extra:  # such files hold language models
         return transformers.AutoModelForCausalLM
-    names = transformers.AutoConfig.from_pretrained(source, **extra).architectures or []
+    names = _config(source, extra).architectures or []
     found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     if not found:
         raise ValueError(
@@ -226,6 +229,32 @@ def _named_class(source: str, extra: dict[str, str]) -> Any:
             f"{transformers.__version__} does not have: name the auto class ({', '.join(_AUTO)})"
         )
     return found[0]
+
+
+def _config(source: str, extra: dict[str, str]) -> Any:
+    from transformers import AutoConfig
+
+    with _no_code_of_its_own(source):
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **extra)
+
+
+@contextmanager
+def _no_code_of_its_own(source: str) -> Iterator[None]:
+    """Say what to do with a model whose class lies beside its weights, where transformers would ask at the terminal.
+
+    Raises:
+        ValueError: for such a model.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} brings Python code of its own, which the commands do not run: load it in Python with "
+            "trust_remote_code=True; prune_layerwise prunes it there, and save_folder "
+            "(prox24_lightning.io.packed_folder) packs it"
+        ) from None
 
 
 def _check_name(name: str) -> None:
