@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.generate import per_token, shortened
+from benchmarks.generate import covered, per_token, shortened
 
 
 def test_the_kernels_of_the_first_token_are_taken_away():
@@ -22,3 +22,8 @@ def test_kernels_are_sorted_and_the_rest_is_summed():
     assert found == expected
     assert list(found) == list(expected)
     assert "copy<bf16>(int)" in shortened(kernels)
+
+
+def test_kernels_that_overlap_count_once():
+    assert covered([(4.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 5.0
+    assert covered([]) == 0.0

@@ -88,6 +88,7 @@ def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Te
             HALF=half,
             WIDTH=triton.next_power_of_2(half),
             num_warps=1,
+            enable_fp_fusion=False,  # a product and a sum in one instruction would be rounded once
             **early_start.settings(query.device),
         )
     return found
