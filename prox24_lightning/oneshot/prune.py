@@ -26,6 +26,7 @@ from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.solvers.config import Method, Refine, SolverConfig
 from prox24_lightning.solvers.input_order.choose import holders
 from prox24_lightning.utils.checksum import checksum
+from prox24_lightning.utils.cuda import exact_device
 from prox24_lightning.utils.cuda_graphs import GraphMemory
 from prox24_lightning.utils.tensors import without_inference
 from prox24_lightning.weights.groups import Geometry
@@ -196,7 +197,7 @@ def _prune_blocks(
     kept = list(batches) if config.budget else []
     blocks, batches = chain_of_blocks(model, blocks, kept or batches, home, config.blocks)
     with ExitStack() as stack:
-        work = torch.device(home if device is None else device)
+        work = exact_device(home if device is None else device)
         recorded = BlockInputs.recorded(model, blocks, batches, home=home, device=work, offload=config.offload)
         inputs = stack.enter_context(recorded)
         finished = None

@@ -25,6 +25,7 @@ from prox24_lightning.solvers.budget.measure import BudgetChoices
 from prox24_lightning.solvers.budget.portfolio import Choice
 from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.utils.checksum import checksum
+from prox24_lightning.utils.cuda import exact_device
 from prox24_lightning.utils.files import replacing, write_text
 from prox24_lightning.utils.tensors import tensors_in, without_inference
 from prox24_lightning.weights.groups import Geometry
@@ -141,7 +142,7 @@ def measure_choices(
     selection = select_weights(model, targets=targets, skip=skip, geometry=geometry)
     chosen = inside_blocks(selection.chosen, found, [])
     home = next(model.parameters()).device
-    work = torch.device(home if device is None else device)
+    work = exact_device(home if device is None else device)
     with isolated(model), LayerProgress(len(chosen), enabled=progress) as bar:
         found, kept = chain_of_blocks(model, found, batches, home, blocks)
         with BlockInputs.recorded(model, found, kept, home=home, device=work, offload="device") as inputs:

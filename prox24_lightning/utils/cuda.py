@@ -1,4 +1,4 @@
-"""CUDA devices: whether Triton kernels run there, and whether float32 matrix products may be rounded to TF32."""
+"""Devices by name, whether Triton kernels run on them, and whether they may round the inputs of float32 products."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+
+def exact_device(device: str | torch.device) -> torch.device:
+    """Return the device as its tensors name it: ``cuda:0`` for ``cuda``, so that it compares with theirs."""
+    return torch.empty(0, device=device).device
 
 
 def allows_tf32() -> bool:
@@ -18,19 +24,24 @@ def allows_tf32() -> bool:
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Compute float32 products in full precision; with less the solver of a layer ends at a higher loss.
+    """Compute float32 products in full precision, on CPUs too; with less the solver of a layer ends at a higher loss.
 
     Do not run compiled code inside: it would be compiled again for another setting.
     """
     matmul = torch.backends.cuda.matmul
     # Torch 2.9 has a setting for each library; read or set by its older name, the two must agree.
-    name, whole = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, whole)
+    settings: list[tuple[Any, str, Any]] = [(matmul, "allow_tf32", False)]
+    if hasattr(matmul, "fp32_precision"):
+        libraries = (matmul, getattr(torch.backends.mkldnn, "matmul", None))
+        settings = [(one, "fp32_precision", "ieee") for one in libraries if hasattr(one, "fp32_precision")]
+    before = [getattr(library, name) for library, name, _ in settings]
+    for library, name, whole in settings:
+        setattr(library, name, whole)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        for (library, name, _), value in zip(settings, before, strict=True):
+            setattr(library, name, value)
 
 
 @functools.cache

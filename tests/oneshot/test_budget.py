@@ -143,6 +143,7 @@ def test_choices_are_measured_as_whole_models_and_the_model_stays_as_it_is():
         assert {*RULES, "prices of the dense model", "prices of the 2:4 model"} <= dict(choice.tried).keys()
         assert choice.loss == min(loss for _, loss in choice.tried)
     assert measure_choices(model, data, [0.3, 0.6], progress=False) == found
+    assert measure_choices(model, data, [0.3, 0.6], device="cpu:0", progress=False) == found  # as "cuda" is "cuda:0"
     pruned = copy.deepcopy(model)
     report = prune(pruned, data, method="wanda", budget=0.3)
     dense = {weight.name for weight in report.skipped if weight.reason.startswith("budget")}

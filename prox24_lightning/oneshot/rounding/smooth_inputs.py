@@ -17,6 +17,7 @@ from prox24_lightning.calibration.smoothing import InputSample, smoothing_factor
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.solvers.input_order.choose import holders
+from prox24_lightning.utils.cuda import exact_device
 from prox24_lightning.utils.distributed import from_first
 from prox24_lightning.weights.free_scale import FreeScale
 from prox24_lightning.weights.layer_matrix import as_matrix
@@ -87,7 +88,7 @@ def smooth_inputs(
     done: list[SmoothedInputs] = []
     with isolated(model), LayerProgress(len(blocks), enabled=progress) as bar:
         blocks, batches = chain_of_blocks(model, blocks, batches, home, None)
-        work = torch.device(home if device is None else device)
+        work = exact_device(home if device is None else device)
         recorded = BlockInputs.recorded(model, blocks, batches, home=home, device=work, offload=offload)
         with recorded as inputs:
             for index in range(len(blocks)):

@@ -18,7 +18,7 @@ Loss = Callable[[Collection[str]], float]
 
 ROUNDS = 2
 """Rounds of exchanges around the best candidate."""
-POOL = 24
+POOL = 16
 """So many layers of each side, dense and 2:4, are priced anew in a round."""
 MOVES = 16
 """So many single exchanges are measured in a round."""

@@ -14,7 +14,6 @@ from prox24_lightning.solvers.budget.choose import LayerPrice
 from prox24_lightning.solvers.config import SolverConfig
 from prox24_lightning.solvers.input_group import Run, input_group_hessian
 from prox24_lightning.solvers.layer import Solution, solve
-from prox24_lightning.utils.cuda import without_tf32
 from prox24_lightning.utils.distributed import from_first, gathered_objects
 from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix
 from prox24_lightning.weights.selection import GroupedWeight
@@ -112,8 +111,7 @@ def reason(price: LayerPrice) -> str:
 
 def _solved(weight: GroupedWeight, hessian: Tensor) -> Solution:
     matrix = as_matrix(weight.module, whole(local_part(weight.parameter), weight.parameter))
-    with without_tf32():
-        return solve(matrix, hessian, SENSITIVITY, dim=weight.matrix_dim, name=weight.module_name)
+    return solve(matrix, hessian, SENSITIVITY, dim=weight.matrix_dim, name=weight.module_name)
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from prox24_lightning.sparsify.strategies.progressive.calibration import SolveSe
 from prox24_lightning.sparsify.strategies.progressive.errors import direct, on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.reconstruct import reconstruct
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun, mixed, outputs_of
-from prox24_lightning.utils.cuda import without_tf32
 from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.layer_matrix import from_matrix, why_not_solvable
@@ -85,10 +84,8 @@ def solve_block(
         between_pieces(" + ".join(weight.module_name for weight in members))
         hessian = input_group_hessian(group, runs, dense_runs, counterparts, attempt=attempt, token_weights=counted)
         try:
-            with without_tf32():
-                solved = solve_input_group(
-                    members, hessian, config=settings.solver(group.layers[0]), dense_target=settings.dense_target
-                )
+            config = settings.solver(group.layers[0])
+            solved = solve_input_group(members, hessian, config=config, dense_target=settings.dense_target)
         except ValueError as error:
             log.warning("%s; its largest weights are kept instead", error)
             continue
@@ -149,9 +146,8 @@ def _token_weights(
 def _solve_experts(weights: Sequence[GroupedWeight], runs: Sequence[BlockRun], config: SolverConfig) -> Masks:
     found: Masks = {}
     try:
-        with without_tf32():
-            for solved in solve_experts(weights, runs, config=config):
-                found[solved.weight.name] = solved.mask
+        for solved in solve_experts(weights, runs, config=config):
+            found[solved.weight.name] = solved.mask
     except Exception as error:  # of the experts' forward, which is the user's
         log.warning("%s: %s", weights[0].module_name, error)
     for weight in weights:

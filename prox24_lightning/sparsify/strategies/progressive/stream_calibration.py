@@ -20,7 +20,6 @@ from prox24_lightning.solvers.input_group import solve_input_group
 from prox24_lightning.sparsify.strategies.base import Masks, RunContext
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.calibration import Calibration, SolveSettings
-from prox24_lightning.utils.cuda import without_tf32
 from prox24_lightning.utils.distributed import from_first, gathered_on_first, rank, world_size
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.layer_matrix import from_matrix, matrix_columns, why_not_solvable
@@ -112,10 +111,9 @@ class StreamCalibration(Calibration):
             return {}
         config = self.settings.solver(block.module)
         try:
-            with without_tf32():
-                if isinstance(accumulator, ExpertHessians):
-                    return {first.name: solve_expert_weight(first, accumulator, config=config).mask}
-                solved = solve_input_group(block.weights, accumulator, config=config)
+            if isinstance(accumulator, ExpertHessians):
+                return {first.name: solve_expert_weight(first, accumulator, config=config).mask}
+            solved = solve_input_group(block.weights, accumulator, config=config)
         except ValueError as error:
             log.warning("%s; its largest weights are kept instead", error)
             return {}
