@@ -33,7 +33,7 @@ def adamw_with_cosine(
         fused: take AdamW's fused kernels, which are faster on a GPU.
 
     Raises:
-        ValueError: if the length of the run is unknown, or ``embedding_lr`` is negative.
+        ValueError: if the length of the run is unknown, or ``embedding_lr`` is negative or not finite.
     """
     total = module.trainer.estimated_stepping_batches
     if not 0 < total < float("inf"):

@@ -18,7 +18,7 @@ class OutputDivergence:
 
     For a model whose probabilities are right it is the rise of the loss, in nats a token. Measured on some thousand
     tokens it is far less noisy than the difference of two losses: the text's own luck is not in it. Of a model without
-    ``logits`` it is the squared error of the first output, relative to its square.
+    ``logits``, or with a single one, it is the squared error of the first output, relative to its square.
 
     Args:
         runs: each calls the model, as it is then, on one batch.
@@ -45,7 +45,7 @@ class Predictions:
 
     Attributes:
         values: its logits, or the first output of a model without.
-        are_logits: which of both.
+        are_logits: whether they are logits of several classes or tokens.
     """
 
     values: Tensor
@@ -58,10 +58,10 @@ def predictions(output: Any) -> Predictions:
     Raises:
         ValueError: if there is nothing that can be compared.
     """
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
+    logits = _logits(output)
+    if logits is not None and logits.dim() > 1 and logits.shape[-1] > 1:  # a single one is the value of a regression
         return Predictions(logits.detach(), True)
-    return Predictions(model_output(output).detach().clone(), False)
+    return Predictions(_values(output).detach().clone(), False)
 
 
 def divergence(before: Predictions, output: Any) -> Tensor:
@@ -70,7 +70,17 @@ def divergence(before: Predictions, output: Any) -> Tensor:
         pairs = zip(before.values, output.logits, strict=True)
         return torch.stack([_divergence_of_sequence(old, new) for old, new in pairs]).mean()
     old = before.values.float()
-    return (model_output(output).float() - old).square().sum() / old.square().sum().clamp_min(1e-30)
+    return (_values(output).float() - old).square().sum() / old.square().sum().clamp_min(1e-30)
+
+
+def _logits(output: Any) -> Tensor | None:
+    logits = getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def _values(output: Any) -> Tensor:
+    logits = _logits(output)
+    return model_output(output) if logits is None else logits
 
 
 def _divergence_of_sequence(before: Tensor, now: Tensor) -> Tensor:

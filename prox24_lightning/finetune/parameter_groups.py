@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,10 +31,12 @@ def parameter_groups(
         groups of matrices, of vectors, and of embeddings; empty ones are left out.
 
     Raises:
-        ValueError: if ``embedding_lr`` is negative.
+        ValueError: if ``embedding_lr`` is negative or not finite.
     """
-    if not embedding_lr >= 0:
-        raise ValueError(f"embedding_lr={embedding_lr} must not be negative: it is relative to lr, and 0 trains none")
+    if not 0 <= embedding_lr < math.inf:
+        raise ValueError(
+            f"embedding_lr={embedding_lr} must be finite and not negative: it is relative to lr, and 0 trains none"
+        )
     apart = _embeddings(model) if embedding_lr != 1 else set()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rest = [parameter for parameter in trained if parameter not in apart]
@@ -47,7 +50,8 @@ def parameter_groups(
 
 def _embeddings(model: nn.Module) -> set[Tensor]:
     """Return the weights of embeddings, and of output heads that have as many rows and columns as one of them."""
-    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    shapes = {table.shape for table in tables}
+    modules = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    tables = {parameter for module in modules for parameter in module.parameters()}  # parametrized ones too
+    shapes = {module.weight.shape for module in modules}
     heads = (weight for head in output_heads(model) for weight in head.parameters(recurse=False))
     return tables | {weight for weight in heads if weight.shape in shapes}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,8 +22,11 @@ from prox24_lightning.solvers.budget.measure import (
     choose_layers,
     most_steps,
     split_batches,
+    usable,
 )
 from prox24_lightning.solvers.budget.price import LayerTimes, reason, times_or_products
+from prox24_lightning.utils.distributed import gathered_objects, rank
+from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.tensors import to_device
 from prox24_lightning.weights.selection import GroupedWeight
 
@@ -95,23 +98,26 @@ def _each_block(inputs: BlockInputs, layers: Sequence[GroupedWeight], visit: Vis
 
 
 def _model_losses(model: nn.Module, inputs: BlockInputs, batches: Sequence[Any]) -> ModelLosses | None:
-    problem = f"the model lies on {inputs.home}, and blocks are solved on {inputs.device}"
+    losses: ModelLosses | None = None
+    problem: str | None = f"the model lies on {inputs.home}, and blocks are solved on {inputs.device}"
     if inputs.home == inputs.device:
         try:
-            return ModelLosses(*(_loss(model, batches[part]) for part in split_batches(len(batches))))
+            losses, problem = ModelLosses(*(_loss(model, batches[part]) for part in split_batches(len(batches)))), None
         except Exception as error:  # of the user's forward
-            problem = f"{type(error).__name__}: {error}"
-    log.warning("the budget goes by each layer's own loss, since the model's cannot be measured: %s", problem)
+            problem = describe(error)
+    # What one rank cannot measure, the others do not: they average.
+    if (problem := next((found for found in gathered_objects(problem) if found), None)) is None:
+        return losses
+    if rank() == 0:
+        log.warning("the budget goes by each layer's own loss, since the model's cannot be measured: %s", problem)
     return None
 
 
-def _loss(model: nn.Module, batches: Sequence[Any]) -> ModelLoss:
+def _loss(model: nn.Module, batches: Sequence[Any]) -> Callable[[], float]:
     home = next(model.parameters()).device
     moved = [to_device(dict(one) if isinstance(one, Mapping) else one, home) for one in batches]
     ids = [one.get("input_ids") if isinstance(one, dict) else None for one in moved]
-    loss = ModelLoss([partial(_call, model, one) for one in moved], ids)
-    loss()
-    return loss
+    return usable(ModelLoss([partial(_call, model, one) for one in moved], ids))
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

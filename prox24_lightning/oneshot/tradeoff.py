@@ -27,6 +27,7 @@ from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.cuda import exact_device
 from prox24_lightning.utils.files import replacing, write_text
+from prox24_lightning.utils.safetensors_file import json_object
 from prox24_lightning.utils.tensors import tensors_in, without_inference
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.selection import select_weights
@@ -77,8 +78,8 @@ class Tradeoff:
         return next(point.loss for point in self.points if point.label == "dense")
 
     def fastest(self, most: float) -> TradeoffPoint:
-        """Return the fastest point whose loss lies at most ``most`` above the dense model's."""
-        fitting = [point for point in self.points if point.loss - self.dense_loss <= most]
+        """Return the fastest point whose loss lies at most ``most`` above the dense model's; the dense one if none."""
+        fitting = [one for one in self.points if one.label == "dense" or one.loss - self.dense_loss <= most]
         return max(fitting, key=lambda point: (point.speedup, -point.loss))
 
     def to_json(self) -> str:
@@ -182,7 +183,7 @@ def measure_tradeoff(
         raise ValueError(f"budgets {wrong} must lie in [0, 1)")
     finished = _Finished(work_dir, model, batches, options, layer_times)
     chosen_by = {key: options[key] for key in ("targets", "skip", "geometry", "blocks") if key in options}
-    budgets = sorted(set(budgets))
+    budgets = sorted({float(budget) for budget in budgets})
     if missing := [budget for budget in budgets if str(budget) not in finished.choices]:
         found = measure_choices(
             model, batches, missing, device=device, layer_times=layer_times, progress=progress, **chosen_by
@@ -198,7 +199,7 @@ def measure_tradeoff(
         if loss is None:
             try:
                 skip = [*(options.get("skip") or []), *names]
-                folder = None if work_dir is None else Path(work_dir) / f"budget_{budget:g}"
+                folder = None if work_dir is None else Path(work_dir) / f"budget_{budget}"
                 given = {**options, "skip": skip or None, "device": device, "progress": progress, "work_dir": folder}
                 prune_layerwise(model, batches, **given)
                 loss = evaluate(model)
@@ -233,14 +234,21 @@ class _Finished:
         self.choices: dict[str, Choice] = {}
         self.losses: dict[str, float] = {}
         if self._path is not None and self._path.exists():
-            content = json.loads(self._path.read_text(encoding="utf-8"))
-            if content["identity"] != self._identity:
-                raise ValueError(
-                    f"{self._path} belongs to a run with another model, text or settings: use another folder"
-                )
-            self.prices = tuple(LayerPrice(**price) for price in content["prices"])
-            self.choices = {key: Choice.from_dict(one) for key, one in content["choices"].items()}
-            self.losses = content["losses"]
+            self._read(self._path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            content = json_object(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): use another folder, or remove that file") from None
+        # A file without choices is of a version that made others.
+        if content.get("identity") != self._identity or "choices" not in content:
+            raise ValueError(
+                f"{path} belongs to a run with another model, text, settings or version: use another folder"
+            )
+        self.prices = tuple(LayerPrice(**price) for price in content["prices"])
+        self.choices = {key: Choice.from_dict(one) for key, one in content["choices"].items()}
+        self.losses = content["losses"]
 
     def keep(self, budgets: Sequence[float], found: BudgetChoices) -> None:
         """Keep what has been chosen at budgets."""

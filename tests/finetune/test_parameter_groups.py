@@ -51,5 +51,20 @@ def test_at_zero_embeddings_stay_as_they_are():
     model(torch.arange(4)).square().sum().backward()
     optimizer.step()
     assert torch.equal(model[0].weight, before)
-    with pytest.raises(ValueError, match="embedding_lr=-1 must not be negative"):
+    with pytest.raises(ValueError, match="embedding_lr=-1 must be finite and not negative"):
         parameter_groups(model, lr=0.1, embedding_lr=-1)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_parametrized_embeddings_and_bags_are_embeddings(kind):
+    table = kind(8, 4)
+    nn.utils.parametrizations.weight_norm(table)
+    model = nn.Sequential(table, nn.Linear(4, 4))
+    _, _, slow = parameter_groups(model, lr=1.0, embedding_lr=0.5)
+    assert set(slow["params"]) == set(table.parameters())
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+def test_rates_that_are_no_numbers(rate):
+    with pytest.raises(ValueError, match="must be finite and not negative"):
+        parameter_groups(llama(True), lr=0.1, embedding_lr=rate)

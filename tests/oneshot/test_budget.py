@@ -218,3 +218,12 @@ def test_the_loss_of_a_choice_is_that_of_the_24_model_with_its_dense_weights_put
         mixed.get_parameter(name).copy_(model.get_parameter(name))
     losses = [float(mixed(**one, labels=one["input_ids"]).loss) for one in data[2:]]
     assert choice.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_decides_nothing(caplog):
+    model, _ = llama()
+    data = [{"input_ids": IDS, "labels": torch.full_like(IDS, -100)}]
+    found = measure_choices(model, data, [0.3], progress=False)
+    assert "own loss, since the model's cannot be measured: ValueError: its loss is nan" in caplog.text
+    assert all(price.loss > 0 for price in found.prices)
+    assert found.choices[0].name == "prices of the dense model"

@@ -228,3 +228,19 @@ def test_divergence_of_equal_and_of_other_outputs():
     error = OutputDivergence([lambda: hidden[0]])
     hidden[0] = torch.full((3,), 1.1)
     assert error() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_one_logit_is_a_value_not_a_probability():
+    output = type("Output", (), {"logits": torch.ones(4, 1)})()
+    measure = OutputDivergence([lambda: output])
+    output.logits = torch.full((4, 1), 1.1)
+    assert measure() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_an_error_without_words_is_named(model, monkeypatch, caplog):
+    def failing(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr("prox24_lightning.oneshot.rounding.round_model.tune_rounded", failing)
+    round_model(model, BATCHES, "int8", smooth=False, tune_steps=2, progress=False)
+    assert "tune_steps=2 is left out: NotImplementedError" in caplog.text

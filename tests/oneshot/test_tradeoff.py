@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from tiny_reordered import IDS, llama
 
 from prox24_lightning.oneshot import tradeoff as module
 from prox24_lightning.oneshot.tradeoff import Tradeoff, TradeoffPoint, measure_tradeoff
+from prox24_lightning.solvers.budget.measure import BudgetChoices
+from prox24_lightning.solvers.budget.portfolio import Choice
 
 DATA = [{"input_ids": IDS}]
 OPTIONS = {"method": "wanda", "refine_steps": 5, "dense_target": 0.0}
@@ -58,8 +61,30 @@ def test_a_killed_run_measures_only_what_is_left(tmp_path, monkeypatch):
     assert len(calls) == 3
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
-    with pytest.raises(ValueError, match="another model, text or settings"):
+    with pytest.raises(ValueError, match="another model, text, settings or version"):
         measured(model, work_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda text: text[:20], "is damaged"),
+        (lambda text: "[]", "is damaged"),
+        (lambda text: text.replace('"choices"', '"others"'), "settings or version"),
+    ],
+)
+def test_a_file_of_choices_that_is_damaged_or_of_another_version(tmp_path, monkeypatch, change, problem):
+    monkeypatch.setattr(
+        module, "measure_choices", lambda *args, **kwargs: BudgetChoices((), (Choice("2:4", frozenset()),))
+    )
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(module, "prune_layerwise", lambda *args, **kwargs: None)
+    given = {"budgets": (0.0,), "work_dir": tmp_path, "progress": False}
+    measure_tradeoff(model, DATA, lambda _: 1.0, **given)
+    path = tmp_path / "tradeoff.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=problem):
+        measure_tradeoff(model, DATA, lambda _: 1.0, **given)
 
 
 def test_the_fastest_model_within_a_loss():
@@ -68,6 +93,8 @@ def test_the_fastest_model_within_a_loss():
     assert found.fastest(0.5).label == "2:4"
     assert found.fastest(0.2).label == "0.5"
     assert found.fastest(0.05).label == "dense"
+    damaged = Tradeoff((*points, TradeoffPoint("dense", 1.0, ("a", "b"), 1.0, math.nan)), (), True)
+    assert damaged.fastest(0.5).label == "dense"
 
 
 def test_budgets_out_of_range_are_refused():

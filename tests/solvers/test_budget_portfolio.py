@@ -171,3 +171,11 @@ def test_a_choice_in_a_file_is_read_as_it_was():
 def test_the_ends_are_blocks_or_layers_without_one(names, dense):
     prices = [LayerPrice(name, 0.0, 0.0, 2.0, 1.0) for name in names]
     assert RULES["first and last blocks dense"](prices, 0.4) == dense
+
+
+def test_prices_decide_where_no_loss_can():
+    prices = layers(4)
+    found = choose_by_loss(
+        *sides(prices, random_model(prices, 1)), 0.25, lambda dense: math.inf, lambda dense: math.inf
+    )
+    assert found.name == "prices of the dense model"

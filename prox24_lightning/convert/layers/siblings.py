@@ -50,6 +50,7 @@ def find_siblings(model: Any) -> list[Siblings]:
     return found
 
 
+@torch.inference_mode(False)  # its tensors do not say whether they were changed in between
 @torch.no_grad()
 def siblings_inside(model: nn.Module) -> list[Siblings]:
     """Return the siblings of the language model of transformers that is ``model`` or a part of it, by their full names.

@@ -28,6 +28,7 @@ from prox24_lightning.oneshot.rounding.budget import (
 from prox24_lightning.oneshot.rounding.smooth_inputs import SmoothedInputs, smooth_inputs
 from prox24_lightning.oneshot.rounding.tune import tune_rounded
 from prox24_lightning.solvers.budget.price import LayerTimes
+from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.tensors import to_device, without_inference
 from prox24_lightning.weights.rounding import RoundedForm
 from prox24_lightning.weights.selection import select_weights
@@ -190,7 +191,7 @@ def _tuned(
         try:
             return tune_rounded(model, moved, layers, exact, form, steps, step=partial(bar.step, 1, "tuning"))
         except Exception as error:  # of the user's forward under gradients
-            logger.warning("tune_steps=%d is left out: %s", steps, error)
+            logger.warning("tune_steps=%d is left out: %s", steps, describe(error))
             return None
 
 

@@ -58,6 +58,17 @@ class BudgetChoices:
     choices: tuple[Choice, ...]
 
 
+def usable(loss: Callable[[], float]) -> Callable[[], float]:
+    """Return ``loss``, which is called once to see that it can decide anything.
+
+    Raises:
+        ValueError: if it is not finite, as with labels that ignore all tokens.
+    """
+    if not math.isfinite(value := loss()):
+        raise ValueError(f"its loss is {value}")
+    return loss
+
+
 def split_batches(count: int) -> tuple[slice, slice]:
     """Return which of ``count`` batches give the prices, and which decide: others, if there are more."""
     probes = slice(0, PROBES)

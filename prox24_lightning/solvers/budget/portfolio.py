@@ -102,7 +102,8 @@ def choose_by_loss(
         tried.append((name, judged[dense]))
         return judged[dense]
 
-    loss, name = min((measured(name, dense), name) for name, dense in candidates.items())
+    # Of equal losses, all infinite ones among them, the first candidate is best.
+    loss, name = min(((measured(name, dense), name) for name, dense in candidates.items()), key=lambda found: found[0])
     dense = candidates[name]
     exchanged = f"{name}, then exchanges"
     for _ in range(ROUNDS):

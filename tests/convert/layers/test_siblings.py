@@ -73,3 +73,11 @@ def test_there_may_be_none(change):
     change(module)
     assert siblings_inside(module) == []
     assert torch.is_grad_enabled()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("made_before", [True, False])
+def test_they_are_found_within_inference_mode(made_before):
+    with torch.inference_mode(not made_before):
+        model = llama()
+    assert len(siblings_inside(model)) == 2

@@ -13,7 +13,14 @@ from prox24_lightning.calibration.calls.module_call import ModuleCall
 from prox24_lightning.calibration.hooked_module import HookedModule
 from prox24_lightning.calibration.input_groups import find_input_groups
 from prox24_lightning.calibration.model_loss import ModelLoss
-from prox24_lightning.solvers.budget.measure import BudgetChoices, ModelLosses, Visit, choose_layers, split_batches
+from prox24_lightning.solvers.budget.measure import (
+    BudgetChoices,
+    ModelLosses,
+    Visit,
+    choose_layers,
+    split_batches,
+    usable,
+)
 from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.errors import described, direct, on_all_ranks
@@ -73,9 +80,7 @@ def _losses(model: nn.Module, hooked: HookedModule, calls: Sequence[ModuleCall])
 
 
 def _loss(runs: Sequence[BlockRun]) -> Callable[[], float]:
-    loss = ModelLoss(runs, [run.call.kwargs.get("input_ids") for run in runs])
-    loss()
-    return loss
+    return usable(ModelLoss(runs, [run.call.kwargs.get("input_ids") for run in runs]))
 
 
 def _each_block(
