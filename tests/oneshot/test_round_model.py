@@ -10,6 +10,7 @@ from prox24_lightning.calibration.output_divergence import OutputDivergence
 from prox24_lightning.calibration.rounded_inputs import rounded_inputs
 from prox24_lightning.calibration.smoothing import smoothing_factors
 from prox24_lightning.oneshot import prune_layerwise, round_model
+from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.rounding.budget import LossRise, RoundedLayers, RoundingPrice, within_rise
 from prox24_lightning.oneshot.rounding.smooth_inputs import smooth_inputs
 from prox24_lightning.weights.rounding import round_weight
@@ -244,3 +245,21 @@ def test_an_error_without_words_is_named(model, monkeypatch, caplog):
     monkeypatch.setattr("prox24_lightning.oneshot.rounding.round_model.tune_rounded", failing)
     round_model(model, BATCHES, "int8", smooth=False, tune_steps=2, progress=False)
     assert "tune_steps=2 is left out: NotImplementedError" in caplog.text
+
+
+def test_the_bar_of_steps_holds_all_that_is_tried(model, monkeypatch):
+    bars = []
+
+    class Bar(LayerProgress):
+        def step(self, layers, name):
+            super().step(layers, name)
+            bars.append((self._bar.tasks[0].completed, self._bar.tasks[0].total))
+
+    def tried_twice(*args, step, **kwargs):
+        for _ in range(1 + 2 * (3 + 1)):
+            step()
+
+    monkeypatch.setattr("prox24_lightning.oneshot.rounding.round_model.LayerProgress", Bar)
+    monkeypatch.setattr("prox24_lightning.oneshot.rounding.round_model.tune_rounded", tried_twice)
+    round_model(model, BATCHES, "int8", smooth=False, tune_steps=3, progress=False)
+    assert bars == [(number, 5 if number <= 5 else 9) for number in range(1, 10)]

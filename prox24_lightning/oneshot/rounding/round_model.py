@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class RoundingReport:
                 f"changes by {lost} (geometric mean)"
             )
         if self.tuned is not None:
-            before, after = self.tuned
+            before, after = (max(0.0, rise) for rise in self.tuned)  # sums of float32 may fall below
             lines.append(f"the loss rises by {before:.5f} nats with all layers in {self.form}, by {after:.5f} tuned")
         if self.budget is not None:
             found, whole = self.budget, sum(len(price.names) for price in self.budget.prices)
@@ -186,10 +187,18 @@ def _tuned(
 ) -> tuple[float, float] | None:
     """Change all rounded weights together; what keeps them from that is named in a warning."""
     moved = [without_inference(one) for one in _on_device(batches, model)]
-    with isolated(model), LayerProgress(steps, enabled=progress) as bar:
-        bar.describe(f"steps at weights of {form}")
+    attempt = steps + 1  # with the look at what they gave
+    with isolated(model), LayerProgress(1 + attempt, enabled=progress) as bar:
+        bar.describe(text := f"steps at weights of {form}")
+        begun = count(1)
+
+        def step() -> None:
+            if next(begun) > bar.total:  # they did not help: smaller ones follow
+                bar.shrink(-attempt)
+            bar.step(1, text)
+
         try:
-            return tune_rounded(model, moved, layers, exact, form, steps, step=partial(bar.step, 1, "tuning"))
+            return tune_rounded(model, moved, layers, exact, form, steps, step=step)
         except Exception as error:  # of the user's forward under gradients
             logger.warning("tune_steps=%d is left out: %s", steps, describe(error))
             return None
