@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,14 +22,13 @@ from prox24_lightning.solvers.budget.measure import (
     most_steps,
     split_batches,
     usable,
+    warn_of_own_losses,
 )
 from prox24_lightning.solvers.budget.price import LayerTimes, reason, times_or_products
-from prox24_lightning.utils.distributed import gathered_objects, rank
+from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.tensors import to_device
 from prox24_lightning.weights.selection import GroupedWeight
-
-log = logging.getLogger(__name__)
 
 
 def choose_dense_layers(
@@ -108,8 +106,7 @@ def _model_losses(model: nn.Module, inputs: BlockInputs, batches: Sequence[Any])
     # What one rank cannot measure, the others do not: they average.
     if (problem := next((found for found in gathered_objects(problem) if found), None)) is None:
         return losses
-    if rank() == 0:
-        log.warning("the budget goes by each layer's own loss, since the model's cannot be measured: %s", problem)
+    warn_of_own_losses(problem)
     return None
 
 

@@ -227,3 +227,37 @@ def test_a_loss_that_is_not_finite_decides_nothing(caplog):
     assert "own loss, since the model's cannot be measured: ValueError: its loss is nan" in caplog.text
     assert all(price.loss > 0 for price in found.prices)
     assert found.choices[0].name == "prices of the dense model"
+
+
+def test_a_model_that_fails_with_one_layer_24_goes_by_own_losses(monkeypatch, caplog):
+    model, _ = llama()
+    before = copy.deepcopy(model.state_dict())
+    calls = itertools.count()
+
+    def failing(self):
+        if next(calls) > 5:
+            raise ArithmeticError("not on such weights")
+        return 1.0
+
+    monkeypatch.setattr(ModelLoss, "__call__", failing)
+    found = measure_choices(model, [{"input_ids": IDS}], [0.3], progress=False)
+    assert "each layer's own loss" in caplog.text
+    assert "not on such weights" in caplog.text
+    assert all(price.loss == price.local_loss for price in found.prices)
+    assert len(found.prices) == 14
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_layer_whose_24_form_breaks_the_model_stays_dense_first(monkeypatch):
+    model, _ = llama()
+    name = "model.layers.1.self_attn.v_proj.weight"
+    dense = model.get_parameter(name).clone()
+    whole = ModelLoss.__call__
+
+    def damaged(self):
+        return whole(self) if torch.equal(model.get_parameter(name), dense) else float("nan")
+
+    monkeypatch.setattr(ModelLoss, "__call__", damaged)
+    found = measure_choices(model, [{"input_ids": IDS}], [0.3], progress=False)
+    assert next(price for price in found.prices if price.name == name).loss == float("inf")
+    assert name in found.choices[0].dense

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from prox24_lightning.solvers.budget.price import Attempt, LayerTimes, mean_pric
 from prox24_lightning.solvers.budget.switch import SwitchedWeights
 from prox24_lightning.solvers.input_group import Run
 from prox24_lightning.utils.distributed import gathered_objects, rank
+from prox24_lightning.utils.errors import describe
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import local_part
 
@@ -69,6 +71,12 @@ def usable(loss: Callable[[], float]) -> Callable[[], float]:
     return loss
 
 
+def warn_of_own_losses(problem: str) -> None:
+    """Say once that layers are chosen by their own losses, and why."""
+    if rank() == 0:
+        log.warning("the budget goes by each layer's own loss, since the model's cannot be measured: %s", problem)
+
+
 def split_batches(count: int) -> tuple[slice, slice]:
     """Return which of ``count`` batches give the prices, and which decide: others, if there are more."""
     probes = slice(0, PROBES)
@@ -95,7 +103,7 @@ def choose_layers(
     """Return prices of all layers and the choice at each budget; the weights are as before afterwards.
 
     Without ``losses``, or where the model cannot be run with other weights in it, the knapsack with prices of single
-    layers decides alone.
+    layers decides alone; where it cannot be run with one other layer, each layer's own loss is its price.
 
     Args:
         weights: of all layers, on the devices where the model runs.
@@ -107,12 +115,18 @@ def choose_layers(
         attempt: see :func:`~prox24_lightning.solvers.input_group.input_group_hessian`.
     """
     found: list[LayerPrice] = []
-    probe = None if losses is None else losses.probe
-    each_block(
-        lambda groups, inside, runs: found.extend(
-            prices_of_groups(groups, inside, runs, times, probe, describe=step, attempt=attempt)
+    probe = None if losses is None else partial(mean_on_all_ranks, losses.probe)
+    try:
+        each_block(
+            lambda groups, inside, runs: found.extend(
+                prices_of_groups(groups, inside, runs, times, probe, describe=step, attempt=attempt)
+            )
         )
-    )
+    except Exception as error:  # of the user's forward, with a layer that is 2:4
+        if losses is None:
+            raise
+        warn_of_own_losses(describe(error))
+        return choose_layers(weights, each_block, budgets, times, None, step=step, attempt=attempt)
     prices = mean_prices(found)
     by_prices = [Choice("prices of the dense model", choose_dense(prices, budget)) for budget in budgets]
     if losses is None or not prices or not any(budgets):

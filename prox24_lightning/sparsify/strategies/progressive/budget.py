@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,18 +19,17 @@ from prox24_lightning.solvers.budget.measure import (
     choose_layers,
     split_batches,
     usable,
+    warn_of_own_losses,
 )
 from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.errors import described, direct, on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun
-from prox24_lightning.utils.distributed import gathered_objects, rank
+from prox24_lightning.utils.distributed import gathered_objects
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.layer_matrix import why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import is_sharded
-
-log = logging.getLogger(__name__)
 
 
 def choose_dense_layers(
@@ -74,8 +72,7 @@ def _losses(model: nn.Module, hooked: HookedModule, calls: Sequence[ModuleCall])
         problem = described(error)
     if (problem := next((found for found in gathered_objects(problem) if found), None)) is not None:
         losses = None
-        if rank() == 0:
-            log.warning("the budget goes by each layer's own loss, since the model's cannot be measured: %s", problem)
+        warn_of_own_losses(problem)
     return losses
 
 
