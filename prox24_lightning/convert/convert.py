@@ -296,7 +296,10 @@ def _measure(
         dtype, form = kind
         mine = {name: shape for name, shape in shapes.items() if kinds[name] == kind}
         together = [one for one in joined if one.names[0] in mine]
-        titles = {one.shape: one.title for one in together}
+        titles = {
+            shape: ", ".join(dict.fromkeys(one.title for one in together if one.shape == shape))
+            for shape in dict.fromkeys(one.shape for one in together)
+        }
         wanted = list(dict.fromkeys([*mine.values(), *titles]))
         found = kernel_tables(wanted, dtype, token_counts=counts, keep_dense=keep_dense, device=device, form=form)
         done.own.update({name: found[shape] for name, shape in mine.items()})

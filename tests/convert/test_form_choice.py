@@ -84,9 +84,9 @@ SIZES = {
 WHOLE = (96, 64)  # query, key and value as one
 
 
-def llama():
+def llama(**sizes):
     torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).bfloat16().eval()
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**SIZES, **sizes})).bfloat16().eval()
     for layer in model.model.layers.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.data.mul_(mask_24(layer.weight))
@@ -137,6 +137,13 @@ def test_layers_that_decoding_joins_choose_as_one(measured, form):
     joined = {table.shape: table.joined for table in done.tables if table.joined}
     assert joined == {WHOLE: "q_proj + k_proj + v_proj", (256, 64): "gate_proj + up_proj"}
     assert "(96, 64) as one: q_proj + k_proj + v_proj" in str(kernel_section(done.tables))
+
+
+def test_products_of_one_shape_are_all_named(measured):
+    measured()
+    done = convert_model(llama(num_key_value_heads=4, intermediate_size=96), token_counts=(8,))
+    (joined,) = [table.joined for table in done.tables if table.joined]
+    assert joined == "q_proj + k_proj + v_proj, gate_proj + up_proj"
 
 
 def test_joined_layers_are_dense_together(measured):

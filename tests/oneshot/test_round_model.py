@@ -263,3 +263,15 @@ def test_the_bar_of_steps_holds_all_that_is_tried(model, monkeypatch):
     monkeypatch.setattr("prox24_lightning.oneshot.rounding.round_model.tune_rounded", tried_twice)
     round_model(model, BATCHES, "int8", smooth=False, tune_steps=3, progress=False)
     assert bars == [(number, 5 if number <= 5 else 9) for number in range(1, 10)]
+
+
+def test_what_is_not_finite_tunes_nothing_and_is_within_no_bound(model, monkeypatch, caplog):
+    monkeypatch.setattr(
+        "prox24_lightning.oneshot.rounding.round_model.tune_rounded", lambda *args, **kwargs: (float("nan"),) * 2
+    )
+    report = round_model(model, BATCHES, "int8", smooth=False, tune_steps=2, progress=False)
+    assert report.tuned is None
+    assert "tune_steps=2 is left out: ValueError: the predictions differ from those of 16 bits by nan" in caplog.text
+    layers = layers_of(model)
+    switch = RoundedLayers(layers, {name: layer.weight.detach() for name, layer in layers.items()}, "int8")
+    assert LossRise(switch, lambda: float("nan"))(list(layers)) == float("inf")

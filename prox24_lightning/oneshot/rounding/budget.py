@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,12 +145,13 @@ class LossRise:
         self._divergence = divergence
 
     def __call__(self, names: Iterable[str]) -> float:
-        """Return the rise with the layers of ``names`` alone in 8 bits, inputs and all; not below 0."""
+        """Return the rise with only the layers of ``names`` in 8 bits, inputs too: 0 or more, infinity for NaN."""
         names = list(names)
         with self._switch.nudged(names):
             noise = self._divergence()
         with self._switch.inputs_too(names):
-            return max(0.0, self._divergence() - noise)
+            rise = self._divergence() - noise
+        return max(0.0, rise) if math.isfinite(rise) else math.inf
 
 
 def rounding_prices(

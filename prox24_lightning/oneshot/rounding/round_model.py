@@ -198,7 +198,10 @@ def _tuned(
             bar.step(1, text)
 
         try:
-            return tune_rounded(model, moved, layers, exact, form, steps, step=step)
+            found = tune_rounded(model, moved, layers, exact, form, steps, step=step)
+            if not math.isfinite(found[0]):
+                raise ValueError(f"the predictions differ from those of 16 bits by {found[0]} nats")
+            return found
         except Exception as error:  # of the user's forward under gradients
             logger.warning("tune_steps=%d is left out: %s", steps, describe(error))
             return None
