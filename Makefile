@@ -23,7 +23,7 @@ STAMP := $(VENV)/.installed-$(subst /,_,$(TORCH))
 help:
 	@echo "make demo        train a byte-level GPT three ways (dense, one-shot, Prox24) on text that ships with Python"
 	@echo "make test        run all tests"
-	@echo "make test-vllm   serve packed folders with the CPU build of vLLM, in an environment of its own (.venv-vllm)"
+	@echo "make test-vllm   serve packed folders with the CPU build of vLLM, in an environment of its own (.venv-vllm); kernels in Triton's interpreter"
 	@echo "make lint        ruff and mypy"
 	@echo "make docs        build the guide, build/site/index.html; warnings are errors"
 	@echo "make install     only make the environment; make install-vllm: only that with vLLM"
@@ -64,6 +64,8 @@ test: $(STAMP)
 test-vllm: $(VLLM_STAMP)
 	@echo "== tests: vLLM serves packed folders (its CPU build)"
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest tests/serving $(PYTEST_ARGS)
+	@echo "== tests: kernels in Triton's interpreter, which comes with vLLM"
+	TRITON_INTERPRET=1 $(VLLM_BIN)/python -m pytest $(wildcard tests/*/interpreted tests/*/*/interpreted)
 
 # vLLM pins transformers and torch's CPU build, so it has an environment of its own. Its packages for sound and video are left out.
 $(VLLM_STAMP): pyproject.toml

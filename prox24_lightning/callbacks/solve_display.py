@@ -90,7 +90,7 @@ class TrainerDisplay:
 
 
 def stop_on_sigterm(trainer: Trainer) -> None:
-    """Raise what Lightning raises at the end of a batch, if the process was told to end."""
+    """Raise what Lightning raises at the end of a batch, if the process has received SIGTERM."""
     if trainer.received_sigterm:
         raise SIGTERMException
 

@@ -67,9 +67,9 @@ def bench(
     peak memory, the share of the chip's measured limits, the error of the logits and the perplexity. With --output it
     writes bench.json, bench.md, and for a language model bench.png.
 
-    On stderr it says what it measures next. Stopped (Ctrl-C, or SIGTERM of a time limit) or failed, it still writes and
-    prints what it has measured. Exit code 0: measured. 2: an error; no GPU, and a model with nothing to convert, are
-    errors. 130 and 143: stopped.
+    Each measurement is announced on stderr. If the run is stopped (Ctrl-C, or SIGTERM of a time limit) or fails, the
+    finished measurements are still printed and written. Exit code 0: all measured. 2: an error, such as no GPU or a
+    model with nothing to convert. 130 and 143: stopped.
 
     Args:
         model: Hugging Face name or folder, packed folder or file, checkpoint (.ckpt, .pt, .safetensors), or config

@@ -44,7 +44,7 @@ class LayerProgress:
 
     @contextmanager
     def measured(self, most: int) -> Iterator[Callable[[str], None]]:
-        """Show a second bar; yield a function that is told what is measured, at most so often."""
+        """Show a second bar of ``most`` steps; yield a function that advances it and shows the text it is given."""
         task = self._bar.add_task("measuring", total=most)
         try:
             yield lambda text: self._bar.update(task, advance=1, description=text)

@@ -87,8 +87,8 @@ def prune_layerwise(
         blocks: name of the list of blocks, where the largest list of like modules is not the right one. Each block
             must receive the output of the one before it; where the blocks of a list that was found do not, the same
             layers are pruned with the whole model as one block.
-        budget: share in [0, 1) of the speed-up that is given back for layers that stay dense: those by which
-            that lowers the model's loss most, measured one by one and together
+        budget: share in [0, 1) of the speed-up that may be spent on layers that stay dense. The layers that lower the
+            model's loss most are chosen, measured one by one and together
             (:mod:`~prox24_lightning.solvers.budget.portfolio`). The loss is what the model returns as ``loss``, that of
             the next token, or the error of its output.
         layer_times: for the budget, time of each weight's product by its name: (dense, 2:4), from

@@ -187,8 +187,8 @@ class BlockPruner:
             )
             for weight, solution in solved:
                 mask = from_matrix(weight.module, solution.mask)
-                said = [note for note in (notes.get(weight.module), _note_on(hessian)) if note]
-                self._add(done, index, weight, mask, solution, hessian.tokens, "; ".join(said))
+                remarks = [note for note in (notes.get(weight.module), _note_on(hessian)) if note]
+                self._add(done, index, weight, mask, solution, hessian.tokens, "; ".join(remarks))
                 self.progress.step(1, weight.module_name)
         return done
 

@@ -78,14 +78,14 @@ def exchanged(mine: Solution, lengths: list[int]) -> Solution:
     zero_losses, found, refined, rounded = (None if one is None else joined(one, lengths) for one in losses)
     assert zero_losses is not None
     assert found is not None
-    told = gathered_objects((mine.reached, mine.seconds))
+    gathered = gathered_objects((mine.reached, mine.seconds))
     return Solution(
         joined(mine.weight, lengths),
         joined(mine.mask, lengths),
         zero_losses,
         found,
         refined,
-        sum(reached * length for (reached, _), length in zip(told, lengths, strict=True)) / sum(lengths),
-        max(seconds for _, seconds in told),
+        sum(reached * length for (reached, _), length in zip(gathered, lengths, strict=True)) / sum(lengths),
+        max(seconds for _, seconds in gathered),
         rounded,
     )

@@ -59,7 +59,7 @@ def check_weight(
 
 
 def check_scale(scale: Tensor | None, weight: Tensor) -> None:
-    """Refuse a scale that does not broadcast to the weight; its values are not looked at.
+    """Refuse a scale that does not broadcast to the weight; its values are not checked.
 
     Raises:
         TypeError: for what is not a tensor.

@@ -112,7 +112,7 @@ def _unconsumed(model: nn.Module, heads: set[nn.Module], taken: set[int]) -> Ite
     """Yield the last layers of a model's class whose outputs have a size that nothing else takes.
 
     Args:
-        model: looked at without its wrappers.
+        model: wrappers around it are removed first.
         heads: layers that are known as heads.
         taken: the sizes of inputs of all that is no head.
     """

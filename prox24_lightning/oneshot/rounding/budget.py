@@ -169,7 +169,7 @@ def rounding_prices(
         rise: of the loss with the layers of these names alone in 8 bits.
         run: calls the whole model on one batch.
         times: by layer: in 16 and in 8 bits; None goes by multiply-adds.
-        step: told how many layers have been measured more, and the name of one.
+        step: called with the number of further layers measured, and the name of one.
     """
     names = {layer: name for name, layer in layers.items()}
     prices = []

@@ -49,7 +49,7 @@ def tune_rounded(
         form: of the rounded ones.
         steps: how many.
         learning_rate: relative to the rms of each weight; where the divergence does not fall, smaller ones are tried.
-        step: told of each step.
+        step: called after each step.
 
     Returns:
         the divergence before and after, in nats a token. Where it did not fall, the weights are as they were.

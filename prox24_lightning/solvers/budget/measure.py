@@ -111,7 +111,7 @@ def choose_layers(
         budgets: shares of the gain given back.
         times: of the layers.
         losses: of the model; None takes each layer's own loss as its price.
-        step: told what is measured, once a layer or choice.
+        step: called with the name of each measurement: of a layer, or of a choice.
         attempt: see :func:`~prox24_lightning.solvers.input_group.input_group_hessian`.
     """
     found: list[LayerPrice] = []

@@ -81,7 +81,7 @@ def choose_by_loss(
         budget: share of the sum of all gains, in [0, 1].
         probe: gives the prices of a round.
         judge: decides between candidates.
-        describe: told what is measured.
+        describe: called with the name of each measurement, before it.
     """
     if not budget:
         return Choice("2:4", choose_dense(dense_side, 0.0))

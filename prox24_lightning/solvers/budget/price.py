@@ -54,7 +54,7 @@ def prices_of_groups(
         runs: each calls the block on one calibration batch.
         times: of the layers.
         loss: of the whole model as it is when called; None takes each layer's own loss.
-        describe: told what is measured.
+        describe: called with the name of each layer, before it is measured.
         attempt: see :func:`~prox24_lightning.solvers.input_group.input_group_hessian`.
     """
     prices = []
