@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
+from torch import nn
 
 from benchmarks.peers import SRSTE, GradualMagnitude, OneShot, ProxSparse
 from benchmarks.recovery.averages import Averages
 from prox24_lightning import Prox24, RoundWeights
+from prox24_lightning.io.pretrained import Pretrained
+from recipes.compiled_blocks import compile_blocks
 
 PEERS: dict[str, type[Callback]] = {"sr_ste": SRSTE, "gradual_magnitude": GradualMagnitude, "proxsparse": ProxSparse}
 
@@ -24,7 +29,8 @@ class Row:
         peer: name in :data:`PEERS`, and ``arguments`` its arguments.
         prox24: whether Prox24 runs, and ``arguments`` its arguments.
         distillation: share of the distillation from the dense model in the loss; 0 is none.
-        teacher: further arguments of ``Distillation``.
+        teacher: further arguments of ``Distillation``; its ``folder`` is that of a model to learn from, say of a dense
+            run with ``--keep``, in place of the model as it was before the run.
         module: further arguments of the module, its schedule among them.
         rounding: arguments of ``RoundWeights``; None leaves it out.
         averages: whether averages and mixtures of its weights are scored too; the row's own scores do not change.
@@ -55,7 +61,10 @@ class Row:
         if self.distillation:
             from prox24_lightning import Distillation
 
-            found.append(Distillation(**{"share": self.distillation, "verbose": False, **self.teacher}))
+            given = dict(self.teacher)
+            if folder := given.pop("folder", None):
+                given["teacher"] = _saved_model(folder)
+            found.append(Distillation(**{"share": self.distillation, "verbose": False, **given}))
         if self.prune is not None:
             found.append(OneShot(calibration, **self.prune))
             found.append(Prox24(start=0, freeze=0, strategy="post_step", metric="weight", verbose=False))
@@ -68,6 +77,16 @@ class Row:
         if self.averages:
             found.append(Averages())
         return found
+
+
+@lru_cache(maxsize=1)
+def _saved_model(folder: str) -> nn.Module:
+    """The model of an earlier run, compiled by blocks where that pays."""
+    model = Pretrained(folder, head="causal_lm").model()
+    model.config.use_cache = False
+    if torch.cuda.is_available():
+        compile_blocks(model)
+    return model
 
 
 def _one_shot(
