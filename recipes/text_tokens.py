@@ -37,6 +37,11 @@ class TextTokens(LightningDataModule):
         cache: folder where tokens are kept for the next run; null keeps none.
         num_workers: processes that load batches; the tokens lie in memory or are mapped from disk, so 0 is fast.
         progress: show a bar while text is tokenised.
+        generated: file of text that the model wrote itself, of ``python -m recipes.generated_text``; null: none.
+        generated_share: share of each batch that comes from it; above 0 and below 1.
+
+    Raises:
+        ValueError: if that share of a batch is no sequence, or all.
     """
 
     def __init__(
@@ -51,8 +56,16 @@ class TextTokens(LightningDataModule):
         cache: Path | None = None,
         num_workers: int = 0,
         progress: bool = True,
+        generated: Path | None = None,
+        generated_share: float = 0.25,
     ) -> None:
         super().__init__()
+        share = round(generated_share * batch_size)
+        if generated is not None and not 0 < share < batch_size:
+            raise ValueError(
+                f"generated_share={generated_share} of batch_size={batch_size} leaves {share} generated sequences a "
+                "batch; at least one, and one of the training text, is needed"
+            )
         self.model = model
         self.sources = {"training": training, **evaluation}
         self.evaluation = tuple(evaluation)
@@ -63,6 +76,8 @@ class TextTokens(LightningDataModule):
         self.cache = cache
         self.num_workers = num_workers
         self.progress = progress
+        self.generated = generated
+        self.generated_share = generated_share
         self._streams: dict[str, np.ndarray] = {}
 
     def prepare_data(self) -> None:
@@ -84,9 +99,14 @@ class TextTokens(LightningDataModule):
             )
         return self._streams[name]
 
-    def training_sequences(self) -> Sequences:
+    def training_sequences(self) -> Sequences | MixedSequences:
         """All sequences to train on, in the order of the run."""
-        return Sequences(*cut(self.tokens("training"), self.length, seed=self.seed, label="the training text"))
+        text = Sequences(*cut(self.tokens("training"), self.length, seed=self.seed, label="the training text"))
+        if self.generated is None:
+            return text
+        written = np.load(self.generated, mmap_mode="r", allow_pickle=False).reshape(-1)
+        generated = Sequences(*cut(written, self.length, seed=self.seed, label=str(self.generated)))
+        return MixedSequences(text, generated, self.batch_size, round(self.generated_share * self.batch_size))
 
     def held_out_sequences(self, name: str, begin: int = 0) -> Sequences:
         """``eval_sequences`` sequences of a held-out text, counted from ``begin`` on, whatever the seed of the run.
@@ -112,7 +132,7 @@ class TextTokens(LightningDataModule):
     def test_dataloader(self) -> dict[str, DataLoader]:
         return self.val_dataloader()
 
-    def _loader(self, sequences: Sequences, **options: Any) -> DataLoader:
+    def _loader(self, sequences: Dataset, **options: Any) -> DataLoader:
         return DataLoader(
             sequences,
             batch_size=self.batch_size,
@@ -127,11 +147,12 @@ class TextTokens(LightningDataModule):
             raise ValueError("each sequence is used at most once: set trainer.max_steps, or max_epochs to 1")
         sequences = len(self.training_sequences())
         wanted = trainer.max_steps * trainer.accumulate_grad_batches * trainer.world_size * self.batch_size
+        and_generated = "" if self.generated is None else f" and a share of {self.generated_share} of {self.generated}"
         if wanted > sequences:
             raise ValueError(
                 f"{trainer.max_steps} steps need {wanted} sequences of {self.length} tokens, but the training text "
-                f"({self.sources['training'].describe()}) holds {sequences}, and none is used twice; lower max_steps, "
-                "batch_size or length, or name a larger source"
+                f"({self.sources['training'].describe()}{and_generated}) holds {sequences}, and none is used twice; "
+                "lower max_steps, batch_size or length, or name a larger source"
             )
 
 
@@ -147,3 +168,29 @@ class Sequences(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": torch.from_numpy(self.rows[self.order[index]].astype(np.int64))}
+
+
+class MixedSequences(Dataset):
+    """Whole batches: sequences of a text in their order, then ``share`` sequences that the model wrote.
+
+    Args:
+        text: the training text.
+        generated: what the model wrote.
+        batch_size: sequences a batch.
+        share: of them, how many are generated.
+    """
+
+    def __init__(self, text: Sequences, generated: Sequences, batch_size: int, share: int) -> None:
+        self.text = text
+        self.generated = generated
+        self.share = share
+        self.rest = batch_size - share
+
+    def __len__(self) -> int:
+        return (self.rest + self.share) * min(len(self.text) // self.rest, len(self.generated) // self.share)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        batch, place = divmod(index, self.rest + self.share)
+        if place < self.rest:
+            return self.text[batch * self.rest + place]
+        return self.generated[batch * self.share + place - self.rest]
