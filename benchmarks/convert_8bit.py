@@ -79,6 +79,7 @@ _WAYS_NOTE = (
 
 Shape = tuple[int, int]
 Call = Callable[[], None]
+Chosen = tuple["Kernel | str", Call]
 
 
 class ShapeBenchmark:
@@ -93,20 +94,23 @@ class ShapeBenchmark:
         self._dense = [torch.randn(shape, device="cuda", dtype=_DTYPE) for _ in range(self._copies)]
         self._fp8 = [rounded_buffer.to_dense_buffer(round_rows(weight, "fp8_e4m3")) for weight in self._dense]
 
-    def row(self, tokens: int, algorithms: Sequence[int], rounds: int, *, ways: bool = False) -> dict[str, Any]:
-        """Choose the kernel of each form, then measure all forms in turns.
+    def used(self, tokens: int) -> int:
+        """How many products of different weights one replay holds."""
+        return self._copies if tokens < _MANY else 2
+
+    def fastest(self, tokens: int, algorithms: Sequence[int] = (), *, ways: bool = False) -> dict[str, Chosen]:
+        """Choose the kernel of each form: its name, and what replays its products.
 
         Args:
             tokens: of each product.
             algorithms: of cuSPARSELt in bfloat16.
-            rounds: of the measurement.
-            ways: whether each way of rounding takes part; the times are added to ``self.ways``.
+            ways: whether each way of rounding takes part.
         """
         shape = self._shape
         inputs = torch.randn(tokens, shape[1], device="cuda", dtype=_DTYPE)
-        used = self._copies if tokens < _MANY else 2
+        used = self.used(tokens)
         fp8 = self._fp8[:used]
-        found = {
+        found: dict[str, Chosen] = {
             "dense bf16": ("dense", _graph(_dense(inputs, self._dense[:used]))),
             "dense fp8": _fastest(dense_fp8_kernels(_capability()), shape, inputs, "fp8_e4m3", fp8),
             "one scale": ("dense_fp8", _graph(_one_scale(inputs, fp8, shape))),
@@ -118,8 +122,19 @@ class ShapeBenchmark:
                 for way in dict.fromkeys(map(_way, kernels)):
                     able = [kernel for kernel in kernels if _way(kernel) == way]
                     found[way] = _fastest(able, shape, inputs, form, self._packed[name][:used])
+        return found
+
+    def row(self, tokens: int, algorithms: Sequence[int], rounds: int, *, ways: bool = False) -> dict[str, Any]:
+        """Choose the kernel of each form, then measure all forms in turns.
+
+        Args:
+            tokens, algorithms, ways: as in :meth:`fastest`; the times of each way are added to ``self.ways``.
+            rounds: of the measurement.
+        """
+        shape = self._shape
+        found = self.fastest(tokens, algorithms, ways=ways)
         graphs = {name: replay for name, (_, replay) in found.items()}
-        times = time_calls(graphs, calls=used, rounds=rounds if tokens < 4096 else max(2, rounds // 2))
+        times = time_calls(graphs, calls=self.used(tokens), rounds=rounds if tokens < 4096 else max(2, rounds // 2))
         us = {name: timing.median_us for name, timing in times.items()}
         point = {"layer": f"{shape[0]} x {shape[1]}", "tokens": tokens}
         if ways:
@@ -177,7 +192,7 @@ def _way(kernel: Kernel) -> str:
     return "within" if kernel.name == "warpgroup" and WarpgroupTiling(*kernel.config).within else "before"
 
 
-def _compile(token_counts: Sequence[int]) -> None:
+def compile_kernels(token_counts: Sequence[int]) -> None:
     """Compile in parallel: NVRTC runs outside Python's lock."""
     capability = _capability()
     found = {
@@ -297,7 +312,7 @@ def main() -> None:
         "Microseconds a product, rounding of the tokens included; x: the other form over the packed one, above 1 the "
         "packed one is faster. Layers: (out_features, in_features). `one scale`: dense float8 with one scale a matrix."
     )
-    _compile(tokens)
+    compile_kernels(tokens)
     gc.freeze()  # each capture collects garbage, which takes longer than the products with all modules to look through
     rows: list[dict[str, Any]] = []
     ways: list[dict[str, Any]] = []

@@ -151,7 +151,7 @@ def main(
             kinds += [{"weights": label, **row} for row in of_kinds]
             title = "Rise of the loss with one kind of layer in 8 bits"
             write_result(output, name, title, kinds, part="budget_kinds", note=note)
-            if not smooth:
+            if smooth != (form == "int8"):  # as round_model does by itself
                 continue
             if tune_steps:
                 begin = time.perf_counter()

@@ -49,7 +49,7 @@ def convert(
     length: int = 1024,
     batch_size: int = 8,
     input_quantile: float | None = None,
-    smooth: bool = True,
+    smooth: bool | None = None,
     tune_steps: int = 0,
     max_loss_rise: float | None = None,
     keep_16bit: list[str] | None = None,
@@ -89,7 +89,8 @@ def convert(
         input_quantile: fix the scale of a rounded layer's inputs at this quantile of the tokens' largest magnitudes in
             the calibration text, 1 for the largest of all; null gives each token its own scale when the layer runs.
         smooth: with calibration text, scale inputs before they and the weights are rounded, where factors move into
-            norms and the layers before at no cost: outliers of int8 become harmless.
+            norms and the layers before at no cost: outliers of int8 become harmless; null does so for int8 alone,
+            since float8 loses a little by it.
         tune_steps: with calibration text, gradient steps on the rounded weights of all layers together, a batch each,
             that bring the predictions closest to those of 16 bits; the whole model must fit on the device with 20
             bytes for each weight.
@@ -209,7 +210,7 @@ def _round(
     batches: Sequence[Tensor],
     device: str | None,
     *,
-    smooth: bool,
+    smooth: bool | None,
     tune_steps: int,
     max_loss_rise: float | None,
 ) -> RoundingReport:

@@ -95,8 +95,16 @@ def test_factors_are_powers_of_two_and_none_where_nothing_is_gained():
 def test_smoothing_lowers_the_rise_of_the_loss(model):
     exact, names = copy.deepcopy(model), list(layers_of(model))
     plain = rise(model, exact, names)
-    round_model(model, BATCHES, "int8", progress=False)
+    report = round_model(model, BATCHES, "int8", progress=False)
+    assert report.smoothed
     assert rise(model, exact, names) < 0.5 * plain
+
+
+def test_float8_is_smoothed_only_where_it_is_asked_for(model):
+    asked = round_model(copy.deepcopy(model), BATCHES, "fp8_e4m3", smooth=True, progress=False)
+    report = round_model(model, BATCHES, "fp8_e4m3", progress=False)
+    assert asked.smoothed
+    assert not report.smoothed
 
 
 def test_tuned_models_predict_closer_to_16_bits(model):
