@@ -65,6 +65,8 @@ class Distillation(Callback):
             fit together.
     """
 
+    changes_loss = True  # it begins at zero, and rises at the best rate too
+
     def __init__(
         self,
         share: float = 0.5,

@@ -17,6 +17,7 @@ from prox24_lightning.callbacks.averaged_copies import AveragedCopies
 from prox24_lightning.callbacks.best_records import BestRecords
 from prox24_lightning.callbacks.compatibility import check_trainer
 from prox24_lightning.callbacks.loaded_state import LoadedState
+from prox24_lightning.callbacks.rate_warning import RateWarning
 from prox24_lightning.callbacks.run_length import RunLength
 from prox24_lightning.callbacks.solve_display import TrainerDisplay, how_to_go_on, stop_on_sigterm
 from prox24_lightning.monitoring.selection_table import print_selection
@@ -187,6 +188,7 @@ class Prox24(Callback):
         self._records: BestRecords | None = None
         self._length: RunLength | None = None
         self._copies: AveragedCopies | None = None
+        self._rate: RateWarning | None = None
 
     # What users, monitors and final hooks read.
 
@@ -307,6 +309,9 @@ class Prox24(Callback):
         if self._length is not None:
             self.controller.change_length(self._length.total)
         self._copies = AveragedCopies(trainer, pl_module)
+        sparsifiers = [cb for cb in trainer.callbacks if isinstance(cb, Prox24)]  # type: ignore[attr-defined]
+        if sparsifiers[0] is self:
+            self._rate = RateWarning(trainer, pl_module, [callback.controller for callback in sparsifiers])
         self.controller.bind(trainer.optimizers)
         self._announce()
 
@@ -323,6 +328,8 @@ class Prox24(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.controller.after_batch(trainer.optimizers)
+        if self._rate is not None:
+            self._rate.after_batch(outputs)
         if self._length is not None and not self._length.is_exact and self._length.is_last_batch():
             self.controller.freeze_now()  # the length was an estimate
         self._announce()
@@ -376,7 +383,7 @@ class Prox24(Callback):
         self.controller.unbind()
         self.controller.watch.detach()
         self._loaded.end_run()
-        self._records = self._copies = self._length = None  # they hold trainer and module
+        self._records = self._copies = self._length = self._rate = None  # they hold trainer and module
 
     def _announce(self) -> None:
         if (line := self.controller.new_phase()) is not None:

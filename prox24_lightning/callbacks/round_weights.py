@@ -50,6 +50,8 @@ class RoundWeights(Callback):
             2:4 and has no Prox24.
     """
 
+    changes_loss = True  # it rises when the rounding begins
+
     def __init__(
         self,
         weights: RoundedForm = "fp8_e4m3",

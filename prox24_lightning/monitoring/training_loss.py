@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def loss_of(outputs: Any) -> Tensor | None:
+    """Return the loss that a training step returned: a tensor of one value, or a mapping with ``"loss"``; else None."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
 class TrainingLoss:
     """Sum up the losses of the batches on their device, so that only :meth:`take` waits for it."""
 
@@ -19,8 +25,7 @@ class TrainingLoss:
 
     def add(self, outputs: Any, factor: float = 1.0) -> None:
         """Add ``factor`` times the loss of a batch: a tensor, or a mapping with ``"loss"``; others are left out."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
+        if (loss := loss_of(outputs)) is not None:
             value = factor * loss.detach().reshape(()).to(torch.float32)
             self._sum = value if self._sum is None else self._sum + value
             self._batches += 1

@@ -1,0 +1,48 @@
+"""A warning when the training loss shows that the learning rate is too high."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from prox24_lightning.monitoring.loss_rise import RateWatch
+from prox24_lightning.sparsify.controller import SparsifyController
+
+
+class RateWarning:
+    """Watch the loss of a fit on rank zero; silent where a rise may come from elsewhere.
+
+    That is manual optimisation, several optimizers, and callbacks that change the loss or the model's outputs
+    (``changes_loss``).
+
+    Args:
+        trainer: runs the fit.
+        pl_module: is trained.
+        controllers: of all Prox24 callbacks: while one of them still prunes, the loss may rise.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, controllers: Sequence[SparsifyController]) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        knows = pl_module.automatic_optimization and len(trainer.optimizers) == 1
+        knows = knows and not any(getattr(callback, "changes_loss", False) for callback in callbacks)
+        self._trainer = trainer
+        self._controllers = controllers
+        self._watch: RateWatch | None = None
+        if knows and trainer.is_global_zero:
+            self._watch = RateWatch(trainer.estimated_stepping_batches, trainer.accumulate_grad_batches)
+
+    def after_batch(self, outputs: Any) -> None:
+        """Take the loss of the batch that has ended."""
+        if self._watch is None:
+            return
+        phases = {controller.phase for controller in self._controllers}
+        phase = phases.pop() if len(phases) == 1 else "sparsify"
+        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+        # Lightning has divided the loss by the batches that accumulate.
+        factor = float(self._trainer.accumulate_grad_batches)
+        risen = self._watch.add(outputs, self._controllers[0].step, phase, groups, factor)
+        if risen is not None:
+            rank_zero_warn(f"{self._controllers[0].config.name}: {risen}")
