@@ -15,7 +15,7 @@ from prox24_lightning.sparsify.phases import Phase
 from prox24_lightning.weights.sharded import is_sharded
 
 _ABOVE_LOWEST = 1.15
-"""Recorded runs near their best rate rise by at most 13 % above their lowest loss since the freeze (8 steps each)."""
+"""Recorded runs near their best rate rise by at most 14 % above their lowest loss since the freeze (8 steps each)."""
 _ABOVE_START = 1.1
 _ERRORS = 4.0
 """A difference counts from so many of its standard errors on."""

@@ -24,6 +24,7 @@ from benchmarks.recovery.averages import Averages
 from benchmarks.recovery.early_loss import choices
 from benchmarks.recovery.language_model import LanguageModel
 from benchmarks.recovery.protocol import Job, Results, best_rates, compare, run_all
+from benchmarks.recovery.rate_warning import lines as rate_lines
 from benchmarks.recovery.recipes import main as recipes
 from benchmarks.recovery.rows import FINETUNING, SCRATCH, Row, chosen_rows, further_rows
 from benchmarks.recovery.scratch import Recipe
@@ -366,3 +367,28 @@ def test_what_the_training_loss_would_choose_is_priced_on_held_out_text():
     (line,) = choices([*runs, {**run(1e-4, 1, 1, 1), "row": "alone"}])
     assert line["best on held-out text"] == "0.0003"
     assert list(line.values())[-2:] == ["0.0003 (+0.0000)", "0.001 (+0.3000)"]
+
+
+def test_the_warning_of_the_rate_is_replayed_on_recorded_runs():
+    def run(row, lr, held_out, losses=None, seed=0):
+        found = {"key": f"{row} {lr} {seed}", "row": row, "lr": lr, "seed": seed, "steps": 400, "train_losses": losses}
+        return {**found, "losses": {"x": held_out}}
+
+    fine, risen = [2.0] * 50, [2.0] * 14 + [3.0] * 2 + [1.9] + [3.0] * 33
+    runs = [
+        run("dense", 1e-4, 1.8),
+        run("prox24", 1e-4, 2.0, fine),
+        run("prox24", 3e-4, 2.3, risen),
+        run("kept 2e-3", 2e-3, 2.4, [2.0] * 6 + [3.0] * 44),
+        run("slow 1e-3", 1e-3, 2.2, fine),
+        run("prox24 distilled", 1e-4, 1.9, risen),
+        run("prox24", 1e-3, 2.3),
+        run("prox24", 1e-4, 2.3, risen, seed=1),  # no dense run of this seed
+    ]
+    found = [(line["row"], line["above the best rate"], line["warning"]) for line in rate_lines(runs).values()]
+    assert found == [
+        ("prox24", "+0%", "none"),
+        ("prox24", "+150%", "step 152: 3.00, lowest 1.90, start 2.00"),
+        ("embeddings kept", "+50%", "step 64: 3.00, lowest 2.00, start 2.00"),
+        ("embeddings kept", "+0%", "none"),
+    ]
