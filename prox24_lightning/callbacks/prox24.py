@@ -306,12 +306,13 @@ class Prox24(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only here is everything restored from a checkpoint, whatever the strategy.
         self._restore(trainer)
-        if self._length is not None:
-            self.controller.change_length(self._length.total)
+        assert self._length is not None
+        self.controller.change_length(self._length.total)
         self._copies = AveragedCopies(trainer, pl_module)
         sparsifiers = [cb for cb in trainer.callbacks if isinstance(cb, Prox24)]  # type: ignore[attr-defined]
         if sparsifiers[0] is self:
-            self._rate = RateWarning(trainer, pl_module, [callback.controller for callback in sparsifiers])
+            controllers = [callback.controller for callback in sparsifiers]
+            self._rate = RateWarning(trainer, pl_module, controllers, self._length.total)
         self.controller.bind(trainer.optimizers)
         self._announce()
 

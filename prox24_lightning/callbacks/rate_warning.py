@@ -22,9 +22,16 @@ class RateWarning:
         trainer: runs the fit.
         pl_module: is trained.
         controllers: of all Prox24 callbacks: while one of them still prunes, the loss may rise.
+        steps: length of the run.
     """
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule, controllers: Sequence[SparsifyController]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        controllers: Sequence[SparsifyController],
+        steps: float,
+    ) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         knows = pl_module.automatic_optimization and len(trainer.optimizers) == 1
         knows = knows and not any(getattr(callback, "changes_loss", False) for callback in callbacks)
@@ -32,7 +39,7 @@ class RateWarning:
         self._controllers = controllers
         self._watch: RateWatch | None = None
         if knows and trainer.is_global_zero:
-            self._watch = RateWatch(trainer.estimated_stepping_batches, trainer.accumulate_grad_batches)
+            self._watch = RateWatch(steps, trainer.accumulate_grad_batches, controllers[0].step)
 
     def after_batch(self, outputs: Any) -> None:
         """Take the loss of the batch that has ended."""

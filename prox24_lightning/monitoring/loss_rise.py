@@ -136,9 +136,10 @@ class RateWatch:
     Args:
         steps: length of the run; ``inf`` or negative if it is not known.
         values_per_step: losses of one optimizer step; below 1 if a loss is a mean over several steps.
+        step: optimizer steps that are done already.
     """
 
-    def __init__(self, steps: float, values_per_step: float = 1.0) -> None:
+    def __init__(self, steps: float, values_per_step: float = 1.0, step: int = 0) -> None:
         known = math.isfinite(steps) and steps >= 0
         window = min(max(round(_PART * steps), _SHORTEST), _LONGEST) if known else _UNKNOWN
         self._length = max(round(window * values_per_step), _FEWEST)
@@ -146,8 +147,7 @@ class RateWatch:
         self._phase: Phase | None = None
         self._sums: Tensor | None = None
         self._count = 0
-        self._first = 1
-        self._step: int | None = None
+        self._step = self._first = step
         self._done = False
 
     def add(
@@ -165,8 +165,7 @@ class RateWatch:
         if self._done:
             return None
         before, self._phase = self._phase or phase, phase
-        trained = step if self._step is None else self._step + 1  # the step that this loss belongs to
-        self._step = step
+        first, self._step = self._step + 1, step  # the step that this loss belongs to
         risen = None
         loss = loss_of(outputs)
         # A collective on this rank alone would wait for ever.
@@ -174,7 +173,7 @@ class RateWatch:
             value = factor * loss.detach().reshape(()).to(torch.float32)
             sums = torch.stack([value, value * value])
             self._sums = sums if self._sums is None else self._sums + sums
-            self._first = self._first if self._count else max(trained, 1)
+            self._first = self._first if self._count else first
             self._count += 1
             if self._count == self._length or (before != phase and self._count >= _FEWEST):
                 risen = self._rise.add(self._take(step, groups), before)

@@ -61,6 +61,15 @@ def test_pruned_before_the_first_step():
     assert first_rise([6, 3, 2, 5, 7, 8], start=0, freeze=0).now.mean == 8
 
 
+def test_the_start_is_the_end_of_the_dense_phase():
+    found = first_rise([10, 5, 1, 1.3, 1, 1, 1.5, 1.6], start=3)
+    assert (found.start.mean, found.now.mean) == (1, 1.6)
+
+
+def test_losses_that_are_not_finite_are_left_out():
+    assert first_rise([1, 1, 1, 1, 1, math.nan, 1, 2, 3]).now.mean == 3
+
+
 def test_layers_that_join_the_run_are_pruned_anew():
     rise = LossRise()
     phases = [("dense", 1), ("frozen", 1), ("sparsify", 2), ("frozen", 2), ("frozen", 2)]

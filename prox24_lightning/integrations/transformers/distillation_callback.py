@@ -20,7 +20,7 @@ from prox24_lightning.finetune import (
     pair_blocks,
     weights_checksum,
 )
-from prox24_lightning.integrations.transformers.host import TransformersCallback
+from prox24_lightning.integrations.transformers.host import TransformersCallback, mark_changed_loss
 from prox24_lightning.integrations.transformers.scalars import log_scalars
 from prox24_lightning.utils.files import write_text
 
@@ -86,6 +86,7 @@ class DistillationTrainerCallback(TransformersCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        mark_changed_loss(state)
         self._detach()  # a run that was interrupted has no end
         self._check_origin(args, state)
         student = kwargs["model"]

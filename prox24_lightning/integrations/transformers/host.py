@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 
 class TransformersCallback(TrainerCallback):
@@ -28,3 +28,13 @@ class TransformersCallback(TrainerCallback):
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
         """Let Lightning, which calls this next, raise that error."""
+
+
+def mark_changed_loss(state: TrainerState) -> None:
+    """Note that a callback of this run changes the training loss along the way: a rise tells nothing of the rate."""
+    state.__dict__["_changes_loss"] = True
+
+
+def has_changed_loss(state: TrainerState) -> bool:
+    """Return whether :func:`mark_changed_loss` was called in this run."""
+    return "_changes_loss" in state.__dict__

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
-from prox24_lightning.integrations.transformers.host import TransformersCallback
+from prox24_lightning.integrations.transformers.host import TransformersCallback, mark_changed_loss
 from prox24_lightning.integrations.transformers.scalars import log_scalars
 from prox24_lightning.integrations.transformers.trainer_callback import Prox24TrainerCallback
 from prox24_lightning.sparsify.rounded_training import RoundedTraining, sparse_weights
@@ -62,6 +62,7 @@ class RoundWeightsTrainerCallback(TransformersCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        mark_changed_loss(state)
         self._rounding.remove()  # a run that was interrupted has no end
         self._rounding.prepare(state.max_steps)
         alone = not self._sparsifiers()

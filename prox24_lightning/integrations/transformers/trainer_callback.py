@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,8 +16,9 @@ from transformers.trainer_utils import SaveStrategy
 from typing_extensions import override
 
 from prox24_lightning.integrations.transformers.checkpoint_state import CheckpointState
-from prox24_lightning.integrations.transformers.host import TransformersCallback
+from prox24_lightning.integrations.transformers.host import TransformersCallback, has_changed_loss
 from prox24_lightning.integrations.transformers.solve_progress import SolveProgress
+from prox24_lightning.monitoring.loss_rise import RateWatch
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.solvers.config import DAMPING
@@ -113,6 +115,7 @@ class Prox24TrainerCallback(TransformersCallback):
         self.resume_from = resume_from
         self._files: CheckpointState | None = None
         self._prepared: int | None = None
+        self._rate: RateWatch | None = None
         self.controller = SparsifyController(self.config)
 
     @property
@@ -178,6 +181,8 @@ class Prox24TrainerCallback(TransformersCallback):
         if state.is_world_process_zero:
             self._files.begin(state.global_step, resumed=bool(loaded))
         controller.bind(optimizers)
+        if state.is_world_process_zero:
+            self._rate = RateWatch(state.max_steps, 1 / max(state.logging_steps, 1), self.step)
 
     @override
     def on_step_begin(
@@ -192,6 +197,23 @@ class Prox24TrainerCallback(TransformersCallback):
         self._announce(state)
         if control.should_save:
             self._prepare_checkpoint(state)
+
+    @override
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if self._rate is None or loss is None or has_changed_loss(state) or len(_claimed(state)) > 1:
+            return
+        groups = [group for optimizer in _bare(kwargs["optimizer"]) for group in optimizer.param_groups]
+        risen = self._rate.add(torch.tensor(float(loss)), self.step, self.phase, groups)
+        if risen is not None:
+            warnings.warn(f"{self.config.name}: {risen}", stacklevel=2)
 
     @override
     def on_epoch_end(

@@ -1,0 +1,97 @@
+"""The warning of a learning rate that is too high in transformers.Trainer, from the losses that it logs."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from prox24_lightning import DistillationTrainerCallback, Prox24TrainerCallback, RoundWeightsTrainerCallback
+
+STEPS = 64
+
+
+class Noise(Dataset):
+    def __init__(self):
+        self.x = torch.randn(STEPS * 32, 2, 16, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return {"x": self.x[index, 0], "labels": self.x[index, 0] + self.x[index, 1]}
+
+
+class Trained(nn.Module):
+    """A linear map that is learned already, up to noise in its targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+        nn.init.eye_(self.model.weight)
+        nn.init.eye_(self.other.weight)
+
+    def forward(self, x, labels):
+        logits = self.model(x)
+        loss = nn.functional.mse_loss(logits, labels) + 1e-3 * nn.functional.mse_loss(self.other(x), labels)
+        return {"loss": loss, "logits": logits}
+
+
+def sparse(name="prox24", *targets):
+    return Prox24TrainerCallback(start=8, freeze=16, name=name, targets=targets or None, verbose=False)
+
+
+def fit(folder, rate, *callbacks, every=1, add=None):
+    settings = TrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=32,
+        learning_rate=rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=24,
+        logging_steps=every,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        optim="sgd",
+        max_grad_norm=0.0,
+    )
+    trainer = Trainer(Trained(), settings, train_dataset=Noise(), callbacks=list(callbacks or [sparse()]))
+    if add is not None:
+        trainer.add_callback(add(trainer))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer.train()
+    return [str(warning.message) for warning in found if "the training loss has risen" in str(warning.message)]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_rate_that_diverges_is_named_once(tmp_path, every):
+    (text,) = fit(tmp_path, 12.0, every=every)
+    assert text.startswith("prox24: the training loss has risen to ")
+    assert "(steps 1 to 8) at the start" in text
+    assert "set half of it (6)" in text
+
+
+def test_a_good_rate_is_not(tmp_path):
+    assert fit(tmp_path, 1.0) == []
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        pytest.param(lambda trainer: RoundWeightsTrainerCallback(trainer, start=60, verbose=False), id="rounded"),
+        pytest.param(lambda trainer: DistillationTrainerCallback(trainer, 1e-3, loss="mse"), id="distilled"),
+    ],
+)
+def test_a_loss_that_a_callback_changes_tells_nothing(tmp_path, add):
+    assert fit(tmp_path, 12.0, add=add) == []
+
+
+def test_two_of_them_say_nothing(tmp_path):
+    assert fit(tmp_path, 12.0, sparse("a", "model"), sparse("b", "other")) == []
