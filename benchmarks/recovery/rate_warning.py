@@ -18,15 +18,13 @@ from prox24_lightning.monitoring.loss_rise import LossRise, LossWindow
 from prox24_lightning.sparsify.phases import resolve_plan
 
 START, FREEZE = 0.02, 0.3
-FREEZES = {"early": 0.06, "slow anchored": 0.1, "slow 1e-3": 0.1, "kept 7e-4": 0.1, "kept 2e-3": 0.1}
-"""Rows whose ``freeze`` is not the default."""
-SAME_ROW = {"slow 1e-3": "embeddings kept", "kept 7e-4": "embeddings kept", "kept 2e-3": "embeddings kept"}
+KEPT = ("prox24 embeddings kept", "slow 1e-3", "kept", "kept 7e-4", "kept 2e-3")
 """Rows that differ in nothing but the learning rate."""
-
-
+FREEZES = {"early": 0.06, "slow anchored": 0.1, **dict.fromkeys(KEPT, 0.1)}
+"""Rows whose ``freeze`` is not the default."""
 ROWS = (
     *("prox24", "prox24 streamed", "prox24 by magnitude", "prox24 post_step", "restart", "slow embeddings"),
-    *("early", "slow anchored", "slow 1e-3", "kept 7e-4", "kept 2e-3"),
+    *("early", "slow anchored", *KEPT),
 )
 """Runs of Prox24 without distillation, where the warning stays silent."""
 
@@ -50,7 +48,7 @@ def risen_at(run: Mapping[str, Any], freeze: float) -> str:
 def lines(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return a line for each run in :data:`ROWS`, by its key: how far it is above the best rate, and the warning."""
     held_out = {id(run): statistics.fmean(run["losses"].values()) for run in runs}
-    row_of = {id(run): SAME_ROW.get(run["row"], run["row"]) for run in runs}
+    row_of = {id(run): "embeddings kept" if run["row"] in KEPT else run["row"] for run in runs}
     dense: dict[Any, float] = {}
     best: dict[Any, float] = {}
     for run in runs:
