@@ -45,6 +45,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "dense_target": 0.5,
         "reorder_inputs": True,
     },
+    "prox + masked gradient, residual stream reordered": {"method": "prox", "reorder_inputs": "stream"},
+    "prox + masked gradient, half dense target, residual stream reordered": {
+        "method": "prox",
+        "dense_target": 0.5,
+        "reorder_inputs": "stream",
+    },
 }
 """Name of the row -> arguments of ``prune_layerwise``; ``dense_target`` is 0 unless given."""
 

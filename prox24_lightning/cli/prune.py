@@ -22,6 +22,7 @@ from prox24_lightning.oneshot.config import PruneConfig, own_or_dense_target
 from prox24_lightning.oneshot.save import save_pruned
 from prox24_lightning.solvers import Method, Refine
 from prox24_lightning.solvers.config import SolverConfig
+from prox24_lightning.solvers.input_order.choose import ReorderInputs
 from prox24_lightning.sparsify.zeros import weights_24
 from prox24_lightning.utils.files import check_output
 from prox24_lightning.utils.names import counted
@@ -50,7 +51,7 @@ def prune(
     blocks: str | None = None,
     budget: float = 0.0,
     dense_target: float | None = None,
-    reorder_inputs: bool = False,
+    reorder_inputs: ReorderInputs = False,
     reconstruct_steps: int = 0,
     steps: int | None = None,
     sequences: int = 128,
@@ -87,7 +88,7 @@ def prune(
             most. Times are those of this GPU's kernel table at 4096 tokens, else multiply-adds.
         dense_target: 0 keeps each layer's own outputs, 1 aims at the dense model's; null is 0.5, and 0 with keep.
         reorder_inputs: choose which inputs share a group of four, where the layers before can return them in another
-            order; the dense model computes the same.
+            order; the dense model computes the same. stream also orders the residual stream.
         reconstruct_steps: gradient steps that refine the weights of each block together towards the dense model's
             output, at the rounded values with weights.
         steps: steps of the prox methods; null takes each method's default.

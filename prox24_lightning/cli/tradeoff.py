@@ -19,6 +19,7 @@ from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import TextSource, perplexity
 from prox24_lightning.oneshot.tradeoff import BUDGETS, Tradeoff, TradeoffPoint, measure_tradeoff
 from prox24_lightning.solvers import Method
+from prox24_lightning.solvers.input_order.choose import ReorderInputs
 from prox24_lightning.utils.files import check_output, write_text
 from prox24_lightning.weights.selection import select_weights
 
@@ -35,7 +36,7 @@ def tradeoff(
     max_loss: float | None = None,
     method: Method = "prox",
     dense_target: float = 0.5,
-    reorder_inputs: bool = False,
+    reorder_inputs: ReorderInputs = False,
     targets: list[str] | None = None,
     skip: list[str] | None = None,
     blocks: str | None = None,
@@ -69,7 +70,8 @@ def tradeoff(
         max_loss: pick the fastest model with at most so many nats above dense.
         method: how masks are chosen.
         dense_target: 0 keeps each layer's own outputs, 1 aims at the dense model's.
-        reorder_inputs: choose which inputs share a group of four where that is free.
+        reorder_inputs: choose which inputs share a group of four where that is free; stream also orders the residual
+            stream.
         targets: patterns of names; null takes every linear layer of the blocks.
         skip: patterns of names that stay dense at every budget.
         blocks: name of the list of blocks; null finds it.

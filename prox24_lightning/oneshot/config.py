@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prox24_lightning.solvers.config import Method, SolverConfig
+from prox24_lightning.solvers.input_order.choose import ReorderInputs
 from prox24_lightning.weights.groups import Geometry
 
 
@@ -33,7 +34,7 @@ class PruneConfig:
     blocks: str | None = None
     budget: float = 0.0
     dense_target: float = 0.5
-    reorder_inputs: bool = False
+    reorder_inputs: ReorderInputs = False
     reconstruct_steps: int = 0
     offload: str = "device"
     work_dir: str | Path | None = None
@@ -46,8 +47,12 @@ class PruneConfig:
         steps = self.reconstruct_steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"reconstruct_steps={steps!r} must be a whole number, not negative; 0 leaves them out")
+        if self.reorder_inputs not in (False, True, "stream"):
+            raise ValueError(f"reorder_inputs={self.reorder_inputs!r} is unknown; use True, False or 'stream'")
         if self.solver.method == "keep" and self.reorder_inputs:
-            raise ValueError("method='keep' keeps the groups as they are: leave reorder_inputs=True out")
+            raise ValueError(
+                f"method='keep' keeps the groups as they are: leave reorder_inputs={self.reorder_inputs!r} out"
+            )
         if self.solver.method == "keep" and self.budget:
             raise ValueError(f"method='keep' leaves no layer dense: leave budget={self.budget} out")
         if self.solver.weights is not None and self.geometry == "column":
@@ -68,7 +73,7 @@ class PruneConfig:
             "geometry": self.geometry,
             "budget": self.budget,
             "dense_target": self.dense_target,
-            **({"reorder_inputs": True} if self.reorder_inputs else {}),
+            **({"reorder_inputs": self.reorder_inputs} if self.reorder_inputs else {}),
             **({"reconstruct_steps": self.reconstruct_steps} if self.reconstruct_steps else {}),
             **{name: value for name, value in solver.items() if value != defaults[name]},
         }

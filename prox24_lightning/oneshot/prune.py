@@ -21,10 +21,11 @@ from prox24_lightning.oneshot.config import PruneConfig, own_or_dense_target
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.oneshot.prune_block import BlockPruner, skipped_weight
 from prox24_lightning.oneshot.pruning_report import LayerwiseReport
+from prox24_lightning.oneshot.stream_order import choose_stream_order, proved_stream
 from prox24_lightning.oneshot.work_dir import FinishedBlocks
 from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.solvers.config import Method, Refine, SolverConfig
-from prox24_lightning.solvers.input_order.choose import holders
+from prox24_lightning.solvers.input_order.choose import ReorderInputs, holders
 from prox24_lightning.utils.checksum import checksum
 from prox24_lightning.utils.cuda import exact_device
 from prox24_lightning.utils.cuda_graphs import GraphMemory
@@ -50,7 +51,7 @@ def prune_layerwise(
     budget: float = 0.0,
     layer_times: LayerTimes | None = None,
     dense_target: float | None = None,
-    reorder_inputs: bool = False,
+    reorder_inputs: ReorderInputs = False,
     reconstruct_steps: int = 0,
     device: str | torch.device | None = None,
     offload: str = "device",
@@ -101,7 +102,9 @@ def prune_layerwise(
         reorder_inputs: choose which inputs share a group of four, before a block is solved, where that costs nothing at
             run time: hidden units, inputs of an output projection inside a head, channels between convolutions. The
             rows of the layers that compute them move along, so the dense model computes the same; that is proved on the
-            first batch, and what cannot be proved stays as it is.
+            first batch, and what cannot be proved stays as it is. ``"stream"`` also chooses the order of the residual
+            stream, which all blocks share: embeddings, norms and head move along, and hidden states come in that order.
+            It takes one more pass over the batches, and stays as it is where the model does not lie on ``device``.
         reconstruct_steps: gradient steps that refine the weights of each solved block together, so that its output
             comes closest to the dense model's
             (:func:`~prox24_lightning.solvers.block_reconstruction.reconstruct_block`); with ``weights`` they are taken
@@ -194,12 +197,13 @@ def _prune_blocks(
     layer_times: LayerTimes | None,
 ) -> None:
     home = next(model.parameters()).device
-    kept = list(batches) if config.budget else []
+    kept = list(batches) if config.budget or config.reorder_inputs == "stream" else []
     blocks, batches = chain_of_blocks(model, blocks, kept or batches, home, config.blocks)
     with ExitStack() as stack:
         work = exact_device(home if device is None else device)
-        recorded = BlockInputs.recorded(model, blocks, batches, home=home, device=work, offload=config.offload)
-        inputs = stack.enter_context(recorded)
+        record = partial(BlockInputs.recorded, model, blocks, home=home, device=work, offload=config.offload)
+        recorded = stack.enter_context(ExitStack())
+        inputs = recorded.enter_context(record(batches))
         finished = None
         if config.work_dir is not None:
             identity = {
@@ -210,6 +214,12 @@ def _prune_blocks(
                 "layer_times": checksum(repr(sorted((layer_times or {}).items()))) if config.budget else None,
             }
             finished = stack.enter_context(FinishedBlocks.open(config.work_dir, {**config.settings(), **identity}))
+        notes: dict[nn.Module, str] = {}
+        if config.reorder_inputs == "stream" and _reorder_stream(
+            model, inputs, kept[0], chosen, finished, bar, moved, notes
+        ):
+            recorded.close()
+            inputs = stack.enter_context(record(kept))
         if config.budget:
             choose = partial(reasons_to_stay, model, inputs, kept, chosen, config.budget, bar, layer_times)
             reasons = choose() if finished is None else finished.once("left_dense", choose)
@@ -218,9 +228,40 @@ def _prune_blocks(
             bar.shrink(len(reasons))
         twice = config.dense_target or config.reconstruct_steps
         dense_inputs = stack.enter_context(inputs.copied()) if twice else None
-        pruner = BlockPruner(config, inputs, dense_inputs, finished, report, bar, holders(model), moved)
+        pruner = BlockPruner(config, inputs, dense_inputs, finished, report, bar, holders(model), moved, notes)
         for index in range(len(blocks)):
             pruner.prune(index, [weight for weight in chosen if blocks.owns(index, weight.module_name)])
+
+
+def _reorder_stream(
+    model: nn.Module,
+    inputs: BlockInputs,
+    batch: Any,
+    chosen: Sequence[GroupedWeight],
+    finished: FinishedBlocks | None,
+    bar: LayerProgress,
+    moved: dict[str, Tensor],
+    notes: dict[nn.Module, str],
+) -> bool:
+    """Move the residual stream into the order that loses least; return whether there is one that is better."""
+    free = proved_stream(model, inputs, batch, chosen, holders(model))
+    if free is None:
+        return False
+
+    def choose() -> dict[str, Any]:
+        found = choose_stream_order(free, inputs, chosen, bar)
+        if found is None:
+            return {}
+        return {"order": found.order.tolist(), "note": f"residual stream {found.note.removeprefix('inputs ')}"}
+
+    found = choose() if finished is None else finished.once("stream_order", choose)
+    if not found:
+        return False
+    free.move(torch.tensor(found["order"]))
+    notes.update(dict.fromkeys(free.consumers, found["note"]))
+    buffers = {tensor: clean_name(name) for name, tensor in model.named_buffers()}
+    moved.update({buffers[part.tensor]: part.tensor for part in free.tensors if part.tensor in buffers})
+    return True
 
 
 def inside_blocks(

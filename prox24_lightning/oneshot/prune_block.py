@@ -49,6 +49,7 @@ class BlockPruner:
         progress: the bar.
         holders: parameter -> in how many places of the model it is.
         buffers: receives the buffers that have moved, by name: those of the isolated model are copies.
+        notes: what the rows of layers say in the report.
     """
 
     config: PruneConfig
@@ -59,12 +60,13 @@ class BlockPruner:
     progress: LayerProgress
     holders: Mapping[Tensor, int]
     buffers: dict[str, Tensor]
+    notes: Mapping[nn.Module, str]
 
     def prune(self, index: int, weights: list[GroupedWeight]) -> None:
         """Prune ``weights`` of block ``index``, or load them from a finished run, and move all inputs past it."""
         with self.inputs.on_device(index) as block:
             saved = None if self.finished is None else self.finished.load(index)
-            notes: dict[nn.Module, str] = {}
+            notes = dict(self.notes)
             moves = saved.moves if saved is not None else self._choose_orders(index, block, weights, notes)
             self._move(index, block, moves)
             dense = self._dense_copy(index, block)

@@ -22,6 +22,7 @@ class Probe:
     Args:
         modules: candidates: whatever holds parameters or buffers.
         run: calls the module that holds them, always on the same inputs.
+        reads: whether the inputs of a module are compared.
 
     Attributes:
         order: those of ``modules`` that are called exactly once and return one tensor, in the order of their calls.
@@ -30,8 +31,15 @@ class Probe:
         is_deterministic: whether a second run gives the very same inputs.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], run: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        run: Callable[[], Any],
+        *,
+        reads: Callable[[nn.Module], bool] = takes_any_order,
+    ) -> None:
         self._run = run
+        self._reads = reads
         self._calls: dict[nn.Module, int] = {}
         self._single: dict[nn.Module, int] = {}
         self._inputs: dict[nn.Module, Tensor] = {}
@@ -45,12 +53,12 @@ class Probe:
         self.order = [module for module, calls in self._calls.items() if calls == 1 and module in self._single]
         self.uncalled = [module for module in modules if module not in self._calls]
         self.channels = {module: self._single[module] for module in self.order}
-        self._readers = [module for module in self.order if takes_any_order(module) and module in self._inputs]
+        self._readers = [module for module in self.order if reads(module) and module in self._inputs]
         self.is_deterministic = not any(len(reached) for reached in self._changes(lambda: None).values())
 
     @property
     def readers(self) -> list[nn.Module]:
-        """The layers whose inputs are compared."""
+        """The modules whose inputs are compared."""
         return self._readers
 
     def reached_by(self, module: nn.Module, outputs: Sequence[int]) -> dict[nn.Module, list[int]]:
@@ -90,7 +98,7 @@ class Probe:
 
     def _note_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._calls[module] = self._calls.get(module, 0) + 1
-        if takes_any_order(module) and isinstance(given := layer_input(args, kwargs), Tensor):
+        if self._reads(module) and isinstance(given := layer_input(args, kwargs), Tensor):
             self._inputs[module] = given.detach().clone()
 
     def _note_output(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -37,12 +37,26 @@ def proved(changes: Sequence[Change], run: Callable[[], Any]) -> tuple[list[Chan
     return [one for found, _ in parts for one in found], {k: v for _, reasons in parts for k, v in reasons.items()}
 
 
-def _difference(changes: Sequence[Change], run: Callable[[], Any], before: Mapping[str, Tensor]) -> str | None:
-    """Return what random changes change beyond rounding; None if nothing."""
+def why_not_proved(changes: Sequence[Change], run: Callable[[], Any]) -> str | None:
+    """Return what random changes change in the outputs of ``run`` alone, beyond rounding; None if nothing.
+
+    Of a whole model the outputs of all consumers may not fit into memory.
+    """
+    return _difference(changes, run, _outputs([], run), ())
+
+
+def _difference(
+    changes: Sequence[Change],
+    run: Callable[[], Any],
+    before: Mapping[str, Tensor],
+    watched: Sequence[Change] | None = None,
+) -> str | None:
+    """Return what random changes change beyond rounding; None if nothing. ``watched``: whose consumers' outputs are
+    compared; None is all."""
     with ExitStack() as stack:
         for seed, change in enumerate(changes):
             stack.enter_context(change.tried(seed))
-        after = _outputs(changes, run)
+        after = _outputs(changes if watched is None else watched, run)
     for what, output in before.items():
         error = relative_difference(after[what], output)
         if not error <= TOLERANCES.get(output.dtype, 3e-2):

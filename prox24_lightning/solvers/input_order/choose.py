@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from prox24_lightning.weights.free_order import FreeOrder
 from prox24_lightning.weights.layer_matrix import as_matrix, why_not_solvable
 from prox24_lightning.weights.selection import GroupedWeight
 from prox24_lightning.weights.sharded import is_sharded
+
+ReorderInputs = bool | Literal["stream"]
+"""Which orders of inputs are chosen: none, those inside of blocks, or that of the residual stream too."""
 
 _ZEROS = 0.25
 """A weight with a larger share of zeros may be masked already, and its mask would not move."""
@@ -70,7 +74,7 @@ def proved_orders(
         return [], dict.fromkeys(wanted, "the weights are sharded")
     try:
         found, reasons = find_free_orders(region, run, wanted)
-        problems = {order: _why_fixed(order, shared) for order in found}
+        problems = {order: why_fixed(order, shared) for order in found}
         found, refuted = proved([order for order, problem in problems.items() if problem is None], run)
         reasons |= refuted
         reasons |= {layer: why for order, why in problems.items() if why is not None for layer in order.consumers}
@@ -83,7 +87,8 @@ def proved_orders(
     return found, reasons
 
 
-def _why_fixed(order: FreeOrder, shared: Mapping[Tensor, int]) -> str | None:
+def why_fixed(order: FreeOrder, shared: Mapping[Tensor, int]) -> str | None:
+    """Return why tensors of ``order`` may not move: they are shared, or masked already; None if they may."""
     for moved in order.tensors:
         tensor, name = moved.tensor, f"{type(moved.module).__name__}.{moved.name}"
         if shared.get(tensor, 1) > 1:
