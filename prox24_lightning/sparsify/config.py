@@ -125,6 +125,11 @@ class SparsifyConfig:
                     raise ValueError(
                         f"{argument}={given!r} belongs to strategy='post_step'; set that too, or leave it out"
                     )
+        if not isinstance(self.reorder_inputs, bool):
+            raise ValueError(
+                f"reorder_inputs={self.reorder_inputs!r} must be True or False: training orders inputs inside blocks; "
+                "'stream' is for prune_layerwise and prox24 prune"
+            )
         if self.reorder_inputs and (self.strategy != "progressive" or self.geometry != "row"):
             raise ValueError(
                 f"reorder_inputs=True needs strategy='progressive' and geometry='row', not {self.strategy!r} and "

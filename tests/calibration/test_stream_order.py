@@ -91,6 +91,18 @@ def test_hidden_states_as_outputs_fix_the_order():
         found_in(model.model, lambda: model.model(IDS, use_cache=False).last_hidden_state)
 
 
+def test_a_loss_beside_the_logits_is_compared_too():
+    model, _ = llama()
+    order = found_in(model, lambda: model(IDS, labels=IDS, use_cache=False))
+    assert len(order.consumers) == 11
+
+
+def test_without_outputs_nothing_is_proved():
+    model, run = llama()
+    with pytest.raises(ValueError, match="there is no output"):
+        found_in(model, lambda: (run(), None)[1])
+
+
 def test_a_weight_that_something_else_holds_fixes_the_order():
     model, run = llama()
     model.other = nn.Embedding(50, 32)

@@ -124,6 +124,11 @@ def test_settings_that_have_no_use_for_it_are_refused(settings):
         SparsifyConfig(reorder_inputs=True, **settings)
 
 
+def test_the_residual_stream_keeps_its_order_in_training():
+    with pytest.raises(ValueError, match="'stream' is for prune_layerwise"):
+        SparsifyConfig(reorder_inputs="stream")
+
+
 def test_a_convolutional_net_moves_its_norms(monkeypatch):
     from tiny_reordered import IMAGES, conv_net
 

@@ -17,6 +17,8 @@ from prox24_lightning.weights.free_scale import FreeScale
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest relative difference of a feature's outputs, averaged over features, that rounding may make."""
 
+_FEATURES = 4096
+"""Compared at a time: the logits of a vocabulary are large."""
 
 Change = TypeVar("Change", FreeOrder, FreeScale)
 
@@ -42,7 +44,8 @@ def why_not_proved(changes: Sequence[Change], run: Callable[[], Any]) -> str | N
 
     Of a whole model the outputs of all consumers may not fit into memory.
     """
-    return _difference(changes, run, _outputs([], run), ())
+    before = _outputs([], run)
+    return _difference(changes, run, before, ()) if before else "nothing that can be compared: there is no output"
 
 
 def _difference(
@@ -71,10 +74,17 @@ def relative_difference(output: Tensor, reference: Tensor) -> float:
         return float("inf")
     if not output.numel():
         return 0.0
-    rows = output.double().reshape(-1, output.shape[-1]), reference.double().reshape(-1, output.shape[-1])
-    size = rows[1].square().mean(0).sqrt()
-    difference = (rows[0] - rows[1]).square().mean(0).sqrt()
-    return float(torch.where(difference > 0, difference / size, 0.0).mean())
+    features = output.shape[-1] if output.dim() else 1
+    pairs = zip(*(one.reshape(-1, features).split(_FEATURES, 1) for one in (output, reference)), strict=True)
+    return sum(float(_relative(*pair).sum()) for pair in pairs) / features
+
+
+def _relative(output: Tensor, reference: Tensor) -> Tensor:
+    """Return the relative difference of each column, (features,)."""
+    output, reference = output.double(), reference.double()
+    size = reference.square().mean(0).sqrt()
+    difference = (output - reference).square().mean(0).sqrt()
+    return torch.where(difference > 0, difference / size, 0.0)
 
 
 def _outputs(changes: Sequence[Change], run: Callable[[], Any]) -> dict[str, Tensor]:
