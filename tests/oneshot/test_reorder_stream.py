@@ -16,6 +16,7 @@ from prox24_lightning.solvers.input_order.search import pruned_saliency
 from prox24_lightning.solvers.input_order.stream import StreamOrderSearch
 from prox24_lightning.weights.free_order import FreeOrder
 
+CPU = torch.device("cpu")
 BATCHES = [{"input_ids": IDS.roll(places, 1)} for places in range(4)]
 
 
@@ -105,7 +106,7 @@ def test_a_model_that_does_not_lie_on_the_device_keeps_its_order(monkeypatch, ca
 def test_rows_of_large_models_are_drawn():
     layers = [torch.nn.Linear(16, 64, bias=False) for _ in range(2)]
     free = FreeOrder(tuple(layers), torch.arange(16)[:, None], 1, ())
-    search = StreamOrderSearch(free, layers, torch.device("cpu"), limit=16 * 32)
+    search = StreamOrderSearch(free, layers, CPU, limit=16 * 32)
     for layer in layers:
         with torch.no_grad():
             layer.weight *= torch.linspace(0, 3, 16).exp()
@@ -115,6 +116,20 @@ def test_rows_of_large_models_are_drawn():
     values = layers[0].weight.detach().square()
     assert found.change < -0.05
     assert pruned_saliency(values[:, found.order]) < pruned_saliency(values)
+
+
+def test_layers_count_alike_whatever_their_size():
+    orders = []
+    for factor in (1, 1024):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(16, 32, bias=False) for _ in range(2)]
+        with torch.no_grad():
+            layers[0].weight *= factor
+        search = StreamOrderSearch(FreeOrder(tuple(layers), torch.arange(16)[:, None], 1, ()), layers, CPU)
+        for layer in layers:
+            search.add(layer, torch.eye(16), "layer")
+        orders.append(search.best().order)
+    assert torch.equal(*orders)
 
 
 def test_another_word_is_refused():
