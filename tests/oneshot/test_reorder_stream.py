@@ -21,7 +21,7 @@ BATCHES = [{"input_ids": IDS.roll(places, 1)} for places in range(4)]
 
 
 def prune(model, data=BATCHES, **kwargs):
-    return prune_chain(model, data, **{"reorder_inputs": "stream", **kwargs})
+    return prune_chain(model, data, **{"reorder_inputs": "stream", "refine_steps": 20, **kwargs})
 
 
 def unequal():
@@ -46,12 +46,11 @@ def test_the_reordered_dense_model_computes_the_same(monkeypatch, make):
     assert not any("embed_tokens" in name or "wte" in name or "wpe" in name for name in kept)
 
 
-@pytest.mark.parametrize("dense_target", [0.0, 0.5])
-def test_readers_of_the_stream_lose_less(dense_target):
+def test_readers_of_the_stream_lose_less():
     losses = {}
     for wanted in (True, "stream"):
         model, _ = unequal()
-        report = prune(model, reorder_inputs=wanted, dense_target=dense_target, steps=50)
+        report = prune(model, reorder_inputs=wanted, dense_target=0.5, steps=20)
         assert all(is_24(model.get_parameter(row.name)) for row in report.layers)
         losses[wanted] = sum(row.final_loss for row in report.layers if "down" not in row.name and "o_" not in row.name)
         for name, mask in report.masks.items():
