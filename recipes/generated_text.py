@@ -8,6 +8,7 @@ Each sequence begins with a token drawn uniformly and goes on by sampling at tem
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.progress import Progress
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from typing_extensions import override
 
 from prox24_lightning.io.pretrained import Pretrained
@@ -64,7 +65,9 @@ def generate_sequences(
     found = np.empty((count, length), dtype)
     generator = torch.Generator().manual_seed(seed)
     gpus = [model.device] if model.device.type == "cuda" else []
-    with Progress(disable=not progress, transient=True) as bar, torch.random.fork_rng(devices=gpus):
+    own, model.generation_config = model.generation_config, GenerationConfig()  # a penalty of repetition, say
+    with Progress(disable=not progress, transient=True) as bar, torch.random.fork_rng(devices=gpus), ExitStack() as end:
+        end.callback(setattr, model, "generation_config", own)
         torch.manual_seed(seed)
         task = bar.add_task("writing text", total=-(-count // batch_size) * (length - 1))
         for at in range(0, count, batch_size):

@@ -38,7 +38,7 @@ class TextTokens(LightningDataModule):
         num_workers: processes that load batches; the tokens lie in memory or are mapped from disk, so 0 is fast.
         progress: show a bar while text is tokenised.
         generated: file of text that the model wrote itself, of ``python -m recipes.generated_text``; null: none.
-        generated_share: share of each batch that comes from it; above 0 and below 1.
+        generated_share: share of each batch, on every process, that comes from it; above 0 and below 1.
 
     Raises:
         ValueError: if that share of a batch is no sequence, or all.
@@ -60,12 +60,6 @@ class TextTokens(LightningDataModule):
         generated_share: float = 0.25,
     ) -> None:
         super().__init__()
-        share = round(generated_share * batch_size)
-        if generated is not None and not 0 < share < batch_size:
-            raise ValueError(
-                f"generated_share={generated_share} of batch_size={batch_size} leaves {share} generated sequences a "
-                "batch; at least one, and one of the training text, is needed"
-            )
         self.model = model
         self.sources = {"training": training, **evaluation}
         self.evaluation = tuple(evaluation)
@@ -78,6 +72,8 @@ class TextTokens(LightningDataModule):
         self.progress = progress
         self.generated = generated
         self.generated_share = generated_share
+        if generated is not None:
+            self._share()
         self._streams: dict[str, np.ndarray] = {}
 
     def prepare_data(self) -> None:
@@ -104,9 +100,29 @@ class TextTokens(LightningDataModule):
         text = Sequences(*cut(self.tokens("training"), self.length, seed=self.seed, label="the training text"))
         if self.generated is None:
             return text
-        written = np.load(self.generated, mmap_mode="r", allow_pickle=False).reshape(-1)
+        written = self._written(self.generated)
         generated = Sequences(*cut(written, self.length, seed=self.seed, label=str(self.generated)))
-        return MixedSequences(text, generated, self.batch_size, round(self.generated_share * self.batch_size))
+        # Lightning deals sequences out to processes in turn: so each has its share in each of its batches.
+        trainer: Any = self.trainer
+        processes = 1 if trainer is None else trainer.world_size
+        return MixedSequences(text, generated, processes * self.batch_size, processes * self._share())
+
+    def _share(self) -> int:
+        """Return how many sequences of a batch are generated; a tuner may have changed the batch."""
+        share = round(self.generated_share * self.batch_size)
+        if not 0 < share < self.batch_size:
+            raise ValueError(
+                f"generated_share={self.generated_share} of batch_size={self.batch_size} leaves {share} generated "
+                "sequences a batch; at least one, and one of the training text, is needed"
+            )
+        return share
+
+    def _written(self, path: Path) -> np.ndarray:
+        """Return the tokens of the file of generated text, mapped from disk."""
+        written = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(written, np.ndarray) or not np.issubdtype(written.dtype, np.integer):
+            raise ValueError(f"{path} holds no array of tokens; write it by python -m recipes.generated_text")
+        return written.reshape(-1)
 
     def held_out_sequences(self, name: str, begin: int = 0) -> Sequences:
         """``eval_sequences`` sequences of a held-out text, counted from ``begin`` on, whatever the seed of the run.
@@ -176,7 +192,7 @@ class MixedSequences(Dataset):
     Args:
         text: the training text.
         generated: what the model wrote.
-        batch_size: sequences a batch.
+        batch_size: sequences a batch, of all processes together.
         share: of them, how many are generated.
     """
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_language import Chains
+from torch.utils.data import DistributedSampler
 
 from prox24_lightning.io.pretrained import Pretrained
 from recipes.generated_text import generate_sequences, main
@@ -53,6 +54,16 @@ def test_end_of_text_stops_no_sequence(pretrained):
     assert generate_sequences(model, 3, 9, seed=0, progress=False).shape == (3, 9)
 
 
+def test_settings_of_the_models_own_generation_change_nothing(pretrained):
+    model = pretrained.model()
+    expected = generate_sequences(model, 3, 9, seed=0, progress=False)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.min_p = 0.9
+    own = model.generation_config
+    assert (generate_sequences(model, 3, 9, seed=0, progress=False) == expected).all()
+    assert model.generation_config is own
+
+
 def test_arguments_that_make_no_text_are_refused(pretrained, tmp_path):
     with pytest.raises(ValueError, match="count=0, length=8, batch_size=2: at least 1 sequence"):
         generate_sequences(pretrained.model(), 0, 8, batch_size=2)
@@ -80,6 +91,36 @@ def test_a_run_for_which_the_generated_text_is_too_short_is_refused(pretrained, 
     data.trainer = type("T", (), {"max_steps": 6, "max_epochs": 1, "accumulate_grad_batches": 1, "world_size": 1})
     with pytest.raises(ValueError, match=r"share of 0.25 of .*text.npy\) holds 20"):
         data.setup("fit")
+
+
+def test_each_process_has_its_share_in_each_of_its_batches(pretrained, tmp_path):
+    np.save(tmp_path / "text.npy", np.full((30, 10), 63, np.uint16))
+    data = text_tokens(pretrained, generated=tmp_path / "text.npy")
+    data.trainer = type("T", (), {"world_size": 2})
+    sequences = data.training_sequences()
+    assert len(sequences) == 8 * 15
+    for rank in range(2):
+        mine = list(DistributedSampler(sequences, 2, rank, shuffle=False))
+        written = [(sequences[index]["input_ids"] == 63).all().item() for index in mine]
+        assert written == [False, False, False, True] * 15
+    text = [sequences[index]["input_ids"] for index in range(8 * 15) if index % 8 < 6]
+    assert torch.equal(torch.stack(text), torch.cat(batches(text_tokens(pretrained)))[: 6 * 15])
+
+
+def test_a_batch_that_a_tuner_made_too_small_is_refused(pretrained, tmp_path):
+    np.save(tmp_path / "text.npy", np.zeros((5, 10), np.uint16))
+    data = text_tokens(pretrained, generated=tmp_path / "text.npy")
+    data.batch_size = 1
+    with pytest.raises(ValueError, match="of batch_size=1 leaves 0 generated"):
+        data.train_dataloader()
+
+
+def test_a_file_that_holds_no_tokens_is_refused(pretrained, tmp_path):
+    np.save(tmp_path / "floats.npy", np.zeros((5, 10)))
+    np.savez(tmp_path / "several.npz", np.zeros((5, 10), np.int32))
+    for name in ("floats.npy", "several.npz"):
+        with pytest.raises(ValueError, match=f"{name} holds no array of tokens; write it by python -m"):
+            batches(text_tokens(pretrained, generated=tmp_path / name))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
