@@ -115,7 +115,8 @@ def convert(
             )
         if input_quantile is not None:
             check_input_quantile(input_quantile)
-        for option, given in (("max_loss_rise", max_loss_rise is not None), ("tune_steps", tune_steps)):
+        needs_text = {"smooth": smooth, "tune_steps": tune_steps, "max_loss_rise": max_loss_rise is not None}
+        for option, given in needs_text.items():
             if given and not (weights and (text or data)):
                 raise ValueError(
                     f"--{option} takes rounded weights and calibration text: name --weights fp8_e4m3 or int8, and "

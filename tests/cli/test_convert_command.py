@@ -411,6 +411,7 @@ def test_layers_that_keep_16_bits(prox24, sparse_folder, tmp_path):
             ("--weights", "int8", "--max_loss_rise", "0.01"),
             "--max_loss_rise takes rounded weights and calibration text",
         ),
+        (("--weights", "int8", "--smooth", "true"), "--smooth takes rounded weights and calibration text"),
         (("--weights", "int8", "--tune_steps", "2"), "--tune_steps takes rounded weights and calibration text"),
         (("--keep_16bit", '["*.q_proj"]'), "--keep_16bit is for rounded weights"),
         (("--weights", "int8", "--keep_16bit", '["*.k_porj"]'), "keep_16bit='*.k_porj' matches no layer"),
