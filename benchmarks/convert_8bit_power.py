@@ -36,7 +36,8 @@ def sampled(samples: str) -> dict[str, float]:
     rows = [line.split(", ") for line in samples.splitlines() if line.count(",") == 2]
     rows = rows[round(_SETTLING * len(rows)) :]
     if not rows:
-        raise ValueError("nvidia-smi gave no samples; let each form run longer (seconds)")
+        said = samples.strip().partition("\n")[0]
+        raise ValueError(f"nvidia-smi gave no samples ({said}); let each form run longer (seconds)")
     return {
         "MHz": statistics.median(float(clock) for clock, _, _ in rows),
         "W": statistics.median(float(power) for _, power, _ in rows),
@@ -55,14 +56,14 @@ def run_alone(replay: Callable[[], None], products: int, seconds: float) -> dict
     replay()
     torch.cuda.synchronize()
     with subprocess.Popen([*query, "-lms", str(_SAMPLE_MS)], stdout=subprocess.PIPE, text=True) as smi:
-        begin, count, turn = time.perf_counter(), 0, 1
-        while (passed := time.perf_counter() - begin) < seconds:
+        begin, count, turn, passed = time.perf_counter(), 0, 1, 0.0
+        while passed < seconds:
             for _ in range(turn):
                 replay()
             torch.cuda.synchronize()
             count += turn
-            turn = max(1, round(0.05 * count / max(passed, 1e-3)))
-        passed = time.perf_counter() - begin
+            passed = time.perf_counter() - begin
+            turn = max(1, round(0.05 * count / passed))
         smi.terminate()
         samples, _ = smi.communicate()
     us = 1e6 * passed / (count * products)
