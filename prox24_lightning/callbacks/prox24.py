@@ -310,9 +310,9 @@ class Prox24(Callback):
         self.controller.change_length(self._length.total)
         self._copies = AveragedCopies(trainer, pl_module)
         sparsifiers = [cb for cb in trainer.callbacks if isinstance(cb, Prox24)]  # type: ignore[attr-defined]
-        if sparsifiers[0] is self:
-            controllers = [callback.controller for callback in sparsifiers]
-            self._rate = RateWarning(trainer, pl_module, controllers, self._length.total)
+        controllers = [callback.controller for callback in sparsifiers]
+        speaks = sparsifiers[0] is self
+        self._rate = RateWarning(trainer, pl_module, controllers, self._length.total) if speaks else None
         self.controller.bind(trainer.optimizers)
         self._announce()
 

@@ -15,8 +15,8 @@ from prox24_lightning.sparsify.controller import SparsifyController
 class RateWarning:
     """Watch the loss of a fit on rank zero; silent where a rise may come from elsewhere.
 
-    That is manual optimisation, several optimizers, and callbacks that change the loss or the model's outputs
-    (``changes_loss``).
+    That is manual optimisation, several optimizers, and modules and callbacks that change the loss or the model's
+    outputs along the run (``changes_loss``).
 
     Args:
         trainer: runs the fit.
@@ -32,9 +32,9 @@ class RateWarning:
         controllers: Sequence[SparsifyController],
         steps: float,
     ) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        parts = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
         knows = pl_module.automatic_optimization and len(trainer.optimizers) == 1
-        knows = knows and not any(getattr(callback, "changes_loss", False) for callback in callbacks)
+        knows = knows and not any(getattr(part, "changes_loss", False) for part in parts)
         self._trainer = trainer
         self._controllers = controllers
         self._watch: RateWatch | None = None

@@ -172,7 +172,7 @@ class RateWatch:
         if loss is not None and not is_sharded(loss) and (before != "sparsify" or not self._rise.has_start):
             value = factor * loss.detach().reshape(()).to(torch.float32)
             sums = torch.stack([value, value * value])
-            self._sums = sums if self._sums is None else self._sums + sums
+            self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
             self._first = self._first if self._count else first
             self._count += 1
             if self._count == self._length or (before != phase and self._count >= _FEWEST):
@@ -188,7 +188,7 @@ class RateWatch:
         mean, square = (self._sums / count).tolist()
         deviation = math.sqrt(max(square - mean * mean, 0.0) * count / (count - 1))
         self._forget()
-        rate = max((float(group.get("lr", 0.0)) for group in groups), default=0.0)
+        rate = max((float(group.get("lr") or 0.0) for group in groups), default=0.0)  # None: it finds its own
         return LossWindow(self._first, last, mean, deviation, count, rate)
 
     def _forget(self) -> None:

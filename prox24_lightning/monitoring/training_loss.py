@@ -27,7 +27,7 @@ class TrainingLoss:
         """Add ``factor`` times the loss of a batch: a tensor, or a mapping with ``"loss"``; others are left out."""
         if (loss := loss_of(outputs)) is not None:
             value = factor * loss.detach().reshape(()).to(torch.float32)
-            self._sum = value if self._sum is None else self._sum + value
+            self._sum = value if self._sum is None else self._sum + value.to(self._sum.device)
             self._batches += 1
 
     def take(self) -> float:

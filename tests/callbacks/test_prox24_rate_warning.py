@@ -90,6 +90,23 @@ def test_a_loss_that_a_callback_changes_tells_nothing():
     assert RoundWeights.changes_loss
 
 
+def test_a_loss_that_the_module_changes_tells_nothing(monkeypatch):
+    monkeypatch.setattr(Trained, "changes_loss", True, raising=False)
+    assert fit(DIVERGES, prox24())[0] == []
+
+
+def test_one_speaks_after_a_run_in_which_the_other_did():
+    class Stop(Callback):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("stopped")
+
+    first, second = prox24("first", targets=["model.0"]), prox24("second", targets=["model.1"])
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(DIVERGES, first, second, Stop())
+    (text,), _ = fit(DIVERGES, second, first, steps=56)
+    assert text.startswith("second: ")
+
+
 def test_with_two_of_them_both_are_frozen_and_one_speaks():
     first, second = prox24("first", targets=["model.0"]), prox24("second", freeze=18, targets=["model.1"])
     (text,), _ = fit(DIVERGES, first, second, steps=56)

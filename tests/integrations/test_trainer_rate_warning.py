@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prox24_lightning import DistillationTrainerCallback, Prox24TrainerCallback, RoundWeightsTrainerCallback
 
@@ -95,3 +95,17 @@ def test_a_loss_that_a_callback_changes_tells_nothing(tmp_path, add):
 
 def test_two_of_them_say_nothing(tmp_path):
     assert fit(tmp_path, 12.0, sparse("a", "model"), sparse("b", "other")) == []
+
+
+def test_what_is_logged_after_the_run_tells_nothing(tmp_path):
+    trainers = []
+
+    def keep(trainer):
+        trainers.append(trainer)
+        return TrainerCallback()
+
+    fit(tmp_path, 1.0, add=keep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(32):
+            trainers[0].log({"loss": 9.0})

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prox24_lightning.monitoring.loss_rise import LossRise, LossWindow, RateWatch
+from prox24_lightning.monitoring.training_loss import TrainingLoss
 
 KEPT_2E_3 = "1.77 1.75 2.17 2.41 1.98 1.87 1.82 1.96 1.86 1.79 1.82 1.96 2.22 2.31 2.47 1.90"
 KEPT_1E_3 = "1.77 1.69 1.66 1.76 1.65 1.75 1.68 1.79 1.69 1.66 1.65 1.66 1.71 1.62 1.68 1.64"
@@ -110,6 +111,19 @@ def test_steps_without_a_loss_are_left_out(outputs):
 def test_a_run_of_unknown_length(steps):
     (found,) = watched([1.0] * 80 + [2.0] * 100, steps=steps)
     assert (found.lowest.last, found.now.last) == (48, 144)
+
+
+def test_a_rate_that_the_optimizer_finds_itself_is_not_known():
+    watch = RateWatch(400)
+    losses = [1.0] * 16 + [2.0] * 40
+    assert not any(watch.add(torch.tensor(loss), n, "frozen", [{"lr": None}]) for n, loss in enumerate(losses, start=1))
+
+
+def test_losses_may_change_their_device():
+    watch, mean = RateWatch(400), TrainingLoss()
+    for step, device in enumerate(["meta", "cpu", "meta"], start=1):
+        watch.add(torch.ones((), device=device), step, "frozen", [{"lr": 1}])
+        mean.add(torch.ones((), device=device))
 
 
 def test_one_noisy_batch_is_no_rise():

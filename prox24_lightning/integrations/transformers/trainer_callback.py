@@ -252,7 +252,7 @@ class Prox24TrainerCallback(TransformersCallback):
         self.controller.write_masks()
         if self._files is not None and state.is_world_process_zero:
             self._files.discard()
-        self._files = self._prepared = None
+        self._files = self._prepared = self._rate = None
 
     def _announce(self, state: TrainerState) -> None:
         line = self.controller.new_phase()
