@@ -183,16 +183,24 @@ def readable(parser: ArgumentParser, words: Sequence[str] | None) -> list[str] |
         word = rest.pop(0)
         action = actions.get(word)
         kind = None if action is None else getattr(action, "_typehint", None)
-        if kind is bool and (not rest or rest[0].lower() not in ("true", "false", "yes", "no")):
+        if (values := _switch_values(kind)) and (not rest or rest[0].lower() not in values):
             found.append(f"{word}=true")
         elif (element := _element(kind)) is not None and action is not None:
-            values = []
+            listed = []
             while rest and not re.match(r"-(?!\d)", rest[0]):
-                values.append(rest.pop(0))
-            found += [word, *values] if not _spread(values) else [f"{word}={_listed(values, element)}"]
+                listed.append(rest.pop(0))
+            found += [word, *listed] if not _spread(listed) else [f"{word}={_listed(listed, element)}"]
         else:
             found.append(word)
     return found
+
+
+def _switch_values(kind: Any) -> list[str]:
+    """Return the words that may follow a switch, in lower case: of a bool, or of a bool or some words; else none."""
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if bool not in options:
+        return []
+    return ["true", "false", "yes", "no", *(str(word) for option in options for word in get_args(option))]
 
 
 def _spread(values: Sequence[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ def parser():
     found.add_argument("--seeds", type=list[int], default=[0])
     found.add_argument("--skip", type=list[str] | None, default=None)
     found.add_argument("--overwrite", type=bool, default=False)
+    found.add_argument("--order", type=bool | Literal["stream"], default=False)
     found.add_argument("--rate", type=float, default=0.0)
     return found
 
@@ -50,6 +52,9 @@ def test_help_is_free_of_markup():
         ("--overwrite --seeds 1", {"overwrite": True, "seeds": [1]}),
         ("--overwrite false", {"overwrite": False}),
         ("--overwrite=true", {"overwrite": True}),
+        ("--order --seeds 1", {"order": True, "seeds": [1]}),
+        ("--order stream --seeds 1", {"order": "stream", "seeds": [1]}),
+        ("--order false", {"order": False}),
     ],
 )
 def test_lists_and_switches(words, expected):
