@@ -39,7 +39,9 @@ def risen_at(run: Mapping[str, Any], freeze: float) -> str:
     plan, rise = resolve_plan(START, freeze, steps), LossRise()
     for number, mean in enumerate(points):
         first, last = (round(part * steps / len(points)) for part in (number, number + 1))
-        risen = rise.add(LossWindow(first + 1, last, mean, rate=run["lr"]), plan.phase(first + 1 if first else first))
+        risen = rise.add(
+            LossWindow(first + 1, last, mean, rates=(run["lr"],)), plan.phase(first + 1 if first else first)
+        )
         if risen is not None:
             return f"step {last}: {risen.now.mean:.2f}, lowest {risen.lowest.mean:.2f}, start {risen.start.mean:.2f}"
     return ""

@@ -36,7 +36,7 @@ class LossWindow:
         mean: of the losses.
         deviation: standard deviation of the single losses.
         count: number of losses.
-        rate: the learning rate after the last step, the largest of all parameter groups.
+        rates: learning rates after the last step, one a parameter group.
     """
 
     first: int
@@ -44,7 +44,18 @@ class LossWindow:
     mean: float
     deviation: float = 0.0
     count: int = 1
-    rate: float = 0.0
+    rates: tuple[float, ...] = ()
+
+    @property
+    def rate(self) -> float:
+        """The largest learning rate."""
+        return max(self.rates, default=0.0)
+
+    def is_faster(self, other: LossWindow) -> bool:
+        """Return whether a group has a higher rate than in the other window, or there are other groups."""
+        if len(self.rates) != len(other.rates):
+            return True
+        return any(rate > 1.01 * before for rate, before in zip(self.rates, other.rates, strict=True))
 
     @property
     def is_steady(self) -> bool:
@@ -81,7 +92,8 @@ class RisenLoss:
             f"the training loss has risen to {self.now} from {self.lowest}, above {self.start} at the start, though "
             f"no weight was pruned and the learning rate ({self.now.rate:g} now, {self.highest_rate:g} at its highest) "
             f"did not rise: it is too high; stop, and set half of it ({self.highest_rate / 2:g}), or search it by "
-            "prox24 compare --lrs (batches that become harder, as in data that is not shuffled, look the same)"
+            "prox24 compare --lrs (batches that become harder, as in data that is not shuffled, and a loss whose terms "
+            "change look the same)"
         )
 
 
@@ -119,7 +131,7 @@ class LossRise:
             self._lowest = None  # layers that have joined the run are pruned once more
             return None
         lowest = self._lowest
-        if lowest is None or window.mean < lowest.mean or window.rate > 1.01 * lowest.rate:
+        if lowest is None or window.mean < lowest.mean or window.is_faster(lowest):
             self._lowest, self._high = window, 0
             return None
         steady = self._highest_rate > 0 and self._start.is_steady and lowest.is_steady
@@ -188,8 +200,8 @@ class RateWatch:
         mean, square = (self._sums / count).tolist()
         deviation = math.sqrt(max(square - mean * mean, 0.0) * count / (count - 1))
         self._forget()
-        rate = max((float(group.get("lr") or 0.0) for group in groups), default=0.0)  # None: it finds its own
-        return LossWindow(self._first, last, mean, deviation, count, rate)
+        rates = tuple(float(group.get("lr") or 0.0) for group in groups)  # None: the optimizer finds its own
+        return LossWindow(self._first, last, mean, deviation, count, rates)
 
     def _forget(self) -> None:
         self._sums, self._count = None, 0

@@ -19,7 +19,7 @@ from step 40 on."""
 def first_rise(means, *, start=1, freeze=5, **window):
     rise = LossRise()
     for number, mean in enumerate(means):
-        given = {"rate": 2e-3, **{key: value(number) for key, value in window.items()}}
+        given = {"rates": (2e-3,), **{key: value(number) for key, value in window.items()}}
         phase = "dense" if number < start else "sparsify" if number < freeze else "frozen"
         if (found := rise.add(LossWindow(8 * number + 1, 8 * number + 8, mean, **given), phase)) is not None:
             return found
@@ -47,8 +47,10 @@ def test_recorded_runs_at_twice_the_best_rate_and_at_the_best():
         pytest.param([-1, -1, -1, -1, -1, -1, 0.5, 0.5, 0.5], {}, id="negative"),
         pytest.param([1, 1, 1, 1, 1, 1, 2, 2, 2], {"deviation": lambda n: 0.5, "count": lambda n: 9}, id="noisy"),
         pytest.param([1, 1, 1, 1, 1, 1, 1.3, 1.3], {"deviation": lambda n: 0.2, "count": lambda n: 4}, id="few"),
-        pytest.param([1, 1, 1, 1, 1, 1, 2, 3, 4], {"rate": lambda n: 1e-3 * n}, id="the rate rises"),
-        pytest.param([1, 1, 1, 1, 1, 1, 2, 2], {"rate": lambda n: 0.0}, id="no rate known"),
+        pytest.param([1, 1, 1, 1, 1, 1, 2, 3, 4], {"rates": lambda n: (1e-3 * n,)}, id="the rate rises"),
+        pytest.param([1, 1, 1, 1, 1, 1, 2, 3, 4], {"rates": lambda n: (1, 1e-3 * n)}, id="a smaller rate rises"),
+        pytest.param([1, 1, 1, 1, 1, 1, 2, 2], {"rates": lambda n: (1.0,) * (1 + (n > 5))}, id="layers are unfrozen"),
+        pytest.param([1, 1, 1, 1, 1, 1, 2, 2], {"rates": lambda n: (0.0,)}, id="no rate known"),
         pytest.param([1, 1, 1, 1, 1, math.nan, math.inf, math.nan, 1], {}, id="not finite"),
     ],
 )
@@ -74,7 +76,7 @@ def test_losses_that_are_not_finite_are_left_out():
 def test_layers_that_join_the_run_are_pruned_anew():
     rise = LossRise()
     phases = [("dense", 1), ("frozen", 1), ("sparsify", 2), ("frozen", 2), ("frozen", 2)]
-    assert [rise.add(LossWindow(1, 8, mean, rate=1), phase) for phase, mean in phases] == [None] * 5
+    assert [rise.add(LossWindow(1, 8, mean, rates=(1.0,)), phase) for phase, mean in phases] == [None] * 5
 
 
 def watched(losses, *, steps=400, dense=8, frozen=16, rate=1e-2, **settings):
