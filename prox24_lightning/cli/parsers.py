@@ -200,7 +200,8 @@ def _switch_values(kind: Any) -> list[str]:
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if bool not in options:
         return []
-    return ["true", "false", "yes", "no", *(str(word) for option in options for word in get_args(option))]
+    null = ["null"] if type(None) in options else []
+    return ["true", "false", "yes", "no", *null, *(str(word) for option in options for word in get_args(option))]
 
 
 def _spread(values: Sequence[str]) -> bool:

@@ -23,6 +23,7 @@ def parser():
     found.add_argument("--skip", type=list[str] | None, default=None)
     found.add_argument("--overwrite", type=bool, default=False)
     found.add_argument("--order", type=bool | Literal["stream"], default=False)
+    found.add_argument("--smooth", type=bool | None, default=False)
     found.add_argument("--rate", type=float, default=0.0)
     return found
 
@@ -55,6 +56,8 @@ def test_help_is_free_of_markup():
         ("--order --seeds 1", {"order": True, "seeds": [1]}),
         ("--order stream --seeds 1", {"order": "stream", "seeds": [1]}),
         ("--order false", {"order": False}),
+        ("--smooth --seeds 1", {"smooth": True, "seeds": [1]}),
+        ("--smooth null --seeds 1", {"smooth": None, "seeds": [1]}),
     ],
 )
 def test_lists_and_switches(words, expected):
