@@ -37,11 +37,6 @@ class TextTokens(LightningDataModule):
         cache: folder where tokens are kept for the next run; null keeps none.
         num_workers: processes that load batches; the tokens lie in memory or are mapped from disk, so 0 is fast.
         progress: show a bar while text is tokenised.
-        generated: file of text that the model wrote itself, of ``python -m recipes.generated_text``; null: none.
-        generated_share: share of each batch, on every process, that comes from it; above 0 and below 1.
-
-    Raises:
-        ValueError: if that share of a batch is no sequence, or all.
     """
 
     def __init__(
@@ -56,8 +51,6 @@ class TextTokens(LightningDataModule):
         cache: Path | None = None,
         num_workers: int = 0,
         progress: bool = True,
-        generated: Path | None = None,
-        generated_share: float = 0.25,
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,10 +63,6 @@ class TextTokens(LightningDataModule):
         self.cache = cache
         self.num_workers = num_workers
         self.progress = progress
-        self.generated = generated
-        self.generated_share = generated_share
-        if generated is not None:
-            self._share()
         self._streams: dict[str, np.ndarray] = {}
 
     def prepare_data(self) -> None:
@@ -95,34 +84,9 @@ class TextTokens(LightningDataModule):
             )
         return self._streams[name]
 
-    def training_sequences(self) -> Sequences | MixedSequences:
+    def training_sequences(self) -> Sequences:
         """All sequences to train on, in the order of the run."""
-        text = Sequences(*cut(self.tokens("training"), self.length, seed=self.seed, label="the training text"))
-        if self.generated is None:
-            return text
-        written = self._written(self.generated)
-        generated = Sequences(*cut(written, self.length, seed=self.seed, label=str(self.generated)))
-        # Lightning deals sequences out to processes in turn: so each has its share in each of its batches.
-        trainer: Any = self.trainer
-        processes = 1 if trainer is None else trainer.world_size
-        return MixedSequences(text, generated, processes * self.batch_size, processes * self._share())
-
-    def _share(self) -> int:
-        """Return how many sequences of a batch are generated; a tuner may have changed the batch."""
-        share = round(self.generated_share * self.batch_size)
-        if not 0 < share < self.batch_size:
-            raise ValueError(
-                f"generated_share={self.generated_share} of batch_size={self.batch_size} leaves {share} generated "
-                "sequences a batch; at least one, and one of the training text, is needed"
-            )
-        return share
-
-    def _written(self, path: Path) -> np.ndarray:
-        """Return the tokens of the file of generated text, mapped from disk."""
-        written = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(written, np.ndarray) or not np.issubdtype(written.dtype, np.integer):
-            raise ValueError(f"{path} holds no array of tokens; write it by python -m recipes.generated_text")
-        return written.reshape(-1)
+        return Sequences(*cut(self.tokens("training"), self.length, seed=self.seed, label="the training text"))
 
     def held_out_sequences(self, name: str, begin: int = 0) -> Sequences:
         """``eval_sequences`` sequences of a held-out text, counted from ``begin`` on, whatever the seed of the run.
@@ -148,7 +112,7 @@ class TextTokens(LightningDataModule):
     def test_dataloader(self) -> dict[str, DataLoader]:
         return self.val_dataloader()
 
-    def _loader(self, sequences: Dataset, **options: Any) -> DataLoader:
+    def _loader(self, sequences: Sequences, **options: Any) -> DataLoader:
         return DataLoader(
             sequences,
             batch_size=self.batch_size,
@@ -163,12 +127,11 @@ class TextTokens(LightningDataModule):
             raise ValueError("each sequence is used at most once: set trainer.max_steps, or max_epochs to 1")
         sequences = len(self.training_sequences())
         wanted = trainer.max_steps * trainer.accumulate_grad_batches * trainer.world_size * self.batch_size
-        and_generated = "" if self.generated is None else f" and a share of {self.generated_share} of {self.generated}"
         if wanted > sequences:
             raise ValueError(
                 f"{trainer.max_steps} steps need {wanted} sequences of {self.length} tokens, but the training text "
-                f"({self.sources['training'].describe()}{and_generated}) holds {sequences}, and none is used twice; "
-                "lower max_steps, batch_size or length, or name a larger source"
+                f"({self.sources['training'].describe()}) holds {sequences}, and none is used twice; lower max_steps, "
+                "batch_size or length, or name a larger source"
             )
 
 
@@ -184,29 +147,3 @@ class Sequences(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": torch.from_numpy(self.rows[self.order[index]].astype(np.int64))}
-
-
-class MixedSequences(Dataset):
-    """Whole batches: sequences of a text in their order, then ``share`` sequences that the model wrote.
-
-    Args:
-        text: the training text.
-        generated: what the model wrote.
-        batch_size: sequences a batch, of all processes together.
-        share: of them, how many are generated.
-    """
-
-    def __init__(self, text: Sequences, generated: Sequences, batch_size: int, share: int) -> None:
-        self.text = text
-        self.generated = generated
-        self.share = share
-        self.rest = batch_size - share
-
-    def __len__(self) -> int:
-        return (self.rest + self.share) * min(len(self.text) // self.rest, len(self.generated) // self.share)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        batch, place = divmod(index, self.rest + self.share)
-        if place < self.rest:
-            return self.text[batch * self.rest + place]
-        return self.generated[batch * self.share + place - self.rest]

@@ -53,8 +53,6 @@ def main(
     evaluation: dict[str, TextSource] | None = None,
     cache: Path = Path("runs/tokens"),
     keep: Path | None = None,
-    generated: Path | None = None,
-    generated_share: float = 0.25,
 ) -> None:
     """Run what is missing, then write the table and the plot.
 
@@ -91,8 +89,6 @@ def main(
         cache: folder where tokens are kept.
         keep: folder for the model of the last run that ends, say of one row and one seed, for ``benchmarks.rounding
             --checkpoint``; null keeps none.
-        generated: text that the model wrote itself (``python -m recipes.generated_text``), in all rows; null: none.
-        generated_share: share of each batch that comes from it.
     """
     table = {**FINETUNING, **further_rows(variants)}
     chosen = chosen_rows(rows, table)
@@ -111,8 +107,6 @@ def main(
         precision=precision or default_precision(),
         cache=cache,
         keep=keep,
-        generated=generated,
-        generated_share=generated_share,
     )
     until = None if minutes is None else time.time() + 60 * minutes
     if long:

@@ -69,8 +69,6 @@ class LanguageModel(Task):
     split: Literal["val", "test"] = "val"
     keep: Path | None = None
     """Folder for the model of the last run that ends; it changes no result."""
-    generated: Path | None = None
-    generated_share: float = 0.25
 
     @override
     def identity(self) -> dict[str, Any]:
@@ -81,14 +79,7 @@ class LanguageModel(Task):
             **{name: getattr(self, name) for name in ("steps", "batch_size", "length", "eval_sequences")},
             **{name: getattr(self, name) for name in ("warmup_steps", "weight_decay", "calibration_sequences")},
             **{name: getattr(self, name) for name in ("compile", "precision")},
-            **self._describe_generated(),
         }
-
-    def _describe_generated(self) -> dict[str, Any]:
-        """Known by its content, wherever it lies; nothing where there is none, as in older records."""
-        if self.generated is None:
-            return {}
-        return {"generated": checksum([self.generated.read_bytes()])[:16], "generated_share": self.generated_share}
 
     @override
     def module(self, lr: float | None, more: Mapping[str, Any] | None = None) -> LightningModule:
@@ -109,8 +100,6 @@ class LanguageModel(Task):
             eval_sequences=self.eval_sequences,
             seed=seed,
             cache=self.cache,
-            generated=self.generated,
-            generated_share=self.generated_share,
         )
 
     @override

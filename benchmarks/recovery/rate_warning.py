@@ -18,13 +18,14 @@ from prox24_lightning.monitoring.loss_rise import LossRise, LossWindow
 from prox24_lightning.sparsify.phases import resolve_plan
 
 START, FREEZE = 0.02, 0.3
-KEPT = ("prox24 embeddings kept", "slow 1e-3", "kept", "kept 7e-4", "kept 2e-3")
+KEPT = ("slow 1e-3", "kept, default solves", "kept, default solves 7e-4", "kept, default solves 2e-3")
 """Rows that differ in nothing but the learning rate."""
-FREEZES = {"early": 0.06, "slow anchored": 0.1, **dict.fromkeys(KEPT, 0.1)}
+SOLVES = ("prox24 embeddings kept", "kept, longer solves", "kept, generated text")
+FREEZES = {"early": 0.06, "slow anchored": 0.1, **dict.fromkeys((*KEPT, *SOLVES), 0.1), "kept, longer solves": 0.15}
 """Rows whose ``freeze`` is not the default."""
 ROWS = (
     *("prox24", "prox24 streamed", "prox24 by magnitude", "prox24 post_step", "restart", "slow embeddings"),
-    *("early", "slow anchored", *KEPT),
+    *("early", "slow anchored", *KEPT, *SOLVES),
 )
 """Runs of Prox24 without distillation, where the warning stays silent."""
 

@@ -103,6 +103,9 @@ def _one_shot(
     return Row(prune=prune, distillation=distillation)
 
 
+_LONGER_SOLVES = {"freeze": 0.1, "damping": 0.1, "calibration_batches": 16, "reconstruction_steps": 192}
+"""As in ``configs/causal_lm.yaml``."""
+
 FINETUNING: dict[str, Row] = {
     "dense": Row(),
     "magnitude": _one_shot("magnitude", refine=False),
@@ -116,7 +119,7 @@ FINETUNING: dict[str, Row] = {
     "prox24 post_step": Row(prox24=True, arguments={"strategy": "post_step"}),
     "prox24": Row(prox24=True),
     "dense slow embeddings": Row(module={"embedding_lr": 0.1}),
-    "prox24 embeddings kept": Row(prox24=True, arguments={"freeze": 0.1}, module={"embedding_lr": 0.0}),
+    "prox24 embeddings kept": Row(prox24=True, arguments=_LONGER_SOLVES, module={"embedding_lr": 0.0}),
     "prox24 streamed": Row(prox24=True, arguments={"calibration": "stream"}),
     "prox24 by magnitude": Row(prox24=True, arguments={"calibration": "magnitude"}),
     "prox+mg half dense target reordered": _one_shot("prox", dense_target=0.5, reorder_inputs=True),

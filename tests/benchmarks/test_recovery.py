@@ -379,7 +379,7 @@ def test_the_warning_of_the_rate_is_replayed_on_recorded_runs():
         run("dense", 1e-4, 1.8),
         run("prox24", 1e-4, 2.0, fine),
         run("prox24", 3e-4, 2.3, risen),
-        run("kept 2e-3", 2e-3, 2.4, [2.0] * 6 + [3.0] * 44),
+        run("kept, default solves 2e-3", 2e-3, 2.4, [2.0] * 6 + [3.0] * 44),
         run("slow 1e-3", 1e-3, 2.2, fine),
         run("prox24 distilled", 1e-4, 1.9, risen),
         run("prox24", 1e-3, 2.3),
