@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.io.texts import Split, TextSource
@@ -104,7 +105,7 @@ class TextTokens(LightningDataModule):
         return Sequences(rows, order[begin:end])
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.training_sequences(), drop_last=True)
+        return self._loader(self.training_sequences(), ResumableLoader, drop_last=True)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
         return {name: self._loader(self.held_out_sequences(name)) for name in self.evaluation}
@@ -112,8 +113,8 @@ class TextTokens(LightningDataModule):
     def test_dataloader(self) -> dict[str, DataLoader]:
         return self.val_dataloader()
 
-    def _loader(self, sequences: Sequences, **options: Any) -> DataLoader:
-        return DataLoader(
+    def _loader(self, sequences: Sequences, kind: type[DataLoader] = DataLoader, **options: Any) -> DataLoader:
+        return kind(
             sequences,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
@@ -133,6 +134,32 @@ class TextTokens(LightningDataModule):
                 f"({self.sources['training'].describe()}) holds {sequences}, and none is used twice; lower max_steps, "
                 "batch_size or length, or name a larger source"
             )
+
+
+class ResumableLoader(DataLoader):
+    """Goes on where it stood after a resume in the middle of an epoch: Lightning keeps its state in checkpoints.
+
+    Its order must not depend on random numbers. Batches before that place are loaded again, and dropped.
+    """
+
+    _begin = 0
+    _position = 0
+
+    @override
+    def __iter__(self) -> Any:
+        begin, self._begin = self._begin, 0
+        for number, batch in enumerate(super().__iter__(), start=1):
+            if number > begin:
+                self._position = number
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches that this epoch has had; none after the last."""
+        return {"batches": self._position % max(1, len(self))}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin the next epoch behind so many batches."""
+        self._begin = self._position = state_dict["batches"]
 
 
 class Sequences(Dataset):

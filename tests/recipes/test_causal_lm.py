@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from tiny_language import DOCUMENT, Chains, tiny_tokenizer
 
 from prox24_lightning.io.pretrained import Pretrained
@@ -127,6 +127,39 @@ def test_a_run_that_would_use_a_sequence_twice_is_refused(pretrained):
         trainer(max_steps=20, accumulate_grad_batches=2).fit(CausalLM(pretrained), data)
     with pytest.raises(ValueError, match="set trainer.max_steps, or max_epochs to 1"):
         trainer(max_epochs=2).fit(CausalLM(pretrained), data)
+
+
+class Seen(Callback):
+    """The batches of a fit, one entry a batch."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(batch["input_ids"].clone())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_resumed_run_trains_on_the_sequences_that_are_left(pretrained, tmp_path, num_workers):
+    def fit(steps, ckpt_path=None):
+        seen, module, data = Seen(), CausalLM(pretrained), text_tokens(pretrained, num_workers=num_workers)
+        run = trainer(max_steps=steps, limit_val_batches=0, callbacks=[seen])
+        run.fit(module, data, ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / "last.ckpt")
+        return seen.batches
+
+    unbroken = fit(7)
+    assert len(torch.cat(unbroken).unique(dim=0)) > 24
+    resumed = [*fit(2), *fit(5, tmp_path / "last.ckpt"), *fit(7, tmp_path / "last.ckpt")]
+    assert torch.equal(torch.cat(resumed), torch.cat(unbroken))
+
+
+def test_an_epoch_behind_a_whole_one_is_whole(pretrained):
+    loader = text_tokens(pretrained).train_dataloader()
+    assert len(list(loader)) == len(loader)
+    again = text_tokens(pretrained).train_dataloader()
+    again.load_state_dict(loader.state_dict())
+    assert len(list(again)) == len(list(again)) == len(loader)
 
 
 def test_a_held_out_text_that_is_too_short_is_refused(pretrained):
