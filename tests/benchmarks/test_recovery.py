@@ -149,6 +149,18 @@ def test_the_command_writes_table_plot_and_runs_and_does_nothing_twice(settings,
     assert len(ran) == 3
 
 
+def test_a_row_learns_from_the_model_of_an_earlier_run(tmp_path):
+    folder = save_tiny_llama(tmp_path)
+    options = {"distillation": 0.7, "teacher": {"folder": folder, "temperature": 2.0}}
+    row = further_rows({"taught": options})["taught"]
+    distillation = row.callbacks(())[0]
+    assert (distillation.share, distillation.temperature) == (0.7, 2.0)
+    saved = Pretrained(folder).model().state_dict()
+    taught = distillation._given.state_dict()
+    assert all(torch.equal(taught[name], value) for name, value in saved.items())
+    assert row.definition()["teacher"] == options["teacher"]
+
+
 def test_the_table_is_made_again_from_the_runs_alone(settings, tmp_path):
     main(output=tmp_path, **given(settings, rates={"dense": 1e-3}))
     (page,) = tmp_path.glob("recovery/*.md")
