@@ -36,8 +36,8 @@ def sampled(samples: str) -> dict[str, float]:
     rows = [line.split(", ") for line in samples.splitlines() if line.count(",") == 2]
     rows = rows[round(_SETTLING * len(rows)) :]
     if not rows:
-        said = samples.strip().partition("\n")[0]
-        raise ValueError(f"nvidia-smi gave no samples ({said}); let each form run longer (seconds)")
+        answer = samples.strip().partition("\n")[0]
+        raise ValueError(f"nvidia-smi gave no samples ({answer}); let each form run longer (seconds)")
     return {
         "MHz": statistics.median(float(clock) for clock, _, _ in rows),
         "W": statistics.median(float(power) for _, power, _ in rows),
@@ -46,7 +46,7 @@ def sampled(samples: str) -> dict[str, float]:
 
 
 def run_alone(replay: Callable[[], None], products: int, seconds: float) -> dict[str, float]:
-    """Replay for ``seconds``, in turns of about 50 ms; microseconds a product, and what was sampled meanwhile.
+    """Replay for ``seconds``, synchronising about every 50 ms; microseconds a product, and what was sampled meanwhile.
 
     Args:
         products: of one replay.
@@ -56,14 +56,14 @@ def run_alone(replay: Callable[[], None], products: int, seconds: float) -> dict
     replay()
     torch.cuda.synchronize()
     with subprocess.Popen([*query, "-lms", str(_SAMPLE_MS)], stdout=subprocess.PIPE, text=True) as smi:
-        begin, count, turn, passed = time.perf_counter(), 0, 1, 0.0
+        begin, count, replays, passed = time.perf_counter(), 0, 1, 0.0
         while passed < seconds:
-            for _ in range(turn):
+            for _ in range(replays):
                 replay()
             torch.cuda.synchronize()
-            count += turn
+            count += replays
             passed = time.perf_counter() - begin
-            turn = max(1, round(0.05 * count / passed))
+            replays = max(1, round(0.05 * count / passed))
         smi.terminate()
         samples, _ = smi.communicate()
     us = 1e6 * passed / (count * products)

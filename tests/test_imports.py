@@ -136,7 +136,7 @@ def test_an_import_that_runs_up_would_be_seen():
 
 
 def test_no_imports_form_a_cycle():
-    # A package's own exports say nothing of its modules: what they import is looked at module by module.
+    # A package's own exports say nothing of its modules: each module's imports are checked.
     modules = {
         module: {target for target in targets if FILES[target].name != "__init__.py"}
         for module, targets in IMPORTS.items()

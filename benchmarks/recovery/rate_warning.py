@@ -21,13 +21,14 @@ START, FREEZE = 0.02, 0.3
 KEPT = ("slow 1e-3", "kept, default solves", "kept, default solves 7e-4", "kept, default solves 2e-3")
 """Rows that differ in nothing but the learning rate."""
 SOLVES = ("prox24 embeddings kept", "kept, longer solves", "kept, generated text")
+"""Rows with more careful solves, at one rate each."""
 FREEZES = {"early": 0.06, "slow anchored": 0.1, **dict.fromkeys((*KEPT, *SOLVES), 0.1), "kept, longer solves": 0.15}
 """Rows whose ``freeze`` is not the default."""
 ROWS = (
     *("prox24", "prox24 streamed", "prox24 by magnitude", "prox24 post_step", "restart", "slow embeddings"),
     *("early", "slow anchored", *KEPT, *SOLVES),
 )
-"""Runs of Prox24 without distillation, where the warning stays silent."""
+"""Runs of Prox24; those with distillation, under which there is no warning, are left out."""
 
 
 def risen_at(run: Mapping[str, Any], freeze: float) -> str:

@@ -138,7 +138,7 @@ class Distillation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # By now the strategy has placed the model and the precision plugin has cast it.
         teacher = trainer.precision_plugin.convert_module(self._require_teacher())
-        with suppress(ValueError):  # no module to distil from: on_train_start says so
+        with suppress(ValueError):  # no module to distil from: on_train_start raises the error
             shard_like(teacher, find_student(pl_module, self.module)[1])
         self._teacher = teacher.to(trainer.strategy.root_device)
         if self.verbose:

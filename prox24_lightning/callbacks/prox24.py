@@ -311,8 +311,8 @@ class Prox24(Callback):
         self._copies = AveragedCopies(trainer, pl_module)
         sparsifiers = [cb for cb in trainer.callbacks if isinstance(cb, Prox24)]  # type: ignore[attr-defined]
         controllers = [callback.controller for callback in sparsifiers]
-        speaks = sparsifiers[0] is self
-        self._rate = RateWarning(trainer, pl_module, controllers, self._length.total) if speaks else None
+        is_first = sparsifiers[0] is self  # one of them warns for all
+        self._rate = RateWarning(trainer, pl_module, controllers, self._length.total) if is_first else None
         self.controller.bind(trainer.optimizers)
         self._announce()
 

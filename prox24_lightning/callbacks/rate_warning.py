@@ -13,10 +13,10 @@ from prox24_lightning.sparsify.controller import SparsifyController
 
 
 class RateWarning:
-    """Watch the loss of a fit on rank zero; silent where a rise may come from elsewhere.
+    """Watch the loss of a fit on rank zero, and warn of a rise that only the learning rate explains.
 
-    That is manual optimisation, several optimizers, and modules and callbacks that change the loss or the model's
-    outputs along the run (``changes_loss``).
+    Gives no warning under manual optimisation, with several optimizers, and beside modules and callbacks that change
+    the loss or the model's outputs along the run (``changes_loss``).
 
     Args:
         trainer: runs the fit.

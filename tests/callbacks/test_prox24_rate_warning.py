@@ -1,4 +1,4 @@
-"""A run whose loss rises after the freeze is told that its learning rate is too high; others are told nothing."""
+"""A loss that rises after the freeze gives the warning of a learning rate that is too high; others give none."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_loss_that_the_module_changes_tells_nothing(monkeypatch):
     assert fit(DIVERGES, prox24())[0] == []
 
 
-def test_one_speaks_after_a_run_in_which_the_other_did():
+def test_one_warns_after_a_run_in_which_the_other_did():
     class Stop(Callback):
         def on_train_batch_end(self, *args):
             raise RuntimeError("stopped")
@@ -107,7 +107,7 @@ def test_one_speaks_after_a_run_in_which_the_other_did():
     assert text.startswith("second: ")
 
 
-def test_with_two_of_them_both_are_frozen_and_one_speaks():
+def test_with_two_of_them_both_are_frozen_and_one_warns():
     first, second = prox24("first", targets=["model.0"]), prox24("second", freeze=18, targets=["model.1"])
     (text,), _ = fit(DIVERGES, first, second, steps=56)
     assert text.startswith("first: ")

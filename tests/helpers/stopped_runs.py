@@ -1,4 +1,4 @@
-"""A run that is told to end while it solves a layer: ``python stopped_runs.py SIGNAL FOLDER``. The solve never ends."""
+"""A run that a signal ends while it solves a layer: ``python stopped_runs.py SIGNAL FOLDER``. The solve never ends."""
 
 from __future__ import annotations
 

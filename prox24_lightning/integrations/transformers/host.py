@@ -31,7 +31,7 @@ class TransformersCallback(TrainerCallback):
 
 
 def mark_changed_loss(state: TrainerState) -> None:
-    """Note that a callback of this run changes the training loss along the way: a rise tells nothing of the rate."""
+    """Note that a callback of this run changes the training loss along the way: a rise is no sign of a high rate."""
     state.__dict__["_changes_loss"] = True
 
 

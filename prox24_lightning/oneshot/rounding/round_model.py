@@ -146,7 +146,7 @@ def round_model(
     chosen = select_weights(model, targets=targets, skip=skip).chosen
     layers = {weight.module_name: weight.module for weight in chosen if weight.parameter.dim() == 2}
     smoothed: list[SmoothedInputs] = []
-    if form == "int8" if smooth is None else smooth:
+    if smooth or (smooth is None and form == "int8"):
         smoothed = smooth_inputs(model, batches, form, layers, device=device, offload=offload, progress=progress)
     exact = {name: layer.get_parameter("weight").detach().cpu().clone() for name, layer in layers.items()}
     report = prune_layerwise(

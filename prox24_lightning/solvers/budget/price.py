@@ -66,7 +66,7 @@ def prices_of_groups(
             describe(f"price of {weight.module_name}")
             try:
                 solution = _solved(weight, hessian)
-            except ValueError:  # its inputs are not finite: who prunes it says so
+            except ValueError:  # inputs that are not finite; pruning raises this error with the layer's name
                 continue
             rise = local = solution.refined_loss or 0.0
             if loss is not None and dense_loss is not None:
