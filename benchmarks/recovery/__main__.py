@@ -61,10 +61,9 @@ def main(
         name: of these files: "recovery" or "recovery/VARIANT".
         runs: file of finished runs, one JSON line each; null is ``output/recovery/VARIANT.runs.jsonl``.
         rows: names of rows; null for all.
-        variants: further rows of Prox24: name -> its arguments, ``distillation``, the share of it, ``teacher``, its
-            other arguments, ``rounding``, arguments of ``RoundWeights``, ``module``, arguments of the module
-            (``embedding_lr: 0.0``), and ``averages: true``, which scores averages of the weights too. ``prune``,
-            arguments of ``prune_layerwise``, replaces Prox24; ``prox24: false`` leaves it out.
+        variants: further rows of Prox24: name -> its arguments, and ``distillation``, ``teacher``, ``module``,
+            ``rounding`` and ``averages`` as in ``benchmarks.recovery.rows.Row`` (``module: {embedding_lr: 0.0}``).
+            ``prune``, arguments of ``prune_layerwise``, replaces Prox24; ``prox24: false`` leaves it out.
         seeds: of the order of the training text, one run of every row each.
         steps: optimizer steps of a run.
         long: four times the steps, into files of their own.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,8 +29,9 @@ class Row:
         peer: name in :data:`PEERS`, and ``arguments`` its arguments.
         prox24: whether Prox24 runs, and ``arguments`` its arguments.
         distillation: share of the distillation from the dense model in the loss; 0 is none.
-        teacher: further arguments of ``Distillation``; its ``folder`` is that of a model to learn from, say of a dense
-            run with ``--keep``, in place of the model as it was before the run.
+        teacher: further arguments of ``Distillation``. Two make another teacher than the model before the run:
+            ``folder`` holds a model, say of a dense run with ``--keep``; ``fine_tuned`` (``lr``, and further arguments
+            of the module) trains the dense model first, for as many steps on the same batches.
         module: further arguments of the module, its schedule among them.
         rounding: arguments of ``RoundWeights``; None leaves it out.
         averages: whether averages and mixtures of its weights are scored too; the row's own scores do not change.
@@ -51,19 +52,22 @@ class Row:
         later = ("teacher", "module", "rounding", "averages")
         return {key: value for key, value in asdict(self).items() if key not in later or value}
 
-    def callbacks(self, calibration: Sequence[Any]) -> list[Callback]:
+    def callbacks(self, calibration: Sequence[Any], teacher: nn.Module | None = None) -> list[Callback]:
         """The callbacks in the order in which they have to act.
 
         Args:
             calibration: batches for ``prune``.
+            teacher: the fine-tuned one, if the row asks for one.
         """
         found: list[Callback] = []
         if self.distillation:
             from prox24_lightning import Distillation
 
-            given = dict(self.teacher)
-            if folder := given.pop("folder", None):
-                given["teacher"] = _saved_model(folder)
+            given = {name: value for name, value in self.teacher.items() if name not in ("folder", "fine_tuned")}
+            if folder := self.teacher.get("folder"):
+                teacher = _saved_model(folder)
+            if teacher is not None:
+                given["teacher"] = teacher
             found.append(Distillation(**{"share": self.distillation, "verbose": False, **given}))
         if self.prune is not None:
             found.append(OneShot(calibration, **self.prune))
@@ -103,8 +107,12 @@ def _one_shot(
     return Row(prune=prune, distillation=distillation)
 
 
-_LONGER_SOLVES = {"freeze": 0.1, "damping": 0.1, "calibration_batches": 16, "reconstruction_steps": 192}
+_CAREFUL = {"freeze": 0.1, "damping": 0.1, "calibration_batches": 16, "reconstruction_steps": 192}
+_RECIPE = {**_CAREFUL, "reorder_inputs": True}
 """As in ``configs/causal_lm.yaml``."""
+
+_FINE_TUNED = {"fine_tuned": {"lr": 2e-4, "embedding_lr": 0.1}}
+"""The teacher of ``configs/causal_lm_teacher.yaml``."""
 
 FINETUNING: dict[str, Row] = {
     "dense": Row(),
@@ -119,7 +127,10 @@ FINETUNING: dict[str, Row] = {
     "prox24 post_step": Row(prox24=True, arguments={"strategy": "post_step"}),
     "prox24": Row(prox24=True),
     "dense slow embeddings": Row(module={"embedding_lr": 0.1}),
-    "prox24 embeddings kept": Row(prox24=True, arguments=_LONGER_SOLVES, module={"embedding_lr": 0.0}),
+    "prox24 embeddings kept": Row(prox24=True, arguments=_CAREFUL, module={"embedding_lr": 0.0}),
+    "prox24 causal_lm": Row(prox24=True, arguments=_RECIPE, module={"embedding_lr": 0.0}),
+    "prox24 causal_lm_distilled": Row(prox24=True, arguments=_RECIPE, distillation=1.0, teacher=_FINE_TUNED),
+    "sparsegpt+mg fine-tuned teacher": replace(_one_shot("sparsegpt", distillation=1.0), teacher=_FINE_TUNED),
     "prox24 streamed": Row(prox24=True, arguments={"calibration": "stream"}),
     "prox24 by magnitude": Row(prox24=True, arguments={"calibration": "magnitude"}),
     "prox+mg half dense target reordered": _one_shot("prox", dense_target=0.5, reorder_inputs=True),
@@ -132,7 +143,8 @@ FINETUNING: dict[str, Row] = {
     "prox24 distilled fp8": Row(prox24=True, distillation=0.5, rounding={"weights": "fp8_e4m3"}),
     "prox24 distilled hidden": Row(prox24=True, distillation=0.5, teacher={"features": 1.0}),
 }
-"""Rows for a trained model; "+mg" is refined by masked gradient before the first step."""
+"""Rows for a trained model; "+mg" is refined by masked gradient before the first step, and "causal_lm" and
+"causal_lm_distilled" are the recipes of these names."""
 
 SCRATCH: dict[str, Row] = {
     "dense": Row(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import nn
 from typing_extensions import override
 
 from benchmarks.peers import OneShot
@@ -18,6 +19,7 @@ from benchmarks.recovery.rows import Row
 from benchmarks.recovery.task import Task
 from prox24_lightning import Prox24
 from prox24_lightning.cli.compare.training_record import TrainingRecord
+from prox24_lightning.finetune import find_student
 from prox24_lightning.mask import violations_24
 from prox24_lightning.weights.selection import select_weights
 
@@ -58,26 +60,14 @@ class LossCurve(Callback):
 
 def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]:
     """Train and score; what the run found, as plain types."""
+    row = task.adapted(row)
+    teacher, teacher_seconds = fine_tuned_teacher(task, row, seed)
     seed_everything(seed, workers=True, verbose=False)
     module = task.module(lr, row.module)
     data = task.data(seed)
     record, times, curve = TrainingRecord(), StepTimes(), LossCurve()
-    row = task.adapted(row)
-    callbacks = row.callbacks(task.calibration(data) if row.prune is not None else ())
-    trainer = Trainer(
-        max_steps=task.steps,
-        accelerator="auto",
-        devices=1,
-        callbacks=[*callbacks, record, times, curve],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=task.steps + 1,
-        **task.trainer(),
-    )
+    callbacks = row.callbacks(task.calibration(data) if row.prune is not None else (), teacher)
+    trainer = _trainer(task, [*callbacks, record, times, curve])
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -101,6 +91,7 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
         **last,
         "steps": steps,
         "seconds": record.seconds,
+        **({"teacher_seconds": teacher_seconds} if teacher is not None else {}),
         "pruning_seconds": sum(callback.seconds for callback in callbacks if isinstance(callback, OneShot)),
         "step_ms": 1e3 * statistics.median(times.seconds) if times.seconds else None,
         "longest_step_ms": 1e3 * max(times.seconds) if times.seconds else None,
@@ -111,6 +102,35 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
         "train_losses": curve.points(),
         **({"averages": averages} if averages else {}),
     }
+
+
+def _trainer(task: Task, callbacks: list[Callback]) -> Trainer:
+    return Trainer(
+        max_steps=task.steps,
+        accelerator="auto",
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        val_check_interval=task.steps + 1,
+        **task.trainer(),
+    )
+
+
+def fine_tuned_teacher(task: Task, row: Row, seed: int) -> tuple[nn.Module | None, float]:
+    """The dense model after the same steps on the same batches, and the seconds of that; None if the row needs none."""
+    if (settings := row.teacher.get("fine_tuned")) is None:
+        return None, 0.0
+    more = {name: value for name, value in settings.items() if name != "lr"}
+    seed_everything(seed, workers=True, verbose=False)
+    module, record = task.module(settings["lr"], more), TrainingRecord()
+    _trainer(task, [record]).fit(module, datamodule=task.data(seed))
+    _, network = find_student(module)
+    return network, record.seconds
 
 
 def free_memory() -> None:

@@ -59,11 +59,13 @@ def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: Sequence[s
             line[f"loss {text}"] = _spread(losses)
             line[f"ppl {text}"] = f"{math.exp(statistics.fmean(losses)):.4g}"
         line["excess, nats"] = _spread(list(excess.get(name, {}).values()))
-        whole = statistics.median(run["seconds"] + run["pruning_seconds"] for run in mine)
-        times = [(run["seconds"] + run["pruning_seconds"]) / units[at] for run in mine if (at := _start(run)) in units]
+        whole = statistics.median(_seconds(run) for run in mine)
+        times = [_seconds(run) / units[at] for run in mine if (at := _start(run)) in units]
         line["wall time"] = f"{statistics.median(times):.2f}" if times else ""
         line["seconds"] = f"{whole:.1f}"
         line["of it pruning"] = f"{statistics.median(run['pruning_seconds'] for run in mine):.1f}"
+        teachers = [run["teacher_seconds"] for run in mine if "teacher_seconds" in run]
+        line["of it teacher"] = f"{statistics.median(teachers):.1f}" if teachers else ""
         for column, key in (("step ms", "step_ms"), ("longest step ms", "longest_step_ms"), ("peak GiB", "peak_gib")):
             values = [run[key] for run in mine if run[key] is not None]
             line[column] = f"{statistics.median(values):.4g}" if values else ""
@@ -73,6 +75,10 @@ def table(runs: Sequence[dict[str, Any]], rows: Sequence[str], plain: Sequence[s
         line["seeds"] = ", ".join(str(run["seed"]) for run in mine)
         lines.append(line)
     return lines
+
+
+def _seconds(run: dict[str, Any]) -> float:
+    return run["seconds"] + run["pruning_seconds"] + run.get("teacher_seconds", 0.0)
 
 
 def _start(run: dict[str, Any]) -> tuple[Any, Any]:
@@ -141,7 +147,8 @@ def finish(
     runs, rows = with_averages(runs, rows)
     note += (
         "Excess: loss above dense training of the same seed, mean over the texts; spread over seeds. Wall time: whole "
-        f"run with pruning, in units of plain masked fine-tuning of the same start (the fits of {', '.join(plain)}). "
+        "run with pruning and teacher, in units of plain masked fine-tuning of the same start "
+        f"(the fits of {', '.join(plain)}). "
     )
     found = warnings(runs)
     note += " ".join(f"Warning: {warning}." for warning in found)

@@ -27,6 +27,7 @@ from benchmarks.recovery.protocol import Job, Results, best_rates, compare, run_
 from benchmarks.recovery.rate_warning import lines as rate_lines
 from benchmarks.recovery.recipes import main as recipes
 from benchmarks.recovery.rows import FINETUNING, SCRATCH, Row, chosen_rows, further_rows
+from benchmarks.recovery.run import fine_tuned_teacher
 from benchmarks.recovery.scratch import Recipe
 from benchmarks.recovery.summary import excesses, table, warnings, with_averages
 from benchmarks.recovery.table import main as again
@@ -159,6 +160,24 @@ def test_a_row_learns_from_the_model_of_an_earlier_run(tmp_path):
     taught = distillation._given.state_dict()
     assert all(torch.equal(taught[name], value) for name, value in saved.items())
     assert row.definition()["teacher"] == options["teacher"]
+
+
+def test_a_row_fine_tunes_its_teacher_first(task, results):
+    options = {"distillation": 1.0, "teacher": {"fine_tuned": {"lr": 1e-2, "embedding_lr": 0.0}}}
+    row, dense = further_rows({"taught": options})["taught"], further_rows({"d": {"prox24": False}})["d"]
+    teacher, seconds = fine_tuned_teacher(task, row, 0)
+    assert seconds > 0
+    jobs = [Job(task, "taught", row, 0, 1e-2), Job(task, "dense", dense, 0, 1e-2)]
+    assert run_all(jobs, results, 1) == 0
+    taught, alone = results.of(jobs)
+    assert taught["batches"] == alone["batches"]
+    assert taught["teacher_seconds"] > 0
+    embeddings = task.module(1e-2).model.get_input_embeddings().weight
+    assert torch.equal(teacher.get_input_embeddings().weight, embeddings)
+    given = row.callbacks((), teacher)[0]._given
+    assert given is teacher
+    line = next(line for line in table([taught, alone], ["taught"], ["dense"]) if line["row"] == "taught")
+    assert float(line["of it teacher"]) == pytest.approx(taught["teacher_seconds"], abs=0.1)
 
 
 def test_the_table_is_made_again_from_the_runs_alone(settings, tmp_path):
