@@ -6,6 +6,7 @@ import functools
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,7 +27,9 @@ from prox24_lightning.finetune import (
     TimeShare,
     find_student,
     frozen_copy,
+    load_weights,
     memory_bytes,
+    names_24,
     pair_blocks,
     same_weights,
     shard_like,
@@ -51,7 +54,8 @@ class Distillation(Callback):
         share: weight of the distillation loss, above 0 and at most 1; 1 drops the training loss.
         module: name of the submodule whose output is distilled, for instance ``"model"``; None takes the
             LightningModule's only child that trains.
-        teacher: another module, called like ``module``; it is copied and not changed.
+        teacher: another module, called like ``module``; it is copied and not changed. Or the path of a checkpoint of
+            the same LightningModule, say of its dense fine-tuning: the teacher has the weights of ``module`` in there.
         temperature: (``loss="kl"``) above 0; softens both distributions.
         features: weight of the hidden-state loss: the squared error of each block's output relative to the teacher's
             squared norm, token by token, averaged over tokens and blocks; 0 leaves it out. Its gain is not measured.
@@ -72,7 +76,7 @@ class Distillation(Callback):
         share: float = 0.5,
         *,
         module: str | None = None,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | str | Path | None = None,
         temperature: float = 1.0,
         features: float = 0.0,
         loss: OutputLoss = "kl",
@@ -121,18 +125,23 @@ class Distillation(Callback):
                 f"Distillation adds to the loss that training_step returns, but {type(pl_module).__name__} sets "
                 "automatic_optimization=False and steps on its own; add finetune.distillation_loss to its loss there"
             )
+        name, source = "", self._given
         try:
-            source = find_student(pl_module, self.module)[1] if self._given is None else self._given
+            if not isinstance(source, nn.Module):
+                name, source = find_student(pl_module, self.module)
             # A second fit of the same model keeps the teacher of the first.
             self._fresh = self._teacher is None or self._source is None or self._source() is not source
-            if self._fresh:
-                self._teacher = frozen_copy(source, shared=(trainer, pl_module))
-                self._checksum = weights_checksum(self._teacher)
-                self._source = weakref.ref(source)
+            if not self._fresh:
+                return
+            teacher = frozen_copy(source, shared=(trainer, pl_module))
         except ValueError as error:
             late = is_overridden("configure_model", pl_module)
-            hint = "; the teacher is copied before configure_model: construct it in __init__, or pass teacher="
+            hint = "; the teacher is copied before configure_model: construct it in __init__, or pass a module instead"
             raise MisconfigurationException(f"Distillation: {error}{hint if late else ''}") from error
+        if isinstance(self._given, (str, Path)):
+            self._load(teacher, self._given, name)
+        self._teacher, self._source = teacher, weakref.ref(source)
+        self._checksum = weights_checksum(teacher)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,6 +212,18 @@ class Distillation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded.load(state_dict)
 
+    def _load(self, teacher: nn.Module, path: str | Path, name: str) -> None:
+        """Give ``teacher`` the weights of the checkpoint that the user has named."""
+        try:
+            load_weights(teacher, path, name)
+        except (ValueError, OSError) as error:
+            raise MisconfigurationException(f"Distillation(teacher=...): {error}") from error
+        if pruned := names_24(teacher):
+            rank_zero_warn(
+                f"the teacher of Distillation from {path} is pruned: {len(pruned)} of its weights are 2:4, the first "
+                f"{pruned[0]}; name the checkpoint of a dense run, unless you mean this one"
+            )
+
     def _require_teacher(self) -> nn.Module:
         if self._teacher is None:
             raise RuntimeError("Distillation was asked to act before setup")
@@ -212,10 +233,14 @@ class Distillation(Callback):
         """Check that the teacher is the one of the checkpoint, and the one that the user means."""
         expected = self._loaded.take().get("teacher_checksum")
         if expected is not None and expected != self._checksum:
+            remedy = (
+                f"name the file that the run began with, as it was, instead of teacher={str(self._given)!r}"
+                if isinstance(self._given, (str, Path))
+                else "construct the module from the weights that the run began with, or pass them as teacher="
+            )
             raise MisconfigurationException(
                 f"Distillation: the checkpoint was written with another teacher (checksum {expected}, now "
-                f"{self._checksum}); construct the module from the pretrained weights that the run began with, or pass "
-                "them as teacher="
+                f"{self._checksum}); {remedy}"
             )
         if expected is not None or self._given is not None or not self._fresh:
             return

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from argparse import ArgumentError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from shutil import copyfile
 from typing import Any
 
@@ -20,7 +18,8 @@ from prox24_lightning.convert.format.shards import open_packed
 from prox24_lightning.convert.state_dict_model import layers_of
 from prox24_lightning.io.packed_folder import PACKED_ENDING, is_packed_module
 from prox24_lightning.io.pretrained import Dtype, Head, Pretrained
-from prox24_lightning.utils.errors import describe, first_reason, yaml_problem
+from prox24_lightning.utils.errors import first_reason, yaml_problem
+from prox24_lightning.utils.files import load_state_dict
 from prox24_lightning.utils.module_copy import cast_model
 
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -135,20 +134,7 @@ def _state_of(path: Path) -> Mapping[str, Tensor]:
             return PackedFile(path).state_dict() if packed else load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        found_class = re.search(r"GLOBAL (\S+)", str(error))
-        what = f" ({found_class[1]})" if found_class else ""
-        raise ValueError(
-            f"{path} holds more than plain data{what}, and loading that could run code: save its state_dict() alone"
-        ) from error
-    except (EOFError, KeyError, RuntimeError) as error:  # files that torch did not write, or that are cut short
-        raise ValueError(f"{path} is damaged or no checkpoint: {describe(error)}") from error
-    state = found.get("state_dict", found) if isinstance(found, Mapping) else None
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in load_state_dict(path).items() if isinstance(value, Tensor)}
 
 
 def _from_config(path: Path) -> nn.Module:

@@ -1,15 +1,20 @@
-"""Write files so that a kill or a full disk never leaves half of one under its final name."""
+"""Write files so that a kill or a full disk never leaves half of one under its final name; read checkpoints."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
+from zipfile import is_zipfile
+
+from prox24_lightning.utils.errors import describe
 
 PACKED_FILE = "packed.safetensors"
 """The usual name of a packed model, beside its ``config.json``."""
@@ -140,6 +145,41 @@ def save_object(path: str | Path, content: Any) -> None:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def load_state_dict(path: str | Path, *, mapped: bool = False) -> Mapping[str, Any]:
+    """Return the state dict in a file of ``torch.save``: that of a Lightning checkpoint, or the file's own.
+
+    No code of the file runs (``weights_only=True``); tensors come to the CPU.
+
+    Args:
+        path: of the file.
+        mapped: leave tensors on the disk until they are used, for a caller who takes few of them and at once.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, or holds no state dict or more than plain data.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zipfile(path))
+    except UnpicklingError as error:
+        if (found_class := re.search(r"GLOBAL (\S+)", str(error))) is None:
+            raise ValueError(f"{path} is damaged or holds more than plain data: save a state_dict() alone") from error
+        raise ValueError(
+            f"{path} holds more than plain data ({found_class[1]}), and loading that could run code: save its "
+            "state_dict() alone"
+        ) from error
+    except (EOFError, KeyError, RuntimeError) as error:  # files that torch did not write, or that are cut short
+        raise ValueError(f"{path} is damaged or no checkpoint: {describe(error)}") from error
+    state = found.get("state_dict", found) if isinstance(found, Mapping) else None
+    if not isinstance(state, Mapping) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict")
+    return state
 
 
 def _flush(path: Path) -> None:

@@ -203,7 +203,14 @@ def test_another_teacher_than_in_the_checkpoint_is_refused(tmp_path):
     distilled(tmp_path, Classifier(), teacher=Classifier(seed=1), resume=str(tmp_path / "checkpoint-6"))
 
 
-@pytest.mark.parametrize("arguments, words", [({"share": 0}, "share=0"), ({"temperature": 0}, "temperature=0")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"share": 0}, "share=0"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"teacher": "my-teacher"}, "teacher='my-teacher' is no model: load it first, as by from_pretrained"),
+    ],
+)
 def test_wrong_settings(tmp_path, arguments, words):
     with pytest.raises(ValueError, match=words):
         DistillationTrainerCallback(make(tmp_path), **arguments)

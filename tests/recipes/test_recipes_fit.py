@@ -10,6 +10,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prox24_lightning.cli.main import main
+from prox24_lightning.finetune import weights_checksum
+from prox24_lightning.io.pretrained import Pretrained
 from prox24_lightning.mask import is_24
 
 pytestmark = pytest.mark.slow
@@ -82,6 +84,7 @@ def test_recipe_ends_2_4_in_another_geometry(recipe, geometry, dims, tmp_path, e
     callbacks = config["trainer"]["callbacks"]
     (prox,) = (entry for entry in callbacks if entry["class_path"] == "prox24_lightning.Prox24")
     prox["init_args"]["geometry"] = geometry
+    prox["init_args"].pop("reorder_inputs", None)  # inputs are ordered along rows alone
     config["trainer"]["callbacks"] = [entry for entry in callbacks if "ConvertAndBenchmark" not in entry["class_path"]]
     (monitor,) = (entry for entry in callbacks if entry["class_path"] == "prox24_lightning.SparsityMonitor")
     monitor["init_args"] |= {"overview": False, "histograms_every_n_steps": 0, "figures_every_n_steps": 0}
@@ -97,3 +100,24 @@ def test_recipe_ends_2_4_in_another_geometry(recipe, geometry, dims, tmp_path, e
     for name in engine["masks"]:
         for dim in dims:
             assert is_24(state["state_dict"][name], dim=dim), name
+
+
+def test_a_teacher_is_trained_and_a_2_4_model_learns_from_it(tmp_path, llama_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load((CONFIGS / "causal_lm.yaml").read_text())
+    config["trainer"]["callbacks"] = config["trainer"]["callbacks"][:2]  # a checkpoint and Prox24
+    config["trainer"]["callbacks"][1]["init_args"]["reconstruction_steps"] = 2
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    tiny = [option.format(l=llama_folder) for option in TINY["causal_lm"]]
+    states = {}
+    for name, folder in (("causal_lm_teacher", ""), ("causal_lm_distilled", "only/checkpoints")):
+        configs = ["--config", "base.yaml", "--config", str(CONFIGS / f"{name}.yaml")]
+        main(["fit", *configs, *SHORT, *tiny, "--trainer.logger.init_args.version=only"])
+        states[name] = torch.load(tmp_path / "runs" / name / folder / "last.ckpt", weights_only=True)
+    teacher, distilled = states.values()
+    assert not any(key.startswith(("Prox24", "Distillation")) for key in teacher["callbacks"])
+    model = Pretrained(llama_folder).model()
+    began = weights_checksum(model)
+    model.load_state_dict({key.removeprefix("model."): value for key, value in teacher["state_dict"].items()})
+    assert distilled["callbacks"]["Distillation"]["teacher_checksum"] == weights_checksum(model) != began
+    assert is_24(distilled["state_dict"]["model.model.layers.0.mlp.up_proj.weight"])

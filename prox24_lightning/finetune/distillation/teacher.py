@@ -1,17 +1,76 @@
-"""The teacher: the checksum of its weights, its memory, and the keyword arguments it is called with."""
+"""The teacher: its weights from a checkpoint, their checksum and memory, and the arguments it is called with."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prox24_lightning.mask import is_24
 from prox24_lightning.utils.checksum import checksum
+from prox24_lightning.utils.files import load_state_dict
 from prox24_lightning.weights.names import clean_name
 from prox24_lightning.weights.sharded import gathered, is_fsdp, is_sharded, local_part
+
+
+def load_weights(teacher: nn.Module, path: str | Path, name: str) -> None:
+    """Load into ``teacher`` the weights that a Lightning checkpoint holds of the submodule ``name``, and no others.
+
+    Names are compared without ``torch.compile``. Of the file, only these weights come into memory.
+
+    Args:
+        teacher: without ``torch.compile``; a :func:`~prox24_lightning.finetune.frozen_copy` of the submodule, say.
+        path: a checkpoint of the same LightningModule, as ``Trainer.save_checkpoint`` writes it.
+        name: of the submodule in the LightningModule.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder, as sharded checkpoints are, or holds no state dict or more than plain data; for
+            names that are missing or too many, and shapes that differ. ``teacher`` may hold some of the weights then.
+    """
+    path = Path(path)
+    if (path / ".metadata").is_file():
+        raise ValueError(
+            f"{path} is a sharded checkpoint: run python -m lightning.pytorch.utilities.consolidate_checkpoint {path}, "
+            f"and name {path}.consolidated"
+        )
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the checkpoint in it")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path.absolute()}: train the teacher first, or correct the path")
+    prefix = f"{clean_name(name)}."
+    state = {clean_name(key): value for key, value in load_state_dict(path, mapped=True).items()}
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not weights:
+        raise ValueError(
+            f"{path} holds no weight of {prefix[:-1]!r} but {_in_short(list(state))}: name a checkpoint of the same "
+            "LightningModule"
+        )
+    problems = []
+    try:
+        found = teacher.load_state_dict(weights, strict=False)
+        problems += [f"it lacks {_in_short(found.missing_keys)}"] if found.missing_keys else []
+        problems += [f"it holds {_in_short(found.unexpected_keys)} besides"] if found.unexpected_keys else []
+    except RuntimeError as error:  # a headline, then a line for each shape
+        problems += [str(error).strip().split("\n")[-1].strip().rstrip(".")]
+    if problems:
+        raise ValueError(
+            f"{path} does not fit {prefix[:-1]!r}, {'; '.join(problems)}: name a checkpoint of the same "
+            "LightningModule with the same arguments, or pass a module as teacher="
+        )
+
+
+def names_24(module: nn.Module) -> list[str]:
+    """Return the names of the weights that are 2:4 along their inputs, and not zero."""
+    return [
+        name
+        for name, value in module.named_parameters()
+        if value.dim() > 1 and value.shape[1] % 4 == 0 and is_24(value, dim=1) and bool(value.any())
+    ]
 
 
 def weights_checksum(module: nn.Module) -> str:
@@ -62,6 +121,11 @@ def shard_like(teacher: nn.Module, student: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(counterpart, mesh=mesh, mp_policy=module._get_fsdp_state()._mp_policy, reshard_after_forward=True)
+
+
+def _in_short(names: Sequence[str]) -> str:
+    """Return how many tensors these names are of, and the first two."""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:2])}{', ...' * (len(names) > 2)})"
 
 
 def _mesh_of(module: nn.Module) -> Any:

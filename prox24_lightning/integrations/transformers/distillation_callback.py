@@ -69,6 +69,10 @@ class DistillationTrainerCallback(TransformersCallback):
         super().__init__()
         self.config = DistillationConfig(share, temperature, features, loss)
         source: Any = trainer.model if teacher is None else teacher
+        if isinstance(source, (str, Path)):
+            raise ValueError(
+                f"teacher={str(source)!r} is no model: load it first, as by from_pretrained, and pass that"
+            )
         self.teacher = frozen_copy(source, shared=(trainer,))
         self._trainer = trainer
         self._checksum = weights_checksum(self.teacher)
