@@ -136,7 +136,7 @@ class Distillation(Callback):
             teacher = frozen_copy(source, shared=(trainer, pl_module))
         except ValueError as error:
             late = is_overridden("configure_model", pl_module)
-            hint = "; the teacher is copied before configure_model: construct it in __init__, or pass a module instead"
+            hint = "; the teacher is copied before configure_model: make it in __init__, or pass a module as teacher="
             raise MisconfigurationException(f"Distillation: {error}{hint if late else ''}") from error
         if isinstance(self._given, (str, Path)):
             self._load(teacher, self._given, name)
