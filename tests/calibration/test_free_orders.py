@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tiny_reordered import IMAGES, conv_net, gpt2, llama
+from tiny_reordered import IDS, IMAGES, conv_net, gpt2, llama
 from torch import nn
 
 from prox24_lightning.calibration.free_orders.find import find_free_orders
@@ -166,3 +166,14 @@ def test_one_large_feature_hides_no_difference():
     changed = reference.clone()
     changed[:, 1:] += 0.5
     assert relative_difference(changed, reference) == pytest.approx(0.5 * 7 / 8)
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_orders_of_a_cpu():
+    model, run = llama()
+    wanted = {
+        name: (order.columns.tolist(), order.runs, moved) for name, (order, moved) in found_in(model, run)[0].items()
+    }
+    model.cuda()
+    found, _ = found_in(model, lambda: model(IDS.cuda(), use_cache=False).logits)
+    assert {name: (order.columns.tolist(), order.runs, moved) for name, (order, moved) in found.items()} == wanted

@@ -75,3 +75,12 @@ def test_a_single_group_has_one_order():
 def test_runs_that_cut_groups_are_refused():
     with pytest.raises(ValueError, match="12 inputs in 2 runs do not divide into groups of four"):
         best_order(random_values(3, 12), runs=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "inputs", "runs"), [(7, 48, 3), (70, 20, 1), (576, 1536, 1)])
+def test_a_gpu_finds_the_order_of_a_cpu(rows, inputs, runs):
+    # Of whole numbers sums are exact, whatever their order.
+    values = torch.randint(0, 999, (rows, inputs), generator=torch.Generator().manual_seed(0)).float()
+    order = best_order(values, runs=runs, rounds=20)
+    assert torch.equal(best_order(values.cuda(), runs=runs, rounds=20).cpu(), order)

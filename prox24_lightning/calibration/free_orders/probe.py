@@ -69,8 +69,9 @@ class Probe:
             dim = channel_dim(module, output)
             index = torch.tensor(outputs, device=output.device)
             part = output.index_select(dim, index)
-            generator = torch.Generator().manual_seed(0)
-            noise = torch.randn(part.shape, generator=generator).to(part)
+            # Drawn on the device: half the outputs of a large batch take a CPU a tenth of a second.
+            generator = torch.Generator(output.device).manual_seed(0)
+            noise = torch.randn(part.shape, generator=generator, device=output.device).to(part)
             scale = _DISTURBANCE * output.float().square().mean().sqrt().to(part) + 1e-3
             return output.index_copy_(dim, index, part + scale * noise)
 

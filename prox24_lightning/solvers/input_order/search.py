@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
 from prox24_lightning.solvers.loss import regularized
+from prox24_lightning.utils.cuda import why_no_triton
 
 ROUNDS = (192, 512)
 """At most, on a CPU and on a GPU; in each round every group of four trades with one other."""
@@ -77,24 +78,17 @@ def best_order(values: Tensor, *, runs: int = 1, rounds: int | None = None, seed
     if inputs % (4 * runs):
         raise ValueError(f"{inputs} inputs in {runs} runs do not divide into groups of four")
     by_input = values.T.contiguous()
-    order = torch.arange(inputs, device=values.device).view(runs, -1, 4)
-    tournament = _tournament(order.shape[1])
+    order = torch.arange(inputs, device=values.device).view(-1, 4)
+    groups = len(order) // runs
+    tournament = _tournament(groups)
     left = ROUNDS[values.device.type == "cuda"] if rounds is None else rounds
     generator = torch.Generator().manual_seed(seed)
-    splits = torch.tensor(_SPLITS, device=values.device)
-    run = torch.arange(runs, device=values.device)[:, None, None]
     changed = bool(len(tournament))
     while changed and left > 0:
-        players = torch.stack([torch.randperm(order.shape[1], generator=generator) for _ in range(runs)])
-        pairs = players[:, tournament[:left]].movedim(1, 0).to(values.device)  # (rounds, runs, pairs, 2)
-        moved = []
-        for drawn in pairs:
-            eights = order[run, drawn].flatten(2).flatten(0, 1)  # (pairs, 8)
-            best = _best_splits(by_input, eights)
-            order[run, drawn] = eights.gather(1, splits[best]).view(*drawn.shape, 4)
-            moved.append(best.any())
+        players = torch.stack([torch.randperm(groups, generator=generator) + run * groups for run in range(runs)])
+        pairs = players[:, tournament[:left]].movedim(1, 0).flatten(1, 2)  # (rounds, pairs, 2)
         left -= len(pairs)
-        changed = bool(torch.stack(moved).any())
+        changed = bool(_trade(by_input, order, pairs.to(values.device)))
     return order.flatten()
 
 
@@ -106,6 +100,31 @@ def _tournament(players: int) -> Tensor:
     rounds = torch.stack([torch.cat([torch.tensor([seats - 1]), circle.roll(turn)]) for turn in range(seats - 1)])
     pairs = torch.stack([rounds[:, : seats // 2], rounds[:, seats // 2 :].flip(1)], 2)
     return pairs[:, 1:] if players % 2 else pairs
+
+
+def _trade(by_input: Tensor, order: Tensor, rounds: Tensor) -> Tensor:
+    """Let the pairs of groups of each round take their best splits; return whether an input has moved, 0-dim or (1,).
+
+    Args:
+        by_input: (inputs, rows).
+        order: (groups, 4), the inputs of each group; changed in place.
+        rounds: (rounds, pairs, 2), groups.
+    """
+    splits = torch.tensor(_SPLITS, device=order.device)
+    if by_input.is_cuda and why_no_triton(by_input.device) is None:
+        from prox24_lightning.solvers.input_order.trade_kernel import halves_table, trade_in_one_launch
+
+        changed, halves = torch.zeros(1, dtype=torch.int32, device=order.device), halves_table(splits)
+        for pairs in rounds:
+            trade_in_one_launch(by_input, order, pairs, halves, changed)
+        return changed
+    moved = []
+    for pairs in rounds:
+        eights = order[pairs].flatten(1)  # (pairs, 8)
+        best = _best_splits(by_input, eights)
+        order[pairs] = eights.gather(1, splits[best]).view(-1, 2, 4)
+        moved.append(best.any())
+    return torch.stack(moved).any()
 
 
 def _best_splits(by_input: Tensor, eights: Tensor) -> Tensor:
