@@ -59,8 +59,13 @@ def inner_calls(
             known = {id(tensor): (tensor, tensor._version) for tensor in given}
         elif any(id(tensor) not in known or known[id(tensor)][1] != tensor._version for tensor in given):
             place = None
-        found[module].append(call if place is None else call.without_hidden(place))
         order.append(module)
+        if module is inners[0]:
+            found[module].append(call)
+        elif place is None:
+            found.pop(module, None)  # not kept: it takes a rerun of its own
+        elif module in found:
+            found[module].append(call.without_hidden(place))
         if once and module is inners[-1]:
             raise _LastReached
 
@@ -84,10 +89,10 @@ def inner_calls(
             handle.remove()
     chain = {}
     for inner in inners[1:] if once else ():
-        places = {call.place for call in found[inner]}
-        as_often = len(found[inner]) == len(found[inners[0]])  # not so where a model skips blocks in some batches
-        if len(places) == 1 and None not in places and as_often:
-            chain[inner] = InnerCalls(found[inner], chained=True)
+        linked = found.get(inner, [])
+        as_often = len(linked) == len(found[inners[0]])  # not so where a model skips blocks in some batches
+        if len({call.place for call in linked}) == 1 and as_often:
+            chain[inner] = InnerCalls(linked, chained=True)
     return {inners[0]: InnerCalls(found[inners[0]]), **chain}
 
 

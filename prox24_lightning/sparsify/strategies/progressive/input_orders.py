@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def choose_orders(
-    model: nn.Module, hooked: HookedModule, neighbours: Sequence[Sequence[Block]], calls: Sequence[ModuleCall]
+    model: nn.Module, hooked: HookedModule, blocks: Sequence[Block], calls: Sequence[ModuleCall]
 ) -> list[ChosenOrder]:
     """Return better orders of inputs inside of blocks; where a model has no blocks, inside all of the hooked module.
 
     Args:
         model: what holds the hooked module.
         hooked: is rerunning.
-        neighbours: its blocks, in the order in which they run; those that share reruns of the recorded batches.
+        blocks: of the hooked module, in the order in which they run; one rerun of the recorded batches serves all.
         calls: of the hooked module.
 
     Raises:
@@ -37,19 +37,15 @@ def choose_orders(
     """
     shared = holders(model)
     found: list[ChosenOrder] = []
-    layers: list[GroupedWeight] = []
-    for together in neighbours:
-        blocks = [block for block in together if all(weight.module is not block.module for weight in block.weights)]
-        layers += [weight for block in together if block not in blocks for weight in block.weights]
-        if not blocks:
-            continue
-        reruns = on_all_ranks(partial(BlockReruns, model, hooked, blocks, calls))
-        for block in blocks:
+    own = [block for block in blocks if all(weight.module is not block.module for weight in block.weights)]
+    if own:
+        reruns = on_all_ranks(partial(BlockReruns, model, hooked, own, calls))
+        for block in own:
             runs = on_all_ranks(partial(reruns.runs_of, block))
             found += _chosen(block.module, runs, block.weights, shared)
             if runs:
                 on_all_ranks(partial(reruns.pass_on, block, runs, None))
-    if layers:
+    if layers := [weight for block in blocks if block not in own for weight in block.weights]:
         whole = [BlockRun(model, call, hooked.module) for call in calls]
         found += _chosen(hooked.module, whole, layers, shared)
     return found

@@ -230,7 +230,7 @@ class RerunCalibration(Calibration):
             blocks = [block for block in self.blocks if block.hooked is hooked]
             if blocks and all(gathered_objects(bool(hooked.calls))):
                 with hooked.rerunning(), self._graph_memory.shared():
-                    chosen += choose_orders(self.model, hooked, self._neighbours(blocks), self._shared_calls(hooked))
+                    chosen += choose_orders(self.model, hooked, blocks, self._shared_calls(hooked))
         # Apart from the reruns: there buffers are copies.
         self.context.move(chosen)
 
