@@ -20,12 +20,20 @@ from prox24_lightning.sparsify.phases import resolve_plan
 START, FREEZE = 0.02, 0.3
 KEPT = ("slow 1e-3", "kept, default solves", "kept, default solves 7e-4", "kept, default solves 2e-3")
 """Rows that differ in nothing but the learning rate."""
-SOLVES = ("prox24 embeddings kept", "kept, longer solves", "kept, generated text")
+SOLVES = ("prox24 embeddings kept", "prox24 causal_lm", "kept, longer solves", "kept, generated text")
 """Rows with more careful solves, at one rate each."""
 FREEZES = {"early": 0.06, "slow anchored": 0.1, **dict.fromkeys((*KEPT, *SOLVES), 0.1), "kept, longer solves": 0.15}
 """Rows whose ``freeze`` is not the default."""
 ROWS = (
-    *("prox24", "prox24 streamed", "prox24 by magnitude", "prox24 post_step", "restart", "slow embeddings"),
+    *(
+        "prox24",
+        "prox24 reordered",
+        "prox24 streamed",
+        "prox24 by magnitude",
+        "prox24 post_step",
+        "restart",
+        "slow embeddings",
+    ),
     *("early", "slow anchored", *KEPT, *SOLVES),
 )
 """Runs of Prox24; those with distillation, under which there is no warning, are left out."""
