@@ -31,11 +31,11 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, count: int = 3) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Linear(8, 16)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block() for _ in range(count))
         self.out = nn.Linear(16, 4)
 
     def forward(self, x):
@@ -202,6 +202,33 @@ def test_blocks_that_share_a_turn_share_the_passes_of_the_batches():
     # Three to see that the model can be called again, one for the order; then three batches in one pruning step, or in
     # each of three the last eight.
     assert passes == [3 + 1 + 3, 3 + 1 + 3 * 8]
+
+
+class CountedBlock(Block):
+    runs = 0
+
+    def forward(self, x, shift=None):
+        output = super().forward(x, shift)
+        CountedBlock.runs += not torch.is_grad_enabled()
+        return output
+
+
+def test_of_all_blocks_of_one_pause_each_batch_is_run_through_the_model_once():
+    blocks, recorded = 6, 3
+    model = Blocks(blocks)
+    engine = engine_for(model, PhasePlan(recorded, recorded), dense_target=0.5, reconstruction_steps=0)
+    for block in model.blocks:
+        block.__class__ = CountedBlock
+    CountedBlock.runs = 0
+    train(model, engine, batches(recorded + 1))
+    # Three runs of the model to see that it can be called again, one for the order, two to check the dense reference.
+    before = (3 + 1 + 2) * blocks
+    # In the model and in its dense reference: the first batch goes to its end, others up to the last block; then each
+    # block but the last one runs to reach the next.
+    rerun = 2 * (1 + recorded * (blocks - 1))
+    passed_on = 2 * recorded * (blocks - 1)
+    # One run of each block finds the layers that share an input. Those for the Hessians end inside the block.
+    assert CountedBlock.runs == before + rerun + passed_on + blocks
 
 
 def test_gradient_weighting_can_be_turned_off_and_changes_the_values_alone():

@@ -60,12 +60,13 @@ class BlockReruns:
     """Calls of neighbouring blocks, one for each recorded call of the hooked module, on what reaches them now.
 
     One rerun of each recorded call finds what all blocks are called with. A block that takes the hidden state from the
-    block before it is then called on what that one returns once it is solved, without another rerun.
+    block before it is then called on what that one returns once it is solved, without another rerun. Hidden states are
+    kept of one block at a time, in each of the two models: memory does not grow with the number of blocks.
 
     Args:
         model: what holds the hooked module.
         hooked: the hooked module that holds the blocks.
-        blocks: in the order in which they run; they are to be asked for in this order.
+        blocks: in the order in which they run; they are to be asked for in this order, once each.
         calls: of the hooked module.
     """
 
@@ -161,7 +162,7 @@ class _Path:
 
     def calls_of(self, block: Block) -> list[ModuleCall]:
         module = self._modules[block.name]
-        inner, outputs, self.outputs = self._inner.get(module), self.outputs, None
+        inner, outputs, self.outputs = self._inner.pop(module, None), self.outputs, None
         if inner is not None and not inner.chained:
             return inner.calls
         if inner is not None and outputs is not None:

@@ -43,8 +43,6 @@ from prox24_lightning.weights.sharded import batch_ranks, is_sharded, runnable
 
 log = logging.getLogger(__name__)
 
-_SHARED = 4
-"""So many blocks at most share one rerun of the recorded batches: what it finds for each is kept meanwhile."""
 _ORDERED_BY = 16
 """So many batches at most are recorded to see in which order the model runs."""
 
@@ -280,7 +278,7 @@ class RerunCalibration(Calibration):
         groups: list[list[Block]] = []
         for block in blocks:
             last = groups[-1] if groups else []
-            if last and last[-1].hooked is block.hooked and len(last) < _SHARED and not self._sharded:
+            if last and last[-1].hooked is block.hooked and not self._sharded:
                 last.append(block)
             else:
                 groups.append([block])

@@ -62,9 +62,9 @@ class Progressive(Strategy):
     the whole layer, gathered if it is sharded. An error or an interrupt while blocks are solved gives all of them the
     values back that they had.
 
-    Memory: the arguments of the last batches' calls, the Hessian of one layer, float32 (in_features, in_features)
-    (streamed: of each layer whose pruning step is near), and with ``dense_target`` a frozen copy of the model as it was
-    when the phase began.
+    Memory: the arguments of the last batches' calls, hidden states of one block on them, the Hessian of one layer,
+    float32 (in_features, in_features) (streamed: of each layer whose pruning step is near), and with ``dense_target``
+    the same hidden states of the dense reference and a frozen copy of the model as it was when the phase began.
 
     Args:
         model: what holds the weights.
