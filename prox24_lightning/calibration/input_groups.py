@@ -102,6 +102,20 @@ def record_inputs(layer: nn.Module, run: Callable[[], Any], *, once: bool) -> li
     return found
 
 
+def record_all_inputs(layers: Sequence[nn.Module], run: Callable[[], Any]) -> tuple[Any, dict[nn.Module, list[Tensor]]]:
+    """Call ``run`` and return what it returns, and what each of ``layers`` was called with."""
+    found: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+
+    def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found[layer].append(layer_input(args, kwargs).detach().clone())  # what goes on may change it in place
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in found]
+    try:
+        return run(), found
+    finally:
+        remove_all(handles)
+
+
 def _same_memory(one: Tensor, other: Tensor) -> bool:
     if one is other:
         return True

@@ -22,7 +22,7 @@ from prox24_lightning.oneshot.pruning_report import LayerRecord, LayerwiseReport
 from prox24_lightning.oneshot.reconstruct import reconstruct
 from prox24_lightning.oneshot.work_dir import FinishedBlock, FinishedBlocks
 from prox24_lightning.solvers.experts import solve_experts
-from prox24_lightning.solvers.input_group import input_group_hessian, solve_input_group
+from prox24_lightning.solvers.input_group import input_group_hessian, rerun_dense_inputs, solve_input_group
 from prox24_lightning.solvers.input_order.choose import choose_order, proved_orders
 from prox24_lightning.solvers.layer import Solution
 from prox24_lightning.weights.free_order import reorder
@@ -163,10 +163,10 @@ class BlockPruner:
             if weight.is_experts:
                 experts.setdefault(weight.module, []).append(weight)
         runs = self.inputs.runs(index, block)
-        dense_runs, references = None, None
+        dense_inputs = None
         if self.dense_inputs is not None and dense is not None:
-            dense_runs = self.dense_inputs.runs(index, dense)
             references = dict(zip(block.modules(), dense.modules(), strict=True))
+            dense_inputs = rerun_dense_inputs(self.dense_inputs.runs(index, dense), references)
         groups = find_input_groups([*layers, *experts], runs[0])
         check_same_input_groups(groups, {weight.module: weight.name for weight in weights})
         called = {layer for group in groups for layer in group.layers}
@@ -180,9 +180,8 @@ class BlockPruner:
                 self._solve_experts(index, experts[group.layers[0]], runs, done)
                 continue
             with self._rounded_inputs(weights):
-                hessian = input_group_hessian(
-                    group, runs, dense_runs, references, bounded=self.config.solver.weights is not None
-                )
+                bounded = self.config.solver.weights is not None
+                hessian = input_group_hessian(group, runs, dense_inputs, bounded=bounded)
             members = [layers[layer] for layer in group.layers]
             solved = solve_input_group(
                 members, hessian, config=self.config.solver, dense_target=self.config.dense_target

@@ -32,6 +32,8 @@ _WARM_UP = 16
 """Steps of growing size at the start: Adam's first steps take every weight as far as the others, and of some blocks
 they double the error that the rest of the steps then have to make good."""
 _BETAS = (0.9, 0.95)
+_JUDGED_TOKENS = 1 << 15
+"""Tokens on which a block's error is taken before and after; more would not change which of the two is lower."""
 
 
 def reconstruct_block(
@@ -88,11 +90,19 @@ def reconstruct_block(
         error_of,
         parts,
         steps=steps,
+        judged=_enough(parts),
         trained=trained,
         roundings=roundings,
         learning_rate=learning_rate,
         graphed=graphed,
     )
+
+
+def _enough(parts: Sequence[tuple[Any, Tensor, Tensor]]) -> list[tuple[Any, Tensor, Tensor]]:
+    """Return parts at equal distances that hold as many tokens as the error is taken on; all, if they hold fewer."""
+    tokens = sum(weights.numel() for _, _, weights in parts) / max(1, len(parts))
+    wanted = min(len(parts), math.ceil(_JUDGED_TOKENS / max(1.0, tokens)))
+    return [parts[number * len(parts) // wanted] for number in range(wanted)]
 
 
 def descend_together(
@@ -159,6 +169,75 @@ def _own_parameters(block: nn.Module, trained: Collection[Tensor] | None) -> Ite
             setattr(owner, name, parameter)
 
 
+class _Joined:
+    """Parameters of one device and dtype, whose values and gradients lie in one tensor each.
+
+    Adam then takes a few kernels for all of them; for each small parameter by itself they take longer than the
+    gradients of the block. The values are ``start + rate * change``, with the rate of each parameter, so that one step
+    size fits all, and a parameter whose gradient is zero stays as it is to the last bit.
+
+    Attributes:
+        change: what Adam changes; ``change.grad`` is its gradient.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+        learning_rate: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._sizes = [parameter.numel() for parameter in parameters.values()]
+        starts = [parameter.detach().to(dtype, copy=True) for parameter in parameters.values()]
+        self._rates = [start.square().mean().sqrt().clamp_min(_SMALLEST_RMS) * learning_rate for start in starts]
+        self._starts = starts
+        self.change = starts[0].new_zeros(sum(self._sizes))
+        self.change.grad = torch.zeros_like(self.change)
+        dropped = [
+            ~masks[name] if name in masks else p.new_zeros(p.shape, dtype=torch.bool) for name, p in parameters.items()
+        ]
+        self._dropped = torch.cat([one.flatten() for one in dropped])
+
+    def take_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Copy the gradients of the parameters, in their order."""
+        assert self.change.grad is not None
+        for place, gradient in zip(self.change.grad.split(self._sizes), gradients, strict=True):
+            place.view(gradient.shape).copy_(gradient)
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights."""
+        assert self.change.grad is not None
+        # Filled, not multiplied: an infinite gradient of a pruned weight must not become NaN.
+        self.change.grad.masked_fill_(self._dropped, 0.0)
+
+    @torch.no_grad()
+    def write(self, roundings: Mapping[str, Rounding]) -> None:
+        """Write the values into the parameters, rounded where ``roundings`` has a function for it."""
+        changes = self.change.split(self._sizes)
+        for (name, parameter), start, change, rate in zip(
+            self._parameters.items(), self._starts, changes, self._rates, strict=True
+        ):
+            value = torch.addcmul(start, change.view(start.shape), rate)
+            parameter.copy_(roundings[name](value.float()) if name in roundings else value)
+
+
+def _joined(
+    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], learning_rate: float
+) -> list[tuple[list[int], _Joined]]:
+    """Return the parameters by device and dtype, with the places of each part in their order."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, parameter in enumerate(parameters.values()):
+        # Of 16-bit parameters the steps would be lost in rounding.
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        alike.setdefault((parameter.device, dtype), []).append(place)
+    names = list(parameters)
+    return [
+        (places, _Joined({names[place]: parameters[names[place]] for place in places}, masks, learning_rate, dtype))
+        for (_, dtype), places in alike.items()
+    ]
+
+
 def _descend(
     parameters: Mapping[str, nn.Parameter],
     masks: Mapping[str, Tensor],
@@ -171,65 +250,39 @@ def _descend(
     graphed: bool,
 ) -> None:
     values = list(parameters.values())
-    # Of 16-bit parameters the steps would be lost in rounding.
-    masters = [value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True) for value in values]
+    joined = _joined(parameters, masks, learning_rate)
+    changes = [together.change for _, together in joined]
+    device = changes[0].device
     # Adam's fused kernel takes a step size in float32 only.
-    rates = [value.square().mean().sqrt().float().clamp_min(_SMALLEST_RMS) * learning_rate for value in masters]
-    groups = [{"params": [master], "lr": rate.clone()} for master, rate in zip(masters, rates, strict=True)]
-    cuda = masters[0].is_cuda
-    optimizer = torch.optim.Adam(groups, betas=_BETAS, fused=cuda, capturable=cuda)
-    size = rates[0].new_ones(())
-    together = _joined_gradients(masters)
-    dropped = {name: ~mask for name, mask in masks.items()}
+    size = torch.ones((), device=device)
+    optimizer = torch.optim.Adam(changes, lr=size, betas=_BETAS, fused=device.type == "cuda", capturable=size.is_cuda)
 
     def differentiate(*part: Any) -> None:
         with torch.enable_grad():
             gradients = torch.autograd.grad(error_of(*part), values, materialize_grads=True)
-        for master, gradient in zip(masters, gradients, strict=True):
-            assert master.grad is not None
-            master.grad.copy_(gradient)
+        for places, together in joined:
+            together.take_gradients([gradients[place] for place in places])
 
     def update() -> None:
-        for name, master in zip(parameters, masters, strict=True):
-            if name in dropped and master.grad is not None:
-                # Filled, not multiplied: an infinite gradient of a pruned weight must not become NaN.
-                master.grad.masked_fill_(dropped[name], 0.0)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            torch.mul(rate, size, out=group["lr"])
+        for _, together in joined:
+            together.mask_gradients()
         optimizer.step()
-        with torch.no_grad():
-            stored = [
-                roundings[name](master.float()) if name in roundings else master
-                for name, master in zip(parameters, masters, strict=True)
-            ]
-        _write(parameters, stored)
+        for _, together in joined:
+            together.write(roundings)
 
     # On a GPU the hundreds of small kernels of both are captured once; the ranks exchange gradients in between.
     first, second = (differentiate, update)
     if graphed:
-        first, second = GraphedFunction(differentiate, masters[0].device), GraphedStep(update, masters[0].device)
+        first, second = GraphedFunction(differentiate, device), GraphedStep(update, device)
     for number in range(steps):
         rise = min(1.0, (number + 1) / (min(_WARM_UP, steps // 4) + 1))
         size.fill_(rise * 0.5 * (1 + math.cos(math.pi * number / steps)))
         first(*parts[number % len(parts)])
-        for gradients in together:
-            mean_over_ranks(gradients)
+        for change in changes:
+            assert change.grad is not None
+            mean_over_ranks(change.grad)
         second()
         between_pieces()
-
-
-def _joined_gradients(masters: Sequence[Tensor]) -> list[Tensor]:
-    """Give every tensor a gradient that is a part of one tensor for each device and dtype, and return these."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for master in masters:
-        alike.setdefault((master.device, master.dtype), []).append(master)
-    found = []
-    for members in alike.values():
-        found.append(members[0].new_zeros(sum(master.numel() for master in members)))
-        parts = found[-1].split([master.numel() for master in members])
-        for master, part in zip(members, parts, strict=True):
-            master.grad = part.view(master.shape)
-    return found
 
 
 @torch.no_grad()

@@ -28,12 +28,24 @@ from prox24_lightning.weights.sharded import gathered, local_part, part_of, whol
 Run = Callable[[], Any]
 """Calls a block once, on one calibration batch."""
 
+DenseInputs = Callable[[InputGroup, int], Sequence[Tensor]]
+"""Group, number of the run -> what the first layer of the group is called with in the dense reference."""
+
+
+def rerun_dense_inputs(runs: Sequence[Run], references: Mapping[nn.Module, nn.Module]) -> DenseInputs:
+    """Return inputs in the dense reference that a rerun gives whenever they are asked for.
+
+    Args:
+        runs: each calls the block of the dense reference on one calibration batch.
+        references: layer of the block -> the same in the dense reference.
+    """
+    return lambda group, number: record_inputs(references[group.layers[0]], runs[number], once=group.once)
+
 
 def input_group_hessian(
     group: InputGroup,
     runs: Sequence[Run],
-    dense_runs: Sequence[Run] | None = None,
-    references: Mapping[nn.Module, nn.Module] | None = None,
+    dense_inputs: DenseInputs | None = None,
     *,
     attempt: Callable[[Callable[[], HessianAccumulator]], HessianAccumulator] | None = None,
     token_weights: Sequence[Mapping[nn.Module, Sequence[Tensor]]] | None = None,
@@ -44,14 +56,13 @@ def input_group_hessian(
     Args:
         group: the layers.
         runs: each calls the block that holds the layers on one calibration batch.
-        dense_runs: the same batches through the dense reference of the block, for the cross products.
-        references: layer of the block -> the same in the dense reference.
+        dense_inputs: of the same batches in the dense reference, for the cross products.
         attempt: makes the runs of this rank, before the ranks add up what they have found; None makes them as they are.
         token_weights: for each run what the tokens of each layer count, (tokens,) for each call; None is 1 for all.
         bounded: without ``token_weights`` tokens count by :func:`bounded_token_weights` of the layers' outputs.
     """
     layer = group.layers[0]
-    made = partial(_local_hessian, group, runs, dense_runs, references, token_weights, bounded)
+    made = partial(_local_hessian, group, runs, dense_inputs, token_weights, bounded)
     accumulator = made() if attempt is None else attempt(made)
     weight = layer.get_parameter("weight")
     accumulator.all_reduce(matrix_columns(layer), local_part(weight).device)
@@ -61,8 +72,7 @@ def input_group_hessian(
 def _local_hessian(
     group: InputGroup,
     runs: Sequence[Run],
-    dense_runs: Sequence[Run] | None,
-    references: Mapping[nn.Module, nn.Module] | None,
+    dense_inputs: DenseInputs | None,
     token_weights: Sequence[Mapping[nn.Module, Sequence[Tensor]]] | None,
     bounded: bool,
 ) -> HessianAccumulator:
@@ -75,15 +85,14 @@ def _local_hessian(
             weights: list[Tensor | None] = [_bounded_weights(group, part) for part in rows]
         else:
             weights = _mean_weights(group, rows, None if token_weights is None else token_weights[number])
-        if dense_runs is None or references is None:
+        if dense_inputs is None:
             for part, counts in zip(rows, weights, strict=True):
                 accumulator.add(part, weights=counts)
             continue
-        dense_inputs = record_inputs(references[layer], dense_runs[number], once=group.once)
-        dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs]
+        dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs(group, number)]
         if [len(part) for part in rows] != [len(part) for part in dense_rows]:
             # A router sends other tokens here in the dense reference: the layer's outputs there cannot be compared.
-            return _local_hessian(group, runs, None, None, token_weights, bounded)
+            return _local_hessian(group, runs, None, token_weights, bounded)
         for part, dense_part, counts in zip(rows, dense_rows, weights, strict=True):
             accumulator.add(part, dense_part, counts)
     return accumulator

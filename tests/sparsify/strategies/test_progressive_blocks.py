@@ -13,7 +13,7 @@ from prox24_lightning.calibration.statistics.output_error import relative_error
 from prox24_lightning.oneshot import prune_layerwise
 from prox24_lightning.solvers.input_group import input_group_hessian
 from prox24_lightning.sparsify import PhasePlan, Progressive, SparsityEngine
-from prox24_lightning.sparsify.strategies.progressive import solve_block
+from prox24_lightning.sparsify.strategies.progressive import dense_block, solve_block
 from prox24_lightning.weights.selection import select_weights
 
 STEPS = 5
@@ -223,12 +223,25 @@ def test_of_all_blocks_of_one_pause_each_batch_is_run_through_the_model_once():
     train(model, engine, batches(recorded + 1))
     # Three runs of the model to see that it can be called again, one for the order, two to check the dense reference.
     before = (3 + 1 + 2) * blocks
-    # In the model and in its dense reference: the first batch goes to its end, others up to the last block; then each
-    # block but the last one runs to reach the next.
+    # In the model and in its dense reference: the first batch goes to its end, others up to the last block.
     rerun = 2 * (1 + recorded * (blocks - 1))
-    passed_on = 2 * recorded * (blocks - 1)
+    # Each block but the last one runs to reach the next; in the dense reference one run gives its layers' inputs too.
+    passed_on = recorded * (blocks - 1)
+    dense = recorded * blocks
     # One run of each block finds the layers that share an input. Those for the Hessians end inside the block.
-    assert CountedBlock.runs == before + rerun + passed_on + blocks
+    assert CountedBlock.runs == before + rerun + passed_on + dense + blocks
+
+
+def test_inputs_of_the_dense_reference_that_memory_does_not_hold_are_rerun(monkeypatch):
+    """Kept from one run of each block, or rerun for each input group: the same weights to the last bit."""
+    found = []
+    for limit in (dense_block._KEPT_ON_CPU, 0):
+        monkeypatch.setattr(dense_block, "_KEPT_ON_CPU", limit)
+        torch.manual_seed(0)
+        model = Blocks()
+        train(model, engine_for(model, PhasePlan(3, 3), dense_target=0.5, reconstruction_steps=4), batches(4))
+        found.append([parameter.detach() for parameter in model.parameters()])
+    assert all(map(torch.equal, *found))
 
 
 def test_gradient_weighting_can_be_turned_off_and_changes_the_values_alone():

@@ -19,12 +19,16 @@ from prox24_lightning.calibration.hooked_module import HookedModule
 from prox24_lightning.solvers.input_group import Run
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.utils.long_work import between_pieces
-from prox24_lightning.weights.sharded import runnable
+from prox24_lightning.weights.sharded import is_fsdp, runnable
 
 
 @dataclass(frozen=True)
 class BlockRun:
-    """One call of a module of ``model``, on the weights that it has when the call is made."""
+    """One call of a module, on the weights that it has when the call is made.
+
+    Attributes:
+        model: what is searched for FSDP2 modules around ``module``, or ``module`` itself where there are none.
+    """
 
     model: nn.Module
     call: ModuleCall
@@ -74,6 +78,9 @@ class BlockReruns:
         self, model: nn.Module, hooked: HookedModule, blocks: Sequence[Block], calls: Sequence[ModuleCall]
     ) -> None:
         self._model = model
+        self._sharded = any(
+            map(is_fsdp, model.modules())
+        )  # asked once: a walk through the model for every call adds up
         self._hooked = hooked
         self._calls = calls
         modules = {block.name: block.module for block in blocks}
@@ -86,7 +93,8 @@ class BlockReruns:
 
     def runs_of(self, block: Block) -> list[BlockRun]:
         """Return the calls of the block in the model as it is now."""
-        return [BlockRun(self._model, call, block.module) for call in self._now.calls_of(block)]
+        model = self._model if self._sharded else block.module
+        return [BlockRun(model, call, block.module) for call in self._now.calls_of(block)]
 
     def dense_runs_of(self, block: Block) -> tuple[list[Run] | None, dict[nn.Module, nn.Module] | None]:
         """Return the same in the dense reference, and the counterparts of its modules; None without a reference."""

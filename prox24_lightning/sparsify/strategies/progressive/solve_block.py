@@ -18,6 +18,7 @@ from prox24_lightning.solvers.input_group import Run, input_group_hessian, solve
 from prox24_lightning.sparsify.strategies.base import Masks
 from prox24_lightning.sparsify.strategies.progressive.blocks import Block
 from prox24_lightning.sparsify.strategies.progressive.calibration import SolveSettings
+from prox24_lightning.sparsify.strategies.progressive.dense_block import run_dense_block
 from prox24_lightning.sparsify.strategies.progressive.errors import direct, on_all_ranks
 from prox24_lightning.sparsify.strategies.progressive.reconstruct import reconstruct
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns, BlockRun, mixed, outputs_of
@@ -67,10 +68,12 @@ def solve_block(
             )
         return found
     dense_runs, counterparts = attempt(lambda: reruns.dense_runs_of(block))
-    targets, dense_outputs = None, None
-    if solvable and reconstruction_steps:
-        targets, dense_outputs = attempt(partial(_targets, block, runs, dense_runs, settings.dense_target))
     groups = attempt(lambda: find_input_groups([*owners, *experts], runs[0]))
+    alone = [group for group in groups if group.layers[0] in owners]
+    dense = attempt(partial(run_dense_block, block, alone, dense_runs, counterparts))
+    targets = None
+    if solvable and reconstruction_steps:
+        targets = attempt(partial(_targets, block, runs, dense.outputs, settings.dense_target))
     counted = None
     if settings.token_weighting and attempt is on_all_ranks:
         layers = [layer for group in groups for layer in group.layers if layer in owners]
@@ -82,7 +85,7 @@ def solve_block(
             continue
         members = [owners[layer] for layer in group.layers]
         between_pieces(" + ".join(weight.module_name for weight in members))
-        hessian = input_group_hessian(group, runs, dense_runs, counterparts, attempt=attempt, token_weights=counted)
+        hessian = input_group_hessian(group, runs, dense.inputs, attempt=attempt, token_weights=counted)
         try:
             config = settings.solver(group.layers[0])
             solved = solve_input_group(members, hessian, config=config, dense_target=settings.dense_target)
@@ -94,7 +97,7 @@ def solve_block(
     if targets is not None and found:
         between_pieces(f"{block.name} as a whole")
         reconstruct(block, runs, targets, found, reconstruction_steps, gradients, trained)
-    attempt(lambda: reruns.pass_on(block, runs, dense_runs, dense_outputs))
+    attempt(lambda: reruns.pass_on(block, runs, dense_runs, dense.outputs))
     return found
 
 
@@ -107,15 +110,14 @@ def _calls(block: Block, reruns: BlockReruns) -> list[BlockRun]:
 
 
 def _targets(
-    block: Block, runs: Sequence[Run], dense_runs: Sequence[Run] | None, dense_target: float
-) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """What the block is to return in each run, and what the dense reference returns; None where that is no tensor."""
+    block: Block, runs: Sequence[Run], dense_outputs: Sequence[Tensor] | None, dense_target: float
+) -> list[Tensor] | None:
+    """What the block is to return in each run; None where that is no tensor."""
     try:
-        dense_outputs = None if dense_runs is None else outputs_of(block, dense_runs)
-        return mixed(outputs_of(block, runs), dense_outputs, dense_target), dense_outputs
+        return mixed(outputs_of(block, runs), dense_outputs, dense_target)
     except ValueError as error:
         log.warning("%s is not reconstructed: %s", block.name, error)
-        return None, None
+        return None
 
 
 def _token_weights(
