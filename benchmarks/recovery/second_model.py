@@ -13,6 +13,7 @@ fine-tunes it on libraries that the first one has not read.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -51,11 +52,14 @@ _CHECKS = 8
 
 
 class Documents(TextSource):
-    """The training text of ``source``, read once."""
+    """The training text of ``source``, read once, when it is asked for."""
 
     def __init__(self, source: TextSource) -> None:
         self.source = source
-        self.documents = list(source.texts("calibration"))
+
+    @cached_property
+    def documents(self) -> list[str]:
+        return list(self.source.texts("calibration"))
 
     @override
     def texts(self, split: Split) -> Iterable[str]:
@@ -121,6 +125,7 @@ def main(
     depth: int = 8,
     heads: int = 8,
     vocabulary: int = 8192,
+    tokenizer: Pretrained | None = None,
     length: int = 1024,
     steps: int = 2500,
     batch_size: int = 64,
@@ -142,7 +147,8 @@ def main(
         width: size of the residual stream.
         depth: blocks.
         heads: attention heads a block.
-        vocabulary: tokens of the tokenizer.
+        vocabulary: tokens of the tokenizer that is trained on the text.
+        tokenizer: a model whose tokenizer is taken instead; null trains one.
         length: tokens a sequence.
         steps: optimizer steps.
         batch_size: sequences a step.
@@ -160,9 +166,12 @@ def main(
         return
     seed_everything(seed, workers=True, verbose=False)
     text = Documents(training)
-    tokenizer = train_tokenizer(text.documents[::_DOCUMENTS_OF_TOKENIZER], vocabulary)
+    if tokenizer is None:
+        found = train_tokenizer(text.documents[::_DOCUMENTS_OF_TOKENIZER], vocabulary)
+    else:
+        found = tokenizer.tokenizer()
     config = GPT2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(found),
         n_positions=length,
         n_embd=width,
         n_layer=depth,
@@ -170,12 +179,12 @@ def main(
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=found.bos_token_id,
+        eos_token_id=found.eos_token_id,
     )
     with TemporaryDirectory() as start:
         GPT2LMHeadModel(config).save_pretrained(start)
-        tokenizer.save_pretrained(start)
+        found.save_pretrained(start)
         model = Pretrained(start)
         module = CausalLM(model, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps, compile=compile)
         held_out = evaluation or {"docs": PythonDocs(), "libraries": PythonSources()}
@@ -200,7 +209,7 @@ def main(
         tokens = len(data.tokens("training"))
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     note = (
-        f"GPT-2, {parameters / 1e6:.1f} million parameters ({depth} blocks of width {width}, {vocabulary} tokens), "
+        f"GPT-2, {parameters / 1e6:.1f} million parameters ({depth} blocks of width {width}, {len(found)} tokens), "
         f"{steps} steps of {batch_size} x {length} tokens, {steps * batch_size * length / tokens:.1f} times over "
         f"{tokens / 1e6:.1f} million tokens of {training.describe()}; AdamW, cosine from {lr}."
     )
@@ -209,7 +218,7 @@ def main(
     )
     module.model.config.use_cache = True
     module.model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    found.save_pretrained(output)
 
 
 if __name__ == "__main__":
