@@ -108,7 +108,7 @@ def _one_shot(
 
 
 _CAREFUL = {"freeze": 0.1, "damping": 0.1, "calibration_batches": 16, "reconstruction_steps": 192}
-_RECIPE = {**_CAREFUL, "reorder_inputs": True}
+_RECIPE = {"start": 0.05, "freeze": 0.05, "damping": 0.1, "calibration_batches": 16, "reorder_inputs": True}
 """As in ``configs/causal_lm.yaml``."""
 
 _FINE_TUNED = {"fine_tuned": {"lr": 2e-4, "embedding_lr": 0.1}}
