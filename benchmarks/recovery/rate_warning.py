@@ -5,6 +5,8 @@ python -m benchmarks.recovery.rate_warning
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,12 +23,17 @@ START, FREEZE = 0.02, 0.3
 KEPT = ("slow 1e-3", "kept, default solves", "kept, default solves 7e-4", "kept, default solves 2e-3")
 """Rows that differ in nothing but the learning rate."""
 SOLVES = ("prox24 embeddings kept", "prox24 causal_lm", "kept, longer solves", "kept, generated text")
-"""Rows with more careful solves, at one rate each."""
+"""Rows with more careful solves."""
+SECOND = ("prox24, embeddings kept", "prox24 careful", "prox24 causal_lm, 4 pauses, 192 steps")
+"""Rows of the converged second model."""
+ONE_PAUSE = ("one_pause", "second_model_converged")
+"""Files in which ``prox24 causal_lm`` solves all blocks in one pause."""
 FREEZES = {"early": 0.06, "slow anchored": 0.1, **dict.fromkeys((*KEPT, *SOLVES), 0.1), "kept, longer solves": 0.15}
+FREEZES |= dict.fromkeys(SECOND[1:], 0.1)
 """Rows whose ``freeze`` is not the default."""
 ROWS = (
     *("prox24", "prox24 reordered", "prox24 streamed", "prox24 by magnitude", "prox24 post_step"),
-    *("restart", "slow embeddings", "early", "slow anchored", *KEPT, *SOLVES),
+    *("restart", "slow embeddings", "early", "slow anchored", *KEPT, *SOLVES, *SECOND),
 )
 """Runs of Prox24; those with distillation, under which there is no warning, are left out."""
 
@@ -34,23 +41,35 @@ ROWS = (
 def risen_at(run: Mapping[str, Any], freeze: float) -> str:
     """Return the steps at whose end the warning comes, and its figures; empty without one.
 
-    The recorded losses are means over fiftieths of the run, without the deviation of single losses and without the
-    decay of the rate. Both can only keep the warning back.
+    The recorded losses are means over fiftieths of the run, without the deviation of single losses, which is estimated
+    from how far neighbouring means differ, and without the decay of the rate, which can only keep the warning back.
     """
     steps, points = run["steps"], run["train_losses"]
-    plan, rise = resolve_plan(START, freeze, steps), LossRise()
+    plan, rise = resolve_plan(min(START, freeze), freeze, steps), LossRise()
+    count = max(1, steps // len(points))
+    deviation = deviation_of_means(points) * math.sqrt(count)
     for number, mean in enumerate(points):
         first, last = (round(part * steps / len(points)) for part in (number, number + 1))
         risen = rise.add(
-            LossWindow(first + 1, last, mean, rates=(run["lr"],)), plan.phase(first + 1 if first else first)
+            LossWindow(first + 1, last, mean, deviation, count, (run["lr"],)), plan.phase(first + 1 if first else first)
         )
         if risen is not None:
             return f"step {last}: {risen.now.mean:.2f}, lowest {risen.lowest.mean:.2f}, start {risen.start.mean:.2f}"
     return ""
 
 
-def lines(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return a line for each run in :data:`ROWS`, by its key: how far it is above the best rate, and the warning."""
+def deviation_of_means(points: Sequence[float]) -> float:
+    """Return the standard deviation of means of a curve around its course, by the median difference of neighbours."""
+    differences = [abs(after - before) for before, after in itertools.pairwise(points)]
+    return statistics.median(differences) / (statistics.NormalDist().inv_cdf(0.75) * math.sqrt(2))
+
+
+def lines(runs: Sequence[Mapping[str, Any]], freezes: Mapping[str, float] = FREEZES) -> dict[str, dict[str, Any]]:
+    """Return a line for each run in :data:`ROWS`, by its key: how far it is above the best rate, and the warning.
+
+    Args:
+        freezes: of the rows whose ``freeze`` is not the default.
+    """
     held_out = {id(run): statistics.fmean(run["losses"].values()) for run in runs}
     row_of = {id(run): "embeddings kept" if run["row"] in KEPT else run["row"] for run in runs}
     dense: dict[Any, float] = {}
@@ -74,7 +93,7 @@ def lines(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
             "learning rate": f"{run['lr']:g}",
             "excess": round(excess, 4),
             "above the best rate": f"{excess / least - 1:+.0%}",
-            "warning": risen_at(run, FREEZES.get(run["row"], FREEZE)) or "none",
+            "warning": risen_at(run, freezes.get(run["row"], FREEZE)) or "none",
         }
     return found
 
@@ -94,13 +113,14 @@ def main(
     found: dict[str, dict[str, Any]] = {}  # by the key of the run: a run may be in several files
     for path in sorted(folder.glob("*.runs.jsonl")):
         source = path.name.removesuffix(".runs.jsonl")
-        found |= {key: {"file": source, **line} for key, line in lines(Results(path).all()).items()}
+        freezes = {**FREEZES, "prox24 causal_lm": 0.05} if source in ONE_PAUSE else FREEZES
+        found |= {key: {"file": source, **line} for key, line in lines(Results(path).all(), freezes).items()}
     note = (
         "Each recorded run of Prox24 without distillation, and the warning that the present rule would give at the end "
         "of a window of a fiftieth of the run. Above the best rate: excess over dense training, relative to that of "
         "the best rate tried for the row in the same file; rates below the best are not the warning's business. "
-        "Records hold neither the deviation of single losses nor the decay of the rate, which can only keep the "
-        "warning back."
+        "Records hold neither the deviation of single losses, which is estimated from how far neighbouring windows "
+        "differ, nor the decay of the rate, which can only keep the warning back."
     )
     write_result(output, name, "The warning of a learning rate that is too high", list(found.values()), note=note)
 

@@ -425,3 +425,5 @@ def test_the_warning_of_the_rate_is_replayed_on_recorded_runs():
         ("embeddings kept", "+50%", "step 64: 3.00, lowest 2.00, start 2.00"),
         ("embeddings kept", "+0%", "none"),
     ]
+    noisy = [2.0, 1.5] * 7 + [2.9, 3.1] + [1.9] + [3.0, 1.9] * 16 + [3.0]
+    assert [line["warning"] for line in rate_lines([runs[0], run("prox24", 3e-4, 2.3, noisy)]).values()] == ["none"]

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.recovery.second_model import Epochs, main
 from prox24_lightning.io.pretrained import Pretrained
-from tests.helpers.tiny_language import Chains
+from tests.helpers.tiny_language import Chains, save_tiny_llama
 
 
 def test_the_second_model_learns_and_is_read_from_its_folder(tmp_path):
@@ -24,6 +24,15 @@ def test_the_second_model_learns_and_is_read_from_its_folder(tmp_path):
     ids = torch.tensor(tokenizer("w1 w2")["input_ids"])
     assert tokenizer.decode(ids) == "w1 w2"
     assert network(ids[None]).logits.shape == (1, len(ids), 300)
+
+
+def test_the_second_model_may_take_the_tokenizer_of_another_one(tmp_path):
+    other = Pretrained(save_tiny_llama(tmp_path / "other"))
+    size = {"width": 16, "depth": 1, "heads": 2, "length": 16, "batch_size": 4, "steps": 8, "eval_sequences": 4}
+    main(tmp_path / "model", tmp_path, Chains(), tokenizer=other, evaluation={"text": Chains()}, **size)
+    network, (tokenizer, *_) = Pretrained(str(tmp_path / "model")).load()
+    assert tokenizer.get_vocab() == other.tokenizer().get_vocab()
+    assert network.config.vocab_size == len(tokenizer)
 
 
 def test_text_that_is_short_is_read_again_in_another_order(tmp_path):
