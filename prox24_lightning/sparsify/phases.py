@@ -79,7 +79,7 @@ def resolve_plan(start: int | float, freeze: int | float, total: int | float, *,
 
     Args:
         start: int step, or float fraction of ``total``.
-        freeze: likewise.
+        freeze: likewise; a fraction above 0 is one step at least.
         total: length of the run; ``inf`` or a negative number when it is not known.
         exact: whether ``total`` is exact; phases beyond an estimate end with it instead of being refused.
 
@@ -89,6 +89,8 @@ def resolve_plan(start: int | float, freeze: int | float, total: int | float, *,
     """
     first, last = (resolve_step(value, name, total) for name, value in (("start", start), ("freeze", freeze)))
     known = math.isfinite(total) and total >= 0
+    if isinstance(freeze, float) and freeze > 0 and total >= 1:
+        last = max(last, 1)  # at 0 weights are pruned before the first batch, without a look at their inputs
     if known and not exact:
         first, last = (min(step, math.floor(total)) for step in (first, last))
     if known and last > total:

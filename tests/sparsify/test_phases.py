@@ -21,6 +21,8 @@ def test_fractions_and_steps_are_both_understood():
     assert resolve_plan(0.1, 0.6, 200) == PhasePlan(20, 120)
     assert resolve_plan(0, 1.0, 7) == PhasePlan(0, 7)
     assert resolve_plan(5, 9, math.inf) == PhasePlan(5, 9)
+    assert resolve_plan(0.05, 0.05, 8) == PhasePlan(0, 1), "inputs of a batch are there, however short a trial run is"
+    assert resolve_plan(0.0, 0.0, 8) == PhasePlan(0, 0)
 
 
 @pytest.mark.parametrize(
