@@ -58,8 +58,8 @@ class Prox24(Callback):
     Args:
         start: last dense step: int, or float fraction of the run. The default suits a trained model that is fine-tuned:
             the earlier the start, the longer the recovery. From scratch later is better: 0.6 and 0.8.
-        freeze: step after which the masks are fixed: int, or float fraction of the run, one step at least. Equal to
-            ``start``, all weights are pruned in one shot there.
+        freeze: step after which the masks are fixed: int, or float fraction of the run (above 0 one step at least).
+            Equal to ``start``, all weights are pruned in one shot there.
         strategy: ``"progressive"`` solves one block after the other during the phase, by the paper's layer-wise prox
             and masked gradient updates with the Hessian of the last training batches, and freezes it while the rest
             trains on. ``"post_step"`` applies the prox to all weights after every step. ``"keep"`` fine-tunes a model
