@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import warnings
 from contextlib import suppress
+from unittest.mock import patch
 
 import pytest
 import torch
+from few_steps import few_solver_steps
 from new_processes import spawn
 from sharded_runs import FREEZE, STEPS, fit, gathered
 from torch import nn
@@ -23,6 +25,7 @@ from prox24_lightning.mask import is_24
 from prox24_lightning.schedules import FRACTION_CURVES
 from prox24_lightning.sparsify import PhasePlan, PostStepProx, Progressive, SparsityEngine
 from prox24_lightning.sparsify.checks import check_weights
+from prox24_lightning.sparsify.strategies.progressive import dense_block
 from prox24_lightning.utils.distributed import check_same
 from prox24_lightning.weights.selection import select_weights
 from prox24_lightning.weights.sharded import runnable
@@ -35,6 +38,8 @@ SAVED = {("fsdp2", "progressive"): True, ("fsdp2", "post_step"): False, ("tensor
 MIDDLE, FROZEN = 5, 10
 BUDGET = 0.7
 """Leaves one of the two layers dense."""
+LIMITS = [(1 << 20, 1 << 20), (1 << 20, 0), (0, 0)]
+"""Of the bytes that each rank may keep of what layers are called with in the dense reference."""
 GROWN = [("post_step", MIDDLE), ("progressive", MIDDLE), ("progressive", FROZEN)]
 """From one process to two ranks."""
 
@@ -78,6 +83,7 @@ def work(rank, folder):
     words["begun by"] = module_that_begins_a_pass_after_an_error()
     (folder / f"words.{rank}.json").write_text(json.dumps(words))
     torch.save(uneven(rank), folder / f"uneven.{rank}.pt")
+    torch.save({f"{limits}": kept_inputs(limits[rank]) for limits in LIMITS}, folder / f"kept.{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -160,6 +166,26 @@ def uneven(rank):
         found[name] = {"weights": [gathered(weight.parameter) for weight in weights], "parts": sizes}
         assert not torch.equal(found[name]["weights"][0], whole["0.weight"])
     return found
+
+
+def kept_inputs(limit):
+    """Prune a model that fits into ``limit`` on this rank; return its weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    for block in model:
+        fully_shard(block)
+    fully_shard(model)
+    weights = select_weights(model).chosen
+    engine = SparsityEngine(weights, PhasePlan(1, 1), Progressive(model, dense_target=0.5, reconstruction_steps=0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine.bind([optimizer])
+    with patch.object(dense_block, "_KEPT_ON_CPU", limit), few_solver_steps():
+        for _ in range(2):
+            engine.before_batch()
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+    engine.unbind()
+    return [gathered(weight.parameter) for weight in weights]
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +282,14 @@ def test_parts_of_uneven_sizes_and_without_entries(folder):
         assert (found["parts"], second[name]["parts"]) == ([(2, 8), (1, 8)], [(1, 8), (0, 8)])
         assert all(is_24(weight) for weight in found["weights"])
         assert all(torch.equal(a, b) for a, b in zip(found["weights"], second[name]["weights"], strict=True))
+
+
+def test_ranks_of_which_one_alone_has_memory_for_inputs_do_not_wait_for_each_other(folder):
+    for rank in (0, 1):
+        kept, mixed, rerun = read(folder / f"kept.{rank}.pt").values()
+        assert all(map(is_24, kept))
+        assert all(map(torch.equal, kept, mixed))
+        assert all(map(torch.equal, kept, rerun))
 
 
 def test_masks_of_sharded_weights_go_to_a_file_and_back(folder):

@@ -70,7 +70,7 @@ def solve_block(
     dense_runs, counterparts = attempt(lambda: reruns.dense_runs_of(block))
     groups = attempt(lambda: find_input_groups([*owners, *experts], runs[0]))
     alone = [group for group in groups if group.layers[0] in owners]
-    dense = attempt(partial(run_dense_block, block, alone, dense_runs, counterparts))
+    dense = run_dense_block(block, alone, dense_runs, counterparts, attempt)
     targets = None
     if solvable and reconstruction_steps:
         targets = attempt(partial(_targets, block, runs, dense.outputs, settings.dense_target))
