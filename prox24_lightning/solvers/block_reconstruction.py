@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prox24_lightning.calibration.statistics.output_error import relative_error, token_weights
 from prox24_lightning.utils.cuda_graphs import GraphedFunction, GraphedStep
-from prox24_lightning.utils.distributed import mean_over_ranks
+from prox24_lightning.utils.distributed import gathered_objects, mean_over_ranks
 from prox24_lightning.utils.long_work import between_pieces
 
 Forward = Callable[[Any], Tensor]
@@ -100,10 +100,19 @@ def reconstruct_block(
 
 
 def _enough(parts: Sequence[tuple[Any, Tensor, Tensor]]) -> list[tuple[Any, Tensor, Tensor]]:
-    """Return parts at equal distances that hold as many tokens as the error is taken on; all, if they hold fewer."""
-    tokens = sum(weights.numel() for _, _, weights in parts) / max(1, len(parts))
-    wanted = min(len(parts), math.ceil(_JUDGED_TOKENS / max(1.0, tokens)))
-    return [parts[number * len(parts) // wanted] for number in range(wanted)]
+    """Return parts at equal distances that hold as many tokens as the error is taken on; all, if they hold fewer.
+
+    Every rank takes as many as the one that needs most: the block may make collective calls of its own.
+    """
+
+    def spread(count: int) -> list[tuple[Any, Tensor, Tensor]]:
+        return [parts[number * len(parts) // count] for number in range(count)]
+
+    def hold_enough(count: int) -> bool:
+        return sum(weights.numel() for _, _, weights in spread(count)) >= _JUDGED_TOKENS
+
+    wanted = next(filter(hold_enough, range(1, len(parts))), len(parts))
+    return spread(min(len(parts), max(gathered_objects(wanted))))
 
 
 def descend_together(
@@ -255,7 +264,7 @@ def _descend(
     changes = [together.change for _, together in joined]
     device = changes[0].device
     # Adam's fused kernel takes a step size in float32 only.
-    size = torch.ones((), device=device)
+    size = torch.ones((), dtype=torch.float32, device=device)
     optimizer = torch.optim.Adam(changes, lr=size, betas=_BETAS, fused=device.type == "cuda", capturable=size.is_cuda)
 
     def differentiate(*part: Any) -> None:

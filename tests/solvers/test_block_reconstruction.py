@@ -10,6 +10,7 @@ from torch import nn
 
 from prox24_lightning.calibration.statistics.output_error import relative_error
 from prox24_lightning.mask import mask_24
+from prox24_lightning.solvers import block_reconstruction
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
 from prox24_lightning.utils.cuda_graphs import _log_once
 
@@ -165,3 +166,35 @@ def test_float64_keeps_its_precision(weighted):
     for name in masks:
         value = parameters[name].detach()[masks[name]]
         assert (value != value.float()).float().mean() > 0.9, name
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_user_changes_nothing(default):
+    found = []
+    for dtype in (torch.float32, default):
+        parameters, masks, block, inputs, targets = pruned_block()
+        torch.set_default_dtype(dtype)
+        try:
+            reconstruct_block(block, masks, block, inputs, targets, steps=20)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append([parameter.detach() for parameter in parameters.values()])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("lengths", [[4] * 8, [7, 1] * 4, [1, 7] * 4, [1] * 7 + [25], [2] * 4])
+def test_parts_that_judge_hold_enough_tokens_whatever_their_lengths(monkeypatch, lengths):
+    monkeypatch.setattr(block_reconstruction, "_JUDGED_TOKENS", 16)
+    parts = [(number, torch.empty(0), torch.empty(length)) for number, length in enumerate(lengths)]
+    judged = [number for number, _, _ in block_reconstruction._enough(parts)]
+    assert len(set(judged)) == len(judged)
+    assert sum(lengths[number] for number in judged) >= min(16, sum(lengths))
+    if lengths == [4] * 8:
+        assert judged == [0, 2, 4, 6]
+
+
+def test_every_rank_judges_by_as_many_parts(monkeypatch):
+    """A block that makes collective calls, as SyncBatchNorm does, would wait for the other ranks else."""
+    monkeypatch.setattr(block_reconstruction, "gathered_objects", lambda mine: [mine, 5])
+    parts = [(number, torch.empty(0), torch.empty(1 << 15)) for number in range(8)]
+    assert len(block_reconstruction._enough(parts)) == 5
