@@ -108,8 +108,8 @@ def runnable(model: nn.Module, part: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in managed:
-            module.reshard()  # type: ignore[operator]
             _end_forward(module)
+            module.reshard()  # type: ignore[operator]
 
 
 def _wait_for_writes(managed: Iterable[nn.Module]) -> None:
@@ -123,12 +123,18 @@ def _end_forward(module: nn.Module) -> None:
     """Let the next call begin a forward pass, also where an error has ended the last one.
 
     FSDP2's streams wait for the optimizer's writes where a forward pass begins, and no pass begins in one that has not
-    ended: the next training step would gather shards that are still being written.
+    ended: the next training step would gather shards that are still being written. Nor does the outermost module drop
+    its gathered parameters within a pass.
     """
     state: Any = getattr(module, "_get_fsdp_state", lambda: None)()  # no public way
     context: Any = getattr(state, "_state_ctx", None)
     if hasattr(context, "iter_forward_root"):
         context.iter_forward_root = None
+    # Older releases have one group a module.
+    groups: Any = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    for group in groups:
+        if getattr(getattr(group, "_training_state", None), "name", "") == "FORWARD":
+            group._training_state = type(group._training_state).IDLE
 
 
 def reshard(model: nn.Module) -> None:

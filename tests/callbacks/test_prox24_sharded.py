@@ -169,18 +169,20 @@ def uneven(rank):
 
 
 def kept_inputs(limit):
-    """Prune a model that fits into ``limit`` on this rank; return its weights."""
+    """Prune a model whose dense inputs fit into ``limit`` on this rank, and whose head belongs to the outermost FSDP2
+    module; return its weights."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
-    for block in model:
+    blocks = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+    model = nn.Sequential(*blocks, nn.Linear(8, 4))
+    for block in model[:2]:
         fully_shard(block)
     fully_shard(model)
-    weights = select_weights(model).chosen
-    engine = SparsityEngine(weights, PhasePlan(1, 1), Progressive(model, dense_target=0.5, reconstruction_steps=0))
+    weights = select_weights(model, skip=["2"]).chosen
+    engine = SparsityEngine(weights, PhasePlan(3, 3), Progressive(model, dense_target=0.5, reconstruction_steps=2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     engine.bind([optimizer])
     with patch.object(dense_block, "_KEPT_ON_CPU", limit), few_solver_steps():
-        for _ in range(2):
+        for _ in range(4):
             engine.before_batch()
             model(torch.randn(4, 8)).square().mean().backward()
             optimizer.step()
