@@ -184,7 +184,7 @@ class _Joined:
 
     Adam then takes a few kernels for all of them; for each small parameter by itself they take longer than the
     gradients of the block. The values are ``start + rate * change``, with the rate of each parameter, so that one step
-    size fits all, and a parameter whose gradient is zero stays as it is to the last bit.
+    size fits all, and a parameter whose gradient is zero stays as it is.
 
     Attributes:
         change: what Adam changes; ``change.grad`` is its gradient.

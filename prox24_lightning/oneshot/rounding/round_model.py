@@ -120,7 +120,7 @@ def round_model(
         smooth: scale inputs first; None does so for int8, where it gains most. float8 loses a little more with it than
             without, since its error is a share of each input whatever the scale.
         tune_steps: gradient steps that bring the model's predictions closest to those that it gave in 16 bits, each on
-            one batch. Takes the whole model on ``device``, and 20 bytes for each rounded weight.
+            one batch. Takes the whole model on ``device``, and 25 bytes for each rounded weight.
         max_loss_rise: largest rise of the loss, in nats (0.007 is 0.7 % of perplexity), measured on the first
             batches against the model in 16 bits: the divergence of its outputs beyond what the arithmetic of 16 bits
             makes (:class:`~prox24_lightning.oneshot.rounding.budget.LossRise`). None rounds every layer.

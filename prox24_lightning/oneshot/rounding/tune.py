@@ -42,7 +42,7 @@ def tune_rounded(
 
     Args:
         model: in 16 bits but for the weights of ``layers``, on the device where it runs, isolated from training. Takes
-            its weights twice, and 16 bytes more for each that changes.
+            its weights twice, and 21 bytes more for each that changes.
         batches: calibration batches on the same device.
         layers: by name, with rounded weights; those of linear layers.
         exact: their weights of 16 bits, by the same names.

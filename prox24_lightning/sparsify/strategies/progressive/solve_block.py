@@ -96,6 +96,7 @@ def solve_block(
             found[weight.name] = part_of(from_matrix(weight.module, solution.mask), weight.parameter)
     if targets is not None and found:
         between_pieces(f"{block.name} as a whole")
+        dense = replace(dense, inputs=None)  # reconstruction takes memory of its own
         reconstruct(block, runs, targets, found, reconstruction_steps, gradients, trained)
     attempt(lambda: reruns.pass_on(block, runs, dense_runs, dense.outputs))
     return found
