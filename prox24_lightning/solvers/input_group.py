@@ -78,6 +78,7 @@ def _local_hessian(
 ) -> HessianAccumulator:
     layer = group.layers[0]
     accumulator = HessianAccumulator()
+    compared = dense_inputs is not None
     for number, run in enumerate(runs):
         between_pieces()
         rows = [input_rows(layer, gathered(x)) for x in record_inputs(layer, run, once=group.once)]
@@ -85,16 +86,17 @@ def _local_hessian(
             weights: list[Tensor | None] = [_bounded_weights(group, part) for part in rows]
         else:
             weights = _mean_weights(group, rows, None if token_weights is None else token_weights[number])
-        if dense_inputs is None:
-            for part, counts in zip(rows, weights, strict=True):
-                accumulator.add(part, weights=counts)
-            continue
-        dense_rows = [input_rows(layer, gathered(x)) for x in dense_inputs(group, number)]
-        if [len(part) for part in rows] != [len(part) for part in dense_rows]:
-            # A router sends other tokens here in the dense reference: the layer's outputs there cannot be compared.
-            return _local_hessian(group, runs, None, token_weights, bounded)
+        dense_rows: Sequence[Tensor | None] = [None] * len(rows)
+        if dense_inputs is not None:
+            # Also where nothing is compared any more: reruns of a sharded block make collective calls.
+            found = [input_rows(layer, gathered(x)) for x in dense_inputs(group, number)]
+            # A router may send other tokens here in the dense reference: its outputs there cannot be compared.
+            compared = compared and [len(part) for part in rows] == [len(part) for part in found]
+            dense_rows = found if compared else dense_rows
         for part, dense_part, counts in zip(rows, dense_rows, weights, strict=True):
             accumulator.add(part, dense_part, counts)
+    if not compared:
+        accumulator.drop_cross()
     return accumulator
 
 

@@ -57,6 +57,10 @@ class HessianAccumulator:
                 self._cross = torch.zeros_like(self._sum)
             _add_product(self._cross, dense_rows, rows)
 
+    def drop_cross(self) -> None:
+        """Forget ``C``: some of the inputs have no counterpart in the dense model."""
+        self._cross = None
+
     @property
     def hessian(self) -> Tensor:
         """``H``, (in_features, in_features)."""

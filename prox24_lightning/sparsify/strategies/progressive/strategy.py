@@ -64,7 +64,8 @@ class Progressive(Strategy):
 
     Memory: the arguments of the last batches' calls, hidden states of one block on them, the Hessian of one layer,
     float32 (in_features, in_features) (streamed: of each layer whose pruning step is near), and with ``dense_target``
-    the same hidden states of the dense reference and a frozen copy of the model as it was when the phase began.
+    the same hidden states of the dense reference, the inputs of one block's layers in it as far as they fit into an
+    eighth of the free memory, and a frozen copy of the model as it was when the phase began.
 
     Args:
         model: what holds the weights.
