@@ -91,7 +91,7 @@ def reconstruct_block(
         error_of,
         parts,
         steps=steps,
-        judged=_enough(parts),
+        judged=_judged_parts(parts),
         trained=trained,
         roundings=roundings,
         learning_rate=learning_rate,
@@ -99,8 +99,8 @@ def reconstruct_block(
     )
 
 
-def _enough(parts: Sequence[tuple[Any, Tensor, Tensor]]) -> list[tuple[Any, Tensor, Tensor]]:
-    """Return parts at equal distances that hold as many tokens as the error is taken on; all, if they hold fewer.
+def _judged_parts(parts: Sequence[tuple[Any, Tensor, Tensor]]) -> list[tuple[Any, Tensor, Tensor]]:
+    """Return evenly spaced parts with at least 32768 tokens, on which the error is taken; all, if they hold fewer.
 
     Every rank takes as many as the one that needs most: the block may make collective calls of its own.
     """
@@ -179,8 +179,8 @@ def _own_parameters(block: nn.Module, trained: Collection[Tensor] | None) -> Ite
             setattr(owner, name, parameter)
 
 
-class _Joined:
-    """Parameters of one device and dtype, whose values and gradients lie in one tensor each.
+class _FlatParameters:
+    """Parameters of one device and dtype as one flat tensor, with one flat gradient.
 
     Adam then takes a few kernels for all of them; for each small parameter by itself they take longer than the
     gradients of the block. The values are ``start + rate * change``, with the rate of each parameter, so that one step
@@ -232,10 +232,10 @@ class _Joined:
             parameter.copy_(roundings[name](value.float()) if name in roundings else value)
 
 
-def _joined(
+def _flattened(
     parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], learning_rate: float
-) -> list[tuple[list[int], _Joined]]:
-    """Return the parameters by device and dtype, with the places of each part in their order."""
+) -> list[tuple[list[int], _FlatParameters]]:
+    """Return flat parameters for each device and dtype, and which of ``parameters`` each of them holds, by number."""
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, parameter in enumerate(parameters.values()):
         # Of 16-bit parameters the steps would be lost in rounding.
@@ -243,7 +243,10 @@ def _joined(
         alike.setdefault((parameter.device, dtype), []).append(place)
     names = list(parameters)
     return [
-        (places, _Joined({names[place]: parameters[names[place]] for place in places}, masks, learning_rate, dtype))
+        (
+            places,
+            _FlatParameters({names[place]: parameters[names[place]] for place in places}, masks, learning_rate, dtype),
+        )
         for (_, dtype), places in alike.items()
     ]
 
@@ -260,8 +263,8 @@ def _descend(
     graphed: bool,
 ) -> None:
     values = list(parameters.values())
-    joined = _joined(parameters, masks, learning_rate)
-    changes = [together.change for _, together in joined]
+    flats = _flattened(parameters, masks, learning_rate)
+    changes = [flat.change for _, flat in flats]
     device = changes[0].device
     # Adam's fused kernel takes a step size in float32 only.
     size = torch.ones((), dtype=torch.float32, device=device)
@@ -270,15 +273,15 @@ def _descend(
     def differentiate(*part: Any) -> None:
         with torch.enable_grad():
             gradients = torch.autograd.grad(error_of(*part), values, materialize_grads=True)
-        for places, together in joined:
-            together.take_gradients([gradients[place] for place in places])
+        for places, flat in flats:
+            flat.take_gradients([gradients[place] for place in places])
 
     def update() -> None:
-        for _, together in joined:
-            together.mask_gradients()
+        for _, flat in flats:
+            flat.mask_gradients()
         optimizer.step()
-        for _, together in joined:
-            together.write(roundings)
+        for _, flat in flats:
+            flat.write(roundings)
 
     # On a GPU the hundreds of small kernels of both are captured once; the ranks exchange gradients in between.
     first, second = (differentiate, update)

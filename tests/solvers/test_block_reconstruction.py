@@ -186,7 +186,7 @@ def test_the_default_dtype_of_the_user_changes_nothing(default):
 def test_parts_that_judge_hold_enough_tokens_whatever_their_lengths(monkeypatch, lengths):
     monkeypatch.setattr(block_reconstruction, "_JUDGED_TOKENS", 16)
     parts = [(number, torch.empty(0), torch.empty(length)) for number, length in enumerate(lengths)]
-    judged = [number for number, _, _ in block_reconstruction._enough(parts)]
+    judged = [number for number, _, _ in block_reconstruction._judged_parts(parts)]
     assert len(set(judged)) == len(judged)
     assert sum(lengths[number] for number in judged) >= min(16, sum(lengths))
     if lengths == [4] * 8:
@@ -197,4 +197,4 @@ def test_every_rank_judges_by_as_many_parts(monkeypatch):
     """A block that makes collective calls, as SyncBatchNorm does, would wait for the other ranks else."""
     monkeypatch.setattr(block_reconstruction, "gathered_objects", lambda mine: [mine, 5])
     parts = [(number, torch.empty(0), torch.empty(1 << 15)) for number in range(8)]
-    assert len(block_reconstruction._enough(parts)) == 5
+    assert len(block_reconstruction._judged_parts(parts)) == 5

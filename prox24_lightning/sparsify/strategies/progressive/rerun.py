@@ -78,9 +78,8 @@ class BlockReruns:
         self, model: nn.Module, hooked: HookedModule, blocks: Sequence[Block], calls: Sequence[ModuleCall]
     ) -> None:
         self._model = model
-        self._sharded = any(
-            map(is_fsdp, model.modules())
-        )  # asked once: a walk through the model for every call adds up
+        # Found out once: a walk through the model for every call takes as long as some of the calls.
+        self._sharded = any(map(is_fsdp, model.modules()))
         self._hooked = hooked
         self._calls = calls
         modules = {block.name: block.module for block in blocks}
