@@ -16,6 +16,8 @@ PARTS = {
     "values kept for an undo": (f"{_PROGRESSIVE}.undo", "SavedValues"),
     "trial of cut batches": (f"{_PROGRESSIVE}.rerun_calibration", "find_cutter"),
     "reruns up to the block": (f"{_PROGRESSIVE}.rerun_calibration", "BlockReruns"),
+    "orders of inputs": (f"{_PROGRESSIVE}.rerun_calibration", "choose_orders"),
+    "block of the dense reference": (f"{_PROGRESSIVE}.solve_block", "run_dense_block"),
     "outputs of the block": (f"{_PROGRESSIVE}.solve_block", "_targets"),
     "order of the layers": (f"{_PROGRESSIVE}.solve_block", "find_input_groups"),
     "Hessians": (f"{_PROGRESSIVE}.solve_block", "input_group_hessian"),
