@@ -19,7 +19,8 @@ from benchmarks.result_files import write_result
 from prox24_lightning.monitoring.loss_rise import LossRise, LossWindow
 from prox24_lightning.sparsify.phases import resolve_plan
 
-START, FREEZE = 0.02, 0.3
+START, PHASES = 0.02, (0.02, 0.3)
+"""The default start, and the default start and freeze."""
 KEPT = ("slow 1e-3", "kept, default solves", "kept, default solves 7e-4", "kept, default solves 2e-3")
 """Rows that differ in nothing but the learning rate."""
 SOLVES = ("prox24 embeddings kept", "prox24 causal_lm", "kept, longer solves", "kept, generated text")
@@ -28,8 +29,10 @@ SECOND = ("prox24, embeddings kept", "prox24 careful", "prox24 causal_lm, 4 paus
 """Rows of the converged second model."""
 ONE_PAUSE = ("one_pause", "second_model_converged")
 """Files in which ``prox24 causal_lm`` solves all blocks in one pause."""
-FREEZES = {"early": 0.06, "slow anchored": 0.1, **dict.fromkeys((*KEPT, *SOLVES), 0.1), "kept, longer solves": 0.15}
-FREEZES |= dict.fromkeys(SECOND[1:], 0.1)
+FREEZES = {
+    **dict.fromkeys(("slow anchored", *KEPT, *SOLVES, *SECOND[1:]), 0.1),
+    **{"early": 0.06, "kept, longer solves": 0.15},
+}
 """Rows whose ``freeze`` is not the default."""
 ROWS = (
     *("prox24", "prox24 reordered", "prox24 streamed", "prox24 by magnitude", "prox24 post_step"),
@@ -38,14 +41,14 @@ ROWS = (
 """Runs of Prox24; those with distillation, under which there is no warning, are left out."""
 
 
-def risen_at(run: Mapping[str, Any], freeze: float) -> str:
+def risen_at(run: Mapping[str, Any], start: float, freeze: float) -> str:
     """Return the steps at whose end the warning comes, and its figures; empty without one.
 
     The recorded losses are means over fiftieths of the run, without the deviation of single losses, which is estimated
     from how far neighbouring means differ, and without the decay of the rate, which can only keep the warning back.
     """
     steps, points = run["steps"], run["train_losses"]
-    plan, rise = resolve_plan(min(START, freeze), freeze, steps), LossRise()
+    plan, rise = resolve_plan(start, freeze, steps), LossRise()
     count = max(1, steps // len(points))
     deviation = deviation_of_means(points) * math.sqrt(count)
     for number, mean in enumerate(points):
@@ -64,12 +67,15 @@ def deviation_of_means(points: Sequence[float]) -> float:
     return statistics.median(differences) / (statistics.NormalDist().inv_cdf(0.75) * math.sqrt(2))
 
 
-def lines(runs: Sequence[Mapping[str, Any]], freezes: Mapping[str, float] = FREEZES) -> dict[str, dict[str, Any]]:
+def lines(
+    runs: Sequence[Mapping[str, Any]], phases: Mapping[str, tuple[float, float]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Return a line for each run in :data:`ROWS`, by its key: how far it is above the best rate, and the warning.
 
     Args:
-        freezes: of the rows whose ``freeze`` is not the default.
+        phases: ``start`` and ``freeze`` of rows that have neither the defaults nor those of :data:`FREEZES`.
     """
+    phases = {**{row: (START, freeze) for row, freeze in FREEZES.items()}, **(phases or {})}
     held_out = {id(run): statistics.fmean(run["losses"].values()) for run in runs}
     row_of = {id(run): "embeddings kept" if run["row"] in KEPT else run["row"] for run in runs}
     dense: dict[Any, float] = {}
@@ -93,7 +99,7 @@ def lines(runs: Sequence[Mapping[str, Any]], freezes: Mapping[str, float] = FREE
             "learning rate": f"{run['lr']:g}",
             "excess": round(excess, 4),
             "above the best rate": f"{excess / least - 1:+.0%}",
-            "warning": risen_at(run, freezes.get(run["row"], FREEZE)) or "none",
+            "warning": risen_at(run, *phases.get(run["row"], PHASES)) or "none",
         }
     return found
 
@@ -113,8 +119,8 @@ def main(
     found: dict[str, dict[str, Any]] = {}  # by the key of the run: a run may be in several files
     for path in sorted(folder.glob("*.runs.jsonl")):
         source = path.name.removesuffix(".runs.jsonl")
-        freezes = {**FREEZES, "prox24 causal_lm": 0.05} if source in ONE_PAUSE else FREEZES
-        found |= {key: {"file": source, **line} for key, line in lines(Results(path).all(), freezes).items()}
+        phases = {"prox24 causal_lm": (0.05, 0.05)} if source in ONE_PAUSE else None
+        found |= {key: {"file": source, **line} for key, line in lines(Results(path).all(), phases).items()}
     note = (
         "Each recorded run of Prox24 without distillation, and the warning that the present rule would give at the end "
         "of a window of a fiftieth of the run. Above the best rate: excess over dense training, relative to that of "
