@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
         "calibration": _calibration(callbacks),
         "batches": record.checksum,
         "train_losses": curve.points(),
+        "early_rise": _early_rise(callbacks),
         **({"averages": averages} if averages else {}),
     }
 
@@ -144,6 +146,12 @@ def _calibration(callbacks: Sequence[Callback]) -> str | None:
     """How Prox24 got the inputs of its layers: "rerun", "stream" or "magnitude"; None where it needs none."""
     states = [callback.state_dict() for callback in callbacks if isinstance(callback, Prox24)]
     return next((way for state in states if (way := state.get("strategy", {}).get("way"))), None)
+
+
+def _early_rise(callbacks: Sequence[Callback]) -> dict[str, Any] | None:
+    """What Prox24 has found about the learning rate before anything was pruned; None where it looks for nothing."""
+    rises = [callback.early_rise for callback in callbacks if isinstance(callback, Prox24)]
+    return next(({**asdict(rise), "warns": rise.is_too_high} for rise in rises if rise is not None), None)
 
 
 @torch.no_grad()

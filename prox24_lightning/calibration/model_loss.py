@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from prox24_lightning.calibration.recognised_loss import next_token_loss, own_loss
 from prox24_lightning.utils.tensors import first_tensor
 
 
@@ -29,7 +29,7 @@ class ModelLoss:
         self._references: list[Tensor] = []
         output = self._runs[0]()
         self._terms: Callable[[int, Any], Tensor] = self._own
-        if _loss_of(output) is None:
+        if own_loss(output) is None:
             self._terms = self._next_token
             if not all(isinstance(one, Tensor) for one in self._ids) or not _predicts(output, self._ids[0]):
                 self._terms = self._difference
@@ -41,17 +41,12 @@ class ModelLoss:
         return sum(float(self._terms(number, run())) for number, run in enumerate(self._runs)) / len(self._runs)
 
     def _own(self, number: int, output: Any) -> Tensor:
-        loss = _loss_of(output)
+        loss = own_loss(output)
         assert loss is not None
         return loss.detach().float()
 
     def _next_token(self, number: int, output: Any) -> Tensor:
-        ids = self._ids[number].to(output.logits.device)
-        losses = [  # one sequence at a time: logits in float32 are large
-            F.cross_entropy(logits[:-1].float(), one[1:], reduction="sum")
-            for logits, one in zip(output.logits, ids, strict=True)
-        ]
-        return torch.stack(losses).sum() / (ids.numel() - len(ids))
+        return next_token_loss(output.logits, self._ids[number])
 
     def _difference(self, number: int, output: Any) -> Tensor:
         reference = self._references[number].float()
@@ -63,11 +58,6 @@ def _predicts(output: Any, ids: Tensor) -> bool:
     """Whether the model gives logits for each token."""
     logits = getattr(output, "logits", None)
     return isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 def model_output(output: Any) -> Tensor:

@@ -20,6 +20,7 @@ from prox24_lightning.callbacks.loaded_state import LoadedState
 from prox24_lightning.callbacks.rate_warning import RateWarning
 from prox24_lightning.callbacks.run_length import RunLength
 from prox24_lightning.callbacks.solve_display import TrainerDisplay, how_to_go_on, stop_on_sigterm
+from prox24_lightning.monitoring.early_rise import EarlyRise
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.solvers.config import DAMPING
@@ -123,6 +124,9 @@ class Prox24(Callback):
 
     Attributes:
         controller: decides along the run; monitors read it.
+        early_rise: how the loss on new batches has changed before anything is pruned; a warning names a rise. None
+            before that, for sharded models, and with another loss than those of
+            :mod:`~prox24_lightning.calibration.recognised_loss`.
 
     Raises:
         ValueError, TypeError: for arguments that are wrong whatever the model.
@@ -189,6 +193,7 @@ class Prox24(Callback):
         self._length: RunLength | None = None
         self._copies: AveragedCopies | None = None
         self._rate: RateWarning | None = None
+        self.early_rise: EarlyRise | None = None
 
     # What users, monitors and final hooks read.
 
@@ -323,6 +328,8 @@ class Prox24(Callback):
             self._copies.find(self.weights)  # the module may have made its average in on_train_start
         self._length.update(self.step)
         self.controller.before_batch(trainer.optimizers, self._length.total)
+        if self._rate is not None:
+            self._rate.before_batch(batch)
 
     @override
     def on_train_batch_end(
@@ -331,6 +338,7 @@ class Prox24(Callback):
         self.controller.after_batch(trainer.optimizers)
         if self._rate is not None:
             self._rate.after_batch(outputs)
+            self.early_rise = self._rate.early_rise
         if self._length is not None and not self._length.is_exact and self._length.is_last_batch():
             self.controller.freeze_now()  # the length was an estimate
         self._announce()
@@ -378,12 +386,16 @@ class Prox24(Callback):
         self.controller.unbind()
         self.controller.watch.detach()
         self._loaded.end_run()
+        if self._rate is not None:
+            self._rate.close()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.controller.unbind()
         self.controller.watch.detach()
         self._loaded.end_run()
+        if self._rate is not None:
+            self._rate.close()
         self._records = self._copies = self._length = self._rate = None  # they hold trainer and module
 
     def _announce(self) -> None:

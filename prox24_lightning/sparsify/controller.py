@@ -106,6 +106,12 @@ class SparsifyController:
         return self._require_engine().plan.freeze
 
     @property
+    def dense_until(self) -> int:
+        """The last step at which the weights may still be as training leaves them; before it, :attr:`masks` tell."""
+        plan = self._require_engine().plan
+        return plan.freeze if self.config.strategy == "progressive" else plan.start
+
+    @property
     def pass_statistics(self) -> PassStatistics | None:
         """Statistics from the passes that change the weights; None before a fit."""
         return None if self._engine is None else self._engine.statistics

@@ -63,11 +63,12 @@ def bare_copy(
         return copy.deepcopy(original, memo).eval()
 
 
-def frozen_copy(module: nn.Module, *, shared: Sequence[object] = ()) -> nn.Module:
+def frozen_copy(module: nn.Module, *, device: torch.device | None = None, shared: Sequence[object] = ()) -> nn.Module:
     """Return a copy of ``module`` that never changes: evaluation mode, no gradients, hooks, compilation or caches.
 
     Args:
-        module: unchanged afterwards; each tensor is copied where it lies.
+        module: unchanged afterwards.
+        device: where the copy lives; None copies each tensor where it lies.
         shared: objects that ``module`` may hold and that are not to be copied (a trainer, say).
 
     Raises:
@@ -76,7 +77,7 @@ def frozen_copy(module: nn.Module, *, shared: Sequence[object] = ()) -> nn.Modul
     for name, parameter in module.named_parameters():
         if parameter.is_meta or nn.parameter.is_lazy(parameter):
             raise ValueError(f"{name} has no values yet, so there is nothing to copy; load or initialise it first")
-    copy = bare_copy(module, shared=shared)
+    copy = bare_copy(module, device=device, shared=shared)
     for part in copy.modules():
         # A forward set on the instance (compiled, say) is a function over the original, and would run the student.
         own = vars(part).get("forward")

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),  # the same run on the CPU, to compare
     # Lightning builds DDP on a side stream; torch 2.11 says so at the first backward pass.
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node.s stream does not match"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),

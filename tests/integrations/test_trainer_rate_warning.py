@@ -45,14 +45,14 @@ def sparse(name="prox24", *targets):
     return Prox24TrainerCallback(start=8, freeze=16, name=name, targets=targets or None, verbose=False)
 
 
-def fit(folder, rate, *callbacks, every=1, add=None):
+def fit(folder, rate, *callbacks, every=1, add=None, text="the training loss has risen", steps=STEPS, **further):
     settings = TrainingArguments(
         str(folder),
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=32,
         learning_rate=rate,
         lr_scheduler_type="constant_with_warmup",
-        warmup_steps=24,
+        warmup_steps=further.pop("warmup_steps", 24),
         logging_steps=every,
         save_strategy="no",
         report_to=[],
@@ -60,6 +60,7 @@ def fit(folder, rate, *callbacks, every=1, add=None):
         disable_tqdm=True,
         optim="sgd",
         max_grad_norm=0.0,
+        **further,
     )
     trainer = Trainer(Trained(), settings, train_dataset=Noise(), callbacks=list(callbacks or [sparse()]))
     if add is not None:
@@ -67,7 +68,7 @@ def fit(folder, rate, *callbacks, every=1, add=None):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         trainer.train()
-    return [str(warning.message) for warning in found if "the training loss has risen" in str(warning.message)]
+    return [str(warning.message) for warning in found if text in str(warning.message)]
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -109,3 +110,31 @@ def test_what_is_logged_after_the_run_tells_nothing(tmp_path):
         warnings.simplefilter("error")
         for _ in range(32):
             trainers[0].log({"loss": 9.0})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_model_that_gets_worse_before_it_is_pruned_is_named_early(tmp_path, accumulate):
+    settings = {
+        "steps": 160,
+        "warmup_steps": 4,
+        "gradient_accumulation_steps": accumulate,
+        "text": "has not trained on",
+    }
+    callback = sparse()
+    (text,) = fit(tmp_path, 12.0, callback, **settings)
+    assert text.startswith("prox24: after step 8, with nothing pruned yet, ")
+    assert "set half of it" in text
+    assert callback.early_rise.is_too_high
+    callback = sparse()
+    assert fit(tmp_path, 0.3, callback, **settings) == []
+    assert callback.early_rise.share < 0.01
+
+
+def test_under_distillation_nothing_is_measured(tmp_path):
+    callback = sparse()
+
+    def add(trainer):
+        return DistillationTrainerCallback(trainer, 1e-3, loss="mse")
+
+    assert fit(tmp_path, 12.0, callback, steps=160, warmup_steps=4, add=add, text="has not trained on") == []
+    assert callback.early_rise is None

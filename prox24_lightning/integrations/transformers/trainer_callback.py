@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -18,7 +19,9 @@ from typing_extensions import override
 from prox24_lightning.integrations.transformers.checkpoint_state import CheckpointState
 from prox24_lightning.integrations.transformers.host import TransformersCallback, has_changed_loss
 from prox24_lightning.integrations.transformers.solve_progress import SolveProgress
+from prox24_lightning.monitoring.early_rise import EarlyRise, EarlyWatch
 from prox24_lightning.monitoring.loss_rise import RateWatch
+from prox24_lightning.monitoring.loss_since_start import LossSinceStart
 from prox24_lightning.monitoring.selection_table import print_selection
 from prox24_lightning.schedules import Schedule
 from prox24_lightning.solvers.config import DAMPING
@@ -51,6 +54,7 @@ class Prox24TrainerCallback(TransformersCallback):
 
     Attributes:
         controller: what decides along the run.
+        early_rise: as in :class:`~prox24_lightning.Prox24`, where the model returns its loss.
 
     Raises:
         ValueError: before the first batch, when model, trainer and arguments do not fit together.
@@ -116,6 +120,8 @@ class Prox24TrainerCallback(TransformersCallback):
         self._files: CheckpointState | None = None
         self._prepared: int | None = None
         self._rate: RateWatch | None = None
+        self._early: EarlyWatch | None = None
+        self.early_rise: EarlyRise | None = None
         self.controller = SparsifyController(self.config)
 
     @property
@@ -181,19 +187,30 @@ class Prox24TrainerCallback(TransformersCallback):
         if state.is_world_process_zero:
             self._files.begin(state.global_step, resumed=bool(loaded))
         controller.bind(optimizers)
+        self.early_rise = None
         if state.is_world_process_zero:
             self._rate = RateWatch(state.max_steps, 1 / max(state.logging_steps, 1), self.step)
+            if self.step == 0:
+                compare = partial(_comparison, kwargs["model"], args)
+                self._early = EarlyWatch(compare, state.max_steps, controller.dense_until)
 
     @override
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.controller.before_batch(_bare(kwargs["optimizer"]))
+        if self._early is not None and not self._has_other_loss(state):
+            self._early.begin_batch(self.step)
         self._announce(state)
 
     @override
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.controller.after_batch(_bare(kwargs["optimizer"]))
+        if self._early is not None:
+            rise = self._early.end_batch(self.step, not self.masks, _groups(kwargs["optimizer"]))
+            self.early_rise = rise or self.early_rise
+            if rise is not None and rise.is_too_high:
+                warnings.warn(f"{self.config.name}: {rise}: {rise.advice}", stacklevel=2)
         self._announce(state)
         if control.should_save:
             self._prepare_checkpoint(state)
@@ -208,10 +225,9 @@ class Prox24TrainerCallback(TransformersCallback):
         **kwargs: Any,
     ) -> None:
         loss = (logs or {}).get("loss")
-        if self._rate is None or loss is None or has_changed_loss(state) or len(_claimed(state)) > 1:
+        if self._rate is None or loss is None or self._has_other_loss(state):
             return
-        groups = [group for optimizer in _bare(kwargs["optimizer"]) for group in optimizer.param_groups]
-        risen = self._rate.add(torch.tensor(float(loss)), self.step, self.phase, groups)
+        risen = self._rate.add(torch.tensor(float(loss)), self.step, self.phase, _groups(kwargs["optimizer"]))
         if risen is not None:
             warnings.warn(f"{self.config.name}: {risen}", stacklevel=2)
 
@@ -252,7 +268,13 @@ class Prox24TrainerCallback(TransformersCallback):
         self.controller.write_masks()
         if self._files is not None and state.is_world_process_zero:
             self._files.discard()
-        self._files = self._prepared = self._rate = None
+        if self._early is not None:
+            self._early.close()
+        self._files = self._prepared = self._rate = self._early = None
+
+    def _has_other_loss(self, state: TrainerState) -> bool:
+        """Whether the loss may rise for reasons of other callbacks."""
+        return has_changed_loss(state) or len(_claimed(state)) > 1
 
     def _announce(self, state: TrainerState) -> None:
         line = self.controller.new_phase()
@@ -287,6 +309,17 @@ def _claimed(state: TrainerState, name: str = "") -> dict[str, Selection]:
 def _forget_best(state: TrainerState) -> None:
     """Forget the best checkpoint so far, which is not 2:4: it must neither be loaded at the end nor outlive others."""
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
+def _comparison(model: nn.Module, args: TrainingArguments) -> LossSinceStart:
+    if args.torch_compile or getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
+        raise ValueError("compiled code calls the model")
+    return LossSinceStart(model)
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the parameter groups of the optimizer."""
+    return [group for one in _bare(optimizer) for group in one.param_groups]
 
 
 def _bare(optimizer: Any) -> list[Optimizer]:
