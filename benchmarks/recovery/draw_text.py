@@ -1,8 +1,11 @@
-"""Write the text of a run into files, so that other machines train and score on the very same one.
+r"""Write the text of a run into files, so that other machines train and score on the very same one.
 
     python -m benchmarks.recovery.draw_text --output runs/text
-    python -m benchmarks.recovery --training '{class_path: PlainText, init_args: {path: runs/text/training.jsonl,
-        use: calibration}}' --evaluation ...
+    python -m benchmarks.recovery \
+        --training '{class_path: prox24_lightning.io.texts.PlainText, \
+            init_args: {path: runs/text/training.jsonl, use: calibration}}' \
+        --evaluation '{docs: {class_path: prox24_lightning.io.texts.PlainText, \
+            init_args: {path: runs/text/docs.jsonl}}}'
 
 What installed libraries hold depends on their versions.
 """

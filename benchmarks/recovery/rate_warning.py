@@ -25,9 +25,14 @@ KEPT = ("slow 1e-3", "kept, default solves", "kept, default solves 7e-4", "kept,
 """Rows that differ in nothing but the learning rate."""
 SOLVES = ("prox24 embeddings kept", "prox24 causal_lm", "kept, longer solves", "kept, generated text")
 """Rows with more careful solves."""
-SECOND = ("prox24, embeddings kept", "prox24 careful", "prox24 causal_lm, 4 pauses, 192 steps")
+SECOND = (
+    "prox24, embeddings kept",
+    "prox24 careful",
+    "prox24 causal_lm, 4 pauses, 192 steps",
+    "prox24 causal_lm, 192 steps",
+)
 """Rows of the converged second model."""
-ONE_PAUSE = ("one_pause", "second_model_converged")
+ONE_PAUSE = ("one_pause", "one_pause_rates", "second_model_converged", "second_model_rates")
 """Files in which ``prox24 causal_lm`` solves all blocks in one pause."""
 FREEZES = {
     **dict.fromkeys(("slow anchored", *KEPT, *SOLVES, *SECOND[1:]), 0.1),
@@ -119,7 +124,7 @@ def main(
     found: dict[str, dict[str, Any]] = {}  # by the key of the run: a run may be in several files
     for path in sorted(folder.glob("*.runs.jsonl")):
         source = path.name.removesuffix(".runs.jsonl")
-        phases = {"prox24 causal_lm": (0.05, 0.05)} if source in ONE_PAUSE else None
+        phases = dict.fromkeys(("prox24 causal_lm", SECOND[-1]), (0.05, 0.05)) if source in ONE_PAUSE else None
         found |= {key: {"file": source, **line} for key, line in lines(Results(path).all(), phases).items()}
     note = (
         "Each recorded run of Prox24 without distillation, and the warning that the present rule would give at the end "

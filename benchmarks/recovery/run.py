@@ -68,7 +68,7 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
     data = task.data(seed)
     record, times, curve = TrainingRecord(), StepTimes(), LossCurve()
     callbacks = row.callbacks(task.calibration(data) if row.prune is not None else (), teacher)
-    trainer = _trainer(task, [*callbacks, record, times, curve])
+    trainer = trainer_of(task, [*callbacks, record, times, curve])
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -106,7 +106,8 @@ def execute(task: Task, row: Row, seed: int, lr: float | None) -> dict[str, Any]
     }
 
 
-def _trainer(task: Task, callbacks: list[Callback]) -> Trainer:
+def trainer_of(task: Task, callbacks: list[Callback]) -> Trainer:
+    """The Trainer of one run."""
     return Trainer(
         max_steps=task.steps,
         accelerator="auto",
@@ -130,7 +131,7 @@ def fine_tuned_teacher(task: Task, row: Row, seed: int) -> tuple[nn.Module | Non
     more = {name: value for name, value in settings.items() if name != "lr"}
     seed_everything(seed, workers=True, verbose=False)
     module, record = task.module(settings["lr"], more), TrainingRecord()
-    _trainer(task, [record]).fit(module, datamodule=task.data(seed))
+    trainer_of(task, [record]).fit(module, datamodule=task.data(seed))
     _, network = find_student(module)
     return network, record.seconds
 
