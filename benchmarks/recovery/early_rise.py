@@ -48,6 +48,7 @@ def measure(task: LanguageModel, lr: float, embedding_lr: float, seed: int) -> d
     trainer = trainer_of(task, [prox24, _StopOnceKnown(prox24)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*the run ended at step")  # as it is meant to
+        warnings.filterwarnings("ignore", "You defined a `validation_step` but have no")
         warnings.filterwarnings("ignore", ".*the learning rate .* is too high")  # that is in the table
         loader = task.data(seed).train_dataloader()  # nothing is scored
         trainer.fit(task.module(lr, {"embedding_lr": embedding_lr}), loader)
