@@ -67,7 +67,8 @@ def from_matrix(module: nn.Module, matrix: Tensor) -> Tensor:
     if is_transposed_linear(module):
         return matrix.T.contiguous()
     if len(shape) > 2:
-        return matrix.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1).contiguous()
+        moved = matrix.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1)
+        return moved.clone(memory_format=torch.contiguous_format)  # the usual strides, in 1 x 1 convolutions too
     return matrix
 
 

@@ -81,7 +81,9 @@ class PackedEntry:
 
     def unpack(self, packed: PackedWeight, name: str) -> Tensor:
         """Undo :meth:`pack`; the result is contiguous."""
-        return unpack_24(packed, name=name).view(self._moved).movedim(-1, self.dim).contiguous()
+        moved = unpack_24(packed, name=name).view(self._moved).movedim(-1, self.dim)
+        # The usual strides, also where a size of 1 leaves a choice: convolutions choose their kernel by them.
+        return moved.clone(memory_format=torch.contiguous_format)
 
     @property
     def _moved(self) -> tuple[int, ...]:
