@@ -34,9 +34,9 @@ def possible_losses(output: Any, ids: Any, targets: Sequence[Tensor]) -> list[Lo
     for target in targets:
         if target.is_floating_point():
             if target.shape == logits.shape:
-                found.append(partial(_squared_error, target))
+                found.append(partial(_squared_error, target.clone()))  # the module may write into it later
         elif _fits(logits, target):
-            found.append(partial(_class, target))
+            found.append(partial(_class, target.clone()))
     return found
 
 

@@ -103,4 +103,4 @@ def _comparison(trainer: Trainer, pl_module: LightningModule) -> LossSinceStart:
     _, network = find_student(pl_module)
     if network in inside_compiled(pl_module):
         raise ValueError("compiled code calls the model")
-    return LossSinceStart(network, shared=(trainer, pl_module))
+    return LossSinceStart(network, pl_module, shared=(trainer, pl_module))

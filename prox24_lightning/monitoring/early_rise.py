@@ -12,8 +12,11 @@ from torch import Tensor
 
 from prox24_lightning.monitoring.loss_since_start import LossSinceStart
 
-_RISE = 0.015
-"""Language models near their best rate rise by less than 1 %; by more than this where half of the rate ends better."""
+_RISE, _LEAST = 0.05, 0.01
+"""A rise counts from this part of the loss before the run on, and from this many nats: a model that has converged gets
+worse at first by up to 5 % at the best of its rates; where a loss is near zero, its part says nothing."""
+_SAME = 0.005
+"""How far the copy may be from the model before the first step, relative to the loss: it computes something else."""
 _ERRORS = 3.0
 """A rise counts from so many of its standard errors on."""
 _PART = 0.05
@@ -50,7 +53,8 @@ class EarlyRise:
     def is_too_high(self) -> bool:
         """Whether the rise is large, and surely no noise: far above its error, or the loss of every batch has risen."""
         rise = self.now - self.start
-        return self.share > _RISE and (rise > _ERRORS * self.error or self.least > _RISE * self.start)
+        is_large = self.share > _RISE and rise > _LEAST
+        return is_large and (rise > _ERRORS * self.error or self.least > _RISE * self.start)
 
     def __str__(self) -> str:
         change = f"{abs(self.share):.1%} {'above' if self.share > 0 else 'below'}"
@@ -63,7 +67,7 @@ class EarlyRise:
     def advice(self) -> str:
         """What a rise that is too high means, and what to set."""
         return (
-            f"the learning rate ({self.rate:g}) is too high for this model; stop, and set half of it "
+            f"the learning rate ({self.rate:g}) is probably too high for this model; try half of it "
             f"({self.rate / 2:g}), or search it by prox24 compare --lrs"
         )
 
@@ -85,6 +89,7 @@ class EarlyWatch:
         self._last = math.floor(min(start, _PART * steps) if known else start)
         stride = max(1, (self._last - self._last // 2) // _BATCHES)
         self._steps = set(range(self._last, self._last // 2, -stride))
+        self._checked = False
         self._pairs: list[tuple[float, float]] = []
         self._losses: LossSinceStart | None = None
         if len(self._steps) >= _FEWEST:
@@ -102,10 +107,15 @@ class EarlyWatch:
 
     def begin_batch(self, step: int, batch: Any = None) -> None:
         """A training batch begins, of the step after ``step``, in which targets may be."""
-        self._listening = self._losses is not None and step + 1 in self._steps
-        if self._listening and self._losses is not None:
-            self._steps.discard(step + 1)  # of batches that accumulate the first
+        first = step == 0 and not self._checked
+        self._listening = self._losses is not None and (first or step + 1 in self._steps)
+        if not self._listening or self._losses is None:
+            return
+        self._steps.discard(step + 1)  # of batches that accumulate the first
+        try:
             self._losses.listen(batch)
+        except Exception:  # of the user's batch
+            self.close()
 
     def end_batch(
         self, step: int, is_dense: bool, groups: Iterable[dict[str, Any]], minimised: Tensor | None = None
@@ -122,9 +132,9 @@ class EarlyWatch:
             return None
         if self._listening:
             self._listening = False
-            self._rate = max((float(group.get("lr") or 0.0) for group in groups), default=0.0)
             try:
-                self._pairs.append(self._losses.compare(minimised))
+                self._rate = max((float(group.get("lr") or 0.0) for group in groups), default=0.0)
+                self._compare(self._losses, minimised)
             except Exception:  # of the user's forward, or for want of memory
                 self.close()
                 return None
@@ -132,6 +142,16 @@ class EarlyWatch:
             return None
         self.close()
         return self._judged(step)
+
+    def _compare(self, losses: LossSinceStart, minimised: Tensor | None) -> None:
+        now, start = losses.compare(minimised)
+        if self._checked:
+            self._pairs.append((now, start))
+            return
+        self._checked = True
+        losses.rest()
+        if not abs(now - start) <= _SAME * abs(start):
+            raise ValueError("the copy computes another loss than the model")
 
     def close(self) -> None:
         """Remove the hooks, and give the memory of the copy back."""

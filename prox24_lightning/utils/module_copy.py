@@ -44,7 +44,7 @@ def bare_copy(
         shared: objects that the module may hold and the copy is to hold too, instead of copies of them.
 
     Raises:
-        ValueError: if a parameter is sharded over ranks.
+        ValueError: if a parameter is sharded over ranks, or a module inside cannot be copied.
     """
     memo: dict[int, Any] = {id(thing): thing for thing in shared}
     for name, parameter in module.named_parameters():
@@ -60,7 +60,13 @@ def bare_copy(
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = _cast(value.detach(), device, dtype, copy=True)
     with _bare(module) as original:
-        return copy.deepcopy(original, memo).eval()
+        found = copy.deepcopy(original, memo)
+    if shared_parts := set(map(id, module.modules())) & set(map(id, found.modules())):
+        kind = next(type(each).__name__ for each in module.modules() if id(each) in shared_parts)
+        raise ValueError(
+            f"{kind} is no copy but the original in a copy of {type(module).__name__}: see its __deepcopy__"
+        )
+    return found.eval()
 
 
 def frozen_copy(module: nn.Module, *, device: torch.device | None = None, shared: Sequence[object] = ()) -> nn.Module:

@@ -80,7 +80,7 @@ def test_a_rate_that_is_too_high_is_named_before_the_start(accumulate):
     callback = prox24()
     (text,), _, _ = fit(HIGH, callback, accumulate=accumulate)
     assert text.startswith("prox24: after step 8, with nothing pruned yet, ")
-    assert f"the learning rate ({HIGH:g}) is too high for this model; stop, and set half of it" in text
+    assert f"the learning rate ({HIGH:g}) is probably too high for this model; try half of it" in text
     assert callback.early_rise.is_too_high
 
 
@@ -107,6 +107,17 @@ def test_without_a_loss_that_is_recognised_nothing_is_measured(settings, module)
 def test_under_distillation_nothing_is_measured():
     callback = prox24()
     assert fit(HIGH, Distillation(share=0.5, verbose=False), callback)[0] == []
+    assert callback.early_rise is None
+
+
+def test_a_hook_that_the_copy_does_not_have_is_noticed():
+    class Noisy(WithTargets):
+        def __init__(self, lr):
+            super().__init__(lr)
+            self.network.first.register_forward_hook(lambda module, args, output: output + torch.randn_like(output))
+
+    callback = prox24()
+    assert fit(1e-6, callback, kind=Noisy)[0] == []
     assert callback.early_rise is None
 
 

@@ -123,7 +123,7 @@ def test_a_model_that_gets_worse_before_it_is_pruned_is_named_early(tmp_path, ac
     callback = sparse()
     (text,) = fit(tmp_path, 12.0, callback, **settings)
     assert text.startswith("prox24: after step 8, with nothing pruned yet, ")
-    assert "set half of it" in text
+    assert "try half of it" in text
     assert callback.early_rise.is_too_high
     callback = sparse()
     assert fit(tmp_path, 0.3, callback, **settings) == []

@@ -137,3 +137,14 @@ def test_inputs_move_floats_only_and_keep_their_structure():
     assert found[0]["ids"].dtype == torch.int64
     assert found[1][0].device == CPU
     assert found[1][1:] == ["text", None]
+
+
+def test_a_module_that_is_shared_with_its_copy_is_refused_and_stays_in_its_mode():
+    class Shared(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = nn.Sequential(nn.Linear(4, 4), Shared(4, 4))
+    with pytest.raises(ValueError, match="Shared is no copy but the original in a copy of Sequential"):
+        bare_copy(model)
+    assert all(module.training for module in model.modules())

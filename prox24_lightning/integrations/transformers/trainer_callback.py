@@ -187,7 +187,9 @@ class Prox24TrainerCallback(TransformersCallback):
         if state.is_world_process_zero:
             self._files.begin(state.global_step, resumed=bool(loaded))
         controller.bind(optimizers)
-        self.early_rise = None
+        if self._early is not None:  # of a run that an error has ended
+            self._early.close()
+        self._early = self.early_rise = None
         if state.is_world_process_zero:
             self._rate = RateWatch(state.max_steps, 1 / max(state.logging_steps, 1), self.step)
             if self.step == 0:
@@ -314,7 +316,7 @@ def _forget_best(state: TrainerState) -> None:
 def _comparison(model: nn.Module, args: TrainingArguments) -> LossSinceStart:
     if args.torch_compile or getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
         raise ValueError("compiled code calls the model")
-    return LossSinceStart(model)
+    return LossSinceStart(model, model)
 
 
 def _groups(optimizer: Any) -> list[dict[str, Any]]:
