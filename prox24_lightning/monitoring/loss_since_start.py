@@ -30,8 +30,8 @@ class LossSinceStart:
 
     The loss is the one that training minimises, where
     :mod:`~prox24_lightning.calibration.recognised_loss` recognises it. A batch that was trained on would not do: it is
-    remembered for tens of steps. A copy of the module waits on the CPU until the first batch is compared, and then
-    stays on the module's device until :meth:`close`.
+    remembered for tens of steps. A copy of the module waits on the CPU until a batch is compared, and then stays on the
+    module's device until :meth:`rest` or :meth:`close`.
 
     Args:
         module: what training calls, and not from compiled code, which hooks would have compiled anew.

@@ -45,7 +45,17 @@ def sparse(name="prox24", *targets):
     return Prox24TrainerCallback(start=8, freeze=16, name=name, targets=targets or None, verbose=False)
 
 
-def fit(folder, rate, *callbacks, every=1, add=None, text="the training loss has risen", steps=STEPS, **further):
+def fit(
+    folder,
+    rate,
+    *callbacks,
+    every=1,
+    add=None,
+    text="the training loss has risen",
+    steps=STEPS,
+    kind=Trainer,
+    **further,
+):
     settings = TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -62,7 +72,7 @@ def fit(folder, rate, *callbacks, every=1, add=None, text="the training loss has
         max_grad_norm=0.0,
         **further,
     )
-    trainer = Trainer(Trained(), settings, train_dataset=Noise(), callbacks=list(callbacks or [sparse()]))
+    trainer = kind(Trained(), settings, train_dataset=Noise(), callbacks=list(callbacks or [sparse()]))
     if add is not None:
         trainer.add_callback(add(trainer))
     with warnings.catch_warnings(record=True) as found:
@@ -138,3 +148,31 @@ def test_under_distillation_nothing_is_measured(tmp_path):
 
     assert fit(tmp_path, 12.0, callback, steps=160, warmup_steps=4, add=add, text="has not trained on") == []
     assert callback.early_rise is None
+
+
+def test_another_loss_than_the_models_own_is_not_measured(tmp_path):
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return nn.functional.l1_loss(model(**inputs)["logits"], inputs["labels"])
+
+    callback = sparse()
+    assert fit(tmp_path, 1.0, callback, steps=160, kind=Weighted, text="has not trained on") == []
+    assert callback.early_rise is None
+
+
+def test_a_run_that_an_error_ends_leaves_no_hook(tmp_path):
+    class Full(Trainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            models.append(self.model)
+            if self.state.global_step == 5:
+                raise RuntimeError("out of memory")
+            return loss
+
+    models, callback = [], sparse()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(tmp_path, 0.3, callback, steps=160, kind=Full)
+    assert not models[0]._forward_hooks
+    assert not models[0]._forward_pre_hooks
+    assert fit(tmp_path, 0.3, callback, steps=160, text="has not trained on") == []
+    assert callback.early_rise.share < 0.01
