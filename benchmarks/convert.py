@@ -34,7 +34,7 @@ from prox24_lightning.convert.autotune.tune import kernel_tables
 from prox24_lightning.convert.kernels.expand.kernel import expand
 from prox24_lightning.convert.kernels.packed_buffer import random_buffer
 from prox24_lightning.convert.measurement import relative_error, release_memory, time_calls
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336))
 """(out_features, in_features): attention, then the up and down projections of LLaMA 2 7B and of LLaMA 3 8B."""

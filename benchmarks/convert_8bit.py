@@ -47,7 +47,7 @@ from prox24_lightning.convert.kernels.registry import (
 from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.warpgroup.tiling import Tiling as WarpgroupTiling
 from prox24_lightning.convert.measurement import release_memory, time_calls
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 from prox24_lightning.weights.rounding import RoundedForm, round_rows
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))

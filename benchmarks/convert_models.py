@@ -23,7 +23,7 @@ from prox24_lightning.convert import SemiStructuredLinear, convert_model
 from prox24_lightning.convert.autotune.kernel_table import KernelTable
 from prox24_lightning.convert.measurement import relative_error, release_memory, time_calls
 from prox24_lightning.mask import mask_24
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
 
 MODELS: dict[str, dict[str, int]] = {

@@ -30,6 +30,7 @@ SECOND = (
     "prox24 careful",
     "prox24 causal_lm, 4 pauses, 192 steps",
     "prox24 causal_lm, 192 steps",
+    "one pause, embeddings kept",
 )
 """Rows of the converged second model."""
 ONE_PAUSE = ("one_pause", "one_pause_rates", "second_model_converged", "second_model_rates")
@@ -124,7 +125,7 @@ def main(
     found: dict[str, dict[str, Any]] = {}  # by the key of the run: a run may be in several files
     for path in sorted(folder.glob("*.runs.jsonl")):
         source = path.name.removesuffix(".runs.jsonl")
-        phases = dict.fromkeys(("prox24 causal_lm", SECOND[-1]), (0.05, 0.05)) if source in ONE_PAUSE else None
+        phases = dict.fromkeys(("prox24 causal_lm", *SECOND[-2:]), (0.05, 0.05)) if source in ONE_PAUSE else None
         found |= {key: {"file": source, **line} for key, line in lines(Results(path).all(), phases).items()}
     note = (
         "Each recorded run of Prox24 without distillation, and the warning that the present rule would give at the end "

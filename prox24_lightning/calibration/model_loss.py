@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prox24_lightning.calibration.recognised_loss import next_token_loss, own_loss
+from prox24_lightning.calibration.recognised_loss import next_token_loss, own_loss, value_of_own_loss
 from prox24_lightning.utils.tensors import first_tensor
 
 
@@ -41,9 +41,7 @@ class ModelLoss:
         return sum(float(self._terms(number, run())) for number, run in enumerate(self._runs)) / len(self._runs)
 
     def _own(self, number: int, output: Any) -> Tensor:
-        loss = own_loss(output)
-        assert loss is not None
-        return loss.detach().float()
+        return value_of_own_loss(output)
 
     def _next_token(self, number: int, output: Any) -> Tensor:
         return next_token_loss(output.logits, self._ids[number])

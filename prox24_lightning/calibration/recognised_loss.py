@@ -25,7 +25,7 @@ def possible_losses(output: Any, ids: Any, targets: Sequence[Tensor]) -> list[Lo
     that fits its logits, (..., classes) or (batch, classes, ...); the squared error against each floating one of the
     same shape.
     """
-    found: list[LossOf] = [] if own_loss(output) is None else [_require_own]
+    found: list[LossOf] = [] if own_loss(output) is None else [value_of_own_loss]
     logits = _logits_of(output)
     if logits is None:
         return found
@@ -48,7 +48,7 @@ def recognised(losses: Sequence[tuple[LossOf, Tensor]], minimised: Tensor | None
         minimised: the value of the training loss on it; None if it is not known, and the model's own is taken.
     """
     if minimised is None:
-        return next((pair for pair in losses if pair[0] is _require_own), None)
+        return next((pair for pair in losses if pair[0] is value_of_own_loss), None)
     wanted = float(minimised.detach())
     near = [pair for pair in losses if abs(float(pair[1]) - wanted) <= _TOLERANCE * abs(wanted)]
     return min(near, key=lambda pair: abs(float(pair[1]) - wanted), default=None)
@@ -66,7 +66,8 @@ def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
     return _cross_entropy(logits[:, :-1], ids[:, 1:])
 
 
-def _require_own(output: Any) -> Tensor:
+def value_of_own_loss(output: Any) -> Tensor:
+    """Return the value of :func:`own_loss`, float32, (), of a model that returns one."""
     loss = own_loss(output)
     assert loss is not None
     return loss.detach().float().reshape(())

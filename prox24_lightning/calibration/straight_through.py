@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, library
 
-from prox24_lightning.utils.cuda import why_no_triton
+from prox24_lightning.utils.devices.cuda import why_no_triton
 from prox24_lightning.weights.chunks import CHUNK_ENTRIES, row_chunks
 from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_rows_unchecked, round_tokens
 

@@ -64,6 +64,8 @@ class RateWarning:
 
     def after_batch(self, outputs: Any) -> None:
         """Take the loss of the batch that has ended."""
+        if self._early is None and self._watch is None:
+            return
         # Lightning has divided the loss by the batches that accumulate.
         factor = float(self._trainer.accumulate_grad_batches)
         groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]

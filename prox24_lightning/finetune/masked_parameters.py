@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from prox24_lightning.finetune.optimizer_state import OptimizerState
 from prox24_lightning.finetune.optimizers import masters_of, wrapped_optimizers
 from prox24_lightning.mask import pack_mask
-from prox24_lightning.utils.cuda import why_no_triton
+from prox24_lightning.utils.devices.cuda import why_no_triton
 from prox24_lightning.weights.sharded import local_part
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -22,6 +22,7 @@ _ERRORS = 3.0
 _PART = 0.05
 """The rise is measured up to this part of the run, by when most schedules have reached their highest rate."""
 _BATCHES, _FEWEST, _JUDGED = 12, 4, 6
+"""Batches that are compared at most, those that a verdict needs, and the last ones that it is taken on."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class EarlyWatch:
             self._pairs.append((now, start))
             return
         self._checked = True
-        losses.rest()
+        losses.offload()
         if not abs(now - start) <= _SAME * abs(start):
             raise ValueError("the copy computes another loss than the model")
 

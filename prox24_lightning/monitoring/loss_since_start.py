@@ -16,7 +16,7 @@ from prox24_lightning.calibration.calls.random_state import RandomState
 from prox24_lightning.calibration.isolation.module_state import kept
 from prox24_lightning.calibration.recognised_loss import LossOf, own_loss, possible_losses, recognised
 from prox24_lightning.finetune import memory_bytes
-from prox24_lightning.utils.cpu_memory import available_memory
+from prox24_lightning.utils.devices.cpu_memory import available_memory
 from prox24_lightning.utils.distributed import world_size
 from prox24_lightning.utils.module_copy import frozen_copy
 from prox24_lightning.weights.sharded import is_sharded
@@ -31,7 +31,7 @@ class LossSinceStart:
     The loss is the one that training minimises, where
     :mod:`~prox24_lightning.calibration.recognised_loss` recognises it. A batch that was trained on would not do: it is
     remembered for tens of steps. A copy of the module waits on the CPU until a batch is compared, and then stays on the
-    module's device until :meth:`rest` or :meth:`close`.
+    module's device until :meth:`offload` or :meth:`close`.
 
     Args:
         module: what training calls, and not from compiled code, which hooks would have compiled anew.
@@ -97,7 +97,7 @@ class LossSinceStart:
             before.restore(device)
         return float(now), float(start)
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """Move the copy to the CPU until the next comparison."""
         self._start.cpu()
 

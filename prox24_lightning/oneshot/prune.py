@@ -27,8 +27,8 @@ from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.solvers.config import Method, Refine, SolverConfig
 from prox24_lightning.solvers.input_order.choose import ReorderInputs, holders
 from prox24_lightning.utils.checksum import checksum
-from prox24_lightning.utils.cuda import exact_device
-from prox24_lightning.utils.cuda_graphs import GraphMemory
+from prox24_lightning.utils.devices.cuda import exact_device
+from prox24_lightning.utils.devices.cuda_graphs import GraphMemory
 from prox24_lightning.utils.tensors import without_inference
 from prox24_lightning.weights.groups import Geometry
 from prox24_lightning.weights.layer_matrix import why_not_solvable

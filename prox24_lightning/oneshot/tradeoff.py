@@ -25,7 +25,7 @@ from prox24_lightning.solvers.budget.measure import BudgetChoices
 from prox24_lightning.solvers.budget.portfolio import Choice
 from prox24_lightning.solvers.budget.price import LayerTimes
 from prox24_lightning.utils.checksum import checksum
-from prox24_lightning.utils.cuda import exact_device
+from prox24_lightning.utils.devices.cuda import exact_device
 from prox24_lightning.utils.files import replacing, write_text
 from prox24_lightning.utils.safetensors_file import json_object
 from prox24_lightning.utils.tensors import tensors_in, without_inference

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prox24_lightning.utils.cuda import why_no_triton
+from prox24_lightning.utils.devices.cuda import why_no_triton
 
 LARGEST = (1 << 33) - (1 << 24)
 """Number of entries from which on the kernel cannot number the groups of a weight."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prox24_lightning.calibration.statistics.output_error import relative_error, token_weights
-from prox24_lightning.utils.cuda_graphs import GraphedFunction, GraphedStep
+from prox24_lightning.utils.devices.cuda_graphs import GraphedFunction, GraphedStep
 from prox24_lightning.utils.distributed import gathered_objects, mean_over_ranks
 from prox24_lightning.utils.long_work import between_pieces
 

@@ -18,7 +18,7 @@ from prox24_lightning.solvers.layer import Solution
 from prox24_lightning.solvers.loss import check_layer
 from prox24_lightning.solvers.masked_cg import masked_cg
 from prox24_lightning.solvers.parallel import solve_on_all_ranks
-from prox24_lightning.utils.cuda import without_tf32
+from prox24_lightning.utils.devices.cuda import without_tf32
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.groups import Dim
 from prox24_lightning.weights.layer_matrix import as_matrix, from_matrix, input_rows, matrix_columns

@@ -18,7 +18,7 @@ from prox24_lightning.solvers.proximal_gradient import proximal_gradient
 from prox24_lightning.solvers.rounding import round_on_support, round_plainly
 from prox24_lightning.solvers.sparsegpt import sparsegpt
 from prox24_lightning.solvers.wanda import wanda
-from prox24_lightning.utils.cuda import without_tf32
+from prox24_lightning.utils.devices.cuda import without_tf32
 from prox24_lightning.weights.groups import Dim, group_dims
 from prox24_lightning.weights.rounding import RoundedForm
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.solvers.prox_step import STRENGTHS, apply_prox, inverse_rms, scale_inputs
-from prox24_lightning.utils.cuda_graphs import GraphedStep
+from prox24_lightning.utils.devices.cuda_graphs import GraphedStep
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.weights.groups import Dim
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prox24_lightning.solvers.config import ROUNDING_DAMPING
 from prox24_lightning.solvers.loss import regularized
-from prox24_lightning.utils.cuda_graphs import GraphedFunction
+from prox24_lightning.utils.devices.cuda_graphs import GraphedFunction
 from prox24_lightning.weights.rounding import RoundedForm, expand_rows, round_values, row_scales, scales_of
 
 

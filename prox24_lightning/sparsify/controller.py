@@ -107,7 +107,7 @@ class SparsifyController:
 
     @property
     def dense_until(self) -> int:
-        """The last step at which the weights may still be as training leaves them; before it, :attr:`masks` tell."""
+        """The last step after which all weights may still be dense; up to it :attr:`masks` tell whether they are."""
         plan = self._require_engine().plan
         return plan.freeze if self.config.strategy == "progressive" else plan.start
 

@@ -64,7 +64,8 @@ def bare_copy(
     if shared_parts := set(map(id, module.modules())) & set(map(id, found.modules())):
         kind = next(type(each).__name__ for each in module.modules() if id(each) in shared_parts)
         raise ValueError(
-            f"{kind} is no copy but the original in a copy of {type(module).__name__}: see its __deepcopy__"
+            f"{type(module).__name__} cannot be copied: the copy would hold the same {kind} (its __deepcopy__ returns "
+            "the module itself)"
         )
     return found.eval()
 

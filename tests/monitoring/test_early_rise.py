@@ -18,7 +18,7 @@ class Given:
     """Stands for a comparison that finds the given pairs."""
 
     def __init__(self, pairs, first=(1.0, 1.0)):
-        self.pairs, self.heard, self.rests, self.closed = [first, *pairs], 0, 0, False
+        self.pairs, self.heard, self.offloads, self.closed = [first, *pairs], 0, 0, False
 
     def listen(self, batch):
         self.heard += 1
@@ -29,8 +29,8 @@ class Given:
             raise pair
         return pair
 
-    def rest(self):
-        self.rests += 1
+    def offload(self):
+        self.offloads += 1
 
     def close(self):
         self.closed = True
@@ -52,7 +52,7 @@ def test_the_last_batches_are_judged_at_a_twentieth_of_the_run():
     rise, step, given = run([(9.0, 1.0)] * 4 + [(1.06, 1.0), (1.08, 1.0)] * 3)
     assert step == 20
     assert given.heard == 11
-    assert given.rests == 1
+    assert given.offloads == 1
     assert given.closed
     error = 0.01 * (6 / 5) ** 0.5 / 6**0.5
     assert rise == EarlyRise(20, pytest.approx(1.07), 1.0, pytest.approx(error), pytest.approx(0.06), 2.0)

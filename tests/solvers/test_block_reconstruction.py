@@ -12,7 +12,7 @@ from prox24_lightning.calibration.statistics.output_error import relative_error
 from prox24_lightning.mask import mask_24
 from prox24_lightning.solvers import block_reconstruction
 from prox24_lightning.solvers.block_reconstruction import reconstruct_block
-from prox24_lightning.utils.cuda_graphs import _log_once
+from prox24_lightning.utils.devices.cuda_graphs import _log_once
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from prox24_lightning.utils import cpu_memory
+from prox24_lightning.utils.devices import cpu_memory
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prox24_lightning.solvers import solve_layer
-from prox24_lightning.utils.cuda import allows_tf32, exact_device, without_tf32
+from prox24_lightning.utils.devices.cuda import allows_tf32, exact_device, without_tf32
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prox24_lightning.solvers import solve_layer
-from prox24_lightning.utils.cuda_graphs import GraphedFunction, GraphedStep, GraphMemory, _log_once, capture
+from prox24_lightning.utils.devices.cuda_graphs import GraphedFunction, GraphedStep, GraphMemory, _log_once, capture
 from tests.helpers.gpu_memory import memory_comes_back
 
 

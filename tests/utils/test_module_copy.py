@@ -145,6 +145,6 @@ def test_a_module_that_is_shared_with_its_copy_is_refused_and_stays_in_its_mode(
             return self
 
     model = nn.Sequential(nn.Linear(4, 4), Shared(4, 4))
-    with pytest.raises(ValueError, match="Shared is no copy but the original in a copy of Sequential"):
+    with pytest.raises(ValueError, match="Sequential cannot be copied: the copy would hold the same Shared"):
         bare_copy(model)
     assert all(module.training for module in model.modules())

@@ -34,7 +34,7 @@ from prox24_lightning.convert.kernels.registry import (
 )
 from prox24_lightning.convert.kernels.round_tokens.reference import round_tokens
 from prox24_lightning.convert.measurement import relative_error, release_memory, time_calls
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.weights.rounding import RoundedForm, round_rows
 

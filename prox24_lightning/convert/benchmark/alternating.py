@@ -14,7 +14,7 @@ from torch import nn
 
 from prox24_lightning.convert.measurement import Call, Timing, release_memory, time_calls
 from prox24_lightning.convert.module_slots import exchange, slots_by_name
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
 
 _Call = TypeVar("_Call", bound=Call)

@@ -23,7 +23,7 @@ from prox24_lightning.convert.form_choice import Joined, joined_layers
 from prox24_lightning.convert.kernels.registry import kernel_for
 from prox24_lightning.convert.layers.semi_structured_linear import SemiStructuredLinear
 from prox24_lightning.convert.measurement import relative_error, release_memory, time_calls
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 from prox24_lightning.utils.errors import describe
 from prox24_lightning.utils.long_work import between_pieces
 from prox24_lightning.utils.names import counted

@@ -17,7 +17,7 @@ from prox24_lightning.calibration.smoothing import InputSample, smoothing_factor
 from prox24_lightning.oneshot.block_inputs import BlockInputs, chain_of_blocks
 from prox24_lightning.oneshot.progress import LayerProgress
 from prox24_lightning.solvers.input_order.choose import holders
-from prox24_lightning.utils.cuda import exact_device
+from prox24_lightning.utils.devices.cuda import exact_device
 from prox24_lightning.utils.distributed import from_first
 from prox24_lightning.weights.free_scale import FreeScale
 from prox24_lightning.weights.layer_matrix import as_matrix

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
 from prox24_lightning.solvers.loss import regularized
-from prox24_lightning.utils.cuda import why_no_triton
+from prox24_lightning.utils.devices.cuda import why_no_triton
 
 ROUNDS = (192, 512)
 """At most, on a CPU and on a GPU; in each round every group of four trades with one other."""

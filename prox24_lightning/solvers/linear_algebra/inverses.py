@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prox24_lightning.solvers.linear_algebra.cholesky import cholesky
-from prox24_lightning.utils.cuda import allows_tf32
+from prox24_lightning.utils.devices.cuda import allows_tf32
 from prox24_lightning.utils.distributed import any_rank, broadcast, raise_on_all_ranks, rank, world_size
 
 _NEWTON_RATIO = 1.4

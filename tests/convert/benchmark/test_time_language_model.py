@@ -26,7 +26,7 @@ from prox24_lightning.convert.benchmark.time_language_model import (
 )
 from prox24_lightning.convert.measurement import Timing
 from prox24_lightning.mask import mask_24
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 from prox24_lightning.utils.long_work import watched
 
 SIZES = {

@@ -24,7 +24,7 @@ from prox24_lightning.convert.kernels.registry import Kernel, own_kernels, prepa
 from prox24_lightning.convert.kernels.warpgroup.tiling import CAPABILITY
 from prox24_lightning.convert.kernels.warpgroup.tiling import TILINGS as WARPGROUP_TILINGS
 from prox24_lightning.mask import mask_24
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 

@@ -36,7 +36,7 @@ from prox24_lightning.convert.kernels.round_tokens import kernel as round_tokens
 from prox24_lightning.convert.kernels.round_tokens import reference as round_tokens_reference
 from prox24_lightning.convert.kernels.warpgroup.tiling import ROUNDED_TILINGS
 from prox24_lightning.mask import mask_24
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 from prox24_lightning.weights.rounding import round_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]

@@ -17,7 +17,7 @@ from prox24_lightning.integrations.transformers.decoding.decode_attention import
 from prox24_lightning.integrations.transformers.decoding.fused_blocks import FusedBlocks, fuse_blocks
 from prox24_lightning.integrations.transformers.decoding.rotary import in_one_launch
 from prox24_lightning.integrations.transformers.decoding.siblings import SiblingProjections
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 
 log = logging.getLogger(__name__)
 

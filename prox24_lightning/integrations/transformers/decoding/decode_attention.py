@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, library
 
 from prox24_lightning.convert.measurement import time_calls
-from prox24_lightning.utils.cuda_graphs import capture
+from prox24_lightning.utils.devices.cuda_graphs import capture
 
 NAME = "prox24_decode"
 """Under which transformers knows this attention. A name with "flash" in it would send transformers to the hub."""

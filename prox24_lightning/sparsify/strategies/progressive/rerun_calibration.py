@@ -35,7 +35,7 @@ from prox24_lightning.sparsify.strategies.progressive.input_orders import choose
 from prox24_lightning.sparsify.strategies.progressive.rerun import BlockReruns
 from prox24_lightning.sparsify.strategies.progressive.shared_calls import CallCutter, find_cutter
 from prox24_lightning.sparsify.strategies.progressive.solve_block import solve_block
-from prox24_lightning.utils.cuda_graphs import GraphMemory
+from prox24_lightning.utils.devices.cuda_graphs import GraphMemory
 from prox24_lightning.utils.distributed import gathered_objects, gathered_on_first, rank
 from prox24_lightning.utils.module_copy import bare_copy
 from prox24_lightning.utils.tensors import map_tensors

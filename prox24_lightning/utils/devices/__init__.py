@@ -1,0 +1,1 @@
+"""Memory of the CPU and of GPUs, and CUDA graphs."""
